@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RerollError(Exception):
     """Base of all errors of this package.
@@ -46,3 +49,13 @@ class UsageError(RerollError):
 
 class ExportError(RerollError):
     """A program cannot be written for an export target."""
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put a place before the place of any RerollError raised inside."""
+    try:
+        yield
+    except RerollError as error:
+        inner = where if error.where is None else f"{where}: {error.where}"
+        raise type(error)(error.message, inner, error.hint) from error.__cause__

@@ -38,9 +38,10 @@ def low_rank_factors(matrix: Tensor, rank: int, method: str) -> tuple[Tensor, Te
 
 def _range_basis(matrix: Tensor, size: int) -> Tensor:
     """An orthonormal basis [out, size] of nearly the dominant column space of a matrix."""
+    # a generator of its own leaves the caller's random state alone
     generator = torch.Generator().manual_seed(SEED)
     probes = torch.randn(matrix.shape[1], size, generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(matrix @ probes.to(matrix.dtype)).Q
+    basis: Tensor = torch.linalg.qr(matrix @ probes.to(matrix.dtype)).Q
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix.T @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q

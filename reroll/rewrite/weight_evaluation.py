@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reroll.errors import CheckpointError
 from reroll.rewrite.expressions import Apply, Expr, Source, TensorSource, children, meta_of, walk
-from reroll.rewrite.weight_functions import FUNCTIONS
+from reroll.rewrite.weight_registry import FUNCTIONS
 
 
 class Output(NamedTuple):

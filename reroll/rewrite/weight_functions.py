@@ -1,126 +1,26 @@
 """The functions that weight expressions are made of, each with its shape rule.
 
-A weight function is a plain function over tensors; its signature is its schema. To add one,
-decorate it:
+To add one, decorate a plain function over tensors and apply it with ``build("maximum", x, y)``:
 
     @weight_function(elementwise)
     def maximum(a: Tensor, b: Tensor) -> Tensor:
         return torch.maximum(a, b)
 
-and apply it with ``build("maximum", x, y)``. Arithmetic runs in fp32 (fp64 if an argument is
-fp64) and the result is cast to the dtype that the rule gives.
+Arithmetic runs in fp32 (fp64 if an argument is fp64) and the result is cast to the dtype that
+the rule gives.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial, reduce
-from typing import TypeAlias, get_type_hints
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from reroll.errors import ProgramError
-from reroll.rewrite.expressions import (
-    INFERENCES,
-    Argument,
-    Expr,
-    Meta,
-    dtype_from_name,
-)
+from reroll.rewrite.expressions import Meta, dtype_from_name
 from reroll.rewrite.factors import low_rank_factors
-
-Rule: TypeAlias = Callable[..., Meta]
-Compute: TypeAlias = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class WeightFunction:
-    """A registered function: how to compute it and what it gives."""
-
-    name: str
-    compute: Compute
-    rule: Rule
-    # the inputs are raised to fp32 or fp64; otherwise they come as they are
-    arithmetic: bool
-    # a sum over its inputs can take them one at a time: (running sum, count) -> result
-    finish_sum: Callable[[Tensor, int], Tensor] | None
-
-
-FUNCTIONS: dict[str, WeightFunction] = {}
-
-
-def weight_function(
-    rule: Rule,
-    *,
-    name: str | None = None,
-    arithmetic: bool = True,
-    finish_sum: Callable[[Tensor, int], Tensor] | None = None,
-) -> Callable[[Compute], Compute]:
-    """Register a function over tensors; ``rule`` takes Metas for tensors and gives a Meta."""
-
-    def register(compute: Compute) -> Compute:
-        key = name or compute.__name__
-        function = WeightFunction(key, compute, rule, arithmetic, finish_sum)
-        FUNCTIONS[key] = function
-        INFERENCES[key] = partial(_infer, function, _schema(compute))
-        return compute
-
-    return register
-
-
-def _schema(compute: Compute) -> list[tuple[str, object, bool]]:
-    """(parameter name, annotated type, variadic) of each parameter."""
-    types = get_type_hints(compute)
-    return [
-        (p.name, types[p.name], p.kind is p.VAR_POSITIONAL)
-        for p in inspect.signature(compute).parameters.values()
-    ]
-
-
-def _infer(
-    function: WeightFunction, schema: list[tuple[str, object, bool]], args: tuple[Argument, ...]
-) -> tuple[tuple[Argument, ...], Meta]:
-    variadic = bool(schema) and schema[-1][2]
-    slots = schema[:-1] + [schema[-1]] * (len(args) - len(schema) + 1) if variadic else schema
-    if len(args) != len(slots) or (variadic and len(args) < len(schema)):
-        wanted = ", ".join(f"*{n}" if many else n for n, _, many in schema)
-        raise ProgramError(f"{function.name}({wanted}) was given {len(args)} arguments")
-    checked = tuple(
-        _checked(function, parameter, kind, value)
-        for (parameter, kind, _), value in zip(slots, args, strict=True)
-    )
-    metas = [a.meta if isinstance(a, Expr) else a for a in checked]
-    try:
-        return checked, function.rule(*metas)
-    except ProgramError as error:
-        raise ProgramError(error.message, error.where or function.name, error.hint) from None
-
-
-def _checked(function: WeightFunction, name: str, kind: object, value: Argument) -> Argument:
-    if kind is Tensor and isinstance(value, Expr):
-        floating = value.meta.dtype.is_floating_point
-        if function.arithmetic and not floating:
-            raise ProgramError(
-                f"{function.name} computes on floating-point tensors, {name} is {value.meta}",
-                hint="cast it first",
-            )
-        return value
-    if kind is float and type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
-        return float(value)  # type: ignore[arg-type]
-    if kind is int and type(value) is int:
-        return value
-    if kind is str and type(value) is str:
-        return value
-    if kind == tuple[int, ...] and isinstance(value, tuple | list):
-        if all(type(v) is int for v in value):
-            return tuple(value)
-    wanted = "an expression" if kind is Tensor else f"of type {getattr(kind, '__name__', kind)}"
-    raise ProgramError(f"{function.name}: {name} must be {wanted}, not {value!r}")
-
+from reroll.rewrite.weight_registry import weight_function
 
 # ---- shape rules
 
@@ -128,7 +28,7 @@ def _checked(function: WeightFunction, name: str, kind: object, value: Argument)
 def elementwise(*metas: Meta) -> Meta:
     """Broadcast shapes, promote dtypes."""
     try:
-        shape = torch.broadcast_shapes(*(m.shape for m in metas))
+        shape = torch.broadcast_shapes(*(m.shape for m in metas))  # type: ignore[no-untyped-call]
     except RuntimeError:
         shapes = " and ".join(dict.fromkeys(str(m) for m in metas))
         raise ProgramError(f"shapes {shapes} do not broadcast") from None
@@ -155,7 +55,7 @@ def _matrix(meta: Meta) -> tuple[int, int]:
 
 
 def _resized(meta: Meta, dim: int, size: int) -> Meta:
-    return Meta(meta.shape[:dim] + (size,) + meta.shape[dim + 1 :], meta.dtype)
+    return Meta((*meta.shape[:dim], size, *meta.shape[dim + 1 :]), meta.dtype)
 
 
 def _slice_rule(x: Meta, dim: int, start: int, stop: int) -> Meta:
@@ -214,48 +114,57 @@ def _svd_rule(x: Meta, rank: int, method: str) -> Meta:
     _same_shape, finish_sum=lambda total, count: total if count == 1 else total.div_(count)
 )
 def mean(*xs: Tensor) -> Tensor:
+    """The elementwise mean of tensors of one shape."""
     return reduce(torch.add, xs) / len(xs)
 
 
 @weight_function(elementwise)
 def add(a: Tensor, b: Tensor) -> Tensor:
+    """``a + b`` with broadcasting."""
     return a + b
 
 
 @weight_function(elementwise)
 def sub(a: Tensor, b: Tensor) -> Tensor:
+    """``a - b`` with broadcasting."""
     return a - b
 
 
 @weight_function(elementwise)
 def mul(a: Tensor, b: Tensor) -> Tensor:
+    """``a * b``, elementwise with broadcasting."""
     return a * b
 
 
 @weight_function(lambda x, factor: x)
 def scale(x: Tensor, factor: float) -> Tensor:
+    """``x * factor``."""
     return x * factor
 
 
 @weight_function(lambda x, amount: x)
 def offset(x: Tensor, amount: float) -> Tensor:
+    """``x + amount``."""
     return x + amount
 
 
 @weight_function(_centre_rule)
 def centre(x: Tensor, dim: int) -> Tensor:
+    """``x`` minus its mean over a dimension."""
     return x - x.mean(dim, keepdim=True)
 
 
 @weight_function(_matvec_rule)
 def matvec(w: Tensor, b: Tensor) -> Tensor:
+    """``w @ b`` of a matrix [out, in] and a vector [in]."""
     return w @ b
 
 
 @weight_function(_svd_rule)
 def svd(x: Tensor, rank: int, method: str) -> Tensor:
+    """Truncated factors of a matrix [out, in], stacked: U_r S_r over V_r. [out + in, rank]."""
     up, down = low_rank_factors(x, rank, method)
-    return torch.cat([up, down.T])  # [out + in, rank]
+    return torch.cat([up, down.T])
 
 
 # the rest moves numbers without computing, so it takes any dtype; results own their memory,
@@ -264,34 +173,41 @@ def svd(x: Tensor, rank: int, method: str) -> Tensor:
 
 @weight_function(lambda x, dtype: Meta(x.shape, dtype_from_name(dtype)), arithmetic=False)
 def cast(x: Tensor, dtype: str) -> Tensor:
+    """``x`` in another dtype."""
     return x.to(dtype_from_name(dtype))
 
 
 @weight_function(_transpose_rule, arithmetic=False)
 def transpose(x: Tensor) -> Tensor:
+    """The transpose of a matrix."""
     return x.T.contiguous()
 
 
 @weight_function(_reshape_rule, arithmetic=False)
 def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same elements in another shape."""
     return x.reshape(shape)
 
 
 @weight_function(_slice_rule, name="slice", arithmetic=False)
 def slice_(x: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    """The elements ``start:stop`` along a dimension."""
     return x.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
 
 
 @weight_function(_concat_rule, arithmetic=False)
 def concat(dim: int, *xs: Tensor) -> Tensor:
+    """Tensors joined along a dimension."""
     return torch.cat(xs, dim)
 
 
 @weight_function(lambda shape, dtype: Meta(shape, dtype_from_name(dtype)), arithmetic=False)
 def zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor of zeros."""
     return torch.zeros(shape, dtype=dtype_from_name(dtype))
 
 
 @weight_function(lambda shape, value, dtype: Meta(shape, dtype_from_name(dtype)), arithmetic=False)
 def full(shape: tuple[int, ...], value: float, dtype: str) -> Tensor:
+    """A tensor filled with one value."""
     return torch.full(shape, value, dtype=dtype_from_name(dtype))
