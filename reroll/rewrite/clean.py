@@ -1,0 +1,249 @@
+"""From an exported program to a plain graph: weights by name, no guards, no devices, no no-ops."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind, OutputKind
+
+from reroll.errors import CaptureError
+from reroll.rewrite.program import Dim, TensorType
+
+aten = torch.ops.aten
+
+_WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+_COPIES = {
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+}
+_PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A graph whose placeholders are the model's inputs and whose weights are `get_attr` nodes."""
+
+    graph: fx.Graph
+    outputs: tuple[str, ...]
+    shapes: dict[str, tuple[Dim, ...]]
+    dtypes: dict[str, torch.dtype]
+
+
+def flatten(exported: torch.export.ExportedProgram, dims: dict[str, tuple[Dim, ...]]) -> Flat:
+    """Rewrite an exported program. `dims` names the dynamic dimensions of each input.
+
+    Raises CaptureError if the graph writes to a buffer or to a tensor in place.
+    """
+    if _mutates(exported.graph):
+        # functionalises without decomposing anything
+        exported = exported.run_decompositions({})
+        if _mutates(exported.graph):
+            raise CaptureError("the model changes a tensor in place in a way that export keeps")
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    names = _weight_names(exported)
+    users = [s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    by_name = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    symbols = _symbols({name: by_name[node] for name, node in zip(dims, users, strict=True)}, dims)
+    shapes: dict[str, tuple[Dim, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for name, node in zip(dims, users, strict=True):
+        kind = _type(by_name[node].meta["val"], symbols)
+        assert kind is not None
+        values[by_name[node]] = placeholder = graph.placeholder(name)
+        placeholder.meta["type"] = kind
+        shapes[name], dtypes[name] = kind.shape, kind.dtype
+    for name, node in by_name.items():
+        if name in names:
+            values[node] = names[name]
+    weights: dict[str, fx.Node] = {}
+    _copy_nodes(exported.graph, exported.graph_module, graph, values, weights, symbols)
+    outputs = _outputs(exported, graph, values, weights)
+    graph.eliminate_dead_code()
+    return Flat(graph, outputs, shapes, dtypes)
+
+
+def _mutates(graph: fx.Graph) -> bool:
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable and node.target not in _COPIES:
+            return True
+    return False
+
+
+def _weight_names(exported: torch.export.ExportedProgram) -> dict[str, str]:
+    """The model's name of each parameter, buffer and constant, by its placeholder's name."""
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    signature = exported.graph_signature
+    changed = [s for s in signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION]
+    if changed:
+        raise CaptureError(f"the model writes to its buffer {changed[0].target}")
+    return {
+        spec.arg.name: str(spec.target).removeprefix("model.")
+        for spec in signature.input_specs
+        if spec.kind in kinds
+    }
+
+
+def _symbols(nodes: dict[str, fx.Node], dims: dict[str, tuple[Dim, ...]]) -> dict[str, str]:
+    """Our name for each symbol of the exporter: the dynamic dimensions' names."""
+    names: dict[str, str] = {}
+    for name, node in nodes.items():
+        for size, dim in zip(node.meta["val"].shape, dims[name], strict=True):
+            if isinstance(dim, str) and isinstance(size, torch.SymInt):
+                names.setdefault(str(size.node.expr), dim)
+    return names
+
+
+def _type(value: Any, symbols: dict[str, str]) -> TensorType | None:
+    if not isinstance(value, Tensor):
+        return None
+    return TensorType(value.dtype, tuple(_dim(size, symbols) for size in value.shape))
+
+
+def _dim(size: Any, symbols: dict[str, str]) -> Dim:
+    if isinstance(size, int):
+        return size
+    text = str(size.node.expr)
+    for symbol in sorted(symbols, key=len, reverse=True):
+        text = text.replace(symbol, symbols[symbol])
+    return text
+
+
+def _copy_nodes(
+    old: fx.Graph,
+    owner: Any,
+    graph: fx.Graph,
+    values: dict[fx.Node, Any],
+    weights: dict[str, fx.Node],
+    symbols: dict[str, str],
+) -> Any:
+    """Append the nodes of `old` to `graph`; returns what its output holds."""
+
+    def resolve(node: fx.Node) -> Any:
+        value = values[node]
+        if isinstance(value, str):
+            if value not in weights:
+                weights[value] = graph.get_attr(value)
+                kind = _type(node.meta.get("val"), symbols)
+                if kind is not None:
+                    weights[value].meta["type"] = kind
+            return weights[value]
+        return value
+
+    for node in old.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return fx.node.map_arg(node.args[0], resolve)
+        if node.op == "get_attr":
+            values[node] = getattr(owner, str(node.target))
+            continue
+        target = str(node.target)
+        if "_assert" in target or "sym_constrain_range" in target or node.op == "call_module":
+            continue
+        if any(wrapper in target for wrapper in _WRAPPERS):
+            values[node] = _inline(node, graph, values, weights, symbols, resolve)
+            continue
+        args = fx.node.map_arg(node.args, resolve)
+        kwargs = fx.node.map_arg(node.kwargs, resolve)
+        if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
+            values[node] = args[0][args[1]]
+            continue
+        if _is_noop(node):
+            values[node] = args[0]
+            continue
+        values[node] = _append(graph, node, args, kwargs, symbols)
+    return None
+
+
+def _inline(
+    node: fx.Node,
+    graph: fx.Graph,
+    values: dict[fx.Node, Any],
+    weights: dict[str, fx.Node],
+    symbols: dict[str, str],
+    resolve: Any,
+) -> Any:
+    """The nodes of a region that export wrapped because of a context manager around it."""
+    position = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+    inner = values[node.args[position]]  # type: ignore[index]
+    if "autocast" in str(node.target) and node.args[2] is True:
+        raise CaptureError("the model turns autocast on inside its forward")
+    arguments = node.args[position + 1 :]
+    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    for placeholder, argument in zip(placeholders, arguments, strict=True):
+        values[placeholder] = resolve(argument) if isinstance(argument, fx.Node) else argument
+    return _copy_nodes(inner.graph, inner, graph, values, weights, symbols)
+
+
+def _is_noop(node: fx.Node) -> bool:
+    """Whether a node returns its first argument unchanged, in eval mode and whatever the device."""
+    if node.target in _COPIES:
+        return node.target not in (aten.dropout.default, aten.feature_dropout.default) or (
+            node.args[1] == 0 or node.args[2] is False
+        )
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return False
+    before, after = first.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    name = str(node.target)
+    if name.startswith("aten.to.") or name.startswith("aten._to_copy") or name == "aten.type_as.default":
+        return before.dtype == after.dtype
+    if name == "aten.slice.Tensor":
+        start = node.args[2] if len(node.args) > 2 else None
+        end = node.args[3] if len(node.args) > 3 else None
+        step = node.args[4] if len(node.args) > 4 else 1
+        return start in (0, None) and end in (None, 2**63 - 1) and step == 1
+    return False
+
+
+def _append(
+    graph: fx.Graph, node: fx.Node, args: Any, kwargs: Any, symbols: dict[str, str]
+) -> fx.Node:
+    target: Any = node.target
+    kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
+    name = str(target)
+    value = node.meta.get("val")
+    if (name.startswith("aten.to.") or name.startswith("aten._to_copy")) and isinstance(value, Tensor):
+        target, args, kwargs = aten.to.dtype, (args[0], value.dtype), {}
+    elif name == "reroll.cache.default":
+        args = args[:2]
+    new = graph.create_node("call_function", target, args, kwargs, name=node.name)
+    kind = _type(value, symbols)
+    if kind is not None:
+        new.meta["type"] = kind
+    return new
+
+
+def _outputs(
+    exported: torch.export.ExportedProgram,
+    graph: fx.Graph,
+    values: dict[fx.Node, Any],
+    weights: dict[str, fx.Node],
+) -> tuple[str, ...]:
+    """Give the graph its output: one tensor per name of the model's output."""
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    names = tuple(str(name) for name in spec.context)
+    nodes = {n.name: n for n in exported.graph.nodes}
+    results = []
+    for name in (s.arg.name for s in exported.graph_signature.output_specs):
+        value = values[nodes[name]]
+        results.append(weights[value] if isinstance(value, str) else value)
+    output = graph.output(tuple(results))
+    del output
+    return names

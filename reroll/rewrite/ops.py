@@ -1,0 +1,234 @@
+"""The op set of the intermediate representation: the few idioms that passes reason about.
+
+Everything else in a Program stays plain ATen. Each op is a `torch.library` custom op, so that
+`torch.export` and `torch.compile` keep it whole; its body here is the reference that defines it, in
+the arithmetic of transformers' eager attention, and `reroll.runtime` runs faster forms of it.
+
+The one op that is not a tensor function is `loop`: the depth loop, whose body is a graph of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMESPACE = "reroll"
+
+
+@torch.library.custom_op(f"{NAMESPACE}::mask", mutates_args=())
+def mask(
+    padding: Tensor | None,
+    batch: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    blocks: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The additive attention mask: 0 where a query may see a key, the lowest finite value elsewhere.
+
+    Position `i` of the queries stands at `q_offset + i` of the keys. `causal`: no key after the
+    query. `window`: with `causal` the last `window` keys including the query's own, without it the
+    keys at a distance of at most `window`. `chunk`: only keys of the query's own chunk, counted from
+    the first token that is not padding. `blocks` [batch, kv_length]: tokens with the same number of
+    0 or more see each other in both directions, whatever the rest says. `padding` [batch,
+    kv_length] is 0 at keys that nobody sees.
+
+    Returns [batch, 1, q_length, kv_length] of `dtype`.
+    """
+    q = torch.arange(q_length)[:, None] + q_offset
+    kv = torch.arange(kv_length)[None, :]
+    if padding is not None:
+        q, kv = q.to(padding.device), kv.to(padding.device)
+    keep = visible(q, kv, causal, window)[None, None].expand(batch, 1, -1, -1)
+    if chunk is not None:
+        first = torch.zeros(batch, dtype=torch.long, device=q.device)
+        if padding is not None:
+            first = (padding.bool().cumsum(-1) == 0).sum(-1)
+        first = first[:, None, None, None]
+        keep = keep & ((kv - first) // chunk == (q - first) // chunk)
+    if blocks is not None:
+        of_query = blocks[:, q_offset : q_offset + q_length, None]
+        same = (of_query == blocks[:, None, :kv_length]) & (of_query >= 0)
+        keep = keep | same[:, None]
+    if padding is not None:
+        keep = keep & padding[:, None, None, :kv_length].bool()
+    return torch.where(keep, torch.zeros((), dtype=dtype), torch.finfo(dtype).min).contiguous()
+
+
+@mask.register_fake
+def _(padding, batch, q_length, kv_length, q_offset, causal, window, chunk, blocks, dtype):  # type: ignore[no-untyped-def]
+    device = padding.device if padding is not None else None
+    return torch.empty(batch, 1, q_length, kv_length, dtype=dtype, device=device)
+
+
+def visible(q: Tensor, kv: Tensor, causal: bool, window: int | None) -> Tensor:
+    """Which keys at positions `kv` a query at position `q` may see (the two broadcast)."""
+    if causal:
+        seen = kv <= q
+        return seen if window is None else seen & (kv > q - window)
+    if window is None:
+        return (kv >= 0) & (q >= 0)
+    return (q - kv).abs() <= window
+
+
+@torch.library.custom_op(f"{NAMESPACE}::cache", mutates_args=())
+def cache(k: Tensor, v: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """The state of one attention: the keys and values of all tokens so far.
+
+    `k`, `v`: [batch, kv_heads, time, head_dim] of the new tokens. The lowered module appends them to
+    the cache of the running generation; here, without one, they are all there is. `length` is the
+    number of tokens there will be, known while capturing.
+    """
+    if length is not None and length != k.shape[-2]:
+        raise ValueError(f"the reference of {NAMESPACE}::cache has no past: run the lowered module")
+    return k.clone(), v.clone()
+
+
+@cache.register_fake
+def _(k, v, length=None):  # type: ignore[no-untyped-def]
+    if length is None:
+        return torch.empty_like(k), torch.empty_like(v)
+    return (
+        k.new_empty(*k.shape[:-2], length, k.shape[-1]),
+        v.new_empty(*v.shape[:-2], length, v.shape[-1]),
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    padding: Tensor | None = None,
+    blocks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention over grouped heads.
+
+    `q`: [batch, heads, time, head_dim]; `k`: [batch, kv_heads, kv_time, head_dim]; `v` likewise with
+    its own head_dim. Scores are `q k^T * scale`, bounded to `softcap * tanh(scores / softcap)`, plus
+    `bias` (anything that broadcasts to [batch, heads, time, kv_time]). `causal`, `window`, `chunk`,
+    `blocks` and `padding` mean what they mean in `mask`, with the queries at the end of the keys.
+    `sinks` [heads] are logits that take part in the normalisation and carry no value.
+
+    Returns [batch, time, heads, v_head_dim].
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    if causal or window or chunk or padding is not None or blocks is not None:
+        length, kv_length = q.shape[2], k.shape[2]
+        scores = scores + mask(
+            padding, q.shape[0], length, kv_length, kv_length - length,
+            causal, window, chunk, blocks, scores.dtype,
+        )  # fmt: skip
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+        scores = torch.cat([scores, column], dim=-1)
+        scores = scores - scores.max(dim=-1, keepdim=True).values
+        weights = F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+    else:
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(weights, v).transpose(1, 2).contiguous()
+
+
+@attention.register_fake
+def _(q, k, v, scale, causal=False, window=None, chunk=None, softcap=None, sinks=None, bias=None, padding=None, blocks=None):  # type: ignore[no-untyped-def]  # fmt: skip
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension, computed in fp32.
+
+    Zhang and Sennrich, 2019 (arXiv 1910.07467), equation 4. `offset` is 1 where the stored weight is
+    the distance from one.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        normed = normed * (weight.float() + offset)
+    return normed.to(x.dtype)
+
+
+@rms_norm.register_fake
+def _(x, weight, eps, offset=0.0):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rope", mutates_args=())
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864, equation 34).
+
+    `cos`, `sin` broadcast to `x` in all but the last dimension, whose size R says how many of the
+    leading channels of `x` turn; the rest pass. Channel pairs are (i, i + R/2), or (2i, 2i + 1)
+    when `interleaved`.
+    """
+    size = cos.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    if interleaved:
+        quarter = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+    else:
+        quarter = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), dim=-1)
+    turned = turned * cos + quarter * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned.contiguous()
+
+
+@rope.register_fake
+def _(x, cos, sin, interleaved=False):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::glu", mutates_args=())
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Gated linear unit: activation(gate) * up (Shazeer, 2020, arXiv 2002.05202)."""
+    return activate(gate, activation) * up
+
+
+@glu.register_fake
+def _(gate, up, activation):  # type: ignore[no-untyped-def]
+    return torch.empty_like(gate)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation functions that `glu` knows, by name."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "sigmoid":
+        return torch.sigmoid(x)
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+def loop(body: str, carry: tuple[Any, ...], inputs: tuple[Any, ...], trips: int) -> tuple[Any, ...]:
+    """The depth loop: runs the Program's body of this name `trips` times.
+
+    The body's first placeholders take the `carry`, which each trip returns for the next one. Each
+    further placeholder takes one of `inputs`: a value that is the same for all trips, or a tuple with
+    one value per trip. Weights of the body are stacked in the Program's table: each names the entry
+    that a trip uses. Returns the last trip's carry.
+    """
+    raise RuntimeError("a loop is run by the lowered module, not by the graph alone")

@@ -1,0 +1,215 @@
+"""The Program: a captured model as graphs, a table of lazy weights, and where it came from.
+
+A Program holds `graph`, an `fx.Graph` over ATen and the ops of `reroll.rewrite.ops`; for each depth
+loop a `Body`, the graph of one trip; and `weights`, which says what tensor stands behind each
+`get_attr` node. Nothing in it runs code of its own: text, JSON and files hold only op names,
+constants and tensors.
+
+Node types are in `node.meta["type"]`, a `TensorType`, wherever the node makes a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.errors import ProgramError
+from reroll.rewrite import ops
+from reroll.rewrite.checkpoint import TensorSource
+from reroll.rewrite.weights import WeightTable
+
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """The dtype and shape of a tensor in a graph; a dimension known only at run time is a name."""
+
+    dtype: torch.dtype
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a Program.
+
+    `role` says what the lowered module supplies when a caller leaves the input out: "data" (nothing:
+    it is required), "padding" (ones over past and present tokens), "positions" (counted from the
+    past), or "zeros".
+    """
+
+    name: str
+    type: TensorType
+    role: str = "data"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass that has run: its text, how long it took, and what it remarked and measured."""
+
+    text: str
+    seconds: float
+    remarks: tuple[str, ...] = ()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a Program was made from, and the passes that it has been through.
+
+    `config` is the original model's configuration as JSON data; `files` are the side files
+    (tokenizer, generation config, preprocessor) that are saved again unchanged, name to path;
+    `auto_class` names the transformers auto class that loads the saved model.
+    """
+
+    model: str
+    revision: str | None = None
+    architecture: str = ""
+    auto_class: str = "AutoModel"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Body:
+    """One trip of a depth loop.
+
+    The first placeholders of `graph` are the carry, in the order in which its output returns them;
+    the others take the loop's inputs. `period` is how many of the original layers one trip runs.
+    """
+
+    graph: fx.Graph
+    period: int = 1
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop node of a Program's graph, with its arguments by name."""
+
+    node: fx.Node
+    body: Body
+
+    @property
+    def name(self) -> str:
+        return str(self.node.args[0])
+
+    @property
+    def carry(self) -> tuple[Any, ...]:
+        return tuple(self.node.args[1])  # type: ignore[arg-type]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        return tuple(self.node.args[2])  # type: ignore[arg-type]
+
+    @property
+    def trips(self) -> int:
+        return int(self.node.args[3])  # type: ignore[arg-type]
+
+    @property
+    def period(self) -> int:
+        return self.body.period
+
+    @property
+    def layers(self) -> int:
+        """How many layers of the original model the loop runs."""
+        return self.trips * self.period
+
+    def input_for(self, position: int, trip: int) -> Any:
+        """What the body's input at `position` (after the carry) is in one trip."""
+        value = self.inputs[position]
+        return value[trip] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as a graph with rolled loops and lazy weights. Passes map one Program to another."""
+
+    graph: fx.Graph
+    bodies: Mapping[str, Body]
+    weights: WeightTable
+    source: TensorSource
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    dtype: torch.dtype
+    origin: Origin
+
+    @property
+    def loops(self) -> tuple[Loop, ...]:
+        """The depth loops in the order in which they run."""
+        return tuple(
+            Loop(node, self.bodies[str(node.args[0])])
+            for node in self.graph.nodes
+            if node.op == "call_function" and node.target is ops.loop
+        )
+
+    def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
+        """The main graph, under the name "main", and each loop's body under the loop's name."""
+        yield "main", self.graph
+        for name, body in self.bodies.items():
+            yield name, body.graph
+
+    def parameters(self) -> int:
+        """Number of stored trainable scalars; a shared weight counts once."""
+        return self.weights.parameters()
+
+    def edit(self) -> Program:
+        """A copy whose graphs may be changed in place without changing this Program."""
+        bodies = {name: replace(body, graph=copy(body.graph)) for name, body in self.bodies.items()}
+        return replace(self, graph=copy(self.graph), bodies=bodies)
+
+    def with_weights(self, weights: WeightTable) -> Program:
+        """The same graphs over another weight table."""
+        return replace(self, weights=weights)
+
+    def to_module(self, **options: Any) -> Any:
+        """Lower to a `transformers.PreTrainedModel`: see `reroll.runtime.lower`."""
+        return _service("to_module")(self, **options)
+
+    def save(self, directory: str, **options: Any) -> None:
+        """Write a Hugging Face directory: see `reroll.export.huggingface`."""
+        _service("save")(self, directory, **options)
+
+    def __str__(self) -> str:
+        from reroll.rewrite.text import to_text
+
+        return to_text(self)
+
+
+def copy(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph with the same node names and metadata."""
+    new = fx.Graph()
+    output = new.graph_copy(graph, val_map := {}, return_output_node=True)
+    assert output is not None
+    value, old = output
+    new.output(value).meta.update(old.meta)
+    del val_map
+    return new
+
+
+def weight_nodes(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """The `get_attr` nodes of a graph, by the name of the weight that they read."""
+    nodes: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            nodes.setdefault(str(node.target), []).append(node)
+    return nodes
+
+
+# the packages above `rewrite` say here how a Program is lowered and saved, so that imports run one way
+_services: dict[str, Callable[..., Any]] = {}
+
+
+def provide(name: str, function: Callable[..., Any]) -> None:
+    """Register what `Program.to_module` or `Program.save` calls."""
+    _services[name] = function
+
+
+def _service(name: str) -> Callable[..., Any]:
+    if name not in _services:
+        raise ProgramError(f"Program.{name} is not available", hint="import reroll first")
+    return _services[name]

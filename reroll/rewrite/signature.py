@@ -1,0 +1,133 @@
+"""Which inputs a model is captured with: their names, dynamic dimensions, and example tensors.
+
+Everything here follows from the names of the forward function's arguments, which transformers uses
+alike in all models of a modality, and from the sizes in the configuration.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import CaptureError
+
+# example sizes: all different and none of them 1, so that export keeps the dimensions apart
+_SIZES = {"b": 3, "s": 5, "t": 12, "e": 7, "l": 160}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input to capture with: a tensor, the names of its dynamic dimensions, and its role."""
+
+    name: str
+    tensor: Tensor
+    dims: tuple[str | int, ...]
+    role: str = "data"
+
+
+def has_state(model: Any) -> bool:
+    """Whether the model's forward takes a key/value cache and generates with it."""
+    return "past_key_values" in _arguments(model) and bool(
+        getattr(model.config, "is_encoder_decoder", False)
+        or (hasattr(model, "can_generate") and model.can_generate())
+    )
+
+
+def default_examples(model: Any, stateful: bool) -> list[Example]:
+    """The inputs of a transformers model, by its main input's name.
+
+    `stateful`: with a past, so that the padding mask is longer than the tokens. Raises CaptureError
+    for a modality that is not known.
+    """
+    main = model.main_input_name
+    arguments = _arguments(model)
+    if main not in arguments:
+        main = next((name for name in arguments if name in _MAKERS), main)
+    if main not in _MAKERS:
+        raise CaptureError(
+            f"do not know what the input {main!r} of {type(model).__name__} looks like",
+            hint="pass example tensors: capture(model, inputs={...})",
+        )
+    config = model.config
+    if not getattr(config, "is_encoder_decoder", False):
+        return _MAKERS[main](config, main, arguments, "t" if stateful else "s", "s")
+    examples = _MAKERS[main](config, main, arguments - {"position_ids"}, "e", "e")
+    total = "t" if stateful else "s"
+    examples.append(_tokens("decoder_input_ids", "s"))
+    if "decoder_attention_mask" in arguments:
+        examples.append(_ones("decoder_attention_mask", total))
+    if "decoder_position_ids" in arguments:
+        examples.append(_positions("decoder_position_ids", stateful))
+    return examples
+
+
+def given_examples(inputs: Mapping[str, Tensor]) -> list[Example]:
+    """The caller's own example tensors; the batch dimension is dynamic."""
+    return [
+        Example(name, tensor, ("b", *tensor.shape[1:]) if tensor.dim() else ())
+        for name, tensor in inputs.items()
+    ]
+
+
+def _arguments(model: Any) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _text(config: Any, main: str, arguments: set[str], total: str, tokens: str) -> list[Example]:
+    examples = [_tokens(main, tokens)]
+    if "attention_mask" in arguments:
+        examples.append(_ones("attention_mask", total))
+    if total != tokens or "past_key_values" in arguments:
+        if "position_ids" in arguments:
+            examples.append(_positions("position_ids", total != tokens))
+    elif "token_type_ids" in arguments and getattr(config, "type_vocab_size", 0):
+        zeros = torch.zeros(_SIZES["b"], _SIZES[tokens], dtype=torch.long)
+        examples.append(Example("token_type_ids", zeros, ("b", tokens), "zeros"))
+    return examples
+
+
+def _image(config: Any, main: str, arguments: set[str], *_: str) -> list[Example]:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = (int(getattr(vision, "num_channels", 3)), int(height), int(width))
+    return [Example(main, torch.zeros(_SIZES["b"], *shape), ("b", *shape))]
+
+
+def _spectrogram(config: Any, main: str, arguments: set[str], *_: str) -> list[Example]:
+    frames = int(getattr(config, "max_source_positions", 1500)) * 2
+    shape = (int(getattr(config, "num_mel_bins", 80)), frames)
+    return [Example(main, torch.zeros(_SIZES["b"], *shape), ("b", *shape))]
+
+
+def _waveform(config: Any, main: str, arguments: set[str], *_: str) -> list[Example]:
+    return [Example(main, torch.zeros(_SIZES["b"], 16000), ("b", 16000))]
+
+
+_MAKERS = {
+    "input_ids": _text,
+    "pixel_values": _image,
+    "input_features": _spectrogram,
+    "input_values": _waveform,
+}
+
+
+def _tokens(name: str, length: str) -> Example:
+    ids = torch.arange(2, 2 + _SIZES["b"] * _SIZES[length]).reshape(_SIZES["b"], -1)
+    return Example(name, ids, ("b", length))
+
+
+def _ones(name: str, length: str) -> Example:
+    ones = torch.ones(_SIZES["b"], _SIZES[length], dtype=torch.long)
+    return Example(name, ones, ("b", length), "padding")
+
+
+def _positions(name: str, stateful: bool) -> Example:
+    start = _SIZES["t"] - _SIZES["s"] if stateful else 0
+    positions = torch.arange(start, start + _SIZES["s"]).expand(_SIZES["b"], -1).contiguous()
+    return Example(name, positions, ("b", "s"), "positions")
