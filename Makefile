@@ -1,0 +1,42 @@
+# NAMES chooses what `make models` makes (default: all; `python -m tools.models --list` lists them)
+PYTHON ?= python3
+NAMES ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# touched when the environment has what pyproject.toml and constraints.txt ask for
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow models lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m tools.models smollm2-135m-instruct text:wiki
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+models: $(INSTALLED)
+	$(BIN)/python -m tools.models $(NAMES)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# models, data and the environment stay: they take long to make
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# torch comes first: everything else is resolved around the build that is installed
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
+	touch $@
