@@ -137,6 +137,8 @@ class Program:
     outputs: tuple[str, ...]
     dtype: torch.dtype
     origin: Origin
+    # tied weights as they were before they were tied, for passes that build residuals from them
+    reference: WeightTable = field(default_factory=WeightTable)
 
     @property
     def loops(self) -> tuple[Loop, ...]:
