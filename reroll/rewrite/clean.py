@@ -222,6 +222,9 @@ def _append(
         target, args, kwargs = aten.to.dtype, (args[0], value.dtype), {}
     elif name == "reroll.cache.default":
         args = args[:2]
+    elif target in (aten.view.default, aten._unsafe_view.default):
+        # without the copies that were dropped, strides no longer promise that a view is possible
+        target = aten.reshape.default
     new = graph.create_node("call_function", target, args, kwargs, name=node.name)
     kind = _type(value, symbols)
     if kind is not None:

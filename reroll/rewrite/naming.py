@@ -1,0 +1,58 @@
+"""Names for a rolled loop and its stacked weights, after the modules that they come from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from reroll.rewrite.unify import Unifier
+
+
+class Names:
+    """The loop's name, the new name of each stacked weight, and how many layers a trip runs.
+
+    `model.layers.0.mlp.up_proj.weight` and its like in the other trips become
+    `model.layers.*.mlp.up_proj.weight`. With several layers to a trip, or where the first trip is not
+    layer 0, a component tells the layers of a trip apart or keeps clear of the layers outside.
+    """
+
+    def __init__(self, found: Unifier, taken: set[str], weights: Mapping[str, Any]) -> None:
+        split = {first: _split(names) for first, names in found.stacks.items()}
+        prefixes = Counter(parts[0] for parts in split.values() if parts is not None)
+        common = prefixes.most_common(1)[0][0] if prefixes else ""
+        name = common or f"loop{len(taken) - 1}"
+        self.loop = name
+        while self.loop in taken:
+            self.loop += "_"
+        layers = sorted({parts[1] for parts in split.values() if parts and parts[0] == common})
+        self.period = max(len(layers), 1)
+        plain = self.period == 1 and layers == [0] and self.loop == common
+        self.renamed: dict[str, str] = {}
+        for first, names in found.stacks.items():
+            parts = split[first]
+            if len(set(names)) == 1:
+                new = first
+            elif parts is not None and parts[0] == common and plain:
+                new = f"{common}.*.{parts[2]}"
+            elif parts is not None and parts[0] == common:
+                new = f"{self.loop}.trips.*.{layers.index(parts[1])}.{parts[2]}"
+            else:
+                new = f"{self.loop}.trips.*.{first}"
+            while new in self.renamed.values() or (new != first and new in weights):
+                new += "_"
+            self.renamed[first] = new
+
+
+def _split(names: tuple[str, ...]) -> tuple[str, int, str] | None:
+    """(prefix, number in the first name, rest) if the names differ in one number only."""
+    if len(set(names)) == 1:
+        return None
+    parts = [name.split(".") for name in names]
+    if len({len(p) for p in parts}) != 1:
+        return None
+    differing = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+    if len(differing) != 1 or not all(p[differing[0]].isdigit() for p in parts):
+        return None
+    at = differing[0]
+    return ".".join(parts[0][:at]), int(parts[0][at]), ".".join(parts[0][at + 1 :])
