@@ -114,8 +114,7 @@ class Expr:
         return self
 
 
-Scalar: TypeAlias = "int | float | str | bool | None"
-Argument: TypeAlias = "Expr | Scalar | tuple[Scalar, ...]"
+Argument: TypeAlias = "Expr | int | float | str | bool | tuple[int, ...]"
 
 
 def _digest(*parts: object) -> bytes:

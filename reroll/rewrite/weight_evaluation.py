@@ -85,7 +85,7 @@ def _grouped(outputs: Sequence[Output]) -> dict[Expr, list[Output]]:
     for output in outputs:
         groups.setdefault(output.expr, []).append(output)
     nodes = list(walk(groups))
-    uses = Counter(child for node in nodes for child in set(children(node)))
+    uses = Counter(child for node in nodes for child in children(node))
     uses.update(groups.keys())
     component = _components(nodes)
     # dicts keep the order in which components, and links within them, are first met

@@ -117,7 +117,7 @@ def _argument(nodes: Sequence[Expr], value: object) -> Argument:
         return _node(nodes, _member(value, "node", int))
     if isinstance(value, list):
         return tuple(_is(v, int) for v in value)
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, bool | int | float | str):
         return value
     raise ProgramError(f"{value!r:.80} is not an argument")
 

@@ -94,9 +94,7 @@ def _checked(function: WeightFunction, name: str, kind: object, value: Argument)
         value = float(value)
     if kind is float and type(value) is float and math.isfinite(value):
         return value
-    if kind is int and type(value) is int:
-        return value
-    if kind is str and type(value) is str:
+    if kind in (int, str, bool) and type(value) is kind:
         return value
     integers = isinstance(value, tuple) and all(type(v) is int for v in value)
     if kind == tuple[int, ...] and integers:

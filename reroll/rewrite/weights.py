@@ -37,6 +37,8 @@ from reroll.rewrite.weight_json import (
 )
 from reroll.rewrite.weight_registry import weight_function
 from reroll.rewrite.weight_table import Weight, WeightTable, stored_name
+from reroll.rewrite.weight_text import expr_to_text, table_to_text
+from reroll.rewrite.weight_text_parser import expr_from_text, table_from_text
 
 __all__ = [
     "Apply",
@@ -54,7 +56,9 @@ __all__ = [
     "elementwise",
     "evaluate",
     "expr_from_json",
+    "expr_from_text",
     "expr_to_json",
+    "expr_to_text",
     "full",
     "matvec",
     "mean",
@@ -69,7 +73,9 @@ __all__ = [
     "svd_down",
     "svd_up",
     "table_from_json",
+    "table_from_text",
     "table_to_json",
+    "table_to_text",
     "transpose",
     "weight_function",
     "zeros",
