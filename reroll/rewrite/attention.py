@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reroll.rewrite.eager import match_eager, match_sdpa, raise_eager, raise_sdpa
 from reroll.rewrite.idioms import Rule
 from reroll.rewrite.matching import argument, shape
 
@@ -15,7 +16,10 @@ ATTENTION = torch.ops.reroll.attention.default
 MASK = torch.ops.reroll.mask.default
 
 ARGUMENTS = tuple(a.name for a in ATTENTION._schema.arguments)
-ATTENTION_RULES: tuple[Rule, ...] = ()
+ATTENTION_RULES = (
+    Rule("attention", match_eager, raise_eager),
+    Rule("attention", match_sdpa, raise_sdpa),
+)
 
 
 def attention_arguments(node: fx.Node) -> dict[str, Any]:

@@ -208,7 +208,8 @@ def _to_program(
     origin: Origin | None,
 ) -> Program:
     weights, literals = _weight_table(model, exported, source)
-    flat = clean.flatten(exported, {e.name: e.dims for e in examples})
+    aliases = _aliases(model, literals)
+    flat = clean.flatten(exported, {e.name: e.dims for e in examples}, aliases)
     inputs = tuple(
         Input(e.name, TensorType(flat.dtypes[e.name], flat.shapes[e.name]), e.role)
         for e in examples
@@ -259,6 +260,21 @@ def _weight_table(
         meta = Meta(tuple(tensor.shape), tensor.dtype)
         weights.setdefault(name, Weight((Source(name, meta),), trainable=False))
     return weights, literals
+
+
+def _aliases(model: nn.Module, literals: dict[str, Tensor]) -> dict[str, str]:
+    """The first name of each tensor that has several: tied parameters, and constants of equal value."""
+    first: dict[Any, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        storage = id(parameter) if parameter.device.type == "meta" else parameter.data_ptr()
+        key = (storage, parameter.shape, parameter.stride())
+        aliases[name] = first.setdefault(key if parameter.numel() else name, name)
+    constants = [(n, t) for n, t in literals.items() if n not in aliases and t.numel() < 2**20]
+    for name, tensor in constants:
+        key = (tensor.dtype, tensor.shape, tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        aliases[name] = first.setdefault(key, name)
+    return {name: target for name, target in aliases.items() if name != target}
 
 
 def _has(graph: fx.Graph, op: str) -> bool:

@@ -40,8 +40,15 @@ class Flat:
     dtypes: dict[str, torch.dtype]
 
 
-def flatten(exported: torch.export.ExportedProgram, dims: dict[str, tuple[Dim, ...]]) -> Flat:
-    """Rewrite an exported program. `dims` names the dynamic dimensions of each input.
+def flatten(
+    exported: torch.export.ExportedProgram,
+    dims: dict[str, tuple[Dim, ...]],
+    aliases: dict[str, str],
+) -> Flat:
+    """Rewrite an exported program.
+
+    `dims` names the dynamic dimensions of each input, `aliases` the one name to use for each weight
+    that has several.
 
     Raises CaptureError if the graph writes to a buffer or to a tensor in place.
     """
@@ -66,7 +73,7 @@ def flatten(exported: torch.export.ExportedProgram, dims: dict[str, tuple[Dim, .
         shapes[name], dtypes[name] = kind.shape, kind.dtype
     for name, node in by_name.items():
         if name in names:
-            values[node] = names[name]
+            values[node] = aliases.get(names[name], names[name])
     weights: dict[str, fx.Node] = {}
     _copy_nodes(exported.graph, exported.graph_module, graph, values, weights, symbols)
     outputs = _outputs(exported, graph, values, weights)

@@ -26,7 +26,6 @@ from reroll.rewrite.matching import (
     shape,
 )
 from reroll.rewrite.patterns import Match, Miss
-from reroll.rewrite.program import TensorType
 
 aten = torch.ops.aten
 MUL, ADD, SUB = "aten.mul.Tensor", "aten.add.Tensor", "aten.sub.Tensor"
@@ -35,7 +34,7 @@ END = 2**63 - 1
 
 @dataclass(frozen=True)
 class Rule:
-    """An idiom. `rewrite(graph, root, match)` inserts the replacement before `root`, or refuses."""
+    """An idiom. `pattern` is matched, or called with the node; `rewrite(graph, root, match)` inserts the replacement before `root`, or refuses."""
 
     name: str
     pattern: Any
@@ -218,6 +217,30 @@ def _glu(activation: str) -> Callable[[fx.Graph, fx.Node, Match], fx.Node | Miss
     return rewrite
 
 
+# --- the tanh form of GELU, written out -------------------------------------------------------------
+
+_g = Var("x")
+_cube = either(
+    Op("aten.pow.Tensor_Scalar", _g, 3), Op(MUL, Op(MUL, _g, _g), _g, commutes=True)
+)
+_inner = either(
+    Op(MUL, Op(ADD, _g, Op(MUL, _cube, Number("c"), commutes=True), commutes=True), Number("k")),
+    Op(
+        MUL,
+        Op(MUL, _g, Number("k")),
+        Op(ADD, Op(MUL, Op(MUL, _g, Number("c")), _g, commutes=True), 1),
+        commutes=True,
+    ),
+)
+_gelu_tanh = Op(MUL, Op(MUL, _g, 0.5), Op(ADD, Op("aten.tanh.default", _inner), 1), commutes=True)
+
+
+def _gelu(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
+    node = call(graph, root, aten.gelu.default, match["x"])
+    node.kwargs = {"approximate": "tanh"}
+    return node
+
+
 # --- linear ------------------------------------------------------------------------------------------
 
 
@@ -250,10 +273,9 @@ RULES = (
     Rule("rope", _rope_pattern, _rope),
     Rule("rope", _partial_rope_pattern, _partial_rope),
     Rule("linear", Op("aten.reshape.default", _flat_linear, ANY), _split_linear),
+    Rule("gelu", _gelu_tanh, _gelu),
     *(
         Rule("glu", Op(MUL, pattern, Var("up", _projected), commutes=True), _glu(activation))
         for activation, pattern in _ACTIVATIONS.items()
     ),
 )
-
-_ = TensorType

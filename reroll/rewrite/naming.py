@@ -20,7 +20,7 @@ class Names:
     def __init__(self, found: Unifier, taken: set[str], weights: Mapping[str, Any]) -> None:
         split = {first: _split(names) for first, names in found.stacks.items()}
         prefixes = Counter(parts[0] for parts in split.values() if parts is not None)
-        common = prefixes.most_common(1)[0][0] if prefixes else ""
+        common = prefixes.most_common(1)[0][0] if prefixes else _common_prefix(list(found.stacks))
         name = common or f"loop{len(taken) - 1}"
         self.loop = name
         while self.loop in taken:
@@ -31,17 +31,27 @@ class Names:
         self.renamed: dict[str, str] = {}
         for first, names in found.stacks.items():
             parts = split[first]
-            if len(set(names)) == 1:
-                new = first
+            if parts is None and common and first.startswith(f"{common}."):
+                new = f"{self.loop}.*.{first.removeprefix(common + '.')}"
             elif parts is not None and parts[0] == common and plain:
                 new = f"{common}.*.{parts[2]}"
             elif parts is not None and parts[0] == common:
                 new = f"{self.loop}.trips.*.{layers.index(parts[1])}.{parts[2]}"
             else:
                 new = f"{self.loop}.trips.*.{first}"
-            while new in self.renamed.values() or (new != first and new in weights):
+            while new in self.renamed.values() or new in weights:
                 new += "_"
             self.renamed[first] = new
+
+
+def layers_per_trip(found: Unifier) -> int:
+    """How many differently numbered modules a trip's weights come from; 1 where that cannot be told."""
+    split = [_split(names) for names in found.stacks.values()]
+    numbers: dict[str, set[int]] = {}
+    for parts in split:
+        if parts is not None:
+            numbers.setdefault(parts[0], set()).add(parts[1])
+    return max(map(len, numbers.values()), default=1)
 
 
 def _split(names: tuple[str, ...]) -> tuple[str, int, str] | None:
@@ -56,3 +66,13 @@ def _split(names: tuple[str, ...]) -> tuple[str, int, str] | None:
         return None
     at = differing[0]
     return ".".join(parts[0][:at]), int(parts[0][at]), ".".join(parts[0][at + 1 :])
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The module path that all names share."""
+    shared = []
+    for column in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)

@@ -48,7 +48,7 @@ def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.users:
             continue
-        found = match(rule.pattern, node, rule.name)
+        found = rule.pattern(node) if callable(rule.pattern) else match(rule.pattern, node, rule.name)
         if not found:
             misses.append(found)
             continue
@@ -179,6 +179,11 @@ def raise_linears(program: Program) -> Program:
     weights, graph = program.weights, program.graph
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         name = str(node.target)
+        for user in [u for u in node.users if _is_transpose(u)]:
+            if all(_product(product, user) for product in user.users):
+                for product in list(user.users):
+                    product.target, product.args = aten.linear.default, (product.args[0], node)
+                graph.erase_node(user)
         uses = [_product(user, node) for user in node.users]
         if not uses or not all(uses) or len(weights[name].meta.shape) != 2:
             continue
@@ -192,6 +197,14 @@ def raise_linears(program: Program) -> Program:
             x = user.args[1] if user.target is aten.addmm.default else user.args[0]
             user.target, user.args, user.kwargs = aten.linear.default, (x, node, bias), {}
     return program.with_weights(weights)
+
+
+def _is_transpose(user: fx.Node) -> bool:
+    if user.target is aten.permute.default:
+        return list(user.args[1]) == [1, 0]  # type: ignore[arg-type]
+    if user.target is aten.transpose.int:
+        return sorted(int(d) % 2 for d in user.args[1:3]) == [0, 1]  # type: ignore[call-overload]
+    return user.target in (aten.t.default, aten.numpy_T.default)
 
 
 def _product(user: fx.Node, weight: fx.Node) -> bool:

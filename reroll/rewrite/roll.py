@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from reroll.rewrite import ops
-from reroll.rewrite.naming import Names
+from reroll.rewrite.naming import Names, layers_per_trip
 from reroll.rewrite.program import Body, Program, weight_nodes
 from reroll.rewrite.unify import Region, Unifier, unify
 from reroll.rewrite.weights import Weight
@@ -108,26 +108,30 @@ class Candidate:
 def find_loop(program: Program) -> Unifier | None:
     """The loop that covers the most nodes, with the fewest carried values; None if there is none."""
     order = data_nodes(program)
-    outside = {
-        name: nodes for name, nodes in weight_nodes(program.graph).items() if nodes
-    }
+    outside = weight_nodes(program.graph)
     for stretch in _stretches([_letter(node) for node in order]):
         best: Unifier | None = None
         for candidate in stretch:
-            if best is not None and candidate.trips < best.trips:
+            # one trip fewer is worth it if the loop then carries less or starts where a layer starts
+            if best is not None and candidate.trips < best.trips - 1:
                 break
             regions = [
                 Region(order[candidate.start + t * candidate.size :][: candidate.size])
                 for t in range(candidate.trips)
             ]
             found = unify(regions, outside)
-            if found and (best is None or len(found.carry) < len(best.carry)):
+            if found and (best is None or _untidiness(found) < _untidiness(best)):
                 best = found
-                if len(found.carry) == 1:
+                if _untidiness(found) == (1, 1):
                     break
         if best is not None:
             return best
     return None
+
+
+def _untidiness(found: Unifier) -> tuple[int, int]:
+    """How many values a loop carries, and from how many layers the weights of one trip come."""
+    return len(found.carry), layers_per_trip(found)
 
 
 def _letter(node: fx.Node) -> str:
@@ -213,6 +217,4 @@ def insert_loop(program: Program, found: Unifier) -> Program:
         after = value
     graph.eliminate_dead_code()
     bodies = {**program.bodies, names.loop: Body(body, names.period)}
-    from dataclasses import replace
-
     return replace(program, bodies=bodies, weights=type(weights)(table))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,7 +24,7 @@ SEED = 0
 @cache
 def sample_text() -> str:
     """A few kilobytes of English that are in the public domain, for when nobody gives any text."""
-    return files("reroll.rewrite").joinpath("sample.txt").read_text(encoding="utf-8")
+    return Path(__file__).with_name("sample.txt").read_text(encoding="utf-8")
 
 
 def default_tokenizer(program: Program) -> Tokenizer | None:

@@ -59,6 +59,10 @@ def tidy_shapes(graph: fx.Graph) -> int:
     """
     changed = 0
     for node in list(graph.nodes):
+        if node.target is aten.permute.default:
+            changed += _tidy_permute(node)
+        if node.target in (aten.reshape.default, aten.unflatten.int):
+            changed += _undo_flatten(node)
         if node.target is aten.reshape.default:
             changed += _tidy_reshape(graph, node)
         elif node.target is aten.expand.default:
@@ -113,6 +117,25 @@ def _tidy_expand(node: fx.Node) -> int:
         node.args = (node.args[0], sizes)
         return 1
     return 0
+
+
+def _tidy_permute(node: fx.Node) -> int:
+    order = [int(d) for d in node.args[1]]  # type: ignore[union-attr, call-overload]
+    moved = [i for i, d in enumerate(order) if i != d % len(order)]
+    if len(moved) != 2:
+        return 0
+    node.target, node.args = aten.transpose.int, (node.args[0], *moved)
+    return 1
+
+
+def _undo_flatten(node: fx.Node) -> int:
+    inner = node.args[0]
+    if not isinstance(inner, fx.Node) or inner.target is not aten.flatten.using_ints:
+        return 0
+    if _shape(node) is None or _shape(inner.args[0]) != _shape(node):
+        return 0
+    node.replace_all_uses_with(inner.args[0])  # type: ignore[arg-type]
+    return 1
 
 
 def _cancel_transpose(node: fx.Node) -> int:
