@@ -63,9 +63,14 @@ def _step(number: int, data: object) -> Step:
         return Step(
             text=_member(fields, "text", str),
             seconds=_member(fields, "seconds", (int, float)),
-            remarks=tuple(_is(r, str) for r in _member(fields, "remarks", list)),
+            remarks=_texts(_member(fields, "remarks", list)),
             measured=_plain(_member(fields, "measured", dict), "measured"),
         )
+
+
+def _texts(values: list[object]) -> tuple[str, ...]:
+    with located("remarks"):
+        return tuple(_is(value, str) for value in values)
 
 
 def _check_file(name: str) -> None:
