@@ -14,8 +14,9 @@ from reroll.errors import ProgramError, located
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.literals import WORDS, value_to_text
 from reroll.rewrite.origin_json import origin_from_json, origin_to_json
-from reroll.rewrite.parser import assemble, read
+from reroll.rewrite.parser import assemble
 from reroll.rewrite.program import Program
+from reroll.rewrite.sections import read
 from reroll.rewrite.text import graph_lines
 from reroll.rewrite.verify import verify
 from reroll.rewrite.weights import table_from_json, table_to_json
