@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 from torch import fx
 
@@ -83,17 +84,13 @@ def _lines(nodes: list[fx.Node], name: Namer) -> list[str]:
 def _aligned(before: fx.Graph, after: fx.Graph) -> tuple[list[str], list[str]]:
     """The lines of two graphs, where nodes that correspond have one name.
 
-    Nodes correspond if their lines do when the nodes in them have no names.
+    Nodes correspond if their lines do when the nodes in them have no names, and so do nodes that
+    stand in one place between those.
     """
     old = [node for node in before.nodes if node.op != "get_attr"]
     new = [node for node in after.nodes if node.op != "get_attr"]
-    keys_old, keys_new = _lines(old, _anonymous), _lines(new, _anonymous)
     names: dict[fx.Node, str] = {node: node_name(node) for node in old}
-    matcher = difflib.SequenceMatcher(None, keys_old, keys_new, autojunk=False)
-    for kind, i, i_end, j, j_end in matcher.get_opcodes():
-        pairs = zip(old[i:i_end], new[j:j_end], strict=False)
-        # between nodes that correspond, two calls of one op are one call with other arguments
-        names.update((y, names[x]) for x, y in pairs if kind == "equal" or x.target == y.target)
+    names.update((y, names[x]) for x, y in _pairs(old, new))
     taken = set(names.values())
     for node in new:
         if node not in names:
@@ -101,6 +98,26 @@ def _aligned(before: fx.Graph, after: fx.Graph) -> tuple[list[str], list[str]]:
             taken.add(names[node])
     namer: Namer = lambda node: names.get(node) or node_name(node)  # noqa: E731
     return _lines(old, namer), _lines(new, namer)
+
+
+def _pairs(old: list[fx.Node], new: list[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Nodes that correspond."""
+    for kind, x, y in _blocks(old, new, _lines(old, _anonymous), _lines(new, _anonymous)):
+        if kind == "equal" or len(x) == len(y):
+            yield from zip(x, y, strict=True)
+            continue
+        # between nodes that correspond, calls of one op are one call with other arguments
+        for inner, u, v in _blocks(x, y, [n.target for n in x], [n.target for n in y]):
+            if inner == "equal":
+                yield from zip(u, v, strict=True)
+
+
+def _blocks(
+    old: list[fx.Node], new: list[fx.Node], keys_old: Sequence[Any], keys_new: Sequence[Any]
+) -> Iterator[tuple[str, list[fx.Node], list[fx.Node]]]:
+    matcher = difflib.SequenceMatcher(None, keys_old, keys_new, autojunk=False)
+    for kind, i, i_end, j, j_end in matcher.get_opcodes():
+        yield kind, old[i:i_end], new[j:j_end]
 
 
 def _anonymous(node: fx.Node) -> str:
