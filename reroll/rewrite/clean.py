@@ -72,7 +72,10 @@ def flatten(
         placeholder.meta["type"] = kind
         shapes[name], dtypes[name] = kind.shape, kind.dtype
     for name, node in by_name.items():
-        if name in names:
+        constant = exported.constants.get(f"model.{names[name]}") if name in names else None
+        if isinstance(constant, Tensor) and constant.dim() == 0 and "lifted" in names[name]:
+            values[node] = constant
+        elif name in names:
             values[node] = aliases.get(names[name], names[name])
     weights: dict[str, fx.Node] = {}
     _copy_nodes(exported.graph, exported.graph_module, graph, values, weights, symbols)
@@ -140,6 +143,8 @@ def _copy_nodes(
 
     def resolve(node: fx.Node) -> Any:
         value = values[node]
+        if isinstance(value, Tensor):
+            values[node] = value = _scalar(graph, value)
         if isinstance(value, str):
             if value not in weights:
                 weights[value] = graph.get_attr(value)
@@ -173,6 +178,13 @@ def _copy_nodes(
             continue
         values[node] = _append(graph, node, args, kwargs, symbols)
     return None
+
+
+def _scalar(graph: fx.Graph, value: Tensor) -> fx.Node:
+    """A number that the model wrote as a tensor, as a node."""
+    node = graph.call_function(aten.scalar_tensor.default, (value.item(),), {"dtype": value.dtype})
+    node.meta["type"] = TensorType(value.dtype, ())
+    return node
 
 
 def _inline(

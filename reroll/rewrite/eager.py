@@ -123,7 +123,7 @@ def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
             found.terms.append((args[1 - inner], factor))  # type: ignore[arg-type]
             value = args[inner]
         elif target is aten.masked_fill.Scalar and _is_low(args[2]):
-            found.kept.append((args[1], False))  # type: ignore[arg-type]
+            found.kept.append((_mask_behind(args[1], found), False))
             value = args[0]
         elif target is aten.where.self and _is_low(args[2]):
             found.kept.append((args[0], True))  # type: ignore[arg-type]
@@ -198,8 +198,8 @@ def _bias(graph: fx.Graph, q: fx.Node, found: Scores) -> fx.Node | None:
     kind = q.meta.get("type")
     terms = list(found.terms)
     for condition, keep in found.kept:
-        mask = _mask_of(condition) if not keep else None
-        if mask is None:
+        mask = condition
+        if condition.target is not torch.ops.reroll.mask.default:
             zero, lowest = (0.0, low) if keep else (low, 0.0)
             where = aten.where.Scalar
             mask = graph.call_function(where, (condition, zero, lowest))
@@ -224,11 +224,16 @@ def _bias(graph: fx.Graph, q: fx.Node, found: Scores) -> fx.Node | None:
     return total
 
 
-def _mask_of(condition: fx.Node) -> fx.Node | None:
-    """The additive mask that a condition was made from by conversion to bool."""
-    while condition.target is aten.to.dtype:
-        condition = condition.args[0]  # type: ignore[assignment]
-    return condition if condition.target is torch.ops.reroll.mask.default else None
+def _mask_behind(condition: Any, found: Scores) -> fx.Node:
+    """The additive mask that a condition was made from by conversion to bool, or the condition."""
+    inner, passed = condition, []
+    while inner.target is aten.to.dtype:
+        passed.append(inner.name)
+        inner = inner.args[0]
+    if inner.target is not torch.ops.reroll.mask.default:
+        return condition  # type: ignore[no-any-return]
+    found.nodes += passed
+    return inner  # type: ignore[no-any-return]
 
 
 def match_sdpa(root: fx.Node) -> Match | Miss:

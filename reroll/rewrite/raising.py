@@ -137,9 +137,18 @@ def _example(node: fx.Node, generator: torch.Generator) -> Any:
     if not isinstance(kind, TensorType):
         return _integer(node)
     shape = [concrete(dim, _SIZES) for dim in kind.shape]
+    if node.target is torch.ops.reroll.mask.default:
+        # a mask is not any tensor: steps that keep its meaning may change its numbers
+        hidden = torch.rand(shape, generator=generator) < 0.3
+        hidden[..., :2] = False
+        return torch.where(hidden, torch.finfo(torch.float32).min, 0.0)
     if kind.dtype.is_floating_point:
         return torch.randn(shape, generator=generator)
-    return torch.randint(0, 2, shape, generator=generator).to(kind.dtype)
+    values = torch.randint(0, 2, shape, generator=generator)
+    if values.dim() > 1 and values.shape[-1] > 1:
+        # neither reading of a condition hides a whole row
+        values[..., 0], values[..., 1] = 1, 0
+    return values.to(kind.dtype)
 
 
 def _integer(node: Any) -> int:

@@ -14,6 +14,12 @@ from reroll.rewrite.program import Dim
 
 aten = torch.ops.aten
 
+_RESHAPES = (
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+)
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -79,11 +85,15 @@ def _shape(node: Any) -> tuple[Dim, ...] | None:
 
 
 def _tidy_reshape(graph: fx.Graph, node: fx.Node) -> int:
-    before, after = _shape(node.args[0]), _shape(node)
+    inner = node.args[0]
+    while isinstance(inner, fx.Node) and inner.target in _RESHAPES and _shape(inner.args[0]) is not None:
+        inner = inner.args[0]
+        node.args = (inner, *node.args[1:])
+    before, after = _shape(inner), _shape(node)
     if before is None or after is None:
         return 0
     if before == after:
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.replace_all_uses_with(inner)  # type: ignore[arg-type]
         return 1
     head = 0
     while head < min(len(before), len(after)) and before[head] == after[head]:
