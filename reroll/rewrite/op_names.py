@@ -42,7 +42,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 
-_namespaces = {"aten", ops.NAMESPACE}
+# transformers' own operators, which its models call, are there once its modules are imported
+_namespaces = {"aten", ops.NAMESPACE, "transformers"}
 
 # ATen's private operators check little of what they are given, and some none of it: only these,
 # which a captured model can hold, have names

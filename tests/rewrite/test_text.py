@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from reroll.errors import ProgramError
 from reroll.rewrite import op_names
+from reroll.rewrite.capture import capture
 from reroll.rewrite.checkpoint import MemorySource
 from reroll.rewrite.compare import same
 from reroll.rewrite.text import parse, to_text
@@ -75,6 +77,22 @@ def test_random_programs_parse_back(program):
     parsed = parse(text)
     assert to_text(parsed) == text
     assert same(parsed, program)
+
+
+@pytest.mark.parametrize("roll", [False, True])
+def test_a_captured_model_parses_back(roll):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    program = capture(LlamaForCausalLM(config).eval(), roll=roll)
+    verify(program)
+    text = to_text(program)
+    parsed = parse(text, program.source)
+    assert to_text(parsed) == text
+    assert same(parsed, program)
+    assert parsed.origin == program.origin
+    assert [loop.trips for loop in parsed.loops] == [3] * roll
 
 
 def test_comments_and_blank_lines_are_skipped():
