@@ -1,4 +1,4 @@
-"""Where weights come from and go to: sources of named tensors, and saving to safetensors."""
+"""Sources of named tensors that are in memory, or made of other sources."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from torch import Tensor
 
 from reroll.errors import CheckpointError
 from reroll.rewrite.expressions import Meta, TensorSource, meta_of
-
-__all__ = ["ChainSource", "MemorySource", "TensorSource", "missing_tensor"]
 
 
 def missing_tensor(name: str, names: Iterable[str], where: str) -> CheckpointError:

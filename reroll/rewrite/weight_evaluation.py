@@ -79,6 +79,11 @@ def evaluate_outputs(
 # ---- planning
 
 
+def in_order(outputs: Sequence[Output]) -> list[Output]:
+    """The outputs in the order in which `evaluate_outputs` yields them."""
+    return [output for group in _grouped(outputs).values() for output in group]
+
+
 def _grouped(outputs: Sequence[Output]) -> dict[Expr, list[Output]]:
     """Outputs by expression, those that share an intermediate or a source side by side."""
     groups: dict[Expr, list[Output]] = {}
