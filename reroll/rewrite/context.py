@@ -30,6 +30,7 @@ class Context:
         tokenizer: turns text into token ids; the original model's own if None.
         seed: seeds `generator`.
         large: bytes of weights above which a program counts as large.
+        measuring: whether measurements are wanted; without, remarks cost as little as possible.
         report_progress: called with (done, total, what).
         remarks: what the pass has remarked so far.
     """
@@ -38,6 +39,7 @@ class Context:
     tokenizer: Tokenizer | None = None
     seed: int = 0
     large: int = LARGE
+    measuring: bool = True
     report_progress: Progress | None = None
     remarks: list[str] = field(default_factory=list)
     store: WeightStore = field(default_factory=WeightStore)
@@ -79,6 +81,10 @@ class Context:
     def is_large(self, program: Program) -> bool:
         """Whether the program's weights are too large to be computed only to be looked at."""
         return program.weights.bytes() > self.large
+
+    def sparing(self, program: Program) -> bool:
+        """Whether remarks should look at a sample of the weights rather than at all of them."""
+        return not self.measuring or self.is_large(program)
 
     def compute(self, program: Program, expressions: Sequence[Expr]) -> list[Tensor]:
         """The tensors behind some weight expressions; they are kept for the measurement.

@@ -74,7 +74,13 @@ def run_passes(
     """
     chosen = _stopped(resolve(passes), stop_after)
     _check_requirements(program, chosen)
-    context = Context(text_source=text, tokenizer=tokenizer, seed=seed, large=large)
+    context = Context(
+        text_source=text,
+        tokenizer=tokenizer,
+        seed=seed,
+        large=large,
+        measuring=measure is not False,
+    )
     runner = _Runner(context, program, measure, on_event, len(chosen))
     for number, each in enumerate(chosen, 1):
         program = runner.run(number, each, program)

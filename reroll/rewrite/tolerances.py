@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,14 +33,30 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """
     if actual.shape != expected.shape:
         return float("inf")
-    a, b = actual.detach().double(), expected.detach().double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, a - b)
-    scale = torch.where(b.isfinite(), b, 0.0).square().mean().sqrt().item() if b.numel() else 0.0
-    error = difference.square().mean().sqrt().item() if a.numel() else 0.0
-    if error != error:
+    difference = scale = 0.0
+    # in pieces, because logits in fp64 are large
+    pieces = (torch.split(t.detach().flatten(), _PIECE) for t in (actual, expected))  # type: ignore[no-untyped-call]
+    for a, b in zip(*pieces, strict=True):
+        error, size = _squares(a.double(), b.double())
+        difference, scale = difference + error, scale + size
+    if not math.isfinite(difference):
         return float("inf")
-    return error / scale if scale else (float("inf") if error else 0.0)
+    if scale == 0.0:
+        return float("inf") if difference else 0.0
+    return math.sqrt(difference / scale)
+
+
+_PIECE = 2**20
+
+
+def _squares(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """The sums of the squares of a - b and of b."""
+    error, size = (a - b).square().sum().item(), b.square().sum().item()
+    if math.isfinite(error) and math.isfinite(size):
+        return error, size
+    same = (a == b) | (a.isnan() & b.isnan())
+    error = torch.where(same, 0.0, a - b).square().sum().item()
+    return error, torch.where(b.isfinite(), b, 0.0).square().sum().item()
 
 
 def forward(dtype: torch.dtype) -> float:

@@ -1,0 +1,266 @@
+"""Fold norms: LayerNorm becomes RMSNorm, its mean and its affine part go into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from reroll.errors import PassError
+from reroll.rewrite.matching import all_arguments
+from reroll.rewrite.passes import Context, Pass, option
+from reroll.rewrite.patterns import Miss, nearest
+from reroll.rewrite.program import Program, TensorType
+from reroll.rewrite.residual import Stream, Tracer, channels
+from reroll.rewrite.weight_edit import WeightEditor
+from reroll.rewrite.weights import Expr, add, centre, matvec, mul, reshape
+
+aten = torch.ops.aten
+LAYER_NORM = aten.layer_norm.default
+LINEAR = aten.linear.default
+RMS_NORM = torch.ops.reroll.rms_norm.default
+
+
+class FoldNorms(Pass):
+    """Turn LayerNorm into RMSNorm, exactly, where a stack of layers is pre-norm.
+
+    Jiang et al., "Pre-RMSNorm and Pre-CRMSNorm Transformers" (arXiv 2305.14858), section 3. A
+    LayerNorm takes the mean over the channels away first. If everything that writes to the residual
+    stream has mean zero, there is none to take away: so the matrices and biases that write to the
+    stream are centred over their outputs, and embeddings over their channels. What cannot be
+    centred in its weights outside loops (an embedding that is also the head, a LayerNorm after the
+    embeddings, a patch projection) gets one explicit mean subtraction there. Layer scales are
+    multiplied into the matrix before them.
+
+    The norm's weight and bias then go into the linear layers that read it, which gain a bias if
+    they have none. They stay where they are, as the weight of the RMSNorm and an addition after it, if something else reads the norm too
+    or if folding would take more storage: with tied blocks under norms that differ by depth, or
+    with a head that is tied to the embeddings. `untie` gives the embeddings a table of their own,
+    so that the head can be folded into.
+
+    A stream that is read by anything but norms, as in post-norm models, cannot be converted: the
+    nearest miss says which node is in the way. Without any LayerNorm the program stays as it is.
+    """
+
+    name = "fold_norms"
+    contract = "exact"
+
+    untie: bool = option(False, help="untie head and embeddings, for one more vocabulary matrix")
+
+    def run(self, program: Program, context: Context) -> Program:
+        norms = [n for _, g in program.graphs() for n in g.nodes if n.target is LAYER_NORM]
+        if not norms:
+            context.remark("there is no LayerNorm")
+            return program
+        folder = _Folder(program, context)
+        if self.untie:
+            folder.untie_embeddings()
+        done: dict[fx.Node, None] = {}
+        misses: dict[fx.Node, Miss] = {}
+        for norm in norms:
+            if norm in done or norm in misses:
+                continue
+            # traced anew each time, because one stream's norm may write to the next
+            stream = folder.convertible(norm)
+            if isinstance(stream, Miss):
+                misses[norm] = replace(stream, pattern=norm.name)
+                continue
+            readers = dict(stream.readers)
+            folder.fold(stream)
+            done.update(readers)
+        for miss in dict.fromkeys(misses.values()):
+            context.remark(f"not converted: {miss}")
+        if not done:
+            raise PassError(
+                f"no LayerNorm can become an RMSNorm: {nearest(misses.values())}",
+                hint="only streams that nothing but norms read, as in pre-norm models, can",
+            )
+        context.remark(f"{len(done)} of {len(norms)} LayerNorm nodes are RMSNorm now")
+        return folder.edit.result()
+
+
+class _Folder:
+    """Converts one stream after the other; the graphs are edited in place."""
+
+    def __init__(self, program: Program, context: Context) -> None:
+        self.edit = WeightEditor(program)
+        self.tracer = Tracer(program)
+        self.context = context
+
+    # ---- whether a stream can be converted
+
+    def convertible(self, norm: fx.Node) -> Stream | Miss:
+        """The stream that a norm reads if it can be converted, or what is in the way."""
+        start = norm.args[0]
+        assert isinstance(start, fx.Node)
+        stream = self.tracer.trace(start)
+        if isinstance(stream, Miss):
+            return stream
+        size = len(stream.nodes)
+        for reader in stream.readers:
+            if reader.target is not LAYER_NORM or reader.args[1] != [channels(reader)]:
+                reason = f"{reader.name} reads the residual stream, and its mean with it"
+                return Miss(reason, (reader.name,), depth=size)
+        subtracted = 0
+        for writer in stream.writers:
+            if self.centring(writer) is None:
+                loop = self.tracer.in_loop(writer)
+                if loop is not None:
+                    reason = (
+                        f"{writer.name} ({writer.target}) writes to the residual stream of "
+                        f"{loop.name}, and its mean is not in its weights"
+                    )
+                    return Miss(reason, (writer.name,), depth=size)
+                subtracted += 1
+        if subtracted >= sum(map(self.times, stream.readers)):
+            return Miss("as many means would be taken away before it as in it", depth=1)
+        return stream
+
+    def times(self, node: fx.Node) -> int:
+        """How often a node runs."""
+        loop = self.tracer.in_loop(node)
+        return 1 if loop is None else loop.trips
+
+    def centring(self, writer: fx.Node) -> Callable[[], None] | None:
+        """How to centre what a node writes through its weights; None if there is no way."""
+        if writer.target is LINEAR and self.edit.owns(writer, *_weights(writer)):
+            return lambda: self.centre_linear(writer)
+        if writer.target is aten.mul.Tensor:
+            return self.centring_of_scaled(writer)
+        if writer.target is aten.embedding.default and self.edit.owns(writer, writer.args[0]):
+            table = _name(writer.args[0])
+            return lambda: self.edit.change(table, lambda e: centre(e, 1))
+        if writer.op == "get_attr" and self.edit.owns(None, writer):
+            last = len(self.edit.weights[_name(writer)].meta.shape) - 1
+            return lambda: self.edit.change(_name(writer), lambda e: centre(e, last))
+        return None
+
+    def centring_of_scaled(self, writer: fx.Node) -> Callable[[], None] | None:
+        """The same for the product of a linear layer and a layer scale."""
+        linear, gain = writer.args[:2]
+        if isinstance(gain, fx.Node) and gain.target is LINEAR:
+            linear, gain = gain, linear
+        if not isinstance(linear, fx.Node) or linear.target is not LINEAR or len(linear.users) > 1:
+            return None
+        scaled, own = linear, _weights(linear)
+        if not self.edit.owns(scaled, *own) or not self.edit.owns(writer, gain):
+            return None
+        if not all(self.edit.fits(_name(w), _name(gain)) for w in own):
+            return None
+
+        def apply() -> None:
+            for weight in own:
+                self.edit.combine(_name(weight), [_name(weight), _name(gain)], _scale_rows)
+            writer.replace_all_uses_with(scaled)
+            writer.graph.erase_node(writer)
+            self.centre_linear(scaled)
+
+        return apply
+
+    # ---- converting it
+
+    def fold(self, stream: Stream) -> None:
+        """Centre what writes to a stream, and put RMSNorms where it is read."""
+        for writer in stream.writers:
+            centring = self.centring(writer)
+            if centring is None:
+                _subtract_mean(writer)
+                self.context.remark(f"the mean of {writer.name} is taken away in the graph")
+            else:
+                centring()
+        for norm in stream.readers:
+            self.to_rms_norm(norm)
+
+    def centre_linear(self, linear: fx.Node) -> None:
+        """Centre the outputs of a linear layer."""
+        for weight in _weights(linear):
+            self.edit.change(_name(weight), lambda e: centre(e, 0))
+
+    def to_rms_norm(self, norm: fx.Node) -> None:
+        x, _, gain, shift, eps, *_ = all_arguments(norm)
+        folded = self.foldable(norm, gain, shift)
+        graph, kind = norm.graph, norm.meta["type"]
+        with graph.inserting_before(norm):
+            new = graph.call_function(RMS_NORM, (x, None if folded else gain, float(eps), 0.0))
+            new.meta["type"] = kind
+            if not folded and shift is not None:
+                new = graph.call_function(aten.add.Tensor, (new, shift))
+                new.meta["type"] = kind
+        norm.replace_all_uses_with(new)
+        graph.erase_node(norm)
+        if folded:
+            for linear in list(new.users):
+                self.fold_affine(linear, gain, shift)
+        elif gain is not None or shift is not None:
+            self.context.remark(f"the weights of {norm.name} stay in it")
+
+    def foldable(self, norm: fx.Node, gain: object, shift: object) -> bool:
+        """Whether a norm's affine part can go into the layers that read it without more storage."""
+        affine = [v for v in (gain, shift) if v is not None]
+        if any(not isinstance(v, fx.Node) or v.op != "get_attr" for v in affine):
+            return False
+        for user in norm.users:
+            own = _weights(user) if user.target is LINEAR else []
+            if not own or norm in own or not self.edit.owns(user, *own):
+                return False
+            if any(not self.edit.fits(_name(w), *map(_name, (own[0], *affine))) for w in own):
+                return False
+        return bool(norm.users)
+
+    def fold_affine(self, linear: fx.Node, gain: object, shift: object) -> None:
+        """W (g x + b) + c = (W g) x + (W b + c)."""
+        weight, *bias = map(_name, _weights(linear))
+        if shift is not None and bias:
+            parts = [bias[0], weight, _name(shift)]
+            self.edit.combine(bias[0], parts, lambda c, w, b: add(c, matvec(w, b)))
+        elif shift is not None:
+            new = self.edit.free_name(f"{weight.removesuffix('.weight')}.bias")
+            self.edit.combine(new, [weight, _name(shift)], matvec)
+            with linear.graph.inserting_before(linear):
+                linear.args = (*linear.args[:2], self.edit.node(linear.graph, new))
+        if gain is not None:
+            self.edit.combine(weight, [weight, _name(gain)], mul)
+
+    def untie_embeddings(self) -> None:
+        """Give every embedding whose table something else reads too a centred table of its own."""
+        graph = self.edit.program.graph
+        for node in [n for n in graph.nodes if n.target is aten.embedding.default]:
+            table = node.args[0]
+            if isinstance(table, fx.Node) and table.op == "get_attr" and len(table.users) > 1:
+                new = self.edit.copy(_name(table), "input_embedding.weight")
+                # from now on the two differ
+                self.edit.change(new, lambda e: centre(e, 1))
+                with graph.inserting_before(node):
+                    node.replace_input_with(table, self.edit.node(graph, new))
+
+
+def _weights(linear: fx.Node) -> list[fx.Node]:
+    """A linear layer's matrix and, if it has one, its bias."""
+    return [a for a in linear.args[1:3] if isinstance(a, fx.Node)]
+
+
+def _name(node: object) -> str:
+    assert isinstance(node, fx.Node)
+    return str(node.target)
+
+
+def _scale_rows(x: Expr, gain: Expr) -> Expr:
+    """A matrix's rows, or a vector's elements, times the elements of a vector."""
+    rows = gain.meta.elements
+    return mul(x, reshape(gain, (rows, *[1] * (len(x.meta.shape) - 1))))
+
+
+def _subtract_mean(node: fx.Node) -> None:
+    """Take the mean over the channels away from a value, for everything that uses it."""
+    graph, kind = node.graph, node.meta["type"]
+    with graph.inserting_after(node):
+        mean = graph.call_function(aten.mean.dim, (node, [-1], True))
+    with graph.inserting_after(mean):
+        centred = graph.call_function(aten.sub.Tensor, (node, mean))
+    mean.meta["type"] = TensorType(kind.dtype, (*kind.shape[:-1], 1))
+    centred.meta["type"] = kind
+    node.replace_all_uses_with(centred)
+    mean.replace_input_with(centred, node)
+    centred.replace_input_with(centred, node)

@@ -1,0 +1,281 @@
+"""Relax: every trip of a tied loop gets back a low-rank part of what tying took from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from reroll.errors import PassError, UsageError
+from reroll.rewrite.options import nearest_name
+from reroll.rewrite.passes import Context, Pass, option
+from reroll.rewrite.program import Loop, Program, TensorType, weight_nodes
+from reroll.rewrite.weight_store import WeightStore
+from reroll.rewrite.weights import Expr, Weight, cast, scale, slice_, sub, svd_down, svd_up
+
+aten = torch.ops.aten
+
+Rank = int | Literal["full"]
+
+# "auto" takes the randomized decomposition from this smaller side on, if it has so much less to do
+LARGE_SIDE = 512
+LARGE_RATIO = 4
+# an exact decomposition to compare with stays affordable up to this side
+CHECKED_SIDE = 2048
+
+
+class Relax(Pass):
+    """Add a low-rank residual per trip to the tied matrices of each loop.
+
+    Relaxed Recursive Transformers (arXiv 2410.20672), section 2.3. A linear layer with the shared
+    matrix W' becomes y = W' x + B_t (A_t x), where B_t A_t is the best approximation of rank
+    `rank` of what trip t lost, W_t - W'. Every tied matrix that only linear layers use is relaxed.
+
+    `ranks` sets ranks by the kind of the weight, which is the end of its module's name: `q_proj`
+    or `self_attn.q_proj`. Rank 0 leaves a kind tied. A rank at or above a matrix's own, or "full",
+    gives each trip its original matrix back instead of factors, which would take more parameters
+    for the same; so full rank everywhere restores the original model.
+
+    Vectors that were tied (biases, layer scales, norms) become one per trip again, as they were,
+    because no factors are smaller. What is left tied is named in a remark.
+
+    Trips that share their block with no other have lost nothing; they share one pair of zero
+    factors. With `init=zero`, the products start as zero and A_t is the same as with `svd`, so
+    that training can start.
+    """
+
+    name = "relax"
+    contract = "approximate"
+    requires = ("tie",)
+
+    rank: Rank = option(64, help='rank of the residuals, or "full"')
+    ranks: dict[str, Rank] = option(default_factory=dict, help="ranks by kind of weight")
+    init: Literal["svd", "zero"] = option("svd", help="what the residuals start as")
+    svd: Literal["auto", "exact", "randomized"] = option(
+        "auto", help="how to decompose; auto takes randomized for large matrices and small ranks"
+    )
+    vectors: bool = option(True, help="give each trip its own biases and other vectors back")
+
+    def check(self) -> None:
+        for where, rank in (("rank", self.rank), *self.ranks.items()):
+            if isinstance(rank, int) and rank < 0:
+                raise UsageError(f"a rank is 0 or more, not {rank}", f"pass relax, option {where}")
+
+    def run(self, program: Program, context: Context) -> Program:
+        if not program.reference:
+            return _nothing(program, context)
+        self._check_kinds(program)
+        weights, reference = program.weights, program.reference
+        left: list[str] = []
+        factors: list[Factors] = []
+        for loop in program.loops:
+            for name, nodes in weight_nodes(loop.body.graph).items():
+                if name not in reference:
+                    continue
+                original, rank = reference[name], self._rank(name)
+                vector = len(original.meta.shape) < 2
+                if self.vectors if vector else _is_full(rank, original.meta.shape):
+                    weights = weights.with_weight(name, original)
+                    reference = reference.without(name)
+                elif rank == 0 or vector or not _only_linear(nodes):
+                    left.append(name)
+                else:
+                    assert isinstance(rank, int)
+                    made = self._factors(name, weights[name], original, rank)
+                    weights = weights.with_weights(
+                        {made.down_name: made.down, made.up_name: made.up}
+                    )
+                    reference = reference.without(name)
+                    _insert(loop, nodes, made)
+                    factors.append(made)
+        result = replace(program, weights=weights, reference=reference)
+        for remark in _remarks(result, factors, context):
+            context.remark(remark)
+        if left:
+            context.remark(f"left tied: {', '.join(sorted(set(map(kind_of, left))))}")
+        return result
+
+    def _check_kinds(self, program: Program) -> None:
+        for kind in self.ranks:
+            if not any(_matches(kind, name) for name in program.reference):
+                kinds = sorted({kind_of(name) for name in program.reference})
+                raise PassError(
+                    f"no tied weight is of kind {kind!r}", hint=nearest_name(kind, kinds)
+                )
+
+    def _rank(self, name: str) -> Rank:
+        """The rank for a weight: that of the longest kind that its name ends with."""
+        kinds = [kind for kind in self.ranks if _matches(kind, name)]
+        return self.ranks[max(kinds, key=len)] if kinds else self.rank
+
+    def _factors(self, name: str, shared: Weight, original: Weight, rank: int) -> Factors:
+        assert shared.index is not None
+        small, method = min(shared.meta.shape), self.svd
+        if method == "auto":
+            large = small > LARGE_SIDE and rank * LARGE_RATIO <= small
+            method = "randomized" if large else "exact"
+        residuals: dict[int, tuple[Expr, Expr, Expr]] = {}
+        downs: list[Expr] = []
+        ups: list[Expr] = []
+        index: list[int] = []
+        alone: int | None = None
+        uses = Counter(shared.index)
+        for trip, block in enumerate(shared.index):
+            if uses[block] == 1 and alone is not None:
+                index.append(alone)
+                continue
+            index.append(len(ups))
+            if uses[block] == 1:
+                # distinct expressions for distinct weights, or they would be taken for tied
+                alone = len(ups)
+                up, down = (scale(slice_(shared.entries[block], d, 0, rank), 0.0) for d in (1, 0))
+            else:
+                residual = _residual(original.for_trip(trip), shared.entries[block])
+                dtype = shared.meta.dtype
+                up = cast(svd_up(residual, rank, method), dtype)
+                down = cast(svd_down(residual, rank, method), dtype)
+                residuals[trip] = (residual, up, down)
+                up = scale(up, 0.0) if self.init == "zero" else up
+            ups.append(up)
+            downs.append(down)
+        stem = name.removesuffix(".weight")
+        return Factors(
+            kind_of(name), rank, method, residuals,
+            f"{stem}.lora_down.weight", Weight(tuple(downs), tuple(index), shared.trainable),
+            f"{stem}.lora_up.weight", Weight(tuple(ups), tuple(index), shared.trainable),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The residuals of one weight: per trip the residual and its factors up and down."""
+
+    kind: str
+    rank: int
+    method: str
+    residuals: dict[int, tuple[Expr, Expr, Expr]]
+    down_name: str
+    down: Weight  # [rank, in]
+    up_name: str
+    up: Weight  # [out, rank]
+
+
+def kind_of(name: str) -> str:
+    """The kind of a weight: the last part of its module's name, or with a bias's name that too."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
+
+
+def _matches(kind: str, name: str) -> bool:
+    return f".{name.removesuffix('.weight')}".endswith(f".{kind}")
+
+
+def _is_full(rank: Rank, shape: tuple[int, ...]) -> bool:
+    return rank == "full" or (len(shape) == 2 and rank >= min(shape))
+
+
+def _only_linear(nodes: list[fx.Node]) -> bool:
+    return all(
+        user.target is aten.linear.default
+        and user.args[1] is node
+        and node not in (user.args[0], *user.args[2:])
+        for node in nodes
+        for user in node.users
+    )
+
+
+def _residual(original: Expr, shared: Expr) -> Expr:
+    # in fp32 even where the weights are not: the difference of two close numbers loses bits
+    dtype = torch.promote_types(original.meta.dtype, torch.float32)
+    return sub(cast(original, dtype), cast(shared, dtype))
+
+
+def _insert(loop: Loop, nodes: list[fx.Node], factors: Factors) -> None:
+    """Add up(down(x)) to every linear layer over the weight."""
+    graph = loop.body.graph
+    linears = [user for node in nodes for user in node.users]
+    first = next(n for n in graph.nodes if n in linears)
+    with graph.inserting_before(first):
+        down, up = graph.get_attr(factors.down_name), graph.get_attr(factors.up_name)
+    for node, weight in ((down, factors.down), (up, factors.up)):
+        node.meta["type"] = TensorType(weight.meta.dtype, weight.meta.shape)
+    for linear in linears:
+        kind = linear.meta["type"]
+        narrow = TensorType(kind.dtype, (*kind.shape[:-1], factors.rank))
+        with graph.inserting_after(linear):
+            low = graph.call_function(aten.linear.default, (linear.args[0], down))
+        with graph.inserting_after(low):
+            residual = graph.call_function(aten.linear.default, (low, up))
+        with graph.inserting_after(residual):
+            total = graph.call_function(aten.add.Tensor, (linear, residual))
+        low.meta["type"], residual.meta["type"], total.meta["type"] = narrow, kind, kind
+        linear.replace_all_uses_with(total)
+        total.replace_input_with(total, linear)
+
+
+def _nothing(program: Program, context: Context) -> Program:
+    if any(w.index is not None and len(w.entries) < len(w.index) for w in program.weights.values()):
+        raise PassError(
+            "what the tied weights were before they were tied is not known",
+            hint="run tie and relax one after the other on the original model",
+        )
+    context.remark("nothing is tied, so there is nothing to relax")
+    return program
+
+
+# ---- how much of the residuals the factors leave
+
+
+def _remarks(program: Program, factors: list[Factors], context: Context) -> Iterator[str]:
+    sparing = context.sparing(program)
+    total = sum(1 if sparing else len(f.residuals) for f in factors)
+    done = 0
+    checked: set[tuple[int, ...]] = set()
+    for each in factors:
+        trips = list(each.residuals)
+        if not trips:
+            continue
+        left = []
+        excess: float | None = None
+        for trip in trips[len(trips) // 2 :][:1] if sparing else trips:
+            residual, up, down = each.residuals[trip]
+            (tensor,) = WeightStore().values([residual], program.source)
+            rows, _ = context.compute(program, [up, down])
+            left.append(_left(tensor, rows))
+            shape = residual.meta.shape
+            if each.method == "randomized" and shape not in checked and min(shape) <= CHECKED_SIDE:
+                checked.add(shape)
+                excess = left[-1] / max(_best(tensor, each.rank), 1e-12) - 1
+            done += 1
+            context.progress(done, total, "factors")
+        size = program.weights[each.down_name].elements() + program.weights[each.up_name].elements()
+        spread = "" if len(left) == 1 else f" ({min(left):.3f} to {max(left):.3f})"
+        text = (
+            f"{each.kind}: rank {each.rank}, {size:,} parameters; relative residual left "
+            f"{sum(left) / len(left):.3f}{spread} in {len(left)} of {len(trips)} trips"
+        )
+        if each.method == "randomized":
+            text += ", randomized SVD"
+        if excess is not None:
+            text += f" ({100 * max(excess, 0.0):.2g}% above the least possible)"
+        yield text
+
+
+def _left(residual: Tensor, up: Tensor) -> float:
+    """|R - B A| / |R|: B A is a projection of R, so the squares of the norms subtract."""
+    whole = residual.double().square().sum().item()
+    kept = up.double().square().sum().item()
+    return max(1 - kept / whole, 0.0) ** 0.5 if whole else 0.0
+
+
+def _best(residual: Tensor, rank: int) -> float:
+    """The least |R - B A| / |R| at a rank, from the eigenvalues of the smaller Gram matrix."""
+    wide = residual.double()
+    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
+    values = torch.linalg.eigvalsh(gram).clamp_min(0)
+    total = values.sum().item()
+    return (values[: values.numel() - rank].sum().item() / total) ** 0.5 if total else 0.0

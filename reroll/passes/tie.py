@@ -1,0 +1,167 @@
+"""Tie: the trips of a depth loop share a few blocks of weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import fx
+
+from reroll.errors import PassError, UsageError
+from reroll.rewrite.options import nearest_name
+from reroll.rewrite.passes import Context, Pass, option
+from reroll.rewrite.program import Loop, Program, weight_nodes
+from reroll.rewrite.weights import Expr, Weight, cast, mean
+
+Layout = Literal["cycle", "sequence", "middle_cycle"]
+Init = Literal["stepwise", "average", "lower"]
+
+_NORMS = (torch.ops.reroll.rms_norm.default, torch.ops.aten.layer_norm.default)
+
+
+class Tie(Pass):
+    """Let the trips of each depth loop share `blocks` blocks of weights.
+
+    Relaxed Recursive Transformers (arXiv 2410.20672), section 2.2. A block is everything that one
+    trip of the loop holds: one layer, or one period where layers repeat with a longer one. The body
+    does not change, only which entry of each weight a trip uses.
+
+    Layouts say which trips share. With L trips and K blocks, `cycle` gives trip t the block
+    t mod K, `sequence` gives neighbours one block, and `middle_cycle` leaves the first and the last
+    trip alone, which count as two of the K blocks, and cycles through the rest. L need not be a
+    multiple of K: some blocks then serve one trip more than others, and no layer is dropped.
+
+    A block starts as the mean of the trips that share it (`average`, best before `relax`), as one
+    of K trips spaced evenly through the loop (`stepwise`, best without `relax`), or as one of the
+    first K trips (`lower`; of the middle ones with `middle_cycle`).
+
+    Weights of norms stay one per trip unless `norms` is set: they are small, and what they scale
+    differs from depth to depth. Everything else that is trained is tied, biases and other vectors
+    included; `relax` gives each trip its own vectors back. What the weights were before is kept for
+    `relax` in `Program.reference`.
+    """
+
+    name = "tie"
+    contract = "approximate"
+
+    blocks: int | list[int] | dict[str, int] = option(
+        help="blocks in each loop: one number, one for each loop in order, or by the loop's name"
+    )
+    layout: Layout = option("cycle", help="which trips share a block")
+    init: Init = option("average", help="what a block starts as")
+    norms: bool = option(False, help="tie the weights of norms as well")
+
+    def check(self) -> None:
+        counts = self.blocks
+        values = (
+            [counts]
+            if isinstance(counts, int)
+            else list(getattr(counts, "values", lambda: counts)())
+        )
+        least = 3 if self.layout == "middle_cycle" else 1
+        if not values or min(values) < least:
+            raise UsageError(
+                f"blocks must be {least} or more"
+                + (" with middle_cycle, the first and last trip included" if least > 1 else ""),
+                where="pass tie, option blocks",
+            )
+
+    def run(self, program: Program, context: Context) -> Program:
+        if not program.loops:
+            raise PassError("the program has no loop whose trips could share weights")
+        for loop, blocks in self._blocks(program).items():
+            program = self._tie(program, loop, blocks, context)
+        return program
+
+    def _blocks(self, program: Program) -> dict[Loop, int]:
+        """How many blocks each loop that is to be tied gets."""
+        loops = program.loops
+        if isinstance(self.blocks, int):
+            return dict.fromkeys(loops, self.blocks)
+        if isinstance(self.blocks, list):
+            if len(self.blocks) != len(loops):
+                raise PassError(
+                    f"blocks has {len(self.blocks)} numbers for {len(loops)} loops",
+                    hint=f"the loops are {', '.join(loop.name for loop in loops)}",
+                )
+            return dict(zip(loops, self.blocks, strict=True))
+        named = {loop.name: loop for loop in loops}
+        for name in self.blocks:
+            if name not in named:
+                raise PassError(f"there is no loop {name!r}", hint=nearest_name(name, named))
+        return {named[name]: count for name, count in self.blocks.items()}
+
+    def _tie(self, program: Program, loop: Loop, blocks: int, context: Context) -> Program:
+        if blocks > loop.trips:
+            raise PassError(
+                f"{loop.name} has {loop.trips} trips, which cannot use {blocks} blocks",
+                hint=f"give {loop.trips} blocks or fewer",
+            )
+        index = assignment(loop.trips, blocks, self.layout)
+        first = starts(loop.trips, blocks, self.layout, self.init)
+        tied: dict[str, Weight] = {}
+        for name, nodes in weight_nodes(loop.body.graph).items():
+            weight = program.weights[name]
+            if weight.trainable and (self.norms or not all(map(_is_norms, nodes))):
+                entries = tuple(
+                    self._entry(
+                        weight, [t for t, b in enumerate(index) if b == block], first[block]
+                    )
+                    for block in range(blocks)
+                )
+                tied[name] = replace(weight, entries=entries, index=index)
+        before = sum(program.weights[name].elements() for name in tied)
+        after = sum(weight.elements() for weight in tied.values())
+        context.remark(
+            f"{loop.name}: {loop.trips} trips share {blocks} blocks ({_runs(index)}); {len(tied)} "
+            f"weights tied, {before:,} -> {after:,} parameters"
+        )
+        changed = {n: w for n, w in tied.items() if w != program.weights[n]}
+        untied = {n: program.reference.get(n, program.weights[n]) for n in changed}
+        return replace(
+            program,
+            weights=program.weights.with_weights(tied),
+            reference=program.reference.with_weights(untied),
+        )
+
+    def _entry(self, weight: Weight, members: list[int], first: int) -> Expr:
+        if self.init != "average":
+            return weight.for_trip(first)
+        expressions = [weight.for_trip(t) for t in members]
+        if len(set(expressions)) == 1:
+            return expressions[0]
+        wide = mean(
+            [cast(e, torch.promote_types(e.meta.dtype, torch.float32)) for e in expressions]
+        )
+        return cast(wide, weight.meta.dtype)
+
+
+def assignment(trips: int, blocks: int, layout: Layout) -> tuple[int, ...]:
+    """The block of each trip."""
+    if layout == "cycle":
+        return tuple(t % blocks for t in range(trips))
+    if layout == "sequence":
+        return tuple(t * blocks // trips for t in range(trips))
+    middle = (1 + t % (blocks - 2) for t in range(trips - 2))
+    return (0, *middle, blocks - 1)
+
+
+def starts(trips: int, blocks: int, layout: Layout, init: Init) -> tuple[int, ...]:
+    """The trip whose weights each block starts as; for `average` it has no meaning."""
+    if layout == "middle_cycle":
+        inner = starts(trips - 2, blocks - 2, "cycle", init)
+        return (0, *(1 + t for t in inner), trips - 1)
+    if init == "stepwise" and blocks > 1:
+        return tuple(round(b * (trips - 1) / (blocks - 1)) for b in range(blocks))
+    return tuple(range(blocks))
+
+
+def _is_norms(node: fx.Node) -> bool:
+    return all(user.target in _NORMS for user in node.users)
+
+
+def _runs(index: tuple[int, ...]) -> str:
+    """The assignment, shortened: "0 1 2 3 0 1 ... 2 3"."""
+    words = [str(b) for b in index]
+    return " ".join(words if len(words) <= 12 else [*words[:8], "...", *words[-2:]])
