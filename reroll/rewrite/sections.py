@@ -200,7 +200,12 @@ def _reference(draft: Draft, number: int, lines: Sequence[str]) -> None:
 
 def _table(number: int, lines: Sequence[str]) -> WeightTable:
     # blank lines in place of what came before make the line numbers right
-    return table_from_text("\n" * number + "\n".join(lines[1:-1]))
+    text = "\n" * number + "\n".join(lines[1:-1])
+    try:
+        return table_from_text(text)
+    except ProgramError as error:
+        # what is wrong with the table as a whole is not wrong in one of its lines
+        raise ProgramError(error.message, error.where or f"line {number}", error.hint) from None
 
 
 def _origin(draft: Draft, number: int, lines: Sequence[str]) -> None:

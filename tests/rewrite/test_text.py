@@ -179,6 +179,7 @@ CHANGES = [
     ('"files": {}', '"files": ' + '{"a":' * 99999 + "1" + "}" * 99999, "nests too deep"),
     ("origin {", "origin {\n}\norigin {", "missing"),
     ("weights {", "weights {\n}\nweights {", "twice"),
+    ("weight layers.*.norm.weight", "weight layers.norm.weight", "line 21: 'layers.norm.weight'"),
     ("body layers(", "body main(", "no body 'layers'"),
     ("program dtype", "programme dtype", "no line starts with 'programme'"),
 ]
