@@ -66,6 +66,8 @@ def assert_like_transformers(directory: Path, name: str) -> None:
         ("MixtralForCausalLM", transformers.MixtralConfig(**TEXT, num_local_experts=3), True),
         ("Qwen3MoeForCausalLM", transformers.Qwen3MoeConfig(**TEXT, **EXPERTS), True),
         # attention.attention.query on disk, attention.q_proj in memory
+        # one tensor on disk is split into gate, query, key and value
+        ("HrmTextForCausalLM", transformers.HrmTextConfig(**TEXT, head_dim=4), True),
         ("ViTModel", transformers.ViTConfig(**IMAGE), True),
         ("Dinov2Model", transformers.Dinov2Config(**IMAGE), True),
     ],
@@ -107,9 +109,9 @@ def test_base_model_and_model_with_a_head(tmp_path: Path, saved: str, wanted: st
 
 
 def test_split_tensors_own_their_memory(tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(**TEXT, num_local_experts=3)
-    make("MixtralForCausalLM", config).save_pretrained(tmp_path)
-    source = hf_source(tmp_path, on_meta("MixtralForCausalLM", config))
+    config = transformers.HrmTextConfig(**TEXT, head_dim=4)
+    make("HrmTextForCausalLM", config).save_pretrained(tmp_path)
+    source = hf_source(tmp_path, on_meta("HrmTextForCausalLM", config))
     for name in source.names():
         tensor = source.load(name)
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -146,3 +148,16 @@ def test_real_models(directory: str, name: str) -> None:
     if not (MODELS / directory).is_dir():
         pytest.skip(f"{directory} is not there")
     assert_like_transformers(MODELS / directory, name)
+
+
+@pytest.mark.slow
+def test_every_type_that_transformers_knows(tmp_path: Path) -> None:
+    tiny_models = pytest.importorskip("benchmarks.tiny_models")
+    types = [("causal", t) for t in tiny_models.causal_types()]
+    types += [("encoder", t) for t in tiny_models.encoder_types()]
+    for kind, model_type in types:
+        if model_type not in tiny_models.UNSUPPORTED:
+            directory = tmp_path / kind / model_type
+            model = tiny_models.build(model_type, kind=kind)
+            model.save_pretrained(directory)
+            assert_like_transformers(directory, type(model).__name__)
