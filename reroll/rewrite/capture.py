@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
 
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite import clean
@@ -91,6 +92,8 @@ def capture_module(
                 default_examples(model, with_state) if inputs is None else given_examples(inputs)
             )
             exported = _export(model, examples, with_state, implementation)
+            if with_state:
+                _check_branches(exported, examples)
             program = _to_program(model, exported, examples, source, origin)
             if implementation == IMPLEMENTATION and not _has(program.graph, "attention"):
                 raise CaptureError("the model calls no attention function of transformers")
@@ -164,6 +167,32 @@ def _export(
         raise CaptureError(
             f"torch.export failed: {type(error).__name__}: {reason}", where=type(model).__name__
         ) from error
+
+
+def _check_branches(exported: torch.export.ExportedProgram, examples: list[Example]) -> None:
+    """Refuse a capture whose Python took a branch that only a non-empty past takes.
+
+    The exporter records every comparison of sizes that it answered from the example's sizes.
+    """
+    names = [s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    values = {n.name: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"}
+    sizes: dict[Any, str] = {}
+    environment = None
+    for name, example in zip(names, examples, strict=True):
+        for size, dim in zip(values[name].shape, example.dims, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(dim, str):
+                sizes.setdefault(size.node.expr, dim)
+                environment = size.node.shape_env
+    asserts = environment.deferred_runtime_asserts.values() if environment is not None else ()
+    for held in (a.expr for found in asserts for a in found):
+        answers = []
+        for length in (2, 5, 33):
+            chosen = {"s": length, "t": length, "b": 3, "e": 7}
+            answers.append(held.subs({symbol: chosen[dim] for symbol, dim in sizes.items()}))
+        if all(answer == False for answer in answers):  # noqa: E712  (sympy's own False)
+            raise CaptureError(
+                "the model computes something else when there is a past", hint=f"it tests {held}"
+            )
 
 
 @contextmanager
@@ -247,12 +276,11 @@ def _weight_table(
         weights[name] = Weight((Source(name, Meta(tuple(tensor.shape), tensor.dtype)),))
         if source is None:
             literals[name] = tensor.detach()
-    others = {
-        **{name: b for name, b in model.named_buffers(remove_duplicate=False)},
-        **{n: t for n, t in exported.constants.items() if isinstance(t, Tensor)},
-    }
+    others = dict(model.named_buffers(remove_duplicate=False))
+    for name, constant in exported.constants.items():
+        if isinstance(constant, Tensor):
+            others.setdefault(name.removeprefix("model."), constant)
     for name, tensor in others.items():
-        name = name.removeprefix("model.") if name in exported.constants else name
         if name not in known:
             if tensor.device.type == "meta":
                 raise CaptureError(f"the constant {name} has no value outside the checkpoint")

@@ -101,6 +101,9 @@ def _tidy_reshape(graph: fx.Graph, node: fx.Node) -> int:
     tail = 0
     while tail < min(len(before), len(after)) - head and before[-1 - tail] == after[-1 - tail]:
         tail += 1
+    if head + tail == min(len(before), len(after)) and tail:
+        # a dimension of size 1 came or went: take in a neighbour
+        tail -= 1
     old, new = before[head : len(before) - tail], after[head : len(after) - tail]
     if len(old) == 1 and len(new) > 1 and all(isinstance(size, int) for size in new):
         node.target, node.args = aten.unflatten.int, (node.args[0], head, list(new))
