@@ -35,10 +35,10 @@ class FoldNorms(Pass):
     multiplied into the matrix before them.
 
     The norm's weight and bias then go into the linear layers that read it, which gain a bias if
-    they have none. They stay where they are, as the weight of the RMSNorm and an addition after it, if something else reads the norm too
-    or if folding would take more storage: with tied blocks under norms that differ by depth, or
-    with a head that is tied to the embeddings. `untie` gives the embeddings a table of their own,
-    so that the head can be folded into.
+    they have none. They stay where they are, as the weight of the RMSNorm and an addition after
+    it, if something else reads the norm too or if folding would take another matrix: with tied
+    blocks under norms that differ by depth, or with a head that is tied to the embeddings. `untie`
+    gives the embeddings a table of their own, so that the head can be folded into.
 
     A stream that is read by anything but norms, as in post-norm models, cannot be converted: the
     nearest miss says which node is in the way. Without any LayerNorm the program stays as it is.

@@ -76,6 +76,35 @@ def options_of(cls: type) -> dict[str, Option]:
     return options
 
 
+def check_options(cls: type) -> None:
+    """Raise UsageError if a pass declares an option of a type that text cannot hold."""
+    try:
+        options = options_of(cls)
+    except (NameError, AttributeError) as error:
+        raise UsageError(f"an annotation is wrong: {error}", where=cls.__qualname__) from error
+    for each in options.values():
+        if not _supported(each.type):
+            raise UsageError(
+                f"option {each.name} has the type {each.type}, which text cannot hold",
+                where=cls.__qualname__,
+                hint="see reroll.rewrite.options for the types that it can",
+            )
+
+
+def _supported(kind: Any) -> bool:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return all(type(a) in (int, str, bool, type(None)) for a in args)
+    if origin is tuple:
+        return len(args) == 2 and args[1] is Ellipsis and _supported(args[0])
+    if origin is dict:
+        return args[0] in (str, int) and _supported(args[1])
+    if origin in (list, Union, types.UnionType):
+        return all(map(_supported, args))
+    is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
+    return is_enum or kind in (int, float, bool, str, type(None), None, Any)
+
+
 def plain(value: Any) -> Any:
     """A value as data that text and YAML can hold."""
     if isinstance(value, enum.Enum):

@@ -109,7 +109,12 @@ class Pass(ABC):
     @classmethod
     def summary(cls) -> str:
         """The first line of the documentation."""
-        return (inspect.getdoc(cls) or "").partition("\n")[0]
+        return cls.documentation().partition("\n")[0]
+
+    @classmethod
+    def documentation(cls) -> str:
+        """The class's own docstring, without its indentation."""
+        return inspect.cleandoc(cls.__doc__ or "")
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
@@ -119,7 +124,7 @@ class Pass(ABC):
             "contract": cls.contract,
             "requires": list(cls.requires),
             "summary": cls.summary(),
-            "documentation": inspect.getdoc(cls) or "",
+            "documentation": cls.documentation(),
             "options": [
                 {
                     "name": o.name,

@@ -19,8 +19,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from reroll.errors import UsageError
-from reroll.rewrite.options import nearest_name
+from reroll.errors import UsageError, located
+from reroll.rewrite.options import check_options, nearest_name
 from reroll.rewrite.passes import Pass
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ def load_file(path: str | Path) -> tuple[type[Pass], ...]:
             where=str(path),
             hint="a pass is a subclass of reroll.rewrite.passes.Pass that sets `name`",
         )
-    return tuple(register(cls) for cls in found)
+    with located(str(path)):
+        return tuple(register(cls) for cls in found)
 
 
 @cache
@@ -120,6 +121,7 @@ def _passes_of(module: ModuleType) -> list[type[Pass]]:
 
 def _add(cls: type[Pass]) -> type[Pass]:
     known = _passes.get(cls.name)
+    check_options(cls)
     if not cls.name.isidentifier():
         raise UsageError(f"{cls.name!r} is not a name for a pass", where=cls.__qualname__)
     # loading a file again replaces its passes

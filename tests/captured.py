@@ -1,0 +1,104 @@
+"""Tiny random transformers models and their Programs, captured once in a test run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+
+from reroll.rewrite.capture import capture
+from reroll.rewrite.program import Program
+
+TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def llama(**changes: Any) -> Any:
+    options = {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = transformers.LlamaConfig(**{**TEXT, **SPECIAL, **options, **changes})
+    return transformers.LlamaForCausalLM(config)
+
+
+def qwen2() -> Any:
+    config = transformers.Qwen2Config(
+        **TEXT, **SPECIAL, intermediate_size=48, num_key_value_heads=2
+    )
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def gemma3() -> Any:
+    config = transformers.Gemma3TextConfig(
+        **TEXT, **SPECIAL, intermediate_size=48, num_key_value_heads=2, head_dim=8,
+        sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=64, **SPECIAL
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def gpt_neox() -> Any:
+    config = transformers.GPTNeoXConfig(**TEXT, **SPECIAL, intermediate_size=64)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def bloom() -> Any:
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=4, n_head=4, **SPECIAL)
+    return transformers.BloomForCausalLM(config)
+
+
+def bert() -> Any:
+    return transformers.BertModel(transformers.BertConfig(**TEXT, intermediate_size=64))
+
+
+def dinov2() -> Any:
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    return transformers.Dinov2Model(config)
+
+
+def whisper() -> Any:
+    config = transformers.WhisperConfig(
+        vocab_size=64, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_source_positions=50, decoder_start_token_id=1, **SPECIAL,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    f.__name__: f for f in (llama, qwen2, gemma3, gpt2, gpt_neox, bloom, bert, dinov2, whisper)
+}
+
+
+@cache
+def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model; the vectors, which start as zeros and ones, are random as well."""
+    torch.manual_seed(0)
+    made = MODELS[name]()
+    for parameter in made.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        else:
+            parameter.data *= 4
+    return made.to(dtype).eval()
+
+
+@cache
+def captured(name: str, dtype: torch.dtype = torch.float32) -> Program:
+    """The Program of `model(name)`, with its layers rolled."""
+    return capture(model(name, dtype))
+
+
+@cache
+def flat(name: str) -> Program:
+    """The Program of `model(name)` without loops."""
+    return capture(model(name), roll=False)

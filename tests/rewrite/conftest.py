@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import pytest
+
+from reroll.rewrite import registry
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """A function that registers passes until the test ends."""
+    known = dict(registry.registered())
+    monkeypatch.setattr(registry, "_passes", known)
+    return lambda *classes: [registry.register(cls) for cls in classes]
