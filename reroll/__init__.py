@@ -1,0 +1,51 @@
+"""reroll: a compiler that rolls a pretrained transformer back into the loops that it is.
+
+    import reroll
+
+    program = reroll.capture("path-or-hub-id-or-model")
+    program = reroll.run_passes(program, "tie(blocks=10), relax(rank=64)")
+    program.save("out/")
+
+Importing this package imports neither torch nor transformers. It arranges that transformers' auto
+classes load what `Program.save` wrote, whenever transformers is imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from reroll import _registration
+
+if TYPE_CHECKING:
+    from reroll._api import load, parse, run_passes
+    from reroll.rewrite.capture import capture
+    from reroll.rewrite.passes import Pass
+    from reroll.rewrite.program import Program
+
+__version__ = "0.1.0"
+__all__ = ["Pass", "Program", "__version__", "capture", "load", "parse", "run_passes"]
+
+_HOMES = {
+    "Pass": "reroll.rewrite.passes",
+    "Program": "reroll.rewrite.program",
+    "capture": "reroll.rewrite.capture",
+    "load": "reroll._api",
+    "parse": "reroll._api",
+    "run_passes": "reroll._api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_registration.register()

@@ -1,0 +1,94 @@
+"""The functions of the public interface that bring the packages of reroll together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from reroll.errors import UsageError
+from reroll.rewrite.manager import Event, Measure
+from reroll.rewrite.manager import run_passes as _run_passes
+from reroll.rewrite.program import Program
+from reroll.rewrite.samples import Tokenizer
+
+if TYPE_CHECKING:
+    from reroll.rewrite.pipeline import Pipeline
+
+__all__ = ["load", "parse", "run_passes"]
+
+
+def run_passes(
+    program: Program,
+    passes: Pipeline,
+    *,
+    text: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    measure: Measure = "auto",
+    stop_after: int | str | None = None,
+    print_after: Collection[str] | Literal["all"] = (),
+    on_event: Callable[[Event], None] | None = None,
+    seed: int = 0,
+) -> Program:
+    """Rewrite a Program with passes; each leaves a record in `program.origin.steps`.
+
+    `passes` is a line of text such as "tie(blocks=10), relax(rank=64)", the path of a recipe, a
+    pass, or a list of these. `text` is text, or a file with text (a `Path`), to calibrate and
+    measure on; a sample ships. The tokenizer is the original model's own if it has one.
+
+    See `reroll.rewrite.manager.run_passes` for the other arguments and the errors.
+    """
+    from reroll.evaluate.tokenizing import plain_ids, tokenizer_of
+
+    if tokenizer is None:
+        found = tokenizer_of(program)
+        if found is not None:
+            tokenizer = lambda content: plain_ids(found, content)  # noqa: E731
+    return _run_passes(
+        program,
+        passes,
+        text=text,
+        tokenizer=tokenizer,
+        measure=measure,
+        stop_after=stop_after,
+        print_after=print_after,
+        on_event=on_event,
+        seed=seed,
+    )
+
+
+def parse(text: str, source: str | Program | None = None) -> Program:
+    """The Program whose text this is: `parse(str(program))` gives the same Program again.
+
+    A text holds no tensors. To run or save what was parsed, name where they come from: `source` is
+    the Program that the text was printed from, or the directory of the model.
+
+    Raises ProgramError, with the line at fault.
+    """
+    from reroll.rewrite.parser import parse as parse_text
+
+    if source is None:
+        return parse_text(text)
+    if not isinstance(source, Program):
+        from reroll.rewrite.capture import capture
+
+        source = capture(source, roll=False)
+    return parse_text(text, source.source)
+
+
+def load(directory: str | Path) -> Program:
+    """The Program of a directory that `Program.save` wrote; no weight is read yet.
+
+    Raises UsageError if the directory is not one of reroll's, CheckpointError or ProgramError if
+    its files are damaged.
+    """
+    from reroll.evaluate.subjects import is_converted
+    from reroll.rewrite.capture import capture
+
+    if not is_converted(str(directory)):
+        raise UsageError(
+            "this is not a model that reroll converted",
+            where=str(directory),
+            hint="capture any other model: reroll.capture(...)",
+        )
+    return capture(str(directory))

@@ -1,0 +1,1 @@
+"""The engine: capture, raise, reroll, Programs and their weights, passes and their manager."""
