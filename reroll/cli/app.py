@@ -1,0 +1,402 @@
+"""The commands. Each parses its options, calls the library, and hands the result to a report.
+
+Libraries that take long to import are imported inside the commands, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import reroll
+from reroll.cli import reports
+from reroll.cli.terminal import Bars, Stopwatch, command, notes, write, write_json
+from reroll.errors import UsageError
+
+if TYPE_CHECKING:
+    from reroll.rewrite.manager import Event, Measure
+    from reroll.rewrite.program import Program
+
+app = typer.Typer(
+    name="reroll",
+    help="Rewrite a pretrained transformer into the loops that it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL_HELP = "A hub id, a directory, or a .gguf file."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Compute in this dtype: float32, bfloat16, float16.", show_default="the model's own"
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+Load = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A Python file that defines passes; it is run. Repeatable.", show_default=False
+    ),
+]
+Text = Annotated[
+    Path | None, typer.Option(help="A file with text to measure on.", show_default="a short sample")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"reroll {reroll.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Rewrite a pretrained transformer into the loops that it is."""
+
+
+@app.command("inspect")
+@command
+def inspect_command(
+    model: Model,
+    check: Annotated[
+        bool, typer.Option(help="Load the weights too, and compare with the model itself.")
+    ] = True,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say which loops and which attention a model has, and whether its capture is exact."""
+    from reroll.evaluate.inspect import inspect_model
+
+    with Bars() as bars:
+        found = inspect_model(
+            model,
+            check,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            on_progress=bars,
+        )
+    write_json(found) if json_ else reports.inspected(found)
+
+
+@app.command()
+@command
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    passes: Annotated[
+        str | None,
+        typer.Option(help="Passes, such as 'tie(blocks=10), relax(rank=64)'.", show_default="none"),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file with passes.")] = None,
+    text: Text = None,
+    measure: Annotated[
+        str, typer.Option(help="auto, on or off: measure what each pass does.")
+    ] = "auto",
+    dtype: Dtype = None,
+    load: Load = None,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Print the program after this pass, or 'all'. Repeatable.", show_default=False
+        ),
+    ] = None,
+    stop_after: Annotated[
+        str | None,
+        typer.Option(help="Stop after this many passes, or after the pass of this name."),
+    ] = None,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Print how long each step took.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="For passes that use random numbers.")] = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Capture a model, run passes on it, and write a Hugging Face directory.
+
+    Without passes, the model is rolled and computes the same.
+    """
+    from reroll.cli.conversion import Conversion
+
+    conversion = Conversion(out, overwrite=overwrite)
+    chosen = _pipeline(passes, recipe, load)
+    content = None if text is None else _text(text)
+    watch = Stopwatch()
+    with Bars() as bars:
+        with watch.step("capture"):
+            bars(0, 0, "capturing")
+            program = reroll.capture(
+                model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+            )
+        with watch.step("passes"):
+            rewritten = reroll.run_passes(
+                program,
+                chosen,
+                text=content,
+                measure=_measure(measure),
+                stop_after=_stop(stop_after),
+                print_after="all" if "all" in (print_after or ()) else print_after or (),
+                on_event=lambda event: _tell(event, bars),
+                seed=seed,
+            )
+        with watch.step("save"):
+            conversion.save(rewritten, bars)
+    found = conversion.summary(model, program, rewritten, watch.seconds)
+    write_json(found) if json_ else reports.converted(found, timing)
+
+
+def _pipeline(passes: str | None, recipe: Path | None, load: list[Path] | None) -> Any:
+    """The passes that were asked for, checked before anything takes long."""
+    if passes is not None and recipe is not None:
+        raise UsageError("--passes and --recipe exclude each other", hint="give one of them")
+    from reroll.rewrite.pipeline import resolve
+    from reroll.rewrite.registry import load_file
+
+    for file in load or ():
+        load_file(file)
+    return resolve(recipe if recipe is not None else passes or [])
+
+
+def _text(path: Path) -> str:
+    from reroll.evaluate.tokenizing import read_text
+
+    return read_text(path)
+
+
+def _measure(word: str) -> Measure:
+    words: dict[str, Measure] = {"auto": "auto", "on": True, "off": False}
+    if word not in words:
+        raise UsageError(f"--measure is auto, on or off, not {word!r}")
+    return words[word]
+
+
+def _stop(word: str | None) -> int | str | None:
+    return int(word) if word is not None and word.isdigit() else word
+
+
+def _tell(event: Event, bars: Bars) -> None:
+    """Show what the pass manager tells."""
+    if event.kind == "start":
+        bars(0, 0, event.text)
+    elif event.kind == "progress":
+        bars(event.done, event.total, f"{event.text}: {event.what}")
+    elif event.kind == "print":
+        bars.print(f"# after {event.text}\n{event.program}")
+    elif event.step is not None:
+        from reroll.rewrite.manager import summary
+
+        bars.print(summary(event.step))
+        for remark in event.step.remarks:
+            bars.print(f"  {remark}")
+
+
+@app.command("compare")
+@command
+def compare_command(
+    a: Annotated[str, typer.Argument(metavar="MODEL", help="The original. " + MODEL_HELP)],
+    b: Annotated[str, typer.Argument(metavar="OUT", help="What it became, or any other model.")],
+    text: Text = None,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in one window of the text.")] = 512,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, help="No more tokens of the text than this; 0 for all.")
+    ] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that run at once.")] = 4,
+    dtype: Dtype = None,
+    attention: Annotated[
+        str, typer.Option(help="transformers' attention for the original: eager or sdpa.")
+    ] = "eager",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how far one model is from another, on text."""
+    if attention not in ("eager", "sdpa"):
+        raise UsageError(f"--attention is eager or sdpa, not {attention!r}")
+    from reroll.evaluate.compare import compare
+
+    with Bars() as bars:
+        found = compare(
+            a,
+            b,
+            text,
+            length=length,
+            max_tokens=max_tokens or None,
+            batch=batch,
+            dtype=dtype,
+            attention=attention,  # type: ignore[arg-type]
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            on_progress=bars,
+        )
+    write_json(found) if json_ else reports.compared(found)
+
+
+@app.command("generate")
+@command
+def generate_command(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model, or any other.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue. Repeatable: a batch.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 64,
+    temperature: Annotated[float | None, typer.Option(help="Sample, at this temperature.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from this share of likelihood.")
+    ] = None,
+    beams: Annotated[int, typer.Option(help="Beams of a beam search.")] = 1,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue prompts. Greedy unless an option for sampling is given."""
+    from reroll.evaluate.generation import generate, open_generator
+    from reroll.evaluate.subjects import Opening
+
+    with Bars() as bars:
+        bars(0, 0, "opening the model")
+        opening = Opening(dtype, revision=revision, trust_remote_code=trust_remote_code)
+        module, tokenizer = open_generator(model, opening)
+        bars(0, 0, "generating")
+        found = generate(
+            module,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            beams=beams,
+            seed=seed,
+            chat=chat,
+        )
+    found = {"model": model, **found}
+    write_json(found) if json_ else reports.generated(found)
+
+
+@app.command("passes")
+@command
+def passes_command(
+    name: Annotated[str | None, typer.Argument(help="One pass, in full.")] = None,
+    load: Load = None,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the passes, their options and their contracts."""
+    from reroll.rewrite.registry import find, load_file, registered
+
+    for file in load or ():
+        load_file(file)
+    found = [p.describe() for p in ([find(name)] if name else registered().values())]
+    if json_:
+        write_json({"passes": found})
+    elif name:
+        reports.one_pass(found[0])
+    else:
+        reports.passes(found)
+
+
+@app.command("diff")
+@command
+def diff_command(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A model, or a file with a program's text.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    context: Annotated[int, typer.Option(min=0, help="Lines around each change.")] = 3,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say how the program of B differs from that of A. Exits with 1 if it does, as diff does."""
+    from reroll.rewrite.compare import diff
+
+    with Bars() as bars:
+        bars(0, 2, f"opening {a}")
+        before = _program(a)
+        bars(1, 2, f"opening {b}")
+        after = _program(b)
+    text = diff(before, after, context=context)
+    if json_:
+        write_json({"a": a, "b": b, "same": not text, "diff": text.splitlines()})
+    elif text:
+        write(text)
+    else:
+        notes().print("the programs are the same")
+    if text:
+        raise typer.Exit(1)
+
+
+@app.command("show")
+@command
+def show_command(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model, or any other.")],
+    flat: Annotated[
+        bool,
+        typer.Option("--flat", help="Of a model that is not converted: as captured, not rolled."),
+    ] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print a model's program."""
+    with Bars() as bars:
+        bars(0, 0, "capturing")
+        program = _program(
+            model, roll=not flat, revision=revision, trust_remote_code=trust_remote_code
+        )
+    if json_:
+        from reroll.rewrite.serialize import program_to_json
+
+        write_json(program_to_json(program))
+    else:
+        write(str(program))
+
+
+def _program(name: str, **options: Any) -> Program:
+    """The Program of a model, or of a file with a program's text."""
+    path = Path(name)
+    if path.is_file() and path.suffix != ".gguf":
+        try:
+            return reroll.parse(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError("this is not the text of a program", where=name) from error
+    return reroll.capture(name, **options)
+
+
+def main() -> None:
+    """Run the command line."""
+
+    # an interrupted command cleans up, whoever interrupts it
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    sys.exit(app(prog_name="reroll"))

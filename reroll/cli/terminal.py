@@ -1,0 +1,206 @@
+"""What goes where: results to stdout, everything else to stderr; and how a command fails."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from reroll.errors import RerollError, UsageError
+
+F = TypeVar("F", bound=Callable[..., None])
+
+# what is faster than this shows no progress
+PATIENCE = 2.0
+
+_results: TextIO | None = None
+
+
+def notes() -> Console:
+    """Where progress, remarks and errors go."""
+    return Console(stderr=True, highlight=False)
+
+
+def results() -> Console:
+    """Where the result goes, for people."""
+    file = _results or sys.stdout
+    # tables in a file or a pipe should not be folded to 80 columns
+    width = None if file.isatty() else 160
+    return Console(file=file, highlight=False, width=width)
+
+
+def write(text: str) -> None:
+    """Write a result as it is."""
+    file = _results or sys.stdout
+    file.write(text if text.endswith("\n") else f"{text}\n")
+    file.flush()
+
+
+def write_json(data: Any) -> None:
+    """Write a result as one JSON document; numbers that JSON cannot hold become null."""
+    write(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+# ---- failing
+
+
+def command(function: F) -> F:
+    """A command whose errors are reported in three lines and an exit status.
+
+    2 means that the command was used wrongly, 1 that something else failed, 130 that it was
+    interrupted. What libraries print on stdout goes to stderr.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        debug = bool(kwargs.get("debug"))
+        with _stdout_for_results(), _logging(debug):
+            try:
+                function(*args, **kwargs)
+            except RerollError as error:
+                _report(error.message, error.where, error.hint, debug)
+                raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+            except (typer.Exit, typer.Abort):
+                raise
+            except KeyboardInterrupt:
+                _report("interrupted", None, None, debug)
+                raise typer.Exit(130) from None
+            except BrokenPipeError:
+                raise typer.Exit(1) from None
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+                hint = None if debug else "rerun with --debug for a traceback"
+                _report(what, None, hint, debug)
+                raise typer.Exit(1) from None
+
+    return guarded  # type: ignore[return-value]
+
+
+def _report(what: str, where: str | None, hint: str | None, debug: bool) -> None:
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    console = notes()
+    for name, text, style in (
+        ("error", what, "bold red"),
+        ("where", where, "bold"),
+        ("hint", hint, "bold"),
+    ):
+        if text is not None:
+            console.print(f"[{style}]{name}:[/] {escape(text)}", soft_wrap=True)
+
+
+@contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    global _results
+    before, _results = _results, sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = before
+
+
+@contextmanager
+def _logging(debug: bool) -> Iterator[None]:
+    """Log to stderr at the level that --debug or the variable REROLL_LOG asks for."""
+    name = "DEBUG" if debug else os.environ.get("REROLL_LOG", "").upper()
+    level = getattr(logging, name, None) if name else logging.WARNING
+    logger = logging.getLogger("reroll")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level if isinstance(level, int) else logging.WARNING)
+    try:
+        if name and not isinstance(level, int):
+            logger.warning("REROLL_LOG=%s is no level: debug, info, warning or error", name)
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+# ---- progress
+
+
+class Bars:
+    """Progress on stderr, which appears once the work has taken longer than `PATIENCE`."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=notes(),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None)
+        self._timer = threading.Timer(PATIENCE, self._progress.start)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Bars:
+        if self._progress.console.is_terminal:
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Show how far the work has come; a `total` of 0 is not known."""
+        self._progress.update(self._task, description=what, completed=done, total=total or None)
+
+    def print(self, text: str) -> None:
+        """A line above the bar."""
+        self._progress.console.print(escape(text), soft_wrap=True)
+
+
+class Stopwatch:
+    """Seconds by the name of the step that took them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - start

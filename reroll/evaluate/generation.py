@@ -1,0 +1,170 @@
+"""Text from a model, converted or not, through transformers' own `generate`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from reroll.errors import UsageError
+from reroll.evaluate.subjects import Opening, open_original
+from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
+from reroll.rewrite.models import open_model
+from reroll.rewrite.program import Program
+
+
+def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any]:
+    """A model that generates, and its tokenizer; UsageError if it does not, or has none.
+
+    `model` is a hub id, a path, or a Program.
+    """
+    opening = opening or Opening()
+    if isinstance(model, Program):
+        name = model.origin.model
+        options = {} if opening.dtype is None else {"dtype": opening.dtype}
+        module, tokenizer = model.to_module(**options), tokenizer_of(model)
+    else:
+        name = str(model)
+        module = open_original(name, opening, _class_name(name, opening))
+        tokenizer = open_tokenizer(
+            name, revision=opening.revision, trust_remote_code=opening.trust_remote_code
+        )
+    if not (hasattr(module, "can_generate") and module.can_generate()):
+        raise UsageError("the model does not generate text", where=name)
+    if tokenizer is None:
+        raise UsageError("the model has no tokenizer", where=name)
+    return module, tokenizer
+
+
+def _class_name(name: str, opening: Opening) -> str | None:
+    """The class of transformers that loads a model; None for one that brings its own code.
+
+    Reports a model that is not there more plainly than transformers does.
+    """
+    if opening.trust_remote_code:
+        return None
+    opened = open_model(name, dtype=opening.dtype, revision=opening.revision)
+    if isinstance(opened, Program):
+        return opened.origin.auto_class
+    return opened.origin.architecture
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    beams: int = 1,
+    seed: int = 0,
+    chat: bool = False,
+) -> dict[str, Any]:
+    """Continue some prompts in one batch, as JSON data.
+
+    Greedy unless `temperature`, `top_k` or `top_p` is given. `chat` puts each prompt into the
+    tokenizer's chat template as a message of the user's.
+
+    Raises UsageError if there is no prompt, no chat template, or an option is out of range.
+    """
+    _check(prompts, max_new_tokens, temperature, top_k, top_p, beams)
+    texts = [_as_chat(tokenizer, prompt) if chat else prompt for prompt in prompts]
+    # the template has written the special tokens already
+    batch = _padded(tokenizer, texts, special=not chat)
+    if batch["input_ids"].shape[1] == 0:
+        raise UsageError("a prompt has no tokens", hint="give a longer prompt")
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_k": None,
+        "top_p": None,
+    }
+    if any(value is not None for value in (temperature, top_k, top_p)):
+        options = {
+            "do_sample": True,
+            "temperature": 1.0 if temperature is None else temperature,
+            "top_k": top_k or 0,
+            "top_p": 1.0 if top_p is None else top_p,
+        }
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    with torch.no_grad():
+        found = model.generate(
+            **batch,
+            **options,
+            num_beams=beams,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    seconds = time.perf_counter() - start
+    # an encoder-decoder's output starts with one token that says so
+    given = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    new = found[:, given:]
+    ends = _ends(model, tokenizer)
+    outputs = []
+    for prompt, row in zip(prompts, new.tolist(), strict=True):
+        ids = _until_end(row, ends)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        outputs.append({"prompt": prompt, "text": text, "tokens": len(ids)})
+    return {
+        "outputs": outputs,
+        "steps": new.shape[1],
+        "seconds": seconds,
+        "tokens_per_second": sum(o["tokens"] for o in outputs) / seconds,
+    }
+
+
+def _check(
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    beams: int,
+) -> None:
+    problems = {
+        "there is no prompt": not prompts,
+        "a prompt is empty": not all(prompts),
+        "max_new_tokens must be 1 or more": max_new_tokens < 1,
+        "temperature must be above 0": temperature is not None and temperature <= 0,
+        "top_k must be 1 or more": top_k is not None and top_k < 1,
+        "top_p must be above 0 and at most 1": top_p is not None and not 0 < top_p <= 1,
+        "beams must be 1 or more": beams < 1,
+    }
+    for problem, applies in problems.items():
+        if applies:
+            raise UsageError(problem, where="generate")
+
+
+def _as_chat(tokenizer: Any, prompt: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError("the tokenizer has no chat template", hint="leave --chat out")
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return str(text)
+
+
+def _padded(tokenizer: Any, texts: Sequence[str], special: bool) -> dict[str, torch.Tensor]:
+    """Token ids and mask of a batch, padded on the left, where generation needs it."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "left"
+    found = tokenizer(
+        list(texts), return_tensors="pt", padding=len(texts) > 1, add_special_tokens=special
+    )
+    return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = ends if isinstance(ends, list) else [ends]
+    return {int(i) for i in [*known, tokenizer.eos_token_id] if i is not None}
+
+
+def _until_end(row: list[int], ends: set[int]) -> list[int]:
+    """The new tokens of one row, up to and without the one that ends the text."""
+    return next((row[:i] for i, token in enumerate(row) if token in ends), row)

@@ -1,0 +1,273 @@
+"""What is evaluated: an original that transformers runs, or a Program that its module runs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import CheckpointError, RerollError, UsageError
+from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
+from reroll.rewrite.capture import capture
+from reroll.rewrite.costs import CACHE, flops_per_token, state_bytes
+from reroll.rewrite.program import Program
+
+log = logging.getLogger(__name__)
+
+Attention = Literal["eager", "sdpa"]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How models are opened: in which dtype, with which attention, and whether code is trusted."""
+
+    dtype: torch.dtype | str | None = None
+    attention: Attention = "eager"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Subject:
+    """A model that runs, and what is known about it.
+
+    `program` is None for a model that cannot be captured; it still runs.
+    """
+
+    name: str
+    model: Any
+    program: Program | None
+    converted: bool
+    opening: Opening = field(default_factory=Opening)
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """The model's tokenizer, if it has one."""
+        found = None if self.program is None else tokenizer_of(self.program)
+        if found is None and not self.converted:
+            found = open_tokenizer(
+                self.name,
+                revision=self.opening.revision,
+                trust_remote_code=self.opening.trust_remote_code,
+            )
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return getattr(self.model, "dtype", torch.float32)
+
+    @property
+    def generates(self) -> bool:
+        """Whether this is a decoder that predicts the next token of a text."""
+        if self.program is None:
+            return type(self.model).__name__.endswith("ForCausalLM")
+        data = [i.name for i in self.program.inputs if i.role == "data"]
+        return data == ["input_ids"] and self.keeps_state
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether any of the Program's ops owns state."""
+        graphs = () if self.program is None else self.program.graphs()
+        return any(n.target is CACHE for _, graph in graphs for n in graph.nodes)
+
+    def parameters(self) -> int:
+        """Number of parameters; a shared one counts once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def bytes(self) -> int:
+        """Bytes of the parameters."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def state_bytes(self, context: int) -> int | None:
+        """Bytes of state of one sequence of `context` tokens; None if there is no state."""
+        if self.program is None or not self.keeps_state:
+            return None
+        return state_bytes(self.program, context)
+
+    def flops_per_token(self) -> int | None:
+        """Operations for one more token behind 1,024 others; None if nothing was captured."""
+        return None if self.program is None else flops_per_token(self.program)
+
+    @cached_property
+    def accepts(self) -> set[str]:
+        """The names of the arguments of the model's forward."""
+        return set(inspect.signature(self.model.forward).parameters)
+
+    def run(self, inputs: Mapping[str, Tensor], output: str, keep: Tensor | None = None) -> Tensor:
+        """One output for some inputs; with `keep`, logits at those positions only."""
+        options: dict[str, Any] = {}
+        if "use_cache" in self.accepts:
+            options["use_cache"] = False
+        if keep is not None:
+            options["logits_to_keep"] = keep
+        with torch.no_grad():
+            found = self.model(**self._in_own_dtype(inputs), **options)
+        value = found.get(output)
+        if not isinstance(value, Tensor):
+            raise UsageError(f"the model gives no {output!r}", where=self.name)
+        return value
+
+    def _in_own_dtype(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: t.to(self.dtype) if t.is_floating_point() else t for name, t in inputs.items()
+        }
+
+
+def open_subject(item: Any, opening: Opening | None = None) -> Subject:
+    """A subject from a hub id, a path, a Program or a module; UsageError for anything else."""
+    opening = opening or Opening()
+    if isinstance(item, Subject):
+        return item
+    if isinstance(item, Program):
+        return _converted(_name(item), item, opening)
+    if isinstance(item, nn.Module):
+        return _module(item, opening)
+    if isinstance(item, str | Path):
+        return _named(str(item), opening)
+    raise UsageError(
+        f"{type(item).__name__} is not a model",
+        hint="give a hub id, a path, a Program or a transformers model",
+    )
+
+
+def is_converted(name: str, revision: str | None = None) -> bool:
+    """Whether a path or hub id is that of a model that reroll wrote."""
+    file: Any = Path(name) / "config.json"
+    if not Path(name).exists():
+        from huggingface_hub import hf_hub_download
+
+        # a name that cannot be reached is reported by whoever opens it
+        with suppress(Exception):
+            file = Path(hf_hub_download(name, "config.json", revision=revision))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "reroll"
+
+
+def _name(program: Program) -> str:
+    steps = ", ".join(step.text for step in program.origin.steps)
+    return f"{program.origin.model} after {steps}" if steps else program.origin.model
+
+
+def _converted(name: str, program: Program, opening: Opening) -> Subject:
+    options = {} if opening.dtype is None else {"dtype": opening.dtype}
+    return Subject(name, program.to_module(**options).eval(), program, True, opening)
+
+
+def _module(model: nn.Module, opening: Opening) -> Subject:
+    program = getattr(model, "program", None)
+    converted = isinstance(program, Program)
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    if not converted:
+        program = _captured(model)
+    # what the caller trains goes on training
+    return Subject(name, model, program, converted, opening)
+
+
+def _named(name: str, opening: Opening) -> Subject:
+    if is_converted(name, opening.revision):
+        return _converted(name, capture(name, revision=opening.revision), opening)
+    program = _captured(
+        name,
+        dtype=opening.dtype,
+        revision=opening.revision,
+        trust_remote_code=opening.trust_remote_code,
+    )
+    model = open_original(name, opening, None if program is None else program.origin.architecture)
+    return Subject(name, model, program, False, opening)
+
+
+def _captured(model: Any, **options: Any) -> Program | None:
+    """The flat Program of a model; None, with the reason logged, if it cannot be captured.
+
+    Errors that also stop the model itself from being opened are raised.
+    """
+    try:
+        return capture(model, roll=False, **options)
+    except (UsageError, CheckpointError):
+        raise
+    except RerollError as error:
+        log.info("not captured, so it has no state or operations to count: %s", error)
+        return None
+
+
+def open_original(name: str, opening: Opening, architecture: str | None = None) -> Any:
+    """A model as transformers itself loads and runs it, in eval mode.
+
+    Raises CheckpointError if transformers cannot load it.
+    """
+    import transformers
+
+    path = Path(name)
+    options: dict[str, Any] = {
+        "dtype": opening.dtype or "auto",
+        "attn_implementation": opening.attention,
+        "trust_remote_code": opening.trust_remote_code,
+    }
+    where = name
+    if path.suffix == ".gguf":
+        where, options["gguf_file"] = str(path.parent), path.name
+    elif not path.exists():
+        options["revision"] = opening.revision
+    with _quiet():
+        cls = getattr(transformers, str(architecture), None)
+        if cls is None:
+            cls = _class_of(where, options)
+        try:
+            model = cls.from_pretrained(where, **options)
+        # transformers raises whatever the files bring it to raise
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"transformers cannot load the model: {type(error).__name__}: {reason}", where=name
+            ) from error
+    return model.eval()
+
+
+def _class_of(name: str, options: Mapping[str, Any]) -> Any:
+    import transformers
+
+    keys = ("trust_remote_code", "gguf_file", "revision")
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            name, **{k: options[k] for k in keys if k in options}
+        )
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"cannot read the configuration: {reason}", where=name) from error
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if architecture and hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    causal = transformers.AutoModelForCausalLM
+    return causal if type(config) in causal._model_mapping else transformers.AutoModel
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and notes that transformers prints while it loads a model."""
+    from transformers.utils import logging as notes
+
+    level, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
+    notes.set_verbosity_error()
+    notes.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        notes.set_verbosity(level)
+        if bars:
+            notes.enable_progress_bar()

@@ -1,0 +1,140 @@
+"""Tokenizers of models and Programs, and text as windows of token ids."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.rewrite.program import Program
+from reroll.rewrite.samples import sample_text
+
+log = logging.getLogger(__name__)
+
+# a side file that only a tokenizer has; the first that is there says in which directory it lies
+_MARKS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+# more characters than this for one token are rare, so a longer text is cut before it is tokenized
+_CHARACTERS = 16
+
+
+def tokenizer_of(program: Program) -> Any | None:
+    """The transformers tokenizer among a Program's side files; None if there is none."""
+    files = program.origin.files
+    for mark in _MARKS:
+        if mark in files and Path(files[mark]).is_file():
+            return open_tokenizer(str(Path(files[mark]).parent))
+    if program.origin.model.endswith(".gguf") and Path(program.origin.model).is_file():
+        return open_tokenizer(program.origin.model)
+    return None
+
+
+def open_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any | None:
+    """The tokenizer of a hub id, a directory or a `.gguf` file; None if there is none.
+
+    Why there is none is logged.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if path.suffix == ".gguf":
+        name, options["gguf_file"] = str(path.parent), path.name
+    if path.exists():
+        options["local_files_only"] = True
+    else:
+        options["revision"] = revision
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    # the reasons that a tokenizer cannot be read have no common type
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        log.info("%s has no tokenizer: %s: %s", name, type(error).__name__, reason)
+        return None
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without special tokens."""
+    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [int(i) for i in found]
+
+
+def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer itself puts before and after a text."""
+    bare = plain_ids(tokenizer, "a")
+    whole = [int(i) for i in tokenizer("a")["input_ids"]]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
+def read_text(source: str | Path | None) -> str:
+    """The text in a file; the text that ships if None. UsageError if it is not text.
+
+    A `str` is the text itself, a `Path` is a file.
+    """
+    if source is None:
+        return sample_text()
+    if isinstance(source, str):
+        return source
+    try:
+        text = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("the file is not UTF-8 text", where=str(source)) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"the text cannot be read: {reason}", where=str(source)) from error
+    if "\0" in text:
+        raise UsageError("the file is binary, not text", where=str(source))
+    if not text.strip():
+        raise UsageError("the text is empty", where=str(source))
+    return text
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Stretches of a text, each with the special tokens that the tokenizer puts around a text.
+
+    `ids` is [windows, length]; the first `prefix` tokens of each window and the last `suffix` are
+    special. `cut` says that the text goes on behind the last window.
+    """
+
+    ids: Tensor
+    prefix: int
+    suffix: int
+    cut: bool
+
+
+def make_windows(
+    text: str, tokenizer: Any, length: int, max_tokens: int | None, *, closing: bool
+) -> Windows:
+    """A text as windows of `length` tokens that do not overlap; a rest that fills none is left out.
+
+    A text that is shorter than one window gives one shorter window. `closing` keeps the special
+    tokens that stand after a text, which belong to encoders.
+    """
+    before, after = special_ids(tokenizer)
+    after = after if closing else []
+    room = length - len(before) - len(after)
+    if room < 2:
+        raise UsageError(f"a window of {length} tokens is too short", hint="8 or more make sense")
+    whole = len(text)
+    if max_tokens is not None:
+        text = text[: _CHARACTERS * max(max_tokens, length)]
+    ids = plain_ids(tokenizer, text)
+    if len(ids) < 2:
+        raise UsageError("the text has fewer than two tokens", hint="give more text")
+    count = max(len(ids) // room, 1)
+    if max_tokens is not None:
+        count = min(count, max(max_tokens // length, 1))
+    rows = [before + ids[i * room : (i + 1) * room] + after for i in range(count)]
+    cut = len(ids) - count * room >= room or len(text) < whole
+    return Windows(torch.tensor(rows, dtype=torch.long), len(before), len(after), cut)
