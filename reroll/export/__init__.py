@@ -1,0 +1,1 @@
+"""Export targets: what a Program can be written as."""

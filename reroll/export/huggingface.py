@@ -1,0 +1,152 @@
+"""Saving a Program as a Hugging Face directory, which `from_pretrained` loads after `import
+reroll`.
+
+config.json              what transformers asks a configuration for
+program.json             the Program: graphs, weight table, recipe; no code
+model.safetensors        every distinct weight once, or shards of them with an index
+README.md                the model card
+tokenizer.json, ...      the original's side files, unchanged
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from reroll.errors import ExportError, UsageError
+from reroll.export.directories import new_directory
+from reroll.export.model_card import model_card
+from reroll.export.shards import Progress, save_outputs
+from reroll.rewrite.checkpoint import SafetensorsSource
+from reroll.rewrite.expressions import Source
+from reroll.rewrite.program import Program
+from reroll.rewrite.serialize import program_to_json
+from reroll.rewrite.weight_evaluation import Output
+from reroll.rewrite.weights import WeightTable, stored_name
+from reroll.runtime.modules import slot_key
+from reroll.runtime.pretrained import PROGRAM_FILE, load_program
+
+_OWN_FILES = {"config.json", PROGRAM_FILE, "readme.md", "model.safetensors.index.json"}
+
+
+def save(
+    program: Program,
+    directory: str | Path,
+    *,
+    overwrite: bool | Literal["files"] = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write a Program to a directory that is there whole or not at all.
+
+    Weights are computed and written one shard at a time; `progress` is called with the bytes done
+    and in all. With `overwrite`, a directory that exists is replaced; with "files", only its files
+    of the same names are. Loading what was saved and saving it again gives the same bytes.
+
+    Raises UsageError if the directory exists, and ExportError if a side file is missing or its name
+    leads out of the directory.
+    """
+    if overwrite == "files" and Path(directory).is_dir():
+        _into(program, Path(directory), progress)
+        return
+    with new_directory(directory, overwrite=bool(overwrite)) as temporary:
+        _write(program, temporary, progress)
+
+
+def load(directory: str | Path) -> Program:
+    """The Program in a directory that `save` wrote: see `reroll.runtime.pretrained`."""
+    return load_program(directory)
+
+
+def _write(program: Program, directory: Path, progress: Progress | None) -> None:
+    files = _copy_files(program, directory)
+    stored = _with_saved_weights(program, directory, progress)
+    stored = replace(stored, origin=replace(program.origin, files={name: name for name in files}))
+    _write_json(directory / PROGRAM_FILE, program_to_json(stored))
+    _write_config(stored, directory)
+    (directory / "README.md").write_text(model_card(stored), encoding="utf-8")
+
+
+def _write_config(program: Program, directory: Path) -> None:
+    from reroll.runtime.auto import model_class
+    from reroll.runtime.config import RerollConfig
+
+    config = RerollConfig.from_program(program)
+    config.architectures = [model_class(program.origin.auto_class).__name__]
+    config.program_file = PROGRAM_FILE
+    _write_json(directory / "config.json", json.loads(config.to_json_string()), sort_keys=True)
+
+
+def _with_saved_weights(program: Program, directory: Path, progress: Progress | None) -> Program:
+    """Write every distinct weight once; returns the Program over the tensors in the files."""
+    saved: dict[Any, Output] = {}
+    for name, weight in program.weights.items():
+        for entry, expr in enumerate(weight.entries):
+            key = slot_key(program, name, entry)
+            saved.setdefault(key, Output(stored_name(name, entry), 0, expr))
+    save_outputs(list(saved.values()), program.source, directory, progress)
+
+    def source(name: str, entry: int) -> Source:
+        output = saved[slot_key(program, name, entry)]
+        return Source(output.name, output.expr.meta)
+
+    table = {
+        name: replace(weight, entries=tuple(source(name, i) for i in range(len(weight.entries))))
+        for name, weight in program.weights.items()
+    }
+    return replace(
+        program,
+        weights=WeightTable(table),
+        reference=WeightTable(),
+        source=SafetensorsSource(directory),
+    )
+
+
+def _copy_files(program: Program, directory: Path) -> list[str]:
+    """Copy the side files, unchanged."""
+    for name, path in program.origin.files.items():
+        target = directory / _checked(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(path, target)
+        except OSError as error:
+            raise ExportError(
+                f"the side file {name} cannot be copied: {error.strerror}", where=str(path)
+            ) from error
+    return list(program.origin.files)
+
+
+def _checked(name: str) -> str:
+    """A side file's name, if it stays in the directory and is not one of ours."""
+    parts = PurePosixPath(name).parts
+    bad = not parts or PurePosixPath(name).is_absolute() or {"..", "."} & {*parts, *name.split("/")}
+    if bad or re.search(r'[\\:\0"]', name):
+        raise ExportError(f"the side file {name!r:.80} would not be in the directory")
+    if name.lower() in _OWN_FILES or name.lower().endswith(".safetensors"):
+        raise ExportError(f"the side file {name!r:.80} would replace a file of the model")
+    return name
+
+
+def _write_json(path: Path, data: Any, sort_keys: bool = False) -> None:
+    text = json.dumps(data, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _into(program: Program, directory: Path, progress: Progress | None) -> None:
+    """Replace the files of a model in a directory that has others too, each at once."""
+    if not os.access(directory, os.W_OK):
+        raise UsageError("the directory cannot be written", where=str(directory))
+    temporary = Path(tempfile.mkdtemp(prefix=".reroll-", dir=directory))
+    try:
+        _write(program, temporary, progress)
+        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            target = directory / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,104 @@
+"""Putting a lowered Program together: its modules, and one function for each of its graphs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from reroll.rewrite.program import Program
+from reroll.runtime.attention_masks import place_masks
+from reroll.runtime.caches import CacheLayer, cache_layers, cache_nodes, numbering
+from reroll.runtime.codegen import compile_graph, runnable
+from reroll.runtime.heads import head_weight, keep_before_head, token_table
+from reroll.runtime.hoisting import OWN_INPUTS, hoist_invariants
+from reroll.runtime.loops import Trips
+from reroll.runtime.modules import Tree, Trip, build_tree
+from reroll.runtime.padding import read_padding
+
+
+@dataclass
+class Assembly:
+    """A Program in a form that runs.
+
+    `main` takes the module, the Program's inputs in order and a `State`, and returns the outputs.
+    `masks` are the padding inputs that it needs as tensors; the others may be None. `keeps` says
+    whether it applies `logits_to_keep` itself. `embeddings` and `head` are the paths of the modules
+    that look up the tokens and make the logits. `sources` is the generated code by graph.
+    """
+
+    main: Callable[..., tuple[Any, ...]]
+    loops: dict[str, Trips]
+    tree: Tree
+    layers: list[CacheLayer]
+    masks: frozenset[str]
+    keeps: bool
+    embeddings: str | None
+    head: str | None
+    sources: dict[str, str]
+
+
+def assemble(model: nn.Module, program: Program) -> Assembly:
+    """Grow a Program's modules under `model`, and generate its code. Its weights have no data
+    yet.
+    """
+    tree = build_tree(model, program)
+    plan = cache_layers(program)
+    program = hoist_invariants(program)
+    masks = read_padding(program)
+    layers, state = _cache_inputs(program)
+    readings = tree.readings["main"]
+    head, table = head_weight(program), token_table(program)
+    keeps = keep_before_head(program, state)
+    numbers = numbering(program)
+    place_masks(program, layers)
+    loops, sources = {}, {}
+    for loop in program.loops:
+        name, inner = loop.name, cache_nodes(loop.body.graph)
+        graph = runnable(loop.body.graph, tree.readings[name], layers[name], None)
+        trip_type = _trip_type(name, graph)
+        for trip in tree.trips[name]:
+            trip.__class__ = trip_type
+        sources[name] = trip_type.source
+        loops[name] = Trips(tree.trips[name], numbers[inner[0]][0] if inner else 0, len(inner))
+    graph = runnable(program.graph, readings, layers["main"], state)
+    main, sources["main"] = compile_graph(graph, "main")
+    return Assembly(
+        main,
+        loops,
+        tree,
+        plan,
+        masks,
+        keeps,
+        readings[table].lookup if table is not None else None,
+        readings[head].linear if head is not None else None,
+        sources,
+    )
+
+
+def _trip_type(name: str, graph: fx.Graph) -> type[Trip]:
+    forward, source = compile_graph(graph, name)
+    title = "".join(part.capitalize() for part in re.split(r"\W|_", name, flags=re.ASCII))
+    return type(f"{title}Trip", (Trip,), {"forward": forward, "source": source})
+
+
+def _cache_inputs(program: Program) -> tuple[dict[str, fx.Node], fx.Node]:
+    """Give each graph its cache layers as an input; returns those nodes and the main graph's
+    state.
+    """
+    body_input, main_input = OWN_INPUTS
+    nodes: dict[str, fx.Node] = {}
+    for name, graph in program.graphs():
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            if name == "main":
+                state = graph.create_node("placeholder", main_input, name=main_input)
+            else:
+                # a keyword, because gradient checkpointing looks for it
+                nodes[name] = graph.create_node("placeholder", body_input, (None,), name=body_input)
+    with program.graph.inserting_after(state):
+        nodes["main"] = program.graph.call_function(getattr, (state, "layers"))
+    return nodes, state

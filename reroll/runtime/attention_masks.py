@@ -1,0 +1,192 @@
+"""Giving every attention of a Program its mask, made as early and as rarely as possible.
+
+After this, an attention is a call of `attend` with a mask that `make_mask` made: in the main graph,
+before any state is touched, if what it depends on is known there, so that all layers of one kind
+share one mask; otherwise in the body, right before the layer's own cache update.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from reroll.errors import ProgramError
+from reroll.rewrite.matching import all_arguments, argument, shape
+from reroll.rewrite.program import Loop, Program
+from reroll.runtime.attention import attend
+from reroll.runtime.caches import ATTENTION, CACHE, cache_layers, cache_nodes, layer_of, numbering
+from reroll.runtime.hoisting import add_input, drop_unused_inputs, outer_values, placeholders
+from reroll.runtime.masks import make_mask, visible_tokens
+
+_VALUES = ("padding", "blocks", "causal", "window", "chunk")
+_UNKNOWN = object()
+
+
+def place_masks(program: Program, layers: dict[str, fx.Node]) -> None:
+    """Rewrite all attentions in place; `layers` has each graph's node of its cache layers."""
+    placer = _Placer(program, layers["main"])
+    for node in _attentions(program.graph):
+        placer.rewrite(node, None, layers["main"])
+    for loop in program.loops:
+        for node in _attentions(loop.body.graph):
+            placer.rewrite(node, loop, layers[loop.name])
+        drop_unused_inputs(loop)
+
+
+def _attentions(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.target is ATTENTION]
+
+
+class _Placer:
+    def __init__(self, program: Program, layers: fx.Node) -> None:
+        self.program = program
+        self.layers = layers
+        self.plan = cache_layers(program)
+        self.number = numbering(program)
+        self.made: dict[Any, fx.Node] = {}
+        stateful = {loop.node for loop in program.loops}
+        nodes = list(program.graph.nodes)
+        self.first_state = next((n for n in nodes if n.target is CACHE or n in stateful), nodes[-1])
+
+    def rewrite(self, node: fx.Node, loop: Loop | None, layers: fx.Node) -> None:
+        """Turn one attention into a call of `attend`. `layers` is the cache node of its graph."""
+        cache = cache_of(node)
+        values = {name: argument(node, name) for name in _VALUES}
+        mask: fx.Node | None = None
+        if _can_need_mask(node, values, cache):
+            masks = self._outer_masks(node, values, cache, loop)
+            if any(m is _UNKNOWN for m in masks):
+                mask = _inner_mask(node, values, cache, layers)
+            elif loop is None:
+                mask = masks[0]
+            else:
+                same = all(m is masks[0] for m in masks)
+                mask = add_input(loop, "mask", masks[0] if same else tuple(masks))
+        _set_mask(node, mask)
+
+    def _outer_masks(
+        self, node: fx.Node, values: dict[str, Any], cache: fx.Node | None, loop: Loop | None
+    ) -> list[Any]:
+        """The mask of each trip as a node of the main graph, or `_UNKNOWN`."""
+        if loop is None:
+            own = None if cache is None else self.number[cache][0]
+            return [self._outer_mask(node, values, own, cache or node)]
+        known = outer_values(loop)
+        masks = []
+        for trip in range(loop.trips):
+            outer = {
+                k: known[v][trip] if v in known else _UNKNOWN if isinstance(v, fx.Node) else v
+                for k, v in values.items()
+            }
+            own = None if cache is None else self.number[cache][trip]
+            masks.append(self._outer_mask(node, outer, own, loop.node))
+        return masks
+
+    def _outer_mask(
+        self, node: fx.Node, values: dict[str, Any], own: int | None, point: fx.Node
+    ) -> Any:
+        """A mask made before the first state if possible, else before `point`."""
+        length = self._length(node, values, own)
+        inputs = [v for v in values.values() if isinstance(v, fx.Node)]
+        if length is _UNKNOWN or _UNKNOWN in values.values() or any(not n < point for n in inputs):
+            return _UNKNOWN
+        if all(n < self.first_state for n in inputs):
+            # no layer has been updated there: all of one kind have keys at the same positions
+            point = self.first_state
+            if own is not None:
+                kind = (self.plan[own].kind, self.plan[own].size)
+                own = [(x.kind, x.size) for x in self.plan].index(kind)
+        key = (*values.values(), own, length, point)
+        if key not in self.made:
+            graph = self.program.graph
+            with graph.inserting_before(point):
+                layer = None if own is None else graph.call_function(layer_of, (self.layers, own))
+                if isinstance(length, tuple):
+                    length = graph.call_method("size", length)
+                like = placeholders(graph)[0]
+                self.made[key] = _make(graph, layer, values, like, length, None)
+        return self.made[key]
+
+    def _length(self, node: fx.Node, values: dict[str, Any], own: int | None) -> Any:
+        """The number of queries: a constant, (input, dimension), None if it does not matter."""
+        if _is_plain(values):
+            return None
+        q, k = shape(argument(node, "q")), shape(argument(node, "k"))
+        if len(q) != 4 or (own is None and k[2:3] != q[2:3]):
+            return _UNKNOWN
+        if isinstance(q[2], int):
+            return q[2]
+        nodes = {str(n.target): n for n in placeholders(self.program.graph)}
+        for given in self.program.inputs:
+            if given.role == "data" and q[2] in given.type.shape:
+                return nodes[given.name], given.type.shape.index(q[2])
+        return _UNKNOWN
+
+
+def cache_of(attention: fx.Node) -> fx.Node | None:
+    """The cache node whose keys an attention reads, if it is in the same graph."""
+    k = argument(attention, "k")
+    source = k.args[0] if k.op == "call_function" and k.args else None
+    return source if isinstance(source, fx.Node) and source.target is CACHE else None
+
+
+def _can_need_mask(node: fx.Node, values: dict[str, Any], cache: fx.Node | None) -> bool:
+    """Whether there can be a mask that `is_causal` does not express."""
+    if any(values[name] is not None for name in ("padding", "blocks", "window", "chunk")):
+        return True
+    if values["causal"] is False:
+        return False
+    q, k = shape(argument(node, "q")), shape(argument(node, "k"))
+    return cache is not None or not q or q[2:3] != k[2:3]
+
+
+def _is_plain(values: dict[str, Any]) -> bool:
+    """Whether only the padding matters, which has no query dimension."""
+    others = (values[name] for name in ("window", "chunk", "blocks"))
+    return values["causal"] is False and all(value is None for value in others)
+
+
+def _inner_mask(
+    node: fx.Node, values: dict[str, Any], cache: fx.Node | None, layers: fx.Node
+) -> fx.Node:
+    """A mask made beside its attention, before the layer's own update."""
+    graph, q, k = node.graph, argument(node, "q"), argument(node, "k")
+    inputs = [q, *(v for v in values.values() if isinstance(v, fx.Node))]
+    late = [n.name for n in inputs if cache is not None and not n < cache]
+    if late:
+        raise ProgramError(
+            f"the mask depends on {late[0]}, which is computed after the cache is updated",
+            where=node.name,
+        )
+    with graph.inserting_before(cache or node):
+        layer = keys = None
+        if cache is not None:
+            layer = graph.call_function(layer_of, (layers, cache_nodes(graph).index(cache)))
+        length = graph.call_method("size", (q, 2))
+        if cache is None:
+            keys = graph.call_method("size", (k, 2))
+        return _make(graph, layer, values, q, length, keys)
+
+
+def _make(
+    graph: fx.Graph, layer: Any, values: dict[str, Any], like: fx.Node, length: Any, keys: Any
+) -> fx.Node:
+    padding = values["padding"]
+    if isinstance(padding, fx.Node) and padding.target is not visible_tokens:
+        padding = graph.call_function(visible_tokens, (padding,))
+    rest = (values["causal"], values["window"], values["chunk"])
+    return graph.call_function(
+        make_mask, (layer, padding, values["blocks"], like, length, keys, *rest)
+    )
+
+
+def _set_mask(node: fx.Node, mask: fx.Node | None) -> None:
+    names = (a.name for a in ATTENTION._schema.arguments)
+    get = dict(zip(names, all_arguments(node), strict=True))
+    extra = [get["softcap"], get["sinks"], get["bias"]]
+    while extra and extra[-1] is None:
+        extra.pop()
+    node.target = attend
+    node.args = (get["q"], get["k"], get["v"], get["scale"], get["causal"], mask, *extra)
+    node.kwargs = {}

@@ -1,0 +1,179 @@
+"""The state of a lowered module: which cache layer each cached attention has.
+
+transformers builds its caches from a configuration's `layer_types`, so a Program's cache layers, in
+the order in which they run, are written there.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reroll.errors import UsageError
+from reroll.rewrite.matching import argument, shape
+from reroll.rewrite.program import Loop, Program
+
+CACHE = torch.ops.reroll.cache.default
+ATTENTION = torch.ops.reroll.attention.default
+
+# where a configuration has the size of a cache layer
+_SIZES = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """What one cache layer keeps: a transformers layer type, the window or chunk, and the sizes."""
+
+    kind: str
+    size: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+
+
+def cache_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of one graph that own state, in the order in which they run."""
+    return [n for n in graph.nodes if n.op == "call_function" and n.target is CACHE]
+
+
+def cache_layers(program: Program) -> list[CacheLayer]:
+    """Every cache layer of a Program, in the order in which they run."""
+    return [layer for _, layer in _walk(program)]
+
+
+def numbering(program: Program) -> dict[fx.Node, tuple[int, ...]]:
+    """The number of the cache layer of each cache node, trip by trip."""
+    numbers: dict[fx.Node, tuple[int, ...]] = {}
+    for number, (node, _) in enumerate(_walk(program)):
+        numbers[node] = (*numbers.get(node, ()), number)
+    return numbers
+
+
+def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
+    loops = {loop.node: loop for loop in program.loops}
+    for node in program.graph.nodes:
+        if node.target is CACHE and node.op == "call_function":
+            yield node, _layer(node, None, 0)
+        elif node in loops:
+            loop = loops[node]
+            inner = cache_nodes(loop.body.graph)
+            for trip in range(loop.trips):
+                for cache in inner:
+                    yield cache, _layer(cache, loop, trip)
+
+
+def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
+    sizes = shape(argument(node, "k"))
+    heads, dim = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
+    heads, dim = (x if isinstance(x, int) else None for x in (heads, dim))
+    kind, size = "full_attention", None
+    reaches = {_reach(user, loop, trip) for user in _readers(node)}
+    if len(reaches) == 1:
+        kind, size = reaches.pop()
+    return CacheLayer(kind, size, heads, dim)
+
+
+def _readers(cache: fx.Node) -> list[fx.Node | None]:
+    """The attentions over the keys of a cache; None stands for any other use."""
+    readers: list[fx.Node | None] = []
+    for item in cache.users:
+        if item.target is not operator.getitem:
+            readers.append(None)
+            continue
+        for user in item.users:
+            readers.append(user if user.target is ATTENTION else None)
+    return readers
+
+
+def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int | None]:
+    """How far back an attention looks, as a layer type and its size."""
+    if node is None:
+        return "full_attention", None
+    causal, window, chunk = (
+        constant(argument(node, name), loop, trip) for name in ("causal", "window", "chunk")
+    )
+    if causal is True and isinstance(window, int):
+        return "sliding_attention", window
+    if causal is True and isinstance(chunk, int):
+        return "chunked_attention", chunk
+    return "full_attention", None
+
+
+def constant(value: Any, loop: Loop | None, trip: int) -> Any:
+    """A constant argument, also where a body takes it as a per-trip input; else the node."""
+    if not isinstance(value, fx.Node) or loop is None or value.op != "placeholder":
+        return value
+    places = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
+    position = places.index(value) - len(loop.carry)
+    return value if position < 0 else loop.input_for(position, trip)
+
+
+def append(layers: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Add new keys and values to a cache layer; all of them so far, or just these without a
+    cache.
+    """
+    return (k, v) if layers is None else layers[number].update(k, v)
+
+
+def layer_of(layers: Any, number: int) -> Any:
+    """One cache layer, or None without a cache."""
+    return None if layers is None else layers[number]
+
+
+class _Offloaded:
+    """A layer of a cache that moves its layers between devices: it has to be updated by number."""
+
+    def __init__(self, cache: Any, number: int) -> None:
+        self.cache, self.number = cache, number
+        self.is_compileable = cache.layers[number].is_compileable
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cache.update(k, v, self.number)  # type: ignore[no-any-return]
+
+    def get_mask_sizes(self, length: int) -> tuple[int, int]:
+        return self.cache.layers[self.number].get_mask_sizes(length)  # type: ignore[no-any-return]
+
+    def get_seq_length(self) -> Any:
+        return self.cache.layers[self.number].get_seq_length()
+
+
+def layers_of(cache: Any, count: int) -> list[Any] | None:
+    """The layers of a transformers cache, made now where it makes them on demand."""
+    if cache is None or not count:
+        return None
+    while cache.layer_class_to_replicate is not None and len(cache.layers) < count:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) < count:
+        raise UsageError(
+            f"the cache has {len(cache.layers)} layers, and the model needs {count}",
+            hint="make it from the model's own configuration: DynamicCache(config=model.config)",
+        )
+    if cache.offloading:
+        return [_Offloaded(cache, number) for number in range(count)]
+    return cache.layers  # type: ignore[no-any-return]
+
+
+def cache_config(layers: list[CacheLayer]) -> dict[str, Any]:
+    """The configuration entries that make transformers build these cache layers."""
+    if not layers:
+        return {}
+    config: dict[str, Any] = {
+        "num_hidden_layers": len(layers),
+        "layer_types": [layer.kind for layer in layers],
+    }
+    overrides: dict[str, dict[str, Any]] = {}
+    for number, layer in enumerate(layers):
+        own = {"num_key_value_heads": layer.kv_heads, "head_dim": layer.head_dim}
+        if layer.kind in _SIZES:
+            own[_SIZES[layer.kind]] = layer.size
+        for name, value in own.items():
+            # the first layer that has a size says it for all that do not differ
+            if value is not None and config.setdefault(name, value) != value:
+                overrides.setdefault(str(number), {})[name] = value
+    if overrides:
+        config["per_layer_config"] = overrides
+    return config

@@ -1,0 +1,89 @@
+"""Lowered causal language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from reroll.runtime.loops import keep_positions
+from reroll.runtime.modeling import RerollPreTrainedModel
+
+
+class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
+    """A lowered causal language model: `generate`, losses and caches as in transformers."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits [batch, time, vocabulary] of the next token.
+
+        `attention_mask` [batch, past + time] is 0 at padding. `labels` are the input ids, -100
+        where they do not count. `logits_to_keep`: only the last so many positions, or those of a
+        tensor. With `output_hidden_states`, what the depth loop carries before each trip, and the
+        last hidden state.
+        """
+        use_cache = self._use_cache(use_cache, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            **{k: v for k, v in kwargs.items() if k in self._input_names},
+        }
+        wanted = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
+        outputs, state = self.run_program(
+            given, past_key_values, keep=logits_to_keep, hidden=[] if wanted else None
+        )
+        logits = outputs.pop("logits")
+        if not self._assembly.keeps:
+            logits = keep_positions(logits, state)
+        loss = None
+        if labels is not None:
+            extra = {k: v for k, v in kwargs.items() if k not in self._input_names}
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **extra
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(state.hidden) if state.hidden is not None else None,
+        )
+        for name, value in outputs.items():
+            result[name] = value
+        return result if return_dict is not False else result.to_tuple()
+
+    def _use_cache(self, asked: bool | None, past: Any) -> bool:
+        if not self._assembly.layers:
+            return False
+        if asked is None:
+            asked = past is not None or (
+                not self.training and getattr(self.config, "use_cache", True)
+            )
+        checkpointing = self.training and self.is_gradient_checkpointing
+        return bool(asked) and not checkpointing
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The padding mask as it is: the model makes its own masks, also for static caches."""
+        del kwargs
+        return attention_mask

@@ -1,0 +1,132 @@
+"""Lowered models that run once over their input: encoders of text, images and sound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.runtime.modeling import RerollPreTrainedModel
+from reroll.runtime.outputs import make_output
+
+# what a caller may ask of any model, and what trainers pass to losses
+_WISHES = {
+    "output_attentions",
+    "use_cache",
+    "return_loss",
+    "num_items_in_batch",
+    "interpolate_pos_encoding",
+}
+
+
+class RerollModel(RerollPreTrainedModel):
+    """A lowered model without generation; its outputs are those of the Program, by name."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The Program's outputs as a `ModelOutput`, with `loss` first if there are `labels`.
+
+        The main input may be given by position whatever its name. With `output_hidden_states`, what
+        the depth loop carries before each trip.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "pixel_values": pixel_values,
+            "input_features": input_features,
+            "input_values": input_values,
+            **kwargs,
+        }
+        if self.main_input_name != "input_ids" and given.get(self.main_input_name) is None:
+            given[self.main_input_name] = given.pop("input_ids")
+        self._check(given)
+        wanted = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
+        outputs, state = self.run_program(given, hidden=[] if wanted else None)
+        values: dict[str, Any] = dict(outputs)
+        if labels is not None or "start_positions" in kwargs:
+            values = {"loss": self.loss(outputs, labels, kwargs), **values}
+        if state.hidden is not None:
+            values["hidden_states"] = tuple(state.hidden)
+        result = make_output(values)
+        return result if return_dict is not False else result.to_tuple()
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The loss of the model's task."""
+        raise UsageError(f"{type(self).__name__} has no loss", hint="compute one from its outputs")
+
+    def _check(self, given: dict[str, Any]) -> None:
+        """Refuse what the Program does not read, unless it is what it takes for granted."""
+        for name, value in given.items():
+            known = name in self._input_names or name in _WISHES or name.endswith("_positions")
+            if value is None or known:
+                continue
+            if name == "token_type_ids" and not value.any():
+                continue
+            raise UsageError(
+                f"the model has no input {name}",
+                where=type(self).__name__,
+                hint=f"it was captured with {', '.join(sorted(self._input_names))}",
+            )
+
+
+class RerollForMaskedLM(RerollModel):
+    """A lowered masked language model."""
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        logits = outputs["logits"]
+        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+
+
+class RerollForSequenceClassification(RerollModel):
+    """A lowered classifier of sequences."""
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        return self.loss_function(labels, outputs["logits"], self.config)
+
+
+class RerollForImageClassification(RerollForSequenceClassification):
+    """A lowered classifier of images."""
+
+
+class RerollForTokenClassification(RerollModel):
+    """A lowered classifier of tokens."""
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        return self.loss_function(outputs["logits"], labels, self.config)
+
+
+class RerollForQuestionAnswering(RerollModel):
+    """A lowered model that finds answers in a text."""
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        positions = (kwargs.get("start_positions"), kwargs.get("end_positions"))
+        return self.loss_function(outputs["start_logits"], outputs["end_logits"], *positions)

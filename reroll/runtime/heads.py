@@ -1,0 +1,64 @@
+"""The output head: computing logits only for the positions that the caller wants."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from reroll.rewrite.matching import shape
+from reroll.rewrite.program import Program
+from reroll.runtime.loops import keep_positions
+
+aten = torch.ops.aten
+
+# what may stand between the last matrix and the logits: one tensor in, position by position
+_POINTWISE = {
+    aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,
+    aten.add.Scalar, aten.tanh.default, aten.to.dtype, aten.neg.default,
+}  # fmt: skip
+
+
+def logits_head(program: Program) -> fx.Node | None:
+    """The linear node that makes the logits of every position, if there is such a one."""
+    if "logits" not in program.outputs:
+        return None
+    output = next(iter(reversed(program.graph.nodes)))
+    node = output.args[0][program.outputs.index("logits")]  # type: ignore[index]
+    while isinstance(node, fx.Node) and node.target in _POINTWISE and len(node.users) == 1:
+        tensors = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if len(tensors) != 1 or len(shape(tensors[0])) != 3:
+            return None
+        node = tensors[0]
+    if not isinstance(node, fx.Node) or node.target is not aten.linear.default:
+        return None
+    hidden = shape(node.args[0])  # type: ignore[arg-type]
+    return node if len(node.users) == 1 and len(hidden) == 3 else None
+
+
+def keep_before_head(program: Program, state: fx.Node) -> bool:
+    """Drop positions before the head's matrix, in place; False if there is no head to do it at."""
+    head = logits_head(program)
+    if head is None:
+        return False
+    hidden = head.args[0]
+    with program.graph.inserting_before(head):
+        kept = program.graph.call_function(keep_positions, (hidden, state))
+    head.update_arg(0, kept)
+    return True
+
+
+def head_weight(program: Program) -> str | None:
+    """The name of the matrix that makes the logits."""
+    head = logits_head(program)
+    weight = head.args[1] if head is not None else None
+    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def token_table(program: Program) -> str | None:
+    """The name of the table that the first input of token ids is looked up in."""
+    for node in program.graph.nodes:
+        if node.target is aten.embedding.default:
+            table, ids = node.args[:2]
+            if table.op == "get_attr" and ids.op == "placeholder":
+                return str(table.target)
+    return None

@@ -1,0 +1,117 @@
+"""Attention masks of the lowered module: made once per forward, and only where one is needed.
+
+A mask is over the keys that a cache layer will return, which are not always all tokens so far: a
+sliding layer has dropped the oldest, a static one has slots that are still empty. The layer says
+where its keys start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.rewrite.ops import visible
+
+
+def visible_tokens(mask: Tensor | None) -> Tensor | None:
+    """A padding mask as booleans, or None if it hides nothing; a 4-d mask is passed on as it is."""
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        return mask
+    mask = mask.bool()
+    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def make_mask(
+    layer: Any,
+    padding: Tensor | None,
+    blocks: Tensor | None,
+    like: Tensor,
+    length: int | None,
+    keys: int | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+) -> Tensor | None:
+    """The mask of an attention of `length` queries, before its cache `layer` is updated.
+
+    `padding` [batch, tokens] is False at keys that nobody sees; the other arguments are those of
+    the attention op. `layer` is None without a cache, when there are `keys` keys. `like` has the
+    device. Returns None if every query sees all that causality allows, otherwise booleans [batch or
+    1, 1, queries or 1, keys].
+    """
+    if padding is not None and padding.dim() == 4:
+        return padding
+    if not causal and window is None and chunk is None and blocks is None:
+        return None if padding is None else padding[:, None, None]
+    assert length is not None
+    keys = length if keys is None else keys
+    start, offset = 0, keys - length
+    if layer is not None:
+        keys, start = layer.get_mask_sizes(length)
+        offset = layer.get_seq_length()
+    if (
+        padding is None
+        and blocks is None
+        and _sees_all(layer, length, keys, offset, causal, window, chunk)
+    ):
+        return None
+    q = torch.arange(length, device=like.device)[:, None] + offset
+    kv = torch.arange(keys, device=like.device) + start
+    seen = visible(q, kv, causal, window)[None, None]
+    if chunk is not None:
+        first: Any = 0
+        if padding is not None:
+            first = (padding.cumsum(-1) == 0).sum(-1)[:, None, None, None]
+        seen = seen & ((kv - first) // chunk == (q - first) // chunk)
+    if blocks is not None:
+        seen = seen | _same_block(blocks, q[:, 0], kv)
+    if padding is not None:
+        seen = seen & _slots(padding, start, keys)[:, None, None]
+    return seen
+
+
+def _sees_all(
+    layer: Any,
+    length: int,
+    keys: int,
+    offset: Any,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+) -> bool:
+    """Whether causality alone, with queries and keys starting together, describes the mask."""
+    if not causal:
+        near = window is None or length <= window + 1
+        return near and (chunk is None or length <= chunk)
+    if isinstance(offset, Tensor):
+        # a static cache: one step always has empty slots, a first prefill only slots after its own
+        if length == 1 or torch.compiler.is_compiling():
+            return False
+        offset = int(offset)
+    if chunk is not None and offset + length > chunk:
+        return False
+    if length > 1:
+        return offset == 0 and (window is None or length <= window)
+    static = layer is not None and layer.is_compileable
+    return not static and (window is None or keys <= window)
+
+
+def _slots(padding: Tensor, start: int, keys: int) -> Tensor:
+    """The part of a padding mask that the keys stand for; slots beyond it are hidden."""
+    padding = padding[:, start : start + keys]
+    missing = keys - padding.shape[1]
+    return torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding
+
+
+def _same_block(blocks: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    """[batch, 1, queries, keys]: both in the same block; tokens that `blocks` does not cover in
+    none.
+    """
+    last = blocks.shape[1] - 1
+    of_q = blocks[:, q.clamp(max=last)].masked_fill(q > last, -1)
+    of_kv = blocks[:, kv.clamp(max=last)].masked_fill(kv > last, -1)
+    return ((of_q[:, :, None] == of_kv[:, None]) & (of_q[:, :, None] >= 0))[:, None]

@@ -1,0 +1,198 @@
+"""The base of all lowered models: a `PreTrainedModel` that runs a Program's generated code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reroll.errors import UsageError
+from reroll.rewrite.program import Input, Program
+from reroll.rewrite.weights import evaluate
+from reroll.runtime.assembly import Assembly, assemble
+from reroll.runtime.caches import layers_of
+from reroll.runtime.config import RerollConfig
+from reroll.runtime.loops import State
+from reroll.runtime.modules import slot_key, tied_names
+from reroll.runtime.recapture import program_of
+
+
+class RerollPreTrainedModel(PreTrainedModel):
+    """A lowered Program with the interface of transformers' models.
+
+    Its weights are under the original's names, one module per trip of a loop. Made by
+    `reroll.runtime.lower` or `from_pretrained`.
+    """
+
+    config_class = RerollConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = "past_key_values"
+
+    def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
+        super().__init__(config)
+        if program is None:
+            raise UsageError(
+                f"{type(self).__name__} cannot be made from a configuration alone",
+                hint="use from_pretrained on what reroll saved, or Program.to_module",
+            )
+        self._program = _Shared(program)
+        self._assembly: Assembly = assemble(self, program)
+        self._input_names = frozenset(i.name for i in program.inputs)
+        self.main_input_name = next(i.name for i in program.inputs if i.role == "data")
+        self._tied_weights_keys = dict(tied_names(self))
+        self._no_split_modules = sorted({type(t).__name__ for t in self._trips()})
+        self.post_init()
+        self.all_tied_weights_keys = dict(self._tied_weights_keys)
+
+    @property
+    def program(self) -> Program:
+        """The Program that this model runs, with the weights that it was made from."""
+        return self._program.value
+
+    def load_weights(self, device: torch.device | str | None = None) -> None:
+        """Compute the Program's weights and put them in place."""
+        filled = set()
+        for name, entry, tensor in evaluate(self.program.weights, self.program.source):
+            key = slot_key(self.program, name, entry)
+            slot = self._assembly.tree.slots.get(key)
+            if slot is not None and key not in filled:
+                slot.fill(tensor.to(device) if device is not None else tensor)
+                filled.add(key)
+
+    def code(self) -> Mapping[str, str]:
+        """The generated Python source: "main", and one function per loop."""
+        return dict(self._assembly.sources)
+
+    def _trips(self) -> list[nn.Module]:
+        return [t for trips in self._assembly.loops.values() for t in trips.modules]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a directory or hub repository that reroll saved: see `reroll.runtime.loading`."""
+        from reroll.runtime.loading import load_model
+
+        del args
+        return load_model(cls, pretrained_model_name_or_path, **kwargs)
+
+    def to_program(self) -> Program:
+        """The Program with the weights that the model has now."""
+        return program_of(self)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as `Program.save` does, with the weights that the model has now.
+
+        A directory that exists is kept, and its files are replaced. Arguments that say how
+        transformers lays out its own checkpoints have no effect.
+        """
+        self.to_program().save(str(save_directory), overwrite="files")
+
+    # ---- running
+
+    def run_program(
+        self, given: Mapping[str, Tensor | None], past: Any = None, **wishes: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        """The outputs of the Program by name. `past` is a transformers cache; see `State` for
+        wishes.
+        """
+        layers = layers_of(past, len(self._assembly.layers))
+        state = State(self._assembly.loops, layers, **wishes)
+        outputs = self._assembly.main(self, *self._arguments(given, layers), state)
+        return dict(zip(self.program.outputs, outputs, strict=True)), state
+
+    def _arguments(self, given: Mapping[str, Tensor | None], layers: Any) -> list[Tensor | None]:
+        """The Program's inputs in order; those that were left out as their roles say."""
+        inputs = self.program.inputs
+        values: dict[str, Tensor | None] = {i.name: given.get(i.name) for i in inputs}
+        missing = [i.name for i in inputs if i.role == "data" and values[i.name] is None]
+        if missing:
+            raise UsageError(f"the input {missing[0]} is missing", where=type(self).__name__)
+        past = 0 if layers is None else layers[0].get_seq_length()
+        for item in inputs:
+            if values[item.name] is None:
+                values[item.name] = self._default(item, values, past)
+        return list(values.values())
+
+    def _default(
+        self, item: Input, values: Mapping[str, Tensor | None], past: Any
+    ) -> Tensor | None:
+        if item.role == "padding" and item.name not in self._assembly.masks:
+            return None
+        batch, length, device = self._sizes(item, values)
+        if item.role == "positions":
+            positions = torch.arange(length, device=device) + past
+            return positions.expand(batch, -1)
+        if item.role == "padding":
+            return torch.ones(batch, int(past) + length, dtype=item.type.dtype, device=device)
+        return torch.zeros(batch, length, dtype=item.type.dtype, device=device)
+
+    def _sizes(
+        self, item: Input, values: Mapping[str, Tensor | None]
+    ) -> tuple[int, int, torch.device]:
+        """Batch, length and device of the data that an input of these types goes with."""
+        decoder = item.name.startswith("decoder_")
+        for other in self.program.inputs:
+            value = values[other.name]
+            if other.role == "data" and other.name.startswith("decoder_") == decoder:
+                assert value is not None
+                return value.shape[0], value.shape[1], value.device
+        raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
+
+    # ---- what transformers asks of its models
+
+    def get_input_embeddings(self) -> nn.Module:
+        reading = self._embedding_path()
+        if reading is None:
+            raise NotImplementedError("the model has no input embeddings")
+        return self.get_submodule(reading)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        reading = self._embedding_path()
+        if reading is None:
+            raise NotImplementedError("the model has no input embeddings")
+        owner, _, leaf = reading.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        path = self._assembly.head
+        return None if path is None else self.get_submodule(path)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        path = self._assembly.head
+        if path is None:
+            raise NotImplementedError("the model has no output embeddings")
+        owner, _, leaf = path.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, new_embeddings)
+
+    def _embedding_path(self) -> str | None:
+        return self._assembly.embeddings
+
+    def init_weights(self) -> None:
+        """Nothing: the weights come from the Program."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: tied weights are one Parameter from the start."""
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        return dict(self._tied_weights_keys or {})
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise UsageError(
+            "a lowered model has the vocabulary of its Program",
+            hint="resize the original model, and convert that",
+        )
+
+
+class _Shared:
+    """Something that copies of a model share."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self

@@ -1,0 +1,23 @@
+"""The outputs of lowered models that have no output class of their own in transformers."""
+
+from __future__ import annotations
+
+from dataclasses import field, make_dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@cache
+def output_class(names: tuple[str, ...]) -> type[ModelOutput]:
+    """A `ModelOutput` with these fields, in order, all optional."""
+    fields = [(name, Tensor | None, field(default=None)) for name in names]
+    namespace = {"__module__": __name__, "__doc__": f"The outputs {', '.join(names)}."}
+    return make_dataclass("RerollOutput", fields, bases=(ModelOutput,), namespace=namespace)
+
+
+def make_output(values: dict[str, Any]) -> ModelOutput:
+    """A `ModelOutput` of these values; its class follows from their names."""
+    return output_class(tuple(values))(**values)

@@ -1,0 +1,86 @@
+"""From a lowered model back to a Program: the same graphs over the weights that the model has
+now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from reroll.errors import ProgramError
+from reroll.rewrite.expressions import Meta, Source, meta_of
+from reroll.rewrite.program import Program
+from reroll.rewrite.sources import MemorySource
+from reroll.rewrite.weights import Weight, WeightTable, stored_name
+from reroll.runtime.placement import Place, places
+
+
+def program_of(model: Any) -> Program:
+    """The Program of a lowered model with its present weights.
+
+    Trips whose weight is one Parameter share an entry; trips that were untied since have their own.
+    """
+    program: Program = model.program
+    found = places(program)
+    table: dict[str, Weight] = {}
+    tensors: dict[str, Tensor] = {}
+    sources: dict[int, Source] = {}
+    for name, weight in program.weights.items():
+        trips = 1 if weight.index is None else len(weight.index)
+        entries: list[Source] = []
+        index = []
+        for trip in range(trips):
+            tensor = _tensor(model, found[name].at(trip), weight.for_trip(trip).meta)
+            source = sources.get(id(tensor))
+            if source is None:
+                stored = stored_name(name, len(entries))
+                source = sources[id(tensor)] = Source(stored, weight.meta)
+                tensors[stored] = tensor
+            if source not in entries:
+                entries.append(source)
+            index.append(entries.index(source))
+        own_index = None if weight.index is None else tuple(index)
+        table[name] = Weight(tuple(entries), own_index, weight.trainable)
+    return replace(
+        program, weights=WeightTable(table), source=MemorySource(tensors), reference=WeightTable()
+    )
+
+
+def untie(model: Any) -> None:
+    """Give every trip its own copy of the weights that trips share, so that they change apart.
+
+    An adapter that is merged changes the weight below it; merging the adapters of several trips
+    into one shared weight would add them all up.
+    """
+    found = places(model.program)
+    for name, weight in model.program.weights.items():
+        seen: set[int] = set()
+        for trip in range(len(weight.index or ())):
+            module, leaf = _holder(model, found[name].at(trip))
+            parameter = getattr(module, leaf)
+            if id(parameter) in seen and isinstance(parameter, nn.Parameter):
+                copy = parameter.detach().clone()
+                setattr(module, leaf, nn.Parameter(copy, parameter.requires_grad))
+            seen.add(id(parameter))
+
+
+def _holder(model: nn.Module, place: Place) -> tuple[nn.Module, str]:
+    """The module that has a weight, below an adapter if there is one, and its name there."""
+    paths = [p.path for p in (place.linear, place.lookup) if p is not None] or [place.owner]
+    module = model.get_submodule(".".join(paths[0]))
+    return getattr(module, "base_layer", module), place.leaf
+
+
+def _tensor(model: nn.Module, place: Place, meta: Meta) -> Tensor:
+    module, leaf = _holder(model, place)
+    tensor = getattr(module, leaf)
+    if tensor.device.type == "meta":
+        raise ProgramError("the model's weights have no data", where=".".join(place.owner))
+    if tuple(tensor.shape) != meta.shape:
+        raise ProgramError(
+            f"the weight is {meta_of(tensor)} now, and the program was made for {meta}",
+            where=".".join(place.owner),
+        )
+    return tensor  # type: ignore[no-any-return]
