@@ -53,7 +53,7 @@ class Relax(Pass):
     requires = ("tie",)
 
     rank: Rank = option(64, help='rank of the residuals, or "full"')
-    ranks: dict[str, Rank] = option(default_factory=dict, help="ranks by kind of weight")
+    ranks: dict[str, Rank] = option({}, help="ranks by kind of weight")
     init: Literal["svd", "zero"] = option("svd", help="what the residuals start as")
     svd: Literal["auto", "exact", "randomized"] = option(
         "auto", help="how to decompose; auto takes randomized for large matrices and small ranks"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.errors import ProgramError
 from reroll.rewrite import tolerances
 from reroll.rewrite.context import Context
 from reroll.rewrite.costs import CACHE, flops_per_token, state_bytes
@@ -19,6 +20,7 @@ from reroll.rewrite.samples import random_inputs, token_input, token_inputs
 from reroll.rewrite.weight_store import WeightStore
 
 LENGTH = 256
+SHORTEST = 8
 MAX_TOKENS = 1024
 # logits of one measurement that are kept in memory
 MAX_LOGITS = 2**28
@@ -78,9 +80,24 @@ class Judge:
 
     def __init__(self, program: Program, context: Context) -> None:
         self.context = context
-        self.inputs, self.kind = _sample(program, context)
         self.generates = _generates(program)
         self._outputs: list[tuple[Program, list[Tensor]]] = []
+        length = LENGTH
+        self.inputs, self.kind = _sample(program, context, length)
+        while not self._runs(program, shorter := length // 2):
+            # a model with a table of positions takes no more tokens than that has rows
+            length = shorter
+            self.inputs, self.kind = _sample(program, context, length)
+
+    def _runs(self, program: Program, shorter: int) -> bool:
+        """Whether a program takes the inputs; raises what it raises if they cannot be shorter."""
+        try:
+            self.outputs(program)
+        except ProgramError:
+            if shorter < SHORTEST or self.kind == "random":
+                raise
+            return False
+        return True
 
     def outputs(self, program: Program) -> list[Tensor]:
         """The measured output for each sample, in fp32 from the weights as they are stored."""
@@ -145,7 +162,9 @@ def _perplexity(losses: Sequence[Tensor]) -> float:
     return math.exp(min(torch.cat(list(losses)).mean().item(), 700.0))
 
 
-def _sample(program: Program, context: Context) -> tuple[list[Mapping[str, Tensor]], str]:
+def _sample(
+    program: Program, context: Context, length: int
+) -> tuple[list[Mapping[str, Tensor]], str]:
     """Inputs, one row each, and what they are: "text", "random tokens" or "random"."""
     if token_input(program) is None:
         return [random_inputs(program, rows=1, seed=s) for s in range(4)], "random"
@@ -153,10 +172,10 @@ def _sample(program: Program, context: Context) -> tuple[list[Mapping[str, Tenso
     count = max(2, min(MAX_TOKENS, MAX_LOGITS // (4 * width)))
     tokens, kind = context.tokens(program), "text"
     if tokens is None or tokens.numel() < 2:
-        tokens, kind = context.random_tokens(program, min(count, LENGTH)), "random tokens"
-    starts = range(0, min(count, tokens.numel()), LENGTH)
-    chunks = [c for c in (tokens[i : min(i + LENGTH, count)] for i in starts) if c.numel() > 1]
-    return [token_inputs(program, chunk[None]) for chunk in chunks], kind
+        tokens, kind = context.random_tokens(program, min(count, length)), "random tokens"
+    count = min(count, tokens.numel())
+    chunks = (tokens[i : min(i + length, count)] for i in range(0, count, length))
+    return [token_inputs(program, c[None]) for c in chunks if c.numel() > 1], kind
 
 
 def measured_output(program: Program) -> str:

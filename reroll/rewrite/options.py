@@ -11,8 +11,10 @@ import difflib
 import enum
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from reroll.errors import UsageError
@@ -20,18 +22,11 @@ from reroll.errors import UsageError
 REQUIRED = dataclasses.MISSING
 
 
-def option(
-    default: Any = REQUIRED,
-    *,
-    help: str = "",
-    default_factory: Callable[[], Any] | Any = REQUIRED,
-) -> Any:
+def option(default: Any = REQUIRED, *, help: str = "") -> Any:
     """A field of a pass with its documentation; without a default, it has to be given."""
-    if default_factory is not REQUIRED:
-        return dataclasses.field(default_factory=default_factory, metadata={"help": help})
-    if default is not REQUIRED:
-        return dataclasses.field(default=default, metadata={"help": help})
-    return dataclasses.field(metadata={"help": help})
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=partial(copy, default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ class Everything(Pass):
     word: str = option("", help="any text")
     choice: Literal["up", "down", 3] = option("up", help="one of three")
     colour: Colour = option(Colour.RED, help="a colour")
-    layers: list[int] = option(default_factory=list, help="some numbers")
+    layers: list[int] = option([], help="some numbers")
     pair: tuple[float, ...] = option((), help="some fractions")
-    ranks: dict[str, int] = option(default_factory=dict, help="numbers by name")
-    nested: dict[str, list[str]] = option(default_factory=dict, help="words by name")
+    ranks: dict[str, int] = option({}, help="numbers by name")
+    nested: dict[str, list[str]] = option({}, help="words by name")
     limit: int | float | Literal["full"] | None = option(None, help="a limit, if any")
     anything: Any = option(None, help="whatever there is")
 
