@@ -1,4 +1,4 @@
-"""Attention in a captured graph: masks read into the op's arguments, eager softmax patterns raised."""
+"""Attention in a captured graph: masks read into its arguments, and the rules that raise it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def attention_arguments(node: fx.Node) -> dict[str, Any]:
 
 def set_arguments(node: fx.Node, arguments: dict[str, Any]) -> None:
     """Write an attention node's arguments: q, k, v and scale by position, others by name."""
-    defaults = {a.name: a.default_value for a in ATTENTION._schema.arguments if a.has_default_value()}
+    defaults = {
+        a.name: a.default_value for a in ATTENTION._schema.arguments if a.has_default_value()
+    }
     node.args = tuple(arguments[name] for name in ARGUMENTS[:4])
     node.kwargs = {
         name: value
@@ -59,19 +61,19 @@ def _terms(bias: Any) -> list[fx.Node]:
     """The summands of a bias."""
     if bias is None:
         return []
-    if bias.target is aten.add.Tensor and len(bias.args) == 2 and not bias.kwargs:
-        if all(isinstance(a, fx.Node) for a in bias.args):
-            return [term for a in bias.args for term in _terms(a)]
+    plain = bias.target is aten.add.Tensor and len(bias.args) == 2 and not bias.kwargs
+    if plain and all(isinstance(a, fx.Node) for a in bias.args):
+        return [term for a in bias.args for term in _terms(a)]
     return [bias]
 
 
 def _mask_behind(node: fx.Node) -> fx.Node | None:
     """The mask op that a node is, or is a full slice or a cast of."""
     while node.target in (aten.slice.Tensor, aten.to.dtype, aten.expand.default):
-        inner = node.args[0]
-        if node.target is aten.slice.Tensor and shape(inner) != shape(node):  # type: ignore[arg-type]
+        inner: Any = node.args[0]
+        if node.target is aten.slice.Tensor and shape(inner) != shape(node):
             return None
-        node = inner  # type: ignore[assignment]
+        node = inner
     return node if node.target is MASK else None
 
 

@@ -1,8 +1,8 @@
 """Capture: a transformers model as one flat graph that computes the same logits, bit for bit.
 
-`torch.export` in non-strict mode runs the model's own Python once, on tensors without data. Attention,
-masks and caches come out as single nodes (see `tracing`); a model that generates is captured with a
-past of unknown length, so the same graph prefills, continues and decodes.
+`torch.export` in non-strict mode runs the model's own Python once, on tensors without data.
+Attention, masks and caches come out as single nodes (see `tracing`); a model that generates is
+captured with a past of unknown length, so the same graph prefills, continues and decodes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def capture(
     """Capture a model exactly, and roll its layers into loops.
 
     `model` is a transformers model, or a hub id, a local directory or a `.gguf` file, in which case
-    no weight is loaded: the graph comes from the configuration and the Program's weights refer to the
-    checkpoint's tensors. `dtype` is the dtype to compute in (the checkpoint's own if None; for a model
-    object it cannot be chosen). `inputs` are example tensors for a model whose inputs are unusual.
-    `roll=False` stops at the flat graph.
+    no weight is loaded: the graph comes from the configuration and the Program's weights refer to
+    the checkpoint's tensors. `dtype` is the dtype to compute in (the checkpoint's own if None; for
+    a model object it cannot be chosen). `inputs` are example tensors for a model whose inputs are
+    unusual. `roll=False` stops at the flat graph.
 
     Raises CaptureError when the model does something that the graph cannot hold; the model object
     that was given is left as it was in any case.
@@ -83,30 +83,33 @@ def capture_module(
     `source` has the tensors behind the model's parameters (the model's own if None).
     """
     stateful = inputs is None and has_state(model)
-    # the order of preference: with a cache before without, and one attention op before the model's own
-    attempts = [(s, i) for i in (IMPLEMENTATION, "eager") for s in ((True, False) if stateful else (False,))]
     first: RerollError | None = None
-    for with_state, implementation in attempts:
-        try:
-            examples = (
-                default_examples(model, with_state) if inputs is None else given_examples(inputs)
-            )
-            exported = _export(model, examples, with_state, implementation)
-            if with_state:
-                _check_branches(exported, examples)
-            program = _to_program(model, exported, examples, source, origin)
+    # in order of preference: one attention op before the model's own, with a cache before without
+    for implementation in (IMPLEMENTATION, "eager"):
+        for with_state in (True, False) if stateful else (False,):
+            try:
+                examples = (
+                    default_examples(model, with_state)
+                    if inputs is None
+                    else given_examples(inputs)
+                )
+                exported = _export(model, examples, with_state, implementation)
+                if with_state:
+                    _check_branches(exported, examples)
+                program = _to_program(model, exported, examples, source, origin)
+            except RerollError as error:
+                log.info("not captured with %s, cache=%s: %s", implementation, with_state, error)
+                first = first or error
+                continue
             if implementation == IMPLEMENTATION and not _has(program.graph, "attention"):
-                raise CaptureError("the model calls no attention function of transformers")
+                log.info("%s calls no attention function of transformers", type(model).__name__)
+                break
             return program
-        except RerollError as error:
-            log.debug("capture with %s, state=%s: %s", implementation, with_state, error)
-            first = first or error
-    assert first is not None
-    raise first
+    raise first or CaptureError("no attention was found", where=type(model).__name__)
 
 
 class _Wrapper(nn.Module):
-    """Calls the model by keyword, with a tracing cache where it keeps state; returns its tensors."""
+    """Calls the model by keyword, with a tracing cache if it keeps state; returns its tensors."""
 
     def __init__(self, model: Any, stateful: bool) -> None:
         super().__init__()
@@ -174,7 +177,9 @@ def _check_branches(exported: torch.export.ExportedProgram, examples: list[Examp
 
     The exporter records every comparison of sizes that it answered from the example's sizes.
     """
-    names = [s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    names = [
+        s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT
+    ]
     values = {n.name: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"}
     sizes: dict[Any, str] = {}
     environment = None
@@ -272,11 +277,11 @@ def _weight_table(
     weights: dict[str, Weight] = {}
     literals: dict[str, Tensor] = {}
     known = set(source.names()) if source is not None else set()
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        weights[name] = Weight((Source(name, Meta(tuple(tensor.shape), tensor.dtype)),))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        weights[name] = Weight((Source(name, Meta(tuple(parameter.shape), parameter.dtype)),))
         if source is None:
-            literals[name] = tensor.detach()
-    others = dict(model.named_buffers(remove_duplicate=False))
+            literals[name] = parameter.detach()
+    others: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
     for name, constant in exported.constants.items():
         if isinstance(constant, Tensor):
             others.setdefault(name.removeprefix("model."), constant)
@@ -291,7 +296,7 @@ def _weight_table(
 
 
 def _aliases(model: nn.Module, literals: dict[str, Tensor]) -> dict[str, str]:
-    """The first name of each tensor that has several: tied parameters, and constants of equal value."""
+    """The first name of each tensor that has several: tied parameters, and equal constants."""
     first: dict[Any, str] = {}
     aliases = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -300,8 +305,8 @@ def _aliases(model: nn.Module, literals: dict[str, Tensor]) -> dict[str, str]:
         aliases[name] = first.setdefault(key if parameter.numel() else name, name)
     constants = [(n, t) for n, t in literals.items() if n not in aliases and t.numel() < 2**20]
     for name, tensor in constants:
-        key = (tensor.dtype, tensor.shape, tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        aliases[name] = first.setdefault(key, name)
+        content = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        aliases[name] = first.setdefault((tensor.dtype, tensor.shape, content), name)
     return {name: target for name, target in aliases.items() if name != target}
 
 

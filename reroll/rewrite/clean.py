@@ -24,9 +24,9 @@ _COPIES = {
     aten.detach_.default,
     aten.lift_fresh_copy.default,
     aten.lift_fresh.default,
-    aten.dropout.default,
-    aten.feature_dropout.default,
 }
+_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
+_CASTS = ("aten.to.", "aten._to_copy")
 _PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
 
 
@@ -60,7 +60,9 @@ def flatten(
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
     names = _weight_names(exported)
-    users = [s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    users = [
+        s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT
+    ]
     by_name = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     symbols = _symbols({name: by_name[node] for name, node in zip(dims, users, strict=True)}, dims)
     shapes: dict[str, tuple[Dim, ...]] = {}
@@ -196,7 +198,9 @@ def _inline(
     resolve: Any,
 ) -> Any:
     """The nodes of a region that export wrapped because of a context manager around it."""
-    position = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+    position = next(
+        i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"
+    )
     inner = values[node.args[position]]  # type: ignore[index]
     if "autocast" in str(node.target) and node.args[2] is True:
         raise CaptureError("the model turns autocast on inside its forward")
@@ -209,24 +213,23 @@ def _inline(
 
 def _is_noop(node: fx.Node) -> bool:
     """Whether a node returns its first argument unchanged, in eval mode and whatever the device."""
+    args: tuple[Any, ...] = node.args
+    if node.target in _DROPOUTS:
+        return bool(args[1] == 0) or args[2] is False
     if node.target in _COPIES:
-        return node.target not in (aten.dropout.default, aten.feature_dropout.default) or (
-            node.args[1] == 0 or node.args[2] is False
-        )
-    first = node.args[0] if node.args else None
+        return True
+    first = args[0] if args else None
     if not isinstance(first, fx.Node):
         return False
     before, after = first.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     name = str(node.target)
-    if name.startswith("aten.to.") or name.startswith("aten._to_copy") or name == "aten.type_as.default":
+    if name.startswith((*_CASTS, "aten.type_as.")):
         return before.dtype == after.dtype
     if name == "aten.slice.Tensor":
-        start = node.args[2] if len(node.args) > 2 else None
-        end = node.args[3] if len(node.args) > 3 else None
-        step = node.args[4] if len(node.args) > 4 else 1
-        return start in (0, None) and end in (None, 2**63 - 1) and step == 1
+        start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])[2:]
+        return start in (0, None) and end in (None, 2**63 - 1) and bool(step == 1)
     return False
 
 
@@ -237,7 +240,7 @@ def _append(
     kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
     name = str(target)
     value = node.meta.get("val")
-    if (name.startswith("aten.to.") or name.startswith("aten._to_copy")) and isinstance(value, Tensor):
+    if name.startswith(_CASTS) and isinstance(value, Tensor):
         target, args, kwargs = aten.to.dtype, (args[0], value.dtype), {}
     elif name == "reroll.cache.default":
         args = args[:2]
@@ -266,6 +269,5 @@ def _outputs(
     for name in (s.arg.name for s in exported.graph_signature.output_specs):
         value = values[nodes[name]]
         results.append(weights[value] if isinstance(value, str) else value)
-    output = graph.output(tuple(results))
-    del output
+    graph.output(tuple(results))
     return names

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite.matching import all_arguments, shape
+from reroll.rewrite.matching import all_arguments, argument, shape
 from reroll.rewrite.patterns import Match, Miss
 
 aten = torch.ops.aten
@@ -54,11 +54,10 @@ def match_eager(root: fx.Node) -> Match | Miss:
     if k is None:
         return Miss("the keys are not transposed", (transposed.name,), "eager attention", 4)
     v = _heads(root.args[1], found)
-    q, k = _heads(q, found), _heads(k, found)
+    q, k = _heads(q, found), _heads(k, found)  # type: ignore[assignment]
     if q is None or k is None or v is None:
         return Miss("no heads can be told apart", (root.name,), "eager attention", 5)
-    heads = shape(q)[1]
-    k, v = _unrepeated(k, heads, found), _unrepeated(v, heads, found)
+    k, v = _unrepeated(k, found), _unrepeated(v, found)
     if shape(k)[1] != shape(v)[1]:
         return Miss("keys and values differ in heads", (k.name, v.name), "eager attention", 6)
     bound = {"q": q, "k": k, "v": v, "scores": found}
@@ -103,33 +102,31 @@ def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
     """Walk from the softmax's input to the product of queries and keys."""
     factor = 1.0
     while isinstance(value, fx.Node):
-        target, args = value.target, value.args
+        target, kwargs = value.target, value.kwargs
+        args: tuple[Any, ...] = value.args
         found.nodes.append(value.name)
         if target in PRODUCTS:
             found.scale = factor
-            return args[0], args[1]  # type: ignore[return-value]
+            return args[0], args[1]
         if target is aten.baddbmm.default:
-            beta, alpha = (float(value.kwargs.get(n, 1.0)) for n in ("beta", "alpha"))  # type: ignore[arg-type]
-            found.terms.append((args[0], factor * beta))  # type: ignore[arg-type]
+            beta, alpha = (argument(value, name) for name in ("beta", "alpha"))
+            found.terms.append((args[0], factor * beta))
             found.scale = factor * alpha
-            return args[1], args[2]  # type: ignore[return-value]
+            return args[1], args[2]
         if target in (aten.to.dtype, *_RESHAPES):
             value = args[0]
         elif target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(args[1], (int, float)):
             factor = factor * args[1] if target is aten.mul.Tensor else factor / args[1]
             value = args[0]
-        elif target is aten.add.Tensor and not value.kwargs and isinstance(args[1], fx.Node):
+        elif target is aten.add.Tensor and not kwargs and isinstance(args[1], fx.Node):
             inner = 0 if _leads_to_product(args[0]) else 1
-            found.terms.append((args[1 - inner], factor))  # type: ignore[arg-type]
+            found.terms.append((args[1 - inner], factor))
             value = args[inner]
         elif target is aten.masked_fill.Scalar and _is_low(args[2]):
             found.kept.append((_mask_behind(args[1], found), False))
             value = args[0]
-        elif target is aten.where.self and _is_low(args[2]):
-            found.kept.append((args[0], True))  # type: ignore[arg-type]
-            value = args[1]
-        elif target is aten.where.ScalarOther and _is_low(args[2]):
-            found.kept.append((args[0], True))  # type: ignore[arg-type]
+        elif target in (aten.where.self, aten.where.ScalarOther) and _is_low(args[2]):
+            found.kept.append((args[0], True))
             value = args[1]
         else:
             return Miss(f"cannot see through {target}", (value.name,), "eager attention", 3)
@@ -152,43 +149,43 @@ def _is_low(value: Any) -> bool:
 
 def _untransposed(value: fx.Node, found: Scores) -> fx.Node | None:
     rank = len(shape(value))
+    args: tuple[Any, ...] = value.args
     if value.target is aten.transpose.int:
-        dims = {int(d) % rank for d in value.args[1:3]}  # type: ignore[call-overload]
-        if dims != {rank - 1, rank - 2}:
-            return None
+        swapped = {d % rank for d in args[1:3]} == {rank - 1, rank - 2}
     elif value.target is aten.permute.default:
-        order = [int(d) for d in value.args[1]]  # type: ignore[union-attr, call-overload]
-        if order != [*range(rank - 2), rank - 1, rank - 2]:
-            # [batch, time, heads, dim] to [batch, heads, dim, time] at once
-            return None
+        # not [batch, time, heads, dim] to [batch, heads, dim, time] at once
+        swapped = [d % rank for d in args[1]] == [*range(rank - 2), rank - 1, rank - 2]
     else:
         return None
+    if not swapped:
+        return None
     found.nodes.append(value.name)
-    return value.args[0]  # type: ignore[return-value]
+    return args[0]  # type: ignore[no-any-return]
 
 
 def _heads(value: Any, found: Scores) -> fx.Node | None:
     """The [batch, heads, time, dim] form of a factor that may have batch and heads flattened."""
     if not isinstance(value, fx.Node):
         return None
-    if len(shape(value)) == 3 and value.target in _RESHAPES and len(shape(value.args[0])) == 4:  # type: ignore[arg-type]
+    flat = len(shape(value)) == 3 and value.target in _RESHAPES
+    inner: Any = value.args[0] if flat else None
+    if flat and len(shape(inner)) == 4:
         found.nodes.append(value.name)
-        value = value.args[0]
+        value = inner
     return value if isinstance(value, fx.Node) and len(shape(value)) == 4 else None
 
 
-def _unrepeated(value: fx.Node, heads: Any, found: Scores) -> fx.Node:
+def _unrepeated(value: fx.Node, found: Scores) -> fx.Node:
     """Keys or values before each head was repeated for its group of queries."""
+    inner: Any = value.args[0] if value.args else None
     if value.target is aten.repeat_interleave.self_int and value.args[2] == 1:
         found.nodes.append(value.name)
-        return value.args[0]  # type: ignore[return-value]
-    if value.target in _RESHAPES and isinstance(value.args[0], fx.Node):
-        expand = value.args[0]
-        if expand.target is aten.expand.default and isinstance(expand.args[0], fx.Node):
-            unsqueeze = expand.args[0]
-            if unsqueeze.target is aten.unsqueeze.default and unsqueeze.args[1] == 2:
-                found.nodes += [value.name, expand.name, unsqueeze.name]
-                return unsqueeze.args[0]  # type: ignore[return-value]
+        return inner  # type: ignore[no-any-return]
+    if value.target in _RESHAPES and inner.target is aten.expand.default:
+        unsqueeze = inner.args[0]
+        if unsqueeze.target is aten.unsqueeze.default and unsqueeze.args[1] == 2:
+            found.nodes += [value.name, inner.name, unsqueeze.name]
+            return unsqueeze.args[0]  # type: ignore[no-any-return]
     return value
 
 
@@ -237,10 +234,10 @@ def _mask_behind(condition: Any, found: Scores) -> fx.Node:
 
 
 def match_sdpa(root: fx.Node) -> Match | Miss:
-    """torch's own fused attention."""
+    """The fused attention of torch."""
     if root.target is not aten.scaled_dot_product_attention.default:
         return Miss(f"{root.name} is no fused attention", (root.name,), "sdpa")
-    q, k, v, mask, dropout, causal, scale, _ = all_arguments(root)
+    q, k, v, _, dropout, causal, *_ = all_arguments(root)
     if len(shape(q)) != 4 or (causal and shape(q)[2] != shape(k)[2]):
         return Miss("the fused attention is not over heads", (root.name,), "sdpa", 1)
     if dropout:
@@ -249,6 +246,7 @@ def match_sdpa(root: fx.Node) -> Match | Miss:
 
 
 def raise_sdpa(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
+    """The attention node for torch's fused attention, in its layout."""
     q, k, v, mask, _, causal, scale, _ = all_arguments(root)
     kwargs: dict[str, Any] = {"causal": True} if causal else {}
     if mask is not None:

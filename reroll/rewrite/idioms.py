@@ -1,7 +1,7 @@
 """The idioms that are raised: patterns over ATen, and the op that each of them is.
 
-Every rule is a pattern and a rewrite. The rewrite may refuse with a Miss; what it builds is evaluated
-against the region that it replaces before it is accepted (see `raising`).
+Every rule is a pattern and a rewrite. The rewrite may refuse with a Miss; what it builds is
+evaluated against the region that it replaces before it is accepted (see `raising`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ END = 2**63 - 1
 
 @dataclass(frozen=True)
 class Rule:
-    """An idiom. `pattern` is matched, or called with the node; `rewrite(graph, root, match)` inserts the replacement before `root`, or refuses."""
+    """An idiom.
+
+    `pattern` is matched, or called with the node; `rewrite(graph, root, match)` inserts the
+    replacement before `root`, or refuses.
+    """
 
     name: str
     pattern: Any
@@ -49,7 +53,7 @@ def call(graph: fx.Graph, like: fx.Node, op: Any, *args: Any) -> fx.Node:
     return node
 
 
-# --- root-mean-square norm -------------------------------------------------------------------------
+# root-mean-square norm
 
 _x = cast(Var("x"))
 _square = either(
@@ -92,7 +96,7 @@ def _aten_rms_norm(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Mi
     return call(graph, root, torch.ops.reroll.rms_norm.default, x, weight, float(eps), 0.0)
 
 
-# --- layer norm written out -------------------------------------------------------------------------
+# layer norm written out
 
 _centred = Op(SUB, _x, Op("aten.mean.dim", _x, [-1], True))
 _ln_variance = either(
@@ -117,7 +121,7 @@ def _layer_norm(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     return call(graph, root, aten.layer_norm.default, x, size, weight, bias, float(match["eps"]))
 
 
-# --- rotary position embedding ----------------------------------------------------------------------
+# rotary position embedding
 
 
 def _half(start: Any, end: Any) -> Op:
@@ -191,7 +195,7 @@ _partial_rope_pattern = Op(
 )
 
 
-# --- gated linear unit -------------------------------------------------------------------------------
+# gated linear unit
 
 _gate = Var("gate")
 _ACTIVATIONS = {
@@ -217,12 +221,10 @@ def _glu(activation: str) -> Callable[[fx.Graph, fx.Node, Match], fx.Node | Miss
     return rewrite
 
 
-# --- the tanh form of GELU, written out -------------------------------------------------------------
+# the tanh form of GELU, written out
 
 _g = Var("x")
-_cube = either(
-    Op("aten.pow.Tensor_Scalar", _g, 3), Op(MUL, Op(MUL, _g, _g), _g, commutes=True)
-)
+_cube = either(Op("aten.pow.Tensor_Scalar", _g, 3), Op(MUL, Op(MUL, _g, _g), _g, commutes=True))
 _inner = either(
     Op(MUL, Op(ADD, _g, Op(MUL, _cube, Number("c"), commutes=True), commutes=True), Number("k")),
     Op(
@@ -241,13 +243,17 @@ def _gelu(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     return node
 
 
-# --- linear ------------------------------------------------------------------------------------------
+# linear
 
 
 def _split_linear(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
-    """linear on flattened tokens, and the reshape around it, is linear on the tokens themselves."""
+    """Linear on flattened tokens with a reshape around it is linear on the tokens themselves."""
     x = match["x"]
-    if shape(root)[:-1] != shape(x)[:-1] or match["start"] != 0 or match["stop"] != len(shape(x)) - 2:
+    if (
+        shape(root)[:-1] != shape(x)[:-1]
+        or match["start"] != 0
+        or match["stop"] != len(shape(x)) - 2
+    ):
         return Miss("the reshape does not undo the flattening", (root.name,))
     return call(graph, root, aten.linear.default, x, match["weight"], match.bound.get("bias"))
 
@@ -260,7 +266,11 @@ _flat_linear = either(
 
 
 RULES = (
-    Rule("rms_norm", cast(Op(MUL, cast(_normed), either(_shifted, _weight), commutes=True)), _rms_norm),
+    Rule(
+        "rms_norm",
+        cast(Op(MUL, cast(_normed), either(_shifted, _weight), commutes=True)),
+        _rms_norm,
+    ),
     Rule("rms_norm", cast(_normed), _rms_norm),
     Rule("rms_norm", Op("aten.rms_norm.default", ANY, ANY, ANY, ANY), _aten_rms_norm),
     Rule(

@@ -10,7 +10,7 @@ and a failed match as a `Miss` that knows how far it came.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class Either:
 
 
 def either(*choices: Any) -> Either:
+    """The first of `choices` that matches."""
     return Either(choices)
 
 
@@ -67,67 +68,75 @@ def cast(pattern: Any) -> Either:
 ANY = object()  # matches every constant
 
 
+# what a pattern's variables stand for, and the names of the nodes of its region
+_Found = tuple[dict[str, Any], tuple[str, ...]]
+
+
 def match(pattern: Any, node: fx.Node, name: str = "") -> Match | Miss:
     """Match `pattern` with `node` as its last operation."""
-    state = _State(name)
-    if state.match(pattern, node, {}, ()):
-        bound, nodes = state.result
+    search = _Search(name)
+    for bound, nodes in search.solutions(pattern, node, ({}, ())):
         return Match(name, bound, tuple(dict.fromkeys(nodes)))
-    return state.miss or Miss(f"{node.name} is not the start of this pattern", (node.name,), name)
+    return search.miss or Miss(f"{node.name} is not the start of this pattern", (node.name,), name)
 
 
-class _State:
-    """One attempt: backtracking over `Either` and exchanged arguments, by continuation-free search."""
+class _Search:
+    """One attempt: a search that backtracks over `Either` and exchanged arguments.
+
+    Its methods yield every way in which a value is an instance of a pattern, after what was `found`
+    before it.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.miss: Miss | None = None
-        self.result: tuple[dict[str, Any], tuple[str, ...]] = ({}, ())
 
-    def match(self, pattern: Any, value: Any, bound: dict[str, Any], nodes: tuple[str, ...]) -> bool:
-        for self.result in self.solutions(pattern, value, bound, nodes):
-            return True
-        return False
-
-    def solutions(self, pattern: Any, value: Any, bound: dict[str, Any], nodes: tuple[str, ...]) -> Any:
-        """Yield every (bindings, region) under which `value` is an instance of `pattern`."""
+    def solutions(self, pattern: Any, value: Any, found: _Found) -> Iterator[_Found]:
         if pattern is ANY:
-            yield bound, nodes
+            yield found
         elif isinstance(pattern, Either):
             for choice in pattern.choices:
-                yield from self.solutions(choice, value, bound, nodes)
+                yield from self.solutions(choice, value, found)
         elif isinstance(pattern, Var):
-            if not isinstance(value, fx.Node):
-                return self.fail(f"expected a tensor for {pattern.name}, found {value!r}", nodes)
-            if bound.get(pattern.name, value) is not value:
-                return self.fail(f"{pattern.name} is two different tensors", (value.name, *nodes))
-            if pattern.where is not None and not pattern.where(value):
-                return self.fail(f"{value.name} cannot be {pattern.name}", (value.name, *nodes))
-            yield {**bound, pattern.name: value}, nodes
+            yield from self.variable(pattern, value, found)
         elif isinstance(pattern, Number):
-            if isinstance(value, fx.Node) or value is None:
-                return self.fail(f"{pattern.name} is not a constant", nodes)
-            if bound.get(pattern.name, value) != value:
-                return self.fail(f"{pattern.name} is two different numbers", nodes)
-            yield {**bound, pattern.name: value}, nodes
+            yield from self.number(pattern, value, found)
         elif isinstance(pattern, Op):
-            yield from self.calls(pattern, value, bound, nodes)
+            yield from self.calls(pattern, value, found)
         elif isinstance(pattern, (list, tuple)):
-            if not isinstance(value, (list, tuple)) or len(value) != len(pattern):
-                return self.fail(f"expected {len(pattern)} values, found {value!r}", nodes)
-            yield from self.sequence(list(pattern), list(value), bound, nodes)
-        elif not isinstance(value, fx.Node) and value == pattern and type(value) is not bool:
-            yield bound, nodes
-        elif value is pattern:
-            yield bound, nodes
+            if isinstance(value, (list, tuple)) and len(value) == len(pattern):
+                yield from self.sequence(list(pattern), list(value), found)
+            else:
+                self.fail(f"expected {len(pattern)} values, found {value!r}", found[1])
+        elif _is_constant(value, pattern):
+            yield found
         else:
-            self.fail(f"expected {pattern!r}, found {value!r}", nodes)
+            self.fail(f"expected {pattern!r}, found {value!r}", found[1])
 
-    def calls(self, pattern: Op, node: Any, bound: dict[str, Any], nodes: tuple[str, ...]) -> Any:
+    def variable(self, pattern: Var, value: Any, found: _Found) -> Iterator[_Found]:
+        bound, nodes = found
+        if not isinstance(value, fx.Node):
+            return self.fail(f"expected a tensor for {pattern.name}, found {value!r}", nodes)
+        if bound.get(pattern.name, value) is not value:
+            return self.fail(f"{pattern.name} is two different tensors", (value.name, *nodes))
+        if pattern.where is not None and not pattern.where(value):
+            return self.fail(f"{value.name} cannot be {pattern.name}", (value.name, *nodes))
+        yield {**bound, pattern.name: value}, nodes
+
+    def number(self, pattern: Number, value: Any, found: _Found) -> Iterator[_Found]:
+        bound, nodes = found
+        if isinstance(value, fx.Node) or value is None:
+            return self.fail(f"{pattern.name} is not a constant", nodes)
+        if bound.get(pattern.name, value) != value:
+            return self.fail(f"{pattern.name} is two different numbers", nodes)
+        yield {**bound, pattern.name: value}, nodes
+
+    def calls(self, pattern: Op, node: Any, found: _Found) -> Iterator[_Found]:
+        bound, nodes = found
+        wanted = "|".join(sorted(pattern.targets))
         if not isinstance(node, fx.Node):
-            return self.fail(f"expected {'|'.join(sorted(pattern.targets))}, found {node!r}", nodes)
+            return self.fail(f"expected {wanted}, found {node!r}", nodes)
         if str(node.target) not in pattern.targets or node.op != "call_function":
-            wanted = "|".join(sorted(pattern.targets))
             return self.fail(f"expected {wanted}, found {node.target}", (node.name, *nodes))
         args = list(all_arguments(node))
         defaults = _defaults(node)
@@ -135,25 +144,28 @@ class _State:
             args.pop()
         if len(args) != len(pattern.args):
             return self.fail(f"{node.name} has {len(args)} arguments", (node.name, *nodes))
-        region = (*nodes, node.name)
         orders = [args]
         if pattern.commutes:
             orders.append([args[1], args[0], *args[2:]])
         for order in orders:
-            yield from self.sequence(list(pattern.args), order, bound, region)
+            yield from self.sequence(list(pattern.args), order, (bound, (*nodes, node.name)))
 
-    def sequence(
-        self, patterns: list[Any], values: list[Any], bound: dict[str, Any], nodes: tuple[str, ...]
-    ) -> Any:
+    def sequence(self, patterns: list[Any], values: list[Any], found: _Found) -> Iterator[_Found]:
         if not patterns:
-            yield bound, nodes
+            yield found
             return
-        for inner, region in self.solutions(patterns[0], values[0], bound, nodes):
-            yield from self.sequence(patterns[1:], values[1:], inner, region)
+        for inner in self.solutions(patterns[0], values[0], found):
+            yield from self.sequence(patterns[1:], values[1:], inner)
 
     def fail(self, reason: str, nodes: tuple[str, ...]) -> None:
         if self.miss is None or len(nodes) > self.miss.depth:
             self.miss = Miss(reason, nodes[:1], self.name, len(nodes))
+
+
+def _is_constant(value: Any, constant: Any) -> bool:
+    if isinstance(value, (fx.Node, bool)):
+        return value is constant
+    return bool(value == constant)
 
 
 def _defaults(node: fx.Node) -> dict[int, Any]:
@@ -187,6 +199,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def is_weight(node: fx.Node) -> bool:
+    """Whether a node reads a weight."""
     return node.op == "get_attr"
 
 
@@ -197,5 +210,6 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
 
 
 def dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype in a node's type, if it has one."""
     kind = node.meta.get("type")
     return kind.dtype if kind is not None else None

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -121,7 +122,9 @@ def _open_directory(
         auto = transformers.AutoModelForCausalLM
         known = type(config) in auto._model_mapping
         auto = auto if known or trust else transformers.AutoModel
-        model = _build(lambda: auto.from_config(config, trust_remote_code=trust, **_eager()), config, dtype)
+        model = _build(
+            lambda: auto.from_config(config, trust_remote_code=trust, **_eager()), config, dtype
+        )
     else:
         model = _build(lambda: model_class._from_config(config, **_eager()), config, dtype)
     origin = describe(model, name, path)
@@ -133,10 +136,11 @@ def _open_gguf(path: Path, dtype: torch.dtype | None) -> OpenModel:
     import transformers
 
     from reroll.rewrite.checkpoint import GgufSource
+    from reroll.rewrite.gguf_file import GgufFile
 
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
-    GgufSource.check(path)
+    GgufFile(path)  # raises if the header is damaged, before transformers reads it
     try:
         config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
@@ -173,16 +177,13 @@ def _meta_parameters() -> Iterator[None]:
     """Every parameter that a module registers goes to the meta device at once."""
     register = nn.Module.register_parameter
 
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(self, name, parameter)
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(nn.Module, "register_parameter", on_meta):
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

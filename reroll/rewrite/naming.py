@@ -13,8 +13,8 @@ class Names:
     """The loop's name, the new name of each stacked weight, and how many layers a trip runs.
 
     `model.layers.0.mlp.up_proj.weight` and its like in the other trips become
-    `model.layers.*.mlp.up_proj.weight`. With several layers to a trip, or where the first trip is not
-    layer 0, a component tells the layers of a trip apart or keeps clear of the layers outside.
+    `model.layers.*.mlp.up_proj.weight`. With several layers to a trip, or where the first trip is
+    not layer 0, a component tells the layers of a trip apart or keeps clear of the layers outside.
     """
 
     def __init__(self, found: Unifier, taken: set[str], weights: Mapping[str, Any]) -> None:
@@ -29,8 +29,7 @@ class Names:
         self.period = max(len(layers), 1)
         plain = self.period == 1 and layers == [0] and self.loop == common
         self.renamed: dict[str, str] = {}
-        for first, names in found.stacks.items():
-            parts = split[first]
+        for first, parts in split.items():
             if parts is None and common and first.startswith(f"{common}."):
                 new = f"{self.loop}.*.{first.removeprefix(common + '.')}"
             elif parts is not None and parts[0] == common and plain:
@@ -45,7 +44,7 @@ class Names:
 
 
 def layers_per_trip(found: Unifier) -> int:
-    """How many differently numbered modules a trip's weights come from; 1 where that cannot be told."""
+    """How many differently numbered modules a trip's weights come from; 1 if none is numbered."""
     split = [_split(names) for names in found.stacks.values()]
     numbers: dict[str, set[int]] = {}
     for parts in split:

@@ -4,7 +4,8 @@ Everything else in a Program stays plain ATen. Each op is a `torch.library` cust
 `torch.export` and `torch.compile` keep it whole; its body here is the reference that defines it, in
 the arithmetic of transformers' eager attention, and `reroll.runtime` runs faster forms of it.
 
-The one op that is not a tensor function is `loop`: the depth loop, whose body is a graph of its own.
+The one op that is not a tensor function is `loop`: the depth loop, whose body is a graph of its
+own.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ def mask(
     blocks: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The additive attention mask: 0 where a query may see a key, the lowest finite value elsewhere.
+    """The additive attention mask: 0 where a query may see a key, else the lowest finite value.
 
     Position `i` of the queries stands at `q_offset + i` of the keys. `causal`: no key after the
     query. `window`: with `causal` the last `window` keys including the query's own, without it the
-    keys at a distance of at most `window`. `chunk`: only keys of the query's own chunk, counted from
-    the first token that is not padding. `blocks` [batch, kv_length]: tokens with the same number of
-    0 or more see each other in both directions, whatever the rest says. `padding` [batch,
-    kv_length] is 0 at keys that nobody sees.
+    keys at a distance of at most `window`. `chunk`: only keys of the query's own chunk, counted
+    from the first token that is not padding. `blocks` [batch, kv_length]: tokens with the same
+    number of 0 or more see each other in both directions, whatever the rest says. `padding`
+    [batch, kv_length] is 0 at keys that nobody sees.
 
     Returns [batch, 1, q_length, kv_length] of `dtype`.
     """
@@ -63,7 +64,18 @@ def mask(
 
 
 @mask.register_fake
-def _(padding, batch, q_length, kv_length, q_offset, causal, window, chunk, blocks, dtype):  # type: ignore[no-untyped-def]
+def _(
+    padding: Tensor | None,
+    batch: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    blocks: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     device = padding.device if padding is not None else None
     return torch.empty(batch, 1, q_length, kv_length, dtype=dtype, device=device)
 
@@ -82,9 +94,9 @@ def visible(q: Tensor, kv: Tensor, causal: bool, window: int | None) -> Tensor:
 def cache(k: Tensor, v: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
     """The state of one attention: the keys and values of all tokens so far.
 
-    `k`, `v`: [batch, kv_heads, time, head_dim] of the new tokens. The lowered module appends them to
-    the cache of the running generation; here, without one, they are all there is. `length` is the
-    number of tokens there will be, known while capturing.
+    `k`, `v`: [batch, kv_heads, time, head_dim] of the new tokens. The lowered module appends them
+    to the cache of the running generation; here, without one, they are all there is. `length` is
+    the number of tokens there will be, known while capturing.
     """
     if length is not None and length != k.shape[-2]:
         raise ValueError(f"the reference of {NAMESPACE}::cache has no past: run the lowered module")
@@ -92,7 +104,7 @@ def cache(k: Tensor, v: Tensor, length: int | None = None) -> tuple[Tensor, Tens
 
 
 @cache.register_fake
-def _(k, v, length=None):  # type: ignore[no-untyped-def]
+def _(k: Tensor, v: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
     if length is None:
         return torch.empty_like(k), torch.empty_like(v)
     return (
@@ -118,10 +130,11 @@ def attention(
 ) -> Tensor:
     """Softmax attention over grouped heads.
 
-    `q`: [batch, heads, time, head_dim]; `k`: [batch, kv_heads, kv_time, head_dim]; `v` likewise with
-    its own head_dim. Scores are `q k^T * scale`, bounded to `softcap * tanh(scores / softcap)`, plus
-    `bias` (anything that broadcasts to [batch, heads, time, kv_time]). `causal`, `window`, `chunk`,
-    `blocks` and `padding` mean what they mean in `mask`, with the queries at the end of the keys.
+    `q`: [batch, heads, time, head_dim]; `k`: [batch, kv_heads, kv_time, head_dim]; `v` likewise
+    with its own head_dim. Scores are `q k^T * scale`, bounded to `softcap * tanh(scores /
+    softcap)`, plus `bias` (anything that broadcasts to [batch, heads, time, kv_time]). `causal`,
+    `window`, `chunk`, `blocks` and `padding` mean what they mean in `mask`, with the queries at the
+    end of the keys.
     `sinks` [heads] are logits that take part in the normalisation and carry no value.
 
     Returns [batch, time, heads, v_head_dim].
@@ -151,16 +164,16 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, scale, causal=False, window=None, chunk=None, softcap=None, sinks=None, bias=None, padding=None, blocks=None):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, *_: object, **__: object) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension, computed in fp32.
+    """RMS norm: x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension, in fp32.
 
-    Zhang and Sennrich, 2019 (arXiv 1910.07467), equation 4. `offset` is 1 where the stored weight is
-    the distance from one.
+    Zhang and Sennrich, 2019 (arXiv 1910.07467), equation 4. `offset` is 1 where the stored weight
+    is the distance from one.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -170,7 +183,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 
 @rms_norm.register_fake
-def _(x, weight, eps, offset=0.0):  # type: ignore[no-untyped-def]
+def _(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -193,7 +206,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
 
 @rope.register_fake
-def _(x, cos, sin, interleaved=False):  # type: ignore[no-untyped-def]
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -204,7 +217,7 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 @glu.register_fake
-def _(gate, up, activation):  # type: ignore[no-untyped-def]
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return torch.empty_like(gate)
 
 
@@ -227,8 +240,8 @@ def loop(body: str, carry: tuple[Any, ...], inputs: tuple[Any, ...], trips: int)
     """The depth loop: runs the Program's body of this name `trips` times.
 
     The body's first placeholders take the `carry`, which each trip returns for the next one. Each
-    further placeholder takes one of `inputs`: a value that is the same for all trips, or a tuple with
-    one value per trip. Weights of the body are stacked in the Program's table: each names the entry
-    that a trip uses. Returns the last trip's carry.
+    further placeholder takes one of `inputs`: a value that is the same for all trips, or a tuple
+    with one value per trip. Weights of the body are stacked in the Program's table: each names the
+    entry that a trip uses. Returns the last trip's carry.
     """
     raise RuntimeError("a loop is run by the lowered module, not by the graph alone")

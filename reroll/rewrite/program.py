@@ -37,9 +37,9 @@ class TensorType:
 class Input:
     """One input of a Program.
 
-    `role` says what the lowered module supplies when a caller leaves the input out: "data" (nothing:
-    it is required), "padding" (ones over past and present tokens), "positions" (counted from the
-    past), or "zeros".
+    `role` says what the lowered module supplies when a caller leaves the input out: "data"
+    (nothing: it is required), "padding" (ones over past and present tokens), "positions" (counted
+    from the past), or "zeros".
     """
 
     name: str
@@ -185,11 +185,10 @@ class Program:
 def copy(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph with the same node names and metadata."""
     new = fx.Graph()
-    output = new.graph_copy(graph, val_map := {}, return_output_node=True)
-    assert output is not None
+    # with return_output_node, a graph gives its new output's value and its old output
+    output: Any = new.graph_copy(graph, {}, return_output_node=True)
     value, old = output
     new.output(value).meta.update(old.meta)
-    del val_map
     return new
 
 
@@ -202,7 +201,8 @@ def weight_nodes(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     return nodes
 
 
-# the packages above `rewrite` say here how a Program is lowered and saved, so that imports run one way
+# the packages above `rewrite` say here how a Program is lowered and saved, so that imports run one
+# way
 _services: dict[str, Callable[..., Any]] = {}
 
 

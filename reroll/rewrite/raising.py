@@ -1,4 +1,4 @@
-"""Raise: idioms of the flat graph become single ops, each checked against the region it replaces."""
+"""Raise: idioms of the flat graph become single ops, each checked against what it replaces."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.users:
             continue
-        found = rule.pattern(node) if callable(rule.pattern) else match(rule.pattern, node, rule.name)
+        found = (
+            rule.pattern(node) if callable(rule.pattern) else match(rule.pattern, node, rule.name)
+        )
         if not found:
             misses.append(found)
             continue
@@ -58,7 +60,9 @@ def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
             misses.append(new)
             continue
         if not _same(node, new, found, rule.name, checked):
-            misses.append(Miss("the replacement computes something else", (node.name,), rule.name, 99))
+            misses.append(
+                Miss("the replacement computes something else", (node.name,), rule.name, 99)
+            )
             _erase(graph, new, node)
             continue
         node.replace_all_uses_with(new)
@@ -97,7 +101,7 @@ def _same(root: fx.Node, new: fx.Node, found: Match, rule: str, checked: dict[An
 
     visit(root, lambda n: n.name in region)
     old_order, order = order, []
-    bound = {n for n in inputs} | {n for n in found.bound.values() if isinstance(n, fx.Node)}
+    bound = set(inputs) | {n for n in found.bound.values() if isinstance(n, fx.Node)}
     visit(new, lambda n: n not in bound and n.op == "call_function")
     key = (
         rule,
@@ -110,7 +114,7 @@ def _same(root: fx.Node, new: fx.Node, found: Match, rule: str, checked: dict[An
 
 
 def _constants(node: fx.Node) -> str:
-    return str(fx.node.map_arg((node.args, node.kwargs), lambda n: "."))  # type: ignore[arg-type, return-value]
+    return str(fx.node.map_arg((node.args, node.kwargs), lambda n: "."))
 
 
 def _agree(
@@ -127,8 +131,8 @@ def _agree(
         return False
     if expected.shape != actual.shape:
         return False
-    error = (actual.double() - expected.double()).pow(2).mean().sqrt()
-    return bool(error <= TOLERANCE * expected.double().pow(2).mean().sqrt() + 1e-12)
+    distance = (actual.double() - expected.double()).pow(2).mean().sqrt()
+    return bool(distance <= TOLERANCE * expected.double().pow(2).mean().sqrt() + 1e-12)
 
 
 def _example(node: fx.Node, generator: torch.Generator) -> Any:
@@ -155,11 +159,12 @@ def _integer(node: Any) -> int:
     """The value of a size computed in the graph."""
     if not isinstance(node, fx.Node):
         return int(node)
+    args: tuple[Any, ...] = node.args
     if node.target is aten.sym_size.int:
-        kind = node.args[0].meta["type"]  # type: ignore[union-attr]
-        return concrete(kind.shape[int(node.args[1])], _SIZES)  # type: ignore[call-overload, arg-type]
-    if getattr(operator, str(getattr(node.target, "__name__", "")), None) is node.target:
-        return int(node.target(*map(_integer, node.args)))  # type: ignore[operator]
+        return concrete(args[0].meta["type"].shape[args[1]], _SIZES)
+    target: Any = node.target
+    if getattr(target, "__module__", "") == operator.add.__module__:
+        return int(target(*map(_integer, args)))
     raise KeyError(node.name)
 
 
@@ -173,15 +178,15 @@ def _evaluate(order: list[fx.Node], values: dict[fx.Node, Any]) -> dict[fx.Node,
 
     for node in order:
         if node not in values:
-            args = fx.node.map_arg(node.args, lambda n: values[n])
-            kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
-            args = tuple(a if isinstance(a, Tensor) else wide(a) for a in args)  # type: ignore[union-attr]
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator, arg-type]
+            target: Any = node.target
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+            args = tuple(a if isinstance(a, Tensor) else wide(a) for a in args)
+            values[node] = target(*args, **kwargs)
     return values
 
 
 def raise_linears(program: Program) -> Program:
-    """Products with a stored matrix become `linear`, over the matrix's transpose in the weight table.
+    """Products with a stored matrix become `linear`, over its transpose in the weight table.
 
     A matrix that anything else reads stays as it is.
     """
@@ -209,10 +214,11 @@ def raise_linears(program: Program) -> Program:
 
 
 def _is_transpose(user: fx.Node) -> bool:
+    args: tuple[Any, ...] = user.args
     if user.target is aten.permute.default:
-        return list(user.args[1]) == [1, 0]  # type: ignore[arg-type]
+        return list(args[1]) == [1, 0]
     if user.target is aten.transpose.int:
-        return sorted(int(d) % 2 for d in user.args[1:3]) == [0, 1]  # type: ignore[call-overload]
+        return sorted(d % 2 for d in args[1:3]) == [0, 1]
     return user.target in (aten.t.default, aten.numpy_T.default)
 
 

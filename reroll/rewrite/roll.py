@@ -1,8 +1,8 @@
 """Reroll: isomorphic regions of a flat graph become the trips of one loop.
 
-The nodes that the data flows through, in the order in which they run, spell a word; a stack of layers
-is a stretch of that word that repeats with a period. Each candidate stretch is then checked edge by
-edge: an argument of a node must be the same thing in every trip, namely
+The nodes that the data flows through, in the order in which they run, spell a word; a stack of
+layers is a stretch of that word that repeats with a period. Each candidate stretch is then checked
+edge by edge: an argument of a node must be the same thing in every trip, namely
 
 - a value of the same trip, at the same place,
 - a value of the trip before, at the same place (the carry),
@@ -45,7 +45,9 @@ def roll_loops(program: Program) -> Program:
             break
         program = insert_loop(program, found)
     program.graph.lint()
-    used = {str(n.target) for _, graph in program.graphs() for n in graph.nodes if n.op == "get_attr"}
+    used = {
+        str(n.target) for _, graph in program.graphs() for n in graph.nodes if n.op == "get_attr"
+    }
     return program.with_weights(
         program.weights.without(*(name for name in program.weights if name not in used))
     )
@@ -89,10 +91,11 @@ def data_nodes(program: Program) -> list[fx.Node]:
         if node.op == "placeholder":
             if roles[str(node.target)] == "data":
                 data.add(node)
-        elif node.op == "call_function" and node.target is not aten.sym_size.int:
-            if any(argument in data for argument in node.all_input_nodes):
-                data.add(node)
-                order.append(node)
+        elif node.op != "call_function" or node.target is aten.sym_size.int:
+            continue
+        elif any(argument in data for argument in node.all_input_nodes):
+            data.add(node)
+            order.append(node)
     return order
 
 
@@ -106,13 +109,13 @@ class Candidate:
 
 
 def find_loop(program: Program) -> Unifier | None:
-    """The loop that covers the most nodes, with the fewest carried values; None if there is none."""
+    """The loop that covers the most nodes, with the fewest carried values, if there is one."""
     order = data_nodes(program)
     outside = weight_nodes(program.graph)
     for stretch in _stretches([_letter(node) for node in order]):
         best: Unifier | None = None
         for candidate in stretch:
-            # one trip fewer is worth it if the loop then carries less or starts where a layer starts
+            # one trip fewer is worth it if the loop carries less or starts where a layer starts
             if best is not None and candidate.trips < best.trips - 1:
                 break
             regions = [
@@ -206,15 +209,13 @@ def insert_loop(program: Program, found: Unifier) -> Program:
             ops.loop, (names.loop, tuple(found.initial), tuple(found.inputs), found.trips)
         )
     after = node
+    inside = {n for region in found.regions for n in region.nodes} | {node}
     for position, place in enumerate(found.carry):
+        last = found.regions[-1].nodes[place]
         with graph.inserting_after(after):
-            value = graph.call_function(operator.getitem, (node, position))
-        value.meta.update(found.regions[-1].nodes[place].meta)
-        inside = {n for region in found.regions for n in region.nodes} | {node}
-        found.regions[-1].nodes[place].replace_all_uses_with(
-            value, delete_user_cb=lambda user: user not in inside
-        )
-        after = value
+            after = graph.call_function(operator.getitem, (node, position))
+        after.meta.update(last.meta)
+        last.replace_all_uses_with(after, delete_user_cb=lambda user: user not in inside)
     graph.eliminate_dead_code()
     bodies = {**program.bodies, names.loop: Body(body, names.period)}
     return replace(program, bodies=bodies, weights=type(weights)(table))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,13 +20,18 @@ _RESHAPES = (
     aten.unflatten.int,
     aten.unsqueeze.default,
 )
-_OPERATORS = {
+_OPERATORS: dict[type[ast.AST], Callable[..., int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
     ast.USub: operator.neg,
+}
+_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "Max": max,
+    "Min": min,
+    "FloorDiv": operator.floordiv,
 }
 
 
@@ -41,14 +46,11 @@ def concrete(dim: Dim, sizes: Mapping[str, int]) -> int:
         if isinstance(tree, ast.Name):
             return sizes[tree.id]
         if isinstance(tree, ast.BinOp) and type(tree.op) in _OPERATORS:
-            return int(_OPERATORS[type(tree.op)](value(tree.left), value(tree.right)))
+            return _OPERATORS[type(tree.op)](value(tree.left), value(tree.right))
         if isinstance(tree, ast.UnaryOp) and type(tree.op) in _OPERATORS:
-            return int(_OPERATORS[type(tree.op)](value(tree.operand)))
+            return _OPERATORS[type(tree.op)](value(tree.operand))
         if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
-            arguments = [value(a) for a in tree.args]
-            if tree.func.id in ("Max", "Min", "FloorDiv"):
-                functions = {"Max": max, "Min": min, "FloorDiv": operator.floordiv}
-                return int(functions[tree.func.id](*arguments))
+            return _FUNCTIONS[tree.func.id](*map(value, tree.args))
         raise KeyError(dim)
 
     try:
@@ -60,8 +62,8 @@ def concrete(dim: Dim, sizes: Mapping[str, int]) -> int:
 def tidy_shapes(graph: fx.Graph) -> int:
     """Write reshapes and expands without the sizes that stay as they are; returns how many.
 
-    `reshape(x, [b, s, 9, 64])` of [b, s, 576] is `unflatten(x, 2, [9, 64])`: what a layer does to its
-    own dimensions then needs no size from outside the layer.
+    `reshape(x, [b, s, 9, 64])` of [b, s, 576] is `unflatten(x, 2, [9, 64])`: what a layer does to
+    its own dimensions then needs no size from outside the layer.
     """
     changed = 0
     for node in list(graph.nodes):
@@ -85,15 +87,15 @@ def _shape(node: Any) -> tuple[Dim, ...] | None:
 
 
 def _tidy_reshape(graph: fx.Graph, node: fx.Node) -> int:
-    inner = node.args[0]
-    while isinstance(inner, fx.Node) and inner.target in _RESHAPES and _shape(inner.args[0]) is not None:
+    inner: Any = node.args[0]
+    while inner.target in _RESHAPES and _shape(inner.args[0]) is not None:
         inner = inner.args[0]
         node.args = (inner, *node.args[1:])
     before, after = _shape(inner), _shape(node)
     if before is None or after is None:
         return 0
     if before == after:
-        node.replace_all_uses_with(inner)  # type: ignore[arg-type]
+        node.replace_all_uses_with(inner)
         return 1
     head = 0
     while head < min(len(before), len(after)) and before[head] == after[head]:
@@ -116,24 +118,25 @@ def _tidy_reshape(graph: fx.Graph, node: fx.Node) -> int:
 
 
 def _tidy_expand(node: fx.Node) -> int:
-    before, after = _shape(node.args[0]), _shape(node)
+    inner: Any = node.args[0]
+    before, after = _shape(inner), _shape(node)
     if before is None or after is None:
         return 0
     if before == after:
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.replace_all_uses_with(inner)
         return 1
     added = len(after) - len(before)
     sizes = [
         -1 if i >= added and before[i - added] == size else size for i, size in enumerate(after)
     ]
     if all(isinstance(size, int) for size in sizes):
-        node.args = (node.args[0], sizes)
+        node.args = (inner, sizes)
         return 1
     return 0
 
 
 def _tidy_permute(node: fx.Node) -> int:
-    order = [int(d) for d in node.args[1]]  # type: ignore[union-attr, call-overload]
+    order: Any = node.args[1]
     moved = [i for i, d in enumerate(order) if i != d % len(order)]
     if len(moved) != 2:
         return 0
@@ -142,22 +145,23 @@ def _tidy_permute(node: fx.Node) -> int:
 
 
 def _undo_flatten(node: fx.Node) -> int:
-    inner = node.args[0]
-    if not isinstance(inner, fx.Node) or inner.target is not aten.flatten.using_ints:
+    inner: Any = node.args[0]
+    if inner.target is not aten.flatten.using_ints:
         return 0
     if _shape(node) is None or _shape(inner.args[0]) != _shape(node):
         return 0
-    node.replace_all_uses_with(inner.args[0])  # type: ignore[arg-type]
+    node.replace_all_uses_with(inner.args[0])
     return 1
 
 
 def _cancel_transpose(node: fx.Node) -> int:
-    inner = node.args[0]
+    inner: Any = node.args[0]
     rank = len(_shape(node) or ())
-    if not isinstance(inner, fx.Node) or inner.target is not aten.transpose.int or not rank:
+    if inner.target is not aten.transpose.int or not rank:
         return 0
-    dims = [{int(d) % rank for d in n.args[1:3]} for n in (node, inner)]  # type: ignore[call-overload]
+    pairs: tuple[Any, Any] = (node.args[1:3], inner.args[1:3])
+    dims = [{d % rank for d in pair} for pair in pairs]
     if dims[0] != dims[1]:
         return 0
-    node.replace_all_uses_with(inner.args[0])  # type: ignore[arg-type]
+    node.replace_all_uses_with(inner.args[0])
     return 1

@@ -7,7 +7,7 @@ alike in all models of a modality, and from the sizes in the configuration.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ def _text(config: Any, main: str, arguments: set[str], total: str, tokens: str) 
     if total != tokens or "past_key_values" in arguments:
         if "position_ids" in arguments:
             examples.append(_positions("position_ids", total != tokens))
-    elif "token_type_ids" in arguments and getattr(config, "type_vocab_size", 0):
+    elif "token_type_ids" in arguments and getattr(config, "type_vocab_size", None):
         zeros = torch.zeros(_SIZES["b"], _SIZES[tokens], dtype=torch.long)
         examples.append(Example("token_type_ids", zeros, ("b", tokens), "zeros"))
     return examples
@@ -93,7 +93,7 @@ def _text(config: Any, main: str, arguments: set[str], total: str, tokens: str) 
 
 def _image(config: Any, main: str, arguments: set[str], *_: str) -> list[Example]:
     vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", 224)
+    size: Any = getattr(vision, "image_size", 224)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     shape = (int(getattr(vision, "num_channels", 3)), int(height), int(width))
     return [Example(main, torch.zeros(_SIZES["b"], *shape), ("b", *shape))]
@@ -109,7 +109,7 @@ def _waveform(config: Any, main: str, arguments: set[str], *_: str) -> list[Exam
     return [Example(main, torch.zeros(_SIZES["b"], 16000), ("b", 16000))]
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[Any, str, set[str], str, str], list[Example]]] = {
     "input_ids": _text,
     "pixel_values": _image,
     "input_features": _spectrogram,

@@ -35,7 +35,7 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
         return float("inf")
     difference = scale = 0.0
     # in pieces, because logits in fp64 are large
-    pieces = (torch.split(t.detach().flatten(), _PIECE) for t in (actual, expected))  # type: ignore[no-untyped-call]
+    pieces = (torch.split(t.detach().flatten(), _PIECE) for t in (actual, expected))
     for a, b in zip(*pieces, strict=True):
         error, size = _squares(a.double(), b.double())
         difference, scale = difference + error, scale + size

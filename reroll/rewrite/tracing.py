@@ -1,9 +1,9 @@
 """What a transformers model calls while it is being captured, in place of its own attention.
 
 transformers looks attention and mask functions up by name, and caches are objects that a caller
-brings. Inside `tracing`, a model finds ours under both: every attention becomes one `reroll::attention`
-node, every mask one `reroll::mask` node, and every use of a cache one `reroll::cache` node. What these
-ops cannot express is an error that names it.
+brings. Inside `tracing`, a model finds ours under both: every attention becomes one
+`reroll::attention` node, every mask one `reroll::mask` node, and every use of a cache one
+`reroll::cache` node. What these ops cannot express is an error that names it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from reroll.errors import CaptureError
 
 IMPLEMENTATION = "reroll"
 
-# keywords that reach an attention function and do not change what eager attention computes: the mask
-# already carries the window and the causality, and the rest steers caches, outputs and other kernels
+# keywords that reach an attention function and do not change what eager attention computes: the
+# mask already carries the window and the causality, and the rest steers caches, outputs and other
+# kernels
 _NO_EFFECT = frozenset(
     "sliding_window is_causal position_ids cache_position past_key_values past_key_value use_cache "
     "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
@@ -119,8 +120,8 @@ def attention_interface(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: one `reroll::attention` node.
 
-    `query` [batch, heads, time, head_dim], `key` and `value` per key/value head. Raises CaptureError
-    for a keyword whose meaning the op does not model.
+    `query` [batch, heads, time, head_dim], `key` and `value` per key/value head. Raises
+    CaptureError for a keyword whose meaning the op does not model.
     """
     unknown = [
         name
@@ -159,7 +160,7 @@ def make_cache(past: int, total: int, layers: int, cross: bool) -> Any:
     """
     from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
-    class TracedLayer(CacheLayerMixin):  # type: ignore[misc]
+    class TracedLayer(CacheLayerMixin):
         is_sliding = False
 
         def lazy_initialization(self, *_: Any) -> None:
@@ -204,7 +205,10 @@ def tracing(model: nn.Module, implementation: str) -> Iterator[None]:
     training = [module.training for module in modules]
     configs = _configs(modules)
     chosen = [getattr(config, "_attn_implementation_internal", None) for config in configs]
-    tables = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    tables: list[dict[str, Any]] = [
+        AttentionInterface._global_mapping,
+        AttentionMaskInterface._global_mapping,
+    ]
     saved = [dict(table) for table in tables]
     try:
         if implementation == IMPLEMENTATION:
@@ -218,16 +222,16 @@ def tracing(model: nn.Module, implementation: str) -> Iterator[None]:
         for table, before in zip(tables, saved, strict=True):
             table.clear()
             table.update(before)
-        for config, before in zip(configs, chosen, strict=True):
-            config._attn_implementation_internal = before
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
+        for config, was in zip(configs, chosen, strict=True):
+            config._attn_implementation_internal = was
+        for module, trained in zip(modules, training, strict=True):
+            module.training = trained
 
 
 def _configs(modules: list[nn.Module]) -> list[Any]:
     """Every configuration object that a module of the model reads, nested ones included."""
     found: dict[int, Any] = {}
-    queue = [module.config for module in modules if hasattr(module, "config")]
+    queue: list[Any] = [module.config for module in modules if hasattr(module, "config")]
     while queue:
         config = queue.pop()
         if id(config) in found or not hasattr(config, "_attn_implementation_internal"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,8 +84,9 @@ def unify(regions: list[Region], outside: dict[str, list[fx.Node]]) -> Unifier |
 class Unifier:
     """The result of unifying regions; construction raises Differ.
 
-    `carry`: places whose value goes to the next trip; `initial`: their values before the first trip;
-    `inputs`: what the loop node passes; `stacks`: the weight names of all trips by the first trip's.
+    `carry`: places whose value goes to the next trip; `initial`: their values before the first
+    trip; `inputs`: what the loop node passes; `stacks`: the weight names of all trips by the first
+    trip's.
     """
 
     def __init__(self, regions: list[Region], outside: dict[str, list[fx.Node]]) -> None:
@@ -168,12 +168,14 @@ class Unifier:
         if distinct == self.trips and self._alike(values):
             like = values[0]
             args = self._zip([v.args for v in values], values, False)
-            kwargs = {k: self._zip([v.kwargs[k] for v in values], values, False) for k in like.kwargs}
+            kwargs = {
+                k: self._zip([v.kwargs[k] for v in values], values, False) for k in like.kwargs
+            }
             return Computed(like, args, kwargs)
         return self._given(tuple(values))
 
     def _alike(self, values: list[Any]) -> bool:
-        """Whether values outside the data's path are computed alike, so that each trip may do it."""
+        """Whether values outside the data's path are computed alike, so each trip may do it."""
         first = values[0]
         return all(
             isinstance(v, fx.Node)
@@ -234,14 +236,13 @@ class Unifier:
             queue += node.all_input_nodes
 
     def build(self, renamed: dict[str, str]) -> fx.Graph:
-        """The body: the first trip's nodes over placeholders. `renamed` names the stacked weights."""
+        """The body: the first trip's nodes over placeholders, its weights renamed by `renamed`."""
         graph = fx.Graph()
         first = self.regions[0]
         carried = []
-        for position, initial in enumerate(self.initial):
-            name = "h" if len(self.initial) == 1 else f"h{position}"
-            carried.append(graph.placeholder(name))
-            carried[-1].meta.update(_typed(first.nodes[self.carry[position]]))
+        for position, place in enumerate(self.carry):
+            carried.append(graph.placeholder("h" if len(self.carry) == 1 else f"h{position}"))
+            carried[-1].meta.update(_typed(first.nodes[place]))
         given = []
         for value in self.inputs:
             named = next((v for v in _leaves(value) if isinstance(v, fx.Node)), None)
@@ -288,10 +289,7 @@ class Unifier:
 
 
 def _has_constants_unlike(a: fx.Node, b: fx.Node) -> bool:
-    constants = [
-        str(fx.node.map_arg((n.args, n.kwargs), lambda _: "."))  # type: ignore[arg-type, return-value]
-        for n in (a, b)
-    ]
+    constants = [str(fx.node.map_arg((n.args, n.kwargs), lambda _: ".")) for n in (a, b)]
     return constants[0] != constants[1]
 
 
@@ -311,6 +309,3 @@ def _leaves(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [leaf for v in value for leaf in _leaves(v)]
     return [value]
-
-
-_ = operator
