@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +20,8 @@ from torch import nn
 from reroll.errors import CaptureError, CheckpointError, UsageError
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.program import Origin, Program, _service
+
+log = logging.getLogger(__name__)
 
 # what a converted model keeps of the original's directory, unchanged
 SIDE_FILES = (
@@ -147,8 +153,28 @@ def _open_gguf(path: Path, dtype: torch.dtype | None) -> OpenModel:
         raise CheckpointError(f"cannot read the GGUF header: {error}", where=str(path)) from error
     auto = transformers.AutoModelForCausalLM
     model = _build(lambda: auto.from_config(config, **_eager()), config, dtype or torch.float32)
-    origin = describe(model, str(path))
+    origin = replace(describe(model, str(path)), files=_gguf_tokenizer(path))
     return OpenModel(model, GgufSource(path, model), origin)
+
+
+def _gguf_tokenizer(path: Path) -> dict[str, str]:
+    """The tokenizer inside a GGUF file as the files of a Hugging Face directory.
+
+    They live in a temporary folder until the process ends. None, with a warning, where transformers
+    cannot read the tokenizer.
+    """
+    import transformers
+
+    folder = Path(tempfile.mkdtemp(prefix="reroll-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name
+        )
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        log.warning("%s: transformers cannot read its tokenizer: %s", path, error)
+    return {file.name: str(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def _eager() -> dict[str, str]:
