@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from reroll.errors import PassError, UsageError
+from reroll.rewrite.low_rank import Factors, residuals_left
 from reroll.rewrite.options import nearest_name
 from reroll.rewrite.passes import Context, Pass, option
 from reroll.rewrite.program import Loop, Program, TensorType, weight_nodes
-from reroll.rewrite.weight_store import WeightStore
 from reroll.rewrite.weights import Expr, Weight, cast, scale, slice_, sub, svd_down, svd_up
 
 aten = torch.ops.aten
@@ -24,8 +23,6 @@ Rank = int | Literal["full"]
 # "auto" takes the randomized decomposition from this smaller side on, if it has so much less to do
 LARGE_SIDE = 512
 LARGE_RATIO = 4
-# an exact decomposition to compare with stays affordable up to this side
-CHECKED_SIDE = 2048
 
 
 class Relax(Pass):
@@ -70,6 +67,7 @@ class Relax(Pass):
             return _nothing(program, context)
         self._check_kinds(program)
         weights, reference = program.weights, program.reference
+        restored: list[str] = []
         left: list[str] = []
         factors: list[Factors] = []
         for loop in program.loops:
@@ -81,6 +79,7 @@ class Relax(Pass):
                 if self.vectors if vector else _is_full(rank, original.meta.shape):
                     weights = weights.with_weight(name, original)
                     reference = reference.without(name)
+                    restored.append(name)
                 elif rank == 0 or vector or not _only_linear(nodes):
                     left.append(name)
                 else:
@@ -93,10 +92,11 @@ class Relax(Pass):
                     _insert(loop, nodes, made)
                     factors.append(made)
         result = replace(program, weights=weights, reference=reference)
-        for remark in _remarks(result, factors, context):
+        for remark in residuals_left(result, factors, context):
             context.remark(remark)
-        if left:
-            context.remark(f"left tied: {', '.join(sorted(set(map(kind_of, left))))}")
+        for what, names in (("as they were", restored), ("left tied", left)):
+            if names:
+                context.remark(f"{what}: {', '.join(sorted(set(map(kind_of, names))))}")
         return result
 
     def _check_kinds(self, program: Program) -> None:
@@ -148,20 +148,6 @@ class Relax(Pass):
             f"{stem}.lora_down.weight", Weight(tuple(downs), tuple(index), shared.trainable),
             f"{stem}.lora_up.weight", Weight(tuple(ups), tuple(index), shared.trainable),
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The residuals of one weight: per trip the residual and its factors up and down."""
-
-    kind: str
-    rank: int
-    method: str
-    residuals: dict[int, tuple[Expr, Expr, Expr]]
-    down_name: str
-    down: Weight  # [rank, in]
-    up_name: str
-    up: Weight  # [out, rank]
 
 
 def kind_of(name: str) -> str:
@@ -225,57 +211,3 @@ def _nothing(program: Program, context: Context) -> Program:
         )
     context.remark("nothing is tied, so there is nothing to relax")
     return program
-
-
-# ---- how much of the residuals the factors leave
-
-
-def _remarks(program: Program, factors: list[Factors], context: Context) -> Iterator[str]:
-    sparing = context.sparing(program)
-    total = sum(1 if sparing else len(f.residuals) for f in factors)
-    done = 0
-    checked: set[tuple[int, ...]] = set()
-    for each in factors:
-        trips = list(each.residuals)
-        if not trips:
-            continue
-        left = []
-        excess: float | None = None
-        for trip in trips[len(trips) // 2 :][:1] if sparing else trips:
-            residual, up, down = each.residuals[trip]
-            (tensor,) = WeightStore().values([residual], program.source)
-            rows, _ = context.compute(program, [up, down])
-            left.append(_left(tensor, rows))
-            shape = residual.meta.shape
-            if each.method == "randomized" and shape not in checked and min(shape) <= CHECKED_SIDE:
-                checked.add(shape)
-                excess = left[-1] / max(_best(tensor, each.rank), 1e-12) - 1
-            done += 1
-            context.progress(done, total, "factors")
-        size = program.weights[each.down_name].elements() + program.weights[each.up_name].elements()
-        spread = "" if len(left) == 1 else f" ({min(left):.3f} to {max(left):.3f})"
-        text = (
-            f"{each.kind}: rank {each.rank}, {size:,} parameters; relative residual left "
-            f"{sum(left) / len(left):.3f}{spread} in {len(left)} of {len(trips)} trips"
-        )
-        if each.method == "randomized":
-            text += ", randomized SVD"
-        if excess is not None:
-            text += f" ({100 * max(excess, 0.0):.2g}% above the least possible)"
-        yield text
-
-
-def _left(residual: Tensor, up: Tensor) -> float:
-    """|R - B A| / |R|: B A is a projection of R, so the squares of the norms subtract."""
-    whole = residual.double().square().sum().item()
-    kept = up.double().square().sum().item()
-    return max(1 - kept / whole, 0.0) ** 0.5 if whole else 0.0
-
-
-def _best(residual: Tensor, rank: int) -> float:
-    """The least |R - B A| / |R| at a rank, from the eigenvalues of the smaller Gram matrix."""
-    wide = residual.double()
-    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
-    values = torch.linalg.eigvalsh(gram).clamp_min(0)
-    total = values.sum().item()
-    return (values[: values.numel() - rank].sum().item() / total) ** 0.5 if total else 0.0

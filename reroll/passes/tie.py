@@ -150,11 +150,14 @@ def assignment(trips: int, blocks: int, layout: Layout) -> tuple[int, ...]:
 def starts(trips: int, blocks: int, layout: Layout, init: Init) -> tuple[int, ...]:
     """The trip whose weights each block starts as; for `average` it has no meaning."""
     if layout == "middle_cycle":
-        inner = starts(trips - 2, blocks - 2, "cycle", init)
-        return (0, *(1 + t for t in inner), trips - 1)
-    if init == "stepwise" and blocks > 1:
-        return tuple(round(b * (trips - 1) / (blocks - 1)) for b in range(blocks))
-    return tuple(range(blocks))
+        return (0, *_spaced(1, trips - 2, blocks - 2, init), trips - 1)
+    return _spaced(0, trips - 1, blocks, init)
+
+
+def _spaced(first: int, last: int, count: int, init: Init) -> tuple[int, ...]:
+    if init == "stepwise" and count > 1:
+        return tuple(round(first + i * (last - first) / (count - 1)) for i in range(count))
+    return tuple(range(first, first + count))
 
 
 def _is_norms(node: fx.Node) -> bool:
