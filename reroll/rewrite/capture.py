@@ -7,9 +7,10 @@ captured with a past of unknown length, so the same graph prefills, continues an
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -221,12 +222,14 @@ def _quiet() -> Iterator[None]:
     """Hold back the warnings that models and the exporter print while tracing."""
     import warnings
 
-    loggers = [logging.getLogger(name) for name in ("transformers", "torch.export", "torch.fx")]
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+            logger.setLevel(logging.CRITICAL)
+        # a failed trace prints its whole graph
+        silent = io.StringIO()
+        with warnings.catch_warnings(), redirect_stdout(silent), redirect_stderr(silent):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -133,8 +133,7 @@ def _open_directory(
         )
     else:
         model = _build(lambda: model_class._from_config(config, **_eager()), config, dtype)
-    origin = describe(model, name, path)
-    object.__setattr__(origin, "revision", revision)
+    origin = replace(describe(model, name, path), revision=revision)
     return OpenModel(model, hf_source(path, model), origin)
 
 
