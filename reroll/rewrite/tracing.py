@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reroll.errors import CaptureError
+from reroll.rewrite.masks import MaskKind, describe_mask
 
 IMPLEMENTATION = "reroll"
 
@@ -28,60 +28,6 @@ _NO_EFFECT = frozenset(
     "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
     "deterministic target_dtype layer_idx dropout training logits_to_keep head_mask".split()
 )
-
-
-@dataclass(frozen=True)
-class MaskKind:
-    """The part of a mask that does not depend on the data: see `ops.mask`."""
-
-    causal: bool = False
-    window: int | None = None
-    chunk: int | None = None
-    blocks: Tensor | None = None
-
-
-def describe_mask(function: Callable[..., Any]) -> MaskKind:
-    """What a mask function of transformers means, read from the functions that it is made of.
-
-    Raises CaptureError naming the function if it is none of the kinds that `ops.mask` knows.
-    """
-    name = getattr(function, "__qualname__", repr(function)).split(".")[0]
-    held = _closure(function)
-    if name == "causal_mask_function":
-        return MaskKind(causal=True)
-    if name == "bidirectional_mask_function":
-        return MaskKind()
-    if name in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
-        return MaskKind(window=int(held["sliding_window"]))
-    if name == "chunked_overlay":
-        return MaskKind(chunk=int(held["chunk_size"]))
-    if name == "and_masks":
-        kind = MaskKind()
-        for part in map(describe_mask, held["mask_functions"]):
-            kind = MaskKind(
-                kind.causal or part.causal,
-                kind.window if part.window is None else part.window,
-                kind.chunk if part.chunk is None else part.chunk,
-                kind.blocks if part.blocks is None else part.blocks,
-            )
-        return kind
-    if name == "or_masks":
-        base, *overlays = held["mask_functions"]
-        if [o.__qualname__.split(".")[0] for o in overlays] == ["blockwise_overlay"]:
-            blocks = _closure(overlays[0])["block_sequence_ids"]
-            return replace(describe_mask(base), blocks=blocks)
-    raise CaptureError(
-        f"the attention mask is made by {function.__module__}.{function.__qualname__}, a kind that "
-        "reroll::mask does not model",
-        hint="causal, bidirectional, sliding-window, chunked and block-wise masks are modelled",
-    )
-
-
-def _closure(function: Callable[..., Any]) -> dict[str, Any]:
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    if code is None or cells is None:
-        return {}
-    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
 
 
 def mask_interface(
