@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import masking_utils as hf
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from reroll.errors import CaptureError
+from reroll.rewrite.capture import capture
+from reroll.rewrite.tracing import attention_interface, mask_interface, tracing
+from tests.captured import gemma3, gpt2, llama, whisper
+
+
+def heads(count: int) -> torch.Tensor:
+    return torch.randn(2, count, 5, 8)
+
+
+def test_an_unknown_keyword_of_attention_is_an_error_that_names_it():
+    module = torch.nn.Linear(1, 1)
+    with pytest.raises(CaptureError, match=r"Linear.* landmarks, temperature"):
+        attention_interface(
+            module, heads(4), heads(2), heads(2), None, temperature=2.0, landmarks=heads(1)
+        )
+
+
+def test_keywords_that_change_nothing_are_let_through():
+    arguments = (torch.nn.Identity(), heads(4), heads(2), heads(2), None)
+    expected, _ = attention_interface(*arguments)
+    actual, weights = attention_interface(
+        *arguments,
+        sliding_window=3,
+        is_causal=True,
+        position_ids=heads(1),
+        unknown=None,
+        other=False,
+    )
+    assert torch.equal(actual, expected)
+    assert weights is None
+
+
+def test_masks_and_biases_add_up():
+    module, q, k = torch.nn.Identity(), heads(4), heads(2)
+    bias, mask = torch.randn(1, 4, 5, 5), torch.rand(2, 1, 5, 5) < 0.7
+    mask[..., 0] = True
+    low = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    both, _ = attention_interface(module, q, k, k, low, position_bias=bias)
+    assert torch.equal(both, attention_interface(module, q, k, k, bias + low)[0])
+    assert torch.equal(
+        attention_interface(module, q, k, k, mask)[0], attention_interface(module, q, k, k, low)[0]
+    )
+    assert torch.equal(
+        attention_interface(module, q, k, k, None, position_bias=bias)[0],
+        attention_interface(module, q, k, k, bias)[0],
+    )
+
+
+def snapshot(model):
+    """Everything about a model that tracing touches."""
+    configs = [m.config for m in model.modules() if hasattr(m, "config")]
+    return {
+        "config": copy.deepcopy(model.config.to_dict()),
+        "implementations": [c._attn_implementation for c in configs],
+        "training": [module.training for module in model.modules()],
+        "buffers": {name: (id(b), b.clone()) for name, b in model.named_buffers()},
+        "parameters": {name: (id(p), p.clone()) for name, p in model.named_parameters()},
+        "attention": dict(AttentionInterface._global_mapping),
+        "masks": dict(AttentionMaskInterface._global_mapping),
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def same(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, gemma3, whisper])
+def test_a_model_is_left_as_it_was(make):
+    model = make().train()
+    list(model.modules())[3].eval()
+    before = snapshot(model)
+    assert "eager" in before["attention"] or "eager" in before["masks"]
+    capture(model, roll=False)
+    assert same(snapshot(model), before)
+    assert "reroll" not in AttentionInterface._global_mapping
+
+
+def test_a_model_is_left_as_it_was_after_an_error():
+    model = llama()
+    model.set_attn_implementation("sdpa")
+    model.train()
+    before = snapshot(model)
+
+    def fail(*_, **__):
+        raise RuntimeError("this layer cannot run")
+
+    forward, model.model.layers[1].forward = model.model.layers[1].forward, fail
+    with pytest.raises(CaptureError, match="this layer cannot run"):
+        capture(model)
+    model.model.layers[1].forward = forward
+    assert same(snapshot(model), before)
+
+
+def test_inside_tracing_a_model_finds_our_functions():
+    model = gemma3().train()
+    with tracing(model, "reroll"):
+        assert model.config._attn_implementation == "reroll"
+        assert AttentionInterface()["reroll"] is attention_interface
+        assert AttentionMaskInterface()["reroll"] is mask_interface
+        assert not any(module.training for module in model.modules())
+    with tracing(model, "eager"):
+        assert AttentionMaskInterface()["eager"] is mask_interface
+        assert "reroll" not in AttentionInterface()
+    assert AttentionMaskInterface()["eager"] is hf.eager_mask
