@@ -37,6 +37,14 @@ def gemma3() -> Any:
     return transformers.Gemma3ForCausalLM(config)
 
 
+def smollm3() -> Any:
+    # every fourth layer goes without rotary embedding
+    config = transformers.SmolLM3Config(
+        **{**TEXT, "num_hidden_layers": 12}, **SPECIAL, intermediate_size=48, num_key_value_heads=2
+    )
+    return transformers.SmolLM3ForCausalLM(config)
+
+
 def gpt2() -> Any:
     config = transformers.GPT2Config(
         vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=64, **SPECIAL
@@ -65,6 +73,22 @@ def dinov2() -> Any:
     return transformers.Dinov2Model(config)
 
 
+def vit() -> Any:
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    return transformers.ViTModel(config)
+
+
+def t5() -> Any:
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
+        decoder_start_token_id=1, **SPECIAL,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
 def whisper() -> Any:
     config = transformers.WhisperConfig(
         vocab_size=64, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
@@ -75,7 +99,8 @@ def whisper() -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    f.__name__: f for f in (llama, qwen2, gemma3, gpt2, gpt_neox, bloom, bert, dinov2, whisper)
+    f.__name__: f
+    for f in (llama, qwen2, gemma3, smollm3, gpt2, gpt_neox, bloom, bert, dinov2, vit, t5, whisper)
 }
 
 

@@ -118,7 +118,7 @@ class Relax(Pass):
         if method == "auto":
             large = small > LARGE_SIDE and rank * LARGE_RATIO <= small
             method = "randomized" if large else "exact"
-        residuals: dict[int, tuple[Expr, Expr, Expr]] = {}
+        residuals: list[tuple[Expr, Expr, Expr]] = []
         downs: list[Expr] = []
         ups: list[Expr] = []
         index: list[int] = []
@@ -138,13 +138,13 @@ class Relax(Pass):
                 dtype = shared.meta.dtype
                 up = cast(svd_up(residual, rank, method), dtype)
                 down = cast(svd_down(residual, rank, method), dtype)
-                residuals[trip] = (residual, up, down)
+                residuals.append((residual, up, down))
                 up = scale(up, 0.0) if self.init == "zero" else up
             ups.append(up)
             downs.append(down)
         stem = name.removesuffix(".weight")
         return Factors(
-            kind_of(name), rank, method, residuals,
+            kind_of(name), rank, method, tuple(residuals),
             f"{stem}.lora_down.weight", Weight(tuple(downs), tuple(index), shared.trainable),
             f"{stem}.lora_up.weight", Weight(tuple(ups), tuple(index), shared.trainable),
         )  # fmt: skip

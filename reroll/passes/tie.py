@@ -113,9 +113,10 @@ class Tie(Pass):
                 tied[name] = replace(weight, entries=entries, index=index)
         before = sum(program.weights[name].elements() for name in tied)
         after = sum(weight.elements() for weight in tied.values())
+        each = f" of {loop.period} layers each" if loop.period > 1 else ""
         context.remark(
-            f"{loop.name}: {loop.trips} trips share {blocks} blocks ({_runs(index)}); {len(tied)} "
-            f"weights tied, {before:,} -> {after:,} parameters"
+            f"{loop.name}: {loop.trips} trips{each} share {blocks} blocks ({_runs(index)}); "
+            f"{len(tied)} weights tied, {before:,} -> {after:,} parameters"
         )
         changed = {n: w for n, w in tied.items() if w != program.weights[n]}
         untied = {n: program.reference.get(n, program.weights[n]) for n in changed}

@@ -20,12 +20,12 @@ CHECKED_SIDE = 2048
 
 @dataclass(frozen=True)
 class Factors:
-    """The residuals of one weight: per trip the residual and its factors up and down."""
+    """The residuals of one weight: for each trip that has one, it and its factors up and down."""
 
     kind: str
     rank: int
     method: str
-    residuals: dict[int, tuple[Expr, Expr, Expr]]
+    residuals: tuple[tuple[Expr, Expr, Expr], ...]
     down_name: str
     down: Weight  # [rank, in]
     up_name: str
@@ -33,39 +33,43 @@ class Factors:
 
 
 def residuals_left(program: Program, factors: Sequence[Factors], context: Context) -> Iterator[str]:
-    """Say for each weight how much of its residuals the factors leave.
+    """Say for each kind of weight how much of its residuals the factors leave.
 
-    Looks at all trips, or at one of each weight where the context asks to be sparing; that of a
+    Looks at all of them, or at one of each kind where the context asks to be sparing; that of a
     randomized decomposition is compared with the least possible once for each shape.
     """
-    sparing = context.sparing(program)
-    total = sum(1 if sparing else len(f.residuals) for f in factors)
+    kinds: dict[tuple[str, int, str], list[Factors]] = {}
+    for each in factors:
+        kinds.setdefault((each.kind, each.rank, each.method), []).append(each)
+    total = sum(len(f.residuals) for f in factors)
     done = 0
     checked: set[tuple[int, ...]] = set()
-    for each in factors:
-        trips = list(each.residuals)
-        if not trips:
-            continue
+    for (kind, rank, method), group in kinds.items():
+        parts = [residual for each in group for residual in each.residuals]
         left = []
         excess: float | None = None
-        for trip in trips[len(trips) // 2 :][:1] if sparing else trips:
-            residual, up, down = each.residuals[trip]
+        for residual, up, down in (
+            parts[len(parts) // 2 :][:1] if context.sparing(program) else parts
+        ):
             (tensor,) = WeightStore().values([residual], program.source)
             rows, _ = context.compute(program, [up, down])
             left.append(_left(tensor, rows))
             shape = residual.meta.shape
-            if each.method == "randomized" and shape not in checked and min(shape) <= CHECKED_SIDE:
+            if method == "randomized" and shape not in checked and min(shape) <= CHECKED_SIDE:
                 checked.add(shape)
-                excess = left[-1] / max(_best(tensor, each.rank), 1e-12) - 1
-            done += 1
-            context.progress(done, total, "factors")
-        size = program.weights[each.down_name].elements() + program.weights[each.up_name].elements()
+                excess = left[-1] / max(_best(tensor, rank), 1e-12) - 1
+            context.progress(done + len(left), total, "factors")
+        done += len(parts)
+        if not parts:
+            continue
+        tables = (program.weights[name] for f in group for name in (f.down_name, f.up_name))
+        size = sum(weight.elements() for weight in tables)
         spread = "" if len(left) == 1 else f" ({min(left):.3f} to {max(left):.3f})"
         text = (
-            f"{each.kind}: rank {each.rank}, {size:,} parameters; relative residual left "
-            f"{sum(left) / len(left):.3f}{spread} in {len(left)} of {len(trips)} trips"
+            f"{kind}: rank {rank}, {size:,} parameters; relative residual left "
+            f"{sum(left) / len(left):.3f}{spread} in {len(left)} of {len(parts)}"
         )
-        if each.method == "randomized":
+        if method == "randomized":
             text += ", randomized SVD"
         if excess is not None:
             text += f" ({100 * max(excess, 0.0):.2g}% above the least possible)"

@@ -65,11 +65,14 @@ class WeightEditor:
         return any(own & set(w.entries) for other, w in self.weights.items() if other != name)
 
     def fits(self, name: str, *others: str) -> bool:
-        """Whether a weight can take others in and need no more entries than it has."""
+        """Whether a weight can take others in and need no more entries than it has.
+
+        Before tying, too, they must have had a form that can be taken in alike.
+        """
         stacks = [self.weights[n].index for n in (name, *others)]
         combined = set(zip(*(index for index in stacks if index is not None), strict=True))
-        tied = any(n in self.reference for n in (name, *others))
-        return not tied and len(combined) <= len(self.weights[name].entries)
+        alike = len({n in self.reference for n in (name, *others)}) == 1
+        return alike and len(combined) <= len(self.weights[name].entries)
 
     def change(self, name: str, function: Callable[[Expr], Expr]) -> None:
         """Apply a function to all entries of a weight, and to what it was before tying."""
@@ -78,17 +81,15 @@ class WeightEditor:
             self.reference = self.reference.with_weight(name, _map(self.reference[name], function))
 
     def combine(self, result: str, names: list[str], function: Callable[..., Expr]) -> None:
-        """Make the weight `result` of several, trip by trip, in the dtype of the first."""
-        parts = [self.weights[name] for name in names]
-        trips = next((p.trips for p in parts if p.trips is not None), None)
-        dtype = parts[0].meta.dtype
-        made = [
-            cast(function(*(_wide(p.for_trip(trip)) for p in parts)), dtype)
-            for trip in range(trips or 1)
-        ]
-        entries = tuple(dict.fromkeys(made))
-        index = None if trips is None else tuple(entries.index(e) for e in made)
-        self.weights = self.weights.with_weight(result, Weight(entries, index))
+        """Make the weight `result` of several, trip by trip, in the dtype of the first.
+
+        Where all of them have a form from before they were tied, that is made of theirs.
+        """
+        made = _combined([self.weights[name] for name in names], function)
+        self.weights = self.weights.with_weight(result, made)
+        if all(name in self.reference for name in names):
+            made = _combined([self.reference[name] for name in names], function)
+            self.reference = self.reference.with_weight(result, made)
 
     def copy(self, name: str, new: str) -> str:
         """Give a weight's content a second name, and so weights of its own; returns the name."""
@@ -113,6 +114,18 @@ class WeightEditor:
 def _map(weight: Weight, function: Callable[[Expr], Expr]) -> Weight:
     dtype = weight.meta.dtype
     return replace(weight, entries=tuple(cast(function(_wide(e)), dtype) for e in weight.entries))
+
+
+def _combined(parts: list[Weight], function: Callable[..., Expr]) -> Weight:
+    trips = next((p.trips for p in parts if p.trips is not None), None)
+    dtype = parts[0].meta.dtype
+    made = [
+        cast(function(*(_wide(p.for_trip(trip)) for p in parts)), dtype)
+        for trip in range(trips or 1)
+    ]
+    entries = tuple(dict.fromkeys(made))
+    index = None if trips is None else tuple(entries.index(e) for e in made)
+    return Weight(entries, index, any(p.trainable for p in parts))
 
 
 def _wide(expr: Expr) -> Expr:

@@ -1,0 +1,55 @@
+"""The passes on real models, which `make models` puts under `models/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from reroll.rewrite import tolerances
+from reroll.rewrite.capture import capture
+from reroll.rewrite.compare import same
+from reroll.rewrite.manager import run_passes
+from tests.passes.test_fold_norms import LAYER_NORM, nodes
+
+MODELS = Path(__file__).parents[2] / "models"
+
+pytestmark = pytest.mark.slow
+
+
+def program_of(name: str, **options):
+    if not (MODELS / name).is_dir():
+        pytest.skip(f"models/{name} is not there: make models NAMES={name}")
+    return capture(str(MODELS / name), **options)
+
+
+def test_smollm2_tied_and_fully_relaxed_is_smollm2():
+    program = program_of("smollm2-135m-instruct")
+    result = run_passes(program, "tie(blocks=10), relax(rank=full)", measure=False)
+    assert same(result, program)
+
+
+def test_smollm2_is_nearer_to_itself_with_every_rank():
+    program = program_of("smollm2-135m-instruct", dtype=torch.float32)
+    parameters, kl = [], []
+    for rank in (144, 512):
+        step = run_passes(program, f"tie(blocks=15, layout=sequence), relax(rank={rank})")
+        quality = step.origin.steps[-1].measured["quality"]["original"]
+        assert quality["inputs"] == "text"
+        kl.append(quality["kl"])
+        parameters.append(step.parameters())
+    assert kl == sorted(kl, reverse=True)
+    layer = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536
+    inout = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
+    assert parameters[0] == program.parameters() - 15 * layer + 30 * 144 * inout
+
+
+@pytest.mark.parametrize("name", ["dinov2-small", "whisper-tiny.en"])
+def test_real_layer_norms_are_folded_exactly(name):
+    program = program_of(name, dtype=torch.float32)
+    result = run_passes(program, "fold_norms")
+    assert not nodes(result, LAYER_NORM)
+    assert result.origin.steps[-1].measured["relative_rms_error"] <= tolerances.forward(
+        torch.float32
+    )
