@@ -18,7 +18,7 @@ from reroll.rewrite.weight_store import WeightStore
 Progress = Callable[[int, int, str], None]
 
 # above this many bytes of weights, a program is not computed to be looked at
-LARGE = 3 * 2**30
+LARGE = 2**30
 
 
 @dataclass
@@ -79,8 +79,11 @@ class Context:
         return torch.Generator().manual_seed(self.seed)
 
     def is_large(self, program: Program) -> bool:
-        """Whether the program's weights are too large to be computed only to be looked at."""
-        return program.weights.bytes() > self.large
+        """Whether the program's weights are too large to be computed only to be looked at.
+
+        Those from before tying count as well, because residuals and means are made of them.
+        """
+        return max(program.weights.bytes(), program.reference.bytes()) > self.large
 
     def sparing(self, program: Program) -> bool:
         """Whether remarks should look at a sample of the weights rather than at all of them."""

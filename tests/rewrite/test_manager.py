@@ -311,6 +311,15 @@ def test_large_programs_are_looked_at_only_on_request():
     assert step.measured["quality"]["previous"]["kl"] > 0
 
 
+def test_a_large_original_is_not_computed_to_compare_with():
+    program = captured("llama")
+    bound = program.weights.bytes() - 1
+    result = run_passes(program, "tie(blocks=1), shift", large=bound)
+    assert result.weights.bytes() < bound
+    for step in result.origin.steps:
+        assert step.remarks[-1].startswith("not measured")
+
+
 def test_measuring_can_be_left_out_but_not_the_check():
     step = run_passes(captured("llama"), "shift", measure=False).origin.steps[-1]
     assert "quality" not in step.measured
