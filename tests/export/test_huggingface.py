@@ -41,7 +41,8 @@ def test_save_load_save_gives_the_same_bytes(tmp_path: Path, passes: str) -> Non
     program(passes).save(str(tmp_path / "a"))
     reroll.load(tmp_path / "a").save(str(tmp_path / "b"))
     first, second = contents(tmp_path / "a"), contents(tmp_path / "b")
-    assert first and first == second
+    assert first
+    assert first == second
 
 
 @pytest.mark.parametrize("passes", RECIPES)
@@ -62,7 +63,7 @@ def test_an_existing_directory_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, damage",
+    ("name", "damage"),
     [
         ("model.safetensors", lambda b: b[: len(b) // 2]),
         ("model.safetensors", lambda b: b"\xff" * 8 + b[8:]),
