@@ -1,9 +1,9 @@
-"""Peak memory and time of converting a 3B-shaped checkpoint, beside mergekit merging the same files.
+"""Peak memory and time of converting a 3B-shaped checkpoint, beside mergekit on the same files.
 
-The script writes a Llama-shaped checkpoint of random bf16 weights in shards, converts it with `tie` and
-`relax` in a process of its own, and reports that process's peak resident memory. mergekit, where it is
-installed (its dependencies are not ours: give its environment's command with --mergekit), does a plain
-linear merge of the checkpoint with itself: it reads and writes the same bytes.
+The script writes a Llama-shaped checkpoint of random bf16 weights in shards, converts it with `tie`
+and `relax` in a process of its own, and reports that process's peak resident memory. mergekit, where
+it is installed (in an environment of its own: give its command with --mergekit), does a plain linear
+merge of the checkpoint with itself.
 
     python -m benchmarks.memory --work DIR [--mergekit PATH/TO/mergekit-yaml] [--json FILE]
 """
@@ -99,7 +99,7 @@ def measured(command: list[str], threads: int) -> dict[str, Any]:
 
 
 def merge_config(source: Path, file: Path) -> Path:
-    """mergekit's plain linear merge of a checkpoint with itself."""
+    """Write the recipe of a plain linear merge of a checkpoint with itself."""
     model = {"model": str(source), "parameters": {"weight": 0.5}}
     file.write_text(
         json.dumps({"merge_method": "linear", "models": [model, model], "dtype": "bfloat16"})
@@ -108,11 +108,10 @@ def merge_config(source: Path, file: Path) -> Path:
 
 
 def main() -> None:
+    """Run the comparison and print it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for about 20 GB of files")
-    parser.add_argument(
-        "--mergekit", help="the mergekit-yaml command of an environment that has it"
-    )
+    parser.add_argument("--mergekit", help="the mergekit-yaml command, where there is one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--passes", default=PASSES)
