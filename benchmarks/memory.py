@@ -1,8 +1,8 @@
 """Peak memory and time of converting a 3B-shaped checkpoint, beside mergekit on the same files.
 
 The script writes a Llama-shaped checkpoint of random bf16 weights in shards, converts it with `tie`
-and `relax` in a process of its own, and reports that process's peak resident memory. mergekit, where
-it is installed (in an environment of its own: give its command with --mergekit), does a plain linear
+and `relax` in a process of its own, and reports the peak resident memory of that. mergekit, where
+it is installed (in its own environment: give its command with --mergekit), does a plain linear
 merge of the checkpoint with itself.
 
     python -m benchmarks.memory --work DIR [--mergekit PATH/TO/mergekit-yaml] [--json FILE]
