@@ -16,9 +16,8 @@ from reroll.rewrite.program import Dim, TensorType
 aten = torch.ops.aten
 
 _WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+_LAYOUTS = {aten.contiguous.default, aten.clone.default}
 _COPIES = {
-    aten.contiguous.default,
-    aten.clone.default,
     aten.alias.default,
     aten.detach.default,
     aten.detach_.default,
@@ -224,6 +223,9 @@ def _is_noop(node: fx.Node) -> bool:
     before, after = first.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
+    if node.target in _LAYOUTS:
+        # products of the same numbers in another layout may round differently
+        return str(before.stride()) == str(after.stride())
     name = str(node.target)
     if name.startswith((*_CASTS, "aten.type_as.")):
         return before.dtype == after.dtype
@@ -244,6 +246,8 @@ def _append(
         target, args, kwargs = aten.to.dtype, (args[0], value.dtype), {}
     elif name == "reroll.cache.default":
         args = args[:2]
+    elif target in _LAYOUTS:
+        target, args = aten.contiguous.default, args[:1]
     elif target in (aten.view.default, aten._unsafe_view.default):
         # without the copies that were dropped, strides no longer promise that a view is possible
         target = aten.reshape.default

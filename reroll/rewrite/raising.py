@@ -15,7 +15,7 @@ from reroll.rewrite.idioms import RULES, Rule
 from reroll.rewrite.matching import match
 from reroll.rewrite.patterns import Match, Miss, nearest
 from reroll.rewrite.program import Program, TensorType
-from reroll.rewrite.shapes import concrete, tidy_shapes
+from reroll.rewrite.shapes import concrete, drop_copies, tidy_shapes
 from reroll.rewrite.weights import Weight
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ def raise_idioms(program: Program) -> Program:
     """A Program whose idioms are single ops. Regions that match nothing stay as they are."""
     program = raise_linears(program.edit())
     graph = program.graph
+    drop_copies(graph)
     tidy_shapes(graph)
     checked: dict[Any, bool] = {}
     for rule in (*RULES, *ATTENTION_RULES):

@@ -59,6 +59,14 @@ def concrete(dim: Dim, sizes: Mapping[str, int]) -> int:
         raise KeyError(dim) from None
 
 
+def drop_copies(graph: fx.Graph) -> None:
+    """Take out the copies to another memory layout, which keep a flat program bit-identical."""
+    for node in graph.nodes:
+        if node.target is aten.contiguous.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
 def tidy_shapes(graph: fx.Graph) -> int:
     """Write reshapes and expands without the sizes that stay as they are; returns how many.
 
