@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from reroll.errors import ProgramError, located
 from reroll.rewrite.checkpoint import MemorySource, TensorSource
-from reroll.rewrite.program import Program
+from reroll.rewrite.program import Program, TensorType, weight_nodes
 from reroll.rewrite.sections import Draft, read
 from reroll.rewrite.verify import MAIN, Problem, check_sources, problems
 
@@ -44,12 +44,23 @@ def assemble(draft: Draft, source: TensorSource | None) -> Program:
         origin=origin,
         reference=draft.reference,
     )
+    _type_weights(program)
     for problem in problems(program):
         raise ProgramError(problem.message, f"line {_line(draft, problem)}", problem.hint)
     if source is not None:
         with located(f"line {draft.opened.get('weights', 1)}"):
             check_sources(program)
     return program
+
+
+def _type_weights(program: Program) -> None:
+    """The types of the nodes that read weights, which the text leaves to the weight table."""
+    for _, graph in program.graphs():
+        for name, nodes in weight_nodes(graph).items():
+            weight = program.weights.get(name)
+            for node in nodes if weight is not None else ():
+                assert weight is not None
+                node.meta["type"] = TensorType(weight.meta.dtype, weight.meta.shape)
 
 
 def _required(value: T | None, what: str) -> T:
