@@ -13,6 +13,7 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ViTConfig,
@@ -66,7 +67,7 @@ def llama(layers: int = 4, seed: int = 0, **options: Any) -> LlamaForCausalLM:
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    return _noisy(LlamaForCausalLM(LlamaConfig(**{**sizes, **options})), seed)
+    return _made(LlamaForCausalLM, LlamaConfig(**{**sizes, **options}), seed)
 
 
 def bert(seed: int = 0) -> BertModel:
@@ -79,7 +80,7 @@ def bert(seed: int = 0) -> BertModel:
         vocab_size=WORDS,
         max_position_embeddings=128,
     )
-    return _noisy(BertModel(config), seed)
+    return _made(BertModel, config, seed)
 
 
 def vit(seed: int = 0) -> ViTModel:
@@ -92,14 +93,15 @@ def vit(seed: int = 0) -> ViTModel:
         image_size=16,
         patch_size=4,
     )
-    return _noisy(ViTModel(config), seed)
+    return _made(ViTModel, config, seed)
 
 
-def _noisy(model: Model, seed: int) -> Model:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+def _made(cls: type[Model], config: PreTrainedConfig, seed: int) -> Model:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = cls(config)
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.eval()
 
 

@@ -179,7 +179,9 @@ class Bars:
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
-        self._progress.stop()
+        # stopping what has not started prints an empty line
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Show how far the work has come; a `total` of 0 is not known."""

@@ -41,22 +41,24 @@ class Opening:
 class Subject:
     """A model that runs, and what is known about it.
 
-    `program` is None for a model that cannot be captured; it still runs.
+    `program` is None for a model that cannot be captured; it still runs. `path` is the hub id or
+    path that it was opened by, if it was not given as an object.
     """
 
     name: str
     model: Any
     program: Program | None
     converted: bool
+    path: str | None = None
     opening: Opening = field(default_factory=Opening)
 
     @cached_property
     def tokenizer(self) -> Any | None:
         """The model's tokenizer, if it has one."""
         found = None if self.program is None else tokenizer_of(self.program)
-        if found is None and not self.converted:
+        if found is None and self.path is not None and not self.converted:
             found = open_tokenizer(
-                self.name,
+                self.path,
                 revision=self.opening.revision,
                 trust_remote_code=self.opening.trust_remote_code,
             )
@@ -164,7 +166,7 @@ def _name(program: Program) -> str:
 
 def _converted(name: str, program: Program, opening: Opening) -> Subject:
     options = {} if opening.dtype is None else {"dtype": opening.dtype}
-    return Subject(name, program.to_module(**options).eval(), program, True, opening)
+    return Subject(name, program.to_module(**options), program, True, opening=opening)
 
 
 def _module(model: nn.Module, opening: Opening) -> Subject:
@@ -173,8 +175,7 @@ def _module(model: nn.Module, opening: Opening) -> Subject:
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     if not converted:
         program = _captured(model)
-    # what the caller trains goes on training
-    return Subject(name, model, program, converted, opening)
+    return Subject(name, model, program, converted, opening=opening)
 
 
 def _named(name: str, opening: Opening) -> Subject:
@@ -187,7 +188,7 @@ def _named(name: str, opening: Opening) -> Subject:
         trust_remote_code=opening.trust_remote_code,
     )
     model = open_original(name, opening, None if program is None else program.origin.architecture)
-    return Subject(name, model, program, False, opening)
+    return Subject(name, model, program, False, name, opening)
 
 
 def _captured(model: Any, **options: Any) -> Program | None:
