@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def pytest_configure() -> None:
+    # the tests of a run share few cores, and small tensors gain nothing from several
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """Where a real model lies; skips the test with the command that makes it where it does not."""
+
+    def find(name: str) -> Path:
+        if not (MODELS / name).exists():
+            pytest.skip(f"models/{name} is not there: make models NAMES={name.split('/')[0]}")
+        return MODELS / name
+
+    return find
