@@ -77,7 +77,8 @@ def match(pattern: Any, node: fx.Node, name: str = "") -> Match | Miss:
     search = _Search(name)
     for bound, nodes in search.solutions(pattern, node, ({}, ())):
         return Match(name, bound, tuple(dict.fromkeys(nodes)))
-    return search.miss or Miss(f"{node.name} is not the start of this pattern", (node.name,), name)
+    assert search.miss is not None
+    return search.miss
 
 
 class _Search:
