@@ -14,6 +14,7 @@ Nothing here reads module names except to name the result.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,10 +25,12 @@ from torch import fx
 
 from reroll.rewrite import ops
 from reroll.rewrite.naming import Names, layers_per_trip
+from reroll.rewrite.patterns import Miss, nearest
 from reroll.rewrite.program import Body, Program, weight_nodes
 from reroll.rewrite.unify import Region, Unifier, unify
 from reroll.rewrite.weights import Weight
 
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 # a shorter stretch is not a layer, however often it repeats
@@ -112,6 +115,7 @@ def find_loop(program: Program) -> Unifier | None:
     """The loop that covers the most nodes, with the fewest carried values, if there is one."""
     order = data_nodes(program)
     outside = weight_nodes(program.graph)
+    misses: list[Miss] = []
     for stretch in _stretches([_letter(node) for node in order]):
         best: Unifier | None = None
         for candidate in stretch:
@@ -123,12 +127,17 @@ def find_loop(program: Program) -> Unifier | None:
                 for t in range(candidate.trips)
             ]
             found = unify(regions, outside)
-            if found and (best is None or _untidiness(found) < _untidiness(best)):
+            if isinstance(found, Miss):
+                misses.append(replace(found, depth=candidate.trips * candidate.size))
+                continue
+            if best is None or _untidiness(found) < _untidiness(best):
                 best = found
                 if _untidiness(found) == (1, 1):
                     break
         if best is not None:
             return best
+    reason = nearest(misses) or "nothing else repeats"
+    log.debug("no further loop; the nearest: %s", reason)
     return None
 
 
