@@ -13,11 +13,22 @@ from reroll.rewrite.program import Program
 from reroll.runtime.attention_masks import place_masks
 from reroll.runtime.caches import CacheLayer, cache_layers, cache_nodes, numbering
 from reroll.runtime.codegen import compile_graph, runnable
+from reroll.runtime.halves import cut
 from reroll.runtime.heads import head_weight, keep_before_head, token_table
 from reroll.runtime.hoisting import OWN_INPUTS, hoist_invariants
 from reroll.runtime.loops import Trips
 from reroll.runtime.modules import Tree, Trip, build_tree
 from reroll.runtime.padding import read_padding
+from reroll.runtime.statics import is_decoder_input, split_statics
+
+
+@dataclass
+class HalfFunctions:
+    """The functions of an encoder-decoder model: see `halves`."""
+
+    encode: Callable[..., tuple[Any, ...]]
+    extend: Callable[..., tuple[Any, ...]]
+    decode: Callable[..., tuple[Any, ...]]
 
 
 @dataclass
@@ -39,6 +50,7 @@ class Assembly:
     embeddings: str | None
     head: str | None
     sources: dict[str, str]
+    halves: HalfFunctions | None = None
 
 
 def assemble(model: nn.Module, program: Program) -> Assembly:
@@ -53,20 +65,23 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     readings = tree.readings["main"]
     head, table = head_weight(program), token_table(program)
     keeps = keep_before_head(program, state)
+    statics = split_statics(program, state)
     numbers = numbering(program)
     place_masks(program, layers)
     loops, sources = {}, {}
     for loop in program.loops:
         name, inner = loop.name, cache_nodes(loop.body.graph)
-        graph = runnable(loop.body.graph, tree.readings[name], layers[name], None)
-        trip_type = _trip_type(name, graph)
+        graphs = {"forward": runnable(loop.body.graph, tree.readings[name], layers[name], None)}
+        if name in statics:
+            graphs["static"] = runnable(statics[name], tree.readings[name], None, None)
+        trip_type = _trip_type(name, graphs)
         for trip in tree.trips[name]:
             trip.__class__ = trip_type
         sources[name] = trip_type.source
         loops[name] = Trips(tree.trips[name], numbers[inner[0]][0] if inner else 0, len(inner))
     graph = runnable(program.graph, readings, layers["main"], state)
     main, sources["main"] = compile_graph(graph, "main")
-    return Assembly(
+    assembly = Assembly(
         main,
         loops,
         tree,
@@ -77,12 +92,29 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
         readings[head].linear if head is not None else None,
         sources,
     )
+    if any(is_decoder_input(i.name) for i in program.inputs):
+        assembly.halves = _halves(graph, program, sources)
+    return assembly
 
 
-def _trip_type(name: str, graph: fx.Graph) -> type[Trip]:
-    forward, source = compile_graph(graph, name)
+def _halves(graph: fx.Graph, program: Program, sources: dict[str, str]) -> HalfFunctions:
+    outputs = program.outputs
+    name = "encoder_last_hidden_state"
+    halves = cut(graph, program.inputs, outputs.index(name) if name in outputs else None)
+    functions = []
+    for part in ("encode", "extend", "decode"):
+        function, sources[part] = compile_graph(getattr(halves, part), part)
+        functions.append(function)
+    return HalfFunctions(*functions)
+
+
+def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[Trip]:
+    members: dict[str, Any] = {"source": ""}
+    for method, graph in graphs.items():
+        members[method], source = compile_graph(graph, f"{name} {method}")
+        members["source"] += source
     title = "".join(part.capitalize() for part in re.split(r"\W|_", name, flags=re.ASCII))
-    return type(f"{title}Trip", (Trip,), {"forward": forward, "source": source})
+    return type(f"{title}Trip", (Trip,), members)
 
 
 def _cache_inputs(program: Program) -> tuple[dict[str, fx.Node], fx.Node]:

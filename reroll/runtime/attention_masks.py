@@ -26,16 +26,16 @@ _UNKNOWN = object()
 def place_masks(program: Program, layers: dict[str, fx.Node]) -> None:
     """Rewrite all attentions in place; `layers` has each graph's node of its cache layers."""
     placer = _Placer(program, layers["main"])
-    for node in _attentions(program.graph):
-        placer.rewrite(node, None, layers["main"])
-    for loop in program.loops:
-        for node in _attentions(loop.body.graph):
-            placer.rewrite(node, loop, layers[loop.name])
-        drop_unused_inputs(loop)
-
-
-def _attentions(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.target is ATTENTION]
+    loops = {loop.node: loop for loop in program.loops}
+    # in the order in which they run: a mask that is made for one is there for the next
+    for node in list(program.graph.nodes):
+        if node.target is ATTENTION:
+            placer.rewrite(node, None, layers["main"])
+        elif node in loops:
+            loop = loops[node]
+            for inner in [n for n in loop.body.graph.nodes if n.target is ATTENTION]:
+                placer.rewrite(inner, loop, layers[loop.name])
+            drop_unused_inputs(loop)
 
 
 class _Placer:
@@ -45,9 +45,9 @@ class _Placer:
         self.plan = cache_layers(program)
         self.number = numbering(program)
         self.made: dict[Any, fx.Node] = {}
-        stateful = {loop.node for loop in program.loops}
-        nodes = list(program.graph.nodes)
-        self.first_state = next((n for n in nodes if n.target is CACHE or n in stateful), nodes[-1])
+        loops = {loop.node for loop in program.loops if cache_nodes(loop.body.graph)}
+        stateful = (n for n in program.graph.nodes if n.target is CACHE or n in loops)
+        self.first_state = next(stateful, None)
 
     def rewrite(self, node: fx.Node, loop: Loop | None, layers: fx.Node) -> None:
         """Turn one attention into a call of `attend`. `layers` is the cache node of its graph."""
@@ -91,20 +91,21 @@ class _Placer:
         inputs = [v for v in values.values() if isinstance(v, fx.Node)]
         if length is _UNKNOWN or _UNKNOWN in values.values() or any(not n < point for n in inputs):
             return _UNKNOWN
-        if all(n < self.first_state for n in inputs):
+        first = self.first_state
+        if first is not None and first < point and all(n < first for n in inputs):
+            point = first
+        if own is not None and (first is None or not first < point):
             # no layer has been updated there: all of one kind have keys at the same positions
-            point = self.first_state
-            if own is not None:
-                kind = (self.plan[own].kind, self.plan[own].size)
-                own = [(x.kind, x.size) for x in self.plan].index(kind)
-        key = (*values.values(), own, length, point)
+            kind = (self.plan[own].kind, self.plan[own].size)
+            own = [(x.kind, x.size) for x in self.plan].index(kind)
+        key = (*values.values(), own, length)
         if key not in self.made:
             graph = self.program.graph
             with graph.inserting_before(point):
                 layer = None if own is None else graph.call_function(layer_of, (self.layers, own))
+                like = None if length is None else placeholders(graph)[0]
                 if isinstance(length, tuple):
-                    length = graph.call_method("size", length)
-                like = placeholders(graph)[0]
+                    like, length = length[0], graph.call_method("size", length)
                 self.made[key] = _make(graph, layer, values, like, length, None)
         return self.made[key]
 
@@ -170,7 +171,7 @@ def _inner_mask(
 
 
 def _make(
-    graph: fx.Graph, layer: Any, values: dict[str, Any], like: fx.Node, length: Any, keys: Any
+    graph: fx.Graph, layer: Any, values: dict[str, Any], like: Any, length: Any, keys: Any
 ) -> fx.Node:
     padding = values["padding"]
     if isinstance(padding, fx.Node) and padding.target is not visible_tokens:

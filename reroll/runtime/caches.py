@@ -143,6 +143,11 @@ class _Offloaded:
 
 def layers_of(cache: Any, count: int) -> list[Any] | None:
     """The layers of a transformers cache, made now where it makes them on demand."""
+    # a Program's cache layers are wanted before transformers is
+    from transformers import DynamicCache
+
+    from reroll.runtime.growing import make_growing
+
     if cache is None or not count:
         return None
     while cache.layer_class_to_replicate is not None and len(cache.layers) < count:
@@ -152,6 +157,8 @@ def layers_of(cache: Any, count: int) -> list[Any] | None:
             f"the cache has {len(cache.layers)} layers, and the model needs {count}",
             hint="make it from the model's own configuration: DynamicCache(config=model.config)",
         )
+    if type(cache) is DynamicCache and not cache.offloading:
+        make_growing(cache.layers)
     if cache.offloading:
         return [_Offloaded(cache, number) for number in range(count)]
     return cache.layers  # type: ignore[no-any-return]

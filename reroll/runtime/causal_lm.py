@@ -36,7 +36,7 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
         tensor. With `output_hidden_states`, what the depth loop carries before each trip, and the
         last hidden state.
         """
-        use_cache = self._use_cache(use_cache, past_key_values)
+        use_cache = wants_cache(self, use_cache, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         given = {
@@ -72,18 +72,19 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
             result[name] = value
         return result if return_dict is not False else result.to_tuple()
 
-    def _use_cache(self, asked: bool | None, past: Any) -> bool:
-        if not self._assembly.layers:
-            return False
-        if asked is None:
-            asked = past is not None or (
-                not self.training and getattr(self.config, "use_cache", True)
-            )
-        checkpointing = self.training and self.is_gradient_checkpointing
-        return bool(asked) and not checkpointing
-
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """The padding mask as it is: the model makes its own masks, also for static caches."""
         del kwargs
         return attention_mask
+
+
+def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> bool:
+    """Whether a forward keeps its keys and values: as asked, and by default when not training."""
+    if not model._assembly.layers or (model.training and model.is_gradient_checkpointing):
+        return False
+    if asked is None:
+        asked = past is not None or (
+            not model.training and getattr(model.config, "use_cache", True)
+        )
+    return bool(asked)

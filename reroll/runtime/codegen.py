@@ -20,7 +20,10 @@ aten = torch.ops.aten
 
 
 def runnable(
-    graph: fx.Graph, readings: Mapping[str, Reading], layers: fx.Node, state: fx.Node | None
+    graph: fx.Graph,
+    readings: Mapping[str, Reading],
+    layers: fx.Node | None,
+    state: fx.Node | None,
 ) -> fx.Graph:
     """A copy of a graph that calls only what is fast to call.
 
@@ -50,7 +53,7 @@ class _Rewriter:
         self,
         graph: fx.Graph,
         readings: Mapping[str, Reading],
-        layers: fx.Node,
+        layers: fx.Node | None,
         state: fx.Node | None,
     ) -> None:
         self.old, self.readings = graph, readings
@@ -67,6 +70,7 @@ class _Rewriter:
                 # the target is the argument's name in the source: one that fx has made safe
                 new = self.new.create_node("placeholder", "x", node.args, name=node.name)
                 new.target = node.target if node.target in OWN_INPUTS else new.name
+                new.meta.update(node.meta)
                 self.values[node] = new
             elif node.op == "output":
                 self.new.output(self._map(node.args[0]))
@@ -110,7 +114,9 @@ class _Rewriter:
         return self._emit(node, "call_function", FUNCTIONS.get(target, target), args, kwargs)
 
     def _emit(self, node: fx.Node, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        return self.new.create_node(op, target, self._map(args), self._map(kwargs), name=node.name)
+        new = self.new.create_node(op, target, self._map(args), self._map(kwargs), name=node.name)
+        new.meta.update(node.meta)
+        return new
 
     def _module(self, weight: Any, kind: str) -> str | None:
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from reroll.errors import UsageError
 from reroll.rewrite.program import Program
@@ -52,8 +51,6 @@ def load_model(
     own = _config(directory, program, config, kwargs)
     model = model_class(program.origin.auto_class)(own, program)
     model.load_weights(_device(device_map))
-    if model.can_generate() and (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
     model.eval()
     if not output_loading_info:
         return model

@@ -48,6 +48,14 @@ def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any,
     return carry
 
 
+def run_static(state: State, name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the trips of a loop compute from `inputs` and their weights alone, trip after trip."""
+    values: list[Any] = []
+    for trip in state.loops[name].modules:
+        values.extend(trip.static(*inputs))  # type: ignore[operator]
+    return tuple(values)
+
+
 def keep_positions(hidden: Tensor, state: State) -> Tensor:
     """The positions of [batch, time, ...] whose outputs the caller wants."""
     if state.hidden is not None:

@@ -29,7 +29,7 @@ def make_mask(
     layer: Any,
     padding: Tensor | None,
     blocks: Tensor | None,
-    like: Tensor,
+    like: Tensor | None,
     length: int | None,
     keys: int | None,
     causal: bool,
@@ -48,6 +48,7 @@ def make_mask(
     if not causal and window is None and chunk is None and blocks is None:
         return None if padding is None else padding[:, None, None]
     assert length is not None
+    assert like is not None
     keys = length if keys is None else keys
     start, offset = 0, keys - length
     if layer is not None:

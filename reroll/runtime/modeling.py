@@ -15,6 +15,7 @@ from reroll.rewrite.weights import evaluate
 from reroll.runtime.assembly import Assembly, assemble
 from reroll.runtime.caches import layers_of
 from reroll.runtime.config import RerollConfig
+from reroll.runtime.generation import generation_config
 from reroll.runtime.loops import State
 from reroll.runtime.modules import slot_key, tied_names
 from reroll.runtime.recapture import program_of
@@ -41,6 +42,8 @@ class RerollPreTrainedModel(PreTrainedModel):
                 f"{type(self).__name__} cannot be made from a configuration alone",
                 hint="use from_pretrained on what reroll saved, or Program.to_module",
             )
+        if self.can_generate() and (settings := generation_config(program)) is not None:
+            self.generation_config = settings
         self._program = _Shared(program)
         self._assembly: Assembly = assemble(self, program)
         self._input_names = frozenset(i.name for i in program.inputs)

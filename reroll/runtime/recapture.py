@@ -49,16 +49,21 @@ def program_of(model: Any) -> Program:
 
 
 def untie(model: Any) -> None:
-    """Give every trip its own copy of the weights that trips share, so that they change apart.
+    """Give every trip its own copy of weights that trips share, so that they change apart.
 
     An adapter that is merged changes the weight below it; merging the adapters of several trips
-    into one shared weight would add them all up.
+    into one shared weight would add them all up. So this comes before a merge: weights with an
+    adapter are untied, or all weights if there is none.
     """
     found = places(model.program)
-    for name, weight in model.program.weights.items():
+    held = {
+        name: [_holder(model, found[name].at(trip)) for trip in range(len(weight.index or ()))]
+        for name, weight in model.program.weights.items()
+    }
+    adapted = {n for n, holders in held.items() if any(is_adapted for *_, is_adapted in holders)}
+    for name in adapted or held:
         seen: set[int] = set()
-        for trip in range(len(weight.index or ())):
-            module, leaf = _holder(model, found[name].at(trip))
+        for module, leaf, _ in held[name]:
             parameter = getattr(module, leaf)
             if id(parameter) in seen and isinstance(parameter, nn.Parameter):
                 copy = parameter.detach().clone()
@@ -66,15 +71,16 @@ def untie(model: Any) -> None:
             seen.add(id(parameter))
 
 
-def _holder(model: nn.Module, place: Place) -> tuple[nn.Module, str]:
-    """The module that has a weight, below an adapter if there is one, and its name there."""
+def _holder(model: nn.Module, place: Place) -> tuple[nn.Module, str, bool]:
+    """The module that has a weight, its name there, and whether an adapter is around the module."""
     paths = [p.path for p in (place.linear, place.lookup) if p is not None] or [place.owner]
     module = model.get_submodule(".".join(paths[0]))
-    return getattr(module, "base_layer", module), place.leaf
+    inner = getattr(module, "base_layer", None)
+    return (module, place.leaf, False) if inner is None else (inner, place.leaf, True)
 
 
 def _tensor(model: nn.Module, place: Place, meta: Meta) -> Tensor:
-    module, leaf = _holder(model, place)
+    module, leaf, _ = _holder(model, place)
     tensor = getattr(module, leaf)
     if tensor.device.type == "meta":
         raise ProgramError("the model's weights have no data", where=".".join(place.owner))

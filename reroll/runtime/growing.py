@@ -1,0 +1,85 @@
+"""A cache layer that grows in place.
+
+transformers' dynamic layer copies all keys and values so far at every token. This one keeps room
+for more behind them and writes the new ones there, so that a token costs a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+# room for a quarter more, and for this many tokens at least
+_ROOM = 64
+
+
+class GrowingLayer(DynamicLayer):
+    """A dynamic layer whose `keys` and `values` are the filled part of larger tensors.
+
+    Whatever replaces `keys` and `values` (cropping, reordering beams, moving to another device)
+    makes the next update start over with tensors of its own, and so does a copy of the layer. Where
+    gradients flow, and in compiled code, it does what `DynamicLayer` does.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
+    _whole: tuple[Tensor, Tensor] | None = None
+    _filled: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or key_states.requires_grad or value_states.requires_grad:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        past = self.keys.shape[-2] if self.keys.numel() else 0
+        total = past + key_states.shape[-2]
+        if not self._has_room(total):
+            self._whole = (
+                _enlarged(self.keys, past, key_states, total),
+                _enlarged(self.values, past, value_states, total),
+            )
+        assert self._whole is not None
+        for whole, new in zip(self._whole, (key_states, value_states), strict=True):
+            whole[:, :, past:total] = new
+        self.keys, self.values = (whole[:, :, :total] for whole in self._whole)
+        self._filled = self.keys, self.values
+        return self.keys, self.values
+
+    def _has_room(self, total: int) -> bool:
+        """Whether the present keys and values are our own and have room behind them."""
+        if self._whole is None or self._filled is None or self._whole[0].shape[2] < total:
+            return False
+        if self.keys is not self._filled[0] or self.values is not self._filled[1]:
+            return False
+        # what was made in inference mode cannot be written to outside of it
+        return torch.is_inference_mode_enabled() or not self._whole[0].is_inference()
+
+    def reset(self) -> None:
+        self._whole = self._filled = None
+        super().reset()
+
+    def __copy__(self) -> GrowingLayer:
+        new = type(self)()
+        new.__dict__.update(self.__dict__, _whole=None, _filled=None)
+        return new
+
+
+def _enlarged(old: Tensor, past: int, new: Tensor, total: int) -> Tensor:
+    """A tensor with room for more, the past copied into it."""
+    room = total + max(total // 4, _ROOM)
+    whole = new.new_empty(*new.shape[:2], room, new.shape[3])
+    if past:
+        whole[:, :, :past] = old
+    return whole
+
+
+def make_growing(layers: list[Any]) -> None:
+    """Let the full-attention layers of a dynamic cache that is still empty grow in place."""
+    for layer in layers:
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            layer.__class__ = GrowingLayer
