@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,14 @@ def measure(models: dict[str, Any], context: int, vocabulary: int) -> dict[str, 
         names = list(models) if round_ % 2 else list(models)[::-1]
         caches = {}
         for name in names:
-            seconds, out = timed(
-                lambda model=models[name]: model(ids, use_cache=True, logits_to_keep=1)
-            )
+            seconds, out = timed(partial(models[name], ids, use_cache=True, logits_to_keep=1))
             prefill[name].append(seconds)
             caches[name] = out.past_key_values
         for step in range(WARM + DECODES):
             # token by token in turns, so that what else the machine does hits both alike
             for name in names if step % 2 else names[::-1]:
                 seconds, _ = timed(
-                    lambda model=models[name], past=caches[name]: model(
-                        ids[:, :1], past_key_values=past, use_cache=True
-                    )
+                    partial(models[name], ids[:, :1], past_key_values=caches[name], use_cache=True)
                 )
                 if step >= WARM:
                     decode[name].append(seconds)
