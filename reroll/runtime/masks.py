@@ -86,8 +86,8 @@ def _sees_all(
 ) -> bool:
     """Whether causality alone, with queries and keys starting together, describes the mask."""
     if not causal:
-        near = window is None or length <= window + 1
-        return near and (chunk is None or length <= chunk)
+        near = window is None or keys <= window + 1
+        return near and (chunk is None or keys <= chunk)
     if isinstance(offset, Tensor):
         # a static cache: one step always has empty slots, a first prefill only slots after its own
         if length == 1 or torch.compiler.is_compiling():
