@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from benchmarks import tiny_models
-from reroll.rewrite.capture import capture
+from reroll.rewrite.capture.export import capture
 from reroll.rewrite.ops import loop
 from reroll.rewrite.program import Program
 from reroll.rewrite.weights import evaluate

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from reroll.rewrite.expressions import Expr
 from reroll.rewrite.passes import Context, Pass, option
 from reroll.rewrite.program import Program
 from reroll.rewrite.weights import build, weight_function
+from reroll.rewrite.weights.expressions import Expr
 
 
 @weight_function(lambda x, keep: x)

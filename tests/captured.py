@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from reroll.rewrite.capture import capture
+from reroll.rewrite.capture.export import capture
 from reroll.rewrite.program import Program
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}

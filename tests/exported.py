@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from reroll.rewrite.capture import _export, _to_program
-from reroll.rewrite.interpret import run
+from reroll.rewrite.capture.export import _export, _to_program
+from reroll.rewrite.capture.signature import Example
+from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.program import Origin, Program
-from reroll.rewrite.signature import Example
 
 
 class _Named(nn.Module):

@@ -20,7 +20,7 @@ from transformers import (
     ViTModel,
 )
 
-from reroll.rewrite.samples import sample_text
+from reroll.rewrite.passes.samples import sample_text
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

@@ -18,7 +18,7 @@ from reroll.cli.terminal import Bars, Stopwatch, command, notes, write, write_js
 from reroll.errors import UsageError
 
 if TYPE_CHECKING:
-    from reroll.rewrite.manager import Event, Measure
+    from reroll.rewrite.passes.manager import Event, Measure
     from reroll.rewrite.program import Program
 
 app = typer.Typer(
@@ -173,8 +173,8 @@ def _pipeline(passes: str | None, recipe: Path | None, load: list[Path] | None) 
     """The passes that were asked for, checked before anything takes long."""
     if passes is not None and recipe is not None:
         raise UsageError("--passes and --recipe exclude each other", hint="give one of them")
-    from reroll.rewrite.pipeline import resolve
-    from reroll.rewrite.registry import load_file
+    from reroll.rewrite.passes.pipeline import resolve
+    from reroll.rewrite.passes.registry import load_file
 
     for file in load or ():
         load_file(file)
@@ -207,7 +207,7 @@ def _tell(event: Event, bars: Bars) -> None:
     elif event.kind == "print":
         bars.print(f"# after {event.text}\n{event.program}")
     elif event.step is not None:
-        from reroll.rewrite.manager import summary
+        from reroll.rewrite.passes.manager import summary
 
         bars.print(summary(event.step))
         for remark in event.step.remarks:
@@ -310,7 +310,7 @@ def passes_command(
     debug: Debug = False,
 ) -> None:
     """List the passes, their options and their contracts."""
-    from reroll.rewrite.registry import find, load_file, registered
+    from reroll.rewrite.passes.registry import find, load_file, registered
 
     for file in load or ():
         load_file(file)
@@ -335,7 +335,7 @@ def diff_command(
     debug: Debug = False,
 ) -> None:
     """Say how the program of B differs from that of A. Exits with 1 if it does, as diff does."""
-    from reroll.rewrite.compare import diff
+    from reroll.rewrite.text.compare import diff
 
     with Bars() as bars:
         bars(0, 2, f"opening {a}")
@@ -373,7 +373,7 @@ def show_command(
             model, roll=not flat, revision=revision, trust_remote_code=trust_remote_code
         )
     if json_:
-        from reroll.rewrite.serialize import program_to_json
+        from reroll.rewrite.text.serialize import program_to_json
 
         write_json(program_to_json(program))
     else:

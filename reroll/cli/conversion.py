@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reroll.errors import ExportError, UsageError
-from reroll.rewrite.measure import size
+from reroll.rewrite.passes.measure import size
 from reroll.rewrite.program import Program, Step
 
 Progress = Callable[[int, int, str], None]

@@ -16,9 +16,9 @@ from reroll.errors import UsageError
 from reroll.evaluate.distance import Distance
 from reroll.evaluate.subjects import Attention, Opening, Subject, open_subject
 from reroll.evaluate.tokenizing import make_windows, read_text
-from reroll.rewrite.measure import measured_output
+from reroll.rewrite.passes.measure import measured_output
+from reroll.rewrite.passes.samples import random_inputs, vocabulary
 from reroll.rewrite.program import Input
-from reroll.rewrite.samples import random_inputs, vocabulary
 
 LENGTH = 512
 MAX_TOKENS = 8192

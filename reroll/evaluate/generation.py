@@ -11,7 +11,7 @@ import torch
 from reroll.errors import UsageError
 from reroll.evaluate.subjects import Opening, open_original
 from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
-from reroll.rewrite.models import open_model
+from reroll.rewrite.capture.models import open_model
 from reroll.rewrite.program import Program
 
 

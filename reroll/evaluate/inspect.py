@@ -12,17 +12,17 @@ from torch import Tensor, fx
 
 from reroll.errors import UsageError
 from reroll.evaluate.subjects import Opening, is_converted, open_original
-from reroll.rewrite import interpret, tolerances
-from reroll.rewrite.capture import capture
-from reroll.rewrite.costs import ATTENTION, Place, flops_per_token, state_bytes
-from reroll.rewrite.literals import type_to_text
-from reroll.rewrite.matching import argument
-from reroll.rewrite.measure import measured_output
-from reroll.rewrite.op_names import op_name
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.passes import interpret, tolerances
+from reroll.rewrite.passes.costs import ATTENTION, Place, flops_per_token, state_bytes
+from reroll.rewrite.passes.measure import measured_output
+from reroll.rewrite.passes.samples import random_inputs
 from reroll.rewrite.program import Loop, Program, TensorType
-from reroll.rewrite.raising import raise_idioms
-from reroll.rewrite.roll import roll_loops
-from reroll.rewrite.samples import random_inputs
+from reroll.rewrite.raising.driver import raise_idioms
+from reroll.rewrite.raising.matching import argument
+from reroll.rewrite.rolling.roll import roll_loops
+from reroll.rewrite.text.literals import type_to_text
+from reroll.rewrite.text.op_names import op_name
 
 CONTEXTS = (1024, 4096)
 ROWS, TIME = 2, 16

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from reroll.errors import CheckpointError, RerollError, UsageError
 from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
-from reroll.rewrite.capture import capture
-from reroll.rewrite.costs import CACHE, flops_per_token, state_bytes
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.passes.costs import CACHE, flops_per_token, state_bytes
 from reroll.rewrite.program import Program
 
 log = logging.getLogger(__name__)

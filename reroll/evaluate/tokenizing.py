@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
+from reroll.rewrite.passes.samples import sample_text
 from reroll.rewrite.program import Program
-from reroll.rewrite.samples import sample_text
 
 log = logging.getLogger(__name__)
 

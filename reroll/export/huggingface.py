@@ -24,11 +24,11 @@ from reroll.export.directories import new_directory
 from reroll.export.model_card import model_card
 from reroll.export.shards import Progress, save_outputs
 from reroll.rewrite.checkpoint import SafetensorsSource
-from reroll.rewrite.expressions import Source
 from reroll.rewrite.program import Program
-from reroll.rewrite.serialize import program_to_json
-from reroll.rewrite.weight_evaluation import Output
+from reroll.rewrite.text.serialize import program_to_json
 from reroll.rewrite.weights import WeightTable, stored_name
+from reroll.rewrite.weights.evaluation import Output
+from reroll.rewrite.weights.expressions import Source
 from reroll.runtime.modules import slot_key
 from reroll.runtime.pretrained import PROGRAM_FILE, load_program
 

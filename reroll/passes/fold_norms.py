@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError
-from reroll.rewrite.matching import all_arguments
-from reroll.rewrite.passes import Context, Pass, option
+from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.patterns import Miss, nearest
 from reroll.rewrite.program import Program, TensorType
+from reroll.rewrite.raising.matching import all_arguments
 from reroll.rewrite.residual import Stream, Tracer, channels
 from reroll.rewrite.weight_edit import WeightEditor
 from reroll.rewrite.weights import Expr, add, centre, matvec, mul, reshape

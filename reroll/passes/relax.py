@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.low_rank import Factors, residuals_left
-from reroll.rewrite.options import nearest_name
-from reroll.rewrite.passes import Context, Pass, option
+from reroll.rewrite.passes.base import Context, Pass, option
+from reroll.rewrite.passes.options import nearest_name
 from reroll.rewrite.program import Loop, Program, TensorType, weight_nodes
 from reroll.rewrite.weights import Expr, Weight, cast, scale, slice_, sub, svd_down, svd_up
+from reroll.rewrite.weights.low_rank import Factors, residuals_left
 
 aten = torch.ops.aten
 

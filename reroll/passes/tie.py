@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.options import nearest_name
-from reroll.rewrite.passes import Context, Pass, option
+from reroll.rewrite.passes.base import Context, Pass, option
+from reroll.rewrite.passes.options import nearest_name
 from reroll.rewrite.program import Loop, Program, weight_nodes
 from reroll.rewrite.weights import Expr, Weight, cast, mean
 

@@ -177,7 +177,7 @@ class Program:
         _service("save")(self, directory, **options)
 
     def __str__(self) -> str:
-        from reroll.rewrite.text import to_text
+        from reroll.rewrite.text.printer import to_text
 
         return to_text(self)
 

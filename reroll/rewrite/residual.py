@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite.matching import argument
 from reroll.rewrite.patterns import Miss
 from reroll.rewrite.program import Loop, Program, TensorType
+from reroll.rewrite.raising.matching import argument
 
 aten = torch.ops.aten
 

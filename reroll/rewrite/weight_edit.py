@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite.expressions import Expr
 from reroll.rewrite.program import Program, TensorType, weight_nodes
 from reroll.rewrite.weights import Weight, cast
+from reroll.rewrite.weights.expressions import Expr
 
 
 class WeightEditor:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx
 
 from reroll.errors import ProgramError
-from reroll.rewrite.matching import all_arguments, argument, shape
 from reroll.rewrite.program import Loop, Program
+from reroll.rewrite.raising.matching import all_arguments, argument, shape
 from reroll.runtime.attention import attend
 from reroll.runtime.caches import ATTENTION, CACHE, cache_layers, cache_nodes, layer_of, numbering
 from reroll.runtime.hoisting import add_input, drop_unused_inputs, outer_values, placeholders

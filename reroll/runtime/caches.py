@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from reroll.errors import UsageError
-from reroll.rewrite.matching import argument, shape
 from reroll.rewrite.program import Loop, Program
+from reroll.rewrite.raising.matching import argument, shape
 
 CACHE = torch.ops.reroll.cache.default
 ATTENTION = torch.ops.reroll.attention.default

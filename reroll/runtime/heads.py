@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from reroll.rewrite.matching import shape
 from reroll.rewrite.program import Program
+from reroll.rewrite.raising.matching import shape
 from reroll.runtime.loops import keep_positions
 
 aten = torch.ops.aten

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from reroll.rewrite.expressions import Meta, Source, walk
 from reroll.rewrite.program import Loop, Program, weight_nodes
+from reroll.rewrite.weights.expressions import Meta, Source, walk
 from reroll.runtime.placement import Path, Place, path_of, places
 
 

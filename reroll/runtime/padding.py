@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from reroll.rewrite.matching import argument
 from reroll.rewrite.program import Program
+from reroll.rewrite.raising.matching import argument
 from reroll.runtime.caches import ATTENTION
 from reroll.runtime.hoisting import placeholders
 from reroll.runtime.masks import visible_tokens

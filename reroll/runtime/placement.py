@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from reroll.errors import ProgramError
-from reroll.rewrite.matching import argument
 from reroll.rewrite.program import Program, weight_nodes
+from reroll.rewrite.raising.matching import argument
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from typing import Any
 from reroll.errors import CheckpointError, UsageError, located
 from reroll.rewrite.checkpoint import SafetensorsSource
 from reroll.rewrite.program import Program
-from reroll.rewrite.serialize import program_from_json
+from reroll.rewrite.text.serialize import program_from_json
 
 PROGRAM_FILE = "program.json"
 

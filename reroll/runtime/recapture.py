@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from reroll.errors import ProgramError
-from reroll.rewrite.expressions import Meta, Source, meta_of
+from reroll.rewrite.checkpoint.sources import MemorySource
 from reroll.rewrite.program import Program
-from reroll.rewrite.sources import MemorySource
 from reroll.rewrite.weights import Weight, WeightTable, stored_name
+from reroll.rewrite.weights.expressions import Meta, Source, meta_of
 from reroll.runtime.placement import Place, places
 
 

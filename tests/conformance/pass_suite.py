@@ -16,17 +16,17 @@ import torch
 import yaml
 
 from reroll.errors import PassError
-from reroll.rewrite import tolerances
-from reroll.rewrite.compare import fingerprint, same
-from reroll.rewrite.interpret import materialise, run
-from reroll.rewrite.manager import run_passes
-from reroll.rewrite.passes import Pass
-from reroll.rewrite.pipeline import parse_pipeline, parse_recipe, resolve, to_recipe, to_text
+from reroll.rewrite.passes import tolerances
+from reroll.rewrite.passes.base import Pass
+from reroll.rewrite.passes.interpret import materialise, run
+from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.passes.pipeline import parse_pipeline, parse_recipe, resolve, to_recipe, to_text
+from reroll.rewrite.passes.registry import find
+from reroll.rewrite.passes.samples import random_inputs
 from reroll.rewrite.program import Program
-from reroll.rewrite.registry import find
-from reroll.rewrite.samples import random_inputs
-from reroll.rewrite.text import parse
-from reroll.rewrite.verify import verify
+from reroll.rewrite.text.compare import fingerprint, same
+from reroll.rewrite.text.printer import parse
+from reroll.rewrite.text.verify import verify
 from tests.captured import captured, flat
 
 

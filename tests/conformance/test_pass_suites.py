@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-from reroll.rewrite.pipeline import resolve
-from reroll.rewrite.registry import registered
+from reroll.rewrite.passes.pipeline import resolve
+from reroll.rewrite.passes.registry import registered
 from tests.conformance.pass_suite import PassSuite
 
 OWN = [name for name, cls in registered().items() if cls.__module__.startswith("reroll.passes.")]

@@ -15,10 +15,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import reroll
 from reroll.errors import RerollError, UsageError
 from reroll.evaluate.inspect import attention_kinds, check_capture, inspect_model
-from reroll.rewrite import tolerances
-from reroll.rewrite.capture import capture
-from reroll.rewrite.raising import raise_idioms
-from reroll.rewrite.roll import roll_loops
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.passes import tolerances
+from reroll.rewrite.raising.driver import raise_idioms
+from reroll.rewrite.rolling.roll import roll_loops
 from reroll.rewrite.weights import Weight, scale
 from tests import tiny
 

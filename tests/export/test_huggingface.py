@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import reroll
 from reroll.errors import RerollError, UsageError
-from reroll.rewrite.capture import capture
-from reroll.rewrite.manager import run_passes
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.passes.manager import run_passes
 from tests import captured
 
 RECIPES = ["", "tie(blocks=2)", "tie(blocks=2, init=average), relax(rank=4)"]

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from reroll.rewrite import registry
-from reroll.rewrite.interpret import materialise
-from reroll.rewrite.manager import run_passes
-from reroll.rewrite.text import parse
+from reroll.rewrite.passes import registry
+from reroll.rewrite.passes.interpret import materialise
+from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.text.printer import parse
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from reroll.rewrite import tolerances
-from reroll.rewrite.capture import capture
-from reroll.rewrite.compare import same
-from reroll.rewrite.manager import run_passes
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.passes import tolerances
+from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.text.compare import same
 from tests.passes.test_fold_norms import LAYER_NORM, nodes
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from reroll.errors import PassError, UsageError
 from reroll.passes import relax as module
-from reroll.rewrite import tolerances
-from reroll.rewrite.capture import capture
-from reroll.rewrite.compare import same
-from reroll.rewrite.interpret import materialise, run
-from reroll.rewrite.manager import run_passes
-from reroll.rewrite.pipeline import parse_pipeline
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.passes import tolerances
+from reroll.rewrite.passes.interpret import materialise, run
+from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.passes.pipeline import parse_pipeline
+from reroll.rewrite.text.compare import same
 from tests.captured import SPECIAL, TEXT, captured
 from tests.conformance.pass_suite import PassSuite
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from reroll.rewrite import registry
+from reroll.rewrite.passes import registry
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any, Literal
 
-from reroll.rewrite.passes import Context, Pass, option
+from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.program import Program
 
 

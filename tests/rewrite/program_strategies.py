@@ -11,9 +11,9 @@ from torch import fx
 
 from reroll.rewrite import ops
 from reroll.rewrite.checkpoint import MemorySource
-from reroll.rewrite.expressions import Meta, Source
 from reroll.rewrite.program import Body, Input, Origin, Program, Step, TensorType
 from reroll.rewrite.weights import Weight, WeightTable
+from reroll.rewrite.weights.expressions import Meta, Source
 from tests.programs import F32, aten, call, reroll, typed
 
 NAMES = st.sampled_from(["x", "layers", "a.b", "0", "1e5", "5-3", "*", 'quo"te', "é", "if", "%x"])

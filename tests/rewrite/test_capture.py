@@ -11,10 +11,10 @@ import transformers
 
 from benchmarks import tiny_models
 from reroll.errors import CaptureError, CheckpointError, UsageError
-from reroll.rewrite.capture import capture
+from reroll.rewrite.capture.export import capture
 from reroll.rewrite.checkpoint import GgufSource, SafetensorsSource
-from reroll.rewrite.interpret import run
-from reroll.rewrite.samples import random_inputs
+from reroll.rewrite.passes.interpret import run
+from reroll.rewrite.passes.samples import random_inputs
 from tests.captured import SPECIAL, TEXT, flat, llama, model
 
 TEXTS = ["llama", "gpt2", "gemma3", "gpt_neox", "bloom", "bert"]

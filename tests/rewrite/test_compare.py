@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from reroll.rewrite.compare import diff, fingerprint, same
 from reroll.rewrite.program import Body, Origin, Program
+from reroll.rewrite.text.compare import diff, fingerprint, same
 from reroll.rewrite.weights import Weight, scale
 from tests.programs import aten, replaced, tiny
 from tests.rewrite.program_strategies import programs

@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from reroll.rewrite import costs
-from reroll.rewrite.costs import flops_per_token, register, state_bytes
-from reroll.rewrite.manager import run_passes
+from reroll.rewrite.passes import costs
+from reroll.rewrite.passes.costs import flops_per_token, register, state_bytes
+from reroll.rewrite.passes.manager import run_passes
 from tests.captured import captured, flat, model
 from tests.programs import aten, tiny
 

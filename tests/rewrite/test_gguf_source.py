@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reroll.errors import CheckpointError
 from reroll.rewrite.checkpoint import GgufSource
-from reroll.rewrite.gguf_file import GgufFile
+from reroll.rewrite.checkpoint.gguf_file import GgufFile
 
 MODELS = Path(__file__).parents[2] / "models"
 CONFIG = transformers.LlamaConfig(

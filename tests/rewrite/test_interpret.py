@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from reroll.errors import ProgramError
-from reroll.rewrite import tolerances
-from reroll.rewrite.interpret import complete, materialise, run, widened
-from reroll.rewrite.matching import argument
-from reroll.rewrite.samples import random_inputs
+from reroll.rewrite.passes import tolerances
+from reroll.rewrite.passes.interpret import complete, materialise, run, widened
+from reroll.rewrite.passes.samples import random_inputs
+from reroll.rewrite.raising.matching import argument
 from tests.captured import captured, flat, model
 from tests.programs import F32, tiny
 
@@ -149,7 +149,7 @@ def test_values_are_dropped_after_their_last_use():
     program = captured("llama").edit()
     nodes = [n for n in program.bodies["model.layers"].graph.nodes if n.op == "call_function"]
 
-    from reroll.rewrite import interpret
+    from reroll.rewrite.passes import interpret
 
     original = interpret._Interpreter.call
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from reroll.errors import PassError, ProgramError, UsageError
-from reroll.rewrite import tolerances
-from reroll.rewrite.compare import fingerprint, same
-from reroll.rewrite.interpret import run
-from reroll.rewrite.manager import run_passes
-from reroll.rewrite.measure import MAX_TOKENS
-from reroll.rewrite.passes import Context, Pass, option
+from reroll.rewrite.passes import tolerances
+from reroll.rewrite.passes.base import Context, Pass, option
+from reroll.rewrite.passes.interpret import run
+from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.passes.measure import MAX_TOKENS
+from reroll.rewrite.passes.samples import sample_text
 from reroll.rewrite.program import Program
-from reroll.rewrite.samples import sample_text
-from reroll.rewrite.text import parse
+from reroll.rewrite.text.compare import fingerprint, same
+from reroll.rewrite.text.printer import parse
 from reroll.rewrite.weights import build, scale
 from tests.captured import captured
 
@@ -114,7 +114,7 @@ def test_each_pass_leaves_a_step_and_a_line_of_log(caplog):
     parameters = captured("llama").parameters()
     assert first.measured["parameters"] == {"before": parameters, "after": parameters}
     assert set(first.measured) >= {"bytes", "flops_per_token", "state_bytes"}
-    lines = [r.getMessage() for r in caplog.records if r.name == "reroll.rewrite.manager"]
+    lines = [r.getMessage() for r in caplog.records if r.name == "reroll.rewrite.passes.manager"]
     assert [line.partition(":")[0] for line in lines] == ["nothing", "shift(factor=1.5)"]
     assert "KL" in lines[1]
 

@@ -7,8 +7,8 @@ import torch
 from transformers import masking_utils as hf
 
 from reroll.errors import CaptureError
-from reroll.rewrite.masks import MaskKind, describe_mask
-from reroll.rewrite.tracing import mask_interface
+from reroll.rewrite.capture.masks import MaskKind, describe_mask
+from reroll.rewrite.capture.tracing import mask_interface
 
 BLOCKS = torch.tensor([[-1, 0, 0, -1, 1, 1, 1, -1, -1, 2], [0, 0, -1, -1, -1, -1, -1, 1, 1, 1]])
 PADDING = torch.tensor([[0, 0, 0, *[1] * 7], [1] * 10])

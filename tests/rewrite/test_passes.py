@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 
 from reroll.errors import UsageError
-from reroll.rewrite import registry
-from reroll.rewrite.passes import Pass, option
+from reroll.rewrite.passes import registry
+from reroll.rewrite.passes.base import Pass, option
 from tests.rewrite.example_passes import Colour, Everything, Plain
 
 
@@ -137,7 +137,7 @@ def test_an_odd_name_is_an_error(passes):
 
 SOURCE = '''
 from __future__ import annotations
-from reroll.rewrite.passes import Context, Pass, option
+from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.program import Program
 
 class Mine(Pass):

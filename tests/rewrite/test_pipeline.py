@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from reroll.errors import UsageError
 from reroll.passes.relax import Relax
 from reroll.passes.tie import Tie
-from reroll.rewrite import registry
-from reroll.rewrite.pipeline import (
+from reroll.rewrite.passes import registry
+from reroll.rewrite.passes.pipeline import (
     load_recipe,
     parse_pipeline,
     parse_recipe,
@@ -19,7 +19,7 @@ from reroll.rewrite.pipeline import (
     to_text,
     value_to_text,
 )
-from reroll.rewrite.pipeline_parser import RESERVED, WORD, parse_calls
+from reroll.rewrite.passes.pipeline_parser import RESERVED, WORD, parse_calls
 from tests.rewrite.example_passes import Colour, Everything, Plain
 
 WORDS = st.from_regex(WORD, fullmatch=True)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from reroll.errors import ProgramError
-from reroll.rewrite.compare import same
-from reroll.rewrite.origin_json import origin_from_json, origin_to_json
 from reroll.rewrite.program import Origin
-from reroll.rewrite.serialize import program_from_json, program_to_json
+from reroll.rewrite.text.compare import same
+from reroll.rewrite.text.origin_json import origin_from_json, origin_to_json
+from reroll.rewrite.text.serialize import program_from_json, program_to_json
 from tests.programs import tiny
 from tests.rewrite.program_strategies import programs
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from reroll.rewrite.checkpoint import MemorySource
 from reroll.rewrite.program import Input, Origin, Program, TensorType
-from reroll.rewrite.shapes import concrete, drop_copies, tidy_shapes
+from reroll.rewrite.raising.shapes import concrete, drop_copies, tidy_shapes
 from reroll.rewrite.weights import WeightTable
 from tests.exported import calls, export, outputs
 from tests.programs import F32, aten, call, typed

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reroll.errors import ProgramError
-from reroll.rewrite import op_names
-from reroll.rewrite.capture import capture
+from reroll.rewrite.capture.export import capture
 from reroll.rewrite.checkpoint import MemorySource
-from reroll.rewrite.compare import same
-from reroll.rewrite.text import parse, to_text
-from reroll.rewrite.verify import verify
+from reroll.rewrite.text import op_names
+from reroll.rewrite.text.compare import same
+from reroll.rewrite.text.printer import parse, to_text
+from reroll.rewrite.text.verify import verify
 from tests.programs import tiny
 from tests.rewrite.program_strategies import programs
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reroll.rewrite import tolerances
-from reroll.rewrite.tolerances import relative_rms
+from reroll.rewrite.passes import tolerances
+from reroll.rewrite.passes.tolerances import relative_rms
 
 
 @given(st.integers(1, 50), st.floats(1e-8, 10))

@@ -9,8 +9,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from reroll.errors import CaptureError
-from reroll.rewrite.capture import capture
-from reroll.rewrite.tracing import attention_interface, mask_interface, tracing
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.capture.tracing import attention_interface, mask_interface, tracing
 from tests.captured import gemma3, gpt2, llama, whisper
 
 

@@ -13,8 +13,8 @@ from torch import fx
 from reroll.errors import ProgramError
 from reroll.rewrite import ops
 from reroll.rewrite.program import Body, Input, Program, TensorType
-from reroll.rewrite.verify import problems, verify
-from reroll.rewrite.verify_nodes import accepts, call_problem, fitting
+from reroll.rewrite.text.verify import problems, verify
+from reroll.rewrite.text.verify_nodes import accepts, call_problem, fitting
 from reroll.rewrite.weights import WeightTable
 from tests.programs import F32, aten, call, reroll, stack, tiny, typed
 

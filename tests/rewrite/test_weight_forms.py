@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reroll.errors import ProgramError
 from reroll.rewrite import weights as w
-from reroll.rewrite.text_ranges import fold, indices_from_text, indices_to_text, unfold
+from reroll.rewrite.weights.ranges import fold, indices_from_text, indices_to_text, unfold
 from tests.rewrite.weight_strategies import expressions, tables
 
 BF16 = torch.bfloat16

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig, get_peft_model
 
-from reroll.rewrite.capture import capture
-from reroll.rewrite.manager import run_passes
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.passes.manager import run_passes
 from tests import captured
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from reroll.rewrite.capture import capture
+from reroll.rewrite.capture.export import capture
 from tests import captured
 
 

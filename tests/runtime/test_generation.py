@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from reroll.rewrite.capture import capture
+from reroll.rewrite.capture.export import capture
 from tests import captured
 
 MAKERS = ["llama", "qwen2", "gemma3", "gpt2"]

@@ -1,0 +1,317 @@
+"""Capture: a transformers model as one flat graph that computes the same logits, bit for bit.
+
+`torch.export` in non-strict mode runs the model's own Python once, on tensors without data.
+Attention, masks and caches come out as single nodes (see `tracing`); a model that generates is
+captured with a past of unknown length, so the same graph prefills, continues and decodes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from reroll.errors import CaptureError, RerollError
+from reroll.rewrite.capture import clean
+from reroll.rewrite.capture.models import describe, open_model
+from reroll.rewrite.capture.signature import Example, default_examples, given_examples, has_state
+from reroll.rewrite.capture.tracing import IMPLEMENTATION, make_cache, tracing
+from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
+from reroll.rewrite.program import Input, Origin, Program, TensorType
+from reroll.rewrite.weights import Meta, Source, Weight, WeightTable
+
+log = logging.getLogger(__name__)
+
+
+def capture(
+    model: Any,
+    *,
+    dtype: torch.dtype | str | None = None,
+    roll: bool = True,
+    inputs: Mapping[str, Tensor] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Program:
+    """Capture a model exactly, and roll its layers into loops.
+
+    `model` is a transformers model, or a hub id, a local directory or a `.gguf` file, in which case
+    no weight is loaded: the graph comes from the configuration and the Program's weights refer to
+    the checkpoint's tensors. `dtype` is the dtype to compute in (the checkpoint's own if None; for
+    a model object it cannot be chosen). `inputs` are example tensors for a model whose inputs are
+    unusual. `roll=False` stops at the flat graph.
+
+    Raises CaptureError when the model does something that the graph cannot hold; the model object
+    that was given is left as it was in any case.
+    """
+    if isinstance(model, nn.Module):
+        if dtype is not None:
+            raise CaptureError(
+                "dtype cannot be chosen for a model object", hint="convert it: model.to(dtype)"
+            )
+        program = capture_module(model, inputs=inputs)
+    else:
+        opened = open_model(
+            str(model), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
+        if isinstance(opened, Program):
+            return opened
+        program = capture_module(
+            opened.model, inputs=inputs, source=opened.source, origin=opened.origin
+        )
+    if not roll:
+        return program
+    from reroll.rewrite.raising.driver import raise_idioms
+    from reroll.rewrite.rolling.roll import roll_loops
+
+    return roll_loops(raise_idioms(program))
+
+
+def capture_module(
+    model: Any,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    source: TensorSource | None = None,
+    origin: Origin | None = None,
+) -> Program:
+    """The flat Program of a model object, whose weights may be on the meta device.
+
+    `source` has the tensors behind the model's parameters (the model's own if None).
+    """
+    stateful = inputs is None and has_state(model)
+    first: RerollError | None = None
+    # in order of preference: one attention op before the model's own, with a cache before without
+    for implementation in (IMPLEMENTATION, "eager"):
+        for with_state in (True, False) if stateful else (False,):
+            try:
+                examples = (
+                    default_examples(model, with_state)
+                    if inputs is None
+                    else given_examples(inputs)
+                )
+                exported = _export(model, examples, with_state, implementation)
+                if with_state:
+                    _check_branches(exported, examples)
+                program = _to_program(model, exported, examples, source, origin)
+            except RerollError as error:
+                log.info("not captured with %s, cache=%s: %s", implementation, with_state, error)
+                first = first or error
+                continue
+            if implementation == IMPLEMENTATION and not _has(program.graph, "attention"):
+                log.info("%s calls no attention function of transformers", type(model).__name__)
+                break
+            return program
+    raise first or CaptureError("no attention was found", where=type(model).__name__)
+
+
+class _Wrapper(nn.Module):
+    """Calls the model by keyword, with a tracing cache if it keeps state; returns its tensors."""
+
+    def __init__(self, model: Any, stateful: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.stateful = stateful
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        keywords: dict[str, Any] = dict(inputs, return_dict=True)
+        if self.stateful:
+            cross = "decoder_input_ids" in inputs
+            tokens = inputs["decoder_input_ids" if cross else "input_ids"].shape[1]
+            mask = inputs["decoder_attention_mask" if cross else "attention_mask"]
+            total = mask.shape[1]
+            layers = 2 + max(
+                int(getattr(self.model.config.get_text_config(), name, None) or 0)
+                for name in ("num_hidden_layers", "decoder_layers", "num_layers")
+            )
+            cache = make_cache(total - tokens, total, layers, cross)
+            keywords.update(past_key_values=cache, use_cache=True)
+        elif "use_cache" in _parameters(self.model):
+            keywords["use_cache"] = False
+        out = self.model(**keywords)
+        return {name: value for name, value in out.items() if isinstance(value, Tensor)}
+
+
+def _parameters(model: Any) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _export(
+    model: Any, examples: list[Example], stateful: bool, implementation: str
+) -> torch.export.ExportedProgram:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = getattr(model, "dtype", torch.float32)
+    tensors = {
+        e.name: e.tensor.to(device, dtype if e.tensor.is_floating_point() else None)
+        for e in examples
+    }
+    auto = torch.export.Dim.AUTO
+    shapes = {
+        e.name: {i: auto for i, dim in enumerate(e.dims) if isinstance(dim, str)} for e in examples
+    }
+    try:
+        with torch.no_grad(), _quiet(), _buffers_on(model, device), tracing(model, implementation):
+            return torch.export.export(
+                _Wrapper(model, stateful),
+                (tensors,),
+                dynamic_shapes=(shapes,),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+    except RerollError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise CaptureError(
+            f"torch.export failed: {type(error).__name__}: {reason}", where=type(model).__name__
+        ) from error
+
+
+def _check_branches(exported: torch.export.ExportedProgram, examples: list[Example]) -> None:
+    """Refuse a capture whose Python took a branch that only a non-empty past takes.
+
+    The exporter records every comparison of sizes that it answered from the example's sizes.
+    """
+    names = [
+        s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT
+    ]
+    values = {n.name: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"}
+    sizes: dict[Any, str] = {}
+    environment = None
+    for name, example in zip(names, examples, strict=True):
+        for size, dim in zip(values[name].shape, example.dims, strict=True):
+            if isinstance(size, torch.SymInt) and isinstance(dim, str):
+                sizes.setdefault(size.node.expr, dim)
+                environment = size.node.shape_env
+    asserts = environment.deferred_runtime_asserts.values() if environment is not None else ()
+    for held in (a.expr for found in asserts for a in found):
+        answers = []
+        for length in (2, 5, 33):
+            chosen = {"s": length, "t": length, "b": 3, "e": 7}
+            answers.append(held.subs({symbol: chosen[dim] for symbol, dim in sizes.items()}))
+        if all(answer == False for answer in answers):  # noqa: E712  (sympy's own False)
+            raise CaptureError(
+                "the model computes something else when there is a past", hint=f"it tests {held}"
+            )
+
+
+@contextmanager
+def _buffers_on(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Buffers beside the parameters while exporting: export needs shapes, not values."""
+    saved = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                saved.append((module, name, buffer))
+                module._buffers[name] = buffer.to(device)
+    try:
+        yield
+    finally:
+        for module, name, buffer in saved:
+            module._buffers[name] = buffer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the warnings that models and the exporter print while tracing."""
+    import warnings
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        # a failed trace prints its whole graph
+        silent = io.StringIO()
+        with warnings.catch_warnings(), redirect_stdout(silent), redirect_stderr(silent):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _to_program(
+    model: Any,
+    exported: torch.export.ExportedProgram,
+    examples: list[Example],
+    source: TensorSource | None,
+    origin: Origin | None,
+) -> Program:
+    weights, literals = _weight_table(model, exported, source)
+    aliases = _aliases(model, literals)
+    flat = clean.flatten(exported, {e.name: e.dims for e in examples}, aliases)
+    inputs = tuple(
+        Input(e.name, TensorType(flat.dtypes[e.name], flat.shapes[e.name]), e.role)
+        for e in examples
+    )
+    for example, given in zip(examples, inputs, strict=True):
+        fixed = [d for d, n in zip(example.dims, given.type.shape, strict=True) if d != n]
+        if any(isinstance(d, str) for d in fixed):
+            raise CaptureError(
+                f"the model fixes the {'batch' if 'b' in fixed else 'length'} of {example.name} "
+                f"to {list(given.type.shape)}",
+                where=type(model).__name__,
+            )
+    sources = [MemorySource(literals)] + ([source] if source is not None else [])
+    used = {str(n.target) for n in flat.graph.nodes if n.op == "get_attr"}
+    return Program(
+        graph=flat.graph,
+        bodies={},
+        weights=WeightTable({name: w for name, w in weights.items() if name in used}),
+        source=ChainSource(sources),
+        inputs=inputs,
+        outputs=flat.outputs,
+        dtype=getattr(model, "dtype", torch.float32),
+        origin=origin or describe(model),
+    )
+
+
+def _weight_table(
+    model: nn.Module, exported: torch.export.ExportedProgram, source: TensorSource | None
+) -> tuple[dict[str, Weight], dict[str, Tensor]]:
+    """The weights by their name in the graph, and the tensors that no checkpoint holds."""
+    weights: dict[str, Weight] = {}
+    literals: dict[str, Tensor] = {}
+    known = set(source.names()) if source is not None else set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        weights[name] = Weight((Source(name, Meta(tuple(parameter.shape), parameter.dtype)),))
+        if source is None:
+            literals[name] = parameter.detach()
+    others: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    for name, constant in exported.constants.items():
+        if isinstance(constant, Tensor):
+            others.setdefault(name.removeprefix("model."), constant)
+    for name, tensor in others.items():
+        if name not in known:
+            if tensor.device.type == "meta":
+                raise CaptureError(f"the constant {name} has no value outside the checkpoint")
+            literals[name] = tensor.detach()
+        meta = Meta(tuple(tensor.shape), tensor.dtype)
+        weights.setdefault(name, Weight((Source(name, meta),), trainable=False))
+    return weights, literals
+
+
+def _aliases(model: nn.Module, literals: dict[str, Tensor]) -> dict[str, str]:
+    """The first name of each tensor that has several: tied parameters, and equal constants."""
+    first: dict[Any, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        storage = id(parameter) if parameter.device.type == "meta" else parameter.data_ptr()
+        key = (storage, parameter.shape, parameter.stride())
+        aliases[name] = first.setdefault(key if parameter.numel() else name, name)
+    constants = [(n, t) for n, t in literals.items() if n not in aliases and t.numel() < 2**20]
+    for name, tensor in constants:
+        content = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        aliases[name] = first.setdefault((tensor.dtype, tensor.shape, content), name)
+    return {name: target for name, target in aliases.items() if name != target}
+
+
+def _has(graph: fx.Graph, op: str) -> bool:
+    return any(n.op == "call_function" and f"reroll.{op}" in str(n.target) for n in graph.nodes)

@@ -1,0 +1,248 @@
+"""Opening a model by name: its class on the meta device, and its checkpoint as lazy tensors."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from reroll.errors import CaptureError, CheckpointError, UsageError
+from reroll.rewrite.checkpoint import TensorSource
+from reroll.rewrite.program import Origin, Program, _service
+
+log = logging.getLogger(__name__)
+
+# what a converted model keeps of the original's directory, unchanged
+SIDE_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template*",
+    "*.tiktoken", "1_Pooling/*", "modules.json", "sentence_bert_config.json",
+)  # fmt: skip
+
+# the auto classes, the most specific first, with the name of their table in transformers
+_AUTO_CLASSES = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model on the meta device (its buffers are real), and where its tensors are."""
+
+    model: Any
+    source: TensorSource
+    origin: Origin
+
+
+def open_model(
+    name: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> OpenModel | Program:
+    """Open a hub id, a local directory or a `.gguf` file without loading its weights.
+
+    A directory that reroll wrote gives its Program. Raises UsageError if there is no such model and
+    CheckpointError if its files are damaged.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return _open_gguf(path, _dtype(dtype))
+    if not path.exists():
+        path = _download(name, revision)
+    if not (path / "config.json").is_file():
+        raise UsageError(
+            f"{name} has no config.json",
+            hint="name a hub id, a directory written by save_pretrained, or a .gguf file",
+        )
+    if _read_json(path / "config.json").get("model_type") == "reroll":
+        return _service("load")(str(path))  # type: ignore[no-any-return]
+    return _open_directory(path, name, _dtype(dtype), revision, trust_remote_code)
+
+
+def describe(model: Any, name: str | None = None, path: Path | None = None) -> Origin:
+    """The Origin of a model object, or of one opened from `path`."""
+    config = json.loads(json.dumps(model.config.to_dict(), default=str))
+    files: dict[str, str] = {}
+    for pattern in SIDE_FILES if path is not None else ():
+        assert path is not None
+        for file in sorted(path.glob(pattern)):
+            if file.is_file():
+                files[file.relative_to(path).as_posix()] = str(file)
+    return Origin(
+        model=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        architecture=type(model).__name__,
+        auto_class=_auto_class(type(model).__name__),
+        config=config,
+        files=files,
+    )
+
+
+def _auto_class(architecture: str) -> str:
+    from transformers.models.auto import modeling_auto
+
+    for auto, table in _AUTO_CLASSES.items():
+        for known in getattr(modeling_auto, table).values():
+            if architecture in ((known,) if isinstance(known, str) else known):
+                return auto
+    return "AutoModel"
+
+
+def _open_directory(
+    path: Path, name: str, dtype: torch.dtype | None, revision: str | None, trust: bool
+) -> OpenModel:
+    import transformers
+
+    from reroll.rewrite.checkpoint import hf_source
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"cannot read the configuration: {error}", where=name) from error
+    if getattr(config, "quantization_config", None):
+        raise CaptureError(
+            "the checkpoint is quantised", where=name, hint="give the unquantised model"
+        )
+    architecture = (getattr(config, "architectures", None) or [None])[0]
+    model_class = getattr(transformers, str(architecture), None)
+    if model_class is None:
+        auto = transformers.AutoModelForCausalLM
+        known = type(config) in auto._model_mapping
+        auto = auto if known or trust else transformers.AutoModel
+        model = _build(
+            lambda: auto.from_config(config, trust_remote_code=trust, **_eager()), config, dtype
+        )
+    else:
+        model = _build(lambda: model_class._from_config(config, **_eager()), config, dtype)
+    origin = replace(describe(model, name, path), revision=revision)
+    return OpenModel(model, hf_source(path, model), origin)
+
+
+def _open_gguf(path: Path, dtype: torch.dtype | None) -> OpenModel:
+    import transformers
+
+    from reroll.rewrite.checkpoint import GgufSource
+    from reroll.rewrite.checkpoint.gguf_file import GgufFile
+
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    GgufFile(path)  # raises if the header is damaged, before transformers reads it
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:
+        raise CheckpointError(f"cannot read the GGUF header: {error}", where=str(path)) from error
+    auto = transformers.AutoModelForCausalLM
+    model = _build(lambda: auto.from_config(config, **_eager()), config, dtype or torch.float32)
+    origin = replace(describe(model, str(path)), files=_gguf_tokenizer(path))
+    return OpenModel(model, GgufSource(path, model), origin)
+
+
+def _gguf_tokenizer(path: Path) -> dict[str, str]:
+    """The tokenizer inside a GGUF file as the files of a Hugging Face directory.
+
+    They live in a temporary folder until the process ends. None, with a warning, where transformers
+    cannot read the tokenizer.
+    """
+    import transformers
+
+    folder = Path(tempfile.mkdtemp(prefix="reroll-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name
+        )
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        log.warning("%s: transformers cannot read its tokenizer: %s", path, error)
+    return {file.name: str(file) for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def _eager() -> dict[str, str]:
+    return {"attn_implementation": "eager"}
+
+
+def _build(make: Any, config: Any, dtype: torch.dtype | None) -> Any:
+    """Build a model whose parameters are on the meta device and whose buffers are real."""
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    config.dtype = dtype
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with _meta_parameters(), torch.no_grad():
+            model = make()
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
+    return model.eval()
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    """Every parameter that a module registers goes to the meta device at once."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    with mock.patch.object(nn.Module, "register_parameter", on_meta):
+        yield
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UsageError(
+            f"{dtype!r} is not a floating dtype", hint="use float32, bfloat16 or float16"
+        )
+    return found
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UsageError(f"{name} is neither a path nor a hub id") from error
+    except Exception as error:
+        raise UsageError(
+            f"cannot get the model {name}: {type(error).__name__}",
+            hint="is it a local path that does not exist, or is the hub out of reach?",
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+    if not isinstance(data, dict):
+        raise CheckpointError("is not a JSON object", where=str(path))
+    return data

@@ -1,0 +1,187 @@
+"""What a transformers model calls while it is being captured, in place of its own attention.
+
+transformers looks attention and mask functions up by name, and caches are objects that a caller
+brings. Inside `tracing`, a model finds ours under both: every attention becomes one
+`reroll::attention` node, every mask one `reroll::mask` node, and every use of a cache one
+`reroll::cache` node. What these ops cannot express is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import CaptureError
+from reroll.rewrite.capture.masks import MaskKind, describe_mask
+
+IMPLEMENTATION = "reroll"
+
+# keywords that reach an attention function and do not change what eager attention computes: the
+# mask already carries the window and the causality, and the rest steers caches, outputs and other
+# kernels
+_NO_EFFECT = frozenset(
+    "sliding_window is_causal position_ids cache_position past_key_values past_key_value use_cache "
+    "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
+    "deterministic target_dtype layer_idx dropout training logits_to_keep head_mask".split()
+)
+
+
+def mask_interface(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    **_: Any,
+) -> Tensor:
+    """The mask function that transformers calls: one `reroll::mask` node."""
+    kind = describe_mask(mask_function) if mask_function is not None else MaskKind(causal=True)
+    if isinstance(kv_offset, int) and kv_offset != 0:
+        raise CaptureError(f"the keys of a mask start at {kv_offset}, not at 0")
+    return torch.ops.reroll.mask(  # type: ignore[no-any-return]
+        attention_mask, batch_size, q_length, kv_length, q_offset,
+        kind.causal, kind.window, kind.chunk, kind.blocks, dtype,
+    )  # fmt: skip
+
+
+def attention_interface(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: one `reroll::attention` node.
+
+    `query` [batch, heads, time, head_dim], `key` and `value` per key/value head. Raises
+    CaptureError for a keyword whose meaning the op does not model.
+    """
+    unknown = [
+        name
+        for name, given in keywords.items()
+        if name not in _NO_EFFECT and given is not None and given is not False
+    ]
+    if unknown:
+        raise CaptureError(
+            f"attention is called with {', '.join(sorted(unknown))}, which reroll::attention does "
+            "not model",
+            where=type(module).__name__,
+        )
+    if attention_mask is not None and position_bias is not None:
+        attention_mask = position_bias + attention_mask
+    elif position_bias is not None:
+        attention_mask = position_bias
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        low = torch.finfo(query.dtype).min
+        attention_mask = torch.where(attention_mask, 0.0, low).to(query.dtype)
+    out = torch.ops.reroll.attention(
+        query,
+        key,
+        value,
+        float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        softcap=softcap,
+        sinks=s_aux,
+        bias=attention_mask,
+    )
+    return out, None
+
+
+def make_cache(past: int, total: int, layers: int, cross: bool) -> Any:
+    """A cache to capture with: `past` tokens are in it, `total` will be after the forward.
+
+    With `cross`, one for an encoder-decoder model, whose cross attention keeps nothing.
+    """
+    from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+    class TracedLayer(CacheLayerMixin):
+        is_sliding = False
+
+        def lazy_initialization(self, *_: Any) -> None:
+            self.is_initialized = True
+
+        def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            return torch.ops.reroll.cache(k, v, total)  # type: ignore[no-any-return]
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return total, 0
+
+        def get_seq_length(self) -> int:
+            return past
+
+        def get_max_length(self) -> int:
+            return -1
+
+    class CrossLayer(TracedLayer):
+        def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            return k, v
+
+        def get_seq_length(self) -> int:
+            return 0
+
+    traced = Cache(layers=[TracedLayer() for _ in range(layers)])
+    if not cross:
+        return traced
+    return EncoderDecoderCache(traced, Cache(layers=[CrossLayer() for _ in range(layers)]))
+
+
+@contextmanager
+def tracing(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Let `model` find our functions; leave it and transformers as they were afterwards.
+
+    `implementation` is the name under which the model looks attention up: "reroll", or "eager" for
+    a model that brings its own attention and takes only the mask from transformers.
+    """
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    configs = _configs(modules)
+    chosen = [getattr(config, "_attn_implementation_internal", None) for config in configs]
+    tables: list[dict[str, Any]] = [
+        AttentionInterface._global_mapping,
+        AttentionMaskInterface._global_mapping,
+    ]
+    saved = [dict(table) for table in tables]
+    try:
+        if implementation == IMPLEMENTATION:
+            tables[0][IMPLEMENTATION] = attention_interface
+        tables[1][implementation] = mask_interface
+        for config in configs:
+            config._attn_implementation_internal = implementation
+        model.eval()
+        yield
+    finally:
+        for table, before in zip(tables, saved, strict=True):
+            table.clear()
+            table.update(before)
+        for config, was in zip(configs, chosen, strict=True):
+            config._attn_implementation_internal = was
+        for module, trained in zip(modules, training, strict=True):
+            module.training = trained
+
+
+def _configs(modules: list[nn.Module]) -> list[Any]:
+    """Every configuration object that a module of the model reads, nested ones included."""
+    found: dict[int, Any] = {}
+    queue: list[Any] = [module.config for module in modules if hasattr(module, "config")]
+    while queue:
+        config = queue.pop()
+        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        found[id(config)] = config
+        queue += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return list(found.values())

@@ -1,0 +1,21 @@
+"""Where weights come from and go to: checkpoints as lazy sources of tensors, and saving."""
+
+from __future__ import annotations
+
+from reroll.rewrite.checkpoint.gguf_source import GgufSource
+from reroll.rewrite.checkpoint.hf_source import hf_source
+from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource, save_table, save_tensors
+from reroll.rewrite.checkpoint.sources import ChainSource, MemorySource, missing_tensor
+from reroll.rewrite.weights.expressions import TensorSource
+
+__all__ = [
+    "ChainSource",
+    "GgufSource",
+    "MemorySource",
+    "SafetensorsSource",
+    "TensorSource",
+    "hf_source",
+    "missing_tensor",
+    "save_table",
+    "save_tensors",
+]

@@ -1,0 +1,164 @@
+"""Checked reading of a GGUF file's header, without trusting any length in it.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the gguf package builds
+an object for each token of the vocabulary and loops over whatever length the file claims, so a
+damaged file can hang it; its tables of types and its dequantization are used here.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reroll.errors import CheckpointError, ProgramError
+from reroll.rewrite.weights.expressions import Meta
+
+VERSIONS = (2, 3)
+MAX_DIMS = 8
+MAX_NESTING = 4
+# sizes of the scalar value types by their number; 8 is a string, 9 an array
+_FORMATS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"])) | {10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Where one tensor lies: its shape in the order of torch, and how it is quantized."""
+
+    meta: Meta
+    quantization: Any
+    offset: int
+    stored_bytes: int
+
+
+class GgufFile:
+    """The metadata (scalars and strings) and the tensors of a GGUF file.
+
+    Raises CheckpointError if the file is not one, is damaged, or is cut short.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.path = Path(file)
+        try:
+            self._data: Any = np.memmap(self.path, mode="r", dtype=np.uint8)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"it cannot be read ({error})", where=str(file)) from error
+        # slices of a memoryview are much cheaper than those of an array
+        self._header: memoryview = self._data.data
+        self._at = 0
+        self.fields: dict[str, Any] = {}
+        self.tensors: dict[str, GgufTensor] = {}
+        try:
+            self._read_header()
+        except (_Damage, UnicodeDecodeError, ProgramError) as error:
+            what = error.message if isinstance(error, ProgramError) else error
+            raise CheckpointError(
+                f"it is not a whole GGUF file: {what}",
+                where=str(file),
+                hint="download it again",
+            ) from error
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, dequantized to fp32; CheckpointError if its quantization is not known."""
+        from gguf import dequantize
+
+        tensor = self.tensors[name]
+        raw = self._data[tensor.offset : tensor.offset + tensor.stored_bytes]
+        # rows of bytes, since a block of quantized numbers never spans two rows
+        rows = np.asarray(raw).reshape(*tensor.meta.shape[:-1], -1)
+        try:
+            values = dequantize(rows, tensor.quantization)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"tensor {name!r} is stored as {tensor.quantization.name}, "
+                "which the gguf package cannot dequantize",
+                where=str(self.path),
+            ) from error
+        return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+    # ---- header
+
+    def _read_header(self) -> None:
+        if bytes(self._take(4)) != b"GGUF":
+            raise _Damage("it does not start with GGUF")
+        version = self._scalar("I")
+        if version not in VERSIONS:
+            raise _Damage(f"its version is {version}")
+        tensor_count, field_count = self._scalar("Q"), self._scalar("Q")
+        for _ in range(field_count):
+            key = self._string()
+            self.fields[key] = self._value(self._scalar("I"), 0)
+        infos = [self._tensor_info() for _ in range(tensor_count)]
+        alignment = self.fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise _Damage("its alignment is not a size")
+        start = -(-self._at // alignment) * alignment
+        for name, meta, quantization, offset in infos:
+            self._place(name, meta, quantization, start + offset)
+
+    def _place(self, name: str, meta: Meta, quantization: Any, offset: int) -> None:
+        from gguf.quants import quant_shape_to_byte_shape
+
+        try:
+            stored = math.prod(quant_shape_to_byte_shape(meta.shape, quantization))
+        except ValueError as error:
+            raise _Damage(str(error)) from error
+        if name in self.tensors or offset + stored > len(self._data):
+            raise _Damage(f"tensor {name!r} occurs twice or lies outside the file")
+        self.tensors[name] = GgufTensor(meta, quantization, offset, stored)
+
+    def _tensor_info(self) -> tuple[str, Meta, Any, int]:
+        from gguf import GGMLQuantizationType
+
+        name = self._string()
+        dims = self._scalar("I")
+        if not 1 <= dims <= MAX_DIMS:
+            raise _Damage(f"tensor {name!r} has {dims} dimensions")
+        # GGUF counts dimensions from the fastest
+        shape = tuple(self._scalar("Q") for _ in range(dims))[::-1]
+        kind = self._scalar("I")
+        try:
+            quantization = GGMLQuantizationType(kind)
+        except ValueError as error:
+            raise _Damage(f"tensor {name!r} has the unknown type {kind}") from error
+        return name, Meta(shape, torch.float32), quantization, self._scalar("Q")
+
+    def _value(self, kind: int, depth: int) -> Any:
+        """A scalar or a string; arrays are stepped over, and give None."""
+        if kind == _STRING:
+            return self._string()
+        if kind in _FORMATS:
+            return self._scalar(_FORMATS[kind])
+        if kind != _ARRAY or depth >= MAX_NESTING:
+            raise _Damage(f"a field has the unknown type {kind}")
+        item, count = self._scalar("I"), self._scalar("Q")
+        if item in _FORMATS:
+            self._take(count * struct.calcsize(_FORMATS[item]))
+        else:
+            # every item takes some bytes, so the end of the file ends the loop
+            for _ in range(count):
+                self._value(item, depth + 1)
+        return None
+
+    def _string(self) -> str:
+        return bytes(self._take(self._scalar("Q"))).decode()
+
+    def _scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
+
+    def _take(self, count: int) -> memoryview:
+        if count > len(self._header) - self._at:
+            raise _Damage("it ends too early")
+        self._at += count
+        return self._header[self._at - count : self._at]
+
+
+class _Damage(Exception):
+    """What is wrong with the file; becomes a CheckpointError."""

@@ -1,0 +1,97 @@
+"""A GGUF file under the names that its transformers model has in memory.
+
+The table of names and the corrections for each architecture (llama.cpp permutes the rows of
+Llama's queries and keys, and adds one to Gemma's norms) are those of transformers, applied to one
+tensor at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from reroll.errors import CheckpointError
+from reroll.rewrite.checkpoint.gguf_file import GgufFile
+from reroll.rewrite.checkpoint.model_names import ModelNames
+from reroll.rewrite.weights.expressions import Meta, meta_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class GgufSource:
+    """The tensors of a GGUF file, dequantized to fp32 one at a time.
+
+    ``model`` is the Hugging Face model, which may be on the meta device; the names are those of
+    its state dict. Raises CheckpointError if the file is damaged or of an unknown architecture.
+    """
+
+    def __init__(self, file: str | Path, model: PreTrainedModel) -> None:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        self._file = GgufFile(file)
+        self._where = str(file)
+        self._names = ModelNames(model)
+        architecture = self._file.fields.get("general.architecture")
+        make = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self._processor: Any = make(config=model.config.to_dict())
+        try:
+            self._hf_names = _hf_names(model, self._processor)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"transformers has no names for GGUF files of {model.config.model_type}",
+                where=str(file),
+                hint="use the safetensors checkpoint of the model",
+            ) from error
+        # several tensors of the file may make one of the model: gate and up of merged experts
+        self._parts: dict[str, list[str]] = {}
+        for stored in self._file.tensors:
+            name = self._hf_names.get(stored) or self._hf_names.get(stored.removesuffix(".weight"))
+            if name is not None and name in self._names:
+                self._parts.setdefault(name, []).append(stored)
+
+    def names(self) -> Iterable[str]:
+        """The model's tensors that the file has, by their names in memory."""
+        return self._names.available(self._parts)
+
+    def meta(self, name: str) -> Meta:
+        """Shape and dtype (fp32) of one tensor; CheckpointError if missing."""
+        return self._names.meta(self._names.resolve(name, self._parts, self._where), torch.float32)
+
+    def load(self, name: str) -> Tensor:
+        """One tensor; CheckpointError if it is missing or does not fit the model."""
+        name = self._names.resolve(name, self._parts, self._where)
+        collected: dict[str, Any] = {"tensors": {}}
+        tensor = None
+        for stored in self._parts[name]:
+            done = self._processor.process(
+                weights=self._file.load(stored).numpy(),
+                name=stored,
+                tensor_key_mapping=self._hf_names,
+                parsed_parameters=collected,
+            )
+            # a processor that merges or renames puts its result among the collected
+            tensor = collected["tensors"].get(name) if done.name is None else done.weights
+        if tensor is None:
+            raise CheckpointError(f"{name!r} cannot be made from this file", where=self._where)
+        result = torch.as_tensor(tensor).contiguous()
+        self._names.check(name, meta_of(result), self._where)
+        return result
+
+
+def _hf_names(model: PreTrainedModel, processor: Any) -> dict[str, str]:
+    """The name in the model of each tensor name that a GGUF file may have."""
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    # transformers makes one large table again for every submodule, which takes half a minute
+    make_table = gguf.get_tensor_name_map
+    with mock.patch.object(gguf, "get_tensor_name_map", functools.cache(make_table)):
+        names: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    return names

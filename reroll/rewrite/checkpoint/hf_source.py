@@ -1,0 +1,144 @@
+"""A Hugging Face checkpoint under the names that its model has in memory.
+
+transformers renames tensors when it loads a checkpoint, and it merges, splits or transposes some
+(experts stored one by one become one tensor). The rules are objects of transformers; here they
+run lazily, for one tensor of the model at a time. Running them on meta tensors first tells which
+tensors they give, and of which shapes, without reading anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import CheckpointError
+from reroll.rewrite.checkpoint.model_names import ModelNames
+from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource
+from reroll.rewrite.weights.expressions import Meta, TensorSource, meta_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def hf_source(directory: str | Path, model: PreTrainedModel) -> HfSource:
+    """The checkpoint in ``directory`` under the state-dict names of ``model``.
+
+    ``model`` may be on the meta device. Tied weights that the file leaves out are found under the
+    name that they are tied to; a base model's checkpoint fits a model with a head and the other
+    way round. Raises CheckpointError if the checkpoint is damaged, quantized, or has a tensor of
+    another shape; for a tensor that it lacks, when that tensor is asked for.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            "the checkpoint is quantized", str(directory), "use the full-precision checkpoint"
+        )
+    return HfSource(SafetensorsSource(directory), model, str(directory))
+
+
+@dataclass
+class Conversion:
+    """A rule of transformers, and the tensors of the file that one use of it takes."""
+
+    rule: Any
+    # (name in memory, name in the file, the pattern that matched)
+    takes: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def run(self, read: Callable[[str], Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+        """The tensors that the rule makes, by their names in memory."""
+        rule = deepcopy(self.rule)
+        for renamed, stored, pattern in self.takes:
+            rule.add_tensor(renamed, stored, pattern, partial(read, stored))
+        made = rule.convert(self.takes[0][0], model=model, config=model.config)
+        return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+
+
+class HfSource:
+    """Tensors of a checkpoint, renamed and converted for a transformers model."""
+
+    def __init__(self, files: TensorSource, model: PreTrainedModel, where: str) -> None:
+        self._files = files
+        self._model = model
+        self._where = where
+        self._names = ModelNames(model)
+        self._conversion: dict[str, Conversion] = {}
+        self._metas: dict[str, Meta] = {}
+        # the other results of the last rule that gave several, for whoever asks next
+        self._spare: dict[str, Tensor] = {}
+        for conversion in _conversions(files, model):
+            made = self._run(conversion, self._file_on_meta)
+            for name, tensor in made.items():
+                self._conversion[name] = conversion
+                self._metas[name] = meta_of(tensor)
+                self._names.check(name, self._metas[name], where)
+
+    def names(self) -> Iterable[str]:
+        """The model's tensors that the checkpoint has, by their names in memory."""
+        return self._names.available(self._metas)
+
+    def meta(self, name: str) -> Meta:
+        """Shape and stored dtype of one tensor; CheckpointError if missing."""
+        return self._metas[self._names.resolve(name, self._metas, self._where)]
+
+    def load(self, name: str) -> Tensor:
+        """One tensor; CheckpointError if missing."""
+        name = self._names.resolve(name, self._metas, self._where)
+        if name not in self._spare:
+            self._spare = self._run(self._conversion[name], self._files.load)
+        tensor = self._spare.pop(name)
+        # parts of a split tensor share its memory
+        owned = tensor.untyped_storage().nbytes() == tensor.nbytes
+        return tensor if owned else tensor.clone()
+
+    def _file_on_meta(self, stored: str) -> Tensor:
+        meta = self._files.meta(stored)
+        return torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+
+    def _run(self, conversion: Conversion, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        try:
+            return conversion.run(read, self._model)
+        except (ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+            raise CheckpointError(
+                f"{conversion.takes[0][0]!r} cannot be made from the checkpoint ({error})",
+                where=self._where,
+                hint="make the model from the checkpoint's own configuration",
+            ) from error
+
+
+def _conversions(files: TensorSource, model: PreTrainedModel) -> Iterable[Conversion]:
+    """The uses of rules that fill the model, found as transformers does when it loads."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    wanted: Mapping[str, Tensor] = model.state_dict()
+    prefix = model.base_model_prefix
+    conversions: dict[str, Conversion] = {}
+    # some rules depend on the order: a list of experts is merged in the order of its numbers
+    for stored in sorted(files.names(), key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
+        if name not in wanted and stored in wanted:
+            name, pattern = rename_source_key(stored, [], [], prefix, wanted)
+        if name not in wanted:
+            continue
+        if pattern is None:
+            conversion = Conversion(WeightRenaming(stored, name))
+        else:
+            conversion = Conversion(by_pattern[pattern])
+        conversion = conversions.setdefault(name, conversion)
+        conversion.takes.append((name, stored, pattern or stored))
+    return conversions.values()

@@ -1,0 +1,61 @@
+"""The tensors that a transformers model expects, by their names in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from reroll.errors import CheckpointError
+from reroll.rewrite.checkpoint.sources import missing_tensor
+from reroll.rewrite.weights.expressions import Meta
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ModelNames:
+    """State-dict names of a model (its parameters may be on the meta device), and its ties."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        self._partners: dict[str, set[str]] = {}
+        for target, source in ties.items():
+            group = self._partners.get(source, {source}) | self._partners.get(target, {target})
+            self._partners.update(dict.fromkeys(group, group))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def available(self, found: Container[str]) -> list[str]:
+        """The model's names that a checkpoint with the names ``found`` can fill."""
+        return [n for n in self._shapes if n in found or self._tied(n, found) is not None]
+
+    def resolve(self, name: str, found: Mapping[str, object], where: str) -> str:
+        """The name to read ``name`` from: itself, or the name that it is tied to.
+
+        Raises CheckpointError if the checkpoint has neither.
+        """
+        resolved = name if name in found else self._tied(name, found)
+        if resolved is None:
+            raise missing_tensor(name, found, where)
+        return resolved
+
+    def meta(self, name: str, dtype: torch.dtype) -> Meta:
+        """The shape that the model wants, with a dtype."""
+        return Meta(self._shapes[name], dtype)
+
+    def check(self, name: str, meta: Meta, where: str) -> None:
+        """Raise CheckpointError unless a tensor has the shape that the model wants."""
+        if meta.shape != self._shapes.get(name, meta.shape):
+            raise CheckpointError(
+                f"{name!r} is {meta} in the checkpoint, but the model needs "
+                f"{list(self._shapes[name])}",
+                where=where,
+                hint="make the model from the checkpoint's own configuration",
+            )
+
+    def _tied(self, name: str, found: Container[str]) -> str | None:
+        return next((n for n in sorted(self._partners.get(name, ())) if n in found), None)

@@ -1,0 +1,209 @@
+"""Checkpoints as safetensors files: lazy reading, and streaming writing shard by shard."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reroll.errors import CheckpointError, ExportError
+from reroll.rewrite.checkpoint.safetensors_header import DOWNLOAD_AGAIN, read_header, read_index
+from reroll.rewrite.checkpoint.sources import missing_tensor
+from reroll.rewrite.weights.evaluation import Output, evaluate_outputs, in_order
+from reroll.rewrite.weights.expressions import Expr, Meta, Source, TensorSource, meta_of
+from reroll.rewrite.weights.stacked import Weight, WeightTable
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_OPEN_FILES = 4
+
+
+class SafetensorsSource:
+    """The tensors of a safetensors checkpoint, read one at a time.
+
+    ``path`` is one file, or a directory with ``model.safetensors`` or an index of shards. The
+    headers are checked when the source is made. Raises CheckpointError if a file is missing,
+    damaged, or names something outside the directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        file = _checkpoint_file(Path(path))
+        if file.name == INDEX_FILE:
+            self._file_of = read_index(file)
+            headers = {shard: read_header(shard) for shard in set(self._file_of.values())}
+            _check_shards(self._file_of, headers)
+        else:
+            headers = {file: read_header(file)}
+            self._file_of = dict.fromkeys(headers[file], file)
+        self._entries = {name: headers[file][name] for name, file in self._file_of.items()}
+        self._where = str(path)
+        self._open: OrderedDict[Path, Any] = OrderedDict()
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._file_of.keys()
+
+    def meta(self, name: str) -> Meta:
+        """Shape and dtype of one tensor; CheckpointError if missing or of an unknown dtype."""
+        if name not in self._entries:
+            raise missing_tensor(name, self._entries, self._where)
+        return self._entries[name].meta(name, self._file_of[name])
+
+    def load(self, name: str) -> Tensor:
+        """One tensor; CheckpointError if it is missing or cannot be read."""
+        self.meta(name)
+        file = self._file_of[name]
+        try:
+            tensor: Tensor = self._handle(file).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"tensor {name!r} cannot be read ({error})", str(file), DOWNLOAD_AGAIN
+            ) from error
+        # a view of the mapped file would keep the mapping and show later writes
+        return tensor.clone()
+
+    def close(self) -> None:
+        """Close the files; they open again when needed."""
+        self._open.clear()
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+            if len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(file)
+        return self._open[file]
+
+
+def _checkpoint_file(path: Path) -> Path:
+    """The one safetensors file of a checkpoint, or the index of several."""
+    if path.suffix == ".safetensors" and path.is_file():
+        return path
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (path / name).is_file():
+            return path / name
+    hint = f"the directory needs {SINGLE_FILE} or {INDEX_FILE}"
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+        hint += "; pickled weights are not read, since they can run code: save as safetensors"
+    raise CheckpointError("there is no safetensors checkpoint", where=str(path), hint=hint)
+
+
+def _check_shards(file_of: Mapping[str, Path], headers: Mapping[Path, Mapping[str, Any]]) -> None:
+    for name, file in file_of.items():
+        holders = [f for f, header in headers.items() if name in header]
+        if holders != [file]:
+            found = " and ".join(f.name for f in holders) or "no shard"
+            raise CheckpointError(
+                f"the index puts tensor {name!r} in {file.name}, but it is in {found}",
+                where=str(file.parent / INDEX_FILE),
+                hint=DOWNLOAD_AGAIN,
+            )
+
+
+# ---- writing
+
+
+def save_tensors(
+    directory: str | Path,
+    items: Iterable[tuple[str, Tensor]],
+    metas: Mapping[str, Meta],
+    max_shard_bytes: int = 2**30,
+) -> None:
+    """Write tensors as they come to ``model.safetensors``, or to shards with an index.
+
+    ``metas`` has every tensor in the order in which ``items`` will give them; the shards are
+    planned from it, and one shard is held at a time. The same tensors give the same bytes.
+    Raises ExportError if the directory has a checkpoint already, or if the items differ from
+    what ``metas`` announced.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    old = [*directory.glob("model*.safetensors"), *directory.glob(INDEX_FILE)]
+    if old:
+        raise ExportError(
+            f"there is a checkpoint already ({old[0].name})",
+            where=str(directory),
+            hint="choose another directory, or delete the old files",
+        )
+    stream = iter(items)
+    shards = _plan(metas, max_shard_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE_FILE
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = dict(_announced(stream, shard, metas))
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        del tensors
+    for name, _ in stream:
+        raise ExportError(f"tensor {name!r} was not announced", where=str(directory))
+    if len(shards) > 1:
+        total = sum(meta.bytes for meta in metas.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def _plan(metas: Mapping[str, Meta], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, meta in metas.items():
+        if shards[-1] and held + meta.bytes > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += meta.bytes
+    return shards
+
+
+def _announced(
+    stream: Iterator[tuple[str, Tensor]], shard: list[str], metas: Mapping[str, Meta]
+) -> Iterator[tuple[str, Tensor]]:
+    """The next tensors, as announced, each with memory of its own."""
+    seen: set[int] = set()
+    for wanted in shard:
+        name, tensor = next(stream, (None, None))
+        if name != wanted or tensor is None:
+            raise ExportError(f"tensor {wanted!r} should come next, but {name!r} did")
+        if meta_of(tensor) != metas[name]:
+            raise ExportError(f"tensor {name!r} is {meta_of(tensor)}, not {metas[name]}")
+        tensor = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        yield name, tensor
+
+
+def save_table(
+    directory: str | Path,
+    table: WeightTable,
+    source: TensorSource,
+    max_shard_bytes: int = 2**30,
+) -> WeightTable:
+    """Compute a weight table into safetensors files; each distinct expression is saved once.
+
+    Returns the table in which every entry is the saved tensor, to be read with
+    `SafetensorsSource` from the same directory.
+    """
+    saved: dict[Expr, Source] = {}
+    for stored, (name, entry) in table.stored().items():
+        expr = table[name].entries[entry]
+        saved.setdefault(expr, Source(stored, expr.meta))
+    outputs = in_order([Output(s.name, 0, expr) for expr, s in saved.items()])
+    items = ((name, tensor) for name, _, tensor in evaluate_outputs(outputs, source))
+    save_tensors(directory, items, {o.name: o.expr.meta for o in outputs}, max_shard_bytes)
+    return WeightTable(
+        {
+            name: Weight(tuple(saved[e] for e in w.entries), w.index, w.trainable)
+            for name, w in table.items()
+        }
+    )

@@ -1,0 +1,140 @@
+"""Where passes are found: the folder `reroll/passes`, entry points, and files that a user names.
+
+Every module of the folder is imported on the first look-up, so a new pass is one new file. Other
+distributions add theirs with an entry point of the group `reroll.passes`, whose value is a module
+or a `Pass` class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import pkgutil
+import sys
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+from reroll.errors import UsageError, located
+from reroll.rewrite.passes.base import Pass
+from reroll.rewrite.passes.options import check_options, nearest_name
+
+log = logging.getLogger(__name__)
+
+# by name, so that this package imports nothing of the one above it
+FOLDER = "reroll.passes"
+GROUP = "reroll.passes"
+
+_passes: dict[str, type[Pass]] = {}
+_failures: list[str] = []
+
+
+def registered() -> dict[str, type[Pass]]:
+    """All known passes by name, sorted."""
+    _discover()
+    return dict(sorted(_passes.items()))
+
+
+def find(name: str) -> type[Pass]:
+    """The pass of this name; UsageError with the nearest spelling if there is none."""
+    _discover()
+    if name not in _passes:
+        hint = nearest_name(name, sorted(_passes))
+        if _failures:
+            hint = "\n  ".join([*([hint] if hint else []), *_failures])
+        raise UsageError(f"there is no pass {name!r}", where="pipeline", hint=hint)
+    return _passes[name]
+
+
+def register(cls: type[Pass]) -> type[Pass]:
+    """Add one pass; UsageError if another one has its name. Usable as a class decorator."""
+    _discover()
+    return _add(cls)
+
+
+def load_file(path: str | Path) -> tuple[type[Pass], ...]:
+    """Run a Python file of the user's and register the passes that it defines.
+
+    This executes the file, so it only ever happens because a person named it. Raises UsageError if
+    the file is missing, fails, or defines no pass.
+    """
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise UsageError("there is no such file", where=str(path))
+    # two files of one name are two modules
+    name = f"reroll_loaded_{file.stem}_{hashlib.blake2b(bytes(file), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UsageError("this is not a Python file", where=str(path))
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look annotations up in the module
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UsageError(f"{type(error).__name__}: {error}", where=str(path)) from error
+    found = _passes_of(module)
+    if not found:
+        raise UsageError(
+            "the file defines no pass",
+            where=str(path),
+            hint="a pass is a subclass of reroll.rewrite.passes.base.Pass that sets `name`",
+        )
+    with located(str(path)):
+        return tuple(register(cls) for cls in found)
+
+
+@cache
+def _discover() -> None:
+    folder = importlib.import_module(FOLDER)
+    for info in pkgutil.iter_modules(folder.__path__, f"{FOLDER}."):
+        for cls in _passes_of(importlib.import_module(info.name)):
+            _add(cls)
+    for point in entry_points(group=GROUP):
+        # somebody else's broken package must not take ours down, nor stay unseen
+        try:
+            loaded = point.load()
+            for cls in _passes_of(loaded) if isinstance(loaded, ModuleType) else [loaded]:
+                _add(cls)
+        except Exception as error:
+            failure = f"entry point {point.name} ({point.value}) failed: {error}"
+            log.warning("%s", failure)
+            _failures.append(failure)
+
+
+def _passes_of(module: ModuleType) -> list[type[Pass]]:
+    return [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Pass)
+        and value.__module__ == module.__name__
+        and value.name
+        and not inspect.isabstract(value)
+    ]
+
+
+def _add(cls: type[Pass]) -> type[Pass]:
+    known = _passes.get(cls.name)
+    check_options(cls)
+    if not cls.name.isidentifier():
+        raise UsageError(f"{cls.name!r} is not a name for a pass", where=cls.__qualname__)
+    # loading a file again replaces its passes
+    if known is not None and _origin(known) != _origin(cls):
+        raise UsageError(
+            f"there are two passes called {cls.name!r}",
+            where=f"{_origin(known)} and {_origin(cls)}",
+            hint="rename one of them",
+        )
+    _passes[cls.name] = cls
+    return cls
+
+
+def _origin(cls: type[Pass]) -> str:
+    module = sys.modules.get(cls.__module__)
+    return str(getattr(module, "__file__", cls.__module__))
