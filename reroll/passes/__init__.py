@@ -1,1 +1,1 @@
-"""The passes, one file each: every module of this folder is found by `reroll.rewrite.passes.registry`."""
+"""The passes, one file each: `reroll.rewrite.passes.registry` finds every module of this folder."""

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from reroll.rewrite.attention import ATTENTION, attention_arguments
 from torch import nn
 
-from reroll.rewrite import tolerances
+from reroll.rewrite.passes import tolerances
 from reroll.rewrite.raising import raise_idioms
+from reroll.rewrite.raising.attention import ATTENTION, attention_arguments
 from tests.exported import calls, export, outputs
 from tests.programs import F32
 
@@ -256,8 +256,6 @@ def alibi(beta, alpha):
 @pytest.mark.parametrize("keys", [1, TIME])
 def test_baddbmm_with_alibi_is_raised(beta, alpha, keys):
     slopes = torch.randn(BATCH * HEADS, keys, TIME)
-    dims = {"extra": (f"{HEADS}*b", keys, TIME)}
-    del dims
     q, k, v = heads()
 
     def function(q, k, v, slopes):
@@ -275,16 +273,18 @@ NO_ATTENTION = {
     "heads with time": lambda q, k, v: (
         F.softmax(q @ k.permute(0, 3, 2, 1)[:, :HEADS, :SIZE, :TIME], -1) @ v
     ),
-    "keys not transposed": lambda q, k, v: F.softmax(q[..., :TIME, :TIME] @ k[..., :TIME], -1) @ v[
-        ..., :SIZE, :
-    ],
+    "keys not transposed": lambda q, k, v: (
+        F.softmax(q[..., :TIME, :TIME] @ k[..., :TIME], -1) @ v[..., :SIZE, :]
+    ),
     "softmax over queries": lambda q, k, v: F.softmax(scores(q, k), -2) @ v,
     "softmax over heads": lambda q, k, v: F.softmax(scores(q, k), 1) @ v,
-    "no product": lambda q, k, v: F.softmax(q.sum(-1, keepdim=True) + k.sum(-1)[..., None, :], -1) @ v,
+    "no product": lambda q, k, v: (
+        F.softmax(q.sum(-1, keepdim=True) + k.sum(-1)[..., None, :], -1) @ v
+    ),
     "a product after the softmax": lambda q, k, v: (F.softmax(scores(q, k), -1) * 0.5) @ v,
     "a square of the scores": lambda q, k, v: F.softmax(scores(q, k).square(), -1) @ v,
     "the sum of two products": lambda q, k, v: F.softmax(scores(q, k) * scores(k, q), -1) @ v,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", NO_ATTENTION)

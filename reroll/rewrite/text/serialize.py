@@ -1,7 +1,8 @@
 """A Program as JSON values: its graphs as lines of text, its weight table and its origin.
 
-There is one way to write a graph down, the text of `reroll.rewrite.text.printer`, and JSON holds its lines;
-only what is large or not ours to lay out, the weights and the origin, are JSON of their own.
+There is one way to write a graph down, the text of `reroll.rewrite.text.printer`, and JSON holds
+its lines; only what is large or not ours to lay out, the weights and the origin, are JSON of their
+own.
 """
 
 from __future__ import annotations
