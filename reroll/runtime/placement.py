@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import fx, nn
@@ -119,20 +121,26 @@ def bias_name(linear: fx.Node) -> str | None:
 
 def path_of(name: str) -> Path:
     """A weight's name as attributes: word characters only, and no name that a module has itself."""
-    return tuple(map(_attribute, name.split(".")))
+    first, *rest = name.split(".")
+    return (_attribute(first, _model_names()), *(_attribute(p, _MODULE_NAMES) for p in rest))
 
 
-def _attribute(part: str) -> str:
+def _attribute(part: str, taken: frozenset[str]) -> str:
     part = re.sub(r"[^\w*]", "_", part, flags=re.ASCII) or "_"
-    return f"{part}_" if part in _RESERVED else part
+    return f"{part}_" if part in taken or keyword.iskeyword(part) else part
+
+
+_MODULE_NAMES = frozenset(dir(nn.Module())) | {"gradient_checkpointing", "main_input_name"}
+
+
+@cache
+def _model_names() -> frozenset[str]:
+    """What a lowered model uses for itself."""
+    from transformers import PreTrainedModel
+
+    own = {"config", "generation_config", "program", "code", "loops"}
+    return _MODULE_NAMES | set(dir(PreTrainedModel)) | own
 
 
 def _at(path: Path, trip: int) -> Path:
     return tuple(part.replace("*", str(trip)) for part in path)
-
-
-# what the model and its modules use for themselves
-_RESERVED = frozenset(dir(nn.Module)) | {
-    "training", "config", "device", "dtype", "base_model", "generation_config", "program",
-    "main_input_name", "gradient_checkpointing", "name_or_path", "loss_function", "loops",
-}  # fmt: skip
