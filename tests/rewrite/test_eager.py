@@ -171,16 +171,26 @@ def test_soft_caps_under_a_mask_are_read():
     def capped(q, k, v, mask):
         return F.softmax(torch.tanh(scores(q, k) / 5.0) * 5.0 + mask, -1) @ v
 
-    found = assert_raised(capped, *heads(), torch.randn(1, 1, TIME, TIME))
+    found = assert_raised(capped, *heads(), torch.randn(BATCH, 1, TIME, TIME))
     assert found["softcap"] == 5.0
     assert found["bias"] is not None
 
 
-def test_a_cap_of_another_size_than_it_is_undone_with_stays_right():
+def test_the_cap_is_the_factor_after_it():
     def odd(q, k, v):
         return F.softmax(torch.tanh(scores(q, k) / 5.0) * 4.0, -1) @ v
 
-    raised(odd, *heads())
+    found = assert_raised(odd, *heads())
+    assert found["softcap"] == 4.0
+    assert found["scale"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("inner", [1.0, 3.0])
+def test_a_mask_under_a_soft_cap_is_no_bias(inner):
+    def capped(q, k, v, mask):
+        return F.softmax(torch.tanh(scores(q, k) * inner + mask) * 5.0, -1) @ v
+
+    assert_stays(capped, *heads(), torch.randn(BATCH, 1, TIME, TIME))
 
 
 # ---- heads
@@ -271,7 +281,7 @@ def test_baddbmm_with_alibi_is_raised(beta, alpha, keys):
 NO_ATTENTION = {
     # Inductor once rewrote these to the plain form: it did not look at the order of a permute
     "heads with time": lambda q, k, v: (
-        F.softmax(q @ k.permute(0, 3, 2, 1)[:, :HEADS, :SIZE, :TIME], -1) @ v
+        F.softmax(q @ F.pad(k, (0, -3, 0, 3)).permute(0, 1, 2, 3), -1) @ v
     ),
     "keys not transposed": lambda q, k, v: (
         F.softmax(q[..., :TIME, :TIME] @ k[..., :TIME], -1) @ v[..., :SIZE, :]

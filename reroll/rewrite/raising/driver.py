@@ -67,6 +67,8 @@ def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
             _erase(graph, new, node)
             continue
         node.replace_all_uses_with(new)
+        # an op that may drop out counts as impure: no use is not enough for it to go
+        graph.erase_node(node)
         done += 1
     if done:
         graph.eliminate_dead_code()

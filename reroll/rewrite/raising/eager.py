@@ -19,6 +19,8 @@ aten = torch.ops.aten
 
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_WHERES = (aten.where.self, aten.where.ScalarOther)
 _RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 
 
@@ -100,19 +102,22 @@ def _strip(value: Any, found: Scores, targets: tuple[Any, ...]) -> fx.Node:
 
 def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
     """Walk from the softmax's input to the product of queries and keys."""
-    factor = 1.0
+    factor, outside = 1.0, 0
     while isinstance(value, fx.Node):
         target, kwargs = value.target, value.kwargs
         args: tuple[Any, ...] = value.args
         found.nodes.append(value.name)
         if target in PRODUCTS:
             found.scale = factor
-            return args[0], args[1]
+            product = args[0], args[1]
+            break
         if target is aten.baddbmm.default:
             beta, alpha = (argument(value, name) for name in ("beta", "alpha"))
             found.terms.append((args[0], factor * beta))
             found.scale = factor * alpha
-            return args[1], args[2]
+            product = args[1], args[2]
+            break
+        masked = _masked(value, found)
         if target in (aten.to.dtype, *_RESHAPES):
             value = args[0]
         elif target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(args[1], (int, float)):
@@ -122,15 +127,20 @@ def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
             inner = 0 if _leads_to_product(args[0]) else 1
             found.terms.append((args[1 - inner], factor))
             value = args[inner]
-        elif target is aten.masked_fill.Scalar and _is_low(args[2]):
-            found.kept.append((_mask_behind(args[1], found), False))
+        elif target is aten.tanh.default and found.softcap is None and factor > 0:
+            # whatever the size of the cap, factor * tanh(u) is the cap of factor * u
+            found.softcap, outside = factor, len(found.terms) + len(found.kept)
             value = args[0]
-        elif target in (aten.where.self, aten.where.ScalarOther) and _is_low(args[2]):
-            found.kept.append((args[0], True))
-            value = args[1]
+        elif masked is not None:
+            value, condition, keep = masked
+            found.kept.append((condition, keep))
         else:
             return Miss(f"cannot see through {target}", (value.name,), "eager attention", 3)
-    return Miss("the scores are no product", (), "eager attention", 3)
+    else:
+        return Miss("the scores are no product", (), "eager attention", 3)
+    if found.softcap is not None and len(found.terms) + len(found.kept) > outside:
+        return Miss("a mask is under the soft cap", (value.name,), "eager attention", 3)
+    return product
 
 
 def _leads_to_product(value: Any) -> bool:
@@ -138,11 +148,22 @@ def _leads_to_product(value: Any) -> bool:
     return not isinstance(_scores(value, Scores()), Miss)
 
 
-def _is_low(value: Any) -> bool:
+def _masked(node: fx.Node, found: Scores) -> tuple[Any, fx.Node, bool] | None:
+    """The scores that a node masks, the condition, and whether they count where it holds."""
+    args: tuple[Any, ...] = node.args
+    if node.target in _FILLS and _is_low(args[2], found):
+        return args[0], _mask_behind(args[1], found), False
+    if node.target in _WHERES and _is_low(args[2], found):
+        return args[1], args[0], True
+    return None
+
+
+def _is_low(value: Any, found: Scores) -> bool:
     """Whether a constant masks a score out: the lowest number of a dtype, or minus infinity."""
     if isinstance(value, fx.Node):
         if value.target not in (aten.full.default, aten.scalar_tensor.default):
             return False
+        found.nodes.append(value.name)
         value = value.args[-1]
     return isinstance(value, (int, float)) and value <= -1e4
 
