@@ -25,14 +25,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from transformers import PreTrainedModel
 
 from benchmarks import tiny_models
-from reroll.rewrite.capture.export import capture
-from reroll.rewrite.ops import loop
+from reroll.rewrite.capture import capture
+from reroll.rewrite.passes.interpret import complete, run
 from reroll.rewrite.program import Program
-from reroll.rewrite.weights import evaluate
+from reroll.rewrite.raising import raise_idioms
+from reroll.rewrite.rolling import roll_loops
 
 # relative to the largest logit: what reordering a sum changes in fp32
 TOLERANCE = 1e-5
@@ -75,66 +74,6 @@ class Row:
         return self.error is not None and self.error <= TOLERANCE * max(self.scale or 0.0, 1.0)
 
 
-def captured(model: PreTrainedModel, roll: bool) -> Program:
-    """The Program of a model: the one place that knows how a model is captured."""
-    return capture(model, roll=roll)
-
-
-def run(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs of a Program by name, each op computed by its reference."""
-    stored = {(name, entry): t for name, entry, t in evaluate(program.weights, program.source)}
-    with torch.no_grad():
-        arguments = [inputs[each.name] for each in program.inputs]
-        results = _run_graph(program, program.graph, arguments, stored, trip=0)
-    return dict(zip(program.outputs, results, strict=True))
-
-
-def completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`inputs` and what the Program wants beside them, made up by role as its module does."""
-    complete = dict(inputs)
-    for given in program.inputs:
-        decoder = "decoder_" if given.name.startswith("decoder_") else ""
-        ids = inputs.get(f"{decoder}input_ids")
-        if given.name in inputs or ids is None:
-            continue
-        if given.role == "positions":
-            complete[given.name] = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
-        elif given.role in ("padding", "zeros"):
-            complete[given.name] = torch.full_like(ids, int(given.role == "padding"))
-    return complete
-
-
-def _run_graph(
-    program: Program,
-    graph: fx.Graph,
-    arguments: Sequence[Any],
-    stored: Mapping[tuple[str, int], Tensor],
-    trip: int,
-) -> tuple[Any, ...]:
-    """The outputs of one graph, with the weights that a trip of its loop uses."""
-    values: dict[fx.Node, Any] = {}
-    queue = iter(arguments)
-    for node in graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.op == "placeholder":
-            values[node] = next(queue)
-        elif node.op == "get_attr":
-            index = program.weights[str(node.target)].index
-            values[node] = stored[str(node.target), 0 if index is None else index[trip]]
-        elif node.op == "output":
-            return tuple(args[0])
-        elif node.target is loop:
-            name, carry, invariants, trips = args
-            for number in range(trips):
-                inputs = [v[number] if isinstance(v, tuple) else v for v in invariants]
-                body = program.bodies[name].graph
-                carry = _run_graph(program, body, [*carry, *inputs], stored, number)
-            values[node] = carry
-        else:
-            values[node] = node.target(*args, **kwargs)
-    raise AssertionError("a graph ends with its output")
-
-
 def measure(row: Row, report: Callable[[Row], None]) -> None:
     """Fill `row` step by step and report after each, so that a crash keeps what was found."""
     found: dict[str, Any] = {}
@@ -163,7 +102,7 @@ def _build(row: Row, found: dict[str, Any]) -> None:
 
 
 def _flat(row: Row, found: dict[str, Any]) -> None:
-    program = captured(found["model"], roll=False)
+    program = found["flat"] = capture(found["model"], roll=False)
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     row.nodes = len(calls)
     row.attentions = sum("reroll.attention" in str(node.target) for node in calls)
@@ -171,7 +110,7 @@ def _flat(row: Row, found: dict[str, Any]) -> None:
 
 
 def _roll(row: Row, found: dict[str, Any]) -> None:
-    program = captured(found["model"], roll=True)
+    program = roll_loops(raise_idioms(found["flat"]))
     row.loops = " ".join(f"{each.trips}x{each.period}" for each in program.loops) or "none"
     row.rolled = sum(each.layers for each in program.loops)
     row.rolled_error, _ = _difference(program, found)
@@ -179,7 +118,9 @@ def _roll(row: Row, found: dict[str, Any]) -> None:
 
 def _difference(program: Program, found: Mapping[str, Any]) -> tuple[float, float]:
     """Largest difference from the original's outputs, and the largest output, where not padded."""
-    inputs = completed(program, found["inputs"])
+    names = {each.name for each in program.inputs}
+    given = {name: tensor for name, tensor in found["inputs"].items() if name in names}
+    inputs = complete(program, given)
     actual = tiny_models.primary_output(SimpleNamespace(**run(program, inputs)))
     actual = tiny_models.valid_outputs(actual, inputs)
     expected = tiny_models.valid_outputs(tiny_models.run_eager(found["model"], inputs), inputs)
