@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from reroll.errors import UsageError
+from reroll.rewrite.program import Program
+from reroll.runtime.config import RerollConfig
 from reroll.runtime.modeling import RerollPreTrainedModel
-from reroll.runtime.outputs import make_output
+from reroll.runtime.outputs import output_class
 
 # what a caller may ask of any model, and what trainers pass to losses
 _WISHES = {
@@ -22,6 +24,11 @@ _WISHES = {
 
 class RerollModel(RerollPreTrainedModel):
     """A lowered model without generation; its outputs are those of the Program, by name."""
+
+    def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
+        super().__init__(config, program)
+        # made here, because compiled code cannot make a class
+        self._output_class = output_class(("loss", *self.program.outputs, "hidden_states"))
 
     def forward(
         self,
@@ -61,12 +68,11 @@ class RerollModel(RerollPreTrainedModel):
             else output_hidden_states
         )
         outputs, state = self.run_program(given, hidden=[] if wanted else None)
-        values: dict[str, Any] = dict(outputs)
+        loss = None
         if labels is not None or "start_positions" in kwargs:
-            values = {"loss": self.loss(outputs, labels, kwargs), **values}
-        if state.hidden is not None:
-            values["hidden_states"] = tuple(state.hidden)
-        result = make_output(values)
+            loss = self.loss(outputs, labels, kwargs)
+        hidden = tuple(state.hidden) if state.hidden is not None else None
+        result = self._output_class(loss=loss, **outputs, hidden_states=hidden)
         return result if return_dict is not False else result.to_tuple()
 
     def loss(

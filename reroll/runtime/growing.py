@@ -80,6 +80,8 @@ def _enlarged(old: Tensor, past: int, new: Tensor, total: int) -> Tensor:
 
 def make_growing(layers: list[Any]) -> None:
     """Let the full-attention layers of a dynamic cache that is still empty grow in place."""
+    if torch.compiler.is_compiling():
+        return
     for layer in layers:
         if type(layer) is DynamicLayer and not layer.is_initialized:
             layer.__class__ = GrowingLayer

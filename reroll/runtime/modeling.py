@@ -72,6 +72,14 @@ class RerollPreTrainedModel(PreTrainedModel):
         """The generated Python source: "main", and one function per loop."""
         return dict(self._assembly.sources)
 
+    def compile_trips(self, **options: Any) -> None:
+        """Compile what loops run, each body once for all its trips: `torch.compile` by region.
+
+        `options` are those of `torch.compile`.
+        """
+        for trip in self._trips():
+            trip.compile(**options)
+
     def _trips(self) -> list[nn.Module]:
         return [t for trips in self._assembly.loops.values() for t in trips.modules]
 

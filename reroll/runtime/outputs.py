@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import field, make_dataclass
 from functools import cache
-from typing import Any
 
 from torch import Tensor
 from transformers.utils import ModelOutput
@@ -16,8 +15,3 @@ def output_class(names: tuple[str, ...]) -> type[ModelOutput]:
     fields = [(name, Tensor | None, field(default=None)) for name in names]
     namespace = {"__module__": __name__, "__doc__": f"The outputs {', '.join(names)}."}
     return make_dataclass("RerollOutput", fields, bases=(ModelOutput,), namespace=namespace)
-
-
-def make_output(values: dict[str, Any]) -> ModelOutput:
-    """A `ModelOutput` of these values; its class follows from their names."""
-    return output_class(tuple(values))(**values)
