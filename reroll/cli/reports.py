@@ -104,16 +104,19 @@ def _exactness(found: Found) -> str:
     if check is None:
         return "not compared with the original"
     flat, rolled = check["flat"], check["rolled"]
+    if flat["failure"]:
+        return f"captured wrongly: the program does not run on other inputs: {flat['failure']}"
     first = (
         "captured exactly: the same bits"
         if flat["bit_identical"]
         else f"captured, but not to the bit: largest error {flat['max_abs_error']:.2g}"
     )
-    second = (
-        "the same bits"
-        if rolled["bit_identical"]
-        else f"relative RMS error {rolled['relative_rms_error']:.2g}"
-    )
+    if rolled["bit_identical"]:
+        second = "the same bits"
+    elif rolled["failure"]:
+        second = f"wrong: {rolled['failure']}"
+    else:
+        second = f"relative RMS error {rolled['relative_rms_error']:.2g}"
     return f"{first} of {found['output']} as the original; rolled: {second} ({check['inputs']})"
 
 

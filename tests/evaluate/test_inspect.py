@@ -121,6 +121,18 @@ def test_a_wrong_capture_is_seen() -> None:
     assert errors["rolled"]["bit_identical"] is True
 
 
+def test_a_capture_that_holds_only_for_its_own_sizes_is_seen() -> None:
+    model = tiny.llama()
+    flat = capture(model, roll=False).edit()
+    (logits,) = flat.graph.output_node().args[0]
+    with flat.graph.inserting_before(flat.graph.output_node()):
+        fixed = flat.graph.call_function(torch.ops.aten.narrow.default, (logits, 1, 0, 17))
+    flat.graph.output_node().args = ((fixed,),)
+    errors = check_capture(model, flat, flat)
+    assert errors["flat"]["bit_identical"] is False
+    assert "narrow" in errors["flat"]["failure"]
+
+
 def test_attention_is_the_same_before_rolling() -> None:
     raised = raise_idioms(capture(tiny.llama(), roll=False))
     assert attention_kinds(raised) == attention_kinds(roll_loops(raised))
