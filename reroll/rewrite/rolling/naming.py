@@ -26,8 +26,15 @@ class Names:
         while self.loop in taken:
             self.loop += "_"
         layers = sorted({parts[1] for parts in split.values() if parts and parts[0] == common})
-        self.period = max(len(layers), 1)
-        plain = self.period == 1 and layers == [0] and self.loop == common
+        # trips that start in the middle of a layer share one with the next trip: count all once
+        touched = {
+            number
+            for first, names in found.stacks.items()
+            if (parts := split[first]) and parts[0] == common
+            for number in _numbers(names)
+        }
+        self.period = max(len(touched) // found.trips, 1)
+        plain = len(layers) == 1 and layers == [0] and self.loop == common
         self.renamed: dict[str, str] = {}
         for first, parts in split.items():
             if parts is None and common and first.startswith(f"{common}."):
@@ -51,6 +58,13 @@ def layers_per_trip(found: Unifier) -> int:
         if parts is not None:
             numbers.setdefault(parts[0], set()).add(parts[1])
     return max(map(len, numbers.values()), default=1)
+
+
+def _numbers(names: tuple[str, ...]) -> list[int]:
+    """The number in which the names differ, in each of them."""
+    parts = [name.split(".") for name in names]
+    at = next(i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1)
+    return [int(p[at]) for p in parts]
 
 
 def _split(names: tuple[str, ...]) -> tuple[str, int, str] | None:
