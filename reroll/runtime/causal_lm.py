@@ -85,6 +85,6 @@ def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> 
         return False
     if asked is None:
         asked = past is not None or (
-            not model.training and getattr(model.config, "use_cache", True)
+            not model.training and model.config.use_cache
         )
     return bool(asked)

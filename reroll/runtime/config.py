@@ -35,6 +35,7 @@ class RerollConfig(PreTrainedConfig):
     program_file: str = "program.json"
     is_encoder_decoder: bool = False
     tie_word_embeddings: bool = False
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         # whoever loads a saved model makes its configuration first, and then asks for its class
