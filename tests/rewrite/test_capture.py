@@ -255,10 +255,56 @@ def test_a_model_that_branches_on_its_past_is_captured_without_one(caplog):
     made = Branching(config).eval()
     with caplog.at_level(logging.DEBUG, "reroll"):
         program = capture(made, roll=False)
-    assert "something else when there is a past" in caplog.text
+    assert "something else for other lengths, batch sizes or pasts" in caplog.text
     assert "reroll.cache.default" not in targets(program)
     inputs = random_inputs(program, padded=True)
     assert torch.equal(run(program, inputs)["logits"], eager(made, inputs).logits)
+
+
+class Changed(transformers.BertModel):
+    """Does something on the side, and reads its tokens as of another kind under some condition."""
+
+    change = staticmethod(lambda self, ids: None)
+    kinds = staticmethod(lambda ids: True)
+
+    def forward(self, input_ids, attention_mask=None, **options):
+        type(self).change(self, input_ids)
+        kind = torch.ones_like if type(self).kinds(input_ids) else torch.zeros_like
+        return super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=kind(input_ids),
+            **{name: value for name, value in options.items() if name != "token_type_ids"},
+        )
+
+
+LENGTHS = {
+    "s from 5 to 512": lambda ids: ids.shape[1] > 4,
+    "s from 2 to 7": lambda ids: ids.shape[1] < 8,
+    "s from 5 to 5": lambda ids: ids.shape[1] == 5,
+    "Eq(Mod(s, 5), 0)": lambda ids: ids.shape[1] % 5 == 0,
+    "b from 2 to 3": lambda ids: ids.shape[0] < 4,
+    "s from 3 to 512": lambda ids: ids.shape[0] < ids.shape[1],
+}
+
+
+@pytest.mark.parametrize("held", LENGTHS)
+def test_a_model_that_branches_on_a_size_is_refused(monkeypatch, held):
+    """The other branch would be lost without a word."""
+    made = Changed(transformers.BertConfig(**{**TEXT, "num_hidden_layers": 1})).eval()
+    monkeypatch.setattr(Changed, "kinds", staticmethod(LENGTHS[held]))
+    with pytest.raises(CaptureError, match="something else for other lengths") as caught:
+        capture(made)
+    assert held in caught.value.hint
+
+
+def test_a_branch_that_no_allowed_size_takes_is_none(monkeypatch):
+    made = Changed(transformers.BertConfig(**{**TEXT, "num_hidden_layers": 1})).eval()
+    monkeypatch.setattr(Changed, "kinds", staticmethod(lambda ids: ids.shape[1] <= 512))
+    program = capture(made, roll=False)
+    inputs = random_inputs(program, length=7)
+    expected = eager(made, inputs)
+    assert torch.equal(run(program, inputs)["last_hidden_state"], expected.last_hidden_state)
 
 
 @pytest.mark.slow
@@ -266,18 +312,10 @@ def test_git_is_captured_without_a_past(caplog):
     made = tiny_models.build("git")
     with caplog.at_level(logging.DEBUG, "reroll"):
         program = capture(made, roll=False)
-    assert "something else when there is a past" in caplog.text
+    assert "something else for other lengths, batch sizes or pasts" in caplog.text
     assert "reroll.cache.default" not in targets(program)
     inputs = random_inputs(program, padded=True)
     assert torch.equal(run(program, inputs)["logits"], eager(made, inputs).logits)
-
-
-class Changed(transformers.BertModel):
-    change = None
-
-    def forward(self, input_ids, attention_mask=None, **options):
-        type(self).change(self, input_ids)
-        return super().forward(input_ids, attention_mask=attention_mask, **options)
 
 
 def count(self, input_ids):

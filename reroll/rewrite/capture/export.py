@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
 
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
+from reroll.rewrite.capture.branches import check_branches
 from reroll.rewrite.capture.models import describe, open_model
 from reroll.rewrite.capture.signature import Example, default_examples, given_examples, has_state
 from reroll.rewrite.capture.tracing import IMPLEMENTATION, make_cache, tracing
@@ -95,8 +95,7 @@ def capture_module(
                     else given_examples(inputs)
                 )
                 exported = _export(model, examples, with_state, implementation)
-                if with_state:
-                    _check_branches(exported, examples)
+                check_branches(exported, examples, getattr(model, "config", None))
                 program = _to_program(model, exported, examples, source, origin)
             except RerollError as error:
                 log.info("not captured with %s, cache=%s: %s", implementation, with_state, error)
@@ -171,34 +170,6 @@ def _export(
         raise CaptureError(
             f"torch.export failed: {type(error).__name__}: {reason}", where=type(model).__name__
         ) from error
-
-
-def _check_branches(exported: torch.export.ExportedProgram, examples: list[Example]) -> None:
-    """Refuse a capture whose Python took a branch that only a non-empty past takes.
-
-    The exporter records every comparison of sizes that it answered from the example's sizes.
-    """
-    names = [
-        s.arg.name for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT
-    ]
-    values = {n.name: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"}
-    sizes: dict[Any, str] = {}
-    environment = None
-    for name, example in zip(names, examples, strict=True):
-        for size, dim in zip(values[name].shape, example.dims, strict=True):
-            if isinstance(size, torch.SymInt) and isinstance(dim, str):
-                sizes.setdefault(size.node.expr, dim)
-                environment = size.node.shape_env
-    asserts = environment.deferred_runtime_asserts.values() if environment is not None else ()
-    for held in (a.expr for found in asserts for a in found):
-        answers = []
-        for length in (2, 5, 33):
-            chosen = {"s": length, "t": length, "b": 3, "e": 7}
-            answers.append(held.subs({symbol: chosen[dim] for symbol, dim in sizes.items()}))
-        if all(answer == False for answer in answers):  # noqa: E712  (sympy's own False)
-            raise CaptureError(
-                "the model computes something else when there is a past", hint=f"it tests {held}"
-            )
 
 
 @contextmanager
