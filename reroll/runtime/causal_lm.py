@@ -84,7 +84,5 @@ def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> 
     if not model._assembly.layers or (model.training and model.is_gradient_checkpointing):
         return False
     if asked is None:
-        asked = past is not None or (
-            not model.training and model.config.use_cache
-        )
+        asked = past is not None or (not model.training and model.config.use_cache)
     return bool(asked)
