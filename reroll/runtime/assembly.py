@@ -11,7 +11,13 @@ from torch import fx, nn
 
 from reroll.rewrite.program import Program
 from reroll.runtime.attention_masks import place_masks
-from reroll.runtime.caches import CacheLayer, cache_layers, cache_nodes, numbering
+from reroll.runtime.caches import (
+    CacheLayer,
+    append_function,
+    cache_layers,
+    cache_nodes,
+    numbering,
+)
 from reroll.runtime.codegen import compile_graph, runnable
 from reroll.runtime.halves import cut
 from reroll.runtime.heads import head_weight, keep_before_head, token_table
@@ -67,19 +73,22 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     keeps = keep_before_head(program, state)
     statics = split_statics(program, state)
     numbers = numbering(program)
+    updates = {node: append_function(node) for node in numbers}
     place_masks(program, layers)
     loops, sources = {}, {}
     for loop in program.loops:
         name, inner = loop.name, cache_nodes(loop.body.graph)
-        graphs = {"forward": runnable(loop.body.graph, tree.readings[name], layers[name], None)}
+        own = {node: (updates[node], number) for number, node in enumerate(inner)}
+        graphs = {"forward": runnable(loop.body.graph, tree.readings[name], layers[name], own)}
         if name in statics:
-            graphs["static"] = runnable(statics[name], tree.readings[name], None, None)
+            graphs["static"] = runnable(statics[name], tree.readings[name])
         trip_type = _trip_type(name, graphs)
         for trip in tree.trips[name]:
             trip.__class__ = trip_type
         sources[name] = trip_type.source
         loops[name] = Trips(tree.trips[name], numbers[inner[0]][0] if inner else 0, len(inner))
-    graph = runnable(program.graph, readings, layers["main"], state)
+    own = {n: (updates[n], numbers[n][0]) for n in cache_nodes(program.graph)}
+    graph = runnable(program.graph, readings, layers["main"], own, state)
     main, sources["main"] = compile_graph(graph, "main")
     assembly = Assembly(
         main,

@@ -7,7 +7,7 @@ the order in which they run, are written there.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,20 @@ def append(layers: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     cache.
     """
     return (k, v) if layers is None else layers[number].update(k, v)
+
+
+def append_exactly(layers: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`append`, without the slots that a static layer has not filled."""
+    keys, values = append(layers, number, k, v)
+    if layers is None or not layers[number].is_compileable:
+        return keys, values
+    length = int(layers[number].get_seq_length())
+    return keys[:, :, :length], values[:, :, :length]
+
+
+def append_function(cache: fx.Node) -> Callable[..., tuple[Tensor, Tensor]]:
+    """How to update the layer of a cache node: only attention can do with slots that are empty."""
+    return append_exactly if None in _readers(cache) else append
 
 
 def layer_of(layers: Any, number: int) -> Any:

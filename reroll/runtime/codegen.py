@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from reroll.rewrite import ops
-from reroll.runtime.caches import CACHE, append, cache_nodes
+from reroll.runtime.caches import CACHE
 from reroll.runtime.functions import BINARY, FUNCTIONS, METHODS, makes_tensor_from_nothing
 from reroll.runtime.hoisting import OWN_INPUTS
 from reroll.runtime.loops import run_loop
@@ -18,20 +18,25 @@ from reroll.runtime.modules import Reading
 
 aten = torch.ops.aten
 
+# how a cache node updates its layer, and the number of that
+Update = tuple[Callable[..., Any], int]
+
 
 def runnable(
     graph: fx.Graph,
     readings: Mapping[str, Reading],
-    layers: fx.Node | None,
-    state: fx.Node | None,
+    layers: fx.Node | None = None,
+    caches: Mapping[fx.Node, Update] | None = None,
+    state: fx.Node | None = None,
 ) -> fx.Graph:
     """A copy of a graph that calls only what is fast to call.
 
-    `layers` is the node of its cache layers, `state` the main graph's running state. Weights become
-    attributes or calls of the modules that hold them, ops become functions and methods of PyTorch,
-    and what makes a tensor from nothing makes it beside the graph's first input.
+    `layers` is the node of its cache layers, `caches` says how each cache node updates which, and
+    `state` is the main graph's running state. Weights become attributes or calls of the modules
+    that hold them, ops become functions and methods of PyTorch, and what makes a tensor from
+    nothing makes it beside the graph's first input.
     """
-    return _Rewriter(graph, readings, layers, state).run()
+    return _Rewriter(graph, readings, layers, caches or {}, state).run()
 
 
 def compile_graph(graph: fx.Graph, name: str) -> tuple[Callable[..., Any], str]:
@@ -54,14 +59,14 @@ class _Rewriter:
         graph: fx.Graph,
         readings: Mapping[str, Reading],
         layers: fx.Node | None,
+        caches: Mapping[fx.Node, Update],
         state: fx.Node | None,
     ) -> None:
         self.old, self.readings = graph, readings
-        self.layers, self.state = layers, state
+        self.layers, self.caches, self.state = layers, caches, state
         self.new = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.weights: dict[str, fx.Node] = {}
-        self.caches = {node: number for number, node in enumerate(cache_nodes(graph))}
         self.device: fx.Node | None = None
 
     def run(self) -> fx.Graph:
@@ -100,8 +105,8 @@ class _Rewriter:
         if target is aten.embedding.default and (module := self._module(args[0], "lookup")):
             return self._emit(node, "call_module", module, args[1:2], {})
         if target is CACHE:
-            args = (self.layers, self.caches[node], *args[:2])
-            return self._emit(node, "call_function", append, args, {})
+            update, number = self.caches[node]
+            return self._emit(node, "call_function", update, (self.layers, number, *args[:2]), {})
         if target is ops.loop:
             args = (self.state, *args[:3])
             return self._emit(node, "call_function", run_loop, args, {})
