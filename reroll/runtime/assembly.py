@@ -20,7 +20,7 @@ from reroll.runtime.caches import (
 )
 from reroll.runtime.codegen import compile_graph, runnable
 from reroll.runtime.halves import cut
-from reroll.runtime.heads import head_weight, keep_before_head, token_table
+from reroll.runtime.heads import head_path, keep_before_head, take_embeddings
 from reroll.runtime.hoisting import OWN_INPUTS, hoist_invariants
 from reroll.runtime.loops import Trips
 from reroll.runtime.modules import Tree, Trip, build_tree
@@ -69,7 +69,8 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     masks = read_padding(program)
     layers, state = _cache_inputs(program)
     readings = tree.readings["main"]
-    head, table = head_weight(program), token_table(program)
+    head = head_path(program, readings)
+    embeddings = take_embeddings(program, readings, state)
     keeps = keep_before_head(program, state)
     statics = split_statics(program, state)
     numbers = numbering(program)
@@ -97,8 +98,8 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
         plan,
         masks,
         keeps,
-        readings[table].lookup if table is not None else None,
-        readings[head].linear if head is not None else None,
+        embeddings,
+        head,
         sources,
     )
     if any(is_decoder_input(i.name) for i in program.inputs):

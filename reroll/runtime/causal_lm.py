@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from reroll.errors import UsageError
 from reroll.runtime.loops import keep_positions
 from reroll.runtime.modeling import RerollPreTrainedModel
 
@@ -22,6 +24,7 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -31,11 +34,14 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
     ) -> Any:
         """Logits [batch, time, vocabulary] of the next token.
 
-        `attention_mask` [batch, past + time] is 0 at padding. `labels` are the input ids, -100
-        where they do not count. `logits_to_keep`: only the last so many positions, or those of a
+        `attention_mask` [batch, past + time] is 0 at padding. `inputs_embeds` [batch, time, width]
+        stand in for the embeddings of `input_ids`. `labels` are the input ids, -100 where they do
+        not count. `logits_to_keep`: only the last so many positions, or those of a
         tensor. With `output_hidden_states`, what the depth loop carries before each trip, and the
         last hidden state.
         """
+        refuse_attentions(kwargs)
+        input_ids = self._tokens(input_ids, inputs_embeds)
         use_cache = wants_cache(self, use_cache, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -51,7 +57,11 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
             else output_hidden_states
         )
         outputs, state = self.run_program(
-            given, past_key_values, keep=logits_to_keep, hidden=[] if wanted else None
+            given,
+            past_key_values,
+            keep=logits_to_keep,
+            hidden=[] if wanted else None,
+            embeddings=inputs_embeds,
         )
         logits = outputs.pop("logits")
         if not self._assembly.keeps:
@@ -72,6 +82,15 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
             result[name] = value
         return result if return_dict is not False else result.to_tuple()
 
+    def _tokens(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
+        """The token ids; beside embeddings only their size matters."""
+        if embeddings is None:
+            return ids
+        if ids is not None or self._assembly.embeddings is None:
+            why = "both tokens and embeddings" if ids is not None else "embeddings for this model"
+            raise UsageError(f"forward cannot take {why}", where=type(self).__name__)
+        return torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """The padding mask as it is: the model makes its own masks, also for static caches."""
@@ -86,3 +105,9 @@ def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> 
     if asked is None:
         asked = past is not None or (not model.training and model.config.use_cache)
     return bool(asked)
+
+
+def refuse_attentions(wishes: dict[str, Any]) -> None:
+    """Attention weights are never formed, so nobody can have them."""
+    if wishes.pop("output_attentions", None):
+        raise UsageError("a lowered model does not return attention weights")

@@ -13,7 +13,7 @@ from reroll.rewrite import ops
 from reroll.runtime.caches import CACHE
 from reroll.runtime.functions import BINARY, FUNCTIONS, METHODS, makes_tensor_from_nothing
 from reroll.runtime.hoisting import OWN_INPUTS
-from reroll.runtime.loops import run_loop
+from reroll.runtime.loops import look_up, run_loop
 from reroll.runtime.modules import Reading
 
 aten = torch.ops.aten
@@ -102,6 +102,10 @@ class _Rewriter:
             return self._emit(node, "call_method", str(target), args, kwargs)
         if target is aten.linear.default and (module := self._module(args[1], "linear")):
             return self._emit(node, "call_module", module, args[:1], {})
+        if target is look_up:
+            table = self.new.get_attr(self._module(args[0], "lookup"))  # type: ignore[arg-type]
+            args = (table, *self._map(args[1:]))
+            return self.new.call_function(look_up, args)
         if target is aten.embedding.default and (module := self._module(args[0], "lookup")):
             return self._emit(node, "call_module", module, args[1:2], {})
         if target is CACHE:

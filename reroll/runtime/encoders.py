@@ -8,13 +8,13 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.rewrite.program import Program
+from reroll.runtime.causal_lm import refuse_attentions
 from reroll.runtime.config import RerollConfig
 from reroll.runtime.modeling import RerollPreTrainedModel
 from reroll.runtime.outputs import output_class
 
 # what a caller may ask of any model, and what trainers pass to losses
 _WISHES = {
-    "output_attentions",
     "use_cache",
     "return_loss",
     "num_items_in_batch",
@@ -49,6 +49,7 @@ class RerollModel(RerollPreTrainedModel):
         The main input may be given by position whatever its name. With `output_hidden_states`, what
         the depth loop carries before each trip.
         """
+        refuse_attentions(kwargs)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -1,13 +1,16 @@
-"""The output head: computing logits only for the positions that the caller wants."""
+"""Both ends of a model: embeddings instead of tokens, and logits only where they are wanted."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import shape
-from reroll.runtime.loops import keep_positions
+from reroll.runtime.loops import keep_positions, look_up
+from reroll.runtime.modules import Reading
 
 aten = torch.ops.aten
 
@@ -47,18 +50,27 @@ def keep_before_head(program: Program, state: fx.Node) -> bool:
     return True
 
 
-def head_weight(program: Program) -> str | None:
-    """The name of the matrix that makes the logits."""
+def head_path(program: Program, readings: Mapping[str, Reading]) -> str | None:
+    """The module that makes the logits."""
     head = logits_head(program)
     weight = head.args[1] if head is not None else None
-    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    return readings[str(weight.target)].linear
 
 
-def token_table(program: Program) -> str | None:
-    """The name of the table that the first input of token ids is looked up in."""
+def take_embeddings(
+    program: Program, readings: Mapping[str, Reading], state: fx.Node
+) -> str | None:
+    """Let a caller give embeddings instead of tokens, in place; returns the tokens' module."""
     for node in program.graph.nodes:
-        if node.target is aten.embedding.default:
-            table, ids = node.args[:2]
-            if table.op == "get_attr" and ids.op == "placeholder":
-                return str(table.target)
+        if node.target is not aten.embedding.default:
+            continue
+        table, ids = node.args[:2]
+        if table.op != "get_attr" or ids.op != "placeholder":
+            continue
+        path = readings[str(table.target)].lookup
+        if path is not None:
+            node.target, node.args, node.kwargs = look_up, (table, ids, state), {}
+        return path
     return None

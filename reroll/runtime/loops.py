@@ -30,6 +30,7 @@ class State:
     layers: Sequence[Any] | None = None
     keep: int | Tensor = 0
     hidden: list[Tensor] | None = None
+    embeddings: Tensor | None = None
 
 
 def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
@@ -54,6 +55,11 @@ def run_static(state: State, name: str, inputs: tuple[Any, ...]) -> tuple[Any, .
     for trip in state.loops[name].modules:
         values.extend(trip.static(*inputs))  # type: ignore[operator]
     return tuple(values)
+
+
+def look_up(table: nn.Module, ids: Tensor, state: State) -> Tensor:
+    """The embeddings of the tokens, or those that the caller gave instead."""
+    return table(ids) if state.embeddings is None else state.embeddings  # type: ignore[no-any-return]
 
 
 def keep_positions(hidden: Tensor, state: State) -> Tensor:

@@ -22,7 +22,12 @@ def visible_tokens(mask: Tensor | None) -> Tensor | None:
     if mask.dim() == 4:
         return mask
     mask = mask.bool()
-    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+    return None if _has_values(mask) and bool(mask.all()) else mask
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor can be looked into: not while compiling, and not on the meta device."""
+    return not torch.compiler.is_compiling() and tensor.device.type != "meta"
 
 
 def make_mask(
@@ -90,7 +95,7 @@ def _sees_all(
         return near and (chunk is None or keys <= chunk)
     if isinstance(offset, Tensor):
         # a static cache: one step always has empty slots, a first prefill only slots after its own
-        if length == 1 or torch.compiler.is_compiling():
+        if length == 1 or not _has_values(offset):
             return False
         offset = int(offset)
     if chunk is not None and offset + length > chunk:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from reroll.errors import UsageError
 from reroll.runtime.assembly import HalfFunctions
 from reroll.runtime.caches import layers_of
-from reroll.runtime.causal_lm import wants_cache
+from reroll.runtime.causal_lm import refuse_attentions, wants_cache
 from reroll.runtime.loops import State, keep_positions
 from reroll.runtime.modeling import RerollPreTrainedModel
 
@@ -46,6 +46,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, GenerationMixin):
         encoder's last hidden state. `labels` are the decoder's tokens, -100 where they do not
         count; without `decoder_input_ids`, those are the labels moved one to the right.
         """
+        refuse_attentions(kwargs)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self._shifted(labels)
         use_cache = wants_cache(self, use_cache, past_key_values)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from reroll.errors import UsageError
 from reroll.rewrite.capture.export import capture
 from tests import captured
 
@@ -94,3 +95,24 @@ def test_logits_to_keep(pair: tuple[Any, Any]) -> None:
 def test_parameters_have_the_original_names(pair: tuple[Any, Any]) -> None:
     original, lowered = pair
     assert {n for n, _ in original.named_parameters()} == {n for n, _ in lowered.named_parameters()}
+
+
+def test_embeddings_instead_of_tokens(pair: tuple[Any, Any]) -> None:
+    _, lowered = pair
+    inputs = padded()
+    mask = inputs["attention_mask"]
+    embeddings = lowered.get_input_embeddings()(inputs["input_ids"])
+    expected = lowered(**inputs)
+    actual = lowered(inputs_embeds=embeddings, attention_mask=mask)
+    assert torch.equal(actual.logits, expected.logits)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    tokens = lowered.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
+    assert torch.equal(tokens, generate(lowered, max_new_tokens=5)[:, -5:])
+    with pytest.raises(UsageError, match="both tokens and embeddings"):
+        lowered(**inputs, inputs_embeds=embeddings)
+
+
+def test_attention_weights_are_refused(pair: tuple[Any, Any]) -> None:
+    _, lowered = pair
+    with pytest.raises(UsageError, match="attention weights"):
+        lowered(**padded(), output_attentions=True)

@@ -210,3 +210,20 @@ def test_a_program_with_an_unknown_auto_class_runs_as_a_plain_model() -> None:
     origin = replace(program.origin, auto_class="AutoModelForSomethingNew")
     model = lower(replace(program, origin=origin))
     assert torch.equal(model(IDS)[0], lower(program)(IDS)[0])
+
+
+@pytest.mark.parametrize("name", captured.MODELS)
+def test_tensors_are_made_where_the_inputs_are(name: str) -> None:
+    program = captured.captured(name)
+    model = lower(program, meta=True)
+    sizes = {"b": 2, "s": 9, "t": 9, "e": 7}
+    inputs = {
+        i.name: torch.zeros(
+            [sizes.get(d, d) for d in i.type.shape], dtype=i.type.dtype, device="meta"
+        )
+        for i in program.inputs
+        if i.role == "data"
+    }
+    # an operation on two devices is refused
+    outputs = model(**inputs)
+    assert outputs[0].device.type == "meta"
