@@ -1,43 +1,51 @@
-"""A part of the coverage benchmark: tiny models of many types capture exactly and roll whole."""
+"""A fast part of `benchmarks/coverage.py`: model types whose capture is exact and rolls."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks import coverage
+from benchmarks.coverage import Row, measure
 
-# a type for each way of being different: norms, positions, windows, experts, shared weights
-CAUSAL = (
-    "llama gpt2 gemma3_text bloom falcon gptj mpt gpt_neox opt phi cohere olmo2 qwen3 mixtral "
-    "gpt_oss smollm3"
-)
-ENCODERS = "albert modernbert mpnet dinov2_with_registers clip_vision_model siglip_vision_model t5"
-# the first layer has no norm before its attention, and stays outside
-PARTLY = {"modernbert": 5}
-# eager runs these through a fused kernel, whose rounding is another
-ROUNDED = {"siglip_vision_model"}
+# what each type is there for
+CAUSAL = {
+    "llama": "the plain case",
+    "gemma2": "soft caps, windows in every other layer, four norms",
+    "gpt2": "fused projections stored transposed, learned positions",
+    "gpt_neox": "parallel residual, partial rotary embedding, fused heads",
+    "gpt_oss": "attention sinks, experts",
+    "gptj": "attention of its own, interleaved rotary embedding",
+    "bloom": "attention of its own, ALiBi",
+    "mpt": "attention of its own, ALiBi of another form",
+    "opt": "positions counted from the mask",
+    "phi": "partial rotary embedding, one norm for two branches",
+    "olmo2": "norms after the branches and over all heads",
+    "qwen3": "norms of queries and keys",
+    "smollm3": "no rotary embedding in every fourth layer",
+    "stablelm": "layer norms with partial rotary embedding",
+    "starcoder2": "biases and a plain feed-forward",
+}
+ENCODERS = {
+    "bert": "the plain case",
+    "albert": "one layer's weights for all",
+    "distilbert": "names of its own",
+    "electra": "embeddings of another width",
+    "modernbert": "local and global layers, fused gates, a first layer without norm",
+    "vit": "images",
+    "dinov2": "layer scales",
+    "clip_vision_model": "a norm before the layers",
+    "bart": "two stacks",
+    "whisper": "two stacks, audio",
+}
+# ModernBERT's first layer has no norm of its own
+OUTSIDE = {"modernbert": 1}
+TYPES = [("causal", each) for each in CAUSAL] + [("encoder", each) for each in ENCODERS]
 
 
-def _measured(name: str, kind: str) -> coverage.Row:
-    row = coverage.Row(name, kind)  # type: ignore[arg-type]
-    coverage.measure(row, lambda _: None)
+@pytest.mark.parametrize(("kind", "model_type"), TYPES, ids=[each for _, each in TYPES])
+def test_a_model_type_is_captured_exactly_and_rolled(kind, model_type):
+    row = Row(model_type, kind)
+    measure(row, lambda _: None)
     assert row.failed is None, row.reason
-    return row
-
-
-@pytest.mark.parametrize("name", CAUSAL.split())
-def test_causal_models(name: str) -> None:
-    row = _measured(name, "causal")
-    assert row.error == 0.0
-    assert row.rolled == row.layers
-    assert row.rolled_error is not None
-    assert row.rolled_error <= coverage.TOLERANCE * max(row.scale or 0.0, 1.0)
-
-
-@pytest.mark.parametrize("name", ENCODERS.split())
-def test_encoders(name: str) -> None:
-    row = _measured(name, "encoder")
-    assert row.close if name in ROUNDED else row.error == 0.0
-    assert row.rolled == PARTLY.get(name, row.layers)
-    assert row.rolled_error is not None
-    assert row.rolled_error <= coverage.TOLERANCE * max(row.scale or 0.0, 1.0)
+    assert row.exact
+    assert row.rolled_error <= 1e-5 * max(row.scale, 1.0)
+    assert row.rolled == row.layers - OUTSIDE.get(model_type, 0)
