@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from reroll.evaluate.generation import generate, open_generator
 from reroll.evaluate.inspect import inspect_model
 from reroll.evaluate.subjects import open_subject
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 RECIPES = ["exact", "tie10-relax64", "tie15-relax128"]
 PROMPT = "What is the capital of France? Answer in one sentence."
 
@@ -123,8 +124,8 @@ def main() -> None:
     console.print(table(rows, arguments.tokens))
     report = arguments.out / "report.json"
     report.write_text(json.dumps(rows, indent=1) + "\n")
-    seconds = time.perf_counter() - started
-    console.print(f"models and report.json are in {arguments.out}; it took {seconds:.0f} s")
+    console.print(f"The models and report.json are in {arguments.out}.", markup=False)
+    console.print(f"It took {time.perf_counter() - started:.0f} s.")
 
 
 def table(rows: list[dict[str, Any]], tokens: int) -> Table:

@@ -33,6 +33,8 @@ def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any
         )
     if not (hasattr(module, "can_generate") and module.can_generate()):
         raise UsageError("the model does not generate text", where=name)
+    if module.main_input_name != "input_ids":
+        raise UsageError(f"the model takes {module.main_input_name}, not text", where=name)
     if tokenizer is None:
         raise UsageError("the model has no tokenizer", where=name)
     return module, tokenizer

@@ -192,12 +192,12 @@ def _named(name: str, opening: Opening) -> Subject:
 
 
 def _captured(model: Any, **options: Any) -> Program | None:
-    """The flat Program of a model; None, with the reason logged, if it cannot be captured.
+    """The Program of a model; None, with the reason logged, if it cannot be captured.
 
     Errors that also stop the model itself from being opened are raised.
     """
     try:
-        return capture(model, roll=False, **options)
+        return capture(model, **options)
     except (UsageError, CheckpointError):
         raise
     except RerollError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 import reroll
 from reroll.errors import RerollError, UsageError
@@ -79,6 +79,18 @@ def test_measures_what_a_plain_computation_gives(model_dir: Path, found: dict[st
 def test_state_is_that_of_the_cache(model_dir: Path, found: dict[str, Any]) -> None:
     # layers, keys and values, KV heads, head_dim, fp32
     assert found["state_bytes"]["1024"]["a"] == 4 * 2 * 2 * 8 * 4 * 1024
+
+
+def test_state_of_a_window_is_that_of_the_window() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    config = Gemma2Config(vocab_size=64, sliding_window=16, **sizes)
+    model = Gemma2ForCausalLM(config).eval()
+    found = compare(model, reroll.capture(model), length=LENGTH, max_tokens=LENGTH)
+    for sides in found["state_bytes"].values():
+        assert sides["a"] == sides["b"]
+    # one layer keeps everything and one the last 16 tokens: keys and values, KV heads, head_dim, fp32
+    token = 2 * config.num_key_value_heads * 8 * 4
+    assert found["state_bytes"]["1024"]["a"] == token * (1024 + 16)
 
 
 def test_logits_that_are_too_many_come_in_pieces(
