@@ -88,7 +88,7 @@ def test_state_of_a_window_is_that_of_the_window() -> None:
     found = compare(model, reroll.capture(model), length=LENGTH, max_tokens=LENGTH)
     for sides in found["state_bytes"].values():
         assert sides["a"] == sides["b"]
-    # one layer keeps everything and one the last 16 tokens: keys and values, KV heads, head_dim, fp32
+    # one layer keeps all tokens and one the last 16: keys and values, KV heads, head_dim, fp32
     token = 2 * config.num_key_value_heads * 8 * 4
     assert found["state_bytes"]["1024"]["a"] == token * (1024 + 16)
 
