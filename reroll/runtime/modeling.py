@@ -18,7 +18,7 @@ from reroll.runtime.config import RerollConfig
 from reroll.runtime.generation import generation_config
 from reroll.runtime.loops import State
 from reroll.runtime.modules import slot_key, tied_names
-from reroll.runtime.recapture import program_of
+from reroll.runtime.recapture import from_stored, program_of
 
 
 class RerollPreTrainedModel(PreTrainedModel):
@@ -102,6 +102,10 @@ class RerollPreTrainedModel(PreTrainedModel):
         transformers lays out its own checkpoints have no effect.
         """
         self.to_program().save(str(save_directory), overwrite="files")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state dict of this model, or the tensors of a file that it saved."""
+        return super().load_state_dict(from_stored(self, state_dict), *args, **kwargs)
 
     # ---- running
 

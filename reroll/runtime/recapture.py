@@ -1,9 +1,8 @@
-"""From a lowered model back to a Program: the same graphs over the weights that the model has
-now.
-"""
+"""From a lowered model back to a Program: the same graphs over the present weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,17 +21,23 @@ def program_of(model: Any) -> Program:
 
     Trips whose weight is one Parameter share an entry; trips that were untied since have their own.
     """
-    program: Program = model.program
-    found = places(program)
+    table, tensors = stored_tensors(model)
+    source = MemorySource(tensors)
+    return replace(model.program, weights=table, source=source, reference=WeightTable())
+
+
+def stored_tensors(model: Any) -> tuple[WeightTable, dict[str, Tensor]]:
+    """The weight table of a lowered model as it is now, and its tensors as a file names them."""
+    found = places(model.program)
     table: dict[str, Weight] = {}
     tensors: dict[str, Tensor] = {}
     sources: dict[int, Source] = {}
-    for name, weight in program.weights.items():
+    for name, weight in model.program.weights.items():
         trips = 1 if weight.index is None else len(weight.index)
         entries: list[Source] = []
         index = []
         for trip in range(trips):
-            tensor = _tensor(model, found[name].at(trip), weight.for_trip(trip).meta)
+            tensor = _tensor(model, found[name].at(trip), weight.meta)
             source = sources.get(id(tensor))
             if source is None:
                 stored = stored_name(name, len(entries))
@@ -43,9 +48,22 @@ def program_of(model: Any) -> Program:
             index.append(entries.index(source))
         own_index = None if weight.index is None else tuple(index)
         table[name] = Weight(tuple(entries), own_index, weight.trainable)
-    return replace(
-        program, weights=WeightTable(table), source=MemorySource(tensors), reference=WeightTable()
-    )
+    return WeightTable(table), tensors
+
+
+def from_stored(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict under the model's names, given one under the names of a saved file.
+
+    A file names a shared weight by the number of its entry, a module by the number of its trip. A
+    state dict that does not have exactly the names of a file is returned as it is.
+    """
+    _, tensors = stored_tensors(model)
+    if set(tensors) != set(state):
+        return state
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return {n: state[stored] for stored, tensor in tensors.items() for n in names[id(tensor)]}
 
 
 def untie(model: Any) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from reroll.errors import ProgramError, UsageError
@@ -189,6 +191,20 @@ class TestBackToAProgram:
         assert again.weights["model.layers.*.mlp.up_proj.weight"].index == (0, 1, 2, 3)
         assert again.parameters() == captured.captured("llama").parameters()
         assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+    def test_the_tensors_of_a_file_load_as_a_state_dict(self, tmp_path: Path) -> None:
+        model = lower(tied(captured.captured("llama")))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        model.save_pretrained(tmp_path)
+        again = lower(tied(captured.captured("llama")))
+        result = again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+        assert not result.missing_keys
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        third = lower(tied(captured.captured("llama")))
+        third.load_state_dict(model.state_dict())
+        assert torch.equal(third(IDS).logits, model(IDS).logits)
 
     def test_a_model_without_data_has_none(self) -> None:
         with pytest.raises(ProgramError, match="no data"):
