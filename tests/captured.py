@@ -11,6 +11,8 @@ import transformers
 
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.program import Program
+from reroll.rewrite.raising import raise_idioms
+from reroll.rewrite.rolling import roll_loops
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -120,10 +122,11 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 @cache
 def captured(name: str, dtype: torch.dtype = torch.float32) -> Program:
     """The Program of `model(name)`, with its layers rolled."""
-    return capture(model(name, dtype))
+    # what `capture` does, without capturing once more
+    return roll_loops(raise_idioms(flat(name, dtype)))
 
 
 @cache
-def flat(name: str) -> Program:
+def flat(name: str, dtype: torch.dtype = torch.float32) -> Program:
     """The Program of `model(name)` without loops."""
-    return capture(model(name), roll=False)
+    return capture(model(name, dtype), roll=False)

@@ -8,10 +8,8 @@ from benchmarks.coverage import Row, measure
 
 # what each type is there for
 CAUSAL = {
-    "llama": "the plain case",
     "gemma2": "soft caps, windows in every other layer, four norms",
     "gpt2": "fused projections stored transposed, learned positions",
-    "gpt_neox": "parallel residual, partial rotary embedding, fused heads",
     "gpt_oss": "attention sinks, experts",
     "gptj": "attention of its own, interleaved rotary embedding",
     "bloom": "attention of its own, ALiBi",
@@ -21,14 +19,11 @@ CAUSAL = {
     "olmo2": "norms after the branches and over all heads",
     "qwen3": "norms of queries and keys",
     "smollm3": "no rotary embedding in every fourth layer",
-    "stablelm": "layer norms with partial rotary embedding",
-    "starcoder2": "biases and a plain feed-forward",
 }
 ENCODERS = {
-    "bert": "the plain case",
+    "bert": "an encoder in the plain case",
     "albert": "one layer's weights for all",
     "distilbert": "names of its own",
-    "electra": "embeddings of another width",
     "modernbert": "local and global layers, fused gates, a first layer without norm",
     "vit": "images",
     "dinov2": "layer scales",

@@ -41,12 +41,23 @@ def generate(model: Any, **options: Any) -> torch.Tensor:
     return GenerationMixin.generate(model, **inputs_of(model), **wishes)  # type: ignore[no-any-return]
 
 
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to rounding: 1e-5 of the largest value, as single precision's 1e-7 grows over depth.
+
+    T5 does not scale its scores, so its rounding grows most: its logits are up to 15 and differ
+    by 2e-4 between single and double precision.
+    """
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item() + 1e-8
+    )
+
+
 def test_outputs(pair: tuple[Any, Any]) -> None:
     original, lowered = pair
     inputs = {**inputs_of(original), "decoder_input_ids": decoder_ids()}
     expected, actual = original(**inputs), lowered(**inputs)
-    torch.testing.assert_close(actual.logits, expected.logits)
-    torch.testing.assert_close(actual.encoder_last_hidden_state, expected.encoder_last_hidden_state)
+    assert_close(actual.logits, expected.logits)
+    assert_close(actual.encoder_last_hidden_state, expected.encoder_last_hidden_state)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +113,7 @@ def test_encoder_outputs_of_any_kind(pair: tuple[Any, Any]) -> None:
         (original.get_encoder()(**inputs)[0],),
     ):
         actual = lowered(encoder_outputs=outputs, decoder_input_ids=decoder_ids(), **mask).logits
-        torch.testing.assert_close(actual, expected)
+        assert_close(actual, expected)
 
 
 def test_loss_and_gradients(pair: tuple[Any, Any]) -> None:
@@ -116,10 +127,10 @@ def test_loss_and_gradients(pair: tuple[Any, Any]) -> None:
         loss.backward()
         losses.append(loss)
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(losses[1], losses[0])
+    assert_close(losses[1], losses[0])
     shared = grads[0].keys() & grads[1].keys()
     assert len(shared) > 20
     for name in shared:
-        torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-4, atol=1e-5)
+        assert_close(grads[1][name], grads[0][name])
     lowered.zero_grad()
     original.zero_grad()
