@@ -100,10 +100,12 @@ def measured(command: list[str], threads: int) -> dict[str, Any]:
 
 def merge_config(source: Path, file: Path) -> Path:
     """Write the recipe of a plain linear merge of a checkpoint with itself."""
-    model = {"model": str(source), "parameters": {"weight": 0.5}}
-    file.write_text(
-        json.dumps({"merge_method": "linear", "models": [model, model], "dtype": "bfloat16"})
-    )
+    # by another name: mergekit refuses to merge a path with itself
+    again = file.with_name("checkpoint-again")
+    again.unlink(missing_ok=True)
+    again.symlink_to(source.resolve(), target_is_directory=True)
+    models = [{"model": str(m), "parameters": {"weight": 0.5}} for m in (source, again)]
+    file.write_text(json.dumps({"merge_method": "linear", "models": models, "dtype": "bfloat16"}))
     return file
 
 
