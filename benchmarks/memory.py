@@ -95,7 +95,7 @@ def measured(command: list[str], threads: int) -> dict[str, Any]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{output[-2000:]}")
-    return {"seconds": time.perf_counter() - start, "peak_mb": usage.ru_maxrss / 1e3}
+    return {"seconds": time.perf_counter() - start, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
 
 
 def merge_config(source: Path, file: Path) -> Path:

@@ -14,7 +14,8 @@ from reroll.rewrite.weights.expressions import TensorSource
 
 Progress = Callable[[int, int], None]
 
-SHARD_BYTES = 2**30
+# what is held while it fills
+SHARD_BYTES = 2**29
 
 
 def save_outputs(

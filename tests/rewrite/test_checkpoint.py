@@ -21,10 +21,8 @@ from reroll.rewrite.checkpoint import (
     ChainSource,
     MemorySource,
     SafetensorsSource,
-    save_table,
     save_tensors,
 )
-from tests.rewrite.weight_strategies import SOURCES, tables
 
 TENSORS = {f"layers.{i}.w": torch.full((4, 8), float(i)) for i in range(5)} | {
     "half": torch.arange(6).bfloat16(),
@@ -63,16 +61,6 @@ class TestReading:
     def test_sharded(self, sharded: Path) -> None:
         source = SafetensorsSource(sharded)
         assert_same(source, TENSORS)
-        source.close()
-        assert_same(source, TENSORS)
-
-    def test_few_files_are_open(self, tmp_path: Path) -> None:
-        tensors = {f"{i}": torch.full((3,), float(i)) for i in range(20)}
-        metas = {name: w.meta_of(t) for name, t in tensors.items()}
-        save_tensors(tmp_path, tensors.items(), metas, max_shard_bytes=1)
-        source = SafetensorsSource(tmp_path)
-        assert_same(source, tensors)
-        assert len(source._open) <= 4
 
     def test_a_loaded_tensor_is_the_callers(self, single: Path) -> None:
         source = SafetensorsSource(single)
@@ -267,19 +255,3 @@ class TestWriting:
         with pytest.raises(ExportError, match="there is a checkpoint already"):
             save_tensors(single, TENSORS.items(), METAS)
         assert_same(SafetensorsSource(single), TENSORS)
-
-    @given(tables())
-    @settings(max_examples=25, deadline=None)
-    def test_table_round_trip(
-        self, tmp_path_factory: pytest.TempPathFactory, table: w.WeightTable
-    ) -> None:
-        directory = tmp_path_factory.mktemp("saved")
-        source = MemorySource(SOURCES)
-        saved = save_table(directory, table, source, max_shard_bytes=100)
-        assert saved.bytes() == table.bytes()
-        before = {(n, e): t for n, e, t in w.evaluate(table, source)}
-        if not before:
-            return
-        after = {(n, e): t for n, e, t in w.evaluate(saved, SafetensorsSource(directory))}
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[key], after[key]) for key in before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reroll.rewrite.checkpoint.gguf_source import GgufSource
 from reroll.rewrite.checkpoint.hf_source import hf_source
-from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource, save_table, save_tensors
+from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource, save_tensors
 from reroll.rewrite.checkpoint.sources import ChainSource, MemorySource, missing_tensor
 from reroll.rewrite.weights.expressions import TensorSource
 
@@ -16,6 +16,5 @@ __all__ = [
     "TensorSource",
     "hf_source",
     "missing_tensor",
-    "save_table",
     "save_tensors",
 ]

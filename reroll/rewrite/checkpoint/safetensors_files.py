@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ from torch import Tensor
 from reroll.errors import CheckpointError, ExportError
 from reroll.rewrite.checkpoint.safetensors_header import DOWNLOAD_AGAIN, read_header, read_index
 from reroll.rewrite.checkpoint.sources import missing_tensor
-from reroll.rewrite.weights.evaluation import Output, evaluate_outputs, in_order
-from reroll.rewrite.weights.expressions import Expr, Meta, Source, TensorSource, meta_of
-from reroll.rewrite.weights.stacked import Weight, WeightTable
+from reroll.rewrite.weights.expressions import Meta, meta_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_OPEN_FILES = 4
 
 
 class SafetensorsSource:
@@ -43,7 +39,6 @@ class SafetensorsSource:
             self._file_of = dict.fromkeys(headers[file], file)
         self._entries = {name: headers[file][name] for name, file in self._file_of.items()}
         self._where = str(path)
-        self._open: OrderedDict[Path, Any] = OrderedDict()
 
     def names(self) -> Iterable[str]:
         """Names of all tensors."""
@@ -60,25 +55,15 @@ class SafetensorsSource:
         self.meta(name)
         file = self._file_of[name]
         try:
-            tensor: Tensor = self._handle(file).get_tensor(name)
+            # opened for each tensor: all that was read from a mapped file counts as resident
+            # until it is closed
+            with safe_open(file, framework="pt") as handle:
+                # a view of the mapped file would keep the mapping and show later writes
+                return handle.get_tensor(name).clone()  # type: ignore[no-any-return]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"tensor {name!r} cannot be read ({error})", str(file), DOWNLOAD_AGAIN
             ) from error
-        # a view of the mapped file would keep the mapping and show later writes
-        return tensor.clone()
-
-    def close(self) -> None:
-        """Close the files; they open again when needed."""
-        self._open.clear()
-
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-            if len(self._open) > MAX_OPEN_FILES:
-                self._open.popitem(last=False)
-        self._open.move_to_end(file)
-        return self._open[file]
 
 
 def _checkpoint_file(path: Path) -> Path:
@@ -181,29 +166,3 @@ def _announced(
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         yield name, tensor
-
-
-def save_table(
-    directory: str | Path,
-    table: WeightTable,
-    source: TensorSource,
-    max_shard_bytes: int = 2**30,
-) -> WeightTable:
-    """Compute a weight table into safetensors files; each distinct expression is saved once.
-
-    Returns the table in which every entry is the saved tensor, to be read with
-    `SafetensorsSource` from the same directory.
-    """
-    saved: dict[Expr, Source] = {}
-    for stored, (name, entry) in table.stored().items():
-        expr = table[name].entries[entry]
-        saved.setdefault(expr, Source(stored, expr.meta))
-    outputs = in_order([Output(s.name, 0, expr) for expr, s in saved.items()])
-    items = ((name, tensor) for name, _, tensor in evaluate_outputs(outputs, source))
-    save_tensors(directory, items, {o.name: o.expr.meta for o in outputs}, max_shard_bytes)
-    return WeightTable(
-        {
-            name: Weight(tuple(saved[e] for e in w.entries), w.index, w.trainable)
-            for name, w in table.items()
-        }
-    )
