@@ -44,12 +44,12 @@ class Option:
         return describe(self.type)
 
     def convert(self, value: Any, owner: str) -> Any:
-        """The value in its declared type; UsageError naming `owner` and what is allowed."""
+        """The value in its declared type; UsageError naming `owner`, such as "pass tie"."""
         converted = _convert(value, self.type)
         if converted is REFUSED:
             raise UsageError(
                 f"{self.name} must be {self.kind}, not {_shown(value)}",
-                where=f"pass {owner}, option {self.name}",
+                where=f"{owner}, option {self.name}",
                 hint=_suggest(value, self.type),
             )
         return converted
