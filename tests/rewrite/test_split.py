@@ -96,7 +96,7 @@ def test_packed_trips_keep_what_is_tied():
 
 def test_one_trip_can_be_repeated():
     program = captured("llama").edit()
-    program, (first, middle, last) = split_loop(program, program.loops[0], [1, 3])
+    program, (_, middle, _) = split_loop(program, program.loops[0], [1, 3])
     once, middle = pack_trips(program, middle, 2)
     twice, _ = repeat_trip(once.edit(), find_loop(once, middle.name), 1)
     same_outputs(once, twice)
@@ -127,6 +127,6 @@ def test_places_outside_the_loop_are_errors():
         split_loop(program, program.loops[0], [2, 5])
     with pytest.raises(ProgramError, match="cannot be packed by 3"):
         pack_trips(program, program.loops[0], 3)
-    with pytest.raises(ProgramError, match="no loop model.block"):
+    with pytest.raises(ProgramError, match="there is no loop"):
         find_loop(program, "model.block")
     assert split_loop(program, program.loops[0], [0, 4]) == (program, [program.loops[0]])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from torch import fx
@@ -63,7 +64,7 @@ def split_loop(program: Program, loop: Loop, at: Sequence[int]) -> tuple[Program
     results = _results(loop)
     pieces: list[fx.Node] = []
     tables: list[tuple[dict[str, Weight], dict[str, Weight]]] = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         name = loop.name if start == 0 else _free(f"{loop.name}_{start}", {*bodies, "main"})
         names = {old: _renamed(old, loop.name, name, start) for old in stacked}
         body = _copied(loop.body.graph, names)

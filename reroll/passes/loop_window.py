@@ -1,0 +1,172 @@
+"""Loop window: a few layers in the middle run several times in smaller steps, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import fx
+
+from reroll.errors import PassError, UsageError
+from reroll.rewrite.passes.base import Context, Pass, option
+from reroll.rewrite.passes.measure import Judge
+from reroll.rewrite.program import Body, Loop, Program
+from reroll.rewrite.rolling.split import find_loop, inline, pack_trips, repeat_trip, split_loop
+
+aten = torch.ops.aten
+
+Scheme = Literal["euler", "midpoint", "heun", "rk4", "naive"]
+Choice = int | list[int]
+
+
+class LoopWindow(Pass):
+    """Run the layers from `start` up to `stop` as `steps` smaller steps of the same flow.
+
+    Training-Free Looped Transformers (arXiv 2605.23872). With F the window of layers, one pass
+    through it, h <- F(h), is read as one Euler step of length 1 along F(h) - h. It is replaced by
+    `steps` steps of length 1/steps, which is `euler`: h <- h + (F(h) - h) / steps. `midpoint`,
+    `heun` and `rk4` are the Runge-Kutta schemes of order 2, 2 and 4, which run the window 2, 2 and
+    4 times in each step. `naive` repeats the window without making its steps smaller; it is there
+    to compare with, and degrades most models.
+
+    No weight changes and none is added. Every time that a layer runs it has a cache of its own, so
+    that generating gives what one forward over the whole text gives, and the cache and the time
+    grow with the number of runs. One Euler step is the original.
+
+    Layers count from 0, and `stop` is not run; where one trip of the loop holds several layers,
+    both count trips. An option that is a list is searched: all combinations are tried on the
+    calibration text, and the one with the lowest perplexity is taken.
+    """
+
+    name = "loop_window"
+    contract = "approximate"
+
+    start: Choice = option(help="the first layer of the window, or several to try")
+    stop: Choice = option(help="the layer after the last one, or several to try")
+    steps: Choice = option(2, help="how many steps replace the one, or several to try")
+    scheme: Scheme = option("euler", help="how a step is made")
+    loop: str | None = option(None, help="the loop's name; the longest one by default")
+
+    def check(self) -> None:
+        if not any(True for _ in self._candidates()):
+            raise UsageError(
+                "no window starts before it stops and has steps to make",
+                where="pass loop_window, options start, stop and steps",
+            )
+
+    def run(self, program: Program, context: Context) -> Program:
+        candidates = list(self._candidates())
+        if len(candidates) == 1:
+            return self._looped(program, *candidates[0], context)
+        judge = Judge(program, context)
+        if judge.kind != "text" or not judge.generates:
+            raise PassError(
+                "a search needs a model that predicts text, and its tokenizer",
+                hint="give one start, one stop and one number of steps",
+            )
+        found: list[tuple[float, tuple[int, int, int]]] = []
+        for number, candidate in enumerate(candidates):
+            context.progress(number, len(candidates), "searching")
+            tried = self._looped(program.edit(), *candidate, None)
+            quality = judge.compare(program, tried)["perplexity"]
+            found.append((quality["after"], candidate))
+            judge.keep([program])
+        found.sort()
+        context.remark(
+            f"{len(found)} windows tried; perplexity {quality['before']:.4g} without, "
+            + ", ".join(f"{p:.4g} with {_named(c)}" for p, c in found[:3])
+        )
+        return self._looped(program, *found[0][1], context)
+
+    def _candidates(self) -> list[tuple[int, int, int]]:
+        lists = (v if isinstance(v, list) else [v] for v in (self.start, self.stop, self.steps))
+        return [c for c in product(*lists) if 0 <= c[0] < c[1] and c[2] >= 1]
+
+    def _looped(
+        self, program: Program, start: int, stop: int, steps: int, context: Context | None
+    ) -> Program:
+        whole = find_loop(program, self.loop)
+        if stop > whole.trips:
+            raise PassError(
+                f"{whole.name} has {whole.trips} trips, and the window stops at {stop}",
+                hint=f"stop is {whole.trips} or less",
+            )
+        if len(whole.carry) != 1:
+            raise PassError(
+                f"{whole.name} carries {len(whole.carry)} values, and a step is one of one value"
+            )
+        name, trips = whole.name, whole.trips
+        program, pieces = split_loop(program, whole, [start, stop])
+        window = next(p for p, first in zip(pieces, _firsts(pieces), strict=True) if first == start)
+        program, window = pack_trips(program, window, stop - start)
+        runs = 1
+        if steps > 1 and self.scheme != "naive":
+            body, runs = _stepped(window.body.graph, self.scheme, 1 / steps)
+            bodies = {**program.bodies, window.name: Body(body, window.period * runs)}
+            program = replace(program, bodies=bodies)
+            window = Loop(window.node, bodies[window.name])
+        program, _ = repeat_trip(program, window, steps)
+        if context is not None:
+            executed = start + steps * runs * (stop - start) + trips - stop
+            context.remark(
+                f"{name}: layers {start} to {stop - 1} run {steps * runs} times "
+                f"({steps} {self.scheme} steps); {trips} -> {executed} layers run, "
+                f"with one cache each"
+            )
+        return program
+
+
+def _named(candidate: tuple[int, int, int]) -> str:
+    start, stop, steps = candidate
+    return f"start={start}, stop={stop}, steps={steps}"
+
+
+def _firsts(pieces: list[Loop]) -> list[int]:
+    starts = [0]
+    for piece in pieces[:-1]:
+        starts.append(starts[-1] + piece.trips)
+    return starts
+
+
+def _stepped(body: fx.Graph, scheme: Scheme, length: float) -> tuple[fx.Graph, int]:
+    """A body that makes one step of a scheme along F(h) - h, and how often it runs F."""
+    graph = fx.Graph()
+    places = [n for n in body.nodes if n.op == "placeholder"]
+    given = {place: graph.node_copy(place) for place in places}
+    runs = 0
+
+    def call(target: Callable[..., object], *args: object) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta["type"] = given[places[0]].meta["type"]
+        return node
+
+    def slope(h: fx.Node) -> fx.Node:
+        nonlocal runs
+        runs += 1
+        (out,) = inline(graph, body, {**given, places[0]: h})
+        return call(aten.sub.Tensor, out, h)
+
+    def along(h: fx.Node, direction: fx.Node, factor: float) -> fx.Node:
+        return call(aten.add.Tensor, h, call(aten.mul.Tensor, direction, factor))
+
+    h = given[places[0]]
+    first = slope(h)
+    if scheme == "euler":
+        out = along(h, first, length)
+    elif scheme == "midpoint":
+        out = along(h, slope(along(h, first, length / 2)), length)
+    elif scheme == "heun":
+        second = slope(along(h, first, length))
+        out = along(h, call(aten.add.Tensor, first, second), length / 2)
+    else:
+        second = slope(along(h, first, length / 2))
+        third = slope(along(h, second, length / 2))
+        last = slope(along(h, third, length))
+        middle = call(aten.mul.Tensor, call(aten.add.Tensor, second, third), 2.0)
+        total = call(aten.add.Tensor, call(aten.add.Tensor, first, middle), last)
+        out = along(h, total, length / 6)
+    graph.output((out,))
+    return graph, runs
