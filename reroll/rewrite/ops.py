@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reroll.rewrite.rules import find_rule
+
 NAMESPACE = "reroll"
 
 
@@ -234,6 +236,66 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "sigmoid":
         return torch.sigmoid(x)
     raise ValueError(f"unknown activation {activation!r}")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::recurrence", mutates_args=())
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: list[Tensor],
+    rule: str,
+    options: str,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """A token mixer whose state has a size of its own, run over a sequence from the zero state.
+
+    `q`: [batch, heads, time, d_k]; `k`: [batch, kv_heads, time, d_k]; `v` likewise with d_v;
+    `gates`: tensors [batch, kv_heads, time, ...] in the order in which the mixer declares them.
+    `rule` names a mixer of `reroll.mixers`, `options` is its options as a JSON object. `padding`
+    [batch, time] is 0 at tokens that leave the state alone.
+
+    Returns [batch, time, heads, d_v].
+    """
+    with torch.no_grad():
+        out = find_rule(rule).run(q, k, v, gates, options, padding)
+    return out.contiguous()
+
+
+@recurrence.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: list[Tensor],
+    rule: str,
+    options: str,
+    padding: Tensor | None = None,
+) -> Tensor:
+    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, gates, ctx.rule, ctx.options, padding = inputs
+    ctx.save_for_backward(q, k, v, *gates, *([] if padding is None else [padding]))
+    ctx.count = 3 + len(gates)
+
+
+def _recurrence_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    # the inputs are kept and the sequence is run again
+    saved = [t.detach() for t in ctx.saved_tensors]
+    inputs, padding = saved[: ctx.count], saved[ctx.count :]
+    inputs = [t.requires_grad_(t.is_floating_point()) for t in inputs]
+    q, k, v, *gates = inputs
+    with torch.enable_grad():
+        out = find_rule(ctx.rule).run(q, k, v, gates, ctx.options, padding[0] if padding else None)
+    dq, dk, dv, *dgates = torch.autograd.grad(
+        out, inputs, grad, allow_unused=True, materialize_grads=True
+    )
+    return dq, dk, dv, dgates, None, None, None
+
+
+recurrence.register_autograd(_recurrence_backward, setup_context=_keep_inputs)
 
 
 def loop(body: str, carry: tuple[Any, ...], inputs: tuple[Any, ...], trips: int) -> tuple[Any, ...]:

@@ -17,10 +17,12 @@ from torch import fx
 
 from reroll.rewrite.program import Dim, Loop, Program, TensorType
 from reroll.rewrite.raising.matching import argument
+from reroll.rewrite.rules import find_rule
 
 aten = torch.ops.aten
 ATTENTION = torch.ops.reroll.attention.default
 CACHE = torch.ops.reroll.cache.default
+RECURRENCE = torch.ops.reroll.recurrence.default
 
 CONTEXT = 1024
 
@@ -175,5 +177,23 @@ def _attentions(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def _recurrence_flops(node: fx.Node, place: Place) -> int:
+    rule, options, (heads, kv_heads, d_k, d_v) = _mixer(node, place)
+    return find_rule(rule).flops(options, heads, kv_heads, d_k, d_v)
+
+
+def _recurrence_state(node: fx.Node, place: Place) -> int:
+    rule, options, (_, kv_heads, d_k, d_v) = _mixer(node, place)
+    return find_rule(rule).state_bytes(options, kv_heads, d_k, d_v)
+
+
+def _mixer(node: fx.Node, place: Place) -> tuple[str, str, tuple[int, ...]]:
+    """The name, options and sizes of a recurrence."""
+    rule, options = (str(place.resolve(argument(node, name))) for name in ("rule", "options"))
+    q, k, v = (_shape(a) for a in node.args[:3])
+    return rule, options, tuple(_count((d,)) for d in (q[1], k[1], q[3], v[3]))
+
+
 register(ATTENTION, flops=_attention)
+register(RECURRENCE, flops=_recurrence_flops, state=_recurrence_state)
 register(CACHE, state=_cache)

@@ -1,0 +1,278 @@
+"""Token mixers: recurrences over the sequence with a state of constant size.
+
+A mixer is pure tensor mathematics with no parameters. It takes
+
+    q       [batch, heads, time, d_k]
+    k       [batch, kv_heads, time, d_k]      v  [batch, kv_heads, time, d_v]
+    gates   one tensor [batch, kv_heads, time, *shape] for each `Gate` that the mixer declares
+    state   fp32 tensors of `state_shapes`, one set for each key-value head; zeros if absent
+    padding [batch, time], 0 at tokens that write nothing and leave the state as it is
+    segments [batch, time], a number for each token; the state starts anew where it changes
+
+and returns (out [batch, time, heads, d_v], the new state). There are three forms of it, which agree
+in value, in every gradient and in the state, however a sequence is split over calls:
+
+    parallel   the definition over a whole sequence, quadratic in time; for reading and testing
+    chunk      chunks by matrix products, chunks chained by the state; for training and prefill
+    step       the recurrence, one token; for decoding
+
+Heads are grouped as in attention: query heads [i * groups, (i + 1) * groups) read the state of
+key-value head i. Padding, packing, grouping, dtypes and the scale are handled here once; a mixer's
+file has the mathematics only, as `parallel_form`, `chunk_form` and `step_form` on
+
+    q [batch, kv_heads, groups, time, d_k], k, v [batch, kv_heads, time, ...], gates, state
+
+`parallel` and `step` compute in fp32, `chunk` multiplies in the dtype of its inputs and keeps
+gates, sums over time and the state in fp32; fp64 inputs are computed in fp64 throughout.
+
+A new mixer is one file of this folder with a subclass of `Mixer` that sets `name`; see
+`docs/mixers.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.mixers import packing
+from reroll.mixers.gates import Gate, wide
+from reroll.rewrite.passes.declared import Declared
+from reroll.rewrite.passes.options import option
+
+State: TypeAlias = tuple[Tensor, ...]
+Result: TypeAlias = tuple[Tensor, State]
+
+
+class Mixer(Declared, ABC):
+    """A token mixer. Its fields are its options, as those of a pass are."""
+
+    what: ClassVar[str] = "mixer"
+    name: ClassVar[str] = ""
+
+    chunk_size: int = option(64, help="tokens that one chunk handles by matrix products")
+    scale: float | None = option(None, help="factor on the queries; the mixer's own if none")
+
+    def check(self) -> None:
+        """Raise UsageError if the options do not fit together."""
+        if self.chunk_size < 1:
+            raise UsageError("chunk_size must be positive", where=f"mixer {self.name}")
+
+    # ---- what a mixer declares
+
+    @abstractmethod
+    def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
+        """The gates it takes, in order."""
+
+    @abstractmethod
+    def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
+        """Sizes of its state for one sequence and one key-value head."""
+
+    def default_scale(self, d_k: int) -> float:
+        """The factor on the queries if the option names none: d_k^-1/2."""
+        return 1 / math.sqrt(d_k)
+
+    def write_flops(self, d_k: int, d_v: int) -> int:
+        """Operations for one head and token to update the state: decay and add, by default."""
+        return 3 * sum(map(math.prod, self.state_shapes(d_k, d_v)))
+
+    # ---- the mathematics
+
+    def prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """What happens to each token alone, in fp32 and before padding: feature maps, norms."""
+        return q, k, v, gates
+
+    @abstractmethod
+    def parallel_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        """The definition over all tokens at once; out is [batch, kv_heads, groups, time, d_v]."""
+
+    @abstractmethod
+    def chunk_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        """The same in chunks."""
+
+    @abstractmethod
+    def step_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        """The same for one token: every tensor is without its time dimension."""
+
+    # ---- the forms that callers use
+
+    def parallel(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        state: State | None = None,
+        padding: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Result:
+        """The definition: quadratic in time, everything in fp32."""
+        if segments is not None:
+            return packing.apart(self.parallel, q, k, v, gates, self._start(k, v, state),
+                                 padding, segments)  # fmt: skip
+        dtype = v.dtype
+        q, k, v, ready = self._ready(q, k, v, gates, padding, exact=True)
+        out, state = self.parallel_form(q, k, v, ready, self._start(k, v, state))
+        return _ungrouped(out, dtype), state
+
+    def chunk(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        state: State | None = None,
+        padding: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Result:
+        """Chunks by matrix products: for training and prefill."""
+        if segments is not None:
+            return packing.apart(self.chunk, q, k, v, gates, self._start(k, v, state),
+                                 padding, segments)  # fmt: skip
+        dtype, start = v.dtype, self._start(k, v, state)
+        q, k, v, ready = self._ready(q, k, v, gates, padding, exact=False)
+        out, state = self.chunk_form(q, k, v, ready, start)
+        return _ungrouped(out, dtype), state
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        state: State | None = None,
+        padding: Tensor | None = None,
+    ) -> Result:
+        """One token of the recurrence: for decoding."""
+        if k.shape[2] != 1:
+            raise UsageError(
+                f"step takes one token, not {k.shape[2]}",
+                where=f"mixer {self.name}",
+                hint="use chunk for several tokens onto a state",
+            )
+        dtype, start = v.dtype, self._start(k, v, state)
+        q, k, v, ready = self._ready(q, k, v, gates, padding, exact=True)
+        out, state = self.step_form(
+            q[..., 0, :], k[:, :, 0], v[:, :, 0], tuple(g[:, :, 0] for g in ready), start
+        )
+        return _ungrouped(out.unsqueeze(-2), dtype), state
+
+    def recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        state: State | None = None,
+        padding: Tensor | None = None,
+    ) -> Result:
+        """`step` for each token in turn."""
+        outs = []
+        for t in range(k.shape[2]):
+            now = slice(t, t + 1)
+            out, state = self.step(
+                q[:, :, now], k[:, :, now], v[:, :, now], [g[:, :, now] for g in gates],
+                state, None if padding is None else padding[:, now],
+            )  # fmt: skip
+            outs.append(out)
+        assert state is not None
+        return torch.cat(outs, 1), state
+
+    def initial_state(self, k: Tensor, v: Tensor) -> State:
+        """The zero state for these keys and values."""
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        shapes = self.state_shapes(k.shape[-1], v.shape[-1])
+        return tuple(k.new_zeros(*k.shape[:2], *s, dtype=dtype) for s in shapes)
+
+    # ---- what the op and its costs need
+
+    def text(self) -> str:
+        """Its options as JSON text: what is not as it is by default."""
+        return json.dumps(self.given())
+
+    def flops(self, heads: int, kv_heads: int, d_k: int, d_v: int) -> int:
+        """Operations for one more token: each head writes, each query head reads all the state."""
+        read = 2 * sum(map(math.prod, self.state_shapes(d_k, d_v)))
+        return kv_heads * self.write_flops(d_k, d_v) + heads * read
+
+    def state_bytes(self, kv_heads: int, d_k: int, d_v: int) -> int:
+        """Bytes of state of one sequence, in fp32."""
+        return 4 * kv_heads * sum(map(math.prod, self.state_shapes(d_k, d_v)))
+
+    # ---- plumbing
+
+    def _start(self, k: Tensor, v: Tensor, state: State | None) -> State:
+        return self.initial_state(k, v) if state is None else state
+
+    def _ready(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        padding: Tensor | None,
+        *,
+        exact: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """The inputs as the forms want them: wide if `exact`, masked, heads grouped."""
+        declared = self.gates(k.shape[-1], v.shape[-1])
+        self._check_shapes(q, k, v, gates, declared)
+        dtype = k.dtype
+        scale = self.default_scale(q.shape[-1]) if self.scale is None else self.scale
+        hidden = None if padding is None else padding[:, None, :, None] == 0
+        ready = [wide(g) for g in gates]
+        if hidden is not None:
+            # before anything is computed: padding may hold anything, also what is not a number
+            q, k, v = (t.masked_fill(hidden, 0.0) for t in (q, k, v))
+        for i, gate in enumerate(declared):
+            if hidden is not None:
+                away = hidden[..., 0].view(*hidden.shape[:3], *(1 for _ in gate.shape))
+                ready[i] = ready[i].masked_fill(away, gate.neutral)
+            if gate.floor is not None:
+                ready[i] = ready[i].clamp(min=gate.floor)
+        q, k, v, prepared = self.prepare(wide(q), wide(k), wide(v), tuple(ready))
+        if scale != 1.0:
+            q = q * scale
+        if hidden is not None:
+            # features of a zero need not be zero
+            k = k.masked_fill(hidden, 0.0)
+        if not exact:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        groups = q.shape[1] // k.shape[1]
+        return torch.unflatten(q, 1, (k.shape[1], groups)), k, v, prepared
+
+    def _check_shapes(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], declared: tuple[Gate, ...]
+    ) -> None:
+        problem = None
+        if len(gates) != len(declared):
+            problem = f"takes {len(declared)} gates ({', '.join(g.name for g in declared)}), " \
+                      f"not {len(gates)}"  # fmt: skip
+        elif q.shape[1] % k.shape[1]:
+            problem = f"{q.shape[1]} query heads do not divide into {k.shape[1]} key-value heads"
+        else:
+            for gate, tensor in zip(declared, gates, strict=True):
+                wanted = (*k.shape[:3], *gate.shape)
+                if tuple(tensor.shape) != wanted:
+                    problem = f"gate {gate.name} is {tuple(tensor.shape)}, not {wanted}"
+        if problem is not None:
+            raise UsageError(problem, where=f"mixer {self.name}")
+
+
+def _ungrouped(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """[batch, kv_heads, groups, time, d_v] to [batch, time, heads, d_v]."""
+    return out.to(dtype).flatten(1, 2).transpose(1, 2)

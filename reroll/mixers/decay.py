@@ -1,0 +1,129 @@
+"""How a state fades between two tokens of a stretch: products of decays, from sums of their logs.
+
+Token i of a stretch sees what token j <= i wrote times exp(G_i - G_j), where G are the sums of the
+log decays up to and including a token. Differences are taken before the exponential, so nothing
+leaves the range of floating point whatever the decays are; only `FactoredDecay` splits them in two
+factors, which is why it needs a floor under its log decays.
+
+Shapes: k [..., time, d], q [..., groups, time, d], log decays [..., time] or [..., time, d].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+# |sum of log decays| over a chunk for which both factors, anchored in its middle, fit fp32 and bf16
+REACH = 160.0
+
+
+def bounded_size(size: int, floor: float) -> int:
+    """The largest power of two up to `size` for which a chunk of factored decays stays in range."""
+    while size > 1 and size * -floor > REACH:
+        size = 1 << ((size - 1).bit_length() - 1)
+    return size
+
+
+class Decay(ABC):
+    """The decays of a stretch of tokens; everything it returns is as wide as the log decays."""
+
+    @abstractmethod
+    def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
+        """q_i . k_j with what fades between them: [..., groups, time, time].
+
+        Zero where j > i + diagonal: `diagonal` is -1 to leave a token's own key out.
+        """
+
+    @abstractmethod
+    def from_start(self, x: Tensor) -> Tensor:
+        """`x` [..., time, d] times what is left at each token of the state before the stretch."""
+
+    @abstractmethod
+    def to_end(self, k: Tensor) -> Tensor:
+        """`k` [..., time, d] times what is left of each token's write after the stretch."""
+
+    @property
+    @abstractmethod
+    def total(self) -> Tensor:
+        """The sum of log decays over the stretch, to be added to the state's: [..., d or 1]."""
+
+
+class HeadDecay(Decay):
+    """One decay for each head: log decays [..., time]."""
+
+    def __init__(self, log_decay: Tensor) -> None:
+        self.sums = log_decay.cumsum(-1)
+
+    def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
+        between = self.sums[..., :, None] - self.sums[..., None, :]
+        fade = between.masked_fill(~_lower(between, diagonal), -torch.inf).exp()
+        return products(q, k.mT) * fade.unsqueeze(-3)
+
+    def from_start(self, x: Tensor) -> Tensor:
+        return x * _beside(self.sums[..., None].exp(), x)
+
+    def to_end(self, k: Tensor) -> Tensor:
+        return k * (self.sums[..., -1:] - self.sums).exp()[..., None]
+
+    @property
+    def total(self) -> Tensor:
+        return self.sums[..., -1:]
+
+
+class ChannelDecay(Decay):
+    """One decay for each channel of the keys: log decays [..., time, d], all pairs at once."""
+
+    def __init__(self, log_decay: Tensor) -> None:
+        self.sums = log_decay.cumsum(-2)
+
+    def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
+        between = self.sums[..., :, None, :] - self.sums[..., None, :, :]
+        seen = _lower(between[..., 0], diagonal)
+        fade = between.masked_fill(~seen[..., None], -torch.inf).exp()
+        return torch.einsum("...gid,...jd,...ijd->...gij", q, k, fade)
+
+    def from_start(self, x: Tensor) -> Tensor:
+        return x * _beside(self.sums.exp(), x)
+
+    def to_end(self, k: Tensor) -> Tensor:
+        return k * (self.sums[..., -1:, :] - self.sums).exp()
+
+    @property
+    def total(self) -> Tensor:
+        return self.sums[..., -1, :]
+
+
+class FactoredDecay(ChannelDecay):
+    """The same in one matrix product: exp(G_i - G_j) = exp(G_i - a) exp(a - G_j).
+
+    The anchor a lies in the middle of the range of G, so that each factor spans half of it: over a
+    stretch of `bounded_size` tokens both fit, and with them the product for every j <= i.
+    """
+
+    def __init__(self, log_decay: Tensor) -> None:
+        super().__init__(log_decay)
+        anchored = self.sums - 0.5 * self.sums[..., -1:, :].detach()
+        self.rise, self.fall = anchored.exp(), (-anchored).exp()
+
+    def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
+        dtype = q.dtype
+        all_pairs = products((q * self.rise.unsqueeze(-3)).to(dtype), (k * self.fall).to(dtype).mT)
+        # what lies above the diagonal may have overflowed, and is dropped here
+        return all_pairs.masked_fill(~_lower(all_pairs[..., 0, :, :], diagonal).unsqueeze(-3), 0.0)
+
+
+def products(q: Tensor, m: Tensor) -> Tensor:
+    """The product of q [..., groups, time, a] and m [..., a, b]: the groups are further rows."""
+    return torch.unflatten(q.flatten(-3, -2) @ m, -2, q.shape[-3:-1])
+
+
+def _beside(factors: Tensor, x: Tensor) -> Tensor:
+    """Factors [..., time, d] beside x, which may have groups before its time."""
+    return factors if factors.dim() == x.dim() else factors.unsqueeze(-3)
+
+
+def _lower(square: Tensor, diagonal: int) -> Tensor:
+    ones = torch.ones(square.shape[-2:], dtype=torch.bool, device=square.device)
+    return ones.tril(diagonal)

@@ -1,0 +1,85 @@
+"""Linear recurrences S_t = A_t S_{t-1} + k_t v_t^T, o_t = q_t S_t, with a diagonal A_t.
+
+One stretch of tokens as matrix products, and a sequence as stretches chained by the state: Yang et
+al., 2023 (arXiv 2312.06635), section 4; Dao and Gu, 2024 (arXiv 2405.21060), section 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reroll.mixers.decay import Decay, products
+
+# chunks whose states are chained by one product; more than that go in several
+TOGETHER = 32
+
+
+def stretch(q: Tensor, k: Tensor, v: Tensor, decay: Decay, state: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens at once: the state seen by each, and what each sees of the others.
+
+    q [..., groups, time, d_k], k [..., time, d_k], v [..., time, d_v], state [..., d_k, d_v].
+    """
+    out = products(decay.scores(q, k), v) + products(decay.from_start(q), state)
+    return out, decay.total.exp()[..., None] * state + decay.to_end(k).mT @ v
+
+
+def chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    decay: Callable[[Tensor], Decay],
+    state: Tensor,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """The same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k]."""
+    time, dtype = k.shape[2], q.dtype
+    q, k, v, log_decay = (cut(t, size, dim) for t, dim in ((q, 3), (k, 2), (v, 2), (log_decay, 2)))
+    q = q.transpose(2, 3)  # [batch, kv_heads, chunks, groups, size, d_k]
+    fade = decay(log_decay)
+    writes = fade.to_end(k).to(dtype).mT @ v  # [batch, kv_heads, chunks, d_k, d_v]
+    states, end = chain(writes.to(state.dtype), fade.total, state)
+    out = products(fade.scores(q, k).to(dtype), v)
+    out = out + products(fade.from_start(q).to(dtype), states.to(dtype))
+    return joined(out, time), end
+
+
+def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each chunk, and after the last.
+
+    `writes` [batch, kv_heads, chunks, d_k, d_v] is what each chunk adds, `total` [batch, kv_heads,
+    chunks, d_k or 1] the log of what it leaves of the state before it.
+    """
+    before = []
+    for first in range(0, writes.shape[2], TOGETHER):
+        part = slice(first, first + TOGETHER)
+        # the state that comes in is one more write, before all others
+        added = torch.cat([state.unsqueeze(2), writes[:, :, part]], 2)
+        sums = F.pad(total[:, :, part], (0, 0, 1, 0)).cumsum(2).transpose(2, 3)
+        between = sums[..., :, None] - sums[..., None, :]
+        seen = torch.ones_like(between[0, 0, 0], dtype=torch.bool).tril()
+        fade = between.masked_fill(~seen, -torch.inf).exp()  # [batch, kv_heads, d_k or 1, n, n]
+        if fade.shape[2] == 1:
+            states = torch.unflatten(fade[:, :, 0] @ added.flatten(3), 3, added.shape[3:])
+        else:
+            states = (fade @ added.transpose(2, 3)).transpose(2, 3)
+        before.append(states[:, :, :-1])
+        state = states[:, :, -1]
+    return torch.cat(before, 2), state
+
+
+def cut(x: Tensor, size: int, dim: int) -> Tensor:
+    """Time into [chunks, size]; tokens of zeros, which change nothing, fill the last chunk."""
+    missing = -x.shape[dim] % size
+    if missing:
+        x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing))
+    return torch.unflatten(x, dim, (-1, size))
+
+
+def joined(out: Tensor, time: int) -> Tensor:
+    """[batch, kv_heads, chunks, groups, size, d_v] to [batch, kv_heads, groups, time, d_v]."""
+    return out.transpose(2, 3).flatten(3, 4)[..., :time, :]

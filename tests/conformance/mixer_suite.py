@@ -1,0 +1,239 @@
+"""What holds for every mixer: inherit `MixerSuite` and give a mixer.
+
+    class TestRetention(MixerSuite):
+        mixer = make("retention", {"chunk_size": 8})
+
+The three forms agree in value, in every gradient and in the state, however a sequence is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.mixers import Mixer, State, make
+from reroll.rewrite.passes import tolerances
+
+BATCH, HEADS, KV_HEADS, TIME, D_K, D_V = 2, 4, 2, 21, 6, 5
+
+
+class Inputs(NamedTuple):
+    """What a mixer takes; `state` is one that a few tokens have left behind."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: tuple[Tensor, ...]
+    state: State
+
+    def at(self, when: Any, rows: Any = slice(None)) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """The tokens of a slice of time."""
+        q, k, v = (t[rows, :, when] for t in (self.q, self.k, self.v))
+        return q, k, v, [g[rows, :, when] for g in self.gates]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.q, self.k, self.v, *self.gates, *self.state]
+
+
+def draw(
+    mixer: Mixer,
+    dtype: torch.dtype = torch.float64,
+    time: int = TIME,
+    heads: int = HEADS,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs, with gates as the mixer's own activations make them."""
+    make_random = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=make_random)
+
+    def tokens(count: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        q, k, v = (random(BATCH, n, count, d).to(dtype)
+                   for n, d in ((heads, D_K), (KV_HEADS, D_K), (KV_HEADS, D_V)))  # fmt: skip
+        gates = [
+            g.activation(random(BATCH, KV_HEADS, count, *g.shape).to(wide))
+            for g in mixer.gates(D_K, D_V)
+        ]
+        return q, k, v, tuple(gates)
+
+    _, state = mixer.recur(*tokens(3))
+    q, k, v, gates = tokens(time)
+    return Inputs(q, k, v, gates, tuple(s.detach() for s in state))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    error = tolerances.relative_rms(actual, expected)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} above {tolerance:.0e}"
+
+
+Form = Callable[..., tuple[Tensor, State]]
+
+
+def with_gradients(form: Form, inputs: Inputs, **keywords: Any) -> dict[str, Tensor]:
+    """What a form returns, and the gradient of all of it by everything that goes in."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs.tensors()]
+    count = 3 + len(inputs.gates)
+    q, k, v, *gates = leaves[:count]
+    out, state = form(q, k, v, gates, tuple(leaves[count:]), **keywords)
+    seed = torch.Generator().manual_seed(1)
+    loss = sum(
+        (t.double() * torch.randn(t.shape, dtype=torch.float64, generator=seed)).sum()
+        for t in (out, *state)
+    )
+    assert isinstance(loss, Tensor)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    found = {"out": out} | {f"state {i}": s for i, s in enumerate(state)}
+    return found | {f"gradient {i}": g for i, g in enumerate(grads)}
+
+
+class MixerSuite:
+    """Tests of one mixer."""
+
+    mixer: ClassVar[Mixer]
+
+    def compare(self, inputs: Inputs, dtype: torch.dtype, **keywords: Any) -> None:
+        """All forms against `parallel`."""
+        wanted = with_gradients(self.mixer.parallel, inputs, **keywords)
+        for form in (self.mixer.chunk, self.mixer.recur):
+            for key, value in with_gradients(form, inputs, **keywords).items():
+                tolerance = tolerances.forward(dtype)
+                if key.startswith("gradient") and dtype != torch.float64:
+                    tolerance = tolerances.GRADIENT
+                assert_close(value, wanted[key], tolerance, f"{form.__name__}: {key}")
+
+    # ---- the declaration
+
+    def test_its_options_survive_text(self) -> None:
+        assert make(self.mixer.name, self.mixer.text()) == self.mixer
+        with pytest.raises(UsageError, match="there is no option 'chunksize'"):
+            make(self.mixer.name, {"chunksize": 8})
+
+    def test_its_state_has_the_declared_shape(self) -> None:
+        inputs = draw(self.mixer)
+        shapes = self.mixer.state_shapes(D_K, D_V)
+        assert [s.shape[2:] for s in inputs.state] == [torch.Size(s) for s in shapes]
+        numbers = sum(s[0, 0].numel() for s in inputs.state)
+        assert self.mixer.state_bytes(KV_HEADS, D_K, D_V) == 4 * KV_HEADS * numbers
+        assert self.mixer.flops(HEADS, KV_HEADS, D_K, D_V) > numbers
+
+    def test_its_gates_can_be_made(self) -> None:
+        raw, key = torch.linspace(-4, 4, 9), torch.randn(BATCH, KV_HEADS, TIME, D_K)
+        for gate in self.mixer.gates(D_K, D_V):
+            made = [gate.activation(raw), *(f(key) for f in gate.from_key.values())]
+            for value in made:
+                assert ((value >= gate.low) & (value <= gate.high)).all(), gate.name
+            for value in made[1:]:
+                assert value.shape == (*key.shape[:3], *gate.shape), gate.name
+            if gate.inverse is not None:
+                back = torch.tensor([gate.inverse(float(v)) for v in made[0]])
+                assert_close(back, raw, 1e-4, f"inverse of {gate.name}")
+
+    # ---- three forms of one function
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_the_forms_agree(self, dtype: torch.dtype) -> None:
+        padding = torch.ones(BATCH, TIME)
+        padding[0, :7] = 0
+        self.compare(draw(self.mixer, dtype), dtype, padding=padding)
+
+    def test_the_forms_agree_in_bfloat16(self) -> None:
+        inputs = draw(self.mixer, torch.bfloat16)
+        wide = Inputs(*(t.float() for t in inputs[:3]), *inputs[3:])
+        wanted, wanted_state = self.mixer.parallel(*wide)
+        for form in (self.mixer.chunk, self.mixer.recur):
+            out, state = form(*inputs)
+            assert out.dtype == torch.bfloat16
+            assert_close(out, wanted, tolerances.forward(torch.bfloat16), form.__name__)
+            for s, w in zip(state, wanted_state, strict=True):
+                assert s.dtype == torch.float32
+                assert_close(s, w, tolerances.forward(torch.bfloat16), f"state of {form.__name__}")
+
+    @settings(max_examples=8, deadline=None, derandomize=True)
+    @given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(0, 9))
+    def test_any_split_gives_the_same(self, lengths: list[int], seed: int) -> None:
+        inputs = draw(self.mixer, time=sum(lengths), seed=seed)
+        wanted, end = self.mixer.parallel(*inputs)
+        outs, state, start = [], inputs.state, 0
+        for length in lengths:
+            form = self.mixer.step if length == 1 else self.mixer.chunk
+            out, state = form(*inputs.at(slice(start, start + length)), state)
+            outs, start = [*outs, out], start + length
+        self.same((torch.cat(outs, 1), state), (wanted, end))
+
+    def test_query_heads_share_a_state(self) -> None:
+        inputs, groups = draw(self.mixer), HEADS // KV_HEADS
+        apart = [t.repeat_interleave(groups, 1) for t in inputs.tensors()[1:]]
+        count = 2 + len(inputs.gates)
+        out, _ = self.mixer.chunk(inputs.q, *apart[:2], apart[2:count], tuple(apart[count:]))
+        assert_close(self.mixer.chunk(*inputs)[0], out, 1e-10, "grouped heads")
+
+    # ---- padding and packing
+
+    @pytest.mark.parametrize("form", ["parallel", "chunk", "recur"])
+    def test_padding_leaves_the_state_alone(self, form: str) -> None:
+        inputs, run = draw(self.mixer), getattr(self.mixer, form)
+        padding = torch.ones(BATCH, TIME)
+        padding[:, :5], padding[:, 11:13] = 0, 0
+        seen = padding[0].bool()
+        wanted = run(*inputs.at(seen), inputs.state)
+        # whatever stands in padding, nothing of it may be seen
+        for tensor in inputs.tensors()[: 3 + len(inputs.gates)]:
+            tensor[:, :, ~seen] = torch.nan
+        out, state = run(*inputs, padding=padding)
+        assert out.isfinite().all()
+        self.same((out[:, seen], state), wanted)
+
+    @pytest.mark.parametrize("form", ["parallel", "chunk"])
+    def test_packed_sequences_do_not_meet(self, form: str) -> None:
+        inputs, run = draw(self.mixer), getattr(self.mixer, form)
+        cuts: Sequence[Sequence[int]] = ((4, 5, 13), (17,))
+        segments = torch.zeros(BATCH, TIME, dtype=torch.long)
+        for row, places in enumerate(cuts):
+            for place in places:
+                segments[row, place:] += 1
+        padding = torch.ones(BATCH, TIME)
+        padding[0, 14:16] = 0
+        out, state = run(*inputs, segments=segments, padding=padding)
+        for row, places in enumerate(cuts):
+            last = self.mixer.initial_state(inputs.k[:1], inputs.v[:1])
+            ends = [0, *places, TIME]
+            for start, end in pairwise(ends):
+                now, one = slice(start, end), slice(row, row + 1)
+                before = tuple(s[one] for s in inputs.state) if start == 0 else None
+                wanted, last = run(*inputs.at(now, one), before, padding[one, now])
+                assert_close(out[one, now], wanted, 1e-10, f"row {row} from {start}")
+            self.same((out[row], tuple(s[row : row + 1] for s in state)), (out[row], last))
+
+    def same(self, found: tuple[Tensor, State], wanted: tuple[Tensor, State]) -> None:
+        assert_close(found[0], wanted[0], 1e-10, "out")
+        for i, (a, b) in enumerate(zip(found[1], wanted[1], strict=True)):
+            assert_close(a, b, 1e-10, f"state {i}")
+
+    # ---- in a program
+
+    def test_the_op_runs_it_and_its_gradient(self) -> None:
+        inputs = draw(self.mixer)
+        leaves = [t.clone().requires_grad_() for t in inputs.tensors()[: 3 + len(inputs.gates)]]
+        q, k, v, *gates = leaves
+        padding = torch.ones(BATCH, TIME)
+        padding[1, :4] = 0
+        out = torch.ops.reroll.recurrence(
+            q, k, v, gates, self.mixer.name, self.mixer.text(), padding
+        )
+        wanted, _ = self.mixer.parallel(q, k, v, gates, padding=padding)
+        assert_close(out, wanted, 1e-10, "the op")
+        seed = torch.randn_like(wanted)
+        keywords = {"allow_unused": True, "materialize_grads": True}
+        found = torch.autograd.grad(out, leaves, seed, **keywords)
+        for a, b in zip(found, torch.autograd.grad(wanted, leaves, seed, **keywords), strict=True):
+            assert_close(a, b, 1e-10, "gradient of the op")
