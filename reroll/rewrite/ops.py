@@ -33,6 +33,7 @@ def mask(
     chunk: int | None,
     blocks: Tensor | None,
     dtype: torch.dtype,
+    prefix: int | None = None,
 ) -> Tensor:
     """The additive attention mask: 0 where a query may see a key, else the lowest finite value.
 
@@ -40,8 +41,10 @@ def mask(
     query. `window`: with `causal` the last `window` keys including the query's own, without it the
     keys at a distance of at most `window`. `chunk`: only keys of the query's own chunk, counted
     from the first token that is not padding. `blocks` [batch, kv_length]: tokens with the same
-    number of 0 or more see each other in both directions, whatever the rest says. `padding`
-    [batch, kv_length] is 0 at keys that nobody sees.
+    number of 0 or more see each other in both directions, whatever the rest says. `prefix`: the
+    first so many tokens that are not padding stay in sight of all that causality lets see them,
+    whatever window and chunk say (attention sinks, arXiv 2309.17453). `padding` [batch, kv_length]
+    is 0 at keys that nobody sees.
 
     Returns [batch, 1, q_length, kv_length] of `dtype`.
     """
@@ -56,6 +59,8 @@ def mask(
             first = (padding.bool().cumsum(-1) == 0).sum(-1)
         first = first[:, None, None, None]
         keep = keep & ((kv - first) // chunk == (q - first) // chunk)
+    if prefix is not None:
+        keep = keep | (in_prefix(padding, kv[0], prefix) & visible(q, kv, causal, None))
     if blocks is not None:
         of_query = blocks[:, q_offset : q_offset + q_length, None]
         same = (of_query == blocks[:, None, :kv_length]) & (of_query >= 0)
@@ -77,6 +82,7 @@ def _(
     chunk: int | None,
     blocks: Tensor | None,
     dtype: torch.dtype,
+    prefix: int | None = None,
 ) -> Tensor:
     device = padding.device if padding is not None else None
     return torch.empty(batch, 1, q_length, kv_length, dtype=dtype, device=device)
@@ -90,6 +96,17 @@ def visible(q: Tensor, kv: Tensor, causal: bool, window: int | None) -> Tensor:
     if window is None:
         return (kv >= 0) & (q >= 0)
     return (q - kv).abs() <= window
+
+
+def in_prefix(padding: Tensor | None, kv: Tensor, prefix: int) -> Tensor:
+    """Which of the keys at positions `kv` [keys] are among the first `prefix` that are not padding.
+
+    Returns [batch or 1, 1, 1, keys]; `padding` is over all tokens from the first on.
+    """
+    if padding is None:
+        return (kv < prefix)[None, None, None]
+    number = padding.long().cumsum(-1)[:, kv.clamp(max=padding.shape[1] - 1)]
+    return (number <= prefix)[:, None, None]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cache", mutates_args=())
@@ -129,18 +146,22 @@ def attention(
     bias: Tensor | None = None,
     padding: Tensor | None = None,
     blocks: Tensor | None = None,
+    prefix: int | None = None,
 ) -> Tensor:
     """Softmax attention over grouped heads.
 
     `q`: [batch, heads, time, head_dim]; `k`: [batch, kv_heads, kv_time, head_dim]; `v` likewise
     with its own head_dim. Scores are `q k^T * scale`, bounded to `softcap * tanh(scores /
     softcap)`, plus `bias` (anything that broadcasts to [batch, heads, time, kv_time]). `causal`,
-    `window`, `chunk`, `blocks` and `padding` mean what they mean in `mask`, with the queries at the
-    end of the keys.
+    `window`, `chunk`, `blocks`, `padding` and `prefix` mean what they mean in `mask`, with the
+    queries at the end of the keys.
     `sinks` [heads] are logits that take part in the normalisation and carry no value.
 
-    Returns [batch, time, heads, v_head_dim].
+    Returns [batch, time, heads, v_head_dim]: zeros where a causal window is 0 and there is no
+    prefix.
     """
+    if causal and window == 0 and not prefix:
+        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -153,7 +174,7 @@ def attention(
         length, kv_length = q.shape[2], k.shape[2]
         scores = scores + mask(
             padding, q.shape[0], length, kv_length, kv_length - length,
-            causal, window, chunk, blocks, scores.dtype,
+            causal, window, chunk, blocks, scores.dtype, prefix,
         )  # fmt: skip
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)

@@ -17,6 +17,7 @@ from reroll.runtime.caches import (
     cache_layers,
     cache_nodes,
     numbering,
+    tell_padding,
 )
 from reroll.runtime.codegen import compile_graph, runnable
 from reroll.runtime.halves import cut
@@ -75,6 +76,8 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     statics = split_statics(program, state)
     numbers = numbering(program)
     updates = {node: append_function(node) for node in numbers}
+    for node in numbers:
+        tell_padding(node)
     place_masks(program, layers)
     loops, sources = {}, {}
     for loop in program.loops:

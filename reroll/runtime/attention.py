@@ -30,9 +30,11 @@ def attend(
     `mask` [batch or 1, 1, time or 1, keys] is True where a query may see a key, or is added to the
     scores if it is floating. Without one, `causal` says that query i sees the keys up to i; keys
     beyond the last query are slots that a static cache has not filled. Returns [batch, time, heads,
-    v_head_dim].
+    v_head_dim]; zeros if the mask has no columns.
     """
     length = q.shape[2]
+    if mask is not None and mask.shape[-1] == 0:
+        return q.new_zeros(q.shape[0], length, q.shape[1], v.shape[-1])
     if mask is None and causal and length > 1:
         k, v = k[:, :, :length], v[:, :, :length]
     else:

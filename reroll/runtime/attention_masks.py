@@ -17,9 +17,9 @@ from reroll.rewrite.raising.matching import all_arguments, argument, shape
 from reroll.runtime.attention import attend
 from reroll.runtime.caches import ATTENTION, CACHE, cache_layers, cache_nodes, layer_of, numbering
 from reroll.runtime.hoisting import add_input, drop_unused_inputs, outer_values, placeholders
-from reroll.runtime.masks import make_mask, visible_tokens
+from reroll.runtime.masks import kept_bias, make_mask, visible_tokens
 
-_VALUES = ("padding", "blocks", "causal", "window", "chunk")
+_VALUES = ("padding", "blocks", "causal", "window", "chunk", "prefix")
 _UNKNOWN = object()
 
 
@@ -54,15 +54,22 @@ class _Placer:
         cache = cache_of(node)
         values = {name: argument(node, name) for name in _VALUES}
         mask: fx.Node | None = None
+        number = None
+        if cache is not None:
+            # a trip has its own part of the layers
+            of_trip = cache_nodes(cache.graph).index
+            number = self.number[cache][0] if loop is None else of_trip(cache)
         if _can_need_mask(node, values, cache):
             masks = self._outer_masks(node, values, cache, loop)
             if any(m is _UNKNOWN for m in masks):
-                mask = _inner_mask(node, values, cache, layers)
+                mask = _inner_mask(node, values, cache, layers, number)
             elif loop is None:
                 mask = masks[0]
             else:
                 same = all(m is masks[0] for m in masks)
                 mask = add_input(loop, "mask", masks[0] if same else tuple(masks))
+        if number is not None and values["prefix"] is not None:
+            _fit_bias(node, layers, number)
         _set_mask(node, mask)
 
     def _outer_masks(
@@ -96,8 +103,7 @@ class _Placer:
             point = first
         if own is not None and (first is None or not first < point):
             # no layer has been updated there: all of one kind have keys at the same positions
-            kind = (self.plan[own].kind, self.plan[own].size)
-            own = [(x.kind, x.size) for x in self.plan].index(kind)
+            own = [layer.reach for layer in self.plan].index(self.plan[own].reach)
         key = (*values.values(), own, length)
         if key not in self.made:
             graph = self.program.graph
@@ -149,7 +155,11 @@ def _is_plain(values: dict[str, Any]) -> bool:
 
 
 def _inner_mask(
-    node: fx.Node, values: dict[str, Any], cache: fx.Node | None, layers: fx.Node
+    node: fx.Node,
+    values: dict[str, Any],
+    cache: fx.Node | None,
+    layers: fx.Node,
+    number: int | None,
 ) -> fx.Node:
     """A mask made beside its attention, before the layer's own update."""
     graph, q, k = node.graph, argument(node, "q"), argument(node, "k")
@@ -163,7 +173,7 @@ def _inner_mask(
     with graph.inserting_before(cache or node):
         layer = keys = None
         if cache is not None:
-            layer = graph.call_function(layer_of, (layers, cache_nodes(graph).index(cache)))
+            layer = graph.call_function(layer_of, (layers, number))
         length = graph.call_method("size", (q, 2))
         if cache is None:
             keys = graph.call_method("size", (k, 2))
@@ -176,10 +186,21 @@ def _make(
     padding = values["padding"]
     if isinstance(padding, fx.Node) and padding.target is not visible_tokens:
         padding = graph.call_function(visible_tokens, (padding,))
-    rest = (values["causal"], values["window"], values["chunk"])
+    rest = tuple(values[name] for name in ("causal", "window", "chunk", "prefix"))
     return graph.call_function(
         make_mask, (layer, padding, values["blocks"], like, length, keys, *rest)
     )
+
+
+def _fit_bias(node: fx.Node, layers: fx.Node, number: int) -> None:
+    """Cut an attention's bias to the keys that its cache layer returns."""
+    graph, bias, padding = node.graph, argument(node, "bias"), argument(node, "padding")
+    if bias is None:
+        return
+    with graph.inserting_before(node):
+        layer = graph.call_function(layer_of, (layers, number))
+        fitted = graph.call_function(kept_bias, (layer, bias, padding, argument(node, "k")))
+    node.replace_input_with(bias, fitted)
 
 
 def _set_mask(node: fx.Node, mask: fx.Node | None) -> None:

@@ -7,7 +7,7 @@ the order in which they run, are written there.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,30 @@ _SIZES = {"sliding_attention": "sliding_window", "chunked_attention": "attention
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What one cache layer keeps: a transformers layer type, the window or chunk, and the sizes."""
+    """What one cache layer keeps: a transformers layer type, the window or chunk, and the sizes.
+
+    `prefix` is how many first tokens it keeps beside the window.
+    """
 
     kind: str
     size: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
+    prefix: int = 0
+
+    @property
+    def reach(self) -> tuple[str, int | None, int]:
+        """What says which tokens it keeps."""
+        return self.kind, self.size, self.prefix
+
+    def own(self) -> Any:
+        """A layer of ours, where transformers has none that keeps this; else None."""
+        # a Program's cache layers are wanted before transformers is
+        from reroll.runtime.windows import WindowLayer
+
+        if self.kind == "sliding_attention" and (self.prefix or not self.size):
+            return WindowLayer(self.size or 0, self.prefix)
+        return None
 
 
 def cache_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -70,11 +88,11 @@ def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
     sizes = shape(argument(node, "k"))
     heads, dim = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
     heads, dim = (x if isinstance(x, int) else None for x in (heads, dim))
-    kind, size = "full_attention", None
+    kind, size, prefix = "full_attention", None, 0
     reaches = {_reach(user, loop, trip) for user in _readers(node)}
     if len(reaches) == 1:
-        kind, size = reaches.pop()
-    return CacheLayer(kind, size, heads, dim)
+        kind, size, prefix = reaches.pop()
+    return CacheLayer(kind, size, heads, dim, prefix)
 
 
 def _readers(cache: fx.Node) -> list[fx.Node | None]:
@@ -89,18 +107,20 @@ def _readers(cache: fx.Node) -> list[fx.Node | None]:
     return readers
 
 
-def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int | None]:
-    """How far back an attention looks, as a layer type and its size."""
+def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int | None, int]:
+    """How far back an attention looks: a layer type, its size, and the first tokens it sees."""
+    everything = "full_attention", None, 0
     if node is None:
-        return "full_attention", None
-    causal, window, chunk = (
-        constant(argument(node, name), loop, trip) for name in ("causal", "window", "chunk")
+        return everything
+    causal, window, chunk, prefix = (
+        constant(argument(node, name), loop, trip)
+        for name in ("causal", "window", "chunk", "prefix")
     )
-    if causal is True and isinstance(window, int):
-        return "sliding_attention", window
-    if causal is True and isinstance(chunk, int):
-        return "chunked_attention", chunk
-    return "full_attention", None
+    if causal is True and isinstance(window, int) and isinstance(prefix, int | None):
+        return "sliding_attention", window, prefix or 0
+    if causal is True and isinstance(chunk, int) and prefix is None:
+        return "chunked_attention", chunk, 0
+    return everything
 
 
 def constant(value: Any, loop: Loop | None, trip: int) -> Any:
@@ -112,16 +132,20 @@ def constant(value: Any, loop: Loop | None, trip: int) -> Any:
     return value if position < 0 else loop.input_for(position, trip)
 
 
-def append(layers: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def append(
+    layers: Any, number: int, k: Tensor, v: Tensor, **options: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Add new keys and values to a cache layer; all of them so far, or just these without a
-    cache.
+    cache. `options` may be the padding: see `tell_padding`.
     """
-    return (k, v) if layers is None else layers[number].update(k, v)
+    return (k, v) if layers is None else layers[number].update(k, v, **options)
 
 
-def append_exactly(layers: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def append_exactly(
+    layers: Any, number: int, k: Tensor, v: Tensor, **options: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`append`, without the slots that a static layer has not filled."""
-    keys, values = append(layers, number, k, v)
+    keys, values = append(layers, number, k, v, **options)
     if layers is None or not layers[number].is_compileable:
         return keys, values
     length = int(layers[number].get_seq_length())
@@ -131,6 +155,14 @@ def append_exactly(layers: Any, number: int, k: Tensor, v: Tensor) -> tuple[Tens
 def append_function(cache: fx.Node) -> Callable[..., tuple[Tensor, Tensor]]:
     """How to update the layer of a cache node: only attention can do with slots that are empty."""
     return append_exactly if None in _readers(cache) else append
+
+
+def tell_padding(cache: fx.Node) -> None:
+    """Let a cache node take the padding, in place, if its layer has to know the first tokens."""
+    readers = [n for n in _readers(cache) if n is not None]
+    prefixed = [n for n in readers if argument(n, "prefix") is not None]
+    if prefixed:
+        cache.kwargs = {"padding": argument(prefixed[0], "padding")}
 
 
 def layer_of(layers: Any, number: int) -> Any:
@@ -144,9 +176,11 @@ class _Offloaded:
     def __init__(self, cache: Any, number: int) -> None:
         self.cache, self.number = cache, number
         self.is_compileable = cache.layers[number].is_compileable
+        if hasattr(cache.layers[number], "kept"):
+            self.kept = cache.layers[number].kept
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cache.update(k, v, self.number)  # type: ignore[no-any-return]
+    def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return self.cache.update(k, v, self.number, **options)  # type: ignore[no-any-return]
 
     def get_mask_sizes(self, length: int) -> tuple[int, int]:
         return self.cache.layers[self.number].get_mask_sizes(length)  # type: ignore[no-any-return]
@@ -155,13 +189,16 @@ class _Offloaded:
         return self.cache.layers[self.number].get_seq_length()
 
 
-def layers_of(cache: Any, count: int) -> list[Any] | None:
-    """The layers of a transformers cache, made now where it makes them on demand."""
-    # a Program's cache layers are wanted before transformers is
+def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
+    """The layers of a transformers cache, made now where it makes them on demand.
+
+    A layer that is still empty gives way to one of ours where the plan wants one.
+    """
     from transformers import DynamicCache
 
     from reroll.runtime.growing import make_growing
 
+    count = len(plan)
     if cache is None or not count:
         return None
     while cache.layer_class_to_replicate is not None and len(cache.layers) < count:
@@ -171,11 +208,25 @@ def layers_of(cache: Any, count: int) -> list[Any] | None:
             f"the cache has {len(cache.layers)} layers, and the model needs {count}",
             hint="make it from the model's own configuration: DynamicCache(config=model.config)",
         )
+    for number, planned in enumerate(plan):
+        own = planned.own()
+        if own is not None and type(cache.layers[number]) is not type(own):
+            _replace(cache.layers, number, own)
     if type(cache) is DynamicCache and not cache.offloading:
         make_growing(cache.layers)
     if cache.offloading:
         return [_Offloaded(cache, number) for number in range(count)]
     return cache.layers  # type: ignore[no-any-return]
+
+
+def _replace(layers: list[Any], number: int, own: Any) -> None:
+    if layers[number].get_seq_length():
+        raise UsageError(
+            f"layer {number} of the cache is full of what another model has put there",
+            hint="begin with an empty cache: DynamicCache(config=model.config)",
+        )
+    own.record_past = getattr(layers[number], "record_past", False)
+    layers[number] = own
 
 
 def cache_config(layers: list[CacheLayer]) -> dict[str, Any]:
@@ -190,7 +241,7 @@ def cache_config(layers: list[CacheLayer]) -> dict[str, Any]:
     for number, layer in enumerate(layers):
         own = {"num_key_value_heads": layer.kv_heads, "head_dim": layer.head_dim}
         if layer.kind in _SIZES:
-            own[_SIZES[layer.kind]] = layer.size
+            own[_SIZES[layer.kind]] = max(1, (layer.size or 0) + layer.prefix)
         for name, value in own.items():
             # the first layer that has a size says it for all that do not differ
             if value is not None and config.setdefault(name, value) != value:

@@ -110,7 +110,8 @@ class _Rewriter:
             return self._emit(node, "call_module", module, args[1:2], {})
         if target is CACHE:
             update, number = self.caches[node]
-            return self._emit(node, "call_function", update, (self.layers, number, *args[:2]), {})
+            told = {name: kwargs[name] for name in ("padding",) if name in kwargs}
+            return self._emit(node, "call_function", update, (self.layers, number, *args[:2]), told)
         if target is ops.loop:
             args = (self.state, *args[:3])
             return self._emit(node, "call_function", run_loop, args, {})

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.rewrite.ops import visible
+from reroll.rewrite.ops import in_prefix, visible
 
 
 def visible_tokens(mask: Tensor | None) -> Tensor | None:
@@ -40,13 +40,14 @@ def make_mask(
     causal: bool,
     window: int | None,
     chunk: int | None,
+    prefix: int | None = None,
 ) -> Tensor | None:
     """The mask of an attention of `length` queries, before its cache `layer` is updated.
 
     `padding` [batch, tokens] is False at keys that nobody sees; the other arguments are those of
     the attention op. `layer` is None without a cache, when there are `keys` keys. `like` has the
     device. Returns None if every query sees all that causality allows, otherwise booleans [batch or
-    1, 1, queries or 1, keys].
+    1, 1, queries or 1, keys]; without any columns if nothing is seen at all.
     """
     if padding is not None and padding.dim() == 4:
         return padding
@@ -54,14 +55,19 @@ def make_mask(
         return None if padding is None else padding[:, None, None]
     assert length is not None
     assert like is not None
+    if causal and window == 0 and not prefix:
+        return torch.empty(1, 1, length, 0, dtype=torch.bool, device=like.device)
     keys = length if keys is None else keys
-    start, offset = 0, keys - length
+    start, offset, kept = 0, keys - length, 0
     if layer is not None:
         keys, start = layer.get_mask_sizes(length)
         offset = layer.get_seq_length()
+        kept = kept_columns(layer)
+        keys -= kept
     if (
         padding is None
         and blocks is None
+        and start >= kept
         and _sees_all(layer, length, keys, offset, causal, window, chunk)
     ):
         return None
@@ -73,11 +79,33 @@ def make_mask(
         if padding is not None:
             first = (padding.cumsum(-1) == 0).sum(-1)[:, None, None, None]
         seen = seen & ((kv - first) // chunk == (q - first) // chunk)
+    if prefix is not None:
+        seen = seen | (in_prefix(padding, kv, prefix) & visible(q, kv, causal, None))
     if blocks is not None:
         seen = seen | _same_block(blocks, q[:, 0], kv)
     if padding is not None:
         seen = seen & _slots(padding, start, keys)[:, None, None]
+    if kept:
+        seen = _with_kept(seen, padding, start, kept)
     return seen
+
+
+def kept_columns(layer: Any) -> int:
+    """How many columns a layer puts before the others: first tokens that it keeps for good."""
+    count: int = getattr(layer, "kept", 0)
+    return count
+
+
+def _with_kept(seen: Tensor, padding: Tensor | None, start: int, kept: int) -> Tensor:
+    """The mask with columns for kept first tokens, except those that are among the others."""
+    number = torch.arange(kept, device=seen.device)
+    if padding is None:
+        past = (number < start)[None]
+    else:
+        past = number < padding[:, :start].sum(-1, keepdim=True)
+    batch = max(seen.shape[0], past.shape[0])
+    first = past[:, None, None].expand(batch, 1, seen.shape[2], -1)
+    return torch.cat((first, seen.expand(batch, -1, -1, -1)), dim=-1)
 
 
 def _sees_all(
@@ -104,6 +132,26 @@ def _sees_all(
         return offset == 0 and (window is None or length <= window)
     static = layer is not None and layer.is_compileable
     return not static and (window is None or keys <= window)
+
+
+def kept_bias(layer: Any, bias: Tensor, padding: Tensor | None, k: Tensor) -> Tensor:
+    """A bias over all tokens, for the keys `k` that a layer's update has just returned.
+
+    `bias` [..., tokens]; only where the layer keeps first tokens is there anything to do.
+    """
+    kept = getattr(layer, "shown", 0)
+    if not kept or bias.shape[-1] == 1:
+        return bias
+    last = bias[..., bias.shape[-1] - (k.shape[2] - kept) :]
+    if padding is None or padding.dim() != 2:
+        return torch.cat((bias[..., :kept], last), -1)
+    number = padding.long().cumsum(-1)[:, None]
+    wanted = torch.arange(1, kept + 1, device=bias.device)[:, None]
+    # where a row has too few, the mask hides what is found
+    place = ((number == wanted) & padding.bool()[:, None]).long().argmax(-1)
+    place = place[:, None, None].expand(-1, *bias.shape[1:-1], -1)
+    first = bias.expand(padding.shape[0], *bias.shape[1:]).gather(-1, place)
+    return torch.cat((first, last.expand(padding.shape[0], *last.shape[1:])), -1)
 
 
 def _slots(padding: Tensor, start: int, keys: int) -> Tensor:

@@ -115,7 +115,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         """The outputs of the Program by name. `past` is a transformers cache; see `State` for
         wishes.
         """
-        layers = layers_of(past, len(self._assembly.layers))
+        layers = layers_of(past, self._assembly.layers)
         state = State(self._assembly.loops, layers, **wishes)
         outputs = self._assembly.main(self, *self._arguments(given, layers), state)
         return dict(zip(self.program.outputs, outputs, strict=True)), state

@@ -70,7 +70,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, GenerationMixin):
             encoder_outputs = self.encode(given)
         state = State(
             self._assembly.loops,
-            layers_of(_self_attention(past_key_values), len(self._assembly.layers)),
+            layers_of(_self_attention(past_key_values), self._assembly.layers),
             keep=logits_to_keep,
         )
         outputs = self._decode(given, encoder_outputs, state)

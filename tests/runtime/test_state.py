@@ -26,6 +26,8 @@ KINDS = [
     CacheLayer("full_attention"),
     CacheLayer("sliding_attention", 4),
     CacheLayer("chunked_attention", 4),
+    CacheLayer("sliding_attention", 4, prefix=2),
+    CacheLayer("sliding_attention", 1, prefix=1),
 ]
 
 
@@ -44,15 +46,17 @@ def in_parts(
     k, v = torch.randn(2, 2, 2, total, 8, generator=generator)
     window = layer.size if layer.kind == "sliding_attention" else None
     chunk = layer.size if layer.kind == "chunked_attention" else None
-    expected = attention(q, k, v, 0.3, True, window, chunk, padding=padding)
-    (own,) = layers_of(cache_of(layer, static), 1) or []
+    prefix = layer.prefix or None
+    expected = attention(q, k, v, 0.3, True, window, chunk, padding=padding, prefix=prefix)
+    (own,) = layers_of(cache_of(layer, static), [layer]) or []
     done, parts = 0, []
     for length in splits:
         now = slice(done, done + length)
         done += length
         seen = visible_tokens(padding[:, :done]) if padding is not None else None
-        mask = make_mask(own, seen, None, q, length, None, True, window, chunk)
-        keys, values = own.update(k[:, :, now], v[:, :, now])
+        mask = make_mask(own, seen, None, q, length, None, True, window, chunk, prefix)
+        told = {"padding": seen} if prefix else {}
+        keys, values = own.update(k[:, :, now], v[:, :, now], **told)
         parts.append(attend(q[:, :, now], keys, values, 0.3, True, mask))
     return expected, torch.cat(parts, dim=1)
 
@@ -93,7 +97,7 @@ def test_layers_with_windows_of_different_sizes() -> None:
 def test_a_cache_for_another_model_is_refused() -> None:
     cache = DynamicCache(config=RerollConfig(**cache_config(KINDS[:1])))
     with pytest.raises(UsageError, match="1 layers, and the model needs 4"):
-        layers_of(cache, 4)
+        layers_of(cache, KINDS[:1] * 4)
 
 
 class TestGrowingLayer:

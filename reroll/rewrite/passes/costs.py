@@ -145,7 +145,9 @@ def _keys(node: fx.Node, place: Place) -> int:
         if isinstance(limit, int):
             # without causality, a window reaches to both sides
             both = name == "window" and place.resolve(argument(node, "causal")) is False
-            keys = min(keys, 2 * limit + 1 if both else limit)
+            # what is in sight anyway, beside what the window reaches
+            kept = place.resolve(argument(node, "prefix")) or 0
+            keys = min(keys, kept + (2 * limit + 1 if both else limit))
     return keys
 
 

@@ -224,9 +224,10 @@ def fused_attention(
     """`reroll::attention` by PyTorch's fused kernel, if it has neither sinks nor soft cap."""
     names = [a.name for a in ATTENTION._schema.arguments[4:]]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    causal, window, chunk = (given.get(n) or None for n in ("causal", "window", "chunk"))
+    causal, window, chunk = (given.get(n) for n in ("causal", "window", "chunk"))
     bias, padding, blocks = (given.get(n) for n in ("bias", "padding", "blocks"))
-    if given.get("sinks") is not None or given.get("softcap") is not None:
+    prefix = given.get("prefix")
+    if window == 0 or given.get("sinks") is not None or given.get("softcap") is not None:
         exact: Tensor = ATTENTION(q, k, v, scale, **given)
         return exact
     length, total = q.shape[2], k.shape[2]
@@ -235,7 +236,7 @@ def fused_attention(
     if not only_causal and (causal or not plain):
         mask = MASK(
             padding, q.shape[0], length, total, total - length,
-            bool(causal), window, chunk, blocks, q.dtype,
+            bool(causal), window, chunk, blocks, q.dtype, prefix,
         )  # fmt: skip
         bias = mask if bias is None else bias + mask
     out = F.scaled_dot_product_attention(

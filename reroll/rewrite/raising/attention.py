@@ -51,7 +51,7 @@ def absorb_masks(graph: fx.Graph) -> None:
         if len(masks) == 1 and _covers(masks[0], node):
             rest = [t for t in terms if _mask_behind(t) is None]
             arguments["bias"] = _sum(graph, node, rest)
-            for name in ("causal", "window", "chunk", "blocks", "padding"):
+            for name in ("causal", "window", "chunk", "blocks", "padding", "prefix"):
                 arguments[name] = argument(masks[0], name)
         set_arguments(node, arguments)
     graph.eliminate_dead_code()

@@ -1,0 +1,87 @@
+"""State of constant size that can go back: snapshots of a cache, and layers that undo tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from reroll.errors import UsageError
+
+
+class Rewinding:
+    """A cache layer that replaces its tensors at every update and never writes into them.
+
+    `state_names` are the attributes that are its state. A snapshot therefore is a few references,
+    and while `record_past` is on (transformers' `activate_past_recording`), `crop` can undo tokens:
+    it goes back to the state before an update and does that again with fewer tokens.
+    """
+
+    state_names: ClassVar[tuple[str, ...]]
+    record_past: bool = False
+    is_croppable = True
+    _past: list[tuple[tuple[Any, ...], int, Callable[[int], Any]]] | None = None
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """The state as it is, for `restore`."""
+        return tuple(getattr(self, name) for name in self.state_names)
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        """Go back to a snapshot."""
+        for name, value in zip(self.state_names, saved, strict=True):
+            setattr(self, name, value)
+        self._past = None
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def _recorded(self, length: int, again: Callable[[int], Any]) -> None:
+        """Remember the present state: `length` tokens come now, `again(n)` adds the first n."""
+        if self.record_past:
+            self._past = [*(self._past or ()), (self.snapshot(), length, again)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Undo the last -`tokens_to_remove` tokens, and forget what could be undone before."""
+        if tokens_to_remove > 0:
+            raise UsageError("crop takes the tokens to remove as a negative number")
+        remove, past = -tokens_to_remove, self._past or []
+        if remove > sum(length for _, length, _ in past):
+            raise UsageError(
+                f"{remove} tokens of a state of constant size cannot be undone",
+                where=type(self).__name__,
+                hint="call activate_past_recording before the tokens come, or take a snapshot",
+            )
+        while remove:
+            saved, length, again = past.pop()
+            self.restore(saved)
+            if remove < length:
+                recording, self.record_past = self.record_past, False
+                again(length - remove)
+                self.record_past = recording
+            remove = max(remove - length, 0)
+        self._past = None
+
+
+def snapshot(cache: Any) -> list[Any]:
+    """What a transformers cache holds now; take it from a cache that this model has filled."""
+    return [_state(layer) for layer in cache.layers]
+
+
+def restore(cache: Any, saved: list[Any]) -> None:
+    """Bring a cache back to where it was, any number of tokens later."""
+    for layer, state in zip(cache.layers, saved, strict=True):
+        if isinstance(layer, Rewinding):
+            layer.restore(state)
+        elif isinstance(state, int):
+            layer.crop(state - layer.get_seq_length())
+        else:
+            layer.keys, layer.values, layer.cumulative_length = state
+
+
+def _state(layer: Any) -> Any:
+    if isinstance(layer, Rewinding):
+        return layer.snapshot()
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return layer.keys, layer.values, layer.cumulative_length
+    return layer.get_seq_length()

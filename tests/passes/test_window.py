@@ -1,0 +1,180 @@
+"""The pass `window`: which tokens are seen, and a state that does not grow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from reroll.errors import PassError, UsageError
+from reroll.rewrite.layers import attention_layers
+from reroll.rewrite.passes.costs import state_bytes
+from reroll.rewrite.passes.interpret import run
+from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.passes.selection import choose, measured_part, ranges
+from reroll.rewrite.program import Program
+from reroll.runtime.states import restore, snapshot
+from tests.captured import captured
+from tests.conformance.pass_suite import PassSuite
+
+
+class TestWindow(PassSuite):
+    pipeline = "window(size=5, sinks=2)"
+
+
+class TestWindowInSomeLayers(PassSuite):
+    pipeline = "window(size=4, sinks=0, keep=3)"
+    models = ("gemma3", "llama")
+
+
+def windowed(name: str, text: str = "window(size=5, sinks=2)") -> Program:
+    return run_passes(captured(name), text, measure=False)
+
+
+def tokens(rows: int = 2, length: int = 23) -> dict[str, Tensor]:
+    """Prompts, the second of which begins with padding."""
+    ids = torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def in_parts(model: Any, inputs: dict[str, Tensor], splits: list[int]) -> tuple[Tensor, Any]:
+    """Logits of a sequence that comes in parts, and the cache that it has filled."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    past, done, parts = DynamicCache(config=model.config), 0, []
+    for length in splits:
+        now = slice(done, done + length)
+        done += length
+        out = model(ids[:, now], attention_mask=mask[:, :done], past_key_values=past)
+        parts.append(out.logits)
+    return torch.cat(parts, 1), past
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "smollm3", "gpt2", "bloom"])
+@torch.no_grad()
+def test_any_split_of_a_sequence_is_the_whole(name: str) -> None:
+    program, inputs = windowed(name), tokens()
+    seen = inputs["attention_mask"].bool()
+    expected = run(program, inputs)["logits"][seen]
+    model = program.to_module()
+    torch.testing.assert_close(model(**inputs, use_cache=False).logits[seen], expected)
+    for splits in ([23], [1] * 23, [3, 1, 7, 12], [10] + [1] * 13):
+        logits, cache = in_parts(model, inputs, splits)
+        torch.testing.assert_close(logits[seen], expected)
+        assert cache.layers[0].keys.shape[2] == 4
+        assert cache.layers[0].first_keys.shape[2] == 2
+
+
+def test_it_sees_the_first_tokens_and_the_last() -> None:
+    """A token that is in no window and no sink, on any path, changes nothing."""
+    program = run_passes(captured("llama"), "window(size=3, sinks=2)", measure=False)
+    ids = tokens(1 + 1)["input_ids"][:1]
+    reach = 4 * (3 - 1)
+    logits = run(program, {"input_ids": ids})["logits"]
+    for place, changes in ((2, False), (len(ids[0]) - 2 - reach, False), (0, True), (1, True)):
+        other = ids.clone()
+        other[0, place] = (other[0, place] + 1) % 64
+        changed = run(program, {"input_ids": other})["logits"]
+        assert torch.equal(changed[0, -1], logits[0, -1]) is not changes
+
+
+def test_it_is_exact_while_the_text_fits_into_the_window() -> None:
+    inputs = tokens(length=12)
+    before = run(captured("llama"), inputs)["logits"]
+    after = run(windowed("llama", "window(size=12, sinks=0)"), inputs)["logits"]
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+@pytest.mark.parametrize("text", ["window(size=5, sinks=2)", "window(size=5, sinks=2, keep=2)"])
+def test_generation(text: str, options: dict[str, Any]) -> None:
+    model = windowed("llama", text).to_module()
+    wishes = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0, **options}
+
+    def generate(**how: Any) -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(**tokens(length=11), **{"do_sample": False, **wishes, **how})
+
+    expected = generate(use_cache=False)
+    assert torch.equal(generate(), expected)
+    assert torch.equal(generate(prefill_chunk_size=3), expected)
+    assert torch.equal(generate(cache_implementation="static"), expected)
+
+
+@torch.no_grad()
+def test_going_back() -> None:
+    model, inputs = windowed("llama", "window(size=5, sinks=2, keep=2)").to_module(), tokens()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    expected, _ = in_parts(model, inputs, [23])
+    _, cache = in_parts(model, {"input_ids": ids[:, :9], "attention_mask": mask[:, :9]}, [9])
+    saved = snapshot(cache)
+    for _ in range(2):
+        model(ids.flip(0)[:, 9:17], attention_mask=mask[:, :17], past_key_values=cache)
+        restore(cache, saved)
+    cache.activate_past_recording()
+    # two of these are right, three are not
+    draft = torch.cat([ids[:, 9:11], ids[:, 9:12] * 0], 1)
+    model(draft[:, :4], attention_mask=mask[:, :13], past_key_values=cache)
+    model(draft[:, 4:], attention_mask=mask[:, :14], past_key_values=cache)
+    cache.crop(-3)
+    out = model(ids[:, 11:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(out, expected[:, 11:])
+
+
+@torch.no_grad()
+def test_tokens_that_were_not_recorded_cannot_be_undone() -> None:
+    model = windowed("llama").to_module()
+    _, cache = in_parts(model, tokens(), [23])
+    with pytest.raises(UsageError, match="cannot be undone"):
+        cache.crop(-1)
+
+
+def test_the_state_does_not_depend_on_the_context() -> None:
+    program = windowed("llama", "window(size=16, sinks=4)")
+    # 4 layers, keys and values, 20 tokens, 2 heads of 8, in fp32
+    assert state_bytes(program, 1024) == 4 * 2 * 20 * 2 * 8 * 4
+    assert state_bytes(program, 2**17) == state_bytes(program, 1024)
+
+
+def test_layers_that_see_less_stay() -> None:
+    program = windowed("gemma3", "window(size=8, sinks=2)")
+    (layer,) = attention_layers(program)
+    assert layer.values("window") == (8, 8, 8, 8)
+    assert layer.values("prefix") == (None, 2, None, 2)
+    with pytest.raises(PassError, match="sees further"):
+        run_passes(program, "window(size=20)", measure=False)
+
+
+def test_the_window_of_a_model_that_is_not_causal() -> None:
+    program = windowed("bert")
+    (layer,) = attention_layers(program)
+    assert layer.values("causal") == (False,) * 4
+    ids = tokens(length=20)["input_ids"]
+    outputs = run(program, {"input_ids": ids})
+    assert all(t.isfinite().all() for t in outputs.values())
+
+
+class TestChoice:
+    def test_numbers_and_periods(self) -> None:
+        assert choose(6, "all", None, "x") == list(range(6))
+        assert choose(6, [1, 2, 3], [2], "x") == [1, 3]
+        assert choose(7, "all", 3, "x") == [0, 1, 3, 4, 6]
+
+    @pytest.mark.parametrize("wrong", [{"layers": [9]}, {"keep": [-1]}, {"keep": 0}, {"keep": 1}])
+    def test_what_is_refused(self, wrong: dict[str, Any]) -> None:
+        with pytest.raises(UsageError):
+            choose(6, **{"layers": "all", "keep": None, "owner": "x", **wrong})
+
+    def test_measured_parts(self) -> None:
+        assert measured_part("auto:0.25", "x") == measured_part(0.25, "x") == 0.25
+        assert measured_part(7, "x") is None
+        for wrong in ("auto", "auto:x", "0.25", 1.5):
+            with pytest.raises(UsageError):
+                measured_part(wrong, "x")
+
+    def test_ranges(self) -> None:
+        assert ranges([3, 0, 1, 2, 7, 9, 10]) == "0-3, 7, 9-10"
