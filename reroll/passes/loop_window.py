@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -51,14 +51,14 @@ class LoopWindow(Pass):
     loop: str | None = option(None, help="the loop's name; the longest one by default")
 
     def check(self) -> None:
-        if not any(True for _ in self._candidates()):
+        if not self._candidates():
             raise UsageError(
                 "no window starts before it stops and has steps to make",
                 where="pass loop_window, options start, stop and steps",
             )
 
     def run(self, program: Program, context: Context) -> Program:
-        candidates = list(self._candidates())
+        candidates = self._candidates()
         if len(candidates) == 1:
             return self._looped(program, *candidates[0], context)
         judge = Judge(program, context)
@@ -82,8 +82,11 @@ class LoopWindow(Pass):
         return self._looped(program, *found[0][1], context)
 
     def _candidates(self) -> list[tuple[int, int, int]]:
-        lists = (v if isinstance(v, list) else [v] for v in (self.start, self.stop, self.steps))
-        return [c for c in product(*lists) if 0 <= c[0] < c[1] and c[2] >= 1]
+        starts, stops, steps = (
+            v if isinstance(v, list) else [v] for v in (self.start, self.stop, self.steps)
+        )
+        combined = product(starts, stops, steps)
+        return [(a, b, n) for a, b, n in combined if 0 <= a < b and n >= 1]
 
     def _looped(
         self, program: Program, start: int, stop: int, steps: int, context: Context | None
@@ -138,7 +141,7 @@ def _stepped(body: fx.Graph, scheme: Scheme, length: float) -> tuple[fx.Graph, i
     given = {place: graph.node_copy(place) for place in places}
     runs = 0
 
-    def call(target: Callable[..., object], *args: object) -> fx.Node:
+    def call(target: Callable[..., Any], *args: Any) -> fx.Node:
         node = graph.call_function(target, args)
         node.meta["type"] = given[places[0]].meta["type"]
         return node

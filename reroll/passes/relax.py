@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,8 +13,8 @@ from reroll.errors import PassError, UsageError
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.passes.options import nearest_name
 from reroll.rewrite.program import Loop, Program, TensorType, weight_nodes
-from reroll.rewrite.weights import Expr, Weight, cast, scale, slice_, sub, svd_down, svd_up
-from reroll.rewrite.weights.low_rank import Factors, residuals_left
+from reroll.rewrite.weights import Weight
+from reroll.rewrite.weights.low_rank import Factors, Pair, make_factors, residuals_left, spend
 
 aten = torch.ops.aten
 
@@ -40,6 +40,12 @@ class Relax(Pass):
     Vectors that were tied (biases, layer scales, norms) become one per trip again, as they were,
     because no factors are smaller. What is left tied is named in a remark.
 
+    With a `budget`, ranks differ from layer to layer and from kind to kind: parameters go where
+    they take away most of |R|^2 / |W|^2, as the singular values of all residuals say. 0.1 spends a
+    tenth of the parameters that the matrices had before they were tied. Kinds in `ranks` keep
+    theirs and are not counted. Every rank that occurs in a kind is a pair of factors in the graph,
+    and a trip without it multiplies by zeros, so that a budget saves parameters, not time.
+
     Trips that share their block with no other have lost nothing; they share one pair of zero
     factors. With `init=zero`, the products start as zero and A_t is the same as with `svd`, so
     that training can start.
@@ -55,17 +61,29 @@ class Relax(Pass):
     svd: Literal["auto", "exact", "randomized"] = option(
         "auto", help="how to decompose; auto takes randomized for large matrices and small ranks"
     )
+    budget: float | None = option(
+        None, help="instead of one rank: parameters, as a part of what the matrices had untied"
+    )
+    step: int = option(32, help="with a budget, ranks are 0, or this times a power of two")
     vectors: bool = option(True, help="give each trip its own biases and other vectors back")
 
     def check(self) -> None:
         for where, rank in (("rank", self.rank), *self.ranks.items()):
             if isinstance(rank, int) and rank < 0:
                 raise UsageError(f"a rank is 0 or more, not {rank}", f"pass relax, option {where}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise UsageError(
+                f"a budget is a part, above 0 and up to 1, not {self.budget}",
+                where="pass relax, option budget",
+            )
+        if self.step < 1:
+            raise UsageError(f"a step is 1 or more, not {self.step}", "pass relax, option step")
 
     def run(self, program: Program, context: Context) -> Program:
         if not program.reference:
             return _nothing(program, context)
         self._check_kinds(program)
+        budgeted = self._budgeted(program, context)
         weights, reference = program.weights, program.reference
         restored: list[str] = []
         left: list[str] = []
@@ -76,20 +94,29 @@ class Relax(Pass):
                     continue
                 original, rank = reference[name], self._rank(name)
                 vector = len(original.meta.shape) < 2
-                if self.vectors if vector else _is_full(rank, original.meta.shape):
+                whole = name not in budgeted and _is_full(rank, original.meta.shape)
+                if self.vectors if vector else whole:
                     weights = weights.with_weight(name, original)
                     reference = reference.without(name)
                     restored.append(name)
-                elif rank == 0 or vector or not _only_linear(nodes):
+                elif (
+                    rank == 0
+                    or vector
+                    or not _only_linear(nodes)
+                    or not any(budgeted.get(name, [1]))
+                ):
                     left.append(name)
                 else:
                     assert isinstance(rank, int)
-                    made = self._factors(name, weights[name], original, rank)
-                    weights = weights.with_weights(
-                        {made.down_name: made.down, made.up_name: made.up}
-                    )
+                    ranks = budgeted.get(name, [rank] * loop.trips)
+                    made = self._factors(name, weights[name], original, ranks)
                     reference = reference.without(name)
-                    _insert(loop, nodes, made)
+                    linears = [user for node in nodes for user in node.users]
+                    for pair in made.pairs:
+                        weights = weights.with_weights(
+                            {pair.down_name: pair.down, pair.up_name: pair.up}
+                        )
+                        _insert(loop, linears, pair)
                     factors.append(made)
         result = replace(program, weights=weights, reference=reference)
         for remark in residuals_left(result, factors, context):
@@ -112,42 +139,32 @@ class Relax(Pass):
         kinds = [kind for kind in self.ranks if _matches(kind, name)]
         return self.ranks[max(kinds, key=len)] if kinds else self.rank
 
-    def _factors(self, name: str, shared: Weight, original: Weight, rank: int) -> Factors:
-        assert shared.index is not None
+    def _factors(
+        self, name: str, shared: Weight, original: Weight, ranks: Sequence[int]
+    ) -> Factors:
         small, method = min(shared.meta.shape), self.svd
         if method == "auto":
-            large = small > LARGE_SIDE and rank * LARGE_RATIO <= small
+            large = small > LARGE_SIDE and max(ranks) * LARGE_RATIO <= small
             method = "randomized" if large else "exact"
-        residuals: list[tuple[Expr, Expr, Expr]] = []
-        downs: list[Expr] = []
-        ups: list[Expr] = []
-        index: list[int] = []
-        alone: int | None = None
-        uses = Counter(shared.index)
-        for trip, block in enumerate(shared.index):
-            if uses[block] == 1 and alone is not None:
-                index.append(alone)
-                continue
-            index.append(len(ups))
-            if uses[block] == 1:
-                # distinct expressions for distinct weights, or they would be taken for tied
-                alone = len(ups)
-                up, down = (scale(slice_(shared.entries[block], d, 0, rank), 0.0) for d in (1, 0))
-            else:
-                residual = _residual(original.for_trip(trip), shared.entries[block])
-                dtype = shared.meta.dtype
-                up = cast(svd_up(residual, rank, method), dtype)
-                down = cast(svd_down(residual, rank, method), dtype)
-                residuals.append((residual, up, down))
-                up = scale(up, 0.0) if self.init == "zero" else up
-            ups.append(up)
-            downs.append(down)
-        stem = name.removesuffix(".weight")
-        return Factors(
-            kind_of(name), rank, method, tuple(residuals),
-            f"{stem}.lora_down.weight", Weight(tuple(downs), tuple(index), shared.trainable),
-            f"{stem}.lora_up.weight", Weight(tuple(ups), tuple(index), shared.trainable),
-        )  # fmt: skip
+        zero = self.init == "zero"
+        return make_factors(name, kind_of(name), shared, original, ranks, zero=zero, method=method)
+
+    def _budgeted(self, program: Program, context: Context) -> dict[str, list[int]]:
+        """The rank of each trip of each weight that the budget is for, by name."""
+        if self.budget is None:
+            return {}
+        candidates = {
+            name: program.weights[name]
+            for loop in program.loops
+            for name, nodes in weight_nodes(loop.body.graph).items()
+            if name in program.reference
+            and len(program.reference[name].meta.shape) == 2
+            and not any(_matches(kind, name) for kind in self.ranks)
+            and _only_linear(nodes)
+        }
+        whole = sum(program.reference[name].elements() for name in candidates)
+        allowed = int(self.budget * whole)
+        return spend(program, candidates, allowed, self.step, context)
 
 
 def kind_of(name: str) -> str:
@@ -174,24 +191,17 @@ def _only_linear(nodes: list[fx.Node]) -> bool:
     )
 
 
-def _residual(original: Expr, shared: Expr) -> Expr:
-    # in fp32 even where the weights are not: the difference of two close numbers loses bits
-    dtype = torch.promote_types(original.meta.dtype, torch.float32)
-    return sub(cast(original, dtype), cast(shared, dtype))
-
-
-def _insert(loop: Loop, nodes: list[fx.Node], factors: Factors) -> None:
+def _insert(loop: Loop, linears: list[fx.Node], pair: Pair) -> None:
     """Add up(down(x)) to every linear layer over the weight."""
     graph = loop.body.graph
-    linears = [user for node in nodes for user in node.users]
     first = next(n for n in graph.nodes if n in linears)
     with graph.inserting_before(first):
-        down, up = graph.get_attr(factors.down_name), graph.get_attr(factors.up_name)
-    for node, weight in ((down, factors.down), (up, factors.up)):
+        down, up = graph.get_attr(pair.down_name), graph.get_attr(pair.up_name)
+    for node, weight in ((down, pair.down), (up, pair.up)):
         node.meta["type"] = TensorType(weight.meta.dtype, weight.meta.shape)
     for linear in linears:
         kind = linear.meta["type"]
-        narrow = TensorType(kind.dtype, (*kind.shape[:-1], factors.rank))
+        narrow = TensorType(kind.dtype, (*kind.shape[:-1], pair.rank))
         with graph.inserting_after(linear):
             low = graph.call_function(aten.linear.default, (linear.args[0], down))
         with graph.inserting_after(low):

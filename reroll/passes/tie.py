@@ -10,6 +10,7 @@ from torch import fx
 
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.passes.base import Context, Pass, option
+from reroll.rewrite.passes.cache_fit import reuse_remark
 from reroll.rewrite.passes.options import nearest_name
 from reroll.rewrite.program import Loop, Program, weight_nodes
 from reroll.rewrite.weights import Expr, Weight, cast, mean
@@ -118,6 +119,9 @@ class Tie(Pass):
             f"{loop.name}: {loop.trips} trips{each} share {blocks} blocks ({_runs(index)}); "
             f"{len(tied)} weights tied, {before:,} -> {after:,} parameters"
         )
+        reuse = reuse_remark(program, loop, index)
+        if reuse is not None:
+            context.remark(reuse)
         changed = {n: w for n, w in tied.items() if w != program.weights[n]}
         untied = {n: program.reference.get(n, program.weights[n]) for n in changed}
         return replace(

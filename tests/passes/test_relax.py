@@ -17,6 +17,7 @@ from reroll.rewrite.passes.interpret import materialise, run
 from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.passes.pipeline import parse_pipeline
 from reroll.rewrite.text.compare import same
+from reroll.rewrite.weights import rank_budget
 from tests.captured import SPECIAL, TEXT, captured
 from tests.conformance.pass_suite import PassSuite
 
@@ -36,6 +37,10 @@ class TestFull(PassSuite):
 class TestZero(PassSuite):
     pipeline = "tie(blocks=3, layout=middle_cycle), relax(rank=3, init=zero, vectors=false)"
     models = ("gpt2", "whisper")
+
+
+class TestBudget(PassSuite):
+    pipeline = "tie(blocks=2), relax(budget=0.3, step=2)"
 
 
 def relaxed(name: str, relax: str, tie: str = "blocks=2", dtype=torch.float32, **options):
@@ -299,3 +304,75 @@ def test_residuals_of_half_precision_weights_are_computed_in_fp32():
     kept = weights[f"{UP}.lora_up.weight", 0].float().norm()
     assert weights[f"{UP}.lora_up.weight", 0].dtype == torch.bfloat16
     assert kept == pytest.approx(values[:5].norm().item(), rel=4e-3)
+
+
+# ---- a budget of parameters
+
+
+def test_a_budget_is_spent_and_not_exceeded():
+    original, tied = captured("llama"), run_passes(captured("llama"), "tie(blocks=2)")
+    names = [n for n, w in original.weights.items() if w.index and len(w.meta.shape) == 2]
+    whole = sum(original.weights[n].elements() for n in names)
+    spent = []
+    for budget in (0.1, 0.2, 0.4):
+        program = relaxed("llama", f"budget={budget}, step=2")
+        spent.append(program.parameters() - tied.parameters())
+        assert spent[-1] <= budget * whole
+        assert program.origin.steps[-1].remarks[0] == (
+            f"the budget is {int(budget * whole):,} parameters, of which {spent[-1]:,} are spent"
+        )
+    assert spent == sorted(spent)
+    assert spent[-1] > 0.3 * whole
+
+
+def lost(program):
+    """The squared relative residual that is left, over all tied matrices of `captured`."""
+    weights, original = materialise(program), materialise(captured("llama"))
+    total = 0.0
+    for name, weight in captured("llama").weights.items():
+        if weight.index is None or len(weight.meta.shape) != 2:
+            continue
+        stem, index = name.removesuffix(".weight"), program.weights[name].index
+        for trip in range(4):
+            value = weights[name, index[trip]].double()
+            for ups in [n for n in program.weights if n.startswith(f"{stem}.lora_up")]:
+                downs = ups.replace("lora_up", "lora_down")
+                entry = program.weights[ups].index[trip]
+                value = value + weights[ups, entry].double() @ weights[downs, entry].double()
+            total += ((original[name, trip] - value).norm() / original[name, trip].norm()) ** 2
+    return total
+
+
+def test_a_budget_takes_away_more_than_one_rank_for_all():
+    even = relaxed("llama", "rank=4")
+    names = [n for n in even.weights if "lora" in n]
+    whole = sum(w.elements() for n, w in captured("llama").weights.items() if w.index)
+    part = sum(even.weights[n].elements() for n in names) / whole
+    uneven = relaxed("llama", f"budget={part:.4f}, step=1")
+    assert uneven.parameters() <= even.parameters() + 0.01 * whole
+    assert lost(uneven) < lost(even)
+
+
+def test_ranks_that_are_given_are_not_of_the_budget():
+    program = relaxed("llama", "budget=0.2, step=2, ranks={q_proj: full, up_proj: 3}")
+    name = "model.layers.*.self_attn.q_proj.weight"
+    assert program.weights[name] == captured("llama").weights[name]
+    assert program.weights[f"{UP}.lora_up.weight"].meta.shape == (48, 3)
+    assert f"{UP}.lora_up_1.weight" not in program.weights
+
+
+def test_a_budget_that_buys_nothing_is_an_error():
+    with pytest.raises(PassError, match="a budget of 15 parameters does not pay for one rank of"):
+        relaxed("llama", "budget=0.0005")
+    for options in ("budget=0.0", "budget=1.5", "budget=0.5, step=0"):
+        with pytest.raises(UsageError):
+            parse_pipeline(f"relax({options})")
+
+
+def test_the_cheapest_choices_are_made():
+    # two spectra by hand: (energy of the next rank) / cost decides
+    first = rank_budget.Spectrum(torch.tensor([8.0, 4.0, 1.0, 1.0]), cost=2)
+    second = rank_budget.Spectrum(torch.tensor([9.0, 2.0, 1.0, 0.0]), cost=3)
+    spectra, choices = {"a": first, "b": second}, {"a": [0, 1, 2, 4], "b": [0, 1, 2, 4]}
+    found = [rank_budget.allocate(spectra, choices, budget) for budget in (1, 2, 5, 7, 10, 100)]
+    assert [(f["a"], f["b"]) for f in found] == [(0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (4, 4)]

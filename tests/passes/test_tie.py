@@ -211,10 +211,10 @@ def test_a_trip_of_several_layers_is_tied_as_a_whole():
     for layer in range(4):
         weight = program.weights[f"model.layers.trips.*.{layer}.mlp.up_proj.weight"]
         assert (len(weight.entries), weight.index) == (2, (0, 1, 0))
-    (remark,) = program.origin.steps[-1].remarks
+    remark = program.origin.steps[-1].remarks[0]
     assert remark.startswith("model.layers: 3 trips of 4 layers each share 2 blocks (0 1 0)")
 
 
 def test_it_says_what_it_tied():
-    (remark,) = tied("llama", "blocks=3").origin.steps[-1].remarks
+    remark = tied("llama", "blocks=3").origin.steps[-1].remarks[0]
     assert remark.startswith("model.layers: 4 trips share 3 blocks (0 1 2 0); 7 weights tied")
