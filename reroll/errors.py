@@ -51,6 +51,10 @@ class ExportError(RerollError):
     """A program cannot be written for an export target."""
 
 
+class RecoveryError(RerollError):
+    """A training run cannot go on."""
+
+
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """Put a place before the place of any RerollError raised inside."""

@@ -196,6 +196,25 @@ def compared(found: Found) -> None:
 # ---- generate
 
 
+def recovered(found: Found) -> None:
+    """What a recovery did, by stage."""
+    table = _table(
+        "measured", ">tokens", ">perplexity", ">original's", ">KL", ">top-1",
+        title=f"{found['out']}: {found['tokens']:,} tokens in {found['seconds']:.0f} s, held out",
+    )  # fmt: skip
+    for line in found["measures"]:
+        agreement = line.get("top1_agreement")
+        table.add_row(
+            f"before {line['before']}" if line["before"] else "at the end",
+            number(line["tokens"]),
+            number(line["perplexity"]),
+            number(line.get("original_perplexity")),
+            number(line.get("kl")),
+            "-" if agreement is None else f"{agreement:.1%}",
+        )
+    _print(table)
+
+
 def generated(found: Found) -> None:
     """What `generate` wrote."""
     outputs = found["outputs"]

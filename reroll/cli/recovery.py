@@ -1,0 +1,83 @@
+"""The command `recover`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reroll.cli import reports
+from reroll.cli.app import Debug, Json, app
+from reroll.cli.terminal import Bars, command, write_json
+from reroll.errors import UsageError
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+@app.command()
+@command
+def recover(
+    model: Annotated[str, typer.Argument(metavar="OUT_IN", help="A converted model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    data: Annotated[
+        list[str], typer.Option(help="A text file, a directory or a dataset. Repeatable.")
+    ],
+    recipe: Annotated[Path, typer.Option(help="A YAML file with stages under `recover`.")],
+    tokens: Annotated[str, typer.Option(help="Tokens to train on, such as 500k or 2M.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The original.", show_default="what OUT_IN was made from")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew instead of going on from a checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
+    ] = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a rewritten model against its original, and write the result.
+
+    Interrupted runs go on from their last checkpoint. `accelerate launch -m reroll.cli recover ...`
+    trains over several processes.
+    """
+    count = _tokens(tokens)
+    from reroll.recover import recover as run
+
+    with Bars() as bars:
+
+        def show(step: Mapping[str, Any]) -> None:
+            left = int(step["seconds_left"])
+            bars(
+                step["steps"],
+                step["total_steps"],
+                f"{step['stage']}: loss {step['smooth']:.4g}, {step['tokens_per_second']:.0f}"
+                f" tokens/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+            )
+
+        bars(0, 0, "opening the models and the text")
+        report = run(
+            model,
+            out,
+            data=data,
+            recipe=recipe,
+            tokens=count,
+            teacher=teacher,
+            restart=restart,
+            overwrite=overwrite,
+            on_step=show,
+        )
+    if report.main:
+        write_json(vars(report)) if json_ else reports.recovered(vars(report))
+
+
+def _tokens(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbKMB]?)", text.strip())
+    if found is None or not float(found[1]):
+        raise UsageError(
+            f"{text!r} is not a number of tokens", where="--tokens", hint="such as 500k or 2M"
+        )
+    return int(float(found[1]) * UNITS[found[2].lower()])

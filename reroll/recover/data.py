@@ -1,0 +1,185 @@
+"""Text as rows of tokens: documents, a part that is held out, packing, and a fixed order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+
+# with `pack=separate`, a shorter rest of a document is left out
+SHORTEST = 16
+# of one document at a time, this many characters are tokenized
+PIECE = 1_000_000
+
+Tokenize = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens [rows, length] and which of them are not padding."""
+
+    ids: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The rows to train on, in order, and the rows to measure on."""
+
+    train: Rows
+    held_out: Rows
+
+
+def documents(source: str | Path) -> Iterator[str]:
+    """The documents of a file, a directory, or a Hugging Face dataset (`name[:split]`), in order.
+
+    A `.jsonl` file has one in the field `text` of each line; any other file is one document, or
+    several with form feeds between them.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl"))
+        if not files:
+            raise UsageError("the directory has no .txt, .md or .jsonl file", where=str(source))
+        for file in files:
+            yield from documents(file)
+    elif path.is_file():
+        yield from _in_file(path)
+    elif path.suffix or isinstance(source, Path):
+        raise UsageError("there is no such file", where=str(source))
+    else:
+        yield from _in_dataset(str(source))
+
+
+def _in_file(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _field(line, f"{path}, line {number}")
+                return
+            yield from (part for part in file.read().split("\f") if part.strip())
+    except UnicodeDecodeError as error:
+        raise UsageError("the file is not UTF-8 text", where=str(path)) from error
+    except OSError as error:
+        raise UsageError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _field(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError("the line is not JSON with a field `text`", where=where) from error
+    if not isinstance(text, str):
+        raise UsageError("the field `text` is not text", where=where)
+    return text
+
+
+def _in_dataset(name: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UsageError(
+            "there is no such file, and Hugging Face datasets is not installed",
+            where=name,
+            hint="pip install datasets, or give a file or a directory",
+        ) from error
+    name, _, split = name.partition(":")
+    for record in load_dataset(name, split=split or "train", streaming=True):
+        if record.get("text"):
+            yield record["text"]
+
+
+def make_corpus(
+    sources: Sequence[str | Path],
+    tokenize: Tokenize,
+    *,
+    length: int,
+    tokens: int,
+    held_rows: int,
+    pack: Literal["join", "separate"],
+    before: Sequence[int] = (),
+    end: int | None = None,
+    seed: int = 0,
+) -> Corpus:
+    """Rows from the sources in turn, at most about `tokens` to train on.
+
+    The first rows of each source are held out, `held_rows` in all; which these are depends on the
+    sources only, so that no longer run trains on them. `before` stands at the start of every row,
+    `end` behind every document. The order of the training rows depends on `seed` only.
+
+    Raises UsageError if a source cannot be read, or if the text is too short for one row each.
+    """
+    train: list[list[int]] = []
+    held: list[list[int]] = []
+    room = length - len(before)
+    each = -(-held_rows // len(sources))
+    wanted = -(-tokens // len(sources)) + each * room
+    for source in sources:
+        rows = _packed(_tokenized(source, tokenize, wanted, end), room, pack)
+        held += rows[:each]
+        train += rows[each:]
+    if not train or not held:
+        raise UsageError(
+            f"the text fills no row of {length} tokens beside the {each} that are held out",
+            where=", ".join(map(str, sources)),
+            hint="give more text, or a smaller length",
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [train[i] for i in order]
+    return Corpus(_tensors(shuffled, before, length), _tensors(held, before, length))
+
+
+def _tokenized(
+    source: str | Path, tokenize: Tokenize, wanted: int, end: int | None
+) -> Iterator[list[int]]:
+    """The documents of a source as token ids, until there are enough."""
+    count = 0
+    for document in documents(source):
+        ids: list[int] = []
+        for start in range(0, len(document), PIECE):
+            ids += tokenize(document[start : start + PIECE])
+            if count + len(ids) >= wanted:
+                break
+        if end is not None:
+            ids.append(end)
+        count += len(ids)
+        yield ids
+        if count >= wanted:
+            return
+
+
+def _packed(found: Iterator[list[int]], room: int, pack: str) -> list[list[int]]:
+    """Rows of at most `room` tokens."""
+    if pack == "separate":
+        rows = [ids[i : i + room] for ids in found for i in range(0, len(ids), room)]
+        return [row for row in rows if len(row) >= min(SHORTEST, room)]
+    joined = [i for ids in found for i in ids]
+    return [joined[i : i + room] for i in range(0, len(joined) - room + 1, room)]
+
+
+def _tensors(rows: Sequence[list[int]], before: Sequence[int], length: int) -> Rows:
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for number, row in enumerate(rows):
+        whole = [*before, *row]
+        ids[number, : len(whole)] = torch.tensor(whole)
+        mask[number, : len(whole)] = 1
+    return Rows(ids, mask)
+
+
+def take(rows: Rows, start: int, count: int) -> Rows:
+    """`count` rows from number `start` on; after the last one, the first comes again."""
+    chosen = [(start + i) % len(rows) for i in range(count)]
+    return Rows(rows.ids[chosen], rows.mask[chosen])

@@ -1,0 +1,79 @@
+"""Optimizers and learning rates of a stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from reroll.recover.stage import Stage
+
+
+class Both(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for the rest, as one optimizer.
+
+    Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) takes the update's
+    nearest orthogonal matrix; with `match_rms_adamw` its size is that of AdamW's updates, so that
+    one learning rate serves both (Liu et al., 2025, arXiv 2502.16982).
+    """
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([g for p in parts for g in p.param_groups], {})
+        # the groups are the parts' own, so that a learning rate set here is set there
+        self.param_groups = [g for p in parts for g in p.param_groups]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, object]:
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state_dict[str(i)])  # type: ignore[arg-type]
+        self.param_groups = [g for p in self.parts for g in p.param_groups]
+
+
+def make_optimizer(stage: Stage, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The stage's optimizer over what can be trained."""
+    wanted = [p for p in parameters if p.requires_grad]
+    matrices = [p for p in wanted if p.ndim == 2 and stage.optimizer == "muon"]
+    rest = [p for p in wanted if p.ndim != 2 or stage.optimizer != "muon"]
+    parts: list[torch.optim.Optimizer] = []
+    if rest:
+        first, second = stage.betas
+        parts.append(
+            torch.optim.AdamW(
+                rest, lr=stage.lr, betas=(first, second), weight_decay=stage.weight_decay
+            )
+        )
+    if matrices:
+        parts.append(
+            torch.optim.Muon(
+                matrices,
+                lr=stage.lr,
+                weight_decay=stage.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return parts[0] if len(parts) == 1 else Both(parts)
+
+
+def rate(stage: Stage, step: int, steps: int) -> float:
+    """The learning rate of a step, from 0 to `steps` - 1: it rises, then falls."""
+    rising = math.ceil(stage.warmup * steps)
+    if step < rising:
+        return stage.lr * (step + 1) / (rising + 1)
+    done = (step - rising) / max(steps - rising, 1)
+    if stage.schedule == "constant":
+        return stage.lr
+    fall = (1 + math.cos(math.pi * done)) / 2 if stage.schedule == "cosine" else 1 - done
+    return stage.lr * (stage.final + (1 - stage.final) * fall)

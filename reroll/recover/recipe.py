@@ -1,0 +1,102 @@
+"""Recipes of a recovery: the stages, and what all of them share, as YAML.
+
+    recover:
+      length: 512
+      batch: 8
+      stages:
+        - align: {share: 0.25}
+        - distil: {lr: 1.0e-4, train: all}
+
+The same file may hold `passes`, which `reroll convert --recipe` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from reroll.errors import UsageError
+from reroll.recover.stage import Stage, find
+from reroll.rewrite.passes.declared import Declared
+from reroll.rewrite.passes.options import option
+
+
+class Settings(Declared):
+    """What all stages of a run share."""
+
+    what: ClassVar[str] = "recipe"
+    name: ClassVar[str] = "recover"
+
+    length: int = option(512, help="tokens per row")
+    batch: int = option(8, help="rows per step, over all processes")
+    micro: int | None = option(None, help="rows computed at once in a process; all if none")
+    pack: Literal["join", "separate"] = option(
+        "join", help="join: rows run on over the end of a document; separate: they are padded"
+    )
+    held_rows: int = option(16, help="rows that are measured on and never trained on")
+    precision: Literal["fp32", "bf16"] = option("fp32", help="bf16 is autocast over fp32 weights")
+    checkpointing: bool = option(False, help="compute each trip again for its gradient")
+    save_every: int = option(200, help="steps between checkpoints")
+    log_every: int = option(1, help="steps between lines of the log")
+    seed: int = option(0, help="orders the rows")
+
+    def check(self) -> None:
+        place = "recipe recover"
+        if self.length < 8 or self.batch < 1 or (self.micro is not None and self.micro < 1):
+            raise UsageError("length is at least 8, batch and micro at least 1", where=place)
+        if min(self.held_rows, self.save_every, self.log_every) < 1:
+            raise UsageError("held_rows and intervals are at least 1", where=place)
+
+
+class Recipe:
+    """The settings and the stages of a run."""
+
+    def __init__(self, settings: Settings, stages: tuple[Stage, ...]) -> None:
+        if not stages:
+            raise UsageError("a recipe needs at least one stage", where="recipe")
+        self.settings = settings
+        self.stages = stages
+
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as plain data; `parse` reads it back."""
+        stages = [{s.name: s.given()} for s in self.stages]
+        return {"recover": {**self.settings.given(), "stages": stages}}
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe in a file; UsageError if there is none."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe cannot be read: {error}", where=str(path)) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the recipe is not YAML: {reason}", where=str(path)) from error
+    return parse(data, str(path))
+
+
+def parse(data: object, where: str = "recipe") -> Recipe:
+    """The recipe in data that has been read already."""
+    section = data.get("recover") if isinstance(data, Mapping) else None
+    if not isinstance(section, Mapping) or not isinstance(section.get("stages"), list):
+        raise UsageError(
+            "there are no stages",
+            where=where,
+            hint="a recipe of a recovery is a mapping `recover` with a list `stages`",
+        )
+    settings = Settings.make({k: v for k, v in section.items() if k != "stages"})
+    return Recipe(settings, tuple(_stage(item, where) for item in section["stages"]))
+
+
+def _stage(item: object, where: str) -> Stage:
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        raise UsageError(f"{item!r:.80} is not a stage: a name and its options", where=where)
+    ((name, options),) = item.items()
+    if options is not None and not isinstance(options, Mapping):
+        raise UsageError(f"the options of {name} are a mapping, not {options!r:.80}", where=where)
+    return find(str(name)).make(options or {})

@@ -1,0 +1,350 @@
+"""A run: its stages in turn, on one process or many, from the last checkpoint on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import RecoveryError, UsageError
+from reroll.evaluate.tokenizing import plain_ids, special_ids, tokenizer_of
+from reroll.recover.checkpoints import Directory, Progress
+from reroll.recover.data import Corpus, Rows, make_corpus, take
+from reroll.recover.measure import held_out
+from reroll.recover.optimizers import make_optimizer, rate
+from reroll.recover.recipe import Recipe, load_recipe
+from reroll.recover.stage import Batch, Loss, Models, Stage
+from reroll.recover.trainable import new_names, training
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.passes.pipeline import call_to_text
+from reroll.rewrite.program import Program, Step
+from reroll.runtime.recapture import stored_tensors
+
+OnStep = Callable[[Mapping[str, Any]], None]
+
+# of the loss that the progress shows
+SMOOTHING = 0.9
+
+
+@dataclass
+class Report:
+    """What a run did: tokens and seconds, and the held-out measures before and after it.
+
+    Each of `measures` has the stage that it was taken before ("" at the end), the perplexity, and
+    with an original its perplexity, the KL divergence from it in nats, and top-1 agreement. `main`
+    says whether this process is the one that measured and saved.
+    """
+
+    out: str
+    tokens: int
+    seconds: float
+    main: bool
+    measures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def recover(
+    student: str | Path | Program,
+    out: str | Path,
+    *,
+    data: Sequence[str | Path],
+    recipe: Recipe | str | Path,
+    tokens: float,
+    teacher: str | Path | Program | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep | None = None,
+) -> Report:
+    """Train a rewritten model against its original, and save it to the directory `out`.
+
+    `teacher` is the original; by default what the student says it was made from. `data` are text
+    files, directories, or names of Hugging Face datasets. `tokens` are shared among the recipe's
+    stages by their `share`. Weights are kept, trained and saved in fp32.
+
+    While it runs, checkpoints are in `out` + ".run"; the same call goes on from them, with the same
+    losses as if it had not been interrupted, and `restart` begins anew. Under `accelerate launch`,
+    processes share each step's rows.
+
+    Raises UsageError for wrong arguments, RecoveryError if a loss is not finite, CheckpointError
+    if a checkpoint cannot be written; in the last two cases the last checkpoint remains.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UsageError("it exists", where=str(out), hint="choose another, or --overwrite")
+    run = _Run(
+        recipe, student, teacher, data, int(tokens), Directory(out.with_name(f"{out.name}.run"))
+    )
+    return run.all(out, restart, overwrite, on_step or (lambda _: None))
+
+
+class _Run:
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: str | Path | Program,
+        teacher: str | Path | Program | None,
+        data: Sequence[str | Path],
+        tokens: int,
+        directory: Directory,
+    ) -> None:
+        self.recipe, self.settings, self.directory = recipe, recipe.settings, directory
+        self.accelerator = _accelerator(self.settings.precision)
+        self.world = int(self.accelerator.num_processes)
+        self.main = bool(self.accelerator.is_main_process)
+        if self.settings.batch % self.world:
+            raise UsageError(
+                f"{self.settings.batch} rows cannot be shared by {self.world} processes",
+                where="recipe recover, option batch",
+            )
+        if not data:
+            raise UsageError("there is no text to train on", hint="give files or directories")
+        program = _program(student)
+        if teacher is None and any(s.teaches for s in recipe.stages):
+            teacher = program.origin.model
+        self.identity = {
+            "student": _name(student),
+            "teacher": None if teacher is None else _name(teacher),
+            "data": [str(d) for d in data],
+            "tokens": tokens,
+            "recipe": recipe.to_data(),
+        }
+        tokenizer = tokenizer_of(program)
+        if tokenizer is None:
+            raise UsageError("the model has no tokenizer", where=program.origin.model)
+        self.steps = _steps(recipe, tokens)
+        self.corpus: Corpus = make_corpus(
+            data,
+            lambda text: plain_ids(tokenizer, text),
+            length=self.settings.length,
+            tokens=sum(self.steps) * self.settings.batch * self.settings.length,
+            held_rows=self.settings.held_rows,
+            pack=self.settings.pack,
+            before=special_ids(tokenizer)[0],
+            end=tokenizer.eos_token_id,
+            seed=self.settings.seed,
+        )
+        device = self.accelerator.device
+        self.module = program.to_module().to(device)
+        self.teacher = None if teacher is None else _program(teacher).to_module().to(device).eval()
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False)
+        if self.settings.checkpointing:
+            self.module.gradient_checkpointing_enable()
+        self.new = new_names(self.module, self.teacher)
+        self.seconds = 0.0
+        self.measures: list[dict[str, Any]] = []
+
+    def all(self, out: Path, restart: bool, overwrite: bool, on_step: OnStep) -> Report:
+        """Run what is left, and save the result."""
+        if self.main:
+            self.directory.open(self.identity, resume=not restart)
+        self.accelerator.wait_for_everyone()
+        found = self.directory.last()
+        progress = Progress() if found is None else found[0]
+        if self.main:
+            self.directory.cut_log(progress.steps)
+        if progress.stage:
+            self.module.load_state_dict(self.directory.load_stage(progress.stage))
+        for number in range(progress.stage, len(self.recipe.stages)):
+            own = found if found is not None and found[0].stage == number else None
+            if own is None:
+                progress = replace(progress, stage=number, step=0)
+                if self.main and number:
+                    self.directory.save_stage(number, stored_tensors(self.module)[1])
+                self._measure(self.recipe.stages[number].name, progress)
+            progress = self._stage(number, progress, own, on_step)
+        self._measure("", progress)
+        report = Report(str(out), progress.tokens, self.seconds, self.main, self.measures)
+        if self.main:
+            self._save(out, report, overwrite)
+        self.accelerator.wait_for_everyone()
+        return report
+
+    # ---- one stage
+
+    def _stage(self, number: int, progress: Progress, found: Any, on_step: OnStep) -> Progress:
+        stage, steps = self.recipe.stages[number], self.steps[number]
+        self.module.train()
+        with training(self.module, stage, self.new) as trained:
+            optimizer = make_optimizer(stage, trained.parameters())
+            if found is not None:
+                _restore(trained, found[1])
+                optimizer.load_state_dict(found[2])
+            models = Models(trained, self.module, self.teacher)
+            stage.begin(models)
+            objective, optimizer = self.accelerator.prepare(_Objective(stage, models), optimizer)
+            smooth: float | None = None
+            start, before, first = time.perf_counter(), progress.tokens, progress.steps
+            for step in range(progress.step, steps):
+                lr = rate(stage, step, steps)
+                line, count = self._step(objective, optimizer, progress, lr, steps)
+                progress = Progress(number, step + 1, progress.steps + 1, progress.tokens + count)
+                last = step + 1 == steps
+                if progress.steps % self.settings.save_every == 0 or last:
+                    self._save_step(progress, trained, optimizer)
+                seconds = time.perf_counter() - start
+                speed = (progress.tokens - before) / seconds
+                smooth = (
+                    line["loss"]
+                    if smooth is None
+                    else (SMOOTHING * smooth + (1 - SMOOTHING) * line["loss"])
+                )
+                left = sum(self.steps) - progress.steps
+                done = {
+                    "stage": stage.name,
+                    **asdict(progress),
+                    **line,
+                    "smooth": smooth,
+                    "lr": lr,
+                    "total_steps": sum(self.steps),
+                    "tokens_per_second": speed,
+                    "seconds_left": left * seconds / (progress.steps - first),
+                }
+                if self.main:
+                    if progress.steps % self.settings.log_every == 0 or last:
+                        self.directory.log(done)
+                    on_step(done)
+            self.seconds += time.perf_counter() - start
+        self.accelerator.free_memory()
+        self.module.requires_grad_(True)
+        return progress
+
+    def _step(
+        self, objective: nn.Module, optimizer: Any, progress: Progress, lr: float, steps: int
+    ) -> tuple[dict[str, float], int]:
+        """One step over all processes: what is logged of it, and its tokens."""
+        settings = self.settings
+        rows = take(self.corpus.train, progress.steps * settings.batch, settings.batch)
+        count = int(rows.mask.sum())
+        # every process takes every so manieth row
+        rank = int(self.accelerator.process_index)
+        own = Rows(rows.ids[rank :: self.world], rows.mask[rank :: self.world])
+        size = settings.micro or len(own)
+        pieces = [Rows(*p) for p in zip(own.ids.split(size), own.mask.split(size), strict=True)]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        seed = settings.seed * 1_000_003 + progress.steps
+        torch.manual_seed(seed)
+        totals: dict[str, float] = {}
+        for index, piece in enumerate(pieces):
+            batch = self._batch(piece, progress.step / steps, seed)
+            share = batch.tokens() / count
+            last = index + 1 == len(pieces)
+            with nullcontext() if last else self.accelerator.no_sync(objective):
+                with self.accelerator.autocast():
+                    loss = Loss(*objective(batch))
+                # gradients are averaged over processes, and should be summed
+                self.accelerator.backward(loss.value * (share * self.world))
+            for name, value in {"loss": loss.value.item(), **loss.parts}.items():
+                totals[name] = totals.get(name, 0.0) + share * value
+        values = torch.tensor(list(totals.values()), device=self.accelerator.device)
+        values = self.accelerator.reduce(values, "sum")
+        line = dict(zip(totals, values.tolist(), strict=True))
+        stage = self.recipe.stages[progress.stage]
+        norm = self._clip(stage, objective)
+        if not torch.isfinite(values[0]) or not torch.isfinite(norm):
+            raise RecoveryError(
+                f"the loss of step {progress.steps + 1} is not finite",
+                where=f"stage {stage.name}",
+                hint=f"lower its lr; the last checkpoint is in {self.directory.path}",
+            )
+        optimizer.step()
+        return {**line, "gradient_norm": float(norm)}, count
+
+    def _clip(self, stage: Stage, objective: nn.Module) -> Tensor:
+        parameters = [p for p in objective.parameters() if p.grad is not None]
+        bound = stage.clip or float("inf")
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, bound)
+        return norm
+
+    def _batch(self, rows: Rows, progress: float, seed: int) -> Batch:
+        # columns that are padding in all rows are not computed
+        width = int(rows.mask.sum(1).max())
+        device = self.accelerator.device
+        ids, mask = rows.ids[:, :width].to(device), rows.mask[:, :width].to(device)
+        return Batch(ids, mask, progress, seed)
+
+    # ---- what is kept
+
+    def _save_step(self, progress: Progress, trained: nn.Module, optimizer: Any) -> None:
+        tensors = {n: p for n, p in trained.named_parameters() if p.requires_grad}
+        if self.main:
+            self.directory.save_step(progress, tensors, optimizer.state_dict())
+        self.accelerator.wait_for_everyone()
+
+    def _measure(self, stage: str, progress: Progress) -> None:
+        """Measure on the held-out rows, and write it down."""
+        if self.main:
+            with self.accelerator.autocast():
+                found = held_out(self.module, self.teacher, self.corpus.held_out)
+            line = {"before": stage, "steps": progress.steps, "tokens": progress.tokens, **found}
+            self.directory.log({"held_out": line, "steps": progress.steps})
+            self.measures.append(line)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, out: Path, report: Report, overwrite: bool) -> None:
+        program = self.module.to_program()
+        names = [stage.name for stage in self.recipe.stages]
+        measured = {
+            "tokens": report.tokens,
+            "processes": self.world,
+            "held_out": report.measures,
+        }
+        text = call_to_text("recover", {"stages": names})
+        record = Step(text, report.seconds, (), measured)
+        origin = replace(program.origin, steps=(*program.origin.steps, record))
+        replace(program, origin=origin).save(str(out), overwrite=overwrite)
+        self.directory.finish(out)
+
+
+class _Objective(nn.Module):
+    """A stage's loss as a module, so that what wraps it sees all that the loss depends on."""
+
+    def __init__(self, stage: Stage, models: Models) -> None:
+        super().__init__()
+        self.student = models.student
+        self.stage, self.models = stage, models
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        loss = self.stage.loss(batch, self.models)
+        return loss.value, loss.parts
+
+
+def _accelerator(precision: str) -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    mixed = {"fp32": "no", "bf16": "bf16"}[precision]
+    # a stage need not reach all that it may train
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    return Accelerator(mixed_precision=mixed, kwargs_handlers=handlers)
+
+
+def _program(model: str | Path | Program) -> Program:
+    if isinstance(model, Program):
+        return model
+    return capture(str(model), dtype=torch.float32)
+
+
+def _name(model: str | Path | Program) -> str:
+    return model.origin.model if isinstance(model, Program) else str(model)
+
+
+def _steps(recipe: Recipe, tokens: int) -> list[int]:
+    """Steps of each stage, at least one."""
+    total = tokens / (recipe.settings.batch * recipe.settings.length)
+    shares = sum(stage.share for stage in recipe.stages)
+    return [max(round(total * stage.share / shares), 1) for stage in recipe.stages]
+
+
+def _restore(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[name])

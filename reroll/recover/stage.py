@@ -1,0 +1,204 @@
+"""What a stage is: a loss, what it trains, and for how long.
+
+    class Tune(Stage):
+        '''Cross-entropy of the next token.'''
+
+        name = "tune"
+
+        def loss(self, batch: Batch, models: Models) -> Loss: ...
+
+A new stage is one file in `reroll/recover/stages`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import UsageError
+from reroll.rewrite.passes.declared import Declared
+from reroll.rewrite.passes.options import nearest_name, option
+
+FOLDER = "reroll.recover.stages"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens of one step.
+
+    `ids` and `mask` are [rows, length]; the mask is 0 at padding, which is on the right. `progress`
+    is how much of the stage is done, from 0 to 1; `seed` is for random choices of this step, equal
+    in all processes.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    progress: float = 0.0
+    seed: int = 0
+
+    @property
+    def labels(self) -> Tensor:
+        """The token ids, and -100 where there is padding: [rows, length]."""
+        return self.ids.masked_fill(self.mask == 0, -100)
+
+    def tokens(self) -> int:
+        """How many tokens are not padding."""
+        return int(self.mask.sum())
+
+
+@dataclass
+class Models:
+    """The two sides of a run.
+
+    `student` is what a stage calls: the lowered model `module`, or that with adapters around it.
+    `teacher` is the lowered original, which nothing trains.
+    """
+
+    student: nn.Module
+    module: Any
+    teacher: Any | None
+
+    def run(self, batch: Batch) -> Tensor:
+        """The student's logits [rows, length, vocabulary]."""
+        logits: Tensor = self.student(**arguments(batch)).logits
+        return logits
+
+    def ask(self, batch: Batch) -> Tensor:
+        """The teacher's logits [rows, length, vocabulary], without gradients."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            logits: Tensor = self.teacher(**arguments(batch)).logits
+        return logits
+
+
+def arguments(batch: Batch) -> dict[str, Any]:
+    """What a lowered causal language model is called with."""
+    return {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+
+
+@dataclass
+class Loss:
+    """The mean over the batch's tokens of what is minimised, and what is worth logging beside."""
+
+    value: Tensor
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+class Stage(Declared, ABC):
+    """Base of all stages. A subclass sets `name`, and `teaches` if it needs the original."""
+
+    what: ClassVar[str] = "stage"
+    teaches: ClassVar[bool] = True
+
+    share: float = option(1.0, help="its share of the run's tokens, beside the other stages'")
+    lr: float = option(1e-4, help="the largest learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine", help="how the learning rate falls after the warmup"
+    )
+    warmup: float = option(0.03, help="share of the steps in which the learning rate rises")
+    final: float = option(0.1, help="the last learning rate, as a share of the largest")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", help="muon is for matrices; the rest takes adamw"
+    )
+    betas: list[float] = option([0.9, 0.95], help="adamw's decay rates")
+    weight_decay: float = option(0.0, help="decoupled weight decay")
+    clip: float = option(1.0, help="the largest norm of the gradient; 0 for none")
+    train: str | list[str] = option(
+        "all", help="all, new (what the original does not have), lora, or patterns of names"
+    )
+    lora_rank: int = option(8, help="with train=lora: the rank")
+    lora_alpha: float = option(16.0, help="with train=lora: the scale, over the rank")
+    lora_on: list[str] = option(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], help="with train=lora: names of linear layers"
+    )
+
+    def check(self) -> None:
+        place = f"stage {self.name}"
+        if self.share <= 0 or self.lr <= 0:
+            raise UsageError("share and lr are positive", where=place)
+        if not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
+            raise UsageError("warmup and final are shares from 0 to 1", where=place)
+        if len(self.betas) != 2 or self.lora_rank < 1:
+            raise UsageError("betas are two numbers, and lora_rank is at least 1", where=place)
+
+    @abstractmethod
+    def loss(self, batch: Batch, models: Models) -> Loss:
+        """The loss of one batch: a mean over its tokens, with gradients into the student."""
+
+    def begin(self, models: Models) -> None:
+        """Called once before the first step, with the models as they are then."""
+
+
+@cache
+def stages() -> dict[str, type[Stage]]:
+    """All stages by name."""
+    found: dict[str, type[Stage]] = {}
+    folder = importlib.import_module(FOLDER)
+    for info in pkgutil.iter_modules(folder.__path__, f"{FOLDER}."):
+        for value in vars(importlib.import_module(info.name)).values():
+            if isinstance(value, type) and issubclass(value, Stage) and value.name:
+                found[value.name] = value
+    return dict(sorted(found.items()))
+
+
+def find(name: str) -> type[Stage]:
+    """The stage of this name; UsageError with the nearest spelling if there is none."""
+    if name not in stages():
+        raise UsageError(
+            f"there is no stage {name!r}", where="recipe", hint=nearest_name(name, stages())
+        )
+    return stages()[name]
+
+
+# ---- the values between trips
+
+
+def trips_of(model: Any) -> list[nn.Module]:
+    """The trips of all loops of a lowered model, in the order in which they run."""
+    loops = model._assembly.loops
+    order = [loop.name for loop in model.program.loops]
+    return [trip for name in order for trip in loops[name].modules]
+
+
+@contextmanager
+def recorded(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect, while it is open, what each trip takes and gives: the first carried value."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.append((args[0], output[0]))
+
+    handles = [trip.register_forward_hook(note) for trip in trips]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def fed(trips: Sequence[nn.Module], values: Sequence[Tensor | None]) -> Iterator[None]:
+    """Give each trip its value instead of what the trip before returned, where there is one."""
+
+    def feeder(value: Tensor) -> Any:
+        return lambda _module, args: (value, *args[1:])
+
+    handles = [
+        trip.register_forward_pre_hook(feeder(value))
+        for trip, value in zip(trips, values, strict=True)
+        if value is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

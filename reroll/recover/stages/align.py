@@ -1,0 +1,90 @@
+"""Align: every trip learns to compute from the original's input what the original computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, fed, recorded, trips_of
+from reroll.rewrite.passes.options import option
+
+
+class Align(Stage):
+    """Fit each trip to the original's layers on the original's hidden states.
+
+    With x_t and y_t what the original's layers of trip t take and give, and f_t the trip,
+
+        loss = mean_t |f_t(x_t) - y_t|^2 / |y_t - x_t|^2
+
+    over the tokens of a row: the error relative to what the layers add. Trips see the original's
+    input, so that all learn at once (MOHAWK's second stage, arXiv 2408.10189; LoLCATs' attention
+    transfer, arXiv 2410.10254). Blocks that are applied several times need their own errors as
+    input too (Raptor, arXiv 2512.19941): `free` is the probability, at the end of the stage, that
+    a trip takes what the trip before gave; it grows from 0 in proportion to the steps.
+    """
+
+    name = "align"
+
+    lr: float = option(1e-3, help="the largest learning rate")
+    train: str | list[str] = option("new", help="all, new, lora, or patterns of names")
+    free: float = option(0.5, help="share of trips that run freely at the end")
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.free <= 1:
+            raise UsageError("free is a probability", where="stage align, option free")
+
+    def begin(self, models: Models) -> None:
+        teacher, student = len(trips_of(models.teacher)), len(trips_of(models.module))
+        if teacher % student:
+            raise UsageError(
+                f"the original has {teacher} trips, which {student} cannot share evenly",
+                where="stage align",
+                hint="leave the stage out, or choose passes that keep the trips",
+            )
+
+    def loss(self, batch: Batch, models: Models) -> Loss:
+        inputs, targets = self._targets(batch, models)
+        trips = trips_of(models.module)
+        given = [
+            x if forced else None
+            for x, forced in zip(inputs, self._forced(batch, len(trips)), strict=True)
+        ]
+        with fed(trips, given), recorded(trips) as made:
+            models.run(batch)
+        weights = batch.mask.float()
+        errors = [
+            relative_error(output, target, source, weights)
+            for (_, output), target, source in zip(made, targets, inputs, strict=True)
+        ]
+        value = torch.stack(errors).mean()
+        worst = max(range(len(errors)), key=lambda t: errors[t].item())
+        return Loss(value, {"worst_trip": float(worst), "worst": errors[worst].item()})
+
+    def _targets(self, batch: Batch, models: Models) -> tuple[list[Tensor], list[Tensor]]:
+        """What the layers of each of the student's trips take and give in the original."""
+        trips = trips_of(models.teacher)
+        assert models.teacher is not None
+        with torch.no_grad(), recorded(trips) as seen:
+            models.teacher(**arguments(batch), logits_to_keep=1)
+        step = len(seen) // len(trips_of(models.module))
+        return [x for x, _ in seen[::step]], [y for _, y in seen[step - 1 :: step]]
+
+    def _forced(self, batch: Batch, trips: int) -> list[bool]:
+        """Which trips take the original's value."""
+        generator = torch.Generator().manual_seed(batch.seed)
+        chances = torch.rand(trips, generator=generator)
+        return [bool(c >= self.free * batch.progress) for c in chances]
+
+
+def relative_error(actual: Tensor, expected: Tensor, source: Tensor, weights: Tensor) -> Tensor:
+    """|actual - expected|^2 / |expected - source|^2 of each row, its mean by the rows' tokens.
+
+    All are [rows, length, width]; `weights` [rows, length] is 0 at padding.
+    """
+    error = (actual.float() - expected.float()).square().mean(-1)
+    size = (expected.float() - source.float()).square().mean(-1)
+    ratio = (error * weights).sum(-1) / (size * weights).sum(-1).clamp(min=1e-12)
+    tokens = weights.sum(-1)
+    return (ratio * tokens).sum() / tokens.sum()

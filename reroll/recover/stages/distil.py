@@ -1,0 +1,101 @@
+"""Distil: the student's distribution over tokens comes near the original's."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from reroll.errors import UsageError
+from reroll.recover.stage import Batch, Loss, Models, Stage, recorded, trips_of
+from reroll.recover.stages.align import relative_error
+from reroll.rewrite.passes.options import option
+
+# positions whose distributions are compared at once
+PIECE = 256
+
+
+class Distil(Stage):
+    """Minimise the KL divergence from the original's distribution of the next token.
+
+        loss = T^2 KL(p_T || q_T) + ce * cross-entropy + hidden * error of the last hidden state
+
+    with p the original's and q the student's softmax(logits / T) (Hinton et al., 2015, arXiv
+    1503.02531), or KL(q || p) with `direction=reverse`. With `top_k`, only the k tokens most
+    likely to the original are compared, and the rest as one.
+    """
+
+    name = "distil"
+
+    temperature: float = option(1.0, help="divides the logits")
+    direction: Literal["forward", "reverse"] = option("forward", help="which way the KL goes")
+    top_k: int | None = option(None, help="compare the original's likeliest tokens only")
+    ce: float = option(0.0, help="weight of the cross-entropy of the text")
+    hidden: float = option(0.0, help="weight of the relative error of the last hidden state")
+
+    def check(self) -> None:
+        super().check()
+        if self.temperature <= 0 or (self.top_k is not None and self.top_k < 1):
+            raise UsageError("temperature and top_k are positive", where="stage distil")
+
+    def loss(self, batch: Batch, models: Models) -> Loss:
+        ends = [trips_of(m)[-1] for m in (models.teacher, models.module)]
+        with recorded(ends[:1]) as theirs:
+            expected = models.ask(batch)
+        with recorded(ends[1:]) as ours:
+            logits = models.run(batch)
+        keep = batch.mask.bool()
+        kl = self.divergence(logits[keep], expected[keep])
+        value, parts = kl, {"kl": kl.item()}
+        if self.ce:
+            ce = cross_entropy(logits, batch.labels)
+            value, parts["ce"] = value + self.ce * ce, ce.item()
+        if self.hidden:
+            (source, target), (_, made) = theirs[0], ours[0]
+            error = relative_error(made, target, source, batch.mask.float())
+            value, parts["hidden"] = value + self.hidden * error, error.item()
+        return Loss(value, parts)
+
+    def divergence(self, logits: Tensor, expected: Tensor) -> Tensor:
+        """The mean divergence over positions; both are [positions, vocabulary]."""
+        total = logits.new_zeros((), dtype=torch.float32)
+        for ours, theirs in zip(logits.split(PIECE), expected.split(PIECE), strict=True):
+            # a piece's softmax is computed again for its gradient, instead of all being kept
+            total = total + checkpoint(self._piece, ours, theirs, use_reentrant=False)
+        return total / max(len(logits), 1)
+
+    def _piece(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        q = (ours.float() / self.temperature).log_softmax(-1)
+        p = (theirs.float() / self.temperature).log_softmax(-1)
+        if self.top_k is not None and self.top_k < p.shape[-1]:
+            chosen = p.topk(self.top_k, -1).indices
+            p, q = coarse(p, chosen), coarse(q, chosen)
+        if self.direction == "reverse":
+            p, q = q, p
+        return F.kl_div(q, p, reduction="sum", log_target=True) * self.temperature**2
+
+
+def coarse(log: Tensor, chosen: Tensor) -> Tensor:
+    """Log-probabilities of the chosen tokens and, as one, of all others: [positions, k + 1]."""
+    kept = log.gather(-1, chosen)
+    rest = torch.log1p(-kept.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    return torch.cat((kept, rest), -1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of the next token: logits [rows, length, vocabulary], in nats."""
+    ahead = labels[:, 1:].flatten()
+    flat = logits[:, :-1].flatten(0, 1)
+    kept = ahead >= 0
+    ahead, flat = ahead[kept], flat[kept]
+    total = flat.new_zeros((), dtype=torch.float32)
+    for ours, wanted in zip(flat.split(PIECE), ahead.split(PIECE), strict=True):
+        total = total + checkpoint(_nats, ours, wanted, use_reentrant=False)
+    return total / max(len(flat), 1)
+
+
+def _nats(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum")

@@ -1,0 +1,18 @@
+"""Tune: the cross-entropy of the text itself, without the original."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from reroll.recover.stage import Batch, Loss, Models, Stage
+from reroll.recover.stages.distil import cross_entropy
+
+
+class Tune(Stage):
+    """Minimise the cross-entropy of the next token."""
+
+    name = "tune"
+    teaches: ClassVar[bool] = False
+
+    def loss(self, batch: Batch, models: Models) -> Loss:
+        return Loss(cross_entropy(models.run(batch), batch.labels))

@@ -1,0 +1,101 @@
+"""What a stage trains: all weights, the new ones, adapters, or weights by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from reroll.errors import UsageError
+from reroll.recover.stage import Stage
+from reroll.runtime import untie
+
+
+@contextmanager
+def training(module: Any, stage: Stage, new: frozenset[str]) -> Iterator[nn.Module]:
+    """The module to train, with gradients for what the stage names and for nothing else.
+
+    With `train=lora` that is the module with adapters, which are merged into its weights at the
+    end. Raises UsageError if the stage names nothing.
+    """
+    if stage.train == "lora":
+        with _adapted(module, stage) as adapted:
+            yield adapted
+        return
+    patterns = [stage.train] if isinstance(stage.train, str) else stage.train
+    chosen = {
+        name
+        for name, _ in module.named_parameters(remove_duplicate=False)
+        if patterns == ["all"]
+        or (patterns == ["new"] and name in new)
+        or any(fnmatchcase(name, f"*{pattern}*") for pattern in patterns)
+    }
+    if not chosen:
+        raise UsageError(
+            "the model has no weights that the original does not have"
+            if patterns == ["new"]
+            else f"no weight is called {' or '.join(patterns)}",
+            where=f"stage {stage.name}, option train",
+            hint="train=all trains all weights",
+        )
+    ids = {id(module.get_parameter(name)) for name in chosen}
+    for parameter in module.parameters():
+        parameter.requires_grad_(id(parameter) in ids)
+    yield module
+
+
+@contextmanager
+def _adapted(module: Any, stage: Stage) -> Iterator[nn.Module]:
+    """The module with a LoRA adapter (Hu et al., 2021, arXiv 2106.09685) on named linear layers."""
+    from peft import LoraConfig, get_peft_model
+
+    names = [
+        name
+        for name, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in stage.lora_on
+    ]
+    if not names:
+        raise UsageError(
+            f"no linear layer is called {' or '.join(stage.lora_on)}",
+            where=f"stage {stage.name}, option lora_on",
+        )
+    shared = _shared(module, names)
+    if shared is not None:
+        raise UsageError(
+            f"{shared} is one weight for several depths, which a merged adapter would untie",
+            where=f"stage {stage.name}, option train",
+            hint="add factors for each depth with the pass relax, and train new",
+        )
+    config = LoraConfig(
+        r=stage.lora_rank, lora_alpha=stage.lora_alpha, target_modules=names, lora_dropout=0.0
+    )
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    adapted = get_peft_model(module, config)
+    yield adapted
+    untie(module)
+    adapted.merge_and_unload()
+
+
+def _shared(module: nn.Module, names: list[str]) -> str | None:
+    """The first of some linear layers whose weight another one of them has too."""
+    seen: set[int] = set()
+    for name in names:
+        weight = module.get_submodule(name).weight
+        if id(weight) in seen:
+            return name
+        seen.add(id(weight))
+    return None
+
+
+def new_names(module: nn.Module, teacher: nn.Module | None) -> frozenset[str]:
+    """Names of the parameters that the original does not have: gates, feature maps, residuals."""
+    if teacher is None:
+        return frozenset()
+    ours, theirs = (
+        {name for name, _ in m.named_parameters(remove_duplicate=False)} for m in (module, teacher)
+    )
+    return frozenset(ours - theirs)

@@ -1,0 +1,249 @@
+"""Runs of a tiny model: they learn, resume exactly, and are the same over two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import reroll
+from reroll.errors import CheckpointError, RecoveryError, UsageError
+from reroll.recover import Recipe, recover
+from reroll.recover import recipe as recipes
+from reroll.recover.checkpoints import Directory
+from reroll.rewrite.passes.samples import sample_text
+from tests import tiny
+
+TOKENS = 4 * 16 * 12
+SETTINGS = {"length": 16, "batch": 4, "held_rows": 4, "save_every": 3}
+
+
+def recipe(*stages: Any, **settings: Any) -> Recipe:
+    return recipes.parse({"recover": {**SETTINGS, **settings, "stages": list(stages)}})
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tiny.llama(), tmp_path_factory.mktemp("made") / "model", tiny.tokenizer())
+
+
+@pytest.fixture(scope="module")
+def tied(original: Path) -> Path:
+    program = reroll.run_passes(
+        reroll.capture(str(original)), "tie(blocks=2), relax(rank=2)", measure=False
+    )
+    program.save(str(original.with_name("tied")))
+    return original.with_name("tied")
+
+
+@pytest.fixture(scope="module")
+def text(original: Path) -> Path:
+    file = original.with_name("text.txt")
+    file.write_text(sample_text(), encoding="utf-8")
+    return file
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "recovery.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+STAGES = [
+    {"align": {"lr": 3e-3, "share": 0.5}},
+    {"distil": {"lr": 3e-3, "hidden": 0.1, "ce": 0.1}},
+    {"tune": {"lr": 1e-3, "share": 0.25, "optimizer": "muon"}},
+]
+
+
+def test_stages_bring_a_model_nearer(tied: Path, text: Path, tmp_path: Path) -> None:
+    stages = [{"align": {"lr": 1e-2}}, {"distil": {"lr": 5e-3}}]
+    report = recover(
+        str(tied), tmp_path / "out", data=[text], recipe=recipe(*stages), tokens=4 * TOKENS
+    )
+    before, between, after = (line["kl"] for line in report.measures)
+    assert between < 0.8 * before
+    assert after < 0.8 * between
+    # what is measured is what is saved
+    saved = reroll.load(tmp_path / "out")
+    assert saved.weights["model.layers.*.mlp.up_proj.weight"].index == (0, 1, 0, 1)
+    assert saved.origin.steps[-1].text.startswith("recover(")
+    model = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
+    assert model(torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_only_what_a_stage_names_is_trained(tied: Path, text: Path, tmp_path: Path) -> None:
+    stage = {"distil": {"train": ["lora_up"], "lr": 1e-2}}
+    recover(str(tied), tmp_path / "out", data=[text], recipe=recipe(stage), tokens=TOKENS)
+    before, after = (dict(_tensors(p)) for p in (tied, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "lora_up" in name}
+
+
+def _tensors(path: Path) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(path / "model.safetensors").items()
+
+
+def test_adapters_are_merged(original: Path, text: Path, tmp_path: Path) -> None:
+    reroll.capture(str(original)).save(str(tmp_path / "rolled"))
+    stage = {"tune": {"train": "lora", "lr": 1e-2, "lora_on": ["q_proj", "up_proj"]}}
+    stages, out = recipe(stage), tmp_path / "out"
+    report = recover(str(tmp_path / "rolled"), out, data=[text], recipe=stages, tokens=4 * TOKENS)
+    assert report.measures[-1]["perplexity"] < report.measures[0]["perplexity"]
+    before, after = (dict(_tensors(tmp_path / p)) for p in ("rolled", "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "q_proj" in name or "up_proj" in name}
+
+
+def test_a_shared_weight_takes_no_adapter(tied: Path, text: Path, tmp_path: Path) -> None:
+    stage = {"tune": {"train": "lora"}}
+    with pytest.raises(UsageError, match="one weight for several depths"):
+        recover(str(tied), tmp_path / "out", data=[text], recipe=recipe(stage), tokens=TOKENS)
+    assert not (tmp_path / "out").exists()
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tied: Path, text: Path) -> Path:
+    """A run of all stages that nothing interrupted."""
+    out = tied.with_name("whole")
+    recover(str(tied), out, data=[text], recipe=recipe(*STAGES), tokens=TOKENS)
+    return out
+
+
+# within a stage, after one's last step, and before the next one's first checkpoint
+@pytest.mark.parametrize("stop", [2, 5, 8])
+def test_a_run_goes_on_as_if_it_had_not_stopped(
+    tied: Path, text: Path, whole: Path, tmp_path: Path, stop: int
+) -> None:
+    arguments: Any = {"data": [text], "recipe": recipe(*STAGES), "tokens": TOKENS}
+
+    def stopping(step: Any) -> None:
+        if step["steps"] == stop:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        recover(str(tied), tmp_path / "out", **arguments, on_step=stopping)
+    assert not (tmp_path / "out").exists()
+    recover(str(tied), tmp_path / "out", **arguments)
+    again = log(tmp_path / "out")
+    assert [s["steps"] for s in again] == list(range(1, 13))
+    assert [s["loss"] for s in again] == [s["loss"] for s in log(whole)]
+    saved = [_tensors(p) for p in (whole, tmp_path / "out")]
+    for (name, a), (_, b) in zip(*saved, strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_other_settings_do_not_go_on(tied: Path, text: Path, tmp_path: Path) -> None:
+    def stopping(_: Any) -> None:
+        raise Stopped
+
+    arguments: Any = {"data": [text], "tokens": TOKENS}
+    with pytest.raises(Stopped):
+        recover(str(tied), tmp_path / "out", **arguments, recipe=recipe("tune"), on_step=stopping)
+    with pytest.raises(UsageError, match="other settings: recipe"):
+        recover(str(tied), tmp_path / "out", **arguments, recipe=recipe("distil"))
+    recover(str(tied), tmp_path / "out", **arguments, recipe=recipe("distil"), restart=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tied: Path, text: Path, tmp_path: Path) -> None:
+    stages = recipe({"tune": {"lr": 1e30, "warmup": 0.0, "clip": 0.0}}, save_every=1)
+    with pytest.raises(RecoveryError, match="not finite"):
+        recover(str(tied), tmp_path / "out", data=[text], recipe=stages, tokens=TOKENS)
+    assert Directory(tmp_path / "out.run").last() is not None
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    tied: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = torch.save
+    calls = []
+
+    def full(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        saved(*args)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        recover(str(tied), tmp_path / "out", data=[text], recipe=recipe("tune"), tokens=TOKENS)
+    found = Directory(tmp_path / "out.run").last()
+    assert found is not None
+    assert found[0].steps == 3
+
+
+@pytest.mark.parametrize("pack", ["join", "separate"])
+def test_micro_batches_give_the_same_steps(tied: Path, tmp_path: Path, pack: str) -> None:
+    data = tmp_path / "text.jsonl"
+    parts = sample_text().split(".")
+    data.write_text("\n".join(json.dumps({"text": p}) for p in parts), encoding="utf-8")
+    losses = []
+    for micro in (None, 1):
+        out = tmp_path / f"out{micro}"
+        stages = recipe(*STAGES, micro=micro, pack=pack)
+        recover(str(tied), out, data=[data], recipe=stages, tokens=TOKENS)
+        losses.append([s["loss"] for s in log(out)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+COMMAND = ["-m", "reroll.cli", "recover"]
+
+
+def _arguments(tied: Path, text: Path, out: Path, folder: Path, **settings: Any) -> list[str]:
+    import yaml
+
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(*STAGES, **settings).to_data()), encoding="utf-8")
+    return [
+        str(tied), str(out), "--data", str(text), "--recipe", str(file), "--tokens", str(TOKENS)
+    ]  # fmt: skip
+
+
+def test_two_processes_give_the_losses_of_one(
+    tied: Path, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    arguments = _arguments(tied, text, tmp_path / "two", tmp_path)
+    # accelerate's own launcher starts several processes on accelerators only
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *launch, *COMMAND, *arguments]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    measured = reroll.load(tmp_path / "two").origin.steps[-1].measured
+    assert measured["processes"] == 2
+    one, two = log(whole), log(tmp_path / "two")
+    assert [s["loss"] for s in two] == pytest.approx([s["loss"] for s in one], rel=1e-4)
+    assert [s["tokens"] for s in two] == [s["tokens"] for s in one]
+
+
+@pytest.mark.slow
+def test_kill_and_go_on(tied: Path, text: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = _arguments(tied, text, out, tmp_path, save_every=1)
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, *COMMAND, *arguments])
+        steps = out.with_name("out.run")
+        known = len(list(steps.glob("step-*")))
+        while process.poll() is None and len(list(steps.glob("step-*"))) <= known:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+    else:
+        subprocess.run([sys.executable, *COMMAND, *arguments], check=True)
+    assert [s["loss"] for s in log(out)] == [s["loss"] for s in log(whole)]
