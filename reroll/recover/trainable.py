@@ -50,8 +50,10 @@ def training(module: Any, stage: Stage, new: frozenset[str]) -> Iterator[nn.Modu
 @contextmanager
 def _adapted(module: Any, stage: Stage) -> Iterator[nn.Module]:
     """The module with a LoRA adapter (Hu et al., 2021, arXiv 2106.09685) on named linear layers."""
-    from peft import LoraConfig, get_peft_model
-
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UsageError("adapters need peft", hint="pip install 'reroll[lora]'") from error
     names = [
         name
         for name, part in module.named_modules(remove_duplicate=False)
