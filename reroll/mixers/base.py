@@ -124,9 +124,9 @@ class Mixer(Declared, ABC):
         if segments is not None:
             return packing.apart(self.parallel, q, k, v, gates, self._start(k, v, state),
                                  padding, segments)  # fmt: skip
-        dtype = v.dtype
+        dtype, start = v.dtype, self._start(k, v, state)
         q, k, v, ready = self._ready(q, k, v, gates, padding, exact=True)
-        out, state = self.parallel_form(q, k, v, ready, self._start(k, v, state))
+        out, state = self.parallel_form(q, k, v, ready, start)
         return _ungrouped(out, dtype), state
 
     def chunk(

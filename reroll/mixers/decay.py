@@ -50,6 +50,26 @@ class Decay(ABC):
         """The sum of log decays over the stretch, to be added to the state's: [..., d or 1]."""
 
 
+class NoDecay(Decay):
+    """Nothing fades; `like` [..., time] says how many tokens there are."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+
+    def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
+        return products(q, k.mT).tril(diagonal)
+
+    def from_start(self, x: Tensor) -> Tensor:
+        return x
+
+    def to_end(self, k: Tensor) -> Tensor:
+        return k
+
+    @property
+    def total(self) -> Tensor:
+        return torch.zeros_like(self.like[..., :1])
+
+
 class HeadDecay(Decay):
     """One decay for each head: log decays [..., time]."""
 
@@ -79,10 +99,13 @@ class ChannelDecay(Decay):
         self.sums = log_decay.cumsum(-2)
 
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
-        between = self.sums[..., :, None, :] - self.sums[..., None, :, :]
-        seen = _lower(between[..., 0], diagonal)
-        fade = between.masked_fill(~seen[..., None], -torch.inf).exp()
-        return torch.einsum("...gid,...jd,...ijd->...gij", q, k, fade)
+        return torch.einsum("...gid,...jd,...ijd->...gij", q, k, self.between(diagonal))
+
+    def between(self, diagonal: int = 0) -> Tensor:
+        """What is left at token i of each channel of token j: [..., time, time, d]."""
+        sums = self.sums[..., :, None, :] - self.sums[..., None, :, :]
+        seen = _lower(sums[..., 0], diagonal)
+        return sums.masked_fill(~seen[..., None], -torch.inf).exp()
 
     def from_start(self, x: Tensor) -> Tensor:
         return x * _beside(self.sums.exp(), x)

@@ -41,6 +41,7 @@ class Gate:
         neutral: the value at which a token leaves the state alone; padded tokens get it.
         activation: from a raw number, such as a projection of the layer's input, to a value.
         inverse: from a value to the raw number; None where nobody wants to choose one.
+        usual: a constant to start from where nothing better is known, if there is one.
         from_key: from the key projection [batch, kv_heads, time, d_k] before its rotary embedding
             to the gate, by where the formula is from: `paper` or `code`.
     """
@@ -54,6 +55,7 @@ class Gate:
     neutral: float = 0.0
     activation: Map = lambda raw: raw
     inverse: Callable[[float], float] | None = None
+    usual: float | None = None
     from_key: Mapping[str, Map] = field(default_factory=dict)
 
 
@@ -71,7 +73,7 @@ def decay_gate(
         high=0.0,
         floor=floor,
         activation=lambda raw: F.logsigmoid(wide(raw)) / normaliser,
-        inverse=lambda value: _logit(math.exp(value * normaliser)),
+        inverse=lambda value: logit(math.exp(value * normaliser)),
         from_key=from_key or {},
     )
 
@@ -85,7 +87,8 @@ def strength_gate(name: str = "beta", shape: tuple[int, ...] = (), top: float = 
         low=0.0,
         high=top,
         activation=lambda raw: wide(raw).sigmoid() * top,
-        inverse=lambda value: _logit(value / top),
+        inverse=lambda value: logit(value / top),
+        usual=0.5,
     )
 
 
@@ -109,6 +112,7 @@ def inverse_softplus(value: float) -> float:
     return value + math.log(-math.expm1(-value))
 
 
-def _logit(value: float) -> float:
+def logit(value: float) -> float:
+    """The number whose sigmoid is `value`, which is kept off 0 and 1."""
     value = min(max(value, 1e-6), 1 - 1e-6)
     return math.log(value) - math.log1p(-value)

@@ -18,12 +18,15 @@ from reroll.mixers.decay import Decay, products
 TOGETHER = 32
 
 
-def stretch(q: Tensor, k: Tensor, v: Tensor, decay: Decay, state: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens at once: the state seen by each, and what each sees of the others.
+def stretch(
+    q: Tensor, k: Tensor, v: Tensor, decay: Decay, state: Tensor, diagonal: int = 0
+) -> tuple[Tensor, Tensor]:
+    """All tokens at once: what each sees of the others, and of the state before them.
 
-    q [..., groups, time, d_k], k [..., time, d_k], v [..., time, d_v], state [..., d_k, d_v].
+    q [..., groups, time, d_k], k [..., time, d_k], v [..., time, d_v], state [..., d_k, d_v]. With
+    `diagonal` -1 a token does not see its own write.
     """
-    out = products(decay.scores(q, k), v) + products(decay.from_start(q), state)
+    out = products(decay.scores(q, k, diagonal), v) + products(decay.from_start(q), state)
     return out, decay.total.exp()[..., None] * state + decay.to_end(k).mT @ v
 
 
@@ -35,6 +38,7 @@ def chunks(
     decay: Callable[[Tensor], Decay],
     state: Tensor,
     size: int,
+    diagonal: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k]."""
     time, dtype = k.shape[2], q.dtype
@@ -43,9 +47,21 @@ def chunks(
     fade = decay(log_decay)
     writes = fade.to_end(k).to(dtype).mT @ v  # [batch, kv_heads, chunks, d_k, d_v]
     states, end = chain(writes.to(state.dtype), fade.total, state)
-    out = products(fade.scores(q, k).to(dtype), v)
-    out = out + products(fade.from_start(q).to(dtype), states.to(dtype))
+    out = read(fade.scores(q, k, diagonal), v, fade.from_start(q), states)
     return joined(out, time), end
+
+
+def read(scores: Tensor, v: Tensor, q: Tensor, states: Tensor) -> Tensor:
+    """The sum scores @ v + q @ states as one product, rounded once, to the dtype of `v`."""
+    dtype = v.dtype
+    left = torch.cat([scores.to(dtype), q.to(dtype)], -1)
+    return products(left, torch.cat([v, states.to(dtype)], -2))
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token; `kept` [batch, kv_heads, d_k or 1] is what stays of the state."""
+    state = kept[..., None] * state + k[..., :, None] * v[..., None, :]
+    return torch.matmul(q, state), state
 
 
 def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,11 +88,11 @@ def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat(before, 2), state
 
 
-def cut(x: Tensor, size: int, dim: int) -> Tensor:
-    """Time into [chunks, size]; tokens of zeros, which change nothing, fill the last chunk."""
+def cut(x: Tensor, size: int, dim: int, fill: float = 0.0) -> Tensor:
+    """Time into [chunks, size]; tokens of `fill`, which change nothing, complete the last chunk."""
     missing = -x.shape[dim] % size
     if missing:
-        x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing))
+        x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing), value=fill)
     return torch.unflatten(x, dim, (-1, size))
 
 

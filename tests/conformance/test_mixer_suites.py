@@ -7,20 +7,32 @@ from typing import Any
 from reroll.mixers import make, registered
 from tests.conformance.mixer_suite import MixerSuite
 
-# beside each mixer as it comes: options that change its mathematics
-VARIANTS: dict[str, dict[str, Any]] = {}
+# options that change a mixer's mathematics
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("linear", {"feature_map": "relu"}),
+    ("linear", {"feature_map": "softmax"}),
+    ("linear", {"feature_map": "hedgehog"}),
+    ("linear", {"feature_map": "taylor"}),
+    ("gla", {"feature_map": "softmax", "scale": 1.0}),
+    ("hgrn2", {"lower_bound": 0.3}),
+    ("gsa", {"slots": 7}),
+    ("deltanet", {"negative": True}),
+    ("gated_deltanet", {"negative": True}),
+    ("kda", {"negative": True}),
+    ("deltaproduct", {"steps": 3, "negative": False}),
+)
 
 SMALL = {"chunk_size": 8}
 
 
-def _suite(name: str, options: dict[str, Any]) -> type[MixerSuite]:
-    title = "".join(w.title() for w in (name, *options))
-    return type(f"Test{title}", (MixerSuite,), {"mixer": make(name, SMALL | options)})
+def _add_suite(name: str, options: dict[str, Any]) -> None:
+    title = "_".join(map(str, (f"Test_{name}", *options.values())))
+    mixer = make(name, SMALL | options)
+    globals()[title] = type(title, (MixerSuite,), {"mixer": mixer, "__test__": True})
 
 
+MixerSuite.__test__ = False
 for _name in registered():
-    _cls = _suite(_name, {})
-    globals()[_cls.__name__] = _cls
-for _label, _options in VARIANTS.items():
-    _cls = _suite(_label.split(":")[0], _options)
-    globals()[_cls.__name__ + str(len(globals()))] = _cls
+    _add_suite(_name, {})
+for _name, _options in VARIANTS:
+    _add_suite(_name, _options)

@@ -1,0 +1,44 @@
+"""DeltaNet: a linear attention that overwrites.
+
+S_t = (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t, with keys of length one: Schlag et
+al., 2021 (arXiv 2102.11174), equation 24; Yang et al., 2024 (arXiv 2406.06484). With b up to 2 the
+state can change sign: Grazzi et al., 2024 (arXiv 2411.12537).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reroll.mixers import delta_form
+from reroll.mixers.base import Result, State
+from reroll.mixers.decay import NoDecay
+from reroll.mixers.gates import Gate
+
+
+class DeltaNet(delta_form.Delta):
+    """DeltaNet: a state that overwrites what it holds under a key."""
+
+    name = "deltanet"
+
+    def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
+        return (self.strength(),)
+
+    def parallel_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        (beta,) = gates
+        out, end = delta_form.stretch(q, k, v, beta, NoDecay(beta), state[0])
+        return out, (end,)
+
+    def chunk_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        (beta,) = gates
+        out, end = delta_form.chunks(q, k, v, beta, beta, NoDecay, state[0], self.chunk_size)
+        return out, (end,)
+
+    def step_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        state_after = delta_form.update(k, v, gates[0], state[0])
+        return q @ state_after, (state_after,)

@@ -1,0 +1,89 @@
+"""What the mixers with a diagonal decay have in common: S_t = A_t S_{t-1} + k_t v_t^T, o = q S.
+
+The first gate is the log decay, one for each head, or one for each channel of the keys.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.mixers import linear_form
+from reroll.mixers.base import Mixer, Result, State
+from reroll.mixers.decay import ChannelDecay, FactoredDecay, HeadDecay, bounded_size
+from reroll.mixers.feature_maps import FEATURE_MAPS, Name
+from reroll.rewrite.passes.options import option
+
+
+class Diagonal(Mixer):
+    """A linear recurrence whose decay is a number for each head."""
+
+    feature_map: Name = option("none", help="what queries and keys go through")
+
+    def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
+        return ((self.features(d_k), d_v),)
+
+    def features(self, d_k: int) -> int:
+        """The channels of a key after the feature map."""
+        return FEATURE_MAPS[self.feature_map].size(d_k)
+
+    def prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        phi = FEATURE_MAPS[self.feature_map].apply
+        return phi(q), phi(k), v, gates
+
+    def parallel_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        out, end = linear_form.stretch(q, k, v, HeadDecay(gates[0]), state[0])
+        return out, (end,)
+
+    def chunk_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        out, end = linear_form.chunks(q, k, v, gates[0], HeadDecay, state[0], self.chunk_size)
+        return out, (end,)
+
+    def step_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        out, end = linear_form.step(q, k, v, gates[0].exp()[..., None], state[0])
+        return out, (end,)
+
+
+class ChannelDiagonal(Diagonal):
+    """A linear recurrence whose decay is a vector over the channels of the keys."""
+
+    floor: float = option(
+        -2.5, help="log decays below are raised to it; with it goes how long a chunk may be"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.floor >= 0:
+            raise UsageError("floor must be below 0", where=f"mixer {self.name}")
+
+    @property
+    def size(self) -> int:
+        """Tokens of a chunk: no more than the floor allows."""
+        return bounded_size(self.chunk_size, self.floor)
+
+    def parallel_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        decay = ChannelDecay(gates[0])
+        out, end = linear_form.stretch(q, k, v, decay, state[0])
+        return out, (end,)
+
+    def chunk_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        out, end = linear_form.chunks(q, k, v, gates[0], FactoredDecay, state[0], self.size)
+        return out, (end,)
+
+    def step_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        out, end = linear_form.step(q, k, v, gates[0].exp(), state[0])
+        return out, (end,)

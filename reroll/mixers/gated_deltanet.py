@@ -1,0 +1,56 @@
+"""Gated DeltaNet: the delta rule on a state that fades.
+
+S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t, a = exp(g): Yang et al., 2024
+(arXiv 2412.06464), equation 10. The decay comes before the state is read under the key.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from reroll.mixers import delta_form
+from reroll.mixers.base import Result, State
+from reroll.mixers.decay import HeadDecay
+from reroll.mixers.gates import Gate, inverse_softplus, wide
+
+
+class GatedDeltaNet(delta_form.Delta):
+    """Gated DeltaNet: overwrites under a key, and fades by one number for each head."""
+
+    name = "gated_deltanet"
+
+    def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
+        return decay_of_softplus(), self.strength()
+
+    def parallel_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        log_decay, beta = gates
+        out, end = delta_form.stretch(q, k, v, beta, HeadDecay(log_decay), state[0])
+        return out, (end,)
+
+    def chunk_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        log_decay, beta = gates
+        out, end = delta_form.chunks(q, k, v, beta, log_decay, HeadDecay, state[0], self.chunk_size)
+        return out, (end,)
+
+    def step_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        log_decay, beta = gates
+        out, end = delta_form.step(q, k, v, beta, log_decay.exp()[..., None], state[0])
+        return out, (end,)
+
+
+def decay_of_softplus() -> Gate:
+    """The log decay -softplus(raw): Mamba-2's and Gated DeltaNet's, with their A as one."""
+    return Gate(
+        name="log_decay",
+        role="decay",
+        high=0.0,
+        activation=lambda raw: -F.softplus(wide(raw)),
+        inverse=lambda value: inverse_softplus(-value),
+    )

@@ -1,0 +1,90 @@
+"""Gated slot attention: softmax attention over a fixed number of slots that fade.
+
+K_t = diag(exp g_t) K_{t-1} + s_t k_t^T, V_t = diag(exp g_t) V_{t-1} + s_t v_t^T with s = 1 - exp g;
+o_t = softmax(K_t q_t)^T V_t: Zhang et al., 2024 (arXiv 2409.07146), equation 7. K and V have a row
+for each slot.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.mixers import linear_form
+from reroll.mixers.base import Mixer, Result, State
+from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size, products
+from reroll.mixers.gates import LIGER_NORMALISER, Gate, Map, decay_gate, log_sigmoid
+from reroll.mixers.linear_form import chain, cut, joined
+from reroll.rewrite.passes.options import option
+
+
+class GSA(Mixer):
+    """Gated slot attention: a softmax over slots, each with a key and a value that fade."""
+
+    name = "gsa"
+
+    slots: int = option(64, help="slots of the state")
+    floor: float = option(
+        -2.5, help="log decays below are raised to it; with it goes how long a chunk may be"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.floor >= 0 or self.slots < 1:
+            raise UsageError("floor must be below 0 and slots above", where=f"mixer {self.name}")
+
+    def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
+        liger: dict[str, Map] = {
+            "paper": lambda k: log_sigmoid(self.pool(k)),
+            "code": lambda k: log_sigmoid(self.pool(k), LIGER_NORMALISER),
+        }
+        return (decay_gate((self.slots,), 8.0, self.floor, liger),)
+
+    def pool(self, k: Tensor) -> Tensor:
+        """The channels of a key averaged to the number of slots."""
+        averaged: Tensor = torch.nn.functional.adaptive_avg_pool1d(k.flatten(0, 1), self.slots)
+        return averaged.view(*k.shape[:-1], self.slots)
+
+    def default_scale(self, d_k: int) -> float:
+        return 1.0
+
+    def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
+        return ((self.slots, d_k), (self.slots, d_v))
+
+    def parallel_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        decay, s = ChannelDecay(gates[0]), -gates[0].expm1()
+        scores = torch.einsum(
+            "...gij,...ijm,...jm->...gim", q @ k.mT[:, :, None], decay.between(), s
+        )
+        scores = scores + decay.from_start(products(q, state[0].mT))
+        keys = decay.total.exp()[..., None] * state[0] + decay.to_end(s).mT @ k
+        out, values = linear_form.stretch(scores.softmax(-1), s, v, decay, state[1])
+        return out, (keys, values)
+
+    def chunk_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        time, dtype, size = k.shape[2], q.dtype, bounded_size(self.chunk_size, self.floor)
+        log_decay = gates[0]
+        s = (-log_decay.expm1()).to(dtype)
+        rows, decay = cut(q, size, 3).transpose(2, 3), FactoredDecay(cut(log_decay, size, 2))
+        columns, slots = cut(k, size, 2), cut(s, size, 2)
+        writes = decay.to_end(slots).to(dtype).mT @ columns
+        states, keys = chain(writes.to(state[0].dtype), decay.total, state[0])
+        seen = products(products(rows, columns.mT).tril(), (slots * decay.fall).to(dtype))
+        scores = seen * decay.rise.unsqueeze(-3)
+        scores = scores + decay.from_start(products(rows, states.mT.to(dtype)))
+        weights = joined(scores.softmax(-1).to(dtype), time)
+        out, values = linear_form.chunks(weights, s, v, log_decay, FactoredDecay, state[1], size)
+        return out, (keys, values)
+
+    def step_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        kept, s = gates[0].exp()[..., None], -gates[0].expm1()[..., None]
+        keys = kept * state[0] + s * k[..., None, :]
+        values = kept * state[1] + s * v[..., None, :]
+        return (q @ keys.mT).softmax(-1) @ values, (keys, values)

@@ -1,0 +1,64 @@
+"""Kimi Delta Attention: the delta rule on a state that fades channel by channel.
+
+S_t = (I - b_t k_t k_t^T) diag(exp g_t) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t: Kimi team, 2025
+(arXiv 2510.26692), equation 1. The gate is bounded: g = floor * sigmoid(raw).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.mixers import delta_form
+from reroll.mixers.base import Result, State
+from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size
+from reroll.mixers.gates import Gate, logit, wide
+from reroll.rewrite.passes.options import option
+
+
+class KDA(delta_form.Delta):
+    """Kimi Delta Attention: overwrites under a key, and fades channel by channel."""
+
+    name = "kda"
+
+    floor: float = option(-5.0, help="the lowest log decay; with it goes how long a chunk may be")
+
+    def check(self) -> None:
+        super().check()
+        if self.floor >= 0:
+            raise UsageError("floor must be below 0", where=f"mixer {self.name}")
+
+    def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
+        decay = Gate(
+            name="log_decay",
+            role="decay",
+            shape=(d_k,),
+            low=self.floor,
+            high=0.0,
+            floor=self.floor,
+            activation=lambda raw: self.floor * wide(raw).sigmoid(),
+            inverse=lambda value: logit(value / self.floor),
+        )
+        return decay, self.strength()
+
+    def parallel_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        log_decay, beta = gates
+        out, end = delta_form.stretch(q, k, v, beta, ChannelDecay(log_decay), state[0])
+        return out, (end,)
+
+    def chunk_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        log_decay, beta = gates
+        size = bounded_size(self.chunk_size, self.floor)
+        out, end = delta_form.chunks(q, k, v, beta, log_decay, FactoredDecay, state[0], size)
+        return out, (end,)
+
+    def step_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        log_decay, beta = gates
+        out, end = delta_form.step(q, k, v, beta, log_decay.exp(), state[0])
+        return out, (end,)

@@ -1,0 +1,77 @@
+"""Linear attention: nothing is forgotten, and the weights that a token gives add up to one.
+
+S_t = S_{t-1} + phi(k_t) v_t^T, z_t = z_{t-1} + phi(k_t), o_t = phi(q_t) S_t / (phi(q_t) . z_t):
+Katharopoulos et al., 2020 (arXiv 2006.16236), equations 18 to 20.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reroll.mixers import linear_form
+from reroll.mixers.base import Result, State
+from reroll.mixers.decay import NoDecay
+from reroll.mixers.diagonal import Diagonal
+from reroll.mixers.feature_maps import Name
+from reroll.mixers.gates import Gate
+from reroll.rewrite.passes.options import option
+
+# under the sum of weights, which is 0 before the first token and where no feature is active
+FLOOR = 1e-6
+
+
+class Linear(Diagonal):
+    """Normalised linear attention: a sum over all tokens so far."""
+
+    name = "linear"
+
+    feature_map: Name = option("elu", help="what queries and keys go through")
+    normalise: bool = option(True, help="divide by the sum of weights")
+
+    def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
+        return ()
+
+    def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
+        size = self.features(d_k)
+        return ((size, d_v), (size,))
+
+    def default_scale(self, d_k: int) -> float:
+        return 1.0
+
+    def parallel_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        return self.split(
+            *linear_form.stretch(q, k, _counted(v), NoDecay(k[..., 0]), _joint(state))
+        )
+
+    def chunk_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        like = k[..., 0].to(state[0].dtype)
+        size = self.chunk_size
+        return self.split(
+            *linear_form.chunks(q, k, _counted(v), like, NoDecay, _joint(state), size)
+        )
+
+    def step_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> Result:
+        kept = torch.ones_like(k[..., :1])
+        return self.split(*linear_form.step(q, k, _counted(v), kept, _joint(state)))
+
+    def split(self, sums: Tensor, state: Tensor) -> Result:
+        """The output from sums of values and of weights, and the two parts of the state."""
+        values, weights = sums[..., :-1], sums[..., -1:]
+        out = values / weights.clamp(min=FLOOR) if self.normalise else values
+        return out, (state[..., :-1], state[..., -1])
+
+
+def _counted(v: Tensor) -> Tensor:
+    """Values with a column of ones, in which the weights add up."""
+    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
+
+
+def _joint(state: State) -> Tensor:
+    return torch.cat([state[0], state[1].unsqueeze(-1)], -1)
