@@ -87,7 +87,10 @@ class Mixer(Declared, ABC):
     def prepare(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """What happens to each token alone, in fp32 and before padding: feature maps, norms."""
+        """What happens to each token alone, before padding is taken out: feature maps, norms.
+
+        Computes in fp32 whatever it is given, and may return that.
+        """
         return q, k, v, gates
 
     @abstractmethod
@@ -244,7 +247,9 @@ class Mixer(Declared, ABC):
                 ready[i] = ready[i].masked_fill(away, gate.neutral)
             if gate.floor is not None:
                 ready[i] = ready[i].clamp(min=gate.floor)
-        q, k, v, prepared = self.prepare(wide(q), wide(k), wide(v), tuple(ready))
+        if exact:
+            q, k, v = wide(q), wide(k), wide(v)
+        q, k, v, prepared = self.prepare(q, k, v, tuple(ready))
         if scale != 1.0:
             q = q * scale
         if hidden is not None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from reroll.mixers.base import Mixer
 from reroll.mixers.decay import Decay, products
-from reroll.mixers.gates import Gate, strength_gate
-from reroll.mixers.linear_form import cut, joined, read
+from reroll.mixers.gates import Gate, strength_gate, wide
+from reroll.mixers.linear_form import cut, joined
 from reroll.rewrite.passes.options import option
 
 
@@ -43,15 +43,15 @@ def chunks(
     """The same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k].
 
     The system is solved without the state, for the values and for what a state would hold under
-    the keys; then the state goes through the chunks. Both in the dtype of the state: a rounded
-    system would give the error of its whole chunk to its last token.
+    the keys; then the state goes through the chunks. All in the dtype of the state: what is rounded
+    in a system ends up in every token after it.
     """
-    time, dtype, wide = k.shape[2], q.dtype, state.dtype
+    time = k.shape[2]
+    q, k, v = (t.to(state.dtype) for t in (q, k, v))
     q = cut(q, size, 3).transpose(2, 3)  # [batch, kv_heads, chunks, groups, size, d_k]
     k, v, beta, log_decay = (cut(t, size, 2) for t in (k, v, beta, log_decay))
     fade = decay(log_decay)
-    k = k.to(wide)
-    held = torch.cat([v.to(wide), fade.from_start(k)], -1)
+    held = torch.cat([v, fade.from_start(k)], -1)
     both = solved(k, beta, fade, beta[..., None] * held)
     u, w = both[..., : v.shape[-1]], both[..., v.shape[-1] :]
     left, ends = fade.total.exp()[..., None], fade.to_end(k)
@@ -60,8 +60,8 @@ def chunks(
         states.append(state)
         writes.append(u[:, :, i] - w[:, :, i] @ state)
         state = left[:, :, i] * state + ends[:, :, i].mT @ writes[-1]
-    written, before = torch.stack(writes, 2).to(dtype), torch.stack(states, 2)
-    out = read(fade.scores(q, k.to(dtype)), written, fade.from_start(q), before)
+    written, before = torch.stack(writes, 2), torch.stack(states, 2)
+    out = products(fade.scores(q, k), written) + products(fade.from_start(q), before)
     return joined(out, time), state
 
 
@@ -116,4 +116,5 @@ class Delta(Mixer):
 
 def unit(x: Tensor) -> Tensor:
     """Vectors of length one, up to a small floor under the length."""
+    x = wide(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -30,7 +30,9 @@ class Diagonal(Mixer):
     def prepare(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        phi = FEATURE_MAPS[self.feature_map].apply
+        if self.feature_map == "none":
+            return q, k, v, gates
+        phi = FEATURE_MAPS[self.feature_map]
         return phi(q), phi(k), v, gates
 
     def parallel_form(

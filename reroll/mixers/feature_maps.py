@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reroll.mixers.gates import wide
+
 Name = Literal["none", "elu", "relu", "softmax", "hedgehog", "taylor"]
 
 
@@ -22,8 +24,12 @@ Name = Literal["none", "elu", "relu", "softmax", "hedgehog", "taylor"]
 class FeatureMap:
     """A map from `d` channels to `size(d)` features."""
 
-    apply: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor], Tensor]
     size: Callable[[int], int]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The features of `x`, computed in fp32."""
+        return self.function(wide(x))
 
 
 def _hedgehog(x: Tensor) -> Tensor:

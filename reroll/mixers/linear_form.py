@@ -73,19 +73,23 @@ def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
     before = []
     for first in range(0, writes.shape[2], TOGETHER):
         part = slice(first, first + TOGETHER)
-        # the state that comes in is one more write, before all others
-        added = torch.cat([state.unsqueeze(2), writes[:, :, part]], 2)
         sums = F.pad(total[:, :, part], (0, 0, 1, 0)).cumsum(2).transpose(2, 3)
-        between = sums[..., :, None] - sums[..., None, :]
-        seen = torch.ones_like(between[0, 0, 0], dtype=torch.bool).tril()
-        fade = between.masked_fill(~seen, -torch.inf).exp()  # [batch, kv_heads, d_k or 1, n, n]
-        if fade.shape[2] == 1:
-            states = torch.unflatten(fade[:, :, 0] @ added.flatten(3), 3, added.shape[3:])
-        else:
-            states = (fade @ added.transpose(2, 3)).transpose(2, 3)
+        # what is left, before chunk i or at the end, of the write of chunk j < i
+        between = sums[..., :, None] - sums[..., None, 1:]
+        seen = torch.ones_like(between[0, 0, 0], dtype=torch.bool).tril(-1)
+        fade = between.masked_fill(~seen, -torch.inf).exp()  # [batch, kv_heads, d_k or 1, n + 1, n]
+        left = sums.exp().transpose(2, 3)[..., None] * state.unsqueeze(2)
+        states = left + _mixed(fade, writes[:, :, part])
         before.append(states[:, :, :-1])
         state = states[:, :, -1]
-    return torch.cat(before, 2), state
+    return before[0] if len(before) == 1 else torch.cat(before, 2), state
+
+
+def _mixed(weights: Tensor, writes: Tensor) -> Tensor:
+    """Sums over chunks, with weights for each head or for each channel."""
+    if weights.shape[2] == 1:
+        return torch.unflatten(weights[:, :, 0] @ writes.flatten(3), 3, writes.shape[3:])
+    return (weights @ writes.transpose(2, 3)).transpose(2, 3)
 
 
 def cut(x: Tensor, size: int, dim: int, fill: float = 0.0) -> Tensor:
