@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from reroll.errors import CheckpointError, RerollError, UsageError
 from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.passes.costs import CACHE, flops_per_token, state_bytes
+from reroll.rewrite.passes.costs import CACHE, RECURRENCE, flops_per_token, state_bytes
 from reroll.rewrite.program import Program
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Subject:
     def keeps_state(self) -> bool:
         """Whether any of the Program's ops owns state."""
         graphs = () if self.program is None else self.program.graphs()
-        return any(n.target is CACHE for _, graph in graphs for n in graph.nodes)
+        return any(n.target in (CACHE, RECURRENCE) for _, graph in graphs for n in graph.nodes)
 
     def parameters(self) -> int:
         """Number of parameters; a shared one counts once."""

@@ -268,6 +268,9 @@ def recurrence(
     rule: str,
     options: str,
     padding: Tensor | None = None,
+    delay: int = 0,
+    skip: int = 0,
+    active: bool = True,
 ) -> Tensor:
     """A token mixer whose state has a size of its own, run over a sequence from the zero state.
 
@@ -276,11 +279,57 @@ def recurrence(
     `rule` names a mixer of `reroll.mixers`, `options` is its options as a JSON object. `padding`
     [batch, time] is 0 at tokens that leave the state alone.
 
+    `delay`: a token reads the state as it was after the token so many before it, so that it sees
+    what an attention over a window of that size does not. `skip`: the first so many tokens that are
+    not padding write nothing either (see `prefix` of `mask`). Without `active` there is no state at
+    all, and zeros are returned: for trips of a loop that go without.
+
     Returns [batch, time, heads, d_v].
     """
     with torch.no_grad():
-        out = find_rule(rule).run(q, k, v, gates, options, padding)
+        if not active:
+            return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+        out = _recurrence(q, k, v, gates, rule, options, padding, delay, skip)
     return out.contiguous()
+
+
+def _recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: list[Tensor],
+    rule: str,
+    options: str,
+    padding: Tensor | None,
+    delay: int,
+    skip: int,
+) -> Tensor:
+    writes = None if padding is None else padding.bool()
+    if skip:
+        writes = after_first(writes, k, skip)
+    k, v, *gates, writes = delayed([k, v, *gates], writes, delay)
+    return find_rule(rule).run(q, k, v, gates, options, writes)
+
+
+def after_first(writes: Tensor | None, k: Tensor, skip: int) -> Tensor:
+    """Which tokens [batch, time] write, without the first `skip` of those that do."""
+    if writes is None:
+        writes = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    return writes & (writes.long().cumsum(-1) > skip)
+
+
+def delayed(tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Any]:
+    """Tensors [batch, heads, time, ...] and `writes` [batch, time], `delay` tokens later each."""
+    if not delay:
+        return [*tensors, writes]
+    batch, _, time = tensors[0].shape[:3]
+    late = [
+        torch.cat((t.new_zeros(*t.shape[:2], min(delay, time), *t.shape[3:]), t), 2)[:, :, :time]
+        for t in tensors
+    ]
+    if writes is None:
+        writes = torch.ones(batch, time, dtype=torch.bool, device=tensors[0].device)
+    return [*late, F.pad(writes, (delay, 0))[:, :time]]
 
 
 @recurrence.register_fake
@@ -292,12 +341,15 @@ def _(
     rule: str,
     options: str,
     padding: Tensor | None = None,
+    delay: int = 0,
+    skip: int = 0,
+    active: bool = True,
 ) -> Tensor:
     return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, gates, ctx.rule, ctx.options, padding = inputs
+    q, k, v, gates, ctx.rule, ctx.options, padding, ctx.delay, ctx.skip, ctx.active = inputs
     ctx.save_for_backward(q, k, v, *gates, *([] if padding is None else [padding]))
     ctx.count = 3 + len(gates)
 
@@ -305,15 +357,18 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _recurrence_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # the inputs are kept and the sequence is run again
     saved = [t.detach() for t in ctx.saved_tensors]
-    inputs, padding = saved[: ctx.count], saved[ctx.count :]
+    inputs, rest = saved[: ctx.count], saved[ctx.count :]
     inputs = [t.requires_grad_(t.is_floating_point()) for t in inputs]
-    q, k, v, *gates = inputs
-    with torch.enable_grad():
-        out = find_rule(ctx.rule).run(q, k, v, gates, ctx.options, padding[0] if padding else None)
-    dq, dk, dv, *dgates = torch.autograd.grad(
-        out, inputs, grad, allow_unused=True, materialize_grads=True
-    )
-    return dq, dk, dv, dgates, None, None, None
+    if ctx.active:
+        q, k, v, *gates = inputs
+        padding = rest[0] if rest else None
+        with torch.enable_grad():
+            out = _recurrence(q, k, v, gates, ctx.rule, ctx.options, padding, ctx.delay, ctx.skip)
+        grads = torch.autograd.grad(out, inputs, grad, allow_unused=True, materialize_grads=True)
+    else:
+        grads = tuple(map(torch.zeros_like, inputs))
+    dq, dk, dv, *dgates = grads
+    return dq, dk, dv, dgates, None, None, None, None, None, None
 
 
 recurrence.register_autograd(_recurrence_backward, setup_context=_keep_inputs)

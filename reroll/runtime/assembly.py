@@ -13,11 +13,11 @@ from reroll.rewrite.program import Program
 from reroll.runtime.attention_masks import place_masks
 from reroll.runtime.caches import (
     CacheLayer,
-    append_function,
     cache_layers,
     cache_nodes,
     numbering,
     tell_padding,
+    update_function,
 )
 from reroll.runtime.codegen import compile_graph, runnable
 from reroll.runtime.halves import cut
@@ -75,7 +75,7 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     keeps = keep_before_head(program, state)
     statics = split_statics(program, state)
     numbers = numbering(program)
-    updates = {node: append_function(node) for node in numbers}
+    updates = {node: update_function(node) for node in numbers}
     for node in numbers:
         tell_padding(node)
     place_masks(program, layers)

@@ -15,7 +15,15 @@ from reroll.errors import ProgramError
 from reroll.rewrite.program import Loop, Program
 from reroll.rewrite.raising.matching import all_arguments, argument, shape
 from reroll.runtime.attention import attend
-from reroll.runtime.caches import ATTENTION, CACHE, cache_layers, cache_nodes, layer_of, numbering
+from reroll.runtime.caches import (
+    ATTENTION,
+    CACHE,
+    cache_layers,
+    cache_nodes,
+    layer_of,
+    numbering,
+    owns_state,
+)
 from reroll.runtime.hoisting import add_input, drop_unused_inputs, outer_values, placeholders
 from reroll.runtime.masks import kept_bias, make_mask, visible_tokens
 
@@ -46,7 +54,7 @@ class _Placer:
         self.number = numbering(program)
         self.made: dict[Any, fx.Node] = {}
         loops = {loop.node for loop in program.loops if cache_nodes(loop.body.graph)}
-        stateful = (n for n in program.graph.nodes if n.target is CACHE or n in loops)
+        stateful = (n for n in program.graph.nodes if owns_state(n) or n in loops)
         self.first_state = next(stateful, None)
 
     def rewrite(self, node: fx.Node, loop: Loop | None, layers: fx.Node) -> None:

@@ -19,17 +19,24 @@ from reroll.rewrite.program import Loop, Program
 from reroll.rewrite.raising.matching import argument, shape
 
 CACHE = torch.ops.reroll.cache.default
+RECURRENCE = torch.ops.reroll.recurrence.default
 ATTENTION = torch.ops.reroll.attention.default
 
 # where a configuration has the size of a cache layer
-_SIZES = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+_SIZES = {
+    "sliding_attention": "sliding_window",
+    "hybrid_sliding": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
 
 
 @dataclass(frozen=True)
 class CacheLayer:
     """What one cache layer keeps: a transformers layer type, the window or chunk, and the sizes.
 
-    `prefix` is how many first tokens it keeps beside the window.
+    `prefix` is how many first tokens it keeps beside the window. A recurrence is a layer of kind
+    "hybrid_sliding": of transformers' types with a recurrent state, that is the one that also
+    counts its tokens.
     """
 
     kind: str
@@ -46,8 +53,11 @@ class CacheLayer:
     def own(self) -> Any:
         """A layer of ours, where transformers has none that keeps this; else None."""
         # a Program's cache layers are wanted before transformers is
+        from reroll.runtime.recurrences import RecurrentLayer
         from reroll.runtime.windows import WindowLayer
 
+        if self.kind == "hybrid_sliding":
+            return RecurrentLayer()
         if self.kind == "sliding_attention" and (self.prefix or not self.size):
             return WindowLayer(self.size or 0, self.prefix)
         return None
@@ -55,7 +65,12 @@ class CacheLayer:
 
 def cache_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes of one graph that own state, in the order in which they run."""
-    return [n for n in graph.nodes if n.op == "call_function" and n.target is CACHE]
+    return [n for n in graph.nodes if owns_state(n)]
+
+
+def owns_state(node: fx.Node) -> bool:
+    """Whether a node reads and writes state of its own."""
+    return node.op == "call_function" and node.target in (CACHE, RECURRENCE)
 
 
 def cache_layers(program: Program) -> list[CacheLayer]:
@@ -74,7 +89,7 @@ def numbering(program: Program) -> dict[fx.Node, tuple[int, ...]]:
 def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
     loops = {loop.node: loop for loop in program.loops}
     for node in program.graph.nodes:
-        if node.target is CACHE and node.op == "call_function":
+        if owns_state(node):
             yield node, _layer(node, None, 0)
         elif node in loops:
             loop = loops[node]
@@ -85,6 +100,8 @@ def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
 
 
 def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
+    if node.target is RECURRENCE:
+        return CacheLayer("hybrid_sliding", 1)
     sizes = shape(argument(node, "k"))
     heads, dim = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
     heads, dim = (x if isinstance(x, int) else None for x in (heads, dim))
@@ -152,13 +169,22 @@ def append_exactly(
     return keys[:, :, :length], values[:, :, :length]
 
 
-def append_function(cache: fx.Node) -> Callable[..., tuple[Tensor, Tensor]]:
-    """How to update the layer of a cache node: only attention can do with slots that are empty."""
-    return append_exactly if None in _readers(cache) else append
+def update_function(node: fx.Node) -> Callable[..., Any]:
+    """How to update the layer of a node that owns state.
+
+    Only attention can do with slots that are empty.
+    """
+    if node.target is RECURRENCE:
+        from reroll.runtime.recurrences import recur
+
+        return recur
+    return append_exactly if None in _readers(node) else append
 
 
 def tell_padding(cache: fx.Node) -> None:
     """Let a cache node take the padding, in place, if its layer has to know the first tokens."""
+    if cache.target is not CACHE:
+        return
     readers = [n for n in _readers(cache) if n is not None]
     prefixed = [n for n in readers if argument(n, "prefix") is not None]
     if prefixed:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from reroll.rewrite import ops
-from reroll.runtime.caches import CACHE
+from reroll.runtime.caches import CACHE, RECURRENCE
 from reroll.runtime.functions import BINARY, FUNCTIONS, METHODS, makes_tensor_from_nothing
 from reroll.runtime.hoisting import OWN_INPUTS
 from reroll.runtime.loops import look_up, run_loop
@@ -108,6 +108,10 @@ class _Rewriter:
             return self.new.call_function(look_up, args)
         if target is aten.embedding.default and (module := self._module(args[0], "lookup")):
             return self._emit(node, "call_module", module, args[1:2], {})
+        if target is RECURRENCE:
+            update, number = self.caches[node]
+            args = (self.layers, number, *args)
+            return self._emit(node, "call_function", update, args, kwargs)
         if target is CACHE:
             update, number = self.caches[node]
             told = {name: kwargs[name] for name in ("padding",) if name in kwargs}

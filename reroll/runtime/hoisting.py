@@ -95,7 +95,7 @@ def _arguments(
 
 
 def _is_pure(node: fx.Node) -> bool:
-    if str(node.target).startswith("reroll.cache"):
+    if str(node.target).startswith(("reroll.cache", "reroll.recurrence")):
         return False
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded not in tags

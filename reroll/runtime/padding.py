@@ -12,7 +12,7 @@ from torch import fx
 
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import argument
-from reroll.runtime.caches import ATTENTION
+from reroll.runtime.caches import ATTENTION, RECURRENCE
 from reroll.runtime.hoisting import placeholders
 from reroll.runtime.masks import visible_tokens
 
@@ -43,7 +43,7 @@ def _read(program: Program, given: fx.Node) -> None:
     loops = {loop.node: loop for loop in program.loops}
     for node in same:
         for user in list(node.users):
-            if user.target is ATTENTION and argument(user, "padding") is node:
+            if _hides(user, node):
                 user.replace_input_with(node, checked)
             elif user in loops:
                 loop = loops[user]
@@ -58,6 +58,10 @@ def _read(program: Program, given: fx.Node) -> None:
 
 
 def _is_padding_only(node: fx.Node) -> bool:
-    return all(
-        user.target is ATTENTION and argument(user, "padding") is node for user in node.users
-    )
+    return all(_hides(user, node) for user in node.users)
+
+
+def _hides(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node takes another one as padding."""
+    takes = user.target is ATTENTION or user.target is RECURRENCE
+    return takes and argument(user, "padding") is node

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.layers import attention_layers
@@ -19,6 +17,7 @@ from reroll.rewrite.program import Program
 from reroll.runtime.states import restore, snapshot
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
+from tests.passes.sequences import generate, in_parts, prompts
 
 
 class TestWindow(PassSuite):
@@ -34,30 +33,10 @@ def windowed(name: str, text: str = "window(size=5, sinks=2)") -> Program:
     return run_passes(captured(name), text, measure=False)
 
 
-def tokens(rows: int = 2, length: int = 23) -> dict[str, Tensor]:
-    """Prompts, the second of which begins with padding."""
-    ids = torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def in_parts(model: Any, inputs: dict[str, Tensor], splits: list[int]) -> tuple[Tensor, Any]:
-    """Logits of a sequence that comes in parts, and the cache that it has filled."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    past, done, parts = DynamicCache(config=model.config), 0, []
-    for length in splits:
-        now = slice(done, done + length)
-        done += length
-        out = model(ids[:, now], attention_mask=mask[:, :done], past_key_values=past)
-        parts.append(out.logits)
-    return torch.cat(parts, 1), past
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3", "smollm3", "gpt2", "bloom"])
 @torch.no_grad()
 def test_any_split_of_a_sequence_is_the_whole(name: str) -> None:
-    program, inputs = windowed(name), tokens()
+    program, inputs = windowed(name), prompts()
     seen = inputs["attention_mask"].bool()
     expected = run(program, inputs)["logits"][seen]
     model = program.to_module()
@@ -72,7 +51,7 @@ def test_any_split_of_a_sequence_is_the_whole(name: str) -> None:
 def test_it_sees_the_first_tokens_and_the_last() -> None:
     """A token that is in no window and no sink, on any path, changes nothing."""
     program = run_passes(captured("llama"), "window(size=3, sinks=2)", measure=False)
-    ids = tokens(1 + 1)["input_ids"][:1]
+    ids = prompts(1 + 1)["input_ids"][:1]
     reach = 4 * (3 - 1)
     logits = run(program, {"input_ids": ids})["logits"]
     for place, changes in ((2, False), (len(ids[0]) - 2 - reach, False), (0, True), (1, True)):
@@ -83,7 +62,7 @@ def test_it_sees_the_first_tokens_and_the_last() -> None:
 
 
 def test_it_is_exact_while_the_text_fits_into_the_window() -> None:
-    inputs = tokens(length=12)
+    inputs = prompts(length=12)
     before = run(captured("llama"), inputs)["logits"]
     after = run(windowed("llama", "window(size=12, sinks=0)"), inputs)["logits"]
     assert torch.equal(before, after)
@@ -93,21 +72,15 @@ def test_it_is_exact_while_the_text_fits_into_the_window() -> None:
 @pytest.mark.parametrize("text", ["window(size=5, sinks=2)", "window(size=5, sinks=2, keep=2)"])
 def test_generation(text: str, options: dict[str, Any]) -> None:
     model = windowed("llama", text).to_module()
-    wishes = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0, **options}
-
-    def generate(**how: Any) -> Tensor:
-        torch.manual_seed(0)
-        return model.generate(**tokens(length=11), **{"do_sample": False, **wishes, **how})
-
-    expected = generate(use_cache=False)
-    assert torch.equal(generate(), expected)
-    assert torch.equal(generate(prefill_chunk_size=3), expected)
-    assert torch.equal(generate(cache_implementation="static"), expected)
+    expected = generate(model, use_cache=False, **options)
+    assert torch.equal(generate(model, **options), expected)
+    assert torch.equal(generate(model, prefill_chunk_size=3, **options), expected)
+    assert torch.equal(generate(model, cache_implementation="static", **options), expected)
 
 
 @torch.no_grad()
 def test_going_back() -> None:
-    model, inputs = windowed("llama", "window(size=5, sinks=2, keep=2)").to_module(), tokens()
+    model, inputs = windowed("llama", "window(size=5, sinks=2, keep=2)").to_module(), prompts()
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     expected, _ = in_parts(model, inputs, [23])
     _, cache = in_parts(model, {"input_ids": ids[:, :9], "attention_mask": mask[:, :9]}, [9])
@@ -128,7 +101,7 @@ def test_going_back() -> None:
 @torch.no_grad()
 def test_tokens_that_were_not_recorded_cannot_be_undone() -> None:
     model = windowed("llama").to_module()
-    _, cache = in_parts(model, tokens(), [23])
+    _, cache = in_parts(model, prompts(), [23])
     with pytest.raises(UsageError, match="cannot be undone"):
         cache.crop(-1)
 
@@ -153,7 +126,7 @@ def test_the_window_of_a_model_that_is_not_causal() -> None:
     program = windowed("bert")
     (layer,) = attention_layers(program)
     assert layer.values("causal") == (False,) * 4
-    ids = tokens(length=20)["input_ids"]
+    ids = prompts(length=20)["input_ids"]
     outputs = run(program, {"input_ids": ids})
     assert all(t.isfinite().all() for t in outputs.values())
 

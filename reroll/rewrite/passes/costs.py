@@ -180,13 +180,23 @@ def _attentions(node: fx.Node) -> list[fx.Node]:
 
 
 def _recurrence_flops(node: fx.Node, place: Place) -> int:
+    if place.resolve(argument(node, "active")) is False:
+        return 0
     rule, options, (heads, kv_heads, d_k, d_v) = _mixer(node, place)
     return find_rule(rule).flops(options, heads, kv_heads, d_k, d_v)
 
 
 def _recurrence_state(node: fx.Node, place: Place) -> int:
+    if place.resolve(argument(node, "active")) is False:
+        return 0
     rule, options, (_, kv_heads, d_k, d_v) = _mixer(node, place)
-    return find_rule(rule).state_bytes(options, kv_heads, d_k, d_v)
+    # tokens that have come and are not written yet
+    waiting = min(int(place.resolve(argument(node, "delay"))), place.context)
+    held = 0
+    for tensor in (*node.args[1:3], *node.args[3]):  # type: ignore[misc]
+        kind = tensor.meta["type"]  # [batch, kv_heads, time, ...]
+        held += _count((kind.shape[1], *kind.shape[3:])) * kind.dtype.itemsize
+    return find_rule(rule).state_bytes(options, kv_heads, d_k, d_v) + waiting * held
 
 
 def _mixer(node: fx.Node, place: Place) -> tuple[str, str, tuple[int, ...]]:

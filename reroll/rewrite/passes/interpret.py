@@ -6,7 +6,7 @@ It defines what a Program computes. Verification and measurement use it; the low
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ from reroll.rewrite.weights import WeightTable, evaluate
 from reroll.rewrite.weights.expressions import Apply, Expr, Meta, Source, build, walk
 
 Tensors: TypeAlias = Mapping[tuple[str, int], Tensor]
+Observe: TypeAlias = Callable[[str, int | None, fx.Node, tuple[Any, ...], Any], None]
 
 ATTENTION = torch.ops.reroll.attention.default
 MASK = torch.ops.reroll.mask.default
@@ -36,13 +37,15 @@ def run(
     weights: Tensors | None = None,
     dtype: torch.dtype | None = None,
     fast: bool = False,
+    observe: Observe | None = None,
 ) -> dict[str, Tensor]:
     """The outputs of a Program by name.
 
     `inputs` may leave out padding masks, positions and zeros. `weights` are what `materialise`
     returns; without them they are computed here. `dtype` computes in a wider dtype than the
     Program's own. `fast` runs attention through PyTorch's fused kernel where that can express it,
-    which is the same up to rounding.
+    which is the same up to rounding. `observe` is called after each op with the graph's name, the
+    trip, the node, the values of its positional arguments, and its result.
 
     Raises ProgramError naming the node that failed.
     """
@@ -52,7 +55,7 @@ def run(
     given = complete(program, inputs)
     weights = materialise(program) if weights is None else weights
     with torch.device("cpu") if not given else next(iter(given.values())).device:
-        outputs = _Interpreter(program, weights, dtype, fast).run(given)
+        outputs = _Interpreter(program, weights, dtype, fast, observe).run(given)
     return dict(zip(program.outputs, outputs, strict=True))
 
 
@@ -121,7 +124,15 @@ def _default(item: Input, sizes: Mapping[str, int]) -> Tensor:
 class _Interpreter:
     """Values of nodes are dropped after their last use, so long graphs need little memory."""
 
-    def __init__(self, program: Program, weights: Tensors, dtype: torch.dtype, fast: bool) -> None:
+    def __init__(
+        self,
+        program: Program,
+        weights: Tensors,
+        dtype: torch.dtype,
+        fast: bool,
+        observe: Observe | None,
+    ) -> None:
+        self.observe = observe
         self.program = program
         self.weights = weights
         self.dtype = dtype
@@ -150,7 +161,7 @@ class _Interpreter:
                 result = fx.node.map_arg(node.args[0], lambda n: values[n])
                 return tuple(result) if isinstance(result, tuple | list) else (result,)
             else:
-                values[node] = self.call(name, node, values)
+                values[node] = self.call(name, node, values, trip)
             for old in dropped:
                 values.pop(old, None)
         raise ProgramError("the graph has no output", where=name)
@@ -177,7 +188,9 @@ class _Interpreter:
         narrow = tensor.dtype == self.program.dtype or tensor.dtype in _HALF
         return tensor.to(self.dtype) if narrow and self.dtype != self.program.dtype else tensor
 
-    def call(self, name: str, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    def call(
+        self, name: str, node: fx.Node, values: Mapping[fx.Node, Any], trip: int | None
+    ) -> Any:
         if node in self.loops:
             return self.loop(node, values)
         args = fx.node.map_arg(self.constants(node, node.args), lambda n: values[n])
@@ -186,7 +199,7 @@ class _Interpreter:
         if self.fast and target is ATTENTION:
             target = fused_attention
         try:
-            return target(*args, **kwargs)
+            result = target(*args, **kwargs)
         except RerollError:
             raise
         except Exception as error:
@@ -194,6 +207,9 @@ class _Interpreter:
             raise ProgramError(
                 f"{node.target}: {type(error).__name__}: {reason}", where=f"{name}, {node.name}"
             ) from error
+        if self.observe is not None:
+            self.observe(name, trip, node, args, result)
+        return result
 
     def constants(self, node: fx.Node, value: Any) -> Any:
         """Arguments with the Program's dtype replaced by the one that is computed in."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from reroll.errors import ProgramError
 from reroll.rewrite.passes import tolerances
 from reroll.rewrite.passes.context import Context
-from reroll.rewrite.passes.costs import CACHE, flops_per_token, state_bytes
+from reroll.rewrite.passes.costs import CACHE, RECURRENCE, flops_per_token, state_bytes
 from reroll.rewrite.passes.interpret import run, widened
 from reroll.rewrite.passes.samples import random_inputs, token_input, token_inputs
 from reroll.rewrite.program import Program
@@ -193,4 +193,6 @@ def _width(program: Program) -> int:
 
 
 def _generates(program: Program) -> bool:
-    return any(n.target is CACHE for _, graph in program.graphs() for n in graph.nodes)
+    return any(
+        n.target in (CACHE, RECURRENCE) for _, graph in program.graphs() for n in graph.nodes
+    )

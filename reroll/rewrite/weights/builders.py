@@ -88,6 +88,11 @@ def full(shape: Sequence[int], value: float, dtype: torch.dtype) -> Expr:
     return build("full", tuple(shape), value, DTYPE_NAMES.get(dtype, str(dtype)))
 
 
+def normal(shape: Sequence[int], std: float, seed: int, dtype: torch.dtype) -> Expr:
+    """Normally distributed numbers of mean 0, from a generator of their own with this seed."""
+    return build("normal", tuple(shape), float(std), seed, DTYPE_NAMES.get(dtype, str(dtype)))
+
+
 def svd_up(residual: Expr, rank: int, method: str = "exact") -> Expr:
     """The factor U_r S_r [out, r] of a residual [out, in], with r = min(rank, out, in).
 

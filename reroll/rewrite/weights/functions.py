@@ -211,3 +211,12 @@ def zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
 def full(shape: tuple[int, ...], value: float, dtype: str) -> Tensor:
     """A tensor filled with one value."""
     return torch.full(shape, value, dtype=dtype_from_name(dtype))
+
+
+@weight_function(
+    lambda shape, std, seed, dtype: Meta(shape, dtype_from_name(dtype)), arithmetic=False
+)
+def normal(shape: tuple[int, ...], std: float, seed: int, dtype: str) -> Tensor:
+    """Normally distributed numbers of mean 0: the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * std).to(dtype_from_name(dtype))

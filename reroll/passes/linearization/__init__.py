@@ -1,0 +1,1 @@
+"""The parts of the pass `linearize`: what an attention offers, gates, features, calibration."""

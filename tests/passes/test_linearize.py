@@ -1,0 +1,237 @@
+"""The pass `linearize`: what it computes, and that decoding computes the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reroll.errors import PassError, UsageError
+from reroll.mixers import make
+from reroll.rewrite.layers import attention_layers
+from reroll.rewrite.ops import recurrence
+from reroll.rewrite.passes.costs import state_bytes
+from reroll.rewrite.passes.interpret import run
+from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.passes.selection import ranges
+from reroll.rewrite.program import Program
+from reroll.runtime.states import restore, snapshot
+from tests.captured import captured
+from tests.conformance.pass_suite import PassSuite
+from tests.passes.sequences import generate, in_parts, prompts
+
+DISJOINT = "linearize(window=5, sinks=2, gain=0.5)"
+HYBRID = "linearize(window=5, sinks=2, gain=0.5, keep=2, feature_map=hedgehog)"
+LIGER = "linearize(window=5, sinks=0, combine=sum, gates=liger, rotary=false, feature_map=softmax)"
+PURE = "linearize(window=0, keep=[1], layers=[0, 1, 3])"
+ALL = {"disjoint": DISJOINT, "hybrid": HYBRID, "liger": LIGER, "pure": PURE}
+
+
+class TestLinearize(PassSuite):
+    pipeline = "linearize(window=6, sinks=2, gain=0.5, keep=3)"
+
+
+class TestLinearizeAlone(PassSuite):
+    pipeline = "linearize(window=0, feature_map=elu, gates=liger, rotary=false)"
+
+
+def linear(name: str, text: str = DISJOINT) -> Program:
+    return run_passes(captured(name), text, measure=False)
+
+
+@pytest.mark.parametrize("text", ALL.values(), ids=ALL)
+@torch.no_grad()
+def test_any_split_of_a_sequence_is_the_whole(text: str) -> None:
+    program, inputs = linear("llama", text), prompts()
+    seen = inputs["attention_mask"].bool()
+    expected = run(program, inputs)["logits"][seen]
+    model = program.to_module()
+    torch.testing.assert_close(model(**inputs, use_cache=False).logits[seen], expected)
+    for splits in ([23], [1] * 23, [3, 1, 7, 12]):
+        logits, _ = in_parts(model, inputs, splits)
+        torch.testing.assert_close(logits[seen], expected)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "smollm3", "gpt2", "bloom"])
+@torch.no_grad()
+def test_architectures(name: str) -> None:
+    program, inputs = linear(name), prompts()
+    seen = inputs["attention_mask"].bool()
+    expected = run(program, inputs)["logits"][seen]
+    logits, _ = in_parts(program.to_module(), inputs, [9, 1, 1, 12])
+    torch.testing.assert_close(logits[seen], expected)
+
+
+@pytest.mark.parametrize("text", [DISJOINT, PURE], ids=["disjoint", "pure"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+def test_generation(text: str, options: dict[str, Any]) -> None:
+    model = linear("llama", text).to_module()
+    expected = generate(model, use_cache=False, **options)
+    assert torch.equal(generate(model, **options), expected)
+    assert torch.equal(generate(model, prefill_chunk_size=3, **options), expected)
+
+
+def test_a_model_without_attention_generates() -> None:
+    program = linear("llama", "linearize(window=0)")
+    assert not attention_layers(program)
+    model = program.to_module()
+    assert torch.equal(generate(model), generate(model, use_cache=False))
+    assert torch.equal(generate(model, cache_implementation="static"), generate(model))
+
+
+@torch.no_grad()
+def test_going_back() -> None:
+    model, inputs = linear("llama", HYBRID).to_module(), prompts()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    expected, _ = in_parts(model, inputs, [23])
+    _, cache = in_parts(model, {"input_ids": ids[:, :9], "attention_mask": mask[:, :9]}, [9])
+    saved = snapshot(cache)
+    for _ in range(2):
+        model(ids.flip(0)[:, 9:17], attention_mask=mask[:, :17], past_key_values=cache)
+        restore(cache, saved)
+    cache.activate_past_recording()
+    draft = torch.cat([ids[:, 9:11], ids[:, 9:12] * 0], 1)
+    model(draft[:, :4], attention_mask=mask[:, :13], past_key_values=cache)
+    model(draft[:, 4:], attention_mask=mask[:, :14], past_key_values=cache)
+    cache.crop(-3)
+    out = model(ids[:, 11:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(out, expected[:, 11:])
+
+
+def test_at_gain_zero_it_is_the_window() -> None:
+    inputs = prompts()
+    window = run_passes(captured("llama"), "window(size=5, sinks=2)", measure=False)
+    expected = run(window, inputs)["logits"]
+    torch.testing.assert_close(
+        run(linear("llama", "linearize(window=5, sinks=2)"), inputs)["logits"], expected
+    )
+
+
+def test_the_mixer_sees_what_the_window_does_not() -> None:
+    """The op's delay and skip against a loop over tokens."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 12, 4, generator=generator) for h in (4, 2, 2))
+    gate = -torch.rand(2, 2, 12, generator=generator)
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[1, :3] = False
+    out = recurrence(q, k, v, [gate], "retention", "{}", padding, 4, 2)
+    mixer = make("retention")
+    for row, first in ((0, 0), (1, 3)):
+        for t in range(12):
+            old = slice(first + 2, max(t - 4 + 1, first + 2))
+            own = [x[row : row + 1, :, old] for x in (k, v, gate)]
+            expected = torch.zeros(4, 4)
+            if own[0].shape[2]:
+                _, state = mixer.recur(q[row : row + 1, :, old], own[0], own[1], [own[2]])
+                query = q[row, :, t].unflatten(0, (2, 2))
+                expected = (query @ state[0][0]).flatten(0, 1) * 4**-0.5
+            torch.testing.assert_close(out[row, t], expected)
+
+
+def test_liger_by_its_formulas() -> None:
+    """Both branches of one layer, written out: arXiv 2503.01496, equations 5 to 8."""
+    program = linear("llama", LIGER)
+    (layer,) = attention_layers(program)
+    seen: dict[str, Tensor] = {}
+    node = next(
+        n for n in layer.node.graph.nodes if n.target is torch.ops.reroll.recurrence.default
+    )
+
+    def keep(name: str, trip: int | None, at: Any, args: tuple[Any, ...], out: Any) -> None:
+        if at in (node, layer.node) and trip == 0:
+            seen[at.name] = out
+            if at is node:
+                seen["q"], seen["k"], seen["v"] = args[:3]
+                seen["gate"] = args[3][0]
+
+    inputs = {"input_ids": prompts()["input_ids"]}
+    run(program, inputs, observe=keep)
+    q, k, v, gate = (seen[n] for n in ("q", "k", "v", "gate"))
+    # feature maps of raw queries and keys, before rotary embedding, sum to one
+    torch.testing.assert_close(q.sum(-1), torch.ones(q.shape[:-1]))
+    state, outs = torch.zeros(2, 2, 8, 8), []
+    for t in range(q.shape[2]):
+        state = gate[:, :, t].exp()[..., None, None] * state
+        state = state + k[:, :, t, :, None] * v[:, :, t, None]
+        outs.append(q[:, :, t].unflatten(1, (2, 2)) @ state)
+    expected = torch.stack(outs, 1).flatten(2, 3)
+    torch.testing.assert_close(seen[node.name], expected)
+
+
+def test_the_state_does_not_depend_on_the_context() -> None:
+    program = linear("llama", "linearize(window=16, sinks=4)")
+    window, state, waiting = 2 * 20 * 2 * 8 * 4, 2 * 8 * 8 * 4, 16 * 2 * (2 * 8 + 1) * 4
+    assert state_bytes(program, 1024) == 4 * (window + state + waiting)
+    assert state_bytes(program, 2**17) == state_bytes(program, 1024)
+    cache = in_parts(program.to_module(), prompts(1, 60), [30, 1, 29])[1]
+    held = sum(
+        t.numel() * t.element_size()
+        for layer in cache.layers
+        for t in (
+            [layer.keys, layer.values, layer.first_keys, layer.first_values]
+            if hasattr(layer, "first_keys")
+            else [*layer.recurrent_states.values(), *layer.waiting]
+        )
+    )
+    # the window holds one token less than it sees, and which tokens write takes a byte each
+    assert held == state_bytes(program, 60) - 4 * (2 * 2 * 8 * 4) + 4 * 16
+
+
+def test_gradients_reach_every_new_weight() -> None:
+    model = (
+        linear("llama", "linearize(window=5, sinks=2, gain=0.5, feature_map=hedgehog)")
+        .to_module()
+        .train()
+    )
+    ids = prompts()["input_ids"]
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    new = {n: g for n, g in grads[0].items() if ".mixer." in n}
+    # what feeds a projection of zeros learns once that is not zero any more
+    assert all(g.abs().max() > 0 for n, g in new.items() if "_down" not in n)
+    assert {n.rpartition("mixer.")[2] for n in new} == {
+        "gain", "q_features", "k_features", "log_decay_down.weight", "log_decay_up.weight",
+        "log_decay_up.bias",
+    }  # fmt: skip
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+def test_saved_and_loaded(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    program = linear("llama", HYBRID)
+    program.save(str(tmp_path / "model"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(generate(loaded), generate(program.to_module()))
+
+
+def test_it_composes_with_tying() -> None:
+    program = linear("llama", f"{HYBRID}, tie(blocks=2), relax(rank=full)")
+    expected = run(linear("llama", HYBRID), prompts())["logits"]
+    torch.testing.assert_close(run(program, prompts())["logits"], expected)
+
+
+def test_which_layers() -> None:
+    program = linear("gemma3", "linearize(window=5, sinks=0)")
+    assert "layers 1, 3 are" in program.origin.steps[-1].remarks[0]
+    named = linear("gemma3", "linearize(window=5, sinks=0, layers=[0, 1])")
+    (layer,) = attention_layers(named)
+    assert layer.values("window") == (5, 5, 8, None)
+    assert ranges([0, 1]) in named.origin.steps[-1].remarks[0]
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(PassError, match="not causal"):
+        linear("bert", "linearize()")
+    with pytest.raises(UsageError, match="no mixer"):
+        linear("llama", "linearize(mixer=no_such)")
+    with pytest.raises(PassError, match="Liger has no gate"):
+        linear("llama", "linearize(gates=liger-code)")
