@@ -153,10 +153,10 @@ def test_values_are_dropped_after_their_last_use():
 
     original = interpret._Interpreter.call
 
-    def spy(self, name, node, values):
+    def spy(self, name, node, values, trip):
         if node in nodes:
             held.append(len(values))
-        return original(self, name, node, values)
+        return original(self, name, node, values, trip)
 
     interpret._Interpreter.call = spy
     try:
