@@ -368,7 +368,9 @@ def _recurrence_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     else:
         grads = tuple(map(torch.zeros_like, inputs))
     dq, dk, dv, *dgates = grads
-    return dq, dk, dv, dgates, None, None, None, None, None, None
+    # one for each argument that the caller gave; PyTorch leaves out those at their defaults
+    rest = (None,) * (len(ctx.needs_input_grad) - 4)
+    return dq, dk, dv, dgates, *rest
 
 
 recurrence.register_autograd(_recurrence_backward, setup_context=_keep_inputs)

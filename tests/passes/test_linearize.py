@@ -17,6 +17,7 @@ from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.passes.selection import ranges
 from reroll.rewrite.program import Program
+from reroll.runtime.recurrences import recur
 from reroll.runtime.states import restore, snapshot
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
@@ -235,3 +236,18 @@ def test_what_is_refused() -> None:
         linear("llama", "linearize(mixer=no_such)")
     with pytest.raises(PassError, match="Liger has no gate"):
         linear("llama", "linearize(gates=liger-code)")
+
+
+def test_gradients_of_the_op_with_and_without_a_delay() -> None:
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, h, 9, 4, generator=generator) for h in (4, 2, 2)]
+    leaves.append(-torch.rand(1, 2, 9, generator=generator))
+    q, k, v, gate = (x.requires_grad_() for x in leaves)
+    for delay, skip, active in ((0, 0, True), (3, 2, True), (3, 2, False)):
+        out = recurrence(q, k, v, [gate], "retention", "{}", None, delay, skip, active)
+        lowered = recur(None, 0, q, k, v, [gate], "retention", "{}", None, delay, skip, active)
+        torch.testing.assert_close(out, lowered)
+        if active:
+            found = torch.autograd.grad(out.square().sum(), leaves)
+            expected = torch.autograd.grad(lowered.square().sum(), leaves)
+            torch.testing.assert_close(found, expected)
