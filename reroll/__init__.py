@@ -22,9 +22,19 @@ if TYPE_CHECKING:
     from reroll.rewrite.capture import capture
     from reroll.rewrite.passes import Pass
     from reroll.rewrite.program import Program
+    from reroll.runtime.trips import sample_trips
 
 __version__ = "0.1.0"
-__all__ = ["Pass", "Program", "__version__", "capture", "load", "parse", "run_passes"]
+__all__ = [
+    "Pass",
+    "Program",
+    "__version__",
+    "capture",
+    "load",
+    "parse",
+    "run_passes",
+    "sample_trips",
+]
 
 _HOMES = {
     "Pass": "reroll.rewrite.passes",
@@ -33,6 +43,7 @@ _HOMES = {
     "load": "reroll._api",
     "parse": "reroll._api",
     "run_passes": "reroll._api",
+    "sample_trips": "reroll.runtime.trips",
 }
 
 

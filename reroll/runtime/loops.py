@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from reroll.errors import UsageError
 
 
 @dataclass
@@ -16,6 +19,21 @@ class Trips:
     modules: Sequence[nn.Module]
     first_layer: int
     layers_per_trip: int
+    # set by `set_trips`: how many trips to run, and how many of the last ones take gradients
+    count: int | None = None
+    backprop: int | None = None
+
+    def schedule(self, layers: Sequence[Any] | None) -> Sequence[nn.Module]:
+        """The modules to run, in order."""
+        if self.count is None:
+            return self.modules
+        if layers is not None and self.layers_per_trip and self.count > len(self.modules):
+            raise UsageError(
+                f"the caches are for {len(self.modules)} trips, and {self.count} are set",
+                hint="pass use_cache=False, or convert with more trips",
+            )
+        last = len(self.modules) - 1
+        return [self.modules[min(number, last)] for number in range(self.count)]
 
 
 @dataclass
@@ -37,7 +55,9 @@ def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any,
     """The last carry of a loop. An input that is a tuple has one value per trip."""
     trips = state.loops[name]
     layers, count, start = state.layers, trips.layers_per_trip, trips.first_layer
-    for number, trip in enumerate(trips.modules):
+    schedule = trips.schedule(layers)
+    frozen = 0 if trips.backprop is None else len(schedule) - trips.backprop
+    for number, trip in enumerate(schedule):
         values = [v[number] if isinstance(v, tuple) else v for v in inputs]
         if state.hidden is not None:
             state.hidden.append(carry[0])
@@ -45,7 +65,11 @@ def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any,
         if layers is not None and count:
             own = layers[start : start + count]
             start += count
-        carry = trip(*carry, *values, past_key_values=own)
+        if number < frozen:
+            with torch.no_grad():
+                carry = trip(*carry, *values, past_key_values=own)
+        else:
+            carry = trip(*carry, *values, past_key_values=own)
     return carry
 
 

@@ -19,6 +19,7 @@ from reroll.runtime.generation import generation_config
 from reroll.runtime.loops import State
 from reroll.runtime.modules import slot_key, tied_names
 from reroll.runtime.recapture import from_stored, program_of
+from reroll.runtime.trips import set_trips
 
 
 class RerollPreTrainedModel(PreTrainedModel):
@@ -79,6 +80,18 @@ class RerollPreTrainedModel(PreTrainedModel):
         """
         for trip in self._trips():
             trip.compile(**options)
+
+    def set_trips(
+        self, trips: int | None, *, backprop: int | None = None, loop: str | None = None
+    ) -> None:
+        """Run another number of trips from now on; None is the number of the Program.
+
+        For loops whose trips are all alike, as `loop_core` makes them: one of them by name, or all
+        that have several.
+        `backprop`: gradients flow through the last so many trips only. `reroll.sample_trips` draws
+        numbers for training. Raises UsageError if the trips differ, or are less than one.
+        """
+        set_trips(self.program, self._assembly.loops, trips, backprop, loop)
 
     def _trips(self) -> list[nn.Module]:
         return [t for trips in self._assembly.loops.values() for t in trips.modules]

@@ -179,6 +179,23 @@ def repeat_trip(program: Program, loop: Loop, trips: int) -> tuple[Program, Loop
     return replace(program, weights=tables[0], reference=tables[1]), loop
 
 
+def select_trips(program: Program, loop: Loop, trips: Sequence[int]) -> tuple[Program, Loop]:
+    """Let a loop run some of its trips, in this order; one named twice runs twice, and is tied.
+
+    Raises ProgramError for trips that it does not have, and for none.
+    """
+    if not trips or not all(0 <= trip < loop.trips for trip in trips):
+        raise ProgramError(f"trips {list(trips)} of {loop.trips} cannot be run", where=loop.name)
+    stacked = _stacked(program, loop)
+    inputs = tuple(_same(value, trips) for value in loop.inputs)
+    loop.node.args = (loop.name, loop.carry, inputs, len(trips))
+    weights, reference = (
+        table.with_weights({n: _of_trips(table[n], trips) for n in stacked if n in table})
+        for table in (program.weights, program.reference)
+    )
+    return replace(program, weights=weights, reference=reference), loop
+
+
 def inline(
     graph: fx.Graph,
     body: fx.Graph,

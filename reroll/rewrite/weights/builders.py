@@ -93,6 +93,11 @@ def normal(shape: Sequence[int], std: float, seed: int, dtype: torch.dtype) -> E
     return build("normal", tuple(shape), float(std), seed, DTYPE_NAMES.get(dtype, str(dtype)))
 
 
+def identity(size: int, dtype: torch.dtype) -> Expr:
+    """The identity matrix."""
+    return build("identity", size, DTYPE_NAMES.get(dtype, str(dtype)))
+
+
 def svd_up(residual: Expr, rank: int, method: str = "exact") -> Expr:
     """The factor U_r S_r [out, r] of a residual [out, in], with r = min(rank, out, in).
 

@@ -220,3 +220,9 @@ def normal(shape: tuple[int, ...], std: float, seed: int, dtype: str) -> Tensor:
     """Normally distributed numbers of mean 0: the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) * std).to(dtype_from_name(dtype))
+
+
+@weight_function(lambda size, dtype: Meta((size, size), dtype_from_name(dtype)), arithmetic=False)
+def identity(size: int, dtype: str) -> Tensor:
+    """The identity matrix."""
+    return torch.eye(size, dtype=dtype_from_name(dtype))

@@ -1,0 +1,185 @@
+"""Loop core: layers in the middle become one block that runs any number of times."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import fx
+
+from reroll.errors import PassError, UsageError
+from reroll.rewrite.passes.base import Context, Pass, option
+from reroll.rewrite.passes.hidden import (
+    angular_distance,
+    block_influence,
+    flattest,
+    hidden_states,
+)
+from reroll.rewrite.program import Body, Loop, Program, TensorType
+from reroll.rewrite.rolling.split import (
+    find_loop,
+    inline,
+    pack_trips,
+    repeat_trip,
+    select_trips,
+    split_loop,
+)
+from reroll.rewrite.weights import Weight, concat, identity, zeros
+
+aten = torch.ops.aten
+
+
+class LoopCore(Pass):
+    """Keep the first and last layers, and loop a core of the middle ones.
+
+    Retrofitting recurrence (arXiv 2511.07384): e = prelude(x), s <- core(adapter([s; e])) for every
+    trip, and the coda reads the last s. The adapter is a matrix [d, 2d], and starts as [0 | 1]:
+    it passes e and ignores s, so that before any training the model is the original without the
+    layers that were cut, whatever the number of trips. Training then learns to use s; a model that
+    was not trained gains nothing from more trips.
+
+    `prelude`, `core` and `coda` are numbers of layers. The middle layers that are neither are cut:
+    `influence` cuts those that change the hidden state least (1 - cos of input and output),
+    `angular` cuts the run of layers that turns it least, `late` cuts the first ones, so that the
+    core is what stands before the coda. A list of layers for `core` says itself which ones loop.
+
+    The state s starts as zeros, as e (`embedding`), or as noise with the deviation sqrt(2/(5d)) of
+    Huginn (arXiv 2502.05171), cut at three deviations. Every trip has caches of its own.
+    `model.set_trips(n)` runs another number of trips, in training with gradients through the last
+    few only.
+    """
+
+    name = "loop_core"
+    contract = "approximate"
+
+    prelude: int = option(help="how many of the first layers run once, before the core")
+    core: int | list[int] = option(help="how many layers loop, or which ones")
+    coda: int = option(help="how many of the last layers run once, after the core")
+    trips: int = option(4, help="how often the core runs")
+    choose: Literal["influence", "angular", "late"] = option(
+        "influence", help="which of the middle layers are kept"
+    )
+    state: Literal["zero", "embedding", "noise"] = option(
+        "zero", help="what the core's state starts as"
+    )
+    loop: str | None = option(None, help="the loop's name; the longest one by default")
+
+    def check(self) -> None:
+        core = self.core if isinstance(self.core, list) else list(range(self.core))
+        if self.prelude < 0 or self.coda < 0 or self.trips < 1 or not core:
+            raise UsageError(
+                "the core needs a layer and a trip at least, and prelude and coda are 0 or more",
+                where="pass loop_core",
+            )
+
+    def run(self, program: Program, context: Context) -> Program:
+        loop = find_loop(program, self.loop)
+        if len(loop.carry) != 1:
+            raise PassError(f"{loop.name} carries {len(loop.carry)} values; a state is one value")
+        middle = range(self.prelude, loop.trips - self.coda)
+        core = self._core(program, loop, middle, context)
+        last = range(loop.trips - self.coda, loop.trips)
+        dropped = [layer for layer in middle if layer not in core]
+        name, before = loop.name, loop.trips
+        program, loop = select_trips(program, loop, [*range(self.prelude), *core, *last])
+        program, pieces = split_loop(program, loop, [self.prelude, self.prelude + len(core)])
+        looped = pieces[1 if self.prelude else 0]
+        program, looped = pack_trips(program, looped, len(core))
+        program, looped = self._with_adapter(program, looped)
+        program, looped = repeat_trip(program, looped, self.trips)
+        context.remark(
+            f"{name}: of {before} layers, {self.prelude} run before the core and {self.coda} after "
+            f"it; {looped.name} runs the layers {_listed(core)} {self.trips} times; "
+            + (f"cut are {_listed(dropped)}" if dropped else "none is cut")
+        )
+        return program
+
+    def _core(self, program: Program, loop: Loop, middle: range, context: Context) -> list[int]:
+        """The layers that loop, in order."""
+        if isinstance(self.core, list):
+            wrong = [layer for layer in self.core if layer not in middle]
+            if wrong or sorted(set(self.core)) != self.core:
+                raise PassError(
+                    f"the core {self.core} is not an ascending list of layers from {middle.start} "
+                    f"to {middle.stop - 1}, which are between prelude and coda"
+                )
+            return self.core
+        spare = len(middle) - self.core
+        if spare < 0:
+            raise PassError(
+                f"{loop.name} has {loop.trips} layers, fewer than {self.prelude} + {self.core} + "
+                f"{self.coda}"
+            )
+        if not spare or self.choose == "late":
+            return list(middle)[spare:]
+        states = hidden_states(program, loop, context)
+        if self.choose == "angular":
+            start = flattest(states, middle[: len(middle) - spare + 1], spare)
+            turned = angular_distance(states, start, start + spare)
+            context.remark(
+                f"the layers {start} to {start + spare - 1} turn the hidden state least: angular "
+                f"distance {turned:.3f}"
+            )
+            return [layer for layer in middle if not start <= layer < start + spare]
+        influence = block_influence(states)
+        context.remark(
+            "influence of the middle layers: "
+            + ", ".join(f"{layer}: {influence[layer]:.3f}" for layer in middle)
+        )
+        return sorted(sorted(middle, key=lambda layer: -influence[layer])[: self.core])
+
+    def _with_adapter(self, program: Program, loop: Loop) -> tuple[Program, Loop]:
+        """The body over a state that starts anew, beside what it was given until now."""
+        old = loop.body.graph
+        kind = loop.carry[0].meta["type"]
+        places = [n for n in old.nodes if n.op == "placeholder"]
+        graph = fx.Graph()
+        values = {place: graph.node_copy(place) for place in places}
+        state, width = values[places[0]], kind.shape[-1]
+        given = graph.placeholder("embedded")
+        given.meta["type"] = kind
+        weight = f"{loop.name}.*.adapter.weight"
+        dtype = kind.dtype
+        both = graph.call_function(aten.cat.default, ([state, given], -1))
+        both.meta["type"] = TensorType(dtype, (*kind.shape[:-1], 2 * width))
+        matrix = graph.get_attr(weight)
+        matrix.meta["type"] = TensorType(dtype, (width, 2 * width))
+        adapted = graph.call_function(aten.linear.default, (both, matrix))
+        adapted.meta["type"] = kind
+        graph.output(inline(graph, old, {**values, places[0]: adapted}))
+        embedded = loop.carry[0]
+        with program.graph.inserting_before(loop.node):
+            start = self._start(program.graph, embedded)
+        loop.node.args = (loop.name, (start,), (*loop.inputs, embedded), loop.trips)
+        entry = concat(1, [zeros((width, width), dtype), identity(width, dtype)])
+        weights = program.weights.with_weight(weight, Weight((entry,), (0,) * loop.trips))
+        bodies = {**program.bodies, loop.name: Body(graph, loop.period)}
+        return replace(program, bodies=bodies, weights=weights), Loop(loop.node, bodies[loop.name])
+
+    def _start(self, graph: fx.Graph, embedded: fx.Node) -> fx.Node:
+        if self.state == "embedding":
+            return embedded
+        kind = embedded.meta["type"]
+        if self.state == "zero":
+            node = graph.call_function(aten.zeros_like.default, (embedded,))
+        else:
+            noise = graph.call_function(aten.randn_like.default, (embedded,))
+            cut = graph.call_function(aten.clamp.default, (noise, -3.0, 3.0))
+            deviation = math.sqrt(2 / (5 * kind.shape[-1]))
+            node = graph.call_function(aten.mul.Tensor, (cut, deviation))
+            noise.meta["type"] = cut.meta["type"] = kind
+        node.meta["type"] = kind
+        return node
+
+
+def _listed(layers: list[int]) -> str:
+    """Numbers with runs shortened: "4, 10-15"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -1,0 +1,95 @@
+"""What a depth loop carries on calibration inputs, and how much each layer changes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reroll.errors import ProgramError
+from reroll.rewrite.passes.context import Context
+from reroll.rewrite.passes.interpret import Tensors, run
+from reroll.rewrite.passes.samples import random_inputs, token_input, token_inputs
+from reroll.rewrite.program import Loop, Program
+
+TOKENS = 512
+LENGTH = 128
+SHORTEST = 8
+IMAGES = 8
+
+
+def hidden_states(
+    program: Program, loop: Loop, context: Context, *, tokens: int = TOKENS, length: int = LENGTH
+) -> Tensor:
+    """What a loop carries before each trip and after the last: [trips + 1, tokens, width] in fp32.
+
+    On the calibration text, cut into rows of `length` tokens; on random tokens or images where
+    there is no text.
+    """
+    weights = context.store.weights(program)
+    while True:
+        try:
+            return _states(program, loop, context, weights, tokens, length)
+        except ProgramError:
+            # a model with a table of positions takes no more tokens than that has rows
+            if length <= SHORTEST or token_input(program) is None:
+                raise
+            length //= 2
+
+
+def _states(
+    program: Program, loop: Loop, context: Context, weights: Tensors, tokens: int, length: int
+) -> Tensor:
+    if token_input(program) is None:
+        inputs = [random_inputs(program, rows=1, seed=seed) for seed in range(IMAGES)]
+    else:
+        ids = context.tokens(program)
+        if ids is None or ids.numel() < 2:
+            ids = context.random_tokens(program, tokens)
+        rows = ids[:tokens].split(length)
+        inputs = [dict(token_inputs(program, row[None])) for row in rows if row.numel() > 1]
+    states: list[list[Tensor]] = [[] for _ in range(loop.trips + 1)]
+
+    first, (last, *_) = loop.carry[0], loop.body.graph.output_node().args[0]
+
+    def observe(
+        name: str, trip: int | None, node: fx.Node, args: tuple[Any, ...], result: Any
+    ) -> None:
+        if node is first:
+            states[0].append(result.float().flatten(0, -2))
+        elif node is last and trip is not None:
+            states[trip + 1].append(result.float().flatten(0, -2))
+
+    dtype = torch.float64 if program.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        for number, each in enumerate(inputs):
+            context.progress(number, len(inputs), "hidden states")
+            run(program, each, weights=weights, dtype=dtype, fast=True, observe=observe)
+    return torch.stack([torch.cat(each) for each in states])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The mean cosine of two sets of vectors [tokens, width]."""
+    return torch.cosine_similarity(a, b, dim=-1).mean().item()
+
+
+def block_influence(states: Tensor) -> list[float]:
+    """1 - cos of what goes into each layer and what comes out (ShortGPT, arXiv 2403.03853)."""
+    return [1 - cosine(a, b) for a, b in pairwise(states)]
+
+
+def angular_distance(states: Tensor, start: int, stop: int) -> float:
+    """arccos(cos) / pi of what goes into layer `start` and what comes out of `stop - 1`.
+
+    The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), equation 7.
+    """
+    return math.acos(min(1.0, max(-1.0, cosine(states[start], states[stop])))) / math.pi
+
+
+def flattest(states: Tensor, starts: Sequence[int], count: int) -> int:
+    """Where the run of `count` layers starts that turns the hidden state least."""
+    return min(starts, key=lambda start: angular_distance(states, start, start + count))
