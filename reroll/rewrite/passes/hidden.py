@@ -50,7 +50,7 @@ def _states(
         ids = context.tokens(program)
         if ids is None or ids.numel() < 2:
             ids = context.random_tokens(program, tokens)
-        rows = ids[:tokens].split(length)
+        rows = [ids[:tokens][i : i + length] for i in range(0, tokens, length)]
         inputs = [dict(token_inputs(program, row[None])) for row in rows if row.numel() > 1]
     states: list[list[Tensor]] = [[] for _ in range(loop.trips + 1)]
 
