@@ -54,7 +54,8 @@ def _states(
         inputs = [dict(token_inputs(program, row[None])) for row in rows if row.numel() > 1]
     states: list[list[Tensor]] = [[] for _ in range(loop.trips + 1)]
 
-    first, (last, *_) = loop.carry[0], loop.body.graph.output_node().args[0]
+    returned: Any = loop.body.graph.output_node().args[0]
+    first, last = loop.carry[0], returned[0]
 
     def observe(
         name: str, trip: int | None, node: fx.Node, args: tuple[Any, ...], result: Any
