@@ -260,6 +260,28 @@ def test_numbers_that_differ_from_layer_to_layer_are_inputs():
     assert (1.0, 1.25, 1.5, 1.75) in loop.inputs
 
 
+class PartPerLayer(nn.Module):
+    """Layers that each add their own part of what was computed before them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 4 * WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(4))
+
+    def forward(self, h):
+        parts = self.first(h).unflatten(-1, (4, WIDTH))
+        for number, layer in enumerate(self.layers):
+            h = layer(h) + parts[:, :, number]
+        return h
+
+
+def test_each_layer_may_take_its_part_of_one_value():
+    program = rolled(PartPerLayer(), x(), dims=DIMS)
+    assert shape_of(program) == [(4, 1)]
+    (loop,) = program.loops
+    assert [len(v) for v in loop.inputs if isinstance(v, tuple)] == [4]
+
+
 def test_attributes_of_our_own_ops_may_differ():
     program = captured("gemma3")
     (loop,) = program.loops

@@ -42,6 +42,7 @@ def roll_loops(program: Program) -> Program:
     """A Program whose stacks of layers are loop nodes. What does not repeat stays outside."""
     program = program.edit()
     merge_equal(program.graph)
+    lift_parts(program.graph)
     while True:
         found = find_loop(program)
         if found is None:
@@ -68,6 +69,20 @@ def merge_equal(graph: fx.Graph) -> None:
             graph.erase_node(node)
         else:
             seen[key] = node
+
+
+def lift_parts(graph: fx.Graph) -> None:
+    """Take the parts of a value where the value is made, not where each part is used.
+
+    A value that holds something for every layer (Gemma's embeddings per layer) is then taken apart
+    before the layers, which would differ in the part's number; each trip gets its part as an input.
+    """
+    for node in list(graph.nodes):
+        parts = [user for user in node.users if user.target is aten.select.int]
+        if len({part.args[1:] for part in parts}) < 2:
+            continue
+        for part in reversed(parts):
+            node.append(part)
 
 
 def _unmergeable(node: fx.Node) -> bool:
