@@ -13,8 +13,9 @@ demo: $(INSTALLED)
 	$(BIN)/python -m tools.models smollm2-135m-instruct text:wiki
 	$(BIN)/python examples/demo.py
 
+# a test process per core, each with one thread
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
