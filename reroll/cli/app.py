@@ -214,6 +214,52 @@ def _tell(event: Event, bars: Bars) -> None:
             bars.print(f"  {remark}")
 
 
+@app.command("export", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@command
+def export_command(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model, or any other.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write.")],
+    target: Annotated[str, typer.Option(help="What to export to: see `reroll targets`.")] = "onnx",
+    load: Load = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DIR if it exists.")
+    ] = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model for another runtime. A target has options of its own: see `reroll targets`.
+
+    The directory appears whole or not at all; if a check fails, there is none.
+    """
+    from reroll.cli.exporting import Export, exported
+
+    export = Export(directory, target, ctx.args, overwrite=overwrite, load=load)
+    with Bars() as bars:
+        found = export.run(
+            model, bars, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
+    write_json(found) if json_ else exported(found)
+
+
+@app.command("targets")
+@command
+def targets_command(
+    name: Annotated[str | None, typer.Argument(help="One target, in full.")] = None,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List what models can be exported to, and the options of each target."""
+    from reroll.cli.exporting import targets
+    from reroll.export.targets import find, registered
+
+    found = [t.describe() for t in ([find(name)] if name else registered().values())]
+    write_json({"targets": found}) if json_ else targets(found)
+
+
 @app.command("compare")
 @command
 def compare_command(

@@ -14,7 +14,7 @@ from reroll.cli.terminal import results, write
 Found = Mapping[str, Any]
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def new_table(*columns: str, title: str | None = None) -> Table:
     """A table whose columns are right-aligned where the name starts with `>`."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
@@ -72,7 +72,7 @@ def inspected(found: Found) -> None:
     lines.append(_exactness(found))
     _print("\n".join(lines))
     if loops:
-        table = _table(
+        table = new_table(
             "loop",
             ">trips",
             ">period",
@@ -87,7 +87,7 @@ def inspected(found: Found) -> None:
             table.add_row(escape(loop["name"]), *(number(loop[k]) for k in keys))
         _print(table)
     if found["attention"]:
-        table = _table(
+        table = new_table(
             ">attention", "causal", ">window", ">heads", ">KV heads", ">head dim", "besides"
         )
         for kind in found["attention"]:
@@ -125,7 +125,7 @@ def _exactness(found: Found) -> str:
 
 def converted(found: Found, timing: bool) -> None:
     """What `convert` made."""
-    table = _table("", ">before", ">after", ">ratio")
+    table = new_table("", ">before", ">after", ">ratio")
     for label, key, shown in (
         ("parameters", "parameters", number),
         ("weights", "bytes", size),
@@ -137,7 +137,7 @@ def converted(found: Found, timing: bool) -> None:
             _change(table, f"state at {int(context):,} tokens", change, size)
     _print(table)
     if timing:
-        times = _table("step", ">seconds")
+        times = new_table("step", ">seconds")
         for name, seconds in found["seconds"].items():
             if name != "total":
                 times.add_row(name, f"{seconds:.2f}")
@@ -169,7 +169,7 @@ def compared(found: Found) -> None:
     _print(
         f"a: {found['a']} ({found['dtype']['a']})\nb: {found['b']} ({found['dtype']['b']})\non {on}"
     )
-    table = _table("", ">a", ">b", ">b / a")
+    table = new_table("", ">a", ">b", ">b / a")
     rows: list[tuple[str, Found | None, Any]] = [("perplexity", found["perplexity"], number)]
     rows += [("parameters", found["parameters"], number), ("weights", found["bytes"], size)]
     rows += [("FLOPs per token", found["flops_per_token"], number)]
@@ -180,7 +180,7 @@ def compared(found: Found) -> None:
             a, b = sides["a"], sides["b"]
             table.add_row(label, shown(a), shown(b), f"{b / a:.3f}" if a and b is not None else "-")
     _print(table)
-    apart = _table(f"distance of {found['output']}", ">")
+    apart = new_table(f"distance of {found['output']}", ">")
     for label, key in (
         ("KL divergence (nats)", "kl"),
         ("top-1 agreement", "top1_agreement"),
@@ -232,7 +232,7 @@ def generated(found: Found) -> None:
 
 def passes(found: Sequence[Found]) -> None:
     """All passes."""
-    table = _table("pass", "contract", "after", "what it does")
+    table = new_table("pass", "contract", "after", "what it does")
     for each in found:
         table.add_row(
             each["name"], each["contract"], ", ".join(each["requires"]), escape(each["summary"])
@@ -248,7 +248,7 @@ def one_pass(found: Found) -> None:
     if not found["options"]:
         _print("It has no options.")
         return
-    table = _table("option", "default", "value", "meaning")
+    table = new_table("option", "default", "value", "meaning")
     for option in found["options"]:
         default = "required" if option["required"] else _value(option["default"])
         table.add_row(option["name"], default, escape(option["kind"]), escape(option["help"]))

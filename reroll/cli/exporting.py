@@ -1,0 +1,96 @@
+"""Exporting a model: the target and the directory are checked before anything takes long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import reroll
+from reroll.cli.conversion import Conversion
+from reroll.cli.reports import new_table, number, size
+from reroll.cli.terminal import results, write
+from reroll.errors import ExportError
+from reroll.export.directories import new_directory
+from reroll.export.targets import find
+from reroll.rewrite.passes.registry import load_file
+
+Progress = Callable[[int, int, str], None]
+
+
+class Export:
+    """A directory to be written by a target with the options of a command line.
+
+    Raises UsageError if there is no such target or option, or the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        target: str,
+        words: Sequence[str],
+        *,
+        overwrite: bool = False,
+        load: Sequence[Path] | None = None,
+    ) -> None:
+        self.target = find(target).parse(words)
+        self.directory, self.overwrite = directory, overwrite
+        Conversion(directory, overwrite=overwrite)
+        for file in load or ():
+            load_file(file)
+
+    def run(self, model: str, on_progress: Progress, **options: Any) -> dict[str, Any]:
+        """Capture the model and write the directory; returns what was written, as JSON data."""
+        start = time.perf_counter()
+        on_progress(0, 0, "capturing")
+        program = reroll.capture(model, **options)
+        captured = time.perf_counter() - start
+        try:
+            with new_directory(self.directory, overwrite=self.overwrite) as temporary:
+                found = self.target.write(program, temporary, on_progress)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ExportError(f"cannot be written: {reason}", str(self.directory)) from error
+        files = {
+            str(f.relative_to(self.directory)): f.stat().st_size
+            for f in sorted(self.directory.rglob("*"))
+            if f.is_file()
+        }
+        seconds = {"capture": captured, **found.pop("seconds", {})}
+        return {
+            "source": model,
+            "out": str(self.directory),
+            "target": self.target.name,
+            **found,
+            "sizes": files,
+            "seconds": {**seconds, "total": time.perf_counter() - start},
+        }
+
+
+def exported(found: Mapping[str, Any]) -> None:
+    """What `export` wrote, for people."""
+    rows = new_table("file", ">size")
+    for name, count in found["sizes"].items():
+        rows.add_row(name, size(count))
+    results().print(rows)
+    for kind, graph in found.get("graphs", {}).items():
+        check = graph.get("check")
+        if check:
+            write(
+                f"{kind}: checked, relative RMS error {number(check['relative_rms_error'])} "
+                f"of at most {number(check['tolerance'])}"
+            )
+    write(f"{found['out']} written in {number(found['seconds']['total'])} s")
+
+
+def targets(found: Sequence[Mapping[str, Any]]) -> None:
+    """The targets and their options, for people."""
+    for each in found:
+        write(f"{each['name']}\n\n{each['documentation']}\n")
+        rows = new_table("option", "value", "default", "")
+        for item in each["options"]:
+            default = item["default"]
+            shown = ",".join(default) if isinstance(default, list) else number(default)
+            rows.add_row(f"--{item['name']}", item["kind"], shown, item["help"])
+        results().print(rows)

@@ -1,0 +1,75 @@
+"""The ONNX target: a Program as graphs that stock runtimes run.
+
+graph.py                    building ONNX graphs: values, scopes, hoisting, dead code
+weights.py                  the weight file that all graphs share
+translate.py                from a Program's graphs to ONNX nodes
+segments.py, loops.py       which trips become one Loop
+aten.py, idioms.py, attention.py   the lowering of each op
+states.py                   key/value caches as inputs and outputs
+quantise.py                 block-wise integer weights
+session.py, check.py        running what was exported, beside what it was exported from
+artifact.py, manifest.py    the directory and what describes it
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from reroll.errors import ExportError, UsageError
+from reroll.export.targets import Progress, Target, option
+from reroll.rewrite.program import Program
+
+Kind = Literal["loop", "unrolled", "step"]
+
+
+class Onnx(Target):
+    """ONNX graphs over one weight file, with every state an input and an output.
+
+    `loop` has the depth loop as an ONNX Loop; `unrolled` writes the trips out, for runtimes and
+    accelerators without control flow; `step` is one round of trips with a depth for each row, for a
+    host that schedules. All read the same weights.
+    """
+
+    name = "onnx"
+
+    graphs: tuple[Kind, ...] = option(("loop", "unrolled"), help="which graphs to write")
+    precision: Literal["fp32", "fp16", "int8", "int4"] = option(
+        "fp32", help="of weights; activations are fp32, but for fp16"
+    )
+    opset: int = option(23, help="the version of the ONNX operators")
+    runtime: Literal["ort"] | None = option(
+        None, help="ort: use operators that only ONNX Runtime has"
+    )
+    check: bool = option(False, help="run each graph beside the torch module; write nothing if off")
+    block: int = option(32, help="inputs that share a scale in a quantised weight")
+
+    def check_options(self) -> None:
+        if not self.graphs:
+            raise UsageError("graphs must name one at least: loop, unrolled, step")
+        if self.opset < 23:
+            raise UsageError(
+                f"opset {self.opset} has neither Attention nor RMSNormalization",
+                where="target onnx, option opset",
+                hint="23 is the first that has both",
+            )
+        if self.block < 16 or self.block & (self.block - 1):
+            raise UsageError(
+                f"block must be a power of two from 16, not {self.block}",
+                where="target onnx, option block",
+            )
+
+    def write(
+        self, program: Program, directory: Path, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        try:
+            import onnx
+            import onnxruntime
+        except ImportError as error:
+            raise ExportError(
+                f"the ONNX target needs {error.name}", hint="pip install 'reroll[onnx]'"
+            ) from error
+        from reroll.export.onnx.artifact import write
+
+        del onnx, onnxruntime
+        return write(self, program, directory, progress)

@@ -1,0 +1,124 @@
+"""The directory: graphs, weights, tokenizer, and what says how to use them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+from onnx import helper
+
+import reroll
+from reroll.errors import ExportError
+from reroll.export.onnx import aten, attention, check, idioms  # noqa: F401 - lowerings
+from reroll.export.onnx.manifest import write_manifest
+from reroll.export.onnx.parameters import Settings
+from reroll.export.onnx.parts import exported_part
+from reroll.export.onnx.translate import Translator
+from reroll.export.onnx.weights import WeightFile
+from reroll.rewrite.program import Program
+
+if TYPE_CHECKING:
+    from reroll.export.onnx import Onnx
+    from reroll.export.targets import Progress
+
+log = logging.getLogger(__name__)
+
+# what the format of a file says about its reader; 10 is what came with opset 23
+IR_VERSION = {23: 11, 24: 12, 25: 12, 26: 13, 27: 14}
+CONTRIB = "com.microsoft"
+
+
+def write(
+    target: Onnx, program: Program, directory: Path, progress: Progress | None
+) -> dict[str, Any]:
+    """Write everything into a directory; see `Target.write`."""
+    start = time.perf_counter()
+    program = exported_part(program)
+    settings = Settings(target.precision, target.opset, target.runtime, target.block)
+    weights = WeightFile(program)
+    files: dict[str, str] = {}
+    for kind in dict.fromkeys(target.graphs):
+        model = translated(program, kind, weights, settings)
+        files[kind] = f"{kind}.onnx"
+        onnx.save(model, str(directory / files[kind]))
+        log.info("%s: %d nodes", files[kind], len(model.graph.node))
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total, "writing weights")
+
+    weights.write(directory, report)
+    _copy_files(program, directory)
+    seconds = {"write": time.perf_counter() - start}
+    checked = {}
+    if target.check:
+        start = time.perf_counter()
+        checked = _checked(target, program, directory, files, progress)
+        seconds["check"] = time.perf_counter() - start
+    found = write_manifest(directory, program, settings, files, weights, checked)
+    return {**found, "seconds": seconds}
+
+
+def translated(
+    program: Program, kind: str, weights: WeightFile, settings: Settings
+) -> onnx.ModelProto:
+    """One graph of a Program. Its weights are those that `weights` will write."""
+    translator = Translator(program, weights, settings, rolled=kind == "loop")
+    graph = translator.run().finish(f"{kind}")
+    imports = [helper.make_opsetid("", settings.opset)]
+    if any(node.domain == CONTRIB for node in _nodes(graph)):
+        imports.append(helper.make_opsetid(CONTRIB, 1))
+    return helper.make_model(
+        graph,
+        opset_imports=imports,
+        ir_version=IR_VERSION.get(settings.opset, 14),
+        producer_name="reroll",
+        producer_version=reroll.__version__,
+    )
+
+
+def _nodes(graph: Any) -> Any:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
+
+
+def _copy_files(program: Program, directory: Path) -> None:
+    """The tokenizer, the preprocessor and the like, unchanged."""
+    for name, path in program.origin.files.items():
+        goal = directory / name
+        if directory.resolve() not in goal.resolve().parents:
+            raise ExportError(f"the side file {name!r:.80} would not be in the directory")
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(path, goal)
+        except OSError as error:
+            reason = f"the side file {name} cannot be copied: {error.strerror}"
+            raise ExportError(reason, where=str(path)) from error
+
+
+def _checked(
+    target: Onnx,
+    program: Program,
+    directory: Path,
+    files: dict[str, str],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    module = program.to_module().eval()
+    results = {}
+    for kind, file in files.items():
+
+        def report(done: int, total: int, kind: str = kind) -> None:
+            if progress is not None:
+                progress(done, total, f"checking {kind}")
+
+        results[kind] = check.check_graph(
+            directory / file, program, module, target.precision, progress=report
+        )
+    return results

@@ -1,0 +1,146 @@
+"""What was exported against what it was exported from: the same inputs through both.
+
+Causal models are given a batch of three prompts of different lengths, padded on the left, and then
+decode token by token, both with their caches; every logit of a token that is no padding counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from reroll.errors import ExportError
+from reroll.export.onnx.session import Session
+from reroll.rewrite.passes.samples import (
+    default_tokenizer,
+    random_inputs,
+    sample_text,
+    token_input,
+    vocabulary,
+)
+from reroll.rewrite.passes.tolerances import relative_rms
+from reroll.rewrite.program import Program
+
+# relative RMS of outputs; the second is for graphs whose weights were rounded, which are compared
+# with a module whose weights are rounded alike, but which add up in other orders and precisions
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 2e-3, "int4": 2e-3}
+
+ROWS, PROMPT, STEPS = 3, 24, 64
+
+Inputs = Mapping[str, Tensor]
+
+
+def check_graph(
+    path: Path,
+    program: Program,
+    module: Any,
+    precision: str = "fp32",
+    steps: int = STEPS,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Check one graph file: by ONNX's own checker, and by running it beside the torch module.
+
+    Returns the largest relative RMS error of any output at any step. Raises ExportError if it is
+    above the tolerance, or the checker or ONNX Runtime refuses the graph.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(f"the checker of ONNX refuses the graph: {reason}", path.name) from error
+    session = Session(path)
+    is_causal = bool(session.past)
+    steps = min(steps, _room(program))
+    pairs = _decoded if is_causal else _once
+    worst, count = 0.0, 0
+    for name, actual, expected in pairs(program, module, session, steps):
+        error_ = relative_rms(actual.float(), expected.float())
+        worst, count = max(worst, error_), count + 1
+        if not error_ <= TOLERANCE[precision]:
+            raise ExportError(
+                f"{name} differs from the torch module by {error_:.2e} relative RMS, "
+                f"more than {TOLERANCE[precision]:.0e}",
+                where=path.name,
+                hint="without --check it is written anyway",
+            )
+        if progress is not None:
+            progress(count, steps + 1 if is_causal else 1)
+    return {
+        "relative_rms_error": worst,
+        "tolerance": TOLERANCE[precision],
+        "batch": ROWS,
+        "prompt": PROMPT if is_causal else None,
+        "decode_steps": steps if is_causal else None,
+    }
+
+
+def _room(program: Program) -> int:
+    """How many tokens fit behind a prompt."""
+    config = program.origin.config
+    length = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(length) - PROMPT if isinstance(length, int) else STEPS
+
+
+Compared = Iterator[tuple[str, Tensor, Tensor]]
+
+
+def _once(program: Program, module: Any, session: Session, steps: int) -> Compared:
+    """Outputs of a model without state; positions that are padding do not count."""
+    rows = ROWS if len(program.inputs) > 1 else 2
+    inputs = random_inputs(program, rows=rows, length=16, padded=True)
+    padding = next((i.name for i in program.inputs if i.role == "padding"), None)
+    with torch.no_grad():
+        expected = module(**inputs)
+    actual = session.run(_completed(program, inputs))
+    for name in program.outputs:
+        a, b = actual[name], expected[name]
+        seen = inputs.get(padding) if padding else None
+        if seen is not None and a.shape[:2] == seen.shape:
+            a, b = a[seen.bool()], b[seen.bool()]
+        yield name, a, b
+
+
+def _completed(program: Program, inputs: Inputs) -> dict[str, Tensor]:
+    from reroll.rewrite.passes.interpret import complete
+
+    return complete(program, inputs)
+
+
+def _decoded(program: Program, module: Any, session: Session, steps: int) -> Compared:
+    """Logits of a prompt and of the tokens after it, which the torch module chooses."""
+    tokens, seen = prompts(program)
+    session.reset(ROWS)
+    past: Any = None
+    with torch.no_grad():
+        for step in range(steps + 1):
+            inputs = {"input_ids": tokens, "attention_mask": seen}
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            if any(i.name == "position_ids" for i in program.inputs):
+                inputs["position_ids"] = positions
+            out = module(**inputs, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            actual = session.run(inputs)["logits"]
+            shown = seen[:, -tokens.shape[1] :].bool()
+            what = f"the logits of step {step}" if step else "the logits of the prompt"
+            yield what, actual[shown], out.logits[shown]
+            tokens = out.logits[:, -1:].argmax(-1)
+            seen = torch.cat([seen, torch.ones_like(tokens)], dim=1)
+
+
+def prompts(program: Program, rows: int = ROWS, length: int = PROMPT) -> tuple[Tensor, Tensor]:
+    """Token ids [rows, length] of text, and the mask of a batch that is padded on the left."""
+    tokenizer = default_tokenizer(program)
+    if tokenizer is not None:
+        ids = torch.tensor(list(tokenizer(sample_text()))[: rows * length]).reshape(rows, length)
+    else:
+        item = token_input(program)
+        top = vocabulary(program, item.name if item else None) or 2
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, top, (rows, length), generator=generator)
+    lead = torch.arange(rows)[:, None] * (length // (2 * rows))
+    return ids, (torch.arange(length)[None] >= lead).long()

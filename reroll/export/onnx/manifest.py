@@ -1,0 +1,186 @@
+"""What describes an exported directory: manifest.json, genai_config.json and README.md.
+
+manifest.json       for programs: files with checksums, inputs, outputs, states, checks
+genai_config.json   for onnxruntime-genai
+README.md           for people
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+import reroll
+from reroll.export.onnx.parameters import Settings
+from reroll.export.onnx.readme import readme
+from reroll.export.onnx.states import PARTS, PAST, PRESENT, States
+from reroll.export.onnx.weights import FILE, WeightFile
+from reroll.rewrite.program import Program
+
+MANIFEST, GENAI = "manifest.json", "genai_config.json"
+
+
+def write_manifest(
+    directory: Path,
+    program: Program,
+    settings: Settings,
+    files: dict[str, str],
+    weights: WeightFile,
+    checked: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the three files; returns the manifest."""
+    states = States(program)
+    config = _genai_config(program, states, files)
+    if config is not None:
+        _write_json(directory / GENAI, config)
+    graphs = {kind: _graph(directory / file) for kind, file in files.items()}
+    for kind, result in checked.items():
+        graphs[kind]["check"] = result
+    found: dict[str, Any] = {
+        "format": 1,
+        "producer": {"reroll": reroll.__version__, "onnx": onnx.__version__},
+        "model": program.origin.model,
+        "passes": [step.text for step in program.origin.steps],
+        "precision": settings.precision,
+        "opset": settings.opset,
+        "runtime": settings.runtime,
+        "loops": [
+            {"name": p.name, "trips": p.trips, "period": p.period, "layers": p.layers}
+            for p in program.loops
+        ],
+        "graphs": graphs,
+        "states": _states(states),
+        "weights": {
+            "file": FILE,
+            "bytes": (directory / FILE).stat().st_size,
+            "sha256": weights.digests(directory),
+        },
+    }
+    (directory / "README.md").write_text(readme(found, config is not None), encoding="utf-8")
+    others = sorted(
+        str(p.relative_to(directory))
+        for p in directory.rglob("*")
+        if p.is_file() and p.name not in (FILE, *files.values())
+    )
+    found["files"] = {name: _digest(directory / name) for name in others}
+    _write_json(directory / MANIFEST, found)
+    return found
+
+
+def _graph(path: Path) -> dict[str, Any]:
+    model = onnx.load(str(path), load_external_data=False)
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": _digest(path),
+        "nodes": len(model.graph.node),
+        "inputs": [_described(i) for i in model.graph.input],
+        "outputs": [_described(o) for o in model.graph.output],
+    }
+
+
+def _described(item: Any) -> dict[str, Any]:
+    kind = item.type.tensor_type
+    return {
+        "name": item.name,
+        "dtype": TensorProto.DataType.Name(kind.elem_type).lower(),
+        "shape": [d.dim_param or d.dim_value for d in kind.shape.dim],
+    }
+
+
+def _states(states: States) -> list[dict[str, Any]]:
+    """Every state: which output is which input of the next run."""
+    return [
+        {
+            "kind": "key_value_cache",
+            "layer": number,
+            "part": part,
+            "input": PAST.format(number, part),
+            "output": PRESENT.format(number, part),
+            "grows_along": 2,
+        }
+        for number in range(len(states.shapes))
+        for part in PARTS
+    ]
+
+
+def _genai_config(program: Program, states: States, files: dict[str, str]) -> dict[str, Any] | None:
+    """What onnxruntime-genai wants to know of a decoder; None for other models."""
+    if not states.shapes or program.outputs[0] != "logits":
+        return None
+    graph = next((files[kind] for kind in ("unrolled", "loop") if kind in files), None)
+    if graph is None:
+        return None
+    config = dict(program.origin.config)
+    generation = _generation(program)
+    end = generation.get("eos_token_id", config.get("eos_token_id"))
+    pad = generation.get("pad_token_id", config.get("pad_token_id"))
+    if pad is None:
+        pad = end[0] if isinstance(end, list) else end
+    heads = int(config.get("num_attention_heads", states.shapes[0].key[0]))
+    context = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+    names = {i.name: i.name for i in program.inputs}
+    return {
+        "model": {
+            "type": "decoder",
+            "context_length": context,
+            "bos_token_id": generation.get("bos_token_id", config.get("bos_token_id")) or 0,
+            "eos_token_id": end,
+            "pad_token_id": pad,
+            "vocab_size": config.get("vocab_size"),
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": graph,
+                "head_size": states.shapes[0].key[1],
+                "hidden_size": config.get("hidden_size") or config.get("n_embd") or 0,
+                "num_attention_heads": heads,
+                "num_hidden_layers": len(states.shapes),
+                "num_key_value_heads": states.shapes[0].key[0],
+                "inputs": {
+                    **names,
+                    "past_key_names": PAST.format("%d", "key"),
+                    "past_value_names": PAST.format("%d", "value"),
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": PRESENT.format("%d", "key"),
+                    "present_value_names": PRESENT.format("%d", "value"),
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": context,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
+
+
+def _generation(program: Program) -> dict[str, Any]:
+    path = program.origin.files.get("generation_config.json")
+    if path is None or not Path(path).is_file():
+        return {}
+    found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return found
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_json(path: Path, data: Any) -> None:
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

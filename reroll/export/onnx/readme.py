@@ -1,0 +1,95 @@
+"""The README of an exported directory: how to run what is in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ONCE = """```python
+import numpy as np, onnxruntime as ort
+
+session = ort.InferenceSession("{file}")
+outputs = session.run(None, {{{inputs}}})
+```
+"""
+
+_CAUSAL = """```python
+import numpy as np, onnxruntime as ort
+
+session = ort.InferenceSession("{file}")
+tokens = np.array([[1, 2, 3]])             # [batch, time], from the tokenizer
+seen = np.ones_like(tokens)                # 0 where a batch is padded, on the left
+past = {{
+    i.name: np.zeros([len(tokens), i.shape[1], 0, i.shape[3]], {dtype})
+    for i in session.get_inputs() if i.name.startswith("past_key_values")
+}}
+names = [o.name for o in session.get_outputs()]
+for _ in range(20):
+    feed = {{{feed}, **past}}
+    out = dict(zip(names, session.run(None, feed)))
+    tokens = out["logits"][:, -1:].argmax(-1)
+    seen = np.concatenate([seen, np.ones_like(tokens)], 1)
+    past = {{n: out[n.replace("past_key_values", "present")] for n in past}}
+    print(tokens)
+```
+
+The first run is the prompt, of any length; each further run may bring any number of tokens.
+"""
+
+_GENAI = """
+With onnxruntime-genai (`genai_config.json` names {file}):
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=64)
+generator = og.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("Once upon a time"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```
+"""
+
+
+def readme(manifest: dict[str, Any], has_genai: bool) -> str:
+    """The text, from what the manifest says."""
+    graphs = manifest["graphs"]
+    kind = next((k for k in ("unrolled", "loop") if k in graphs), next(iter(graphs)))
+    graph = graphs[kind]
+    lines = [
+        f"# {manifest['model']} in ONNX",
+        "",
+        f"Written by reroll {manifest['producer']['reroll']}"
+        + (f" after `{', '.join(manifest['passes'])}`" if manifest["passes"] else "")
+        + f"; precision {manifest['precision']}, opset {manifest['opset']}.",
+        "",
+        "| file | bytes | nodes | largest error against torch |",
+        "| --- | --- | --- | --- |",
+    ]
+    for each in graphs.values():
+        error = each.get("check", {}).get("relative_rms_error")
+        said = "not checked" if error is None else f"{error:.1e} (relative RMS)"
+        lines.append(f"| {each['file']} | {each['bytes']:,} | {each['nodes']} | {said} |")
+    weights = manifest["weights"]
+    lines.append(f"| {weights['file']} | {weights['bytes']:,} | | |")
+    lines += ["", "All graphs read the one weight file: keep it beside them.", ""]
+    names = [i["name"] for i in graph["inputs"] if not i["name"].startswith("past_key_values")]
+    if manifest["states"]:
+        feed = {
+            "input_ids": "tokens",
+            "attention_mask": "seen",
+            "position_ids": "(seen.cumsum(1) - 1).clip(0)[:, -tokens.shape[1]:]",
+        }
+        given = ", ".join(f'"{n}": {feed[n]}' for n in names if n in feed)
+        dtype = "np.float16" if graph["inputs"][-1]["dtype"] == "float16" else "np.float32"
+        lines.append(_CAUSAL.format(file=graph["file"], feed=given, dtype=dtype))
+    else:
+        shapes = {i["name"]: i["shape"] for i in graph["inputs"]}
+        given = ", ".join(f'"{n}": ...  # {shapes[n]}' for n in names)
+        lines.append(_ONCE.format(file=graph["file"], inputs=f"\n    {given}\n"))
+    if has_genai:
+        lines.append(_GENAI.format(file=graph["file"]))
+    return "\n".join(lines)

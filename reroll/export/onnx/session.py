@@ -1,0 +1,64 @@
+"""Running an exported graph in ONNX Runtime, token after token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import ExportError
+
+
+class Session:
+    """An ONNX graph and the caches of one batch of sequences.
+
+    `run` takes the Program's inputs, without the caches, and returns the outputs; the caches that
+    come out go in again the next time.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # warnings, such as those about shapes that a batch of this size does not have
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ExportError(f"ONNX Runtime refuses the graph: {reason}", str(path)) from error
+        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.state: dict[str, Any] = {}
+
+    @property
+    def past(self) -> list[str]:
+        """The inputs that hold what was before."""
+        return [name for name in self.inputs if name.startswith("past_key_values.")]
+
+    def reset(self, batch: int) -> None:
+        """Forget everything, for a new batch of this size."""
+        import numpy as np
+
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        self.state = {}
+        for name in self.past:
+            item = self.inputs[name]
+            sizes = {"batch_size": batch, "past_sequence_length": 0}
+            shape = [sizes[d] if isinstance(d, str) else d for d in item.shape]
+            self.state[name] = np.zeros(shape, kinds[item.type])
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs for the next tokens of the batch, by name."""
+        given = {name: value.numpy() for name, value in inputs.items() if name in self.inputs}
+        values = self.session.run(None, {**given, **self.state})
+        found = dict(zip(self.outputs, values, strict=True))
+        for name in self.past:
+            self.state[name] = found.pop(name.replace("past_key_values.", "present."))
+        return {name: torch.from_numpy(value) for name, value in found.items()}

@@ -1,0 +1,63 @@
+"""How ops become operators of an export target: one table, filled from wherever an op is defined.
+
+A pass or a mixer that brings an op of its own says in its own file how a target expresses it:
+
+    @lowering("onnx", "my::scaled_tanh.default")
+    def scaled_tanh(g, node, x, scale):
+        return g.op("Mul", g.op("Tanh", x), g.number(scale, x.dtype))
+
+What the function is given, and what it returns, is the target's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from reroll.errors import UsageError
+
+Lowering = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_lowerings: dict[tuple[str, str], Lowering] = {}
+
+
+def lowering(target: str, *ops: str) -> Callable[[Function], Function]:
+    """Register how a target expresses the ops of these names, such as "reroll::rope.default".
+
+    Raises UsageError if an op has a lowering already that another function of another name gave.
+    """
+
+    def register(function: Function) -> Function:
+        for op in ops:
+            known = _lowerings.get((target, op))
+            if known is not None and _identity(known) != _identity(function):
+                raise UsageError(f"there are two lowerings of {op} to {target}", where=op)
+            _lowerings[target, op] = function
+        return function
+
+    return register
+
+
+def find_lowering(target: str, op: Any) -> Lowering | None:
+    """The lowering of an op, given as it stands in a graph, or None."""
+    return _lowerings.get((target, op_name(op)))
+
+
+def lowered_ops(target: str) -> list[str]:
+    """The names of all ops that a target can express, sorted."""
+    return sorted(op for known, op in _lowerings if known == target)
+
+
+def op_name(op: Any) -> str:
+    """The name of an op as lowerings are registered: "aten::add.Tensor", "operator.mul"."""
+    schema = getattr(op, "_schema", None)
+    if schema is None:
+        module = str(getattr(op, "__module__", "")).removeprefix("_")
+        return f"{module}.{getattr(op, '__name__', op)}"
+    return f"{schema.name}.{schema.overload_name or 'default'}"
+
+
+def _identity(function: Lowering) -> tuple[str, str]:
+    # a file that is loaded again replaces its lowerings
+    return str(function.__code__.co_filename), str(getattr(function, "__name__", function))
