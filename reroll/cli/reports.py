@@ -198,7 +198,7 @@ def compared(found: Found) -> None:
 
 def recovered(found: Found) -> None:
     """What a recovery did, by stage."""
-    table = _table(
+    table = new_table(
         "measured", ">tokens", ">perplexity", ">original's", ">KL", ">top-1",
         title=f"{found['out']}: {found['tokens']:,} tokens in {found['seconds']:.0f} s, held out",
     )  # fmt: skip

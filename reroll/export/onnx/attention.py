@@ -42,6 +42,7 @@ def attention(
     bias: Any = None,
     padding: Any = None,
     blocks: Any = None,
+    prefix: Any = None,
 ) -> Value:
     """Softmax attention; see `reroll.rewrite.ops.attention`. [batch, time, heads, v_head_dim]."""
     dtype = g.dtype(node)
@@ -51,7 +52,10 @@ def attention(
     keys = shapes[1][2]
     if blocks is not None:
         raise ExportError("attention over blocks has no lowering to ONNX")
-    mask = _mask(g, dtype, length, keys, causal, window, chunk, padding)
+    if causal and not prefix and window == 0:
+        zero = g.number(0.0, dtype)
+        return g.op("Expand", zero, g.shape(node.meta["type"].shape))
+    mask = _mask(g, dtype, length, keys, causal, window, chunk, padding, prefix)
     if bias is not None:
         bias = _rank4(g, g.tensor(bias, dtype), _shape_of(node, "bias", 9))
         mask = bias if mask is None else g.op("Add", bias, mask)
@@ -61,7 +65,11 @@ def attention(
         made = g.op("Attention", q, k, v, mask, scale=scale)
     else:
         made = _explicit(g, q, k, v, scale, mask, softcap, sinks, shapes)
-    return g.op("Transpose", made, perm=[0, 2, 1, 3])
+    made = g.op("Transpose", made, perm=[0, 2, 1, 3])
+    if causal and not prefix and isinstance(window, Varying) and 0 in window.values:
+        sees = g.op("Greater", _reach(g, window), g.number(0, INT), dtype=BOOL)
+        made = g.op("Where", sees, made, g.number(0.0, dtype), dtype=dtype)
+    return made
 
 
 def _shape_of(node: fx.Node, name: str, position: int) -> Any:
@@ -83,9 +91,10 @@ def _mask(
     window: Any,
     chunk: Any,
     padding: Any,
+    prefix: Any,
 ) -> Value | None:
     """0 where a query may see a key, else the lowest value; None if every query sees every key."""
-    keep = visible(g, length, keys, causal, window, chunk, padding)
+    keep = visible(g, length, keys, causal, window, chunk, padding, prefix)
     if keep is None:
         return None
     lowest = _LOWEST.get(dtype, torch.finfo(dtype).min)
@@ -100,13 +109,14 @@ def visible(
     window: Any,
     chunk: Any,
     padding: Any,
+    prefix: Any = None,
     offset: Any = None,
 ) -> Value | None:
     """Booleans [1 or batch, 1, time or 1, keys], as `reroll.rewrite.ops.mask` defines them.
 
     The queries stand at the end of the keys, or from `offset`.
     """
-    tests = []
+    tests: list[Value] = []
     if isinstance(causal, Varying):
         raise ExportError(
             "causality that differs from trip to trip has no Loop",
@@ -123,23 +133,28 @@ def visible(
             q = g.op("Range", first, g.op("Add", first, ends[0]), one)
         q = g.op("Unsqueeze", q, g.ints(0, 1, 3))
         kv = g.op("Unsqueeze", g.op("Range", zero, ends[1], one), g.ints(0, 1, 2))
-        if causal:
-            tests.append(g.op("LessOrEqual", kv, q, dtype=BOOL))
+        before = g.op("LessOrEqual", kv, q, dtype=BOOL) if causal else None
+        if before is not None and window is None and chunk is None:
+            tests.append(before)
         if window is not None:
             distance = g.op("Sub", q, kv)
             if causal:
-                tests.append(g.op("Less", distance, _reach(g, window), dtype=BOOL))
+                near = g.op("Less", distance, _reach(g, window), dtype=BOOL)
+                tests.append(_both(g, near, before))
             else:
                 distance = g.op("Abs", distance)
                 tests.append(g.op("LessOrEqual", distance, _reach(g, window), dtype=BOOL))
         if chunk is not None:
-            tests.append(_same_chunk(g, q, kv, chunk, padding))
+            tests.append(_both(g, _same_chunk(g, q, kv, chunk, padding), before))
+        if prefix is not None and tests and (window is not None or chunk is not None):
+            near = tests.pop() if len(tests) == 1 else g.op("And", *tests)
+            tests = [g.op("Or", near, _both(g, _in_prefix(g, kv, prefix, padding), before))]
     if padding is not None:
         padding = g.tensor(padding, BOOL)
         tests.append(g.op("Unsqueeze", padding, g.ints(1, 2)))
-    keep = None
+    keep: Value | None = None
     for test in tests:
-        keep = test if keep is None else g.op("And", keep, test)
+        keep = _both(g, test, keep)
     return keep
 
 
@@ -157,13 +172,14 @@ def mask(
     chunk: Any,
     blocks: Any,
     dtype: Any,
+    prefix: Any = None,
 ) -> Value:
     """The additive mask, where a Program adds it to its scores itself."""
     if blocks is not None:
         raise ExportError("attention over blocks has no lowering to ONNX")
     made = g.dtype(node)
     lowest = _LOWEST.get(made, torch.finfo(made).min)
-    keep = visible(g, length, keys, causal, window, chunk, padding, offset)
+    keep = visible(g, length, keys, causal, window, chunk, padding, prefix, offset)
     shown = g.number(0.0, made)
     if keep is not None:
         shown = g.op("Where", keep, shown, g.number(lowest, made), dtype=made)
@@ -176,6 +192,20 @@ def _reach(g: Translator, window: Any) -> Value:
         sizes = tuple(2**62 if size is None else size for size in window.values)
         window = Varying(g, sizes, window.trip)
     return g.tensor(window, INT)
+
+
+def _both(g: Translator, test: Value, other: Value | None) -> Value:
+    return test if other is None else g.op("And", test, other)
+
+
+def _in_prefix(g: Translator, kv: Value, prefix: Any, padding: Any) -> Value:
+    """Whether a key is among the first that are not padding: [1 or batch, 1, 1, keys]."""
+    count = g.tensor(prefix, INT)
+    if padding is None:
+        return g.op("Less", kv, count, dtype=BOOL)
+    number = g.op("CumSum", g.tensor(padding, INT), g.number(-1, INT))
+    number = g.op("Unsqueeze", number, g.ints(1, 2))
+    return g.op("LessOrEqual", number, count, dtype=BOOL)
 
 
 def _same_chunk(g: Translator, q: Value, kv: Value, chunk: Any, padding: Any) -> Value:
