@@ -11,7 +11,9 @@ from torch import fx
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.passes.cache_fit import reuse_remark
+from reroll.rewrite.passes.hidden import hidden_states
 from reroll.rewrite.passes.options import nearest_name
+from reroll.rewrite.passes.phases import Phases, choose, cosine_distances, segment
 from reroll.rewrite.program import Loop, Program, weight_nodes
 from reroll.rewrite.weights import Expr, Weight, cast, mean
 
@@ -33,6 +35,11 @@ class Tie(Pass):
     trip alone, which count as two of the K blocks, and cycles through the rest. L need not be a
     multiple of K: some blocks then serve one trip more than others, and no layer is dropped.
 
+    With `phases`, every phase of the loop has one block: a contiguous run of layers that do alike
+    things (Block-Recurrent Hypothesis, arXiv 2512.19941). `auto` finds them as `find_phases` does,
+    as many as `blocks` says or, without it, as are worth it; `layout` has no meaning then, and
+    `stepwise` takes the middle trip of a phase, `lower` the first.
+
     A block starts as the mean of the trips that share it (`average`, best before `relax`), as one
     of K trips spaced evenly through the loop (`stepwise`, best without `relax`), or as one of the
     first K trips (`lower`; of the middle ones with `middle_cycle`).
@@ -46,8 +53,11 @@ class Tie(Pass):
     name = "tie"
     contract = "approximate"
 
-    blocks: int | list[int] | dict[str, int] = option(
-        help="blocks in each loop: one number, one for each loop in order, or by the loop's name"
+    blocks: int | list[int] | dict[str, int] | None = option(
+        None, help="blocks in each loop: one number, one for each loop in order, or by loop's name"
+    )
+    phases: Literal["auto"] | list[int] | None = option(
+        None, help="one block for each phase: auto, or where the second phase and the others start"
     )
     layout: Layout = option("cycle", help="which trips share a block")
     init: Init = option("average", help="what a block starts as")
@@ -55,6 +65,14 @@ class Tie(Pass):
 
     def check(self) -> None:
         counts = self.blocks
+        if counts is None and self.phases is None:
+            raise UsageError(
+                "blocks has to be given, or phases",
+                where="pass tie, option blocks",
+                hint="for example blocks=10, or phases=auto",
+            )
+        if counts is None:
+            return
         values = (
             [counts]
             if isinstance(counts, int)
@@ -75,9 +93,29 @@ class Tie(Pass):
             program = self._tie(program, loop, blocks, context)
         return program
 
+    def _phases(self, program: Program, loop: Loop, blocks: int, context: Context) -> Phases:
+        """The phases of a loop: those given, or those found, `blocks` of them unless that is 0."""
+        if isinstance(self.phases, list):
+            starts = (0, *self.phases)
+            if list(starts) != sorted(set(starts)) or starts[-1] >= loop.trips:
+                raise PassError(
+                    f"phases start in ascending order at trips 1 to {loop.trips - 1}, not at "
+                    f"{self.phases}"
+                )
+            return Phases(starts, loop.trips, 0.0)
+        distances = cosine_distances(hidden_states(program, loop, context)[1:])
+        found = segment(distances, blocks) if blocks else choose(distances)[0]
+        context.remark(
+            f"{loop.name}: {len(found.starts)} phases: {found}, {found.between:.0%} of the "
+            "distance between layers lies between them"
+        )
+        return found
+
     def _blocks(self, program: Program) -> dict[Loop, int]:
         """How many blocks each loop that is to be tied gets."""
         loops = program.loops
+        if self.blocks is None:
+            return dict.fromkeys(loops, 0)
         if isinstance(self.blocks, int):
             return dict.fromkeys(loops, self.blocks)
         if isinstance(self.blocks, list):
@@ -99,8 +137,13 @@ class Tie(Pass):
                 f"{loop.name} has {loop.trips} trips, which cannot use {blocks} blocks",
                 hint=f"give {loop.trips} blocks or fewer",
             )
-        index = assignment(loop.trips, blocks, self.layout)
-        first = starts(loop.trips, blocks, self.layout, self.init)
+        if self.phases is None:
+            index = assignment(loop.trips, blocks, self.layout)
+            first = starts(loop.trips, blocks, self.layout, self.init)
+        else:
+            phases = self._phases(program, loop, blocks, context)
+            index, blocks = phases.index(), len(phases.starts)
+            first = middles(phases) if self.init == "stepwise" else phases.starts
         tied: dict[str, Weight] = {}
         for name, nodes in weight_nodes(loop.body.graph).items():
             weight = program.weights[name]
@@ -157,6 +200,12 @@ def starts(trips: int, blocks: int, layout: Layout, init: Init) -> tuple[int, ..
     if layout == "middle_cycle":
         return (0, *_spaced(1, trips - 2, blocks - 2, init), trips - 1)
     return _spaced(0, trips - 1, blocks, init)
+
+
+def middles(phases: Phases) -> tuple[int, ...]:
+    """The trip in the middle of each phase."""
+    stops = (*phases.starts[1:], phases.layers)
+    return tuple((a + b - 1) // 2 for a, b in zip(phases.starts, stops, strict=True))
 
 
 def _spaced(first: int, last: int, count: int, init: Init) -> tuple[int, ...]:

@@ -30,10 +30,24 @@ def hidden_states(
     On the calibration text, cut into rows of `length` tokens; on random tokens or images where
     there is no text.
     """
+    returned: Any = loop.body.graph.output_node().args[0]
+    seen = values_of(program, [loop.carry[0], returned[0]], context, tokens=tokens, length=length)
+    return torch.cat([seen[loop.carry[0]][None, 0], seen[returned[0]]])
+
+
+def values_of(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    context: Context,
+    *,
+    tokens: int = TOKENS,
+    length: int = LENGTH,
+) -> dict[fx.Node, Tensor]:
+    """The values of nodes on calibration inputs, in fp32: [trips, tokens, width], or one trip."""
     weights = context.store.weights(program)
     while True:
         try:
-            return _states(program, loop, context, weights, tokens, length)
+            return _values(program, nodes, context, weights, tokens, length)
         except ProgramError:
             # a model with a table of positions takes no more tokens than that has rows
             if length <= SHORTEST or token_input(program) is None:
@@ -41,36 +55,45 @@ def hidden_states(
             length //= 2
 
 
-def _states(
-    program: Program, loop: Loop, context: Context, weights: Tensors, tokens: int, length: int
-) -> Tensor:
+def calibration_inputs(
+    program: Program, context: Context, tokens: int, length: int
+) -> list[dict[str, Tensor]]:
+    """Rows of the calibration text, of random tokens without one, or random images."""
     if token_input(program) is None:
-        inputs = [random_inputs(program, rows=1, seed=seed) for seed in range(IMAGES)]
-    else:
-        ids = context.tokens(program)
-        if ids is None or ids.numel() < 2:
-            ids = context.random_tokens(program, tokens)
-        rows = [ids[:tokens][i : i + length] for i in range(0, tokens, length)]
-        inputs = [dict(token_inputs(program, row[None])) for row in rows if row.numel() > 1]
-    states: list[list[Tensor]] = [[] for _ in range(loop.trips + 1)]
+        return [random_inputs(program, rows=1, seed=seed) for seed in range(IMAGES)]
+    ids = context.tokens(program)
+    if ids is None or ids.numel() < 2:
+        ids = context.random_tokens(program, tokens)
+    rows = [ids[:tokens][i : i + length] for i in range(0, tokens, length)]
+    return [dict(token_inputs(program, row[None])) for row in rows if row.numel() > 1]
 
-    returned: Any = loop.body.graph.output_node().args[0]
-    first, last = loop.carry[0], returned[0]
+
+def _values(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    context: Context,
+    weights: Tensors,
+    tokens: int,
+    length: int,
+) -> dict[fx.Node, Tensor]:
+    inputs = calibration_inputs(program, context, tokens, length)
+    found: dict[fx.Node, dict[int, list[Tensor]]] = {node: {} for node in nodes}
 
     def observe(
         name: str, trip: int | None, node: fx.Node, args: tuple[Any, ...], result: Any
     ) -> None:
-        if node is first:
-            states[0].append(result.float().flatten(0, -2))
-        elif node is last and trip is not None:
-            states[trip + 1].append(result.float().flatten(0, -2))
+        if node in found:
+            found[node].setdefault(trip or 0, []).append(result.float().flatten(0, -2))
 
     dtype = torch.float64 if program.dtype == torch.float64 else torch.float32
     with torch.no_grad():
         for number, each in enumerate(inputs):
             context.progress(number, len(inputs), "hidden states")
             run(program, each, weights=weights, dtype=dtype, fast=True, observe=observe)
-    return torch.stack([torch.cat(each) for each in states])
+    return {
+        node: torch.stack([torch.cat(trips[trip]) for trip in sorted(trips)])
+        for node, trips in found.items()
+    }
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -1,0 +1,157 @@
+"""Find phases: say which layers do alike things, what each contributes, and what each is for."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from reroll.errors import PassError
+from reroll.rewrite.passes import tolerances
+from reroll.rewrite.passes.base import Context, Pass, option
+from reroll.rewrite.passes.hidden import (
+    angular_distance,
+    calibration_inputs,
+    hidden_states,
+    values_of,
+)
+from reroll.rewrite.passes.interpret import run
+from reroll.rewrite.passes.measure import measured_output
+from reroll.rewrite.passes.phases import (
+    Phases,
+    bisections,
+    choose,
+    cosine_distances,
+    linear_cka,
+    segment,
+)
+from reroll.rewrite.patterns import Miss
+from reroll.rewrite.program import Loop, Program
+from reroll.rewrite.residual import Tracer
+from reroll.rewrite.rolling.split import find_loop, select_trips
+
+# skipping every layer runs the model as often as it has layers
+SKIP_TOKENS = 128
+
+
+class FindPhases(Pass):
+    """Say into which phases the layers fall, what each sublayer adds, and what each layer is for.
+
+    An analysis: the program stays as it is, and the remarks are the result. Phases are contiguous
+    runs of layers with like outputs (Block-Recurrent Hypothesis, arXiv 2512.19941): for every
+    number from 2 to `most`, those with the least cosine distance inside them, and beside them what
+    repeated maximum cuts find without asking that a phase be contiguous. `tie(phases=auto)` ties
+    within the phases that are found here.
+
+    Further remarks: angular distance from layer to layer; the segmentation by linear CKA; the norm
+    of what every sublayer writes into the residual stream, relative to the stream; and, unless
+    `skips` is off, how far the output moves when one layer is left out (KL divergence in nats for
+    logits, else relative RMS error).
+    """
+
+    name = "find_phases"
+    contract = "exact"
+
+    most: int = option(8, help="the largest number of phases to try")
+    gain: float = option(0.05, help="the part of all distance that one phase more has to explain")
+    skips: bool = option(True, help="leave out each layer once, and measure what that does")
+    loop: str | None = option(None, help="the loop's name; the longest one by default")
+
+    def run(self, program: Program, context: Context) -> Program:
+        loop = find_loop(program, self.loop)
+        if loop.trips < 2:
+            raise PassError(f"{loop.name} has one trip, which is one phase")
+        states = hidden_states(program, loop, context)
+        distances = cosine_distances(states[1:])
+        chosen, tried = choose(distances, self.most, self.gain)
+        for each in tried[1:]:
+            context.remark(_described(each, distances))
+        context.remark(f"{loop.name}: {len(chosen.starts)} phases: {chosen}")
+        turns = (angular_distance(states, i, i + 1) for i in range(loop.trips))
+        context.remark("angular distance over each layer: " + _numbers(turns))
+        by_cka = segment(1 - linear_cka(states[1:]), len(chosen.starts))
+        same = "the same" if by_cka.starts == chosen.starts else str(by_cka)
+        context.remark(f"by linear CKA: {same}")
+        for remark in _contributions(program, loop, context):
+            context.remark(remark)
+        if self.skips:
+            context.remark(_skips(program, loop, context))
+        return program
+
+
+def _described(phases: Phases, distances: torch.Tensor) -> str:
+    """A segmentation, and whether cuts that need not be contiguous give the same."""
+    count = len(phases.starts)
+    clusters = bisections(distances, count)
+    index = phases.index()
+    same = clusters == sorted(
+        [layer for layer, phase in enumerate(index) if phase == number] for number in range(count)
+    )
+    free = "the same" if same else " | ".join(_layers(cluster) for cluster in clusters)
+    return f"{count} phases: {phases} ({phases.between:.0%} between them); free cuts: {free}"
+
+
+def _layers(cluster: list[int]) -> str:
+    if cluster == list(range(cluster[0], cluster[-1] + 1)) and len(cluster) > 1:
+        return f"{cluster[0]}-{cluster[-1]}"
+    return ",".join(map(str, cluster))
+
+
+def _contributions(program: Program, loop: Loop, context: Context) -> list[str]:
+    """How large what each sublayer writes is, relative to the stream that it is added to."""
+    place = next(n for n in loop.body.graph.nodes if n.op == "placeholder")
+    stream = Tracer(program).trace(place)
+    if isinstance(stream, Miss):
+        return [f"the residual stream cannot be followed: {stream.reason}"]
+    writers = [node for node in loop.body.graph.nodes if node in stream.writers]
+    if not writers:
+        return []
+    values = values_of(program, [loop.carry[0], *writers], context)
+    states = hidden_states(program, loop, context)[:-1].norm(dim=-1).clamp_min(1e-12)
+    remarks = []
+    for node in writers:
+        sizes = (values[node].norm(dim=-1) / states).mean(1).tolist()
+        remarks.append(f"{_sublayer(node)} adds, relative to the stream: {_numbers(sizes)}")
+    return remarks
+
+
+def _sublayer(node: fx.Node) -> str:
+    """The module whose weight makes a value, or the node's own name."""
+    seen = [node]
+    for current in seen:
+        weights = [n for n in current.all_input_nodes if n.op == "get_attr"]
+        if weights:
+            return str(weights[0].target).removesuffix(".weight").rpartition("*.")[2]
+        seen += current.all_input_nodes
+    return node.name
+
+
+def _skips(program: Program, loop: Loop, context: Context) -> str:
+    """What leaving out each layer does to the output."""
+    inputs = calibration_inputs(program, context, SKIP_TOKENS, SKIP_TOKENS)[:1]
+    output = measured_output(program)
+    dtype = torch.float64 if program.dtype == torch.float64 else torch.float32
+
+    def outputs(each: Program) -> torch.Tensor:
+        weights = context.store.weights(each)
+        return run(each, inputs[0], weights=weights, dtype=dtype, fast=True)[output]
+
+    with torch.no_grad():
+        expected = outputs(program)
+        effects = []
+        for layer in range(loop.trips):
+            context.progress(layer, loop.trips, "skipping layers")
+            edited = program.edit()
+            rest = [trip for trip in range(loop.trips) if trip != layer]
+            shorter, _ = select_trips(edited, find_loop(edited, loop.name), rest)
+            actual = outputs(shorter)
+            if "logits" in output:
+                a, b = (x.float().log_softmax(-1) for x in (expected, actual))
+                effects.append((a.exp() * (a - b)).sum(-1).mean().item())
+            else:
+                effects.append(tolerances.relative_rms(actual, expected))
+    what = "KL divergence" if "logits" in output else "relative RMS error of the output"
+    return f"{what} without each layer: {_numbers(effects)}"
+
+
+def _numbers(values: object) -> str:
+    return " ".join(f"{value:.2g}" for value in values)  # type: ignore[attr-defined]
