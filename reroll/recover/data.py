@@ -129,7 +129,7 @@ def make_corpus(
     for source in sources:
         rows = _packed(_tokenized(source, tokenize, wanted, end), room, pack)
         held += rows[:each]
-        train += rows[each:]
+        train += rows[each : each + -(-tokens // (len(sources) * length))]
     if not train or not held:
         raise UsageError(
             f"the text fills no row of {length} tokens beside the {each} that are held out",

@@ -1,0 +1,186 @@
+"""Losses against their formulas, learning rates, what is trained, and recipes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reroll.errors import UsageError
+from reroll.recover import Batch, Models, load_recipe
+from reroll.recover.optimizers import make_optimizer, rate
+from reroll.recover.recipe import parse
+from reroll.recover.stage import stages
+from reroll.recover.stages.align import Align, relative_error
+from reroll.recover.stages.distil import Distil, cross_entropy
+from reroll.recover.stages.tune import Tune
+from reroll.recover.trainable import new_names, training
+from reroll.rewrite.passes.manager import run_passes
+from tests import captured
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    """A model tied with residuals, and its original."""
+    program = captured.captured("llama")
+    tied = run_passes(program, "tie(blocks=2), relax(rank=2)", measure=False).to_module()
+    return Models(tied, tied, program.to_module().eval().requires_grad_(False))
+
+
+@pytest.fixture
+def batch() -> Batch:
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    return Batch(ids, mask)
+
+
+def test_distillation_is_the_kl_divergence(models: Models, batch: Batch) -> None:
+    keep = batch.mask.bool()
+    p = models.ask(batch)[keep].div(2).log_softmax(-1)
+    q = models.run(batch)[keep].div(2).log_softmax(-1)
+    for direction, (a, b) in {"forward": (p, q), "reverse": (q, p)}.items():
+        expected = 4 * (a.exp() * (a - b)).sum(-1).mean()
+        loss = Distil(temperature=2.0, direction=direction).loss(batch, models)
+        torch.testing.assert_close(loss.value, expected)
+
+
+def test_the_likeliest_tokens_and_the_rest(models: Models, batch: Batch) -> None:
+    whole = Distil().loss(batch, models).value
+    found = [Distil(top_k=k).loss(batch, models).value for k in (1, 8, 32, 63, 64)]
+    # a coarser partition never shows more, and the finest one shows all
+    assert all(a <= b + 1e-6 for a, b in zip(found, found[1:], strict=False))
+    torch.testing.assert_close(found[-1], whole)
+    assert found[0] < 0.9 * whole
+
+
+def test_a_model_distilled_from_itself_has_nothing_to_learn(batch: Batch) -> None:
+    model = captured.captured("llama").to_module()
+    same = Models(model, model, model)
+    for stage in (Distil(hidden=1.0), Align()):
+        assert stage.loss(batch, same).value.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_cross_entropy_skips_padding(models: Models, batch: Batch) -> None:
+    logits = models.run(batch)
+    expected = F.cross_entropy(
+        torch.cat((logits[0, :8], logits[1, :4])), torch.cat((batch.ids[0, 1:], batch.ids[1, 1:5]))
+    )
+    torch.testing.assert_close(cross_entropy(logits, batch.labels), expected)
+    torch.testing.assert_close(Tune().loss(batch, models).value, expected)
+
+
+def test_aligned_trips_see_what_the_original_sees(models: Models, batch: Batch) -> None:
+    states = models.teacher(
+        input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True
+    ).hidden_states
+    loss = Align().loss(batch, models).value
+    weights = batch.mask.float()
+    errors = []
+    for trip, (x, y) in enumerate(zip(states[:3], states[1:4], strict=True)):
+        # a model whose first trips were the original's would come to the same
+        seen: list[Any] = []
+        part = models.module._assembly.loops["model.layers"].modules[trip]
+        handle = part.register_forward_hook(lambda _m, _a, out, s=seen: s.append(out[0]))
+        Align().loss(batch, models)
+        handle.remove()
+        errors.append(relative_error(seen[0], y, x, weights))
+    assert len(errors) == 3
+    # the mean over four trips, of which the last one's target is not among the hidden states
+    assert 4 * loss - sum(errors) >= -1e-6
+    assert sum(errors) > 0
+
+
+def test_trips_run_freely_in_the_end(models: Models, batch: Batch) -> None:
+    start = Align(free=1.0).loss(batch, models).value
+    end = Align(free=1.0).loss(Batch(batch.ids, batch.mask, progress=1.0), models).value
+    assert not torch.isclose(start, end)
+    assert torch.isclose(start, Align(free=0.0).loss(batch, models).value)
+
+
+def test_align_needs_trips_that_correspond(models: Models) -> None:
+    Align().begin(models)
+    six = captured.captured("t5").to_module()
+    with pytest.raises(UsageError, match="has 6 trips, which 4 cannot share evenly"):
+        Align().begin(Models(models.module, models.module, six))
+
+
+def test_new_weights_are_those_that_the_original_lacks(models: Models) -> None:
+    found = new_names(models.module, models.teacher)
+    assert found
+    assert all("lora_" in name for name in found)
+    with training(models.module, Align(), found) as module:
+        trained = {n for n, p in module.named_parameters() if p.requires_grad}
+        assert trained
+        assert trained <= found
+    models.module.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizers_go_on_from_their_state(name: str) -> None:
+    def make() -> tuple[torch.nn.Module, Any]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+        stage = Tune.make({"optimizer": name, "lr": 0.1})
+        return model, make_optimizer(stage, model.parameters())
+
+    def step(model: Any, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        model(torch.eye(4)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = make()
+    step(model, optimizer)
+    other, again = make()
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(deepcopy(optimizer.state_dict()))
+    for pair in ((model, optimizer), (other, again)):
+        step(*pair)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_learning_rates_rise_and_fall() -> None:
+    stage = Tune(lr=1.0, warmup=0.1, final=0.2)
+    rates = [rate(stage, step, 100) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10] == max(rates) == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.2, abs=0.01)
+
+
+def test_recipes_say_what_is_wrong() -> None:
+    for data, message in (
+        ({}, "no stages"),
+        ({"recover": {"stages": []}}, "at least one stage"),
+        ({"recover": {"stages": ["distill"]}}, "did you mean distil"),
+        ({"recover": {"stages": [{"distil": {"temprature": 1}}]}}, "did you mean temperature"),
+        ({"recover": {"stages": [{"distil": {"lr": "high"}}]}}, "lr must be a number"),
+        ({"recover": {"stages": ["tune"], "batch": 0}}, "at least 1"),
+        ({"recover": {"stages": ["tune"], "lenght": 3}}, "did you mean length"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            parse(data)
+
+
+def test_recipes_come_back_from_their_data() -> None:
+    data = {"recover": {"batch": 2, "stages": [{"align": {"free": 0.1}}, {"tune": {}}]}}
+    assert parse(parse(data).to_data()).to_data() == parse(data).to_data()
+
+
+def test_shipped_recipes_can_be_read() -> None:
+    found = [p for p in Path("recipes").glob("*.yaml") if "recover:" in p.read_text("utf-8")]
+    assert found
+    for path in found:
+        assert load_recipe(path).stages
+
+
+def test_the_stages_that_there_are() -> None:
+    assert {"align", "distil", "tune"} <= set(stages())
+    for cls in stages().values():
+        assert cls.documentation()
+        assert all(o["help"] for o in cls.describe()["options"])
