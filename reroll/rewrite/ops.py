@@ -369,8 +369,8 @@ def _recurrence_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads = tuple(map(torch.zeros_like, inputs))
     dq, dk, dv, *dgates = grads
     # one for each argument that the caller gave; PyTorch leaves out those at their defaults
-    rest = (None,) * (len(ctx.needs_input_grad) - 4)
-    return dq, dk, dv, dgates, *rest
+    left_out = (None,) * (len(ctx.needs_input_grad) - 4)
+    return dq, dk, dv, dgates, *left_out
 
 
 recurrence.register_autograd(_recurrence_backward, setup_context=_keep_inputs)

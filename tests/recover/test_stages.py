@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_the_likeliest_tokens_and_the_rest(models: Models, batch: Batch) -> None
     whole = Distil().loss(batch, models).value
     found = [Distil(top_k=k).loss(batch, models).value for k in (1, 8, 32, 63, 64)]
     # a coarser partition never shows more, and the finest one shows all
-    assert all(a <= b + 1e-6 for a, b in zip(found, found[1:], strict=False))
+    assert all(a <= b + 1e-6 for a, b in pairwise(found))
     torch.testing.assert_close(found[-1], whole)
     assert found[0] < 0.9 * whole
 
@@ -81,7 +82,7 @@ def test_aligned_trips_see_what_the_original_sees(models: Models, batch: Batch) 
     loss = Align().loss(batch, models).value
     weights = batch.mask.float()
     errors = []
-    for trip, (x, y) in enumerate(zip(states[:3], states[1:4], strict=True)):
+    for trip, (x, y) in enumerate(pairwise(states)):
         # a model whose first trips were the original's would come to the same
         seen: list[Any] = []
         part = models.module._assembly.loops["model.layers"].modules[trip]
