@@ -355,3 +355,11 @@ def test_numbers_that_no_checkpoint_holds_come_along(tmp_path):
     literal = next(name for name in program.weights if "inv_freq" in name)
     assert not program.weights[literal].trainable
     assert torch.equal(program.source.load(literal), flat("llama").source.load(literal))
+
+
+def test_a_model_that_is_recurrent_already_says_so():
+    config = transformers.MambaConfig(
+        vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, intermediate_size=32
+    )
+    with pytest.raises(CaptureError, match="recurrent already"):
+        capture(transformers.MambaForCausalLM(config).eval())

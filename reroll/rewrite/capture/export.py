@@ -105,7 +105,13 @@ def capture_module(
                 log.info("%s calls no attention function of transformers", type(model).__name__)
                 break
             return program
-    raise first or CaptureError("no attention was found", where=type(model).__name__)
+    name = type(model).__name__
+    if first is not None and getattr(model, "_is_stateful", False):
+        raise CaptureError(
+            f"the model is recurrent already, and its recurrence is not captured: {first.message}",
+            where=name,
+        ) from first
+    raise first or CaptureError("no attention was found", where=name)
 
 
 class _Wrapper(nn.Module):
