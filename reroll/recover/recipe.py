@@ -20,6 +20,7 @@ from reroll.errors import UsageError
 from reroll.recover.stage import Stage, find
 from reroll.rewrite.passes.declared import Declared
 from reroll.rewrite.passes.options import option
+from reroll.rewrite.passes.pipeline import read_yaml
 
 
 class Settings(Declared):
@@ -66,16 +67,7 @@ class Recipe:
 
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a file; UsageError if there is none."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the recipe cannot be read: {error}", where=str(path)) from error
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"the recipe is not YAML: {reason}", where=str(path)) from error
-    return parse(data, str(path))
+    return parse(read_yaml(path), str(path))
 
 
 def parse(data: object, where: str = "recipe") -> Recipe:

@@ -77,16 +77,20 @@ def _from_call(call: Call, text: str) -> Pass:
 
 def load_recipe(path: str | Path) -> tuple[Pass, ...]:
     """The passes of a recipe file; UsageError if it is not one."""
+    return parse_recipe(read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> object:
+    """The data in a recipe file; UsageError if it cannot be read or is not YAML."""
     import yaml
 
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe cannot be read: {error}", where=str(path)) from error
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"the recipe is not YAML: {reason}", where=str(path)) from error
-    return parse_recipe(data, str(path))
 
 
 def parse_recipe(data: object, where: str = "recipe") -> tuple[Pass, ...]:
