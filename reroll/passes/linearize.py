@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -10,18 +13,19 @@ from torch import Tensor, fx
 from reroll.errors import PassError, UsageError
 from reroll.mixers import Mixer, make
 from reroll.mixers.registry import find
+from reroll.passes.linearization.calibrate import Reach, measure_gains, measure_starts, samples
 from reroll.passes.linearization.features import Feature, mapped
-from reroll.passes.linearization.gates import Projections, liger_gate
+from reroll.passes.linearization.gates import Projections, Start, liger_gate
 from reroll.passes.linearization.sites import Site, before_rotary, site_of
 from reroll.rewrite.inserting import insert
-from reroll.rewrite.layers import attention_layers, per_trip
+from reroll.rewrite.layers import Layer, attention_layers, per_trip
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.passes.selection import Keep, Layers, choose, ranges
 from reroll.rewrite.patterns import Miss, nearest
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import argument, shape
 from reroll.rewrite.weight_edit import WeightEditor
-from reroll.rewrite.weights import Expr, full
+from reroll.rewrite.weights import cast, concat, full, zeros
 
 RECURRENCE = torch.ops.reroll.recurrence.default
 MUL, ADD = torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor
@@ -47,7 +51,9 @@ class Linearize(Pass):
 
     `gates`: `liger` makes them of the key projection with no new weights, as the paper says, and
     `liger-code` as its released code does; `learned` makes them by low-rank projections of the
-    layer's input, at the start constant for each head. State is kept per key-value head.
+    layer's input, at the start constant for each head; `calibrated` are learned ones that start
+    from what the attention does on the user's text (arXiv 2606.16429), and so do gains that are not
+    given. State is kept per key-value head.
 
     Layers that see only a window already stay as they are unless `layers` names them. Nothing here
     is trained, and what comes out needs to be: a model in which too many layers are linearized
@@ -59,7 +65,7 @@ class Linearize(Pass):
 
     mixer: str = option("retention", help="which token mixer: see reroll.mixers")
     mixer_options: dict[str, Value] = option({}, help="options of the mixer")
-    gates: Literal["learned", "liger", "liger-code"] = option(
+    gates: Literal["learned", "calibrated", "liger", "liger-code"] = option(
         "learned", help="where the mixer's gates come from"
     )
     feature_map: Feature = option("none", help="what queries and keys go through first")
@@ -74,11 +80,12 @@ class Linearize(Pass):
         None, help="factor on the mixer at the start; by default 0 beside a window and 1 without"
     )
     rank: int = option(16, help="rank of learned gates")
+    samples: int = option(8, help="pieces of 512 tokens of the text to calibrate on")
     layers: Layers = option("all", help="numbers of the layers to change")
     keep: Keep = option(None, help="layers that stay: their numbers, or a period such as 7")
 
     def check(self) -> None:
-        for name, least in (("window", 0), ("sinks", 0), ("rank", 1)):
+        for name, least in (("window", 0), ("sinks", 0), ("rank", 1), ("samples", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {least} or more", f"pass linearize, option {name}")
         if not 0 <= self.mix <= 1:
@@ -89,64 +96,114 @@ class Linearize(Pass):
         layers = attention_layers(program)
         count = 1 + max((n for layer in layers for n in layer.numbers), default=-1)
         chosen = set(choose(count, self.layers, self.keep, self.name))
+        sites = self._sites(program, layers, chosen)
+        done = sorted(n for site in sites for n in site.chosen)
+        text = None
+        if self.gates == "calibrated":
+            text = samples(program, context, self.samples)
+            if text is None:
+                context.remark("no text to calibrate on: gates start as with gates=learned")
+        reach = Reach(self.window, self.sinks if self.window else 0)
+        starts = measure_starts(program, layers, text, reach, context) if text else {}
+        projections = Projections(self.rank, context.seed, starts)
+        mixers = {site.node: self._insert(site, projections) for site in sites}
+        gains: dict[int, Tensor] = {}
+        if text and self.gain is None and self._has_gain():
+            # the attentions are still the original's, and gains are zero: so are all inputs
+            exact = self._with_gains(sites, gains).result()
+            gains, explained = measure_gains(exact, mixers, layers, text, reach, context)
+            context.remark(_calibrated(starts, explained, done))
+        edit = self._with_gains(sites, gains)
+        for site in sites:
+            self._confine(site)
+        context.remark(self._summary(done))
+        return edit.result()
+
+    def _sites(self, program: Program, layers: list[Layer], chosen: set[int]) -> list[Site]:
+        """What there is to linearize; raises PassError, with the reason, if that is nothing."""
         edit = WeightEditor(program)
-        done: list[int] = []
+        sites: list[Site] = []
         misses: list[Miss] = []
         for layer in layers:
-            near = {
-                n
-                for n, w in zip(layer.numbers, layer.values("window"), strict=True)
-                if w is not None and self.layers == "all"
-            }
+            windows = zip(layer.numbers, layer.values("window"), strict=True)
+            near = {n for n, w in windows if w is not None and self.layers == "all"}
             own = tuple(n for n in layer.numbers if n in chosen - near)
             site = site_of(layer, own, edit)
             if isinstance(site, Miss):
                 misses.append(site)
             elif own:
-                self._rewrite(site, context)
-                done += own
-        if not done:
+                sites.append(site)
+        if not sites:
             why = nearest(misses) if misses else "all see windows already"
             raise PassError(
                 f"no attention can be linearized: {why}",
                 hint="causal attention can; name layers that see a window already with layers=[..]",
             )
-        context.remark(self._summary(done))
-        return edit.result()
+        return sites
 
     def _summary(self, done: list[int]) -> str:
         beside = f" beside a window of {self.window} and {self.sinks} sinks" if self.window else ""
         return f"layers {ranges(done)} are {self.mixer}{beside}, gates {self.gates}"
 
-    def _rewrite(self, site: Site, context: Context) -> None:
-        graph, layer = site.graph, site.layer
-        with graph.inserting_before(site.node):
-            mixed = self._recurrence(site, context)
-            old = site.node
-            users = list(old.users)
-            if not self.window and all(site.active):
-                result = self._gained(site, mixed)
-            elif self.window and self.combine == "sum":
-                result = self._sum(site, mixed)
-            else:
-                gained = self._gained(site, mixed)
-                result = _node_after(old, ADD, (old, gained), site)
+    def _insert(self, site: Site, projections: Projections) -> fx.Node:
+        """Put a mixer beside an attention, and let their sum take its place; returns the mixer."""
+        old, users = site.node, list(site.node.users)
+        with site.graph.inserting_before(old):
+            mixed = self._recurrence(site, projections)
+            if self._has_gain():
+                # what it is, the site's layers are told at the end
+                gain = site.new_weight(
+                    "gain", (site.heads,), lambda _: zeros((site.heads,), site.dtype)
+                )
+                gained = insert(site.graph, _times_heads, [mixed, gain])
+                site.gain = str(gain.target)
+        if self._has_gain():
+            result = site.after(old, ADD, (old, gained))
+        else:
+            result = self._sum(site, mixed)
         for user in users:
             user.replace_input_with(old, result)
-        windows = dict.fromkeys(site.chosen, self.window)
-        prefixes = dict.fromkeys(site.chosen, (self.sinks or None) if self.window else None)
-        if self.window or not all(site.active):
-            layer.set("window", windows)
-            layer.set("prefix", prefixes)
+        return mixed
 
-    def _recurrence(self, site: Site, context: Context) -> fx.Node:
+    def _has_gain(self) -> bool:
+        return not (self.window and self.combine == "sum")
+
+    def _with_gains(self, sites: list[Site], gains: Mapping[int, Tensor]) -> WeightEditor:
+        """Write the gains of the layers into their weights: given, measured, or by default."""
+        edit = sites[0].edit
+        default = 0.0 if self.window else 1.0
+        for site in sites:
+            if site.gain is None:
+                continue
+            entries = []
+            for number in site.chosen:
+                start = default if self.gain is None else self.gain
+                values = gains[number].tolist() if number in gains else [start] * site.heads
+                parts = [full((1,), float(value), torch.float32) for value in values]
+                entries.append(cast(concat(0, parts), site.dtype))
+            edit.weights = edit.weights.with_weight(
+                site.gain, replace(edit.weights[site.gain], entries=tuple(entries))
+            )
+        return edit
+
+    def _confine(self, site: Site) -> None:
+        """Let the attention see only its window, or take it out if none of it is left."""
+        if not self.window and all(site.active):
+            (total,) = site.node.users
+            total.replace_all_uses_with(total.args[1])  # type: ignore[arg-type]
+            return
+        prefix = (self.sinks or None) if self.window else None
+        site.layer.set("window", dict.fromkeys(site.chosen, self.window))
+        site.layer.set("prefix", dict.fromkeys(site.chosen, prefix))
+
+    def _recurrence(self, site: Site, projections: Projections) -> fx.Node:
         """The mixer's node, [batch, time, heads, d_v]."""
         q, k = site.q, site.k
         if not self.rotary:
             q, k = before_rotary(q), before_rotary(k)
         q, k = mapped(site, q, self.feature_map, "q"), mapped(site, k, self.feature_map, "k")
         mixer = self._mixer(site)
-        gates = self._gates(site, mixer, int(shape(k)[3]), context)
+        gates = self._gates(site, mixer, int(shape(k)[3]), projections)
         delay = self.window if self.window and self.combine == "disjoint" else 0
         kwargs: dict[str, Any] = {
             "padding": argument(site.node, "padding"),
@@ -170,41 +227,23 @@ class Linearize(Pass):
             options["scale"] = 1.0
         return make(self.mixer, options)
 
-    def _gates(self, site: Site, mixer: Mixer, d_k: int, context: Context) -> list[fx.Node]:
+    def _gates(self, site: Site, mixer: Mixer, d_k: int, projections: Projections) -> list[fx.Node]:
         made = []
-        projections = Projections(self.rank, context.seed)
         for gate in mixer.gates(d_k, site.d_v):
-            if self.gates == "learned":
+            if self.gates in ("learned", "calibrated"):
                 made.append(projections.gate(site, gate))
             else:
                 variant = "paper" if self.gates == "liger" else "code"
                 made.append(liger_gate(site, mixer, gate, variant))
         return made
 
-    def _gained(self, site: Site, mixed: fx.Node) -> fx.Node:
-        start = self.gain
-        if start is None:
-            start = 0.0 if self.window else 1.0
-        dtype = site.dtype
-
-        def make_gain(layer: int) -> Expr:
-            del layer
-            return full((site.heads,), start, dtype)
-
-        gain = site.new_weight("gain", (site.heads,), make_gain)
-        return insert(site.graph, _times_heads, [mixed, gain])
-
     def _sum(self, site: Site, mixed: fx.Node) -> fx.Node:
         loop, active = site.layer.loop, site.active
-        parts = [
-            (
-                site.node,
-                per_trip(loop, "window_part", [1 - self.mix if a else 1.0 for a in active]),
-            ),
-            (mixed, per_trip(loop, "mixer_part", [self.mix if a else 0.0 for a in active])),
-        ]
-        left, right = (_node_after(x, MUL, (x, part), site) for x, part in parts)
-        return _node_after(left, ADD, (left, right), site)
+        window = [1 - self.mix if a else 1.0 for a in active]
+        left = site.after(site.node, MUL, (site.node, per_trip(loop, "window_part", window)))
+        mixer = [self.mix if a else 0.0 for a in active]
+        right = site.after(mixed, MUL, (mixed, per_trip(loop, "mixer_part", mixer)))
+        return site.after(left, ADD, (left, right))
 
 
 def _times_heads(x: Tensor, gain: Tensor) -> Tensor:
@@ -212,8 +251,13 @@ def _times_heads(x: Tensor, gain: Tensor) -> Tensor:
     return x * gain.unsqueeze(-1)
 
 
-def _node_after(after: fx.Node, target: Any, args: tuple[Any, ...], site: Site) -> fx.Node:
-    with site.graph.inserting_after(after):
-        node = site.graph.call_function(target, args)
-    node.meta["type"] = site.node.meta["type"]
-    return node
+def _calibrated(
+    starts: Mapping[int, Start], explained: Mapping[int, float], layers: Sequence[int]
+) -> str:
+    lives = sorted(life for n in layers for life in starts[n].half_life)
+    shares = [explained[n] for n in layers]
+    return (
+        f"half-lives from {lives[0]:.0f} to {lives[-1]:.0f} tokens, median {median(lives):.0f}; "
+        f"mixers bring back {sum(shares) / len(shares):.0%} of what is left out, "
+        f"from {min(shares):.0%} to {max(shares):.0%} by layer"
+    )

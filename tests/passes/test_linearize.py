@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +11,20 @@ from torch import Tensor
 
 from reroll.errors import PassError, UsageError
 from reroll.mixers import make
+from reroll.passes.linearization.calibrate import Reach, measure_starts, observed, samples
+from reroll.rewrite.capture.export import capture
 from reroll.rewrite.layers import attention_layers
 from reroll.rewrite.ops import recurrence
+from reroll.rewrite.passes.context import Context
 from reroll.rewrite.passes.costs import state_bytes
 from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.passes.selection import ranges
 from reroll.rewrite.program import Program
+from reroll.rewrite.weights import offset
 from reroll.runtime.recurrences import recur
 from reroll.runtime.states import restore, snapshot
+from tests import tiny
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
 from tests.passes.sequences import generate, in_parts, prompts
@@ -140,7 +146,8 @@ def test_liger_by_its_formulas() -> None:
         n for n in layer.node.graph.nodes if n.target is torch.ops.reroll.recurrence.default
     )
 
-    def keep(name: str, trip: int | None, at: Any, args: tuple[Any, ...], out: Any) -> None:
+    def keep(at: Any, trip: int | None, args: tuple[Any, ...], named: Any, out: Any) -> None:
+        del named
         if at in (node, layer.node) and trip == 0:
             seen[at.name] = out
             if at is node:
@@ -251,3 +258,77 @@ def test_gradients_of_the_op_with_and_without_a_delay() -> None:
             found = torch.autograd.grad(out.square().sum(), leaves)
             expected = torch.autograd.grad(lowered.square().sum(), leaves)
             torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture(scope="module")
+def with_text(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """A random model with a tokenizer, so that there is text to calibrate on."""
+    made = tiny.save(tiny.llama(2), tmp_path_factory.mktemp("tiny"), tiny.tokenizer())
+    return capture(str(made))
+
+
+class TestCalibration:
+    reach = Reach(window=16, sinks=4)
+
+    def test_half_lives_and_gains_by_hand(self, with_text: Program) -> None:
+        context = Context()
+        inputs = samples(with_text, context, 1)
+        assert inputs is not None
+        layers = attention_layers(with_text)
+        starts = measure_starts(with_text, layers, inputs, self.reach, context)
+        (first, *_) = observed(with_text, layers, inputs, context)
+        q, k = first.q[0], first.k[0].repeat_interleave(2, 0)
+        distance, mass = torch.zeros(4), torch.zeros(4)
+        for t in range(q.shape[1]):
+            weights = (q[:, t, None] @ k[:, : t + 1].mT * first.scale).softmax(-1)[:, 0]
+            for s in range(4, t - 16 + 1):
+                distance += weights[:, s] * (t - s - 16)
+                mass += weights[:, s]
+        expected = distance.unflatten(0, (2, 2)).sum(1) / mass.unflatten(0, (2, 2)).sum(1)
+        torch.testing.assert_close(torch.tensor(starts[0].half_life), expected, rtol=1e-3, atol=0)
+
+    def test_gains_are_least_squares(self, with_text: Program) -> None:
+        """No other factor brings the first layer nearer to the original on the same text."""
+        text = "linearize(window=16, gates=calibrated, feature_map=elu, samples=1, layers=[0])"
+        after = run_passes(with_text, text, measure=False)
+        assert "bring back" in after.origin.steps[-1].remarks[0]
+        inputs = samples(with_text, Context(), 1)
+        assert inputs is not None
+        (weight,) = (n for n in after.weights if n.endswith("mixer.gain"))
+
+        def error(change: float) -> float:
+            entries = tuple(offset(e, change) for e in after.weights[weight].entries)
+            moved = replace(after.weights[weight], entries=entries)
+            program = after.with_weights(after.weights.with_weights({weight: moved}))
+            outs: list[Tensor] = []
+
+            def keep(at: Any, trip: int | None, args: Any, named: Any, out: Any) -> None:
+                # what the output projection is about to read
+                if at.target is torch.ops.aten.flatten.using_ints and trip == 0:
+                    outs.append(out)
+
+            for each in (with_text, program):
+                run(each, inputs[0], observe=keep)
+            return float((outs[0] - outs[1]).square().sum())
+
+        best = error(0.0)
+        assert best < error(0.02)
+        assert best < error(-0.02)
+
+    def test_without_text_it_says_so(self) -> None:
+        plain = linear("llama", "linearize(window=5, gates=calibrated)")
+        assert "no text" in plain.origin.steps[-1].remarks[0]
+        expected = run(linear("llama", "linearize(window=5)"), prompts())["logits"]
+        assert torch.equal(run(plain, prompts())["logits"], expected)
+
+    def test_without_a_window(self, with_text: Program) -> None:
+        text = "linearize(window=0, gates=calibrated, samples=1, keep=2)"
+        after = run_passes(with_text, text, measure=False)
+        model = after.to_module()
+        ids = torch.randint(3, 64, (1, 20))
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits
+            parts, _ = in_parts(
+                model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, [9, 1, 10]
+            )
+        torch.testing.assert_close(parts, whole)

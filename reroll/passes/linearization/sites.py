@@ -40,6 +40,8 @@ class Site:
     q: fx.Node
     k: fx.Node
     v: fx.Node
+    # the name of the weight with its gains, once it has one
+    gain: str | None = None
 
     @property
     def node(self) -> fx.Node:
@@ -81,6 +83,13 @@ class Site:
     def active(self) -> list[bool]:
         """For each trip, whether its layer is chosen."""
         return [n in self.chosen for n in self.layer.numbers]
+
+    def after(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        """A new node behind another one, of the type of the attention's output."""
+        with self.graph.inserting_after(node):
+            new = self.graph.call_function(target, args)
+        new.meta["type"] = self.node.meta["type"]
+        return new
 
     def projection(self) -> fx.Node:
         """The linear layer that makes the keys. Raises PassError if there is none."""

@@ -1,0 +1,92 @@
+"""Held-out perplexity and state of windows and mixers before any training.
+
+Every line is the original after one pass, on the same tokens; contexts start afresh.
+
+    python -m benchmarks.linearize_quality [--model DIR] [--contexts 512,2048] [--tokens 8192]
+        [--only NAME,NAME] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer
+
+import reroll
+from reroll.rewrite.passes.costs import state_bytes
+from reroll.rewrite.program import Program
+
+LIGER = "gates=liger, rotary=false, feature_map=softmax"
+CALIBRATED = "gates=calibrated"
+
+CONFIGURATIONS = {
+    "original": "",
+    "window 64": "window(size=64, sinks=0)",
+    "window 64, 4 sinks": "window(size=64, sinks=4)",
+    "masformer, full every 6th": "window(size=64, sinks=4, keep=6)",
+}
+
+
+def perplexity(program: Program, ids: torch.Tensor, context: int) -> tuple[float, float]:
+    """Perplexity over pieces of `context` tokens, and the seconds that it took."""
+    model = program.to_module()
+    losses, start = [], time.perf_counter()
+    with torch.inference_mode():
+        for piece in ids.split(context):
+            if piece.numel() < context:
+                break
+            logits = model(piece[None], use_cache=False).logits[0, :-1].float()
+            losses.append(F.cross_entropy(logits, piece[1:], reduction="none"))
+    return math.exp(torch.cat(losses).mean().item()), time.perf_counter() - start
+
+
+def main() -> None:
+    """Print one line per configuration."""
+    parser = argparse.ArgumentParser(description="perplexity of linearized models, untrained")
+    parser.add_argument("--model", default="models/smollm2-135m-instruct")
+    parser.add_argument("--held-out", type=Path, default=Path("data/text/wiki.val.txt"))
+    parser.add_argument("--calibrate-on", type=Path, default=Path("data/text/wiki.train.txt"))
+    parser.add_argument("--contexts", default="512,2048")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", help="names of configurations, or pipelines, separated by ;")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    text = options.held_out.read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text[: 8 * options.tokens]).input_ids)[: options.tokens]
+    sample = options.calibrate_on.read_text(encoding="utf-8")[:60_000]
+    program = reroll.capture(options.model, dtype="float32")
+    chosen = CONFIGURATIONS
+    if options.only:
+        names = [name.strip() for name in options.only.split(";")]
+        chosen = {name: CONFIGURATIONS.get(name, name) for name in names}
+    rows: list[dict[str, Any]] = []
+    for name, text in chosen.items():
+        after, remarks = program, ()
+        if text:
+            after = reroll.run_passes(program, text, text=sample, measure=False)
+            remarks = after.origin.steps[-1].remarks
+        row: dict[str, Any] = {"name": name, "passes": text, "remarks": remarks}
+        row["state"] = {c: state_bytes(after, c) for c in (1024, 131072)}
+        for context in map(int, options.contexts.split(",")):
+            row[f"perplexity {context}"], row[f"seconds {context}"] = perplexity(
+                after, ids, context
+            )
+        rows.append(row)
+        found = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
+        print(f"{name:44s} {found}  state {row['state']}", *remarks, sep="\n    ", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
