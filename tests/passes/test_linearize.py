@@ -146,8 +146,8 @@ def test_liger_by_its_formulas() -> None:
         n for n in layer.node.graph.nodes if n.target is torch.ops.reroll.recurrence.default
     )
 
-    def keep(at: Any, trip: int | None, args: tuple[Any, ...], named: Any, out: Any) -> None:
-        del named
+    def keep(name: str, trip: int | None, at: Any, args: tuple[Any, ...], out: Any) -> None:
+        del name
         if at in (node, layer.node) and trip == 0:
             seen[at.name] = out
             if at is node:
@@ -302,7 +302,7 @@ class TestCalibration:
             program = after.with_weights(after.weights.with_weights({weight: moved}))
             outs: list[Tensor] = []
 
-            def keep(at: Any, trip: int | None, args: Any, named: Any, out: Any) -> None:
+            def keep(name: str, trip: int | None, at: Any, args: Any, out: Any) -> None:
                 # what the output projection is about to read
                 if at.target is torch.ops.aten.flatten.using_ints and trip == 0:
                     outs.append(out)

@@ -22,6 +22,7 @@ from reroll.rewrite.passes.base import Context
 from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.samples import token_inputs
 from reroll.rewrite.program import Program
+from reroll.rewrite.raising.attention import ARGUMENTS
 
 LENGTH = 512
 # half-lives that are less than a token or more than any text say nothing
@@ -88,19 +89,21 @@ def observed(
         beside: dict[fx.Node, Tensor] = {}
 
         def keep(
-            node: fx.Node,
+            name: str,
             trip: int | None,
+            node: fx.Node,
             args: tuple[Any, ...],
-            named: Mapping[str, Any],
             out: Any,
             found: list[Seen] = found,
             beside: dict[fx.Node, Tensor] = beside,
         ) -> None:
+            del name
             if node in owner:
                 beside[owner[node]] = out
             elif node in numbers:
                 number = numbers[node][trip or 0]
                 q, k, v, scale = args[:4]
+                named = dict(zip(ARGUMENTS[4:], args[4:], strict=True))
                 mixed = beside.pop(node, None)
                 found.append(Seen(number, q, k, v, scale, named, out, mixed))
 

@@ -21,7 +21,7 @@ from reroll.rewrite.weights import WeightTable, evaluate
 from reroll.rewrite.weights.expressions import Apply, Expr, Meta, Source, build, walk
 
 Tensors: TypeAlias = Mapping[tuple[str, int], Tensor]
-Observe: TypeAlias = Callable[[fx.Node, int | None, tuple[Any, ...], Mapping[str, Any], Any], None]
+Observe: TypeAlias = Callable[[str, int | None, fx.Node, tuple[Any, ...], Any], None]
 
 ATTENTION = torch.ops.reroll.attention.default
 MASK = torch.ops.reroll.mask.default
@@ -44,8 +44,8 @@ def run(
     `inputs` may leave out padding masks, positions and zeros. `weights` are what `materialise`
     returns; without them they are computed here. `dtype` computes in a wider dtype than the
     Program's own. `fast` runs attention through PyTorch's fused kernel where that can express it,
-    which is the same up to rounding. `observe` is called after each op with the node, the
-    trip, the values of its positional arguments and of the others by name, and its result.
+    which is the same up to rounding. `observe` is called after each op with the graph's name, the
+    trip, the node, the values of all its arguments in the order of its schema, and its result.
 
     Raises ProgramError naming the node that failed.
     """
@@ -208,7 +208,7 @@ class _Interpreter:
                 f"{node.target}: {type(error).__name__}: {reason}", where=f"{name}, {node.name}"
             ) from error
         if self.observe is not None:
-            self.observe(node, trip, args, kwargs, result)
+            self.observe(name, trip, node, _in_order(node, args, kwargs), result)
         return result
 
     def constants(self, node: fx.Node, value: Any) -> Any:
@@ -232,6 +232,13 @@ class _Interpreter:
     @staticmethod
     def value(item: Any, values: Mapping[fx.Node, Any]) -> Any:
         return fx.node.map_arg(item, lambda n: values[n])
+
+
+def _in_order(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values of all arguments, by position; what is not given is the default."""
+    schema = getattr(node.target, "_schema", None)
+    rest = [] if schema is None else schema.arguments[len(args) :]
+    return (*args, *(kwargs.get(a.name, a.default_value) for a in rest))
 
 
 def fused_attention(
