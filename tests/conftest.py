@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 MODELS = Path(__file__).parents[1] / "models"
 
@@ -12,6 +13,9 @@ MODELS = Path(__file__).parents[1] / "models"
 def pytest_configure() -> None:
     # the tests of a run share few cores, and small tensors gain nothing from several
     torch.set_num_threads(1)
+    # how long an example takes says more about the machine than about the code
+    settings.register_profile("reroll", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("reroll")
 
 
 @pytest.fixture(scope="session")
