@@ -14,6 +14,7 @@ from onnx import helper
 import reroll
 from reroll.errors import ExportError
 from reroll.export.onnx import aten, attention, check, idioms  # noqa: F401 - lowerings
+from reroll.export.onnx.graph import nodes_of
 from reroll.export.onnx.manifest import write_manifest
 from reroll.export.onnx.parameters import Settings
 from reroll.export.onnx.parts import exported_part
@@ -57,7 +58,7 @@ def write(
     checked = {}
     if target.check:
         start = time.perf_counter()
-        checked = _checked(target, program, directory, files, progress)
+        checked = _checked(settings, program, directory, files, progress)
         seconds["check"] = time.perf_counter() - start
     found = write_manifest(directory, program, settings, files, weights, checked)
     return {**found, "seconds": seconds}
@@ -70,7 +71,7 @@ def translated(
     translator = Translator(program, weights, settings, rolled=kind == "loop")
     graph = translator.run().finish(f"{kind}")
     imports = [helper.make_opsetid("", settings.opset)]
-    if any(node.domain == CONTRIB for node in _nodes(graph)):
+    if any(node.domain == CONTRIB for node in nodes_of(graph)):
         imports.append(helper.make_opsetid(CONTRIB, 1))
     return helper.make_model(
         graph,
@@ -79,14 +80,6 @@ def translated(
         producer_name="reroll",
         producer_version=reroll.__version__,
     )
-
-
-def _nodes(graph: Any) -> Any:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _nodes(attribute.g)
 
 
 def _copy_files(program: Program, directory: Path) -> None:
@@ -104,14 +97,18 @@ def _copy_files(program: Program, directory: Path) -> None:
 
 
 def _checked(
-    target: Onnx,
+    settings: Settings,
     program: Program,
     directory: Path,
     files: dict[str, str],
     progress: Progress | None,
 ) -> dict[str, Any]:
     module = program.to_module().eval()
-    results = {}
+    results: dict[str, Any] = {}
+    measured = None
+    if settings.precision != "fp32":
+        measured = check.quality(directory / next(iter(files.values())), program, module)
+    check.round_weights(module, program, settings)
     for kind, file in files.items():
 
         def report(done: int, total: int, kind: str = kind) -> None:
@@ -119,6 +116,8 @@ def _checked(
                 progress(done, total, f"checking {kind}")
 
         results[kind] = check.check_graph(
-            directory / file, program, module, target.precision, progress=report
+            directory / file, program, module, settings.precision, progress=report
         )
+        if measured is not None:
+            results[kind]["quality"] = measured
     return results

@@ -413,12 +413,6 @@ def full(g: Translator, node: fx.Node, first: Any, value: Any = None, **_: Any) 
 # ---- look-up
 
 
-@lowering(TARGET, "aten::embedding.default")
-def embedding(g: Translator, node: fx.Node, table: Any, ids: Any, *_: Any) -> Value:
-    """Rows of a table."""
-    return g.cast(g.op("Gather", g.tensor(table), g.tensor(ids), axis=0), g.dtype(node))
-
-
 @lowering(TARGET, "aten::index.Tensor")
 def index(g: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Value:
     """Indexing with one tensor of indices, in any dimension."""

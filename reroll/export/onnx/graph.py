@@ -197,6 +197,15 @@ def array_of(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
+def nodes_of(graph: GraphProto) -> Iterable[NodeProto]:
+    """All nodes of a graph, those of bodies included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from nodes_of(attribute.g)
+
+
 def reads(node: NodeProto) -> Iterable[str]:
     """The names that a node reads, those inside its bodies included."""
     yield from (n for n in node.input if n)

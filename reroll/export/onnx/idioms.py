@@ -12,7 +12,7 @@ from reroll.errors import ExportError
 from reroll.export.onnx import quantise
 from reroll.export.onnx import weights as forms
 from reroll.export.onnx.graph import Value
-from reroll.export.onnx.parameters import Parameter
+from reroll.export.onnx.parameters import Parameter, is_looked_up
 from reroll.export.onnx.translate import TARGET
 from reroll.rewrite.lowerings import lowering
 
@@ -30,27 +30,13 @@ def linear(g: Translator, node: fx.Node, x: Any, weight: Any, bias: Any = None) 
     if not isinstance(weight, Parameter):
         made = g.op("MatMul", x, g.op("Transpose", g.tensor(weight, dtype), perm=[1, 0]))
     elif quantise.applies(g, weight):
-        made = quantise.matmul(g, node, x, weight)
-    elif _is_looked_up(g, weight.name):
+        made = g.cast(quantise.matmul(g, x, weight), dtype)
+    elif is_looked_up(g.program, weight.name):
         made = _gemm(g, node, x, weight)
     else:
         form = forms.transposed(weight.meta, weight.dtype)
         made = g.op("MatMul", x, g.cast(weight.as_(form, rank), dtype), hint=_hint(weight))
     return made if bias is None else g.op("Add", made, g.tensor(bias, dtype, rank))
-
-
-def _is_looked_up(g: Translator, name: str) -> bool:
-    """Whether a weight is a table of embeddings too: then it is stored as that needs it."""
-    return any(
-        node.op == "get_attr" and str(node.target) == name and user.target in _tables()
-        for _, graph in g.program.graphs()
-        for node in graph.nodes
-        for user in node.users
-    )
-
-
-def _tables() -> tuple[Any, ...]:
-    return (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor)
 
 
 def _gemm(g: Translator, node: fx.Node, x: Value, weight: Parameter) -> Value:
@@ -119,6 +105,15 @@ def conv(
 def _each(values: Any, dims: int, default: int) -> list[int]:
     values = [values] if isinstance(values, int) else list(values) or [default]
     return values * dims if len(values) == 1 else values
+
+
+@lowering(TARGET, "aten::embedding.default")
+def embedding(g: Translator, node: fx.Node, table: Any, ids: Any, *_: Any) -> Value:
+    """Rows of a table."""
+    ids = g.tensor(ids)
+    if isinstance(table, Parameter) and quantise.applies(g, table):
+        return g.cast(quantise.look_up(g, table, ids), g.dtype(node))
+    return g.cast(g.op("Gather", g.tensor(table), ids, axis=0), g.dtype(node))
 
 
 # ---- norms

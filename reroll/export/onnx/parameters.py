@@ -190,18 +190,31 @@ class Parameter:
         """The weight as it is. By rows, it is given the rank of what it is combined with."""
         return self.as_(forms.plain(self.meta, self.dtype), rank)
 
-    def as_(self, form: Form, rank: int | None = None) -> Value:
-        """The weight in a form."""
+    def as_(
+        self, form: Form, rank: int | None = None, view: tuple[int, ...] | None = None
+    ) -> Value:
+        """The weight in a form; outside of loops, its bytes may be seen in another shape."""
         g = self.g
         file, entries = g.weights, self.entries
         if len(set(entries)) == 1:
-            return g.graph.stored(*file.entry(self.name, entries[0], form), form.dtype)
+            return g.graph.stored(*file.entry(self.name, entries[0], form, view), form.dtype)
         assert self.trip is not None
         stack = g.graph.stored(*file.stack(self.name, form), form.dtype)
         made = g.op("Gather", stack, select(g, entries, self.trip), axis=0, hint=_short(self.name))
         if self.by_rows and rank is not None and rank > len(form.shape) + 1:
             made = g.op("Unsqueeze", made, g.ints(*range(1, rank - len(form.shape))))
         return made
+
+
+def is_looked_up(program: Program, name: str) -> bool:
+    """Whether a weight is a table of embeddings too: then it is stored as that needs it."""
+    tables = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor)
+    return any(
+        node.op == "get_attr" and str(node.target) == name and user.target in tables
+        for _, graph in program.graphs()
+        for node in graph.nodes
+        for user in node.users
+    )
 
 
 def _short(name: str) -> str:

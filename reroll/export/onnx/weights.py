@@ -89,12 +89,15 @@ class WeightFile:
         self.regions: dict[Any, Region] = {}
         self.size = 0
 
-    def entry(self, weight: str, entry: int, form: Form) -> tuple[str, TensorProto]:
-        """The name and the external tensor of one entry."""
+    def entry(
+        self, weight: str, entry: int, form: Form, view: tuple[int, ...] | None = None
+    ) -> tuple[str, TensorProto]:
+        """The name and the external tensor of one entry, perhaps in another shape."""
         region = self._region(weight, form)
         name = stored_name(region.weight, entry)
         at = region.offset + entry * form.bytes
-        return self._tensor(_named(name, form), form, form.shape, at, form.bytes)
+        name = _named(name, form) + (".view" if view else "")
+        return self._tensor(name, form, view or form.shape, at, form.bytes)
 
     def stack(self, weight: str, form: Form) -> tuple[str, TensorProto]:
         """The name and the external tensor [entries, ...] of all entries."""
