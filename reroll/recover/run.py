@@ -94,7 +94,7 @@ class _Run:
         directory: Directory,
     ) -> None:
         self.recipe, self.settings, self.directory = recipe, recipe.settings, directory
-        self.accelerator = _accelerator(self.settings.precision)
+        self.accelerator = _accelerator()
         self.world = int(self.accelerator.num_processes)
         self.main = bool(self.accelerator.is_main_process)
         if self.settings.batch % self.world:
@@ -238,7 +238,7 @@ class _Run:
             share = batch.tokens() / count
             last = index + 1 == len(pieces)
             with nullcontext() if last else self.accelerator.no_sync(objective):
-                with self.accelerator.autocast():
+                with self._autocast():
                     loss = Loss(*objective(batch))
                 # gradients are averaged over processes, and should be summed
                 self.accelerator.backward(loss.value * (share * self.world))
@@ -264,6 +264,10 @@ class _Run:
         norm: Tensor = self.accelerator.clip_grad_norm_(parameters, bound)
         return norm
 
+    def _autocast(self) -> Any:
+        enabled = self.settings.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
+
     def _batch(self, rows: Rows, progress: float, seed: int) -> Batch:
         # columns that are padding in all rows are not computed
         width = int(rows.mask.sum(1).max())
@@ -282,7 +286,7 @@ class _Run:
     def _measure(self, stage: str, progress: Progress) -> None:
         """Measure on the held-out rows, and write it down."""
         if self.main:
-            with self.accelerator.autocast():
+            with self._autocast():
                 found = held_out(self.module, self.teacher, self.corpus.held_out)
             line = {"before": stage, "steps": progress.steps, "tokens": progress.tokens, **found}
             self.directory.log({"held_out": line, "steps": progress.steps})
@@ -317,13 +321,13 @@ class _Objective(nn.Module):
         return loss.value, loss.parts
 
 
-def _accelerator(precision: str) -> Any:
+def _accelerator() -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    mixed = {"fp32": "no", "bf16": "bf16"}[precision]
     # a stage need not reach all that it may train
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    return Accelerator(mixed_precision=mixed, kwargs_handlers=handlers)
+    # precision is ours: accelerate keeps one for the whole process
+    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
 
 
 def _program(model: str | Path | Program) -> Program:

@@ -247,3 +247,19 @@ def test_kill_and_go_on(tied: Path, text: Path, whole: Path, tmp_path: Path) -> 
     else:
         subprocess.run([sys.executable, *COMMAND, *arguments], check=True)
     assert [s["loss"] for s in log(out)] == [s["loss"] for s in log(whole)]
+
+
+def test_a_linearized_model_learns_what_its_window_hides(
+    original: Path, text: Path, tmp_path: Path
+) -> None:
+    passes = "linearize(mixer=gla, feature_map=hedgehog, window=4, sinks=1, combine=disjoint)"
+    program = reroll.run_passes(reroll.capture(str(original)), passes, measure=False)
+    program.save(str(tmp_path / "linear"))
+    stages = [{"align": {"lr": 1e-2}}, {"distil": {"lr": 1e-2, "train": "new"}}]
+    settings = recipe(*stages, length=48, precision="bf16", checkpointing=True)
+    report = recover(
+        str(tmp_path / "linear"), tmp_path / "out", data=[text], recipe=settings, tokens=4000
+    )
+    assert report.measures[-1]["kl"] < 0.9 * report.measures[0]["kl"]
+    before, after = (dict(_tensors(tmp_path / p)) for p in ("linear", "out"))
+    assert all(torch.equal(before[n], after[n]) for n in before if "proj.weight" in n)
