@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -193,7 +194,32 @@ def compared(found: Found) -> None:
     _print(apart)
 
 
-# ---- generate
+# ---- evaluate
+
+
+def evaluated(found: Found, page: Path | None) -> None:
+    """What `evaluate` measured."""
+    from reroll.evaluate.report import number as shown
+    from reroll.evaluate.report import problems, rows
+
+    beside = found["original"] is not None
+    heads = ["measure", "", ">model", *([">original", ">ratio"] if beside else [])]
+    title = f"{found['model']}, {found['suite']} suite, {found['seconds']:.0f} s"
+    table = new_table(*heads, title=escape(title))
+    before = None
+    for row in rows(found):
+        values = [row.model, row.original, row.ratio] if beside else [row.model]
+        name = "" if row.measure == before else row.measure
+        table.add_row(escape(name), escape(row.label), *map(shown, values))
+        before = row.measure
+    _print(table)
+    for name, status, reason in problems(found):
+        _print(f"{name} {status}: {reason}")
+    if page is not None:
+        _print(f"wrote {page}")
+
+
+# ---- recover
 
 
 def recovered(found: Found) -> None:
@@ -213,6 +239,9 @@ def recovered(found: Found) -> None:
             "-" if agreement is None else f"{agreement:.1%}",
         )
     _print(table)
+
+
+# ---- generate
 
 
 def generated(found: Found) -> None:

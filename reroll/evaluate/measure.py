@@ -1,0 +1,121 @@
+"""What a measure is: a name, options with values for two suites, and a run that gives JSON data.
+
+    class Agreement(Measure):
+        '''How often a model finds the same token likeliest as its original.'''
+
+        name = "agreement"
+
+        def run(self, bench: Bench) -> dict[str, Any]: ...
+
+A new measure is one file in `reroll/evaluate/measures`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from reroll.errors import UsageError
+from reroll.rewrite.passes.declared import Declared
+from reroll.rewrite.passes.options import nearest_name
+
+if TYPE_CHECKING:
+    from reroll.evaluate.runner import Runner
+
+FOLDER = "reroll.evaluate.measures"
+
+Suite = Literal["quick", "full"]
+Progress = Callable[[int, int, str], None]
+
+
+class NotApplicable(Exception):
+    """A measure has no meaning for this model; the message says why."""
+
+
+@dataclass
+class Bench:
+    """What measures run on: the model, its original if there is one, text, and a seed."""
+
+    model: Runner
+    original: Runner | None
+    text: str
+    seed: int = 0
+    progress: Progress = field(default=lambda done, total, what: None)
+
+    @property
+    def sides(self) -> dict[str, Runner]:
+        """The runners by name: "model", and "original" if there is one."""
+        found = {"model": self.model}
+        return found if self.original is None else {**found, "original": self.original}
+
+    def random(self, *names: object) -> random.Random:
+        """Random numbers of the seed and these names; equal ones give equal numbers everywhere."""
+        return random.Random("/".join(map(str, (self.seed, *names))))
+
+    def need_original(self) -> Runner:
+        """The original; NotApplicable without one."""
+        if self.original is None:
+            raise NotApplicable("there is no original to compare with: give one with --against")
+        return self.original
+
+
+class Measure(Declared, ABC):
+    """Base of all measures. A subclass sets `name`.
+
+    The defaults of the options are those of the quick suite; `full` has those of the full suite
+    that differ.
+    """
+
+    what: ClassVar[str] = "measure"
+    full: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def of_suite(cls, suite: Suite, options: Mapping[str, Any]) -> Measure:
+        """One with a suite's options, but for those given; UsageError if one is wrong."""
+        return cls.make({**(cls.full if suite == "full" else {}), **options})
+
+    @abstractmethod
+    def run(self, bench: Bench) -> dict[str, Any]:
+        """What was measured, as JSON data, by side: "model", and "original" if there is one.
+
+        What belongs to no side stands beside them. Raises NotApplicable.
+        """
+
+    @abstractmethod
+    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+        """The few numbers of one side that a table shows, by label."""
+
+
+@cache
+def measures() -> dict[str, type[Measure]]:
+    """All measures by name."""
+    found: dict[str, type[Measure]] = {}
+    folder = importlib.import_module(FOLDER)
+    for info in pkgutil.iter_modules(folder.__path__, f"{FOLDER}."):
+        for value in vars(importlib.import_module(info.name)).values():
+            if isinstance(value, type) and issubclass(value, Measure) and value.name:
+                found[value.name] = value
+    return dict(sorted(found.items()))
+
+
+def find(name: str) -> type[Measure]:
+    """The measure of this name; UsageError with the nearest spelling if there is none."""
+    if name not in measures():
+        raise UsageError(
+            f"there is no measure {name!r}",
+            where="--measures",
+            hint=nearest_name(name, measures()),
+        )
+    return measures()[name]
+
+
+def within(contexts: list[int], runner: Runner, most: int | None = None) -> list[int]:
+    """The contexts that the model's configuration allows, and that are not above `most`."""
+    bounds = [b for b in (runner.limit, most) if b is not None]
+    return [c for c in contexts if all(c <= b for b in bounds)]

@@ -1,0 +1,1 @@
+"""The measures of `reroll evaluate`, one file each."""

@@ -1,0 +1,104 @@
+"""What one more token costs, counted and not timed: operations, bytes that are read, state.
+
+Operations are those of matrix products and attention, two for a multiply-add. Bytes read are the
+weights that a token's forward goes through, once for each trip that uses them, tables of embeddings
+by the row, and the state. With batch size 1, decoding is bound by them. `weight_bytes` are those of
+the weights as stored: where they fit into a cache, weights that trips share are read from memory
+once only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from reroll.errors import UsageError
+from reroll.evaluate.measure import Bench, Measure, NotApplicable
+from reroll.evaluate.runner import Runner
+from reroll.rewrite.passes.costs import flops_per_token
+from reroll.rewrite.passes.options import option
+from reroll.rewrite.program import Program
+
+EMBEDDING = torch.ops.aten.embedding.default
+
+
+class Cost(Measure):
+    """Parameters, operations and bytes for one more token, over the context."""
+
+    name = "cost"
+    full: ClassVar[Mapping[str, Any]] = {"contexts": [128, 1024, 4096, 16384, 65536]}
+
+    contexts: list[int] = option([1024, 4096], help="tokens in context")
+
+    def check(self) -> None:
+        if min(self.contexts) < 1:
+            raise UsageError("contexts are 1 or more", where=self.name)
+
+    def run(self, bench: Bench) -> dict[str, Any]:
+        found = {}
+        for side, runner in bench.sides.items():
+            found[side] = self._of(runner)
+        return found
+
+    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+        rows: dict[str, float | int | None] = {
+            "parameters": found["parameters"],
+            "weights (bytes)": found["weight_bytes"],
+            "weights read for a token (bytes)": found["weight_bytes_read"],
+        }
+        for at in found["contexts"]:
+            rows[f"FLOPs for a token at {at['context']:,}"] = at["flops_per_token"]
+            rows[f"state at {at['context']:,} (bytes)"] = at["state_bytes"]
+        return rows
+
+    def _of(self, runner: Runner) -> dict[str, Any]:
+        subject = runner.subject
+        program = subject.program
+        if program is None:
+            raise NotApplicable(f"{runner.name} could not be captured, so nothing can be counted")
+        read = bytes_read(program)
+        contexts = []
+        for context in self.contexts:
+            state = subject.state_bytes(context)
+            contexts.append(
+                {
+                    "context": context,
+                    "flops_per_token": flops_per_token(program, context),
+                    "state_bytes": state,
+                    "bytes_per_token": read + (state or 0),
+                }
+            )
+        return {
+            "parameters": subject.parameters(),
+            "weight_bytes": subject.bytes(),
+            "weight_bytes_read": read,
+            "contexts": contexts,
+        }
+
+
+def bytes_read(program: Program) -> int:
+    """Bytes of the weights that the forward of one token goes through, trip by trip."""
+    total = _graph(program, program.graph)
+    for loop in program.loops:
+        total += loop.trips * _graph(program, loop.body.graph)
+    return total
+
+
+def _graph(program: Program, graph: fx.Graph) -> int:
+    total = 0
+    for node in graph.nodes:
+        kind = node.meta.get("type")
+        if node.op != "get_attr" or kind is None:
+            continue
+        size = kind.dtype.itemsize
+        for length in kind.shape:
+            size *= length
+        tables = [u for u in node.users if u.target is EMBEDDING and u.args[0] is node]
+        # a table that is a matrix of the head as well is read whole there
+        if tables and len(tables) == len(node.users):
+            size //= kind.shape[0]
+        total += size
+    return total

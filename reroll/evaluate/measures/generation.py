@@ -1,0 +1,100 @@
+"""What greedy generation looks like, which perplexity hides.
+
+Each prompt is a stretch of the text, continued greedily for `new` tokens, ends of texts ignored.
+
+- `agreement_tokens`: how many tokens are the original's before the first that differs.
+- `repetition`: 1 - distinct 4-grams / 4-grams within one continuation, the mean over them
+  (seq-rep-4 of Welleck et al., 2019, arXiv 1908.04319).
+- `distinct`: distinct n-grams / n-grams over all continuations together, n = 1, 2, 3 (Li et al.,
+  2016, arXiv 1510.03055).
+
+The text's own continuations are measured beside them as `text`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from reroll.errors import UsageError
+from reroll.evaluate.measure import Bench, Measure, NotApplicable
+from reroll.evaluate.measures.perplexity import Text
+from reroll.rewrite.passes.options import option
+
+# prompts that are continued at once
+BATCH = 8
+
+
+class Generation(Measure):
+    """Greedy continuations: agreement with the original's, repetition, distinct n-grams."""
+
+    name = "generation"
+    full: ClassVar[Mapping[str, Any]] = {"prompts": 32, "new": 128}
+
+    prompts: int = option(8, help="how many prompts")
+    prompt: int = option(32, help="tokens of each prompt")
+    new: int = option(48, help="tokens of each continuation")
+
+    def check(self) -> None:
+        if min(self.prompts, self.prompt, self.new) < 1:
+            raise UsageError("prompts, prompt and new are 1 or more", where=self.name)
+
+    def run(self, bench: Bench) -> dict[str, Any]:
+        bench.model.need_generation()
+        text = Text(bench.model, bench.text, 0)
+        length = self.prompt + self.new
+        count = min(self.prompts, len(text.ids) // length)
+        if not count:
+            raise NotApplicable(f"the text has {len(text.ids)} tokens, fewer than {length}")
+        # the prompts are spread evenly over the text
+        step = (len(text.ids) - length) // max(count - 1, 1)
+        starts = [n * step for n in range(count)]
+        prompts = torch.tensor([bench.model.prefix + text.ids[s : s + self.prompt] for s in starts])
+        made: dict[str, list[list[int]]] = {}
+        for side, runner in bench.sides.items():
+            made[side] = []
+            for number, part in enumerate(prompts.split(BATCH)):
+                bench.progress(number * BATCH, count, f"{side}, continuing")
+                made[side] += runner.greedy(part, self.new).tolist()
+        made["text"] = [text.ids[s + self.prompt : s + length] for s in starts]
+        found = {side: style(rows) for side, rows in made.items()}
+        if bench.original is not None:
+            pairs = zip(made["model"], made["original"], strict=True)
+            lengths = [agreement(a, b) for a, b in pairs]
+            found["model"] |= {
+                "agreement_tokens": sum(lengths) / count,
+                "identical": sum(n == self.new for n in lengths) / count,
+            }
+        return {**found, "new": self.new, "prompts": count}
+
+    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+        rows: dict[str, float | int | None] = {}
+        if "agreement_tokens" in found:
+            rows["tokens generated as the original does"] = found["agreement_tokens"]
+        rows["repetition (4-grams)"] = found["repetition"]
+        rows["distinct 2-grams"] = found["distinct"]["2"]
+        return rows
+
+
+def agreement(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two continuations have in common before the first that differs."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def style(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Repetition and distinct n-grams of some continuations."""
+    repeated = []
+    for row in rows:
+        grams = _grams(row, 4)
+        repeated.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    distinct = {}
+    for n in (1, 2, 3):
+        grams = [g for row in rows for g in _grams(row, n)]
+        distinct[str(n)] = len(set(grams)) / len(grams) if grams else 0.0
+    return {"repetition": sum(repeated) / len(repeated), "distinct": distinct}
+
+
+def _grams(row: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]

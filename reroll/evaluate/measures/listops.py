@@ -1,0 +1,138 @@
+"""ListOps: nested operations on digits, whose value is a digit.
+
+MIN, MAX, MED (median, rounded down) and SM (sum modulo 10) over two or more arguments, each a digit
+or an operation again (Nangia and Bowman, 2018, arXiv 1804.06028). The trees are drawn as in Long
+Range Arena (Tay et al., 2020, arXiv 2011.04006): an argument is an operation with probability 1/4
+above depth 10, operations have 2 to 10 arguments, and a tree counts if its number of symbols,
+brackets included, is in the range asked for; Long Range Arena asks for 500 to 2,000.
+
+Here the models are not trained on it: each question stands behind `shots` solved ones of at most
+`shot_symbols` symbols, and is answered by the likelihood of the ten digits.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+from reroll.errors import UsageError
+from reroll.evaluate.answers import ask, cell, encode, mean
+from reroll.evaluate.measure import Bench, Measure, NotApplicable
+from reroll.evaluate.runner import Runner
+from reroll.rewrite.passes.options import option
+
+OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
+    "MIN": min,
+    "MAX": max,
+    "MED": lambda values: _median(values),
+    "SM": lambda values: sum(values) % 10,
+}
+DEPTH = 10
+ARGUMENTS = 10
+NESTED = 0.25
+
+Tree: TypeAlias = "int | tuple[str, list[Tree]]"
+
+
+class ListOps(Measure):
+    """ListOps by few-shot likelihood, in ranges of length up to Long Range Arena's."""
+
+    name = "listops"
+    full: ClassVar[Mapping[str, Any]] = {"symbols": [16, 64, 256, 2000], "samples": 20}
+
+    symbols: list[int] = option(
+        [16, 64], help="the most symbols in a question; the fewest are a quarter of them"
+    )
+    samples: int = option(12, help="questions for each range")
+    shots: int = option(4, help="solved questions before each")
+    shot_symbols: int = option(16, help="the most symbols in a solved question")
+
+    def check(self) -> None:
+        if min(*self.symbols, self.shot_symbols) < 4 or self.samples < 1 or self.shots < 0:
+            raise UsageError("symbols are 4 or more, samples 1, shots 0", where=self.name)
+
+    def run(self, bench: Bench) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for side, runner in bench.sides.items():
+            runner.need_generation()
+            cells = []
+            for most in self.symbols:
+                bench.progress(0, 0, f"{side}, up to {most} symbols")
+                made = self._at(bench, runner, most)
+                cells += [] if made is None else [made]
+            if not cells:
+                raise NotApplicable("no question fits into the model's context")
+            found[side] = {
+                **{key: mean([c[key] for c in cells]) for key in ("accuracy", "exact", "chance")},
+                "cells": cells,
+            }
+        return found
+
+    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+        return {
+            f"up to {c['symbols']:,} symbols (chance {c['chance']:.2f})": c["accuracy"]
+            for c in found["cells"]
+        }
+
+    def _at(self, bench: Bench, runner: Runner, most: int) -> dict[str, Any] | None:
+        questions = []
+        for sample in range(self.samples):
+            random = bench.random("listops", most, sample)
+            shots = [draw(random, 4, self.shot_symbols) for _ in range(self.shots)]
+            asked = draw(random, max(most // 4, 4), most)
+            text = "".join(f"{write(t)} = {value(t)}\n" for t in shots) + f"{write(asked)} ="
+            digits = [f" {d}" for d in range(10)]
+            questions.append(encode(runner, text, digits, value(asked)))
+        if runner.limit and max(len(q.prompt) for q in questions) >= runner.limit:
+            return None
+        return cell(ask(runner, questions), 0.1, symbols=most)
+
+
+def draw(random: random.Random, fewest: int, most: int) -> Tree:
+    """A random tree, an operation at its root, with between `fewest` and `most` symbols."""
+    while True:
+        tree = _operation(random, 1, most)
+        if tree is not None and fewest <= size(tree) <= most:
+            return tree
+
+
+def _operation(random: random.Random, depth: int, room: int) -> Tree | None:
+    """An operation; None as soon as it cannot have at most `room` symbols."""
+    arguments: list[Tree] = []
+    room -= 2
+    for _ in range(random.randint(2, ARGUMENTS)):
+        nested = depth < DEPTH and random.random() < NESTED
+        child = _operation(random, depth + 1, room) if nested else random.randrange(10)
+        if child is None:
+            return None
+        room -= size(child)
+        if room < 0:
+            return None
+        arguments.append(child)
+    return random.choice(list(OPERATIONS)), arguments
+
+
+def size(tree: Tree) -> int:
+    """How many symbols a tree is written with: digits, opening and closing brackets."""
+    return 1 if isinstance(tree, int) else 2 + sum(map(size, tree[1]))
+
+
+def value(tree: Tree) -> int:
+    """What a tree evaluates to."""
+    return tree if isinstance(tree, int) else OPERATIONS[tree[0]]([value(t) for t in tree[1]])
+
+
+def write(tree: Tree) -> str:
+    """A tree as text: `[MAX 2 [MIN 8 3 ] 5 ]`."""
+    if isinstance(tree, int):
+        return str(tree)
+    return f"[{tree[0]} {' '.join(map(write, tree[1]))} ]"
+
+
+def _median(values: Sequence[int]) -> int:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) // 2

@@ -1,0 +1,180 @@
+"""Recall: finding again what stands far back in the context.
+
+- `needle`: a sentence with a secret word in the midst of the text, at a depth (0 first, 1 last),
+  in a context of a length; the context ends with the same sentence up to the word. After
+  "needle in a haystack" (Kamradt, 2023; NIAH in RULER, Hsieh et al., 2024, arXiv 2404.06654).
+- `passkey`: five digits to be found in filler that says nothing (Mohtashami and Jaggi, 2023,
+  arXiv 2305.16300).
+- `mqar`: multi-query associative recall (Arora et al., 2023, arXiv 2312.04927): pairs of random
+  words, then every first word again in random order, each followed by its second.
+- `phonebook`: names with numbers, then one of the names (Jelassi et al., 2024, arXiv 2402.01032).
+
+`accuracy` is the choice between the candidates (16 words, 10 keys, the values of all pairs, up to
+10 numbers of the book) by their first token; `exact` is whether greedy decoding gives the whole
+answer. `distance` is how many tokens lie between the answer's first token and the token behind
+which it has to be said again; what is nearer than the window is `inside`, the rest `beyond`. The
+window is the rewritten model's, for both sides; for one that sees everything, nothing is beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from reroll.errors import UsageError
+from reroll.evaluate.answers import Answer, Question, ask, cell, mean
+from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
+from reroll.evaluate.measures import recall_tasks as tasks
+from reroll.evaluate.runner import Runner
+from reroll.rewrite.passes.options import option
+
+TASKS = ("needle", "passkey", "mqar", "phonebook")
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One answer: in which cell, at which distance."""
+
+    place: tuple[tuple[str, Any], ...]
+    distance: int
+    answer: Answer
+    chance: float
+
+
+class Recall(Measure):
+    """Needle and passkey at depth x length, associative recall, phone book."""
+
+    name = "recall"
+    full: ClassVar[Mapping[str, Any]] = {
+        "lengths": [256, 512, 1024, 2048, 4096],
+        "depths": [0.0, 0.25, 0.5, 0.75, 1.0],
+        "pairs": [8, 32, 128],
+        "entries": [16, 64, 256],
+        "samples": 8,
+    }
+
+    tasks: list[str] = option(list(TASKS), help=f"which of {', '.join(TASKS)}")
+    lengths: list[int] = option([256, 1024], help="needle and passkey: tokens in context")
+    depths: list[float] = option([0.0, 0.5, 0.9], help="needle and passkey: where, from 0 to 1")
+    pairs: list[int] = option([8, 32], help="mqar: how many pairs")
+    entries: list[int] = option([16, 64], help="phonebook: how many names")
+    samples: int = option(4, help="questions for each cell")
+    window: int = option(0, help="what counts as inside; 0 for the model's own window")
+
+    def check(self) -> None:
+        unknown = [t for t in self.tasks if t not in TASKS]
+        if unknown:
+            raise UsageError(f"there is no task {unknown[0]!r}", self.name, f"{', '.join(TASKS)}")
+        if self.samples < 1 or any(not 0 <= d <= 1 for d in self.depths):
+            raise UsageError("samples are 1 or more, depths from 0 to 1", where=self.name)
+
+    def run(self, bench: Bench) -> dict[str, Any]:
+        bench.model.need_generation()
+        window = self.window or bench.model.window
+        found: dict[str, Any] = {"window": window}
+        for side, runner in bench.sides.items():
+            found[side] = {}
+            for task in self.tasks:
+                results = self._mqar(bench, runner, side) if task == "mqar" else []
+                for questions, place in self._questions(bench, runner, task):
+
+                    def tell(done: int, what: str = f"{side}, {task} {place}") -> None:
+                        bench.progress(0, 0, f"{what}: {done}")
+
+                    results += _asked(runner, questions, place, tell)
+                if results:
+                    found[side][task] = _summary(results, window)
+        if not found["model"]:
+            raise NotApplicable("no length fits into the model's context")
+        return found
+
+    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+        rows: dict[str, float | int | None] = {}
+        for task, each in found.items():
+            rows[f"{task} (chance {each['chance']:.2f})"] = each["accuracy"]
+            if each["beyond"] is not None:
+                rows[f"{task}, beyond the window"] = each["beyond"]
+            rows[f"{task}, exact"] = each["exact"]
+        return rows
+
+    def _questions(
+        self, bench: Bench, runner: Runner, task: str
+    ) -> list[tuple[list[tuple[Question, int]], dict[str, Any]]]:
+        """Questions with the distance of their answers, and the cell that they belong to."""
+        if task in ("needle", "passkey"):
+            make = tasks.needle if task == "needle" else tasks.passkey
+            return [
+                (
+                    [
+                        made
+                        for n in range(self.samples)
+                        if (made := make(bench, runner, length, depth, n)) is not None
+                    ],
+                    {"length": length, "depth": depth},
+                )
+                for length in within(self.lengths, runner)
+                for depth in self.depths
+            ]
+        if task == "phonebook":
+            return [
+                (
+                    [tasks.phonebook(bench, runner, count, n) for n in range(self.samples)],
+                    {"entries": count},
+                )
+                for count in self.entries
+            ]
+        return []
+
+    def _mqar(self, bench: Bench, runner: Runner, side: str) -> list[_Result]:
+        results = []
+        for pairs in self.pairs:
+            bench.progress(0, 0, f"{side}, mqar, {pairs} pairs")
+            for answer, distance in tasks.mqar(bench, runner, pairs, self.samples):
+                results.append(_Result((("pairs", pairs),), distance, answer, 1 / pairs))
+        return results
+
+
+def _asked(
+    runner: Runner, questions: Sequence[tuple[Question, int]], place: dict[str, Any], tell: Any
+) -> list[_Result]:
+    too_long = [q for q, _ in questions if runner.limit and len(q.prompt) >= runner.limit]
+    if too_long:
+        return []
+    answers = ask(runner, [question for question, _ in questions], tell)
+    return [
+        _Result(tuple(place.items()), distance, answer, 1 / len(question.candidates))
+        for (question, distance), answer in zip(questions, answers, strict=True)
+    ]
+
+
+def _summary(results: Sequence[_Result], window: int | None) -> dict[str, Any]:
+    """One task as JSON data: over all, inside and beyond the window, and by cell."""
+    inside = [r.answer for r in results if window is None or r.distance < window]
+    beyond = [r.answer for r in results if window is not None and r.distance >= window]
+    cells = []
+    for place in dict.fromkeys(r.place for r in results):
+        own = [r for r in results if r.place == place]
+        distances = [r.distance for r in own]
+        cells.append(
+            cell(
+                [r.answer for r in own],
+                _mean([r.chance for r in own]),
+                **dict(place),
+                distance=round(_mean(distances)),
+            )
+        )
+    return {
+        "accuracy": _mean([r.answer.chosen for r in results]),
+        "exact": _mean([r.answer.exact for r in results]),
+        "chance": _mean([r.chance for r in results]),
+        "inside": mean([a.chosen for a in inside]),
+        "beyond": mean([a.chosen for a in beyond]),
+        "inside_exact": mean([a.exact for a in inside]),
+        "beyond_exact": mean([a.exact for a in beyond]),
+        "cells": cells,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,202 @@
+"""State tracking: problems whose state has to be carried along a sequence, as few-shot text.
+
+- `parity`: whether the number of ones in a row of bits is even or odd.
+- `modular`: the sum of digits modulo 5.
+- `permutation`: the order of three (full suite: five) letters after swaps of two places each; for
+  five the word problem of S5, which is complete for NC1 (Merrill et al., 2024, arXiv 2404.08819).
+- `counting_separated`, `counting_merged`: how often a letter occurs, with spaces between letters,
+  so that each is a token, and without, so that the tokenizer merges them. Their difference,
+  `tokenizer_effect`, is what the tokenizer costs; `tokens_per_item` says how far it merges.
+
+`length` is how many bits, digits, swaps or letters there are. Each question stands behind `shots`
+solved ones of the same length. `accuracy` is the choice between the possible answers by likelihood
+(for permutations: the right one and up to five others), `exact` what greedy decoding would give.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+from reroll.errors import UsageError
+from reroll.evaluate.answers import ask, cell, encode, mean
+from reroll.evaluate.measure import Bench, Measure, NotApplicable
+from reroll.evaluate.runner import Runner
+from reroll.evaluate.tokenizing import plain_ids
+from reroll.rewrite.passes.options import option
+
+MODULUS = 5
+CANDIDATES = 6
+TRIES = 20
+
+
+class Problem(NamedTuple):
+    """A question as text, its answer, the answers to choose from, and the text of its items."""
+
+    question: str
+    answer: str
+    candidates: list[str]
+    items: str
+
+
+# from random numbers, a length, a number with which answers take turns, and a number of letters
+Maker: TypeAlias = Callable[[random.Random, int, int, int], Problem]
+
+
+class StateTracking(Measure):
+    """Parity, modular counting, permutations, counting, as few-shot text."""
+
+    name = "state_tracking"
+    full: ClassVar[Mapping[str, Any]] = {"lengths": [2, 4, 8, 16, 32], "samples": 40, "letters": 5}
+
+    tasks: list[str] = option(
+        ["parity", "modular", "permutation", "counting_separated", "counting_merged"],
+        help="which tasks",
+    )
+    lengths: list[int] = option([2, 4, 8], help="items in each sequence")
+    shots: int = option(4, help="solved questions before each")
+    samples: int = option(12, help="questions for each length")
+    letters: int = option(3, help="permutation: how many letters")
+
+    def check(self) -> None:
+        unknown = [t for t in self.tasks if t not in TASKS]
+        if unknown:
+            raise UsageError(f"there is no task {unknown[0]!r}", self.name, ", ".join(TASKS))
+        if min(self.lengths) < 1 or self.samples < 1 or self.shots < 0:
+            raise UsageError("lengths and samples are 1 or more, shots 0 or more", self.name)
+        if not 2 <= self.letters <= 8:
+            raise UsageError("letters are 2 to 8", where=self.name)
+
+    def run(self, bench: Bench) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for side, runner in bench.sides.items():
+            runner.need_generation()
+            found[side] = {}
+            for task in self.tasks:
+                bench.progress(0, 0, f"{side}, {task}")
+                cells = [c for n in self.lengths if (c := self._at(bench, runner, task, n))]
+                if cells:
+                    found[side][task] = _summary(cells)
+            _effect(found[side])
+        if not found["model"]:
+            raise NotApplicable("no question fits into the model's context")
+        return found
+
+    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+        rows: dict[str, float | int | None] = {
+            f"{task} (chance {found[task]['chance']:.2f})": found[task]["accuracy"]
+            for task in TASKS
+            if task in found
+        }
+        if "tokenizer_effect" in found:
+            rows["counting: the tokenizer's effect"] = found["tokenizer_effect"]
+        return rows
+
+    def _at(self, bench: Bench, runner: Runner, task: str, length: int) -> dict[str, Any] | None:
+        make = TASKS[task]
+        questions, items = [], 0
+        for sample in range(self.samples):
+            random = bench.random("state_tracking", task, length, sample)
+            asked = make(random, length, sample, self.letters)
+            shots = [_shot(make, random, length, n, asked, self.letters) for n in range(self.shots)]
+            text = "".join(f"{s.question} {s.answer}\n\n" for s in shots) + asked.question
+            truth = asked.candidates.index(asked.answer)
+            questions.append(encode(runner, text, [f" {c}" for c in asked.candidates], truth))
+            items += len(plain_ids(runner.tokenizer, asked.items))
+        if runner.limit and max(len(q.prompt) for q in questions) >= runner.limit:
+            return None
+        answers = ask(runner, questions)
+        chance = sum(1 / len(q.candidates) for q in questions) / len(questions)
+        found = cell(answers, chance, length=length)
+        return {**found, "tokens_per_item": items / (length * self.samples)}
+
+
+def _shot(
+    make: Maker, random: random.Random, length: int, turn: int, asked: Problem, letters: int
+) -> Problem:
+    """A solved problem that is not the one that is asked, if there are others of this length."""
+    for attempt in range(TRIES):
+        # the answers of the shots take turns, as those of the samples do
+        made = make(random, length, turn + attempt // 4, letters)
+        if made.question != asked.question:
+            break
+    return made
+
+
+def _summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        key: mean([c[key] for c in cells])
+        for key in ("accuracy", "exact", "chance", "tokens_per_item")
+    } | {"cells": cells}
+
+
+def _effect(found: dict[str, Any]) -> None:
+    if "counting_separated" in found and "counting_merged" in found:
+        separated, merged = (found[f"counting_{k}"]["accuracy"] for k in ("separated", "merged"))
+        found["tokenizer_effect"] = separated - merged
+
+
+# ---- problems
+
+
+def parity(random: random.Random, length: int, turn: int, letters: int) -> Problem:
+    """Whether the number of ones is even or odd."""
+    bits = [random.randrange(2) for _ in range(length)]
+    if sum(bits) % 2 != turn % 2:
+        bits[random.randrange(length)] ^= 1
+    items = " ".join(map(str, bits))
+    answer = ("even", "odd")[sum(bits) % 2]
+    return Problem(f"Bits: {items}\nNumber of ones:", answer, ["even", "odd"], items)
+
+
+def modular(random: random.Random, length: int, turn: int, letters: int) -> Problem:
+    """The sum of digits modulo 5."""
+    digits = [random.randrange(MODULUS) for _ in range(length)]
+    place = random.randrange(length)
+    digits[place] = (digits[place] + turn - sum(digits)) % MODULUS
+    items = " ".join(map(str, digits))
+    question = f"Digits: {items}\nSum modulo {MODULUS}:"
+    return Problem(question, str(sum(digits) % MODULUS), list(map(str, range(MODULUS))), items)
+
+
+def permutation(random: random.Random, length: int, turn: int, letters: int) -> Problem:
+    """The order of letters after swaps of two places."""
+    names = "ABCDEFGH"[:letters]
+    order = list(names)
+    swaps = []
+    for _ in range(length):
+        i, j = random.sample(range(letters), 2)
+        order[i], order[j] = order[j], order[i]
+        swaps.append(f"swap {i + 1} {j + 1}")
+    answer = " ".join(order)
+    others = [" ".join(p) for p in itertools.permutations(names)]
+    others.remove(answer)
+    candidates = [answer, *random.sample(others, min(CANDIDATES - 1, len(others)))]
+    items = ", ".join(swaps)
+    question = f"Start: {' '.join(names)}\nSteps: {items}\nEnd:"
+    return Problem(question, answer, random.sample(candidates, len(candidates)), items)
+
+
+def _counting(separator: str) -> Maker:
+    def make(random: random.Random, length: int, turn: int, letters: int) -> Problem:
+        most = min(length, 9)
+        count = turn % (most + 1)
+        row = ["a"] * count + [random.choice("bc") for _ in range(length - count)]
+        random.shuffle(row)
+        items = separator.join(row)
+        return Problem(
+            f"Letters: {items}\nNumber of a:", str(count), list(map(str, range(most + 1))), items
+        )
+
+    return make
+
+
+TASKS: dict[str, Maker] = {
+    "parity": parity,
+    "modular": modular,
+    "permutation": permutation,
+    "counting_separated": _counting(" "),
+    "counting_merged": _counting(""),
+}

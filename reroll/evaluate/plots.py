@@ -1,0 +1,211 @@
+"""The plots of an evaluation, as SVG text. matplotlib is imported when a plot is drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from reroll.errors import UsageError
+
+Found = Mapping[str, Any]
+SIDES = ("model", "original")
+COLORS = {"model": "#c44e34", "original": "#3b6ea5"}
+INCH = 3.2
+
+
+def need_matplotlib() -> None:
+    """Raise UsageError if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "the page's plots need matplotlib, which is not installed",
+            where="--html",
+            hint='pip install "reroll[plots]", or leave --html out',
+        )
+
+
+def figures(found: Found) -> Iterator[tuple[str, str]]:
+    """Captions and SVG of all plots that the results have data for."""
+    results = {k: v["result"] for k, v in found["measures"].items() if v["status"] == "done"}
+    if "perplexity" in results:
+        panels = [("perplexity", _lines(results["perplexity"], "contexts", "perplexity"))]
+        yield "Perplexity over the context (lower is better).", curves(panels, "context")
+    yield from _recall(results.get("recall", {}))
+    for name, caption in (
+        ("state_tracking", "State tracking: accuracy over the number of items."),
+        ("listops", "ListOps: accuracy over the most symbols."),
+    ):
+        if name in results:
+            yield caption, _accuracies(results[name], name)
+    if "speed" in results:
+        panels = [
+            (f"{kind}, tokens/s", _lines(results["speed"], "contexts", f"{kind}_tokens_per_second"))
+            for kind in ("prefill", "decode")
+        ]
+        panels.append(("state, bytes", _lines(results["speed"], "contexts", "state_bytes")))
+        yield "Speed and state over the context.", curves(panels, "context")
+    yield from _passes(found["passes"])
+
+
+# ---- lines
+
+
+def _lines(result: Found, table: str, key: str) -> dict[str, list[tuple[float, float]]]:
+    """Points by side: the first column of a table against another one."""
+    lines = {}
+    for side in SIDES:
+        cells = result.get(side, {}).get(table, [])
+        points = [(next(iter(c.values())), c[key]) for c in cells if _finite(c[key])]
+        if points:
+            lines[side] = points
+    return lines
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def curves(
+    panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]],
+    label: str,
+    chance: Sequence[float | None] = (),
+) -> str:
+    """One panel for each title, a line in it for each side, over a logarithmic axis."""
+    figure, axes = _figure(len(panels))
+    for number, (axis, (title, lines)) in enumerate(zip(axes, panels, strict=True)):
+        for side, points in lines.items():
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, marker="o", color=COLORS[side], label=side)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(x, [f"{v:,}" for v in x])
+        if number < len(chance) and chance[number] is not None:
+            axis.axhline(chance[number], color="#999", linestyle=":", label="chance")
+            axis.set_ylim(-0.05, 1.05)
+        axis.set_title(title)
+        axis.set_xlabel(label)
+        axis.minorticks_off()
+    if axes:
+        axes[0].legend(frameon=False)
+    return _svg(figure)
+
+
+def _accuracies(result: Found, name: str) -> str:
+    """Accuracy over the first column of the cells, a panel for each task."""
+    if name == "listops":
+        tasks = {"listops": {side: result[side] for side in SIDES if side in result}}
+    else:
+        names = [k for k, v in result["model"].items() if isinstance(v, Mapping)]
+        tasks = {
+            task: {side: result[side][task] for side in SIDES if task in result.get(side, {})}
+            for task in names
+        }
+    panels = [(task, _lines(sides, "cells", "accuracy")) for task, sides in tasks.items()]
+    chance = [sides["model"]["chance"] for sides in tasks.values()]
+    return curves(panels, "items" if name != "listops" else "symbols", chance)
+
+
+# ---- recall
+
+
+def _recall(result: Found) -> Iterator[tuple[str, str]]:
+    maps = []
+    for task in ("needle", "passkey"):
+        for side in SIDES:
+            cells = result.get(side, {}).get(task, {}).get("cells")
+            if cells:
+                maps.append((f"{task}, {side}", cells))
+    if maps:
+        window = result.get("window")
+        note = f" The window is {window:,} tokens." if window else ""
+        yield f"Recall at depth x length, 1 is always right.{note}", heat_maps(maps)
+    for task, column in (("mqar", "pairs"), ("phonebook", "entries")):
+        sides = {s: result[s][task] for s in SIDES if task in result.get(s, {})}
+        if sides:
+            panels = [(task, _lines(sides, "cells", "accuracy"))]
+            yield f"{task}: accuracy over the number of {column}.", curves(panels, column)
+
+
+def heat_maps(maps: Sequence[tuple[str, Sequence[Found]]]) -> str:
+    """A heat map of accuracy for each title: depth downwards, length to the right."""
+    figure, axes = _figure(len(maps))
+    for axis, (title, cells) in zip(axes, maps, strict=True):
+        lengths = sorted({c["length"] for c in cells})
+        depths = sorted({c["depth"] for c in cells})
+        values = [[float("nan")] * len(lengths) for _ in depths]
+        for each in cells:
+            row, column = depths.index(each["depth"]), lengths.index(each["length"])
+            values[row][column] = each["accuracy"]
+            axis.text(column, row, f"{each['accuracy']:.2f}", ha="center", va="center")
+        corners = range(len(lengths)), range(len(depths))
+        axis.pcolormesh(*corners, values, vmin=0, vmax=1, cmap="RdYlGn", shading="nearest")
+        axis.invert_yaxis()
+        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+        axis.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
+        axis.set_title(title)
+        axis.set_xlabel("tokens in context")
+        axis.set_ylabel("depth")
+    return _svg(figure)
+
+
+# ---- passes
+
+
+def _passes(passes: Sequence[Found]) -> Iterator[tuple[str, str]]:
+    """What each pass did, by what it measured when it ran."""
+    for title, key in (("parameters", "parameters"), ("perplexity", None)):
+        steps = []
+        for each in passes:
+            measured = each["measured"]
+            if key is None:
+                measured = measured.get("quality", {}).get("previous", {})
+            change = measured.get(key or "perplexity")
+            if change is not None and _finite(change["before"]) and _finite(change["after"]):
+                steps.append((each["pass"], change["before"], change["after"]))
+        if steps:
+            yield f"{title.capitalize()}, pass by pass.", waterfall(title, steps)
+
+
+def waterfall(title: str, steps: Sequence[tuple[str, float, float]]) -> str:
+    """Bars from what there was before each step to what there was after it."""
+    figure, (axis,) = _figure(1, width=max(2.0, 0.5 + 0.35 * len(steps)))
+    names = ["before", *(name if len(name) < 28 else f"{name[:27]}…" for name, _, _ in steps)]
+    axis.bar(0, steps[0][1], color="#999")
+    for number, (_, before, after) in enumerate(steps, 1):
+        color = COLORS["original"] if after <= before else COLORS["model"]
+        axis.bar(number, after - before, bottom=before, color=color)
+        axis.annotate(f"{after:,.4g}", (number, max(before, after)), ha="center", va="bottom")
+    axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axis.margins(y=0.12)
+    axis.set_title(title)
+    return _svg(figure)
+
+
+# ---- figures
+
+
+def _figure(panels: int, width: float = 1.0) -> tuple[Any, list[Any]]:
+    """A figure with some panels beside each other, at most three in a row."""
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
+    columns = min(panels, 3) or 1
+    rows = -(-panels // columns) or 1
+    size = (INCH * 1.25 * columns * width, INCH * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    return figure, axes[:panels]
+
+
+def _svg(figure: Any) -> str:
+    """A figure as an `svg` element; the same figure is the same text."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "reroll", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,159 @@
+"""What an evaluation found, for people: the rows of a table, and one HTML page.
+
+The page needs no other file and no network: its plots are SVG inside it.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reroll.errors import UsageError
+
+Found = Mapping[str, Any]
+Number = float | int | None
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    measure: str
+    label: str
+    model: Number
+    original: Number
+
+    @property
+    def ratio(self) -> float | None:
+        """Model over original, where both are numbers."""
+        if self.model is None or not self.original:
+            return None
+        return self.model / self.original
+
+
+def rows(found: Found) -> list[Row]:
+    """The numbers that a table shows, measure by measure."""
+    lines = []
+    for name, each in found["measures"].items():
+        sides = each.get("headline", {})
+        # a side may lack what the other has: contexts that it cannot take
+        labels = dict.fromkeys(label for side in sides.values() for label in side)
+        for label in labels:
+            values = [sides.get(side, {}).get(label) for side in ("model", "original")]
+            lines.append(Row(name, label, *values))
+    return lines
+
+
+def problems(found: Found) -> list[tuple[str, str, str]]:
+    """Measures that found nothing: their name, status, and the reason."""
+    return [
+        (name, each["status"], each.get("reason") or each.get("error") or "")
+        for name, each in found["measures"].items()
+        if each["status"] != "done"
+    ]
+
+
+def number(value: Number) -> str:
+    """A number for people; a dash for none."""
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if abs(value) < 10**4 else f"{value:,.0f}"
+
+
+# ---- the page
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1b1b1b; background: #fff; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
+  border-bottom: 1px solid #ddd; vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
+figcaption, .note { color: #555; } pre { overflow: auto; background: #f6f6f6; padding: .6rem; }
+"""
+
+
+def check_page(path: Path) -> None:
+    """Raise UsageError if a page cannot be drawn or written, before anything takes long."""
+    from reroll.evaluate import plots
+
+    plots.need_matplotlib()
+    if path.is_dir():
+        raise UsageError("this is a directory, not a file", where=str(path))
+    if not path.absolute().parent.is_dir():
+        raise UsageError("there is no such directory", where=str(path.absolute().parent))
+
+
+def write_page(found: Found, path: Path) -> None:
+    """Write the page; the file is whole, or as it was before."""
+    content = page(found)
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=".reroll-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        # a file made by mkstemp can be read by nobody else
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def page(found: Found) -> str:
+    """The HTML page."""
+    from reroll.evaluate import plots
+
+    title = f"Evaluation of {found['model']}"
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="note">{html.escape(_about(found))}</p>',
+        *_table(found),
+    ]
+    for caption, svg in plots.figures(found):
+        parts += [f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"]
+    parts.append("<h2>Everything</h2>")
+    for name, each in found["measures"].items():
+        text = json.dumps(each, indent=1, ensure_ascii=False, default=str)
+        parts.append(
+            f"<details><summary>{html.escape(name)}: {html.escape(each['status'])}, "
+            f"{each['seconds']:.1f} s</summary><pre>{html.escape(text)}</pre></details>"
+        )
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def _about(found: Found) -> str:
+    beside = f" beside {found['original']}" if found["original"] else ""
+    return (
+        f"{found['suite']} suite{beside}, seed {found['seed']}, text: {found['text']}, "
+        f"{found['dtype']['model']}, {found['threads']} threads, {found['seconds']:.0f} s"
+    )
+
+
+def _table(found: Found) -> Iterator[str]:
+    yield "<h2>Summary</h2><table>"
+    heads = '<th class="n">model</th><th class="n">original</th><th class="n">ratio</th>'
+    yield f"<tr><th>measure</th><th></th>{heads}</tr>"
+    before = ""
+    for row in rows(found):
+        name = "" if row.measure == before else row.measure
+        before = row.measure
+        cells = "".join(
+            f'<td class="n">{number(v)}</td>' for v in (row.model, row.original, row.ratio)
+        )
+        yield f"<tr><td>{html.escape(name)}</td><td>{html.escape(row.label)}</td>{cells}</tr>"
+    for name, status, reason in problems(found):
+        words = html.escape(f"{status}: {reason}")
+        yield f'<tr><td>{html.escape(name)}</td><td colspan="4">{words}</td></tr>'
+    yield "</table>"

@@ -1,0 +1,153 @@
+"""A subject as measures use it: logits at some positions, in pieces that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.evaluate.measure import NotApplicable
+from reroll.evaluate.subjects import Subject
+from reroll.evaluate.tokenizing import special_ids
+
+# elements of the logits that one forward may make: 256 MB in fp32
+BUDGET = 2**26
+# tokens of one forward: attention's scores are no larger than this times the context
+CHUNK = 1024
+
+
+class Runner:
+    """Runs a subject on token ids [rows, time] without padding on the left, and without gradients.
+
+    A context longer than `chunk` goes through the model's own cache, chunk by chunk, where it has
+    one. Rows may be filled up on the right: what stands there changes nothing before it.
+    """
+
+    def __init__(self, subject: Subject, *, budget: int = BUDGET, chunk: int = CHUNK) -> None:
+        self.subject = subject
+        self.budget = budget
+        self.chunk = chunk
+        self.name = subject.name
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; NotApplicable if there is none."""
+        if self.subject.tokenizer is None:
+            raise NotApplicable(f"{self.name} has no tokenizer")
+        return self.subject.tokenizer
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """The tokens that the tokenizer puts before a text."""
+        return special_ids(self.tokenizer)[0]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        weights = next(self.subject.model.parameters(), None)
+        return torch.device("cpu") if weights is None else weights.device
+
+    @cached_property
+    def limit(self) -> int | None:
+        """The longest context that the model's configuration allows; None if it says nothing."""
+        config = getattr(self.subject.model, "config", None)
+        for name in ("max_position_embeddings", "n_positions"):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    @cached_property
+    def window(self) -> int | None:
+        """How many of the last tokens attention sees at most; None if some layer sees them all."""
+        from reroll.runtime.caches import cache_layers
+
+        program = self.subject.program
+        layers = [] if program is None else cache_layers(program)
+        if not layers or any(layer.size is None for layer in layers):
+            return None
+        return max(layer.size or 0 for layer in layers)
+
+    def need_generation(self) -> None:
+        """Raise NotApplicable unless the model predicts the next token of a text."""
+        if not self.subject.generates:
+            raise NotApplicable(f"{self.name} does not predict the next token of a text")
+
+    def logits(
+        self, ids: Tensor, wanted: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions and the logits [rows, positions, vocabulary] there, piece by piece in order.
+
+        `wanted` are positions in rising order; None stands for all.
+        """
+        ids = ids.to(self.device)
+        length = ids.shape[1]
+        positions = torch.arange(length) if wanted is None else torch.tensor(sorted(wanted))
+        cache: Any = None
+        start = 0
+        while start < length:
+            size = self._size(ids.shape[0], positions, start)
+            inside = positions[(positions >= start) & (positions < start + size)]
+            whole = size >= length and start == 0
+            found = self.forward(
+                ids[:, start : start + size], cache, inside - start, use_cache=not whole
+            )
+            cache = found.get("past_key_values")
+            if cache is None and not whole:
+                # a model that keeps no state sees the whole context at once
+                found = self.forward(ids, None, positions, use_cache=False)
+                yield positions, _kept(found["logits"], positions)
+                return
+            if len(inside):
+                yield inside, _kept(found["logits"], inside - start)
+            start += size
+
+    def _size(self, rows: int, positions: Tensor, start: int) -> int:
+        """How many tokens the next forward takes: no more than their logits have room."""
+        room = max(self.budget // max(rows * self.vocabulary, 1), 1)
+        wanted = positions[positions >= start]
+        if len(wanted) <= room:
+            return self.chunk
+        return max(min(self.chunk, int(wanted[room]) - start), 1)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many logits there are at each position."""
+        size = getattr(getattr(self.subject.model, "config", None), "vocab_size", None)
+        return size if isinstance(size, int) else 2**16
+
+    def forward(self, ids: Tensor, cache: Any, keep: Tensor | int, *, use_cache: bool) -> Any:
+        """One forward of the model itself; `keep` are the positions whose logits are wanted."""
+        accepts = self.subject.accepts
+        options: dict[str, Any] = {}
+        if "use_cache" in accepts:
+            options["use_cache"] = use_cache
+        if cache is not None:
+            options["past_key_values"] = cache
+        if "logits_to_keep" in accepts:
+            none = isinstance(keep, Tensor) and not len(keep)
+            # no position at all cannot be asked for
+            options["logits_to_keep"] = 1 if none else keep
+        with torch.inference_mode():
+            return self.subject.model(input_ids=ids.to(self.device), **options)
+
+    def greedy(self, ids: Tensor, count: int) -> Tensor:
+        """The `count` likeliest next tokens [rows, count], one after the other, no end heeded."""
+        cache: Any = None
+        step = ids.to(self.device)
+        new: list[Tensor] = []
+        for _ in range(count):
+            found = self.forward(step, cache, 1, use_cache=True)
+            cache = found.get("past_key_values")
+            token = found["logits"][:, -1].argmax(-1, keepdim=True)
+            new.append(token)
+            step = token if cache is not None else torch.cat([step, token], dim=1)
+        return torch.cat(new, dim=1).cpu()
+
+
+def _kept(logits: Tensor, positions: Tensor) -> Tensor:
+    """The logits at these positions, of a model that may have given those at all positions."""
+    return logits if logits.shape[1] == len(positions) else logits[:, positions]

@@ -1,0 +1,145 @@
+"""Running measures on a model, one after the other, so that none stops the others."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reroll.errors import RerollError, UsageError
+from reroll.evaluate.harness import Harness
+from reroll.evaluate.measure import Bench, Measure, NotApplicable, Progress, Suite, find, measures
+from reroll.evaluate.runner import Runner
+from reroll.evaluate.subjects import Opening, Subject, open_subject
+from reroll.evaluate.tokenizing import read_text
+from reroll.rewrite.passes.pipeline_parser import parse_calls
+
+log = logging.getLogger(__name__)
+
+
+def choose(text: str | None, suite: Suite) -> tuple[Measure, ...]:
+    """The measures that a line of text such as `perplexity, recall(samples=2)` names; all for None.
+
+    Raises UsageError for one that there is not, or that has no such option.
+    """
+    if suite not in ("quick", "full"):
+        raise UsageError(f"{suite!r} is not a suite", where="--suite", hint="quick or full")
+    if text is None:
+        return tuple(cls.of_suite(suite, {}) for cls in measures().values())
+    calls = parse_calls(text)
+    if not calls:
+        raise UsageError("no measure is named", where="--measures", hint=", ".join(measures()))
+    return tuple(find(call.name).of_suite(suite, call.options) for call in calls)
+
+
+def evaluate(
+    model: Any,
+    original: Any | None = None,
+    measures: Sequence[Measure] | None = None,
+    *,
+    suite: Suite = "quick",
+    text: str | Path | None = None,
+    opening: Opening | None = None,
+    seed: int = 0,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model, and its original beside it if there is one, as JSON data.
+
+    Args:
+        model: a path, a hub id, a Program, a module or a Subject.
+        original: what it is measured beside and against, of the same kinds.
+        measures: all of the suite by default.
+        suite: "quick" or "full".
+        text: text, or a file with text (`Path`); a sample ships.
+        opening: how models are opened; by default with transformers' SDPA attention.
+        seed: of all random choices: the same seed asks the same questions.
+        tasks: of lm-eval, which then counts as one more measure, `lm_eval`.
+        limit: the most questions of each of those.
+        on_progress: called with (done, total, what); a total of 0 is not known.
+
+    Each measure has a `status`: "done" with `result`, "skipped" with a `reason` if it has no
+    meaning for the model, or "failed" with an `error`, and the others go on.
+
+    Raises UsageError and CheckpointError if a model or the text cannot be opened.
+    """
+    report = on_progress or (lambda done, total, what: None)
+    chosen = choose(None, suite) if measures is None else tuple(measures)
+    content = read_text(text)
+    opening = opening or Opening(attention="sdpa")
+    report(0, 0, "opening the model")
+    subject = open_subject(model, opening)
+    other = None
+    if original is not None:
+        report(0, 0, "opening the original")
+        other = open_subject(original, opening)
+    runners = [None if s is None else Runner(s) for s in (subject, other)]
+    assert runners[0] is not None
+    found: dict[str, Any] = {}
+    for number, measure in enumerate(chosen):
+
+        def tell(
+            done: int, total: int, what: str, at: int = number, name: str = measure.name
+        ) -> None:
+            report(at, len(chosen), f"{name}: {what}{f' ({done} of {total})' if total else ''}")
+
+        tell(0, 0, "starting")
+        bench = Bench(runners[0], runners[1], content, seed, tell)
+        found[measure.name] = _run(measure, bench)
+    if tasks:
+        report(0, 0, f"lm-eval: {', '.join(tasks)}")
+        bench = Bench(runners[0], runners[1], content, seed)
+        found["lm_eval"] = _run(Harness.make({"tasks": list(tasks), "limit": limit or 0}), bench)
+    report(len(chosen), len(chosen), "done")
+    return {
+        "model": subject.name,
+        "original": None if other is None else other.name,
+        "suite": suite,
+        "seed": seed,
+        "text": str(text) if isinstance(text, Path) else "sample" if text is None else "given",
+        "dtype": _dtypes(subject, other),
+        "threads": torch.get_num_threads(),
+        "passes": _passes(subject),
+        "measures": found,
+        "seconds": sum(each["seconds"] for each in found.values()),
+    }
+
+
+def _run(measure: Measure, bench: Bench) -> dict[str, Any]:
+    """One measure: what it found, or why it found nothing."""
+    start = time.perf_counter()
+    try:
+        outcome: dict[str, Any] = {"status": "done", "result": measure.run(bench)}
+    except NotApplicable as reason:
+        outcome = {"status": "skipped", "reason": str(reason)}
+    except RerollError as error:
+        outcome = {"status": "failed", "error": str(error)}
+        log.debug("measure %s failed", measure.name, exc_info=True)
+    # what a model's own code raises has no common type, and the other measures can go on
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        outcome = {"status": "failed", "error": f"{type(error).__name__}: {first}"}
+        log.debug("measure %s failed", measure.name, exc_info=True)
+    if outcome["status"] == "done":
+        sides = [s for s in bench.sides if s in outcome["result"]]
+        outcome["headline"] = {s: measure.headline(outcome["result"][s]) for s in sides}
+    options = {key: getattr(measure, key) for key in measure.options()}
+    return {**outcome, "options": options, "seconds": time.perf_counter() - start}
+
+
+def _dtypes(subject: Subject, other: Subject | None) -> dict[str, str | None]:
+    def name(each: Subject | None) -> str | None:
+        return None if each is None else str(each.dtype).removeprefix("torch.")
+
+    return {"model": name(subject), "original": name(other)}
+
+
+def _passes(subject: Subject) -> list[dict[str, Any]]:
+    """The passes that a converted model has been through, with what each measured then."""
+    steps = () if subject.program is None else subject.program.origin.steps
+    return [{"pass": s.text, "seconds": s.seconds, "measured": dict(s.measured)} for s in steps]
