@@ -147,7 +147,12 @@ class Tie(Pass):
         tied: dict[str, Weight] = {}
         for name, nodes in weight_nodes(loop.body.graph).items():
             weight = program.weights[name]
-            if weight.trainable and (self.norms or not all(map(_is_norms, nodes))):
+            # what all trips share already, such as the head that exits use, is no block's
+            if (
+                weight.index is not None
+                and weight.trainable
+                and (self.norms or not all(map(_is_norms, nodes)))
+            ):
                 entries = tuple(
                     self._entry(
                         weight, [t for t, b in enumerate(index) if b == block], first[block]

@@ -376,6 +376,49 @@ def _recurrence_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 recurrence.register_autograd(_recurrence_backward, setup_context=_keep_inputs)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::exit", mutates_args=())
+def exit(done: Tensor, score: Tensor, threshold: float) -> Tensor:
+    """Which tokens [batch, time] are done: those that were, and those whose score is higher.
+
+    Stands in the body of a loop, with a threshold for each trip; at an infinite one nobody leaves,
+    and what is computed for the score alone need not be computed. The score has the shape of
+    `done`.
+    """
+    return done | (score > threshold)
+
+
+@exit.register_fake
+def _(done: Tensor, score: Tensor, threshold: float) -> Tensor:
+    return torch.empty_like(done)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::hold", mutates_args=())
+def hold(done: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """`old` [batch, time, width] where a token is done [batch, time], and `new` where it is not."""
+    return torch.where(done[..., None], old, new)
+
+
+@hold.register_fake
+def _(done: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    return torch.empty_like(new)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::streak", mutates_args=())
+def streak(token: Tensor, last: Tensor, count: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The token that was predicted last, and how often in a row it was predicted before.
+
+    All are [batch, time]. At an infinite threshold there is no exit, and both stay as they were.
+    """
+    if threshold == float("inf"):
+        return last.clone(), count.clone()
+    return token.clone(), torch.where(token == last, count + 1, 0)
+
+
+@streak.register_fake
+def _(token: Tensor, last: Tensor, count: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(last), torch.empty_like(count)
+
+
 def loop(body: str, carry: tuple[Any, ...], inputs: tuple[Any, ...], trips: int) -> tuple[Any, ...]:
     """The depth loop: runs the Program's body of this name `trips` times.
 

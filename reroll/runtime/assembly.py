@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from reroll.rewrite.program import Program
+from reroll.rewrite.rolling.exits import exits_of
 from reroll.runtime.attention_masks import place_masks
 from reroll.runtime.caches import (
     CacheLayer,
@@ -20,6 +21,7 @@ from reroll.runtime.caches import (
     update_function,
 )
 from reroll.runtime.codegen import compile_graph, runnable
+from reroll.runtime.exits import loop_exits, split_exits
 from reroll.runtime.halves import cut
 from reroll.runtime.heads import head_path, keep_before_head, take_embeddings
 from reroll.runtime.hoisting import OWN_INPUTS, hoist_invariants
@@ -83,14 +85,24 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     for loop in program.loops:
         name, inner = loop.name, cache_nodes(loop.body.graph)
         own = {node: (updates[node], number) for number, node in enumerate(inner)}
-        graphs = {"forward": runnable(loop.body.graph, tree.readings[name], layers[name], own)}
+        exits = exits_of(loop)
+        running = None if exits is None else loop_exits(loop, exits)
+        graphs = {}
+        if exits is not None:
+            test, fill, nodes = split_exits(loop, exits)
+            graphs["test"] = runnable(test, tree.readings[name])
+            own_fill = {nodes[node]: update for node, update in own.items()}
+            filled = nodes[layers[name]]
+            graphs["fill"] = runnable(fill, tree.readings[name], filled, own_fill)
+        graphs["forward"] = runnable(loop.body.graph, tree.readings[name], layers[name], own)
         if name in statics:
             graphs["static"] = runnable(statics[name], tree.readings[name])
         trip_type = _trip_type(name, graphs)
         for trip in tree.trips[name]:
             trip.__class__ = trip_type
         sources[name] = trip_type.source
-        loops[name] = Trips(tree.trips[name], numbers[inner[0]][0] if inner else 0, len(inner))
+        first = numbers[inner[0]][0] if inner else 0
+        loops[name] = Trips(tree.trips[name], first, len(inner), exits=running)
     own = {n: (updates[n], numbers[n][0]) for n in cache_nodes(program.graph)}
     graph = runnable(program.graph, readings, layers["main"], own, state)
     main, sources["main"] = compile_graph(graph, "main")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from reroll.errors import UsageError
+from reroll.runtime.exits import DepthReport, depth_report
 from reroll.runtime.loops import keep_positions
 from reroll.runtime.modeling import RerollPreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
@@ -80,7 +84,26 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
         )
         for name, value in outputs.items():
             result[name] = value
+        if self._depths is not None and "depth" in outputs:
+            self._depths.append(outputs["depth"][:, -1])
         return result if return_dict is not False else result.to_tuple()
+
+    # the depth of each new token of the running `generate`, and the report of the last one
+    _depths: list[Tensor] | None = None
+    depth_report: DepthReport | None = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; of a model with exits, `depth_report` says then how deep it went."""
+        if "depth" not in self.program.outputs:
+            return super().generate(*args, **kwargs)
+        self._depths = []
+        try:
+            result = super().generate(*args, **kwargs)
+            self.depth_report = depth_report(self._depths)
+            log.info("generated with %s", self.depth_report)
+        finally:
+            self._depths = None
+        return result
 
     def _tokens(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
         """The token ids; beside embeddings only their size matters."""

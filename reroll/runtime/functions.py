@@ -88,7 +88,19 @@ def embedding(
     return F.embedding(indices, weight, None, None, 2.0, scale_grad_by_freq, sparse)
 
 
+def exit_(done: Tensor, score: Tensor, threshold: float) -> Tensor:
+    """`reroll.exit` without the dispatch of an op of its own."""
+    return done | (score > threshold)
+
+
+def hold(done: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """`reroll.hold`, through which gradients flow."""
+    return torch.where(done[..., None], old, new)
+
+
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    reroll.exit.default: exit_,
+    reroll.hold.default: hold,
     reroll.rms_norm.default: rms_norm,
     reroll.rope.default: rope,
     reroll.glu.default: glu,

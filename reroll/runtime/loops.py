@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from reroll.errors import UsageError
+from reroll.rewrite.rolling.exits import is_open
+from reroll.runtime.exits import LoopExits, can_compact, run_compacted
 
 
 @dataclass
@@ -22,6 +24,7 @@ class Trips:
     # set by `set_trips`: how many trips to run, and how many of the last ones take gradients
     count: int | None = None
     backprop: int | None = None
+    exits: LoopExits | None = None
 
     def schedule(self, layers: Sequence[Any] | None) -> Sequence[nn.Module]:
         """The modules to run, in order."""
@@ -55,7 +58,7 @@ def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any,
     """The last carry of a loop. An input that is a tuple has one value per trip."""
     trips = state.loops[name]
     layers, count, start = state.layers, trips.layers_per_trip, trips.first_layer
-    schedule = trips.schedule(layers)
+    schedule, exits = trips.schedule(layers), trips.exits
     frozen = 0 if trips.backprop is None else len(schedule) - trips.backprop
     for number, trip in enumerate(schedule):
         values = [v[number] if isinstance(v, tuple) else v for v in inputs]
@@ -65,11 +68,16 @@ def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any,
         if layers is not None and count:
             own = layers[start : start + count]
             start += count
+        old = carry
         if number < frozen:
             with torch.no_grad():
                 carry = trip(*carry, *values, past_key_values=own)
+        elif exits is not None and own is not None and can_compact(exits, carry, own):
+            carry = run_compacted(trip, exits, carry, values, own)
         else:
             carry = trip(*carry, *values, past_key_values=own)
+        if exits is not None and is_open(exits.thresholds[number]):
+            carry = trip.test(*old, *carry, *values)  # type: ignore[operator]
     return carry
 
 

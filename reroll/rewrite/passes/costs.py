@@ -17,6 +17,7 @@ from torch import fx
 
 from reroll.rewrite.program import Dim, Loop, Program, TensorType
 from reroll.rewrite.raising.matching import argument
+from reroll.rewrite.rolling.exits import exits_of, is_open
 from reroll.rewrite.rules import find_rule
 
 aten = torch.ops.aten
@@ -74,13 +75,23 @@ def state_bytes(program: Program, context: int) -> int:
 def _total(program: Program, rules: dict[Any, Rule], context: int) -> int:
     total = _graph(program.graph, rules, Place(context))
     for loop in program.loops:
+        exits = exits_of(loop)
         for trip in range(loop.trips):
-            total += _graph(loop.body.graph, rules, Place(context, loop, trip))
+            # where nobody can leave, no score is computed
+            closed = exits is not None and not is_open(exits.thresholds[trip])
+            skipped = exits.tests if exits is not None and closed else frozenset()
+            total += _graph(loop.body.graph, rules, Place(context, loop, trip), skipped)
     return total
 
 
-def _graph(graph: fx.Graph, rules: dict[Any, Rule], place: Place) -> int:
-    return sum(rules[n.target](n, place) for n in graph.nodes if n.target in rules)
+def _graph(
+    graph: fx.Graph,
+    rules: dict[Any, Rule],
+    place: Place,
+    skipped: frozenset[fx.Node] = frozenset(),
+) -> int:
+    nodes = (n for n in graph.nodes if n.target in rules and n not in skipped)
+    return sum(rules[n.target](n, place) for n in nodes)
 
 
 def _shape(value: Any) -> tuple[Dim, ...]:
