@@ -8,12 +8,21 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from reroll.errors import PassError, UsageError
 from reroll.mixers import Mixer, make
 from reroll.mixers.registry import find
-from reroll.passes.linearization.calibrate import Reach, measure_gains, measure_starts, samples
+from reroll.passes.linearization.calibrate import (
+    Reach,
+    joined,
+    least_joint,
+    least_squares,
+    measure_gains,
+    measure_starts,
+    samples,
+)
 from reroll.passes.linearization.features import Feature, mapped
 from reroll.passes.linearization.gates import Projections, Start, liger_gate
 from reroll.passes.linearization.sites import Site, before_rotary, site_of
@@ -22,12 +31,13 @@ from reroll.rewrite.layers import Layer, attention_layers, per_trip
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.passes.selection import Keep, Layers, choose, ranges
 from reroll.rewrite.patterns import Miss, nearest
-from reroll.rewrite.program import Program
+from reroll.rewrite.program import Program, TensorType
 from reroll.rewrite.raising.matching import argument, shape
 from reroll.rewrite.weight_edit import WeightEditor
 from reroll.rewrite.weights import cast, concat, full, zeros
 
 RECURRENCE = torch.ops.reroll.recurrence.default
+MASS = torch.ops.reroll.attention_mass.default
 MUL, ADD = torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor
 
 Value = int | float | bool | str | None
@@ -44,6 +54,9 @@ class Linearize(Pass):
     - `disjoint`: the mixer sees only what the window does not, so its tokens are delayed; it is
       added with a gain per head, a new weight that starts as `gain`. At gain 0 the model starts
       as the pass `window` would leave it.
+    - `joint`: as `disjoint`, under one normalisation: LoLCATs (arXiv 2410.10254), equation 6. What
+      the mixer gives is weighted by the sum of its own weights times the gain, which takes features
+      that are not negative; their part of the whole shrinks what the window gives.
     - `sum`: both see everything that they can, weighted with 1 - mix and mix: Liger (arXiv
       2503.01496), equation 8.
 
@@ -72,7 +85,7 @@ class Linearize(Pass):
     rotary: bool = option(True, help="whether they have their rotary embedding")
     window: int = option(64, help="how many of the last tokens softmax attention sees; 0 for none")
     sinks: int = option(4, help="how many of the first tokens it sees beside them")
-    combine: Literal["disjoint", "sum"] = option(
+    combine: Literal["disjoint", "joint", "sum"] = option(
         "disjoint", help="how the window and the mixer come together"
     )
     mix: float = option(0.5, help="the mixer's part in a sum, from 0 to 1")
@@ -90,6 +103,12 @@ class Linearize(Pass):
                 raise UsageError(f"{name} is {least} or more", f"pass linearize, option {name}")
         if not 0 <= self.mix <= 1:
             raise UsageError("mix is from 0 to 1", "pass linearize, option mix")
+        if self.combine == "joint" and (not self.window or self.feature_map == "none"):
+            raise UsageError(
+                "one normalisation takes a window and a feature map",
+                "pass linearize, option combine",
+                "such as window=64, feature_map=hedgehog",
+            )
         find(self.mixer)
 
     def run(self, program: Program, context: Context) -> Program:
@@ -111,7 +130,9 @@ class Linearize(Pass):
         if text and self.gain is None and self._has_gain():
             # the attentions are still the original's, and gains are zero: so are all inputs
             exact = self._with_gains(sites, gains).result()
-            gains, explained = measure_gains(exact, mixers, layers, text, reach, context)
+            least = least_joint if self.combine == "joint" and self.window else least_squares
+            measured = measure_gains(exact, mixers, layers, text, reach, context, least)
+            gains, explained = measured
             context.remark(_calibrated(starts, explained, done))
         edit = self._with_gains(sites, gains)
         for site in sites:
@@ -150,17 +171,21 @@ class Linearize(Pass):
         old, users = site.node, list(site.node.users)
         with site.graph.inserting_before(old):
             mixed = self._recurrence(site, projections)
+            gain = None
             if self._has_gain():
-                # what it is, the site's layers are told at the end
-                gain = site.new_weight(
-                    "gain", (site.heads,), lambda _: zeros((site.heads,), site.dtype)
-                )
-                gained = insert(site.graph, _times_heads, [mixed, gain])
+                zero = zeros((site.heads,), site.dtype)
+                gain = site.new_weight("gain", (site.heads,), lambda _: zero)
                 site.gain = str(gain.target)
-        if self._has_gain():
-            result = site.after(old, ADD, (old, gained))
-        else:
+        if gain is None:
             result = self._sum(site, mixed)
+        elif self.combine == "joint" and self.window:
+            site.mass = _mass(site)
+            with site.graph.inserting_before(site.mass.next):
+                result = insert(site.graph, joined, [old, site.mass, mixed, gain])
+        else:
+            with site.graph.inserting_before(old):
+                gained = insert(site.graph, _times_heads, [mixed, gain])
+            result = site.after(old, ADD, (old, gained))
         for user in users:
             user.replace_input_with(old, result)
         return mixed
@@ -195,6 +220,8 @@ class Linearize(Pass):
         prefix = (self.sinks or None) if self.window else None
         site.layer.set("window", dict.fromkeys(site.chosen, self.window))
         site.layer.set("prefix", dict.fromkeys(site.chosen, prefix))
+        if site.mass is not None:
+            _look_alike(site.mass, site.node)
 
     def _recurrence(self, site: Site, projections: Projections) -> fx.Node:
         """The mixer's node, [batch, time, heads, d_v]."""
@@ -203,8 +230,13 @@ class Linearize(Pass):
             q, k = before_rotary(q), before_rotary(k)
         q, k = mapped(site, q, self.feature_map, "q"), mapped(site, k, self.feature_map, "k")
         mixer = self._mixer(site)
-        gates = self._gates(site, mixer, int(shape(k)[3]), projections)
-        delay = self.window if self.window and self.combine == "disjoint" else 0
+        d_v = site.d_v + (self.combine == "joint")
+        gates = self._gates(site, mixer, (int(shape(k)[3]), d_v), projections)
+        delay = self.window if self.window and self.combine != "sum" else 0
+        v = site.v
+        if self.combine == "joint":
+            # a channel of ones, which the mixer sums with its weights
+            v = insert(site.graph, lambda v: F.pad(v, (0, 1), value=1.0), [v])
         kwargs: dict[str, Any] = {
             "padding": argument(site.node, "padding"),
             "delay": delay,
@@ -213,10 +245,11 @@ class Linearize(Pass):
         }
         node = site.graph.call_function(
             RECURRENCE,
-            (q, k, site.v, gates, self.mixer, mixer.text()),
+            (q, k, v, gates, self.mixer, mixer.text()),
             {name: v for name, v in kwargs.items() if v not in (None, 0) and v is not True},
         )
-        node.meta["type"] = site.node.meta["type"]
+        kind = site.node.meta["type"]
+        node.meta["type"] = TensorType(kind.dtype, (*kind.shape[:-1], shape(v)[3]))
         return node
 
     def _mixer(self, site: Site) -> Mixer:
@@ -227,9 +260,11 @@ class Linearize(Pass):
             options["scale"] = 1.0
         return make(self.mixer, options)
 
-    def _gates(self, site: Site, mixer: Mixer, d_k: int, projections: Projections) -> list[fx.Node]:
+    def _gates(
+        self, site: Site, mixer: Mixer, sizes: tuple[int, int], projections: Projections
+    ) -> list[fx.Node]:
         made = []
-        for gate in mixer.gates(d_k, site.d_v):
+        for gate in mixer.gates(*sizes):
             if self.gates in ("learned", "calibrated"):
                 made.append(projections.gate(site, gate))
             else:
@@ -249,6 +284,22 @@ class Linearize(Pass):
 def _times_heads(x: Tensor, gain: Tensor) -> Tensor:
     """A factor per head on [batch, time, heads, size]."""
     return x * gain.unsqueeze(-1)
+
+
+def _mass(site: Site) -> fx.Node:
+    """The node of what an attention divides by, behind it."""
+    with site.graph.inserting_after(site.node):
+        node = site.graph.call_function(MASS)
+    _look_alike(node, site.node)
+    kind = site.node.meta["type"]
+    node.meta["type"] = TensorType(torch.float32, kind.shape[:-1])
+    return node
+
+
+def _look_alike(mass: fx.Node, attention: fx.Node) -> None:
+    """Give the mass the arguments that the attention has."""
+    q, k, _, scale = attention.args[:4]
+    mass.args, mass.kwargs = (q, k, scale), dict(attention.kwargs)
 
 
 def _calibrated(

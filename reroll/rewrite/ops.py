@@ -162,9 +162,38 @@ def attention(
     """
     if causal and window == 0 and not prefix:
         return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    scores = _scores(
+        q, k, scale, causal, window, chunk, softcap, sinks, bias, padding, blocks, prefix
+    )
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        v = v.repeat_interleave(groups, 1)
+    if sinks is not None:
+        scores = scores - scores.max(dim=-1, keepdim=True).values
+        weights = F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+    else:
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(weights, v).transpose(1, 2).contiguous()
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    padding: Tensor | None,
+    blocks: Tensor | None,
+    prefix: int | None,
+) -> Tensor:
+    """What the softmax of an attention is over: [batch, heads, time, keys], sinks in a last one."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k = k.repeat_interleave(groups, 1)
     scores = torch.matmul(q, k.transpose(2, 3)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -179,16 +208,43 @@ def attention(
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
         scores = torch.cat([scores, column], dim=-1)
-        scores = scores - scores.max(dim=-1, keepdim=True).values
-        weights = F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
-    else:
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return torch.matmul(weights, v).transpose(1, 2).contiguous()
+    return scores
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float, *_: object, **__: object) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_mass", mutates_args=())
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    padding: Tensor | None = None,
+    blocks: Tensor | None = None,
+    prefix: int | None = None,
+) -> Tensor:
+    """What the softmax of an attention divides by: the sum of exp(score - highest score).
+
+    The arguments are those of `attention`. Returns [batch, time, heads] in fp32.
+    """
+    scores = _scores(
+        q, k, scale, causal, window, chunk, softcap, sinks, bias, padding, blocks, prefix
+    ).float()
+    highest = scores.max(dim=-1, keepdim=True).values
+    return (scores - highest).exp().sum(-1).transpose(1, 2).contiguous()
+
+
+@attention_mass.register_fake
+def _(q: Tensor, k: Tensor, scale: float, *_: object, **__: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())

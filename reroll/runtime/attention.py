@@ -136,15 +136,57 @@ def _block(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
+    scores = _scores(q, k, scale, mask, softcap, sinks, bias)
+    if sinks is None:
+        return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return torch.matmul(F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1], v)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
     scores = torch.matmul(q, k.transpose(2, 3)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias
     scores = _hide(scores, mask)
-    if sinks is None:
-        return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
-    column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
-    scores = torch.cat([scores, column], dim=-1)
-    scores = scores - scores.max(dim=-1, keepdim=True).values
-    return torch.matmul(F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1], v)
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+        scores = torch.cat([scores, column], dim=-1)
+    return scores
+
+
+def mass(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`reroll.attention_mass` with the mask that `attend` takes: [batch, time, heads] in fp32."""
+    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if mask is None and causal and length > 1:
+        k, mask = k[:, :, :length], _causal(length, q.device)
+    if bias is not None:
+        bias = _fit(bias, k.shape[2])
+    if groups > 1:
+        k = k.repeat_interleave(groups, 1)
+    parts = []
+    for start in range(0, length, _QUERY_BLOCK):
+        rows = slice(start, start + _QUERY_BLOCK)
+        part = [t[..., rows, :] if t is not None and t.shape[-2] > 1 else t for t in (mask, bias)]
+        scores = _scores(q[:, :, rows], k, scale, part[0], softcap, sinks, part[1]).float()
+        highest = scores.max(dim=-1, keepdim=True).values.detach()
+        parts.append((scores - highest).exp().sum(-1))
+    return torch.cat(parts, dim=2).transpose(1, 2)

@@ -15,9 +15,11 @@ from reroll.errors import ProgramError
 from reroll.rewrite.program import Loop, Program
 from reroll.rewrite.raising.matching import all_arguments, argument, shape
 from reroll.runtime.attention import attend
+from reroll.runtime.attention import mass as masses
 from reroll.runtime.caches import (
     ATTENTION,
     CACHE,
+    MASKED,
     cache_layers,
     cache_nodes,
     layer_of,
@@ -37,11 +39,11 @@ def place_masks(program: Program, layers: dict[str, fx.Node]) -> None:
     loops = {loop.node: loop for loop in program.loops}
     # in the order in which they run: a mask that is made for one is there for the next
     for node in list(program.graph.nodes):
-        if node.target is ATTENTION:
+        if node.target in MASKED:
             placer.rewrite(node, None, layers["main"])
         elif node in loops:
             loop = loops[node]
-            for inner in [n for n in loop.body.graph.nodes if n.target is ATTENTION]:
+            for inner in [n for n in loop.body.graph.nodes if n.target in MASKED]:
                 placer.rewrite(inner, loop, layers[loop.name])
             drop_unused_inputs(loop)
 
@@ -212,11 +214,12 @@ def _fit_bias(node: fx.Node, layers: fx.Node, number: int) -> None:
 
 
 def _set_mask(node: fx.Node, mask: fx.Node | None) -> None:
-    names = (a.name for a in ATTENTION._schema.arguments)
+    names = (a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
     get = dict(zip(names, all_arguments(node), strict=True))
     extra = [get["softcap"], get["sinks"], get["bias"]]
     while extra and extra[-1] is None:
         extra.pop()
-    node.target = attend
-    node.args = (get["q"], get["k"], get["v"], get["scale"], get["causal"], mask, *extra)
+    tensors = [get[name] for name in ("q", "k", "v") if name in get]
+    node.target = attend if node.target is ATTENTION else masses
+    node.args = (*tensors, get["scale"], get["causal"], mask, *extra)
     node.kwargs = {}

@@ -21,6 +21,9 @@ from reroll.rewrite.raising.matching import argument, shape
 CACHE = torch.ops.reroll.cache.default
 RECURRENCE = torch.ops.reroll.recurrence.default
 ATTENTION = torch.ops.reroll.attention.default
+MASS = torch.ops.reroll.attention_mass.default
+# what reads keys under a mask
+MASKED = (ATTENTION, MASS)
 
 # where a configuration has the size of a cache layer
 _SIZES = {
@@ -120,7 +123,7 @@ def _readers(cache: fx.Node) -> list[fx.Node | None]:
             readers.append(None)
             continue
         for user in item.users:
-            readers.append(user if user.target is ATTENTION else None)
+            readers.append(user if user.target in MASKED else None)
     return readers
 
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import argument
-from reroll.runtime.caches import ATTENTION, RECURRENCE
+from reroll.runtime.caches import MASKED, RECURRENCE
 from reroll.runtime.hoisting import placeholders
 from reroll.runtime.masks import visible_tokens
 
@@ -63,5 +63,5 @@ def _is_padding_only(node: fx.Node) -> bool:
 
 def _hides(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node takes another one as padding."""
-    takes = user.target is ATTENTION or user.target is RECURRENCE
+    takes = user.target in (*MASKED, RECURRENCE)
     return takes and argument(user, "padding") is node

@@ -33,7 +33,8 @@ DISJOINT = "linearize(window=5, sinks=2, gain=0.5)"
 HYBRID = "linearize(window=5, sinks=2, gain=0.5, keep=2, feature_map=hedgehog)"
 LIGER = "linearize(window=5, sinks=0, combine=sum, gates=liger, rotary=false, feature_map=softmax)"
 PURE = "linearize(window=0, keep=[1], layers=[0, 1, 3])"
-ALL = {"disjoint": DISJOINT, "hybrid": HYBRID, "liger": LIGER, "pure": PURE}
+JOINT = "linearize(window=5, sinks=2, gain=0.5, keep=3, combine=joint, feature_map=hedgehog)"
+ALL = {"disjoint": DISJOINT, "hybrid": HYBRID, "liger": LIGER, "pure": PURE, "joint": JOINT}
 
 
 class TestLinearize(PassSuite):
@@ -168,6 +169,40 @@ def test_liger_by_its_formulas() -> None:
     torch.testing.assert_close(seen[node.name], expected)
 
 
+def test_joint_normalisation_by_its_formula() -> None:
+    """LoLCATs, arXiv 2410.10254, equation 6, one token at a time, without decay."""
+    text = "linearize(mixer=linear, mixer_options={normalise: false}, window=4, sinks=0, gain=0.5, "
+    program = linear("llama", text + "combine=joint, feature_map=softmax)")
+    (layer,) = attention_layers(program)
+    mixer = next(n for n in layer.node.graph.nodes if "recurrence" in str(n.target))
+    seen: dict[str, Any] = {}
+
+    def keep(name: str, trip: int | None, at: Any, args: tuple[Any, ...], out: Any) -> None:
+        del name
+        if trip == 0 and at is mixer:
+            seen["features"] = args[:2]
+        elif trip == 0 and at is layer.node:
+            seen["attention"] = args[:4]
+        elif trip == 0 and "flatten" in str(at.target):
+            seen["out"] = args[0]
+
+    run(program, {"input_ids": prompts()["input_ids"][:1]}, observe=keep)
+    q, k, v, scale = seen["attention"]
+    features = [x[0] for x in seen["features"]]
+    q, k, v = q[0], k[0].repeat_interleave(2, 0), v[0].repeat_interleave(2, 0)
+    phi_q, phi_k = features[0], features[1].repeat_interleave(2, 0)
+    for t in range(q.shape[1]):
+        start = max(t - 3, 0)
+        scores = (k[:, start : t + 1] @ q[:, t, :, None])[..., 0] * scale
+        near = (scores - scores.max(-1, keepdim=True).values).exp()
+        far = 0.5 * (phi_k[:, :start] @ phi_q[:, t, :, None])[..., 0]
+        top = (near[..., None] * v[:, start : t + 1]).sum(1) + (far[..., None] * v[:, :start]).sum(
+            1
+        )
+        expected = top / (near.sum(-1) + far.sum(-1))[:, None]
+        torch.testing.assert_close(seen["out"][0, t], expected)
+
+
 def test_the_state_does_not_depend_on_the_context() -> None:
     program = linear("llama", "linearize(window=16, sinks=4)")
     window, state, waiting = 2 * 20 * 2 * 8 * 4, 2 * 8 * 8 * 4, 16 * 2 * (2 * 8 + 1) * 4
@@ -241,6 +276,8 @@ def test_what_is_refused() -> None:
         linear("bert", "linearize()")
     with pytest.raises(UsageError, match="no mixer"):
         linear("llama", "linearize(mixer=no_such)")
+    with pytest.raises(UsageError, match="a window and a feature map"):
+        linear("llama", "linearize(combine=joint)")
     with pytest.raises(PassError, match="Liger has no gate"):
         linear("llama", "linearize(gates=liger-code)")
 
@@ -314,6 +351,15 @@ class TestCalibration:
         best = error(0.0)
         assert best < error(0.02)
         assert best < error(-0.02)
+
+    def test_the_gain_of_a_joint_normalisation(self, with_text: Program) -> None:
+        text = "linearize(window=16, gates=calibrated, feature_map=softmax, samples=1, "
+        after = run_passes(with_text, text + "combine=joint)", measure=False)
+        (name,) = (n for n in after.weights if n.endswith("mixer.gain"))
+        found = after.origin.steps[-1].remarks[0]
+        assert "bring back" in found
+        gains = Context().compute(after, after.weights[name].entries)
+        assert all(((g == 0) | (g >= 1e-3)).all() and (g <= 1e3).all() for g in gains)
 
     def test_without_text_it_says_so(self) -> None:
         plain = linear("llama", "linearize(window=5, gates=calibrated)")

@@ -9,9 +9,9 @@ the inputs that the original's layers have.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,8 @@ from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.samples import token_inputs
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.attention import ARGUMENTS
+
+MASS = torch.ops.reroll.attention_mass.default
 
 LENGTH = 512
 # half-lives that are less than a token or more than any text say nothing
@@ -120,9 +122,6 @@ class _Sums:
     mass: Tensor | float = 0.0
     entropy: Tensor | float = 0.0
     count: int = 0
-    product: Tensor | float = 0.0
-    square: Tensor | float = 0.0
-    rest: Tensor | float = 0.0
 
 
 def measure_starts(
@@ -175,36 +174,125 @@ def measure_gains(
     inputs: Sequence[Mapping[str, Tensor]],
     reach: Reach,
     context: Context,
+    least: Callable[[Seen, Reach], Errors],
 ) -> tuple[dict[int, Tensor], dict[int, float]]:
-    """For every layer the factor per query head, and how much of what is missing it brings back.
+    """For every layer the gain per query head, and how much of what is missing it brings back.
 
-    `pairs` has the mixer's node of each attention, whose arguments are still the original's.
+    `pairs` has the mixer's node of each attention, whose arguments are still the original's;
+    `least` says what each of a set of gains would miss on one input.
     """
-    sums: dict[int, _Sums] = {}
+    sums: dict[int, Errors] = {}
     for seen in observed(program, layers, inputs, context, pairs):
         if seen.mixed is not None:
-            missing, mixed = seen.out - _windowed(seen, reach), seen.mixed
-            own = sums.setdefault(seen.number, _Sums())
-            own.product = own.product + (missing * mixed).sum((0, 1, 3))
-            own.square = own.square + mixed.square().sum((0, 1, 3))
-            own.rest = own.rest + missing.square().sum((0, 1, 3))
-    gains, explained = {}, {}
-    for number, own in sums.items():
-        product, square, rest = own.product, own.square, own.rest
-        assert isinstance(product, Tensor)
-        assert isinstance(square, Tensor)
-        assert isinstance(rest, Tensor)
-        gains[number] = (product / square.clamp(min=1e-12)).clamp(min=0.0)
-        after = rest - 2 * gains[number] * product + gains[number].square() * square
-        explained[number] = 1 - float(after.sum() / rest.sum().clamp(min=1e-12))
+            new, old = least(seen, reach), sums.get(seen.number)
+            sums[seen.number] = new if old is None else old.plus(new)
+    best = {number: errors.best() for number, errors in sums.items()}
+    gains = {number: gain for number, (gain, _) in best.items()}
+    explained = {
+        n: 1 - float(missed.sum() / sums[n].nothing().sum().clamp(min=1e-12))
+        for n, (_, missed) in best.items()
+    }
     return gains, explained
 
 
-def _windowed(seen: Seen, reach: Reach) -> Tensor | float:
-    """What the attention would give over the window and the first tokens."""
-    if not reach.window:
-        return 0.0
+class Errors(Protocol):
+    """The squared error [heads] of a layer's output as a function of the gain."""
+
+    def plus(self, other: Any) -> Any:
+        """The errors over both sets of tokens."""
+
+    def nothing(self) -> Tensor:
+        """The error at gain 0."""
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The gain with the least error, and that error."""
+
+
+@dataclass
+class Quadratic:
+    """|missing - gain * mixed|^2."""
+
+    rest: Tensor
+    product: Tensor
+    square: Tensor
+
+    def plus(self, other: Quadratic) -> Quadratic:
+        """The sum of both."""
+        return Quadratic(
+            self.rest + other.rest, self.product + other.product, self.square + other.square
+        )
+
+    def nothing(self) -> Tensor:
+        """The error at gain 0."""
+        return self.rest
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The least squares solution, or 0 if that is negative."""
+        gain = (self.product / self.square.clamp(min=1e-12)).clamp(min=0.0)
+        return gain, self.rest - 2 * gain * self.product + gain.square() * self.square
+
+
+@dataclass
+class Table:
+    """The error at each of a number of gains: [gains, heads]."""
+
+    gains: Tensor
+    errors: Tensor
+
+    def plus(self, other: Table) -> Table:
+        """The sum of both."""
+        return Table(self.gains, self.errors + other.errors)
+
+    def nothing(self) -> Tensor:
+        """The error at gain 0."""
+        return self.errors[0]
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The gain of the table with the least error."""
+        least = self.errors.min(0)
+        return self.gains[least.indices], least.values
+
+
+def least_squares(seen: Seen, reach: Reach) -> Quadratic:
+    """What a mixer misses that is added with a gain."""
+    assert seen.mixed is not None
+    missing = seen.out - (_windowed(ATTENTION, seen, reach) if reach.window else 0.0)
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum((0, 1, 3))
+
+    return Quadratic(
+        total(missing.square()), total(missing * seen.mixed), total(seen.mixed.square())
+    )
+
+
+def least_joint(seen: Seen, reach: Reach) -> Table:
+    """What a mixer misses that shares one normalisation with the window."""
+    assert seen.mixed is not None
+    window, mass = (_windowed(op, seen, reach) for op in (ATTENTION, MASS))
+    gains = torch.cat((torch.zeros(1), torch.logspace(-3, 3, 49)))
+    errors = [
+        (joined(window, mass, seen.mixed, gain) - seen.out).square().sum((0, 1, 3))
+        for gain in gains
+    ]
+    return Table(gains, torch.stack(errors))
+
+
+def joined(window: Tensor, mass: Tensor, mixed: Tensor, gain: Tensor) -> Tensor:
+    """What a window [batch, time, heads, size] and a mixer give under one normalisation.
+
+    `mass` [batch, time, heads] is what the window divides by; `mixed` has one channel more, the sum
+    of the mixer's weights. Those are multiplied by `gain` [heads].
+    """
+    mass, gain = mass.unsqueeze(-1), gain.float().unsqueeze(-1)
+    values, weights = mixed[..., :-1].float() * gain, mixed[..., -1:].float() * gain
+    return ((window.float() * mass + values) / (mass + weights)).to(window.dtype)
+
+
+def _windowed(op: Any, seen: Seen, reach: Reach) -> Tensor:
+    """What the attention would give, or divide by, over the window and the first tokens."""
     named = {**seen.named, "causal": True, "window": reach.window, "prefix": reach.sinks or None}
+    tensors = (seen.q, seen.k, seen.v) if op is ATTENTION else (seen.q, seen.k)
     with torch.no_grad():
-        out: Tensor = ATTENTION(seen.q, seen.k, seen.v, seen.scale, **named)
+        out: Tensor = op(*tensors, seen.scale, **named)
     return out

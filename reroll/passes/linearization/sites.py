@@ -42,6 +42,8 @@ class Site:
     v: fx.Node
     # the name of the weight with its gains, once it has one
     gain: str | None = None
+    # the node of what the attention divides by, if that is wanted
+    mass: fx.Node | None = None
 
     @property
     def node(self) -> fx.Node:

@@ -147,6 +147,11 @@ def _attention(node: fx.Node, place: Place) -> int:
     return 2 * rows * _keys(node, place) * (_count(q[-1:]) + _count(v[-1:])) if k else 0
 
 
+def _mass(node: fx.Node, place: Place) -> int:
+    q = _shape(node.args[0])
+    return 2 * _count((*q[:1], *q[1:3])) * _keys(node, place) * _count(q[-1:])
+
+
 def _keys(node: fx.Node, place: Place) -> int:
     """How many keys one query of an attention sees at most."""
     length = _shape(node.args[1])[2]
@@ -218,5 +223,6 @@ def _mixer(node: fx.Node, place: Place) -> tuple[str, str, tuple[int, ...]]:
 
 
 register(ATTENTION, flops=_attention)
+register(torch.ops.reroll.attention_mass.default, flops=_mass)
 register(RECURRENCE, flops=_recurrence_flops, state=_recurrence_state)
 register(CACHE, state=_cache)
