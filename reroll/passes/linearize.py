@@ -254,10 +254,13 @@ class Linearize(Pass):
 
     def _mixer(self, site: Site) -> Mixer:
         options = dict(self.mixer_options)
-        if "scale" not in options and self.feature_map == "none":
-            options["scale"] = float(argument(site.node, "scale"))
-        elif "scale" not in options:
-            options["scale"] = 1.0
+        if self.feature_map == "none":
+            options.setdefault("scale", float(argument(site.node, "scale")))
+        else:
+            options.setdefault("scale", 1.0)
+            if "feature_map" in find(self.mixer).options():
+                # one map is enough
+                options.setdefault("feature_map", "none")
         return make(self.mixer, options)
 
     def _gates(
