@@ -26,10 +26,15 @@ from reroll.runtime.caches import CACHE, cache_nodes
 
 @dataclass
 class LoopExits:
-    """What a running loop needs to know of its exits; `compact`: done rows can be left out."""
+    """What a running loop needs to know of its exits.
+
+    `holds`: what is carried first stays as it is for tokens that are done; `compact`: rows of them
+    can be left out.
+    """
 
     done: int
     thresholds: tuple[float, ...]
+    holds: bool
     compact: bool
 
 
@@ -76,7 +81,8 @@ def loop_exits(loop: Loop, exits: Exits) -> LoopExits:
     plain = all(n.target is CACHE for n in cache_nodes(loop.body.graph))
     # a body that is told how many rows there are cannot run for fewer
     plain = plain and not any(isinstance(n, fx.Node) and _is_size(n) for n in loop.inputs)
-    return LoopExits(exits.done, exits.thresholds, plain and returned[0].target is HOLD)
+    holds = returned[0].target is HOLD
+    return LoopExits(exits.done, exits.thresholds, holds, plain and holds)
 
 
 def _is_size(node: fx.Node) -> bool:

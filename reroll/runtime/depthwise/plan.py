@@ -1,0 +1,133 @@
+"""Running a graph for rows of which each may be in another trip of the loop.
+
+Rows are sorted by trip, so that the rows of one trip are a segment. A weight that all trips in the
+batch share is used once for all rows; of a weight that differs, such as a norm or a low-rank
+factor, every segment gets its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reroll.rewrite.raising.matching import argument
+from reroll.runtime.caches import ATTENTION, CACHE
+from reroll.runtime.functions import BINARY, FUNCTIONS, METHODS
+
+
+@dataclass(frozen=True)
+class PerSegment:
+    """A value that each segment has its own of."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one run: how many are in each segment, and where their caches are.
+
+    `store(number, k, v)` takes new keys and values, `attend(number, q, node)` gives an attention's
+    result; `number` counts the caches of one trip.
+    """
+
+    sizes: tuple[int, ...]
+    store: Callable[[int, Tensor, Tensor], None] | None = None
+    attend: Callable[[int, Tensor, fx.Node], Tensor] | None = None
+
+
+class Plan:
+    """A graph, or the part of it that gives some of its values, ready to run."""
+
+    def __init__(self, graph: fx.Graph, outputs: Sequence[fx.Node] | None = None) -> None:
+        returned: Any = graph.output_node().args[0]
+        self.outputs = list(returned if outputs is None else outputs)
+        caches = [n for n in graph.nodes if n.target is CACHE]
+        self.caches = {node: number for number, node in enumerate(caches)}
+        needed = _needed(self.outputs)
+        self.places = [n for n in graph.nodes if n.op == "placeholder"]
+        self.nodes = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
+        self.calls = {n: _function(n) for n in self.nodes if n.op == "call_function"}
+
+    def run(
+        self, given: Iterable[Any], weight: Callable[[str], Any], batch: Batch
+    ) -> tuple[Any, ...]:
+        """The outputs for the values of the placeholders; `weight` gives weights by name."""
+        values: dict[fx.Node, Any] = dict(zip(self.places, given, strict=True))
+        for node in self.nodes:
+            if node.op == "get_attr":
+                values[node] = weight(str(node.target))
+            elif node in self.caches:
+                assert batch.store is not None
+                k, v = (values[a] for a in node.args[:2])  # type: ignore[index]
+                batch.store(self.caches[node], k, v)
+                values[node] = (k, v)
+            elif node.target is ATTENTION and (cache := self._cache_of(node)) is not None:
+                assert batch.attend is not None
+                values[node] = batch.attend(self.caches[cache], values[node.args[0]], node)  # type: ignore[index]
+            else:
+                values[node] = self._call(node, values, batch.sizes)
+        return tuple(values[n] for n in self.outputs)
+
+    def _cache_of(self, attention: fx.Node) -> fx.Node | None:
+        k = argument(attention, "k")
+        source = k.args[0] if k.target is operator.getitem else None
+        return source if source in self.caches else None
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, Any], sizes: tuple[int, ...]) -> Any:
+        function = self.calls[node]
+        args = [_value(a, values) for a in node.args]
+        kwargs = {k: _value(v, values) for k, v in node.kwargs.items()}
+        if not any(isinstance(a, PerSegment) for a in (*args, *kwargs.values())):
+            return function(*args, **kwargs)
+        rows, start, parts = sum(sizes), 0, []
+        for number, size in enumerate(sizes):
+
+            def of_segment(
+                value: Any, number: int = number, start: int = start, stop: int = start + size
+            ) -> Any:
+                if isinstance(value, PerSegment):
+                    return value.values[number]
+                if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+                    return value[start:stop]
+                return value
+
+            own = {k: of_segment(v) for k, v in kwargs.items()}
+            parts.append(function(*map(of_segment, args), **own))
+            start += size
+        if isinstance(parts[0], tuple):
+            return tuple(map(torch.cat, zip(*parts, strict=True)))
+        return torch.cat(parts)
+
+
+def _needed(outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _value(item: Any, values: dict[fx.Node, Any]) -> Any:
+    if isinstance(item, fx.Node):
+        return values[item]
+    if isinstance(item, list | tuple):
+        return fx.node.map_arg(item, lambda n: values[n])
+    return item
+
+
+def _function(node: fx.Node) -> Callable[..., Any]:
+    target: Any = node.target
+    if target in METHODS:
+        name = METHODS[target]
+        return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
+    if target in BINARY and len(node.args) == 2 and not node.kwargs:
+        return BINARY[target]
+    return FUNCTIONS.get(target, target)

@@ -1,0 +1,249 @@
+"""Continuous depth-wise batching: requests join and leave a batch at any depth of the loop.
+
+Relaxed Recursive Transformers (arXiv 2410.20672), section 2.4, as a running system. Trips that
+share their weights run together, whatever token they belong to: while one request is in the second
+round through the blocks, another that left early is in the first round of its next token. A token
+that leaves makes room at once, and new requests join while others run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from reroll.errors import UsageError
+from reroll.runtime.depthwise.engine import Engine, Row
+from reroll.runtime.exits import DepthReport
+
+Mode = Literal["depth", "compact", "lockstep"]
+
+
+@dataclass
+class Request:
+    """A prompt and what has been generated for it; `prompt` [length] are token ids."""
+
+    number: int
+    prompt: Tensor
+    limit: int
+    stop: frozenset[int]
+    tokens: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    slot: int | None = None
+    done: bool = False
+
+
+@dataclass
+class Counts:
+    """What a scheduler has done: trips run for batches and for rows, skipped ones, logits made."""
+
+    batches: int = 0
+    trips: int = 0
+    skipped: int = 0
+    heads: int = 0
+
+
+class DepthScheduler:
+    """Greedy decoding of many requests in one batch, each at its own depth.
+
+    Every stream gets the tokens that it would get alone. `slots` requests run at once, the others
+    wait; none may have more than `length` tokens with its prompt. `mode` is there to compare with:
+    `compact` starts all tokens together and drops those that are done, `lockstep` does not drop
+    them and waits for the slowest.
+
+        with DepthScheduler(model, slots=16) as scheduler:
+            number = scheduler.submit(ids, max_new_tokens=64)
+            for token in scheduler.stream(number):
+                ...
+
+    Raises UsageError for a model whose graph is not one loop between embedding and head.
+    """
+
+    def __init__(
+        self, model: Any, *, slots: int = 16, length: int = 1024, mode: Mode = "depth"
+    ) -> None:
+        self.engine = Engine(model, slots, length)
+        self.model, self.mode = model, mode
+        self.counts = Counts()
+        self._free = list(range(slots))[::-1]
+        self._waiting: deque[Request] = deque()
+        self._requests: dict[int, Request] = {}
+        self._running: dict[int, Request] = {}
+        self._rows: list[Row] = []
+        self._ended: list[Row] = []
+        self._group = -1
+        self._number = 0
+        self._closed = False
+
+    def submit(
+        self, prompt: Tensor | Sequence[int], *, max_new_tokens: int = 64, stop: Sequence[int] = ()
+    ) -> int:
+        """Add a request, also while others run; returns its number.
+
+        `prompt` are token ids [length]; `stop` are ids that end it, after they have been given.
+        """
+        ids = torch.as_tensor(prompt, dtype=torch.long).flatten()
+        if self._closed:
+            raise UsageError("the scheduler is closed")
+        if not len(ids) or max_new_tokens < 1:
+            raise UsageError("a request has a prompt, and one new token at least")
+        if len(ids) + max_new_tokens > self.engine.pool.length:
+            raise UsageError(
+                f"{len(ids)} + {max_new_tokens} tokens do not fit the length of "
+                f"{self.engine.pool.length}",
+                hint="give the scheduler a larger length",
+            )
+        self._number += 1
+        request = Request(self._number, ids, max_new_tokens, frozenset(stop))
+        self._requests[request.number] = request
+        self._waiting.append(request)
+        return request.number
+
+    def stream(self, number: int) -> Iterator[int]:
+        """The tokens of a request as they come; others go on meanwhile."""
+        if number not in self._requests:
+            raise UsageError(f"there is no request {number}")
+        request, given = self._requests[number], 0
+        while True:
+            while given < len(request.tokens):
+                yield request.tokens[given]
+                given += 1
+            if request.done or self._closed:
+                return
+            self.tick()
+
+    def run(self) -> None:
+        """Go on until all requests are answered."""
+        while self._waiting or self._running:
+            self.tick()
+
+    def depth_report(self) -> DepthReport:
+        """How many trips the tokens so far made; first tokens, which prompts give, not counted."""
+        counts: dict[int, int] = {}
+        for request in self._requests.values():
+            for depth in request.depths:
+                counts[depth] = counts.get(depth, 0) + 1
+        return DepthReport(dict(sorted(counts.items())))
+
+    def close(self) -> None:
+        """Forget all requests and caches."""
+        self._closed = True
+        self._waiting.clear()
+        self._rows, self._ended, self._running = [], [], {}
+
+    def __enter__(self) -> DepthScheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- one tick: one group of trips, for all rows that are at one of them
+
+    @torch.no_grad()
+    def tick(self) -> None:
+        """Let requests join, run one batch of trips, and give out the tokens that are through."""
+        self._admit()
+        if not self._rows:
+            return
+        engine = self.engine
+        rows = self._next_rows()
+        engine.run_step(rows)
+        self.counts.batches += 1
+        self.counts.trips += len(rows)
+        ended = [r for r in rows if self._has_ended(r)]
+        self._rows = [r for r in self._rows if not any(r is e for e in ended)]
+        self._ended += [r for r in ended if not r.background]
+        if self._ended and (self.mode == "depth" or self._batch_is_through()):
+            finished, self._ended = self._ended, []
+            self._finish(finished)
+
+    def _has_ended(self, row: Row) -> bool:
+        if row.background or self.mode != "lockstep":
+            return row.trip == self.engine.trips or (
+                not row.background and self.engine.has_left(row)
+            )
+        # everybody waits until all have left
+        return row.trip == self.engine.trips or all(
+            self.engine.has_left(r) for r in self._rows if r.trip == row.trip
+        )
+
+    def _next_rows(self) -> list[Row]:
+        """The rows of the next group of trips that has any, sorted by trip."""
+        groups = self.engine.groups
+        for ahead in range(1, len(groups) + 1):
+            number = (self._group + ahead) % len(groups)
+            rows = [r for r in self._rows if r.trip in groups[number]]
+            if rows:
+                self._group = number
+                return sorted(rows, key=lambda r: r.trip)
+        raise AssertionError("a row is at a trip of no group")
+
+    def _finish(self, rows: list[Row]) -> None:
+        """Give out the next tokens of rows that are through, and start the ones after those."""
+        engine = self.engine
+        for trip in sorted({r.trip for r in rows}):
+            left = [r for r in rows if r.trip == trip < engine.trips]
+            if left and not engine.defers:
+                engine.run_skips(left)
+                self.counts.skipped += len(left) * (engine.trips - trip)
+        chosen = engine.logits(rows).argmax(-1).tolist()
+        self.counts.heads += len(rows)
+        going: list[tuple[int, int]] = []
+        for row, token in zip(rows, chosen, strict=True):
+            request = self._running[row.slot]
+            engine.pool.lengths[row.slot] += 1
+            request.depths.append(self._depth(row))
+            if self._give(request, token):
+                going.append((row.slot, token))
+        if engine.defers:
+            # the rest of their trips is made beside those of the next tokens, which come after
+            behind = [replace(r, background=True) for r in rows if r.trip < engine.trips]
+            self._rows += [r for r in behind if r.slot in self._running]
+        self._begin(going)
+
+    def _depth(self, row: Row) -> int:
+        # a loop with exits counts the trips of each token beside who is done
+        done = self.engine.done
+        return row.trip if done is None else int(row.carry[done + 1])
+
+    def _give(self, request: Request, token: int) -> bool:
+        """Add a token to a request; whether it wants more."""
+        request.tokens.append(token)
+        if len(request.tokens) < request.limit and token not in request.stop:
+            return True
+        request.done = True
+        if request.slot is not None:
+            del self._running[request.slot]
+            self._free.append(request.slot)
+            self._rows = [r for r in self._rows if r.slot != request.slot]
+        return False
+
+    def _batch_is_through(self) -> bool:
+        return all(row.background for row in self._rows)
+
+    def _begin(self, going: list[tuple[int, int]]) -> None:
+        if going:
+            slots, tokens = zip(*going, strict=True)
+            self._rows += self.engine.start(slots, tokens)
+
+    def _admit(self) -> None:
+        """Run the prompts of waiting requests while there are slots."""
+        if self.mode != "depth" and self._rows:
+            return
+        going = []
+        while self._waiting and self._free:
+            request = self._waiting.popleft()
+            cache = DynamicCache(config=self.model.config)
+            out = self.model(request.prompt[None], past_key_values=cache, logits_to_keep=1)
+            request.slot = self._free.pop()
+            self._running[request.slot] = request
+            self.engine.pool.fill(request.slot, cache, len(request.prompt))
+            token = int(out.logits[0, -1].argmax())
+            if self._give(request, token):
+                going.append((request.slot, token))
+        self._begin(going)
