@@ -51,6 +51,8 @@ def lowered_ops(target: str) -> list[str]:
 
 def op_name(op: Any) -> str:
     """The name of an op as lowerings are registered: "aten::add.Tensor", "operator.mul"."""
+    if isinstance(op, str):
+        return op
     schema = getattr(op, "_schema", None)
     if schema is None:
         module = str(getattr(op, "__module__", "")).removeprefix("_")

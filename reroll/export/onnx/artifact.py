@@ -13,7 +13,7 @@ from onnx import helper
 
 import reroll
 from reroll.errors import ExportError
-from reroll.export.onnx import aten, attention, check, idioms  # noqa: F401 - lowerings
+from reroll.export.onnx import aten, attention, check, idioms, recurrence  # noqa: F401 - lowerings
 from reroll.export.onnx.graph import nodes_of
 from reroll.export.onnx.manifest import write_manifest
 from reroll.export.onnx.parameters import Settings
@@ -69,12 +69,15 @@ def translated(
 ) -> onnx.ModelProto:
     """One graph of a Program. Its weights are those that `weights` will write."""
     translator = Translator(program, weights, settings, rolled=kind == "loop")
-    graph = translator.run().finish(f"{kind}")
+    built = translator.run()
+    graph = built.finish(kind)
+    functions = [function for _, function in built.functions.values()]
     imports = [helper.make_opsetid("", settings.opset)]
     if any(node.domain == CONTRIB for node in nodes_of(graph)):
         imports.append(helper.make_opsetid(CONTRIB, 1))
     return helper.make_model(
         graph,
+        functions=functions,
         opset_imports=imports,
         ir_version=IR_VERSION.get(settings.opset, 14),
         producer_name="reroll",

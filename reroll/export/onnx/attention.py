@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
+from reroll.export.onnx import windows
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.parameters import Varying
 from reroll.export.onnx.translate import TARGET
@@ -46,6 +47,7 @@ def attention(
 ) -> Value:
     """Softmax attention; see `reroll.rewrite.ops.attention`. [batch, time, heads, v_head_dim]."""
     dtype = g.dtype(node)
+    columns = g.tensor(k).columns
     q, k, v = (g.tensor(x, dtype) for x in (q, k, v))
     shapes: list[Any] = [arg.meta["type"].shape for arg in node.args[:3]]  # type: ignore[union-attr]
     length = shapes[0][2]
@@ -55,7 +57,14 @@ def attention(
     if causal and not prefix and window == 0:
         zero = g.number(0.0, dtype)
         return g.op("Expand", zero, g.shape(node.meta["type"].shape))
-    mask = _mask(g, dtype, length, keys, causal, window, chunk, padding, prefix)
+    mask: Value | None
+    if columns is not None:
+        keys = columns.count(g)
+        padding = g.tensor(padding) if padding is not None else windows.padding_of(g)
+        seen = windows.visible(g, columns, window, padding)
+        mask = _additive(g, dtype, seen)
+    else:
+        mask = _mask(g, dtype, length, keys, causal, window, chunk, padding, prefix)
     if bias is not None:
         bias = _rank4(g, g.tensor(bias, dtype), _shape_of(node, "bias", 9))
         mask = bias if mask is None else g.op("Add", bias, mask)
@@ -97,6 +106,10 @@ def _mask(
     keep = visible(g, length, keys, causal, window, chunk, padding, prefix)
     if keep is None:
         return None
+    return _additive(g, dtype, keep)
+
+
+def _additive(g: Translator, dtype: torch.dtype, keep: Value) -> Value:
     lowest = _LOWEST.get(dtype, torch.finfo(dtype).min)
     return g.op("Where", keep, g.number(0.0, dtype), g.number(lowest, dtype), dtype=dtype)
 

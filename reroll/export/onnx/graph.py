@@ -40,13 +40,15 @@ class Value:
     """A tensor in an ONNX graph.
 
     `scope` is the graph that makes it; graphs inside that one see it too. `repeated`: its last
-    dimension is one half twice, as that of rotary tables is.
+    dimension is one half twice, as that of rotary tables is. `columns` says which tokens the keys
+    of a window are: see `windows`.
     """
 
     name: str
     dtype: torch.dtype
     scope: Graph
     repeated: bool = False
+    columns: Any = None
 
 
 @dataclass(eq=False)

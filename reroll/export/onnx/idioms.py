@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
-from reroll.export.onnx import quantise
+from reroll.export.onnx import quantise, windows
 from reroll.export.onnx import weights as forms
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.parameters import Parameter, is_looked_up
@@ -243,4 +243,7 @@ def activate(g: Translator, x: Value, activation: str) -> Value:
 @lowering(TARGET, "reroll::cache.default")
 def cache(g: Translator, node: fx.Node, k: Any, v: Any, length: Any = None) -> Any:
     """The keys and values so far, with the new ones at their end."""
-    return g.states.append(g, node, g.tensor(k), g.tensor(v))
+    k, v = g.tensor(k), g.tensor(v)
+    if all(g.states.ring(number) is not None for number in g.states.of(g, node)):
+        return windows.append(g, node, k, v)
+    return g.states.append(g, node, k, v)

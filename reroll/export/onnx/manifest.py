@@ -18,7 +18,7 @@ from onnx import TensorProto
 import reroll
 from reroll.export.onnx.parameters import Settings
 from reroll.export.onnx.readme import readme
-from reroll.export.onnx.states import PARTS, PAST, PRESENT, States
+from reroll.export.onnx.states import PAST, PRESENT
 from reroll.export.onnx.weights import FILE, WeightFile
 from reroll.rewrite.program import Program
 
@@ -34,11 +34,11 @@ def write_manifest(
     checked: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the three files; returns the manifest."""
-    states = States(program)
+    graphs = {kind: _graph(directory / file) for kind, file in files.items()}
+    states = _states(next(iter(graphs.values())))
     config = _genai_config(program, states, files)
     if config is not None:
         _write_json(directory / GENAI, config)
-    graphs = {kind: _graph(directory / file) for kind, file in files.items()}
     for kind, result in checked.items():
         graphs[kind]["check"] = result
     found: dict[str, Any] = {
@@ -54,7 +54,7 @@ def write_manifest(
             for p in program.loops
         ],
         "graphs": graphs,
-        "states": _states(states),
+        "states": states,
         "weights": {
             "file": FILE,
             "bytes": (directory / FILE).stat().st_size,
@@ -93,26 +93,35 @@ def _described(item: Any) -> dict[str, Any]:
     }
 
 
-def _states(states: States) -> list[dict[str, Any]]:
+def _states(graph: dict[str, Any]) -> list[dict[str, Any]]:
     """Every state: which output is which input of the next run."""
-    return [
-        {
-            "kind": "key_value_cache",
-            "layer": number,
-            "part": part,
-            "input": PAST.format(number, part),
-            "output": PRESENT.format(number, part),
-            "grows_along": 2,
-        }
-        for number in range(len(states.shapes))
-        for part in PARTS
-    ]
+    prefix = PAST.partition(".")[0]
+    found = []
+    for item in graph["inputs"]:
+        if not item["name"].startswith(f"{prefix}."):
+            continue
+        _, layer, part = item["name"].split(".")
+        found.append(
+            {
+                "layer": int(layer),
+                "part": part,
+                "input": item["name"],
+                "output": PRESENT.format(layer, part),
+                "dtype": item["dtype"],
+                "shape": item["shape"],
+                "grows": "past_sequence_length" in item["shape"],
+            }
+        )
+    return found
 
 
-def _genai_config(program: Program, states: States, files: dict[str, str]) -> dict[str, Any] | None:
+def _genai_config(
+    program: Program, states: list[dict[str, Any]], files: dict[str, str]
+) -> dict[str, Any] | None:
     """What onnxruntime-genai wants to know of a decoder; None for other models."""
-    if not states.shapes or program.outputs[0] != "logits":
+    if not states or program.outputs[0] != "logits" or not all(s["grows"] for s in states):
         return None
+    key = states[0]["shape"]
     graph = next((files[kind] for kind in ("unrolled", "loop") if kind in files), None)
     if graph is None:
         return None
@@ -122,7 +131,7 @@ def _genai_config(program: Program, states: States, files: dict[str, str]) -> di
     pad = generation.get("pad_token_id", config.get("pad_token_id"))
     if pad is None:
         pad = end[0] if isinstance(end, list) else end
-    heads = int(config.get("num_attention_heads", states.shapes[0].key[0]))
+    heads = int(config.get("num_attention_heads", key[1]))
     context = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
     names = {i.name: i.name for i in program.inputs}
     return {
@@ -136,11 +145,11 @@ def _genai_config(program: Program, states: States, files: dict[str, str]) -> di
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": graph,
-                "head_size": states.shapes[0].key[1],
+                "head_size": key[3],
                 "hidden_size": config.get("hidden_size") or config.get("n_embd") or 0,
                 "num_attention_heads": heads,
-                "num_hidden_layers": len(states.shapes),
-                "num_key_value_heads": states.shapes[0].key[0],
+                "num_hidden_layers": len(states) // 2,
+                "num_key_value_heads": key[1],
                 "inputs": {
                     **names,
                     "past_key_names": PAST.format("%d", "key"),

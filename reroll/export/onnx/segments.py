@@ -8,7 +8,11 @@ become a Loop of one trip that gathers everything.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from torch import fx
+
+from reroll.export.onnx.states import States
 from reroll.rewrite.program import Loop, Program, weight_nodes
 
 
@@ -39,8 +43,10 @@ def rolled(program: Program, loop: Loop) -> list[Segment]:
     # are small enough to gather
     large = [w.index for w in stacked if w.meta.elements * 4 >= largest and w.index is not None]
     word = [tuple(index[t] for index in large) for t in range(loop.trips)]
+    shape = _structure(program, loop)
     if len(set(word)) == len(word):
-        return [Segment(0, 1, loop.trips)]
+        word = [()] * loop.trips
+    word = [(*letter, *own) for letter, own in zip(word, shape, strict=True)]
     # best[t]: the fewest trips in bodies for what follows trip t, and the first segment
     best: list[tuple[int, Segment | None]] = [(0, None)] * (loop.trips + 1)
     for start in reversed(range(loop.trips)):
@@ -64,7 +70,25 @@ def rolled(program: Program, loop: Loop) -> list[Segment]:
     return found
 
 
-def _repeats(word: list[tuple[int, ...]], start: int, period: int, rounds: int) -> bool:
+def _structure(program: Program, loop: Loop) -> list[tuple[Any, ...]]:
+    """What a Loop cannot gather, trip by trip: the sizes of states, and switches."""
+    states = States(program)
+    nodes = [n for n in loop.body.graph.nodes if n in states.numbers]
+    found = []
+    for trip in range(loop.trips):
+        rings = [states.ring(states.numbers[node][trip]) for node in nodes]
+        switches = [
+            value[trip]
+            for value in loop.inputs
+            if isinstance(value, tuple)
+            and (states.rings or any(isinstance(v, bool) for v in value))
+            and not any(isinstance(v, fx.Node) for v in value)
+        ]
+        found.append((*rings, *switches))
+    return found
+
+
+def _repeats(word: list[tuple[Any, ...]], start: int, period: int, rounds: int) -> bool:
     """Whether one more round of a period follows `rounds` of them."""
     at = start + rounds * period
     return word[start : start + period] == word[at : at + period]

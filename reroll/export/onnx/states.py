@@ -1,13 +1,21 @@
-"""Key/value caches as inputs and outputs: what was before, and what there is after.
+"""State as inputs and outputs: what was before goes in, what there is after comes out.
 
-The caches of all layers that keep one are numbered in the order in which they run, under the names
-that optimum, transformers.js and onnxruntime-genai use: `past_key_values.N.key` [batch, kv_heads,
-past, head_dim] goes in, `present.N.key` with the new tokens at its end comes out.
+Everything that keeps state is numbered in the order in which it runs. `past_key_values.N.PART` goes
+in and `present.N.PART` comes out, under the names that optimum, transformers.js and
+onnxruntime-genai use:
+
+    key, value               [batch, kv_heads, past, head_dim]: all tokens so far, the new ones last
+    key, value               [batch, kv_heads, window - 1, head_dim] where a window never looks
+                             further back; zeros stand before the first token
+    first_key, first_value   [batch, kv_heads, prefix, head_dim]: the first tokens, beside a window
+    recurrent_state          [batch, kv_heads, ...]: the state of a recurrence
+    waiting                  [batch, kv_heads, delay, channels]: tokens that a delayed recurrence
+                             has yet to write
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,100 +25,160 @@ from reroll.export.onnx.graph import Value
 from reroll.export.onnx.parameters import Scan, select
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import argument, shape
-from reroll.runtime.caches import numbering
+from reroll.runtime.caches import ATTENTION, CACHE, CacheLayer, cache_layers, numbering
+from reroll.runtime.caches import RECURRENCE as RECURRENCE
 
 if TYPE_CHECKING:
     from reroll.export.onnx.translate import Translator
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
-PARTS = ("key", "value")
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """The sizes of one cache layer's keys and values: (kv_heads, head_dim) of each."""
-
-    key: tuple[int, int]
-    value: tuple[int, int]
+INT = torch.int64
 
 
 class States:
-    """The caches of one graph."""
+    """The states of one graph."""
 
     def __init__(self, program: Program) -> None:
         self.numbers: dict[fx.Node, tuple[int, ...]] = numbering(program)
-        shapes: dict[int, CacheShape] = {}
-        for node, numbers in self.numbers.items():
-            k, v = (shape(argument(node, part)) for part in ("k", "v"))
-            for number in numbers:
-                shapes[number] = CacheShape((k[1], k[3]), (v[1], v[3]))
-        self.shapes = [shapes[number] for number in sorted(shapes)]
+        self.layers = cache_layers(program)
+        self.rings = keeps_rings(program)
         self.past: dict[tuple[int, str], Value] = {}
         self.present: dict[tuple[int, str], Value] = {}
+        self.shapes: dict[tuple[int, str], tuple[int | str, ...]] = {}
+
+    def ring(self, number: int) -> CacheLayer | None:
+        """The layer of this number, if it keeps a window only."""
+        layer = self.layers[number]
+        return layer if self.rings and layer.kind == "sliding_attention" else None
 
     def add_inputs(self, g: Translator) -> None:
-        """The caches so far, as inputs of the graph."""
-        for number, kind in enumerate(self.shapes):
-            for part in PARTS:
-                heads, width = getattr(kind, part)
-                self.past[number, part] = g.graph.input(
-                    PAST.format(number, part),
-                    g.settings.dtype,
-                    ("batch_size", heads, "past_sequence_length", width),
-                )
+        """The caches that grow, as inputs of the graph; other states become inputs when read."""
+        for node, numbers in self.numbers.items():
+            if node.target is not CACHE:
+                continue
+            for number in numbers:
+                if self.ring(number) is None:
+                    for part, kind in _parts(node):
+                        self._slot(g, number, part, (kind[0], "past_sequence_length", kind[1]))
 
     def add_outputs(self, g: Translator) -> None:
-        """The caches with the new tokens, as outputs of the graph."""
-        for number, kind in enumerate(self.shapes):
-            for part in PARTS:
-                heads, width = getattr(kind, part)
-                g.graph.output(
-                    self.present[number, part],
-                    PRESENT.format(number, part),
-                    ("batch_size", heads, "total_sequence_length", width),
-                )
+        """All states after the new tokens, as outputs of the graph."""
+        for (number, part), dims in self.shapes.items():
+            after = ["total_sequence_length" if d == "past_sequence_length" else d for d in dims]
+            name = PRESENT.format(number, part)
+            g.graph.output(self.present[number, part], name, ("batch_size", *after))
+
+    def _slot(
+        self,
+        g: Translator,
+        number: int,
+        part: str,
+        dims: tuple[int | str, ...],
+        dtype: torch.dtype | None = None,
+    ) -> Value:
+        """One state as it was before; `dims` are those after the batch."""
+        if (number, part) not in self.past:
+            root = g.graph.root
+            kind = dtype or g.settings.dtype
+            name = PAST.format(number, part)
+            self.past[number, part] = root.input(name, kind, ("batch_size", *dims))
+            self.shapes[number, part] = dims
+        return self.past[number, part]
 
     def total(self, g: Translator) -> Value | None:
-        """How many tokens there are, past and new; None without a cache."""
-        if not self.past or "s" not in g.sizes:
+        """How many tokens there are, past and new; None without a cache that grows."""
+        growing = [k for k, dims in self.shapes.items() if "past_sequence_length" in dims]
+        if not growing or "s" not in g.sizes:
             return None
-        past = g.op("Shape", self.past[0, "key"], start=2, end=3, dtype=torch.int64)
+        past = g.op("Shape", self.past[growing[0]], start=2, end=3, dtype=INT)
         return g.op("Add", past, g.sizes["s"])
+
+    # ---- of the running trip
+
+    def of(self, g: Translator, node: fx.Node) -> tuple[int, ...]:
+        """The numbers of a node's states in the trips that are meant."""
+        numbers = self.numbers[node]
+        return numbers if g.trip is None else tuple(numbers[t] for t in g.trip.numbers)
+
+    def read(
+        self,
+        g: Translator,
+        numbers: Sequence[int],
+        part: str,
+        dims: tuple[int | str, ...],
+        dtype: torch.dtype | None = None,
+    ) -> Value:
+        """One part of the state before, of the trip that is running."""
+        past = [self._slot(g, number, part, dims, dtype) for number in numbers]
+        if len(past) == 1:
+            return past[0]
+        assert g.trip is not None
+        sizes = g.op("Concat", g.ints(len(past)), g.op("Shape", past[0], dtype=INT), axis=0)
+        # one copy: a reshape of what was just made costs nothing
+        stack = g.op("Reshape", g.op("Concat", *past, axis=0), sizes, allowzero=1)
+        return g.op("Gather", stack, select(g, range(len(past)), g.trip), axis=0)
+
+    def write(self, g: Translator, numbers: Sequence[int], part: str, value: Value) -> None:
+        """One part of the state after, of the trip that is running."""
+        if len(numbers) == 1:
+            self.present[numbers[0], part] = value
+            return
+
+        def take(stack: Value) -> None:
+            for position, number in enumerate(numbers):
+                own = g.op("Gather", stack, g.number(position, INT), axis=0)
+                self.present[number, part] = own
+
+        g.scans.append(Scan(value, take))
 
     def append(self, g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Value]:
         """The keys and values of all tokens, given those of the new ones."""
-        numbers = self.numbers[node]
-        if g.trip is not None:
-            numbers = tuple(numbers[trip] for trip in g.trip.numbers)
+        numbers = self.of(g, node)
         made = []
-        for part, new in zip(PARTS, (k, v), strict=True):
+        for (part, kind), new in zip(_parts(node), (k, v), strict=True):
             new = g.cast(new, g.settings.dtype)
-            past = [self.past[number, part] for number in numbers]
-            before = past[0] if len(past) == 1 else self._running(g, past)
-            total = g.op("Concat", before, new, axis=2, hint=part)
+            dims = (kind[0], "past_sequence_length", kind[1])
+            total = g.op("Concat", self.read(g, numbers, part, dims), new, axis=2, hint=part)
             made.append(total)
-            if len(past) == 1:
+            if len(numbers) == 1:
                 self.present[numbers[0], part] = total
             else:
                 self._collect(g, numbers, part, new)
         return made[0], made[1]
 
-    def _running(self, g: Translator, past: list[Value]) -> Value:
-        """The cache of the running trip."""
-        assert g.trip is not None
-        sizes = g.op("Shape", past[0], dtype=torch.int64)
-        sizes = g.op("Concat", g.ints(len(past)), sizes, axis=0)
-        # one copy: a reshape of what was just made costs nothing
-        stack = g.op("Reshape", g.op("Concat", *past, axis=0), sizes, allowzero=1)
-        return g.op("Gather", stack, select(g, range(len(past)), g.trip), axis=0)
-
-    def _collect(self, g: Translator, numbers: tuple[int, ...], part: str, new: Value) -> None:
+    def _collect(self, g: Translator, numbers: Sequence[int], part: str, new: Value) -> None:
         """Have the Loop hand out the new tokens of every round, and append them outside."""
 
-        def take(stack: Any) -> None:
+        def take(stack: Value) -> None:
             for position, number in enumerate(numbers):
-                own = g.op("Gather", stack, g.number(position, torch.int64), axis=0)
+                own = g.op("Gather", stack, g.number(position, INT), axis=0)
                 past = self.past[number, part]
                 self.present[number, part] = g.op("Concat", past, own, axis=2)
 
         g.scans.append(Scan(new, take))
+
+
+def _parts(node: fx.Node) -> list[tuple[str, tuple[int, int]]]:
+    """The two parts of a cache and their (kv_heads, head_dim)."""
+    found = []
+    for part, name in (("key", "k"), ("value", "v")):
+        sizes: Any = shape(argument(node, name))
+        found.append((part, (sizes[1], sizes[3])))
+    return found
+
+
+def keeps_rings(program: Program) -> bool:
+    """Whether windows keep no more than they see.
+
+    They do where a pass has put a window or a recurrence in the place of attention, and the padding
+    mask says how many tokens there were. Original models keep the caches that runtimes expect.
+    """
+    if not any(i.role == "padding" for i in program.inputs):
+        return False
+    for _, graph in program.graphs():
+        for node in graph.nodes:
+            if node.target is RECURRENCE:
+                return True
+            if node.target is ATTENTION and argument(node, "prefix") is not None:
+                return True
+    return False
