@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any, Literal
@@ -29,7 +29,8 @@ from reroll.passes.linearization.sites import Site, before_rotary, site_of
 from reroll.rewrite.inserting import insert
 from reroll.rewrite.layers import Layer, attention_layers, per_trip
 from reroll.rewrite.passes.base import Context, Pass, option
-from reroll.rewrite.passes.selection import Keep, Layers, choose, ranges
+from reroll.rewrite.passes.keeping import keep_by_measure
+from reroll.rewrite.passes.selection import Keep, Layers, choose, measured_part, ranges
 from reroll.rewrite.patterns import Miss, nearest
 from reroll.rewrite.program import Program, TensorType
 from reroll.rewrite.raising.matching import argument, shape
@@ -95,7 +96,10 @@ class Linearize(Pass):
     rank: int = option(16, help="rank of learned gates")
     samples: int = option(8, help="pieces of 512 tokens of the text to calibrate on")
     layers: Layers = option("all", help="numbers of the layers to change")
-    keep: Keep = option(None, help="layers that stay: their numbers, or a period such as 7")
+    keep: Keep = option(
+        None,
+        help='layers that stay: numbers, a period such as 7, or a part by measurement, "auto:0.25"',
+    )
 
     def check(self) -> None:
         for name, least in (("window", 0), ("sinks", 0), ("rank", 1), ("samples", 1)):
@@ -115,6 +119,9 @@ class Linearize(Pass):
         layers = attention_layers(program)
         count = 1 + max((n for layer in layers for n in layer.numbers), default=-1)
         chosen = set(choose(count, self.layers, self.keep, self.name))
+        part = measured_part(self.keep, self.name)
+        if part is not None:
+            chosen -= set(self._kept(program, layers, chosen, part, context))
         sites = self._sites(program, layers, chosen)
         done = sorted(n for site in sites for n in site.chosen)
         text = None
@@ -161,6 +168,21 @@ class Linearize(Pass):
                 hint="causal attention can; name layers that see a window already with layers=[..]",
             )
         return sites
+
+    def _kept(
+        self, program: Program, layers: list[Layer], chosen: set[int], part: float, context: Context
+    ) -> list[int]:
+        """The layers whose linearization, untrained, would change the output most."""
+        sites = self._sites(program, layers, chosen)
+        quiet = replace(context, remarks=[], report_progress=None)
+        gates = "learned" if self.gates == "calibrated" else self.gates
+
+        def rewritten(numbers: Collection[int]) -> Program:
+            trial = replace(self, layers=sorted(numbers), keep=None, gates=gates)
+            return trial.run(program.edit(), quiet)
+
+        eligible = sorted(n for site in sites for n in site.chosen)
+        return keep_by_measure(program, eligible, part, rewritten, context)
 
     def _summary(self, done: list[int]) -> str:
         beside = f" beside a window of {self.window} and {self.sinks} sinks" if self.window else ""

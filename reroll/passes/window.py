@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.layers import attention_layers
+from reroll.rewrite.layers import Layer, attention_layers
 from reroll.rewrite.passes.base import Context, Pass, option
+from reroll.rewrite.passes.keeping import keep_by_measure
 from reroll.rewrite.passes.selection import Keep, Layers, choose, measured_part, ranges
 from reroll.rewrite.program import Program
 
@@ -31,15 +34,16 @@ class Window(Pass):
     size: int = option(64, help="how many of the last tokens are seen, the token's own included")
     sinks: int = option(4, help="how many of the first tokens are seen beside them")
     layers: Layers = option("all", help="numbers of the layers to change")
-    keep: Keep = option(None, help="layers that stay: their numbers, or a period such as 7")
+    keep: Keep = option(
+        None,
+        help='layers that stay: numbers, a period such as 7, or a part by measurement, "auto:0.25"',
+    )
 
     def check(self) -> None:
         if self.size < 1 or self.sinks < 0:
             which = "size" if self.size < 1 else "sinks"
             least = 1 if which == "size" else 0
             raise UsageError(f"{which} is {least} or more", f"pass window, option {which}")
-        if measured_part(self.keep, self.name) is not None:
-            raise UsageError("window cannot measure what to keep", "pass window, option keep")
 
     def run(self, program: Program, context: Context) -> Program:
         found = attention_layers(program)
@@ -47,22 +51,42 @@ class Window(Pass):
             raise PassError("there is no attention in the program")
         count = 1 + max(max(layer.numbers) for layer in found)
         chosen = choose(count, self.layers, self.keep, self.name)
-        changed: list[int] = []
-        for layer in found:
-            windows, prefixes = {}, {}
-            rows = zip(layer.numbers, layer.values("window"), layer.values("chunk"), strict=True)
-            for number, window, chunk in rows:
-                near = window is not None and (not isinstance(window, int) or window <= self.size)
-                if number in chosen and not near and chunk is None:
-                    windows[number], prefixes[number] = self.size, self.sinks or None
-            layer.set("window", windows)
-            layer.set("prefix", prefixes)
-            changed += windows
-        if not changed:
+        eligible = [n for n in chosen if n in self._far(found)]
+        part = measured_part(self.keep, self.name)
+        if part is not None and eligible:
+
+            def rewritten(numbers: Collection[int]) -> Program:
+                copy = program.edit()
+                self._narrow(attention_layers(copy), set(numbers))
+                return copy
+
+            kept = keep_by_measure(program, eligible, part, rewritten, context)
+            eligible = [n for n in eligible if n not in kept]
+        if not eligible:
             raise PassError(
                 f"no attention of the chosen layers sees further than {self.size} tokens",
                 hint="reroll inspect shows the layers; try a smaller size",
             )
+        self._narrow(found, set(eligible))
         sinks = f" and the first {self.sinks}" if self.sinks else ""
-        context.remark(f"layers {ranges(changed)} see the last {self.size} tokens{sinks}")
+        context.remark(f"layers {ranges(eligible)} see the last {self.size} tokens{sinks}")
         return program
+
+    def _far(self, found: list[Layer]) -> set[int]:
+        """The layers that see further than the window."""
+        far = set()
+        for layer in found:
+            rows = zip(layer.numbers, layer.values("window"), layer.values("chunk"), strict=True)
+            for number, window, chunk in rows:
+                if chunk is None and (window is None or self._wider(window)):
+                    far.add(number)
+        return far
+
+    def _wider(self, window: object) -> bool:
+        return isinstance(window, int) and window > self.size
+
+    def _narrow(self, found: list[Layer], numbers: set[int]) -> None:
+        for layer in found:
+            own = [n for n in layer.numbers if n in numbers]
+            layer.set("window", dict.fromkeys(own, self.size))
+            layer.set("prefix", dict.fromkeys(own, self.sinks or None))

@@ -378,3 +378,13 @@ class TestCalibration:
                 model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, [9, 1, 10]
             )
         torch.testing.assert_close(parts, whole)
+
+
+def test_keeping_a_measured_part() -> None:
+    after = linear("llama", 'linearize(window=3, sinks=0, gain=0.5, keep="auto:0.5")')
+    ranking, kept, done = after.origin.steps[-1].remarks
+    assert done.endswith("gates learned")
+    assert ranking.startswith("KL on random tokens of each layer alone")
+    (layer,) = attention_layers(after)
+    assert layer.values("window").count(None) == 2
+    assert kept.startswith("layers ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.layers import attention_layers
+from reroll.rewrite.passes import keeping
+from reroll.rewrite.passes.context import Context
 from reroll.rewrite.passes.costs import state_bytes
 from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.passes.selection import choose, measured_part, ranges
 from reroll.rewrite.program import Program
+from reroll.rewrite.weights import scale
 from reroll.runtime.states import restore, snapshot
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
@@ -151,3 +155,41 @@ class TestChoice:
 
     def test_ranges(self) -> None:
         assert ranges([3, 0, 1, 2, 7, 9, 10]) == "0-3, 7, 9-10"
+
+
+def test_keeping_the_layers_that_matter_most() -> None:
+    """With the output of one layer scaled up, that is the layer whose window matters."""
+    program = captured("llama")
+    name = "model.layers.*.self_attn.o_proj.weight"
+    entries = list(program.weights[name].entries)
+    entries[2] = scale(entries[2], 40.0)
+    loud = program.with_weights(
+        program.weights.with_weights({name: replace(program.weights[name], entries=tuple(entries))})
+    )
+    after = run_passes(loud, 'window(size=2, sinks=0, keep="auto:0.25")', measure=False)
+    remarks = after.origin.steps[-1].remarks
+    assert remarks[0].startswith("KL on random tokens of each layer alone: 2: ")
+    assert remarks[1].startswith("layers 2 stay (0 exchanged)")
+    (layer,) = attention_layers(after)
+    assert layer.values("window") == (2, 2, None, 2)
+
+
+def test_layers_are_exchanged_if_that_is_better() -> None:
+    """Two layers that matter only together: ranked apart, one of them is left out."""
+    distances = {(0,): 5.0, (1,): 4.0, (2,): 1.0, (1, 2): 3.0, (0, 2): 2.0, (0, 1): 2.5}
+
+    class Fixed(keeping._Distance):
+        def __init__(self, *_: object) -> None:
+            self.what = "text"
+
+        def __call__(self, numbers: Any) -> float:
+            return distances[tuple(sorted(numbers))]
+
+    context = Context()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeping, "_Distance", Fixed)
+        kept = keeping.keep_by_measure(
+            captured("llama"), [0, 1, 2], 1 / 3, lambda numbers: numbers, context
+        )
+    assert kept == [1]
+    assert "1 exchanged); KL of all: 2.0" in context.remarks[-1]
