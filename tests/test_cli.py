@@ -193,6 +193,14 @@ def test_generate(model: Path, out: Path) -> None:
         data("generate", out, *prompts, *options, *more)
 
 
+def test_generate_reads_twice(out: Path) -> None:
+    options = ("--max-new-tokens", 6)
+    twice = data("generate", out, "--prompt", "to be", "--read-twice", *options)["outputs"][0]
+    repeated = data("generate", out, "--prompt", "to be\n\nto be", *options)["outputs"][0]
+    assert twice["prompt"] == "to be"
+    assert twice["text"] == repeated["text"]
+
+
 def test_generate_samples_by_seed(out: Path) -> None:
     options = ["--prompt", "It was", "--temperature", 1, "--max-new-tokens", 8]
     first, again, other = (data("generate", out, *options, "--seed", s) for s in (1, 1, 2))

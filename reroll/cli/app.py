@@ -316,6 +316,12 @@ def generate_command(
     beams: Annotated[int, typer.Option(help="Beams of a beam search.")] = 1,
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    read_twice: Annotated[
+        bool,
+        typer.Option(
+            "--read-twice", help="Read each prompt twice: recurrent models recall better."
+        ),
+    ] = False,
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -342,6 +348,7 @@ def generate_command(
             beams=beams,
             seed=seed,
             chat=chat,
+            read_twice=read_twice,
         )
     found = {"model": model, **found}
     write_json(found) if json_ else reports.generated(found)

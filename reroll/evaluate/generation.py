@@ -65,16 +65,20 @@ def generate(
     beams: int = 1,
     seed: int = 0,
     chat: bool = False,
+    read_twice: bool = False,
 ) -> dict[str, Any]:
     """Continue some prompts in one batch, as JSON data.
 
     Greedy unless `temperature`, `top_k` or `top_p` is given. `chat` puts each prompt into the
-    tokenizer's chat template as a message of the user's.
+    tokenizer's chat template as a message of the user's. `read_twice` has the model read each
+    prompt twice before it goes on, so that a state of constant size knows what is asked for when it
+    reads what to keep: JRT-Prompt (arXiv 2407.05483), section 3.2.
 
     Raises UsageError if there is no prompt, no chat template, or an option is out of range.
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p, beams)
-    texts = [_as_chat(tokenizer, prompt) if chat else prompt for prompt in prompts]
+    read = [f"{prompt}\n\n{prompt}" if read_twice else prompt for prompt in prompts]
+    texts = [_as_chat(tokenizer, prompt) if chat else prompt for prompt in read]
     # the template has written the special tokens already
     batch = _padded(tokenizer, texts, special=not chat)
     if batch["input_ids"].shape[1] == 0:
