@@ -81,7 +81,8 @@ def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
         left = sums.exp().transpose(2, 3)[..., None] * state.unsqueeze(2)
         states = left + _mixed(fade, writes[:, :, part])
         before.append(states[:, :, :-1])
-        state = states[:, :, -1]
+        # a copy, so that who keeps the state does not keep those of all chunks
+        state = states[:, :, -1].clone()
     return before[0] if len(before) == 1 else torch.cat(before, 2), state
 
 

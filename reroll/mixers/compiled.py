@@ -1,0 +1,70 @@
+"""The chunk form compiled by `torch.compile`, once for all layers that have the same mixer.
+
+A sequence is run in pieces of a fixed length, so that one compiled graph serves every length and
+its buffers stay in the cache of the processor; what is left over is filled up to a power of two
+with padding, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reroll.mixers.base import Mixer, Result, State
+
+PIECE = 1024
+SHORTEST = 64
+# graphs of one mixer: lengths of the last piece, with and without padding and gradients
+GRAPHS = 64
+
+
+def chunk(
+    mixer: Mixer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Sequence[Tensor],
+    state: State | None = None,
+    padding: Tensor | None = None,
+) -> Result:
+    """What `mixer.chunk` gives, from compiled pieces."""
+    time, run = k.shape[2], _compiled(mixer)
+    state = mixer.initial_state(k, v) if state is None else state
+    outs = []
+    for start in range(0, time, PIECE):
+        now, length = slice(start, start + PIECE), min(PIECE, time - start)
+        full = max(SHORTEST, 1 << (length - 1).bit_length())
+        seen = None if padding is None else padding[:, now]
+        if seen is None and full > length:
+            seen = k.new_ones(k.shape[0], length)
+        # whatever they are slices of, all pieces have the same strides: they are one graph
+        part = [_filled(t[:, :, now], full).contiguous() for t in (q, k, v, *gates)]
+        if seen is not None:
+            seen = F.pad(seen, (0, full - length)).contiguous()
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+            out, state = run(*part[:3], part[3:], tuple(s.contiguous() for s in state), seen)
+        outs.append(out[:, :length])
+    return torch.cat(outs, 1) if len(outs) > 1 else outs[0], state
+
+
+def _filled(x: Tensor, length: int) -> Tensor:
+    """Time filled up with zeros."""
+    missing = length - x.shape[2]
+    return F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing)) if missing else x
+
+
+@lru_cache(maxsize=64)
+def _compiled(mixer: Mixer) -> Callable[..., Any]:
+    # equal mixers are one key, so layers share what is compiled
+    def run(*arguments: Any) -> Result:
+        return mixer.chunk(*arguments)
+
+    # the compiler counts its graphs by code object, so each mixer gets one of its own
+    code = run.__code__.replace(co_name=f"chunk_{mixer.name}")
+    return torch.compile(FunctionType(code, globals(), closure=run.__closure__), dynamic=False)
