@@ -1,0 +1,117 @@
+"""What single mixers do beyond what all of them do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from reroll.errors import UsageError
+from reroll.mixers import compiled, make, registered
+from reroll.mixers.decay import REACH, bounded_size
+from reroll.rewrite.passes import tolerances
+from tests.conformance.mixer_suite import assert_close, draw, with_gradients
+
+
+def test_taylor_features_are_the_exponential_to_second_order() -> None:
+    q, k = torch.randn(2, 1, 1, 9, 16, dtype=torch.float64)
+    mixer = make("linear", {"feature_map": "taylor"})
+    out, _ = mixer.parallel(q, k, torch.eye(9, dtype=torch.float64)[None, None], ())
+    score = (q @ k.mT)[0, 0] / 4
+    weights = (1 + score + score**2 / 2).tril()
+    assert_close(out[0, :, 0], weights / weights.sum(-1, keepdim=True), 1e-10, "weights")
+
+
+def test_a_delta_rule_overwrites() -> None:
+    k = torch.tensor([1.0, 0.0]).expand(1, 1, 2, 2)
+    v = torch.tensor([[5.0], [7.0]])[None, None]
+    _, (state,) = make("deltanet", {"scale": 1.0}).chunk(k, k, v, (torch.ones(1, 1, 2),))
+    assert_close(state[0, 0], torch.tensor([[7.0], [0.0]]), 1e-5, "the second value alone is left")
+
+
+def test_a_write_of_two_flips_the_state() -> None:
+    mixer = make("deltanet", {"negative": True})
+    k, start = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[3.0], [4.0]]]])
+    _, (state,) = mixer.step(k, k, torch.zeros(1, 1, 1, 1), (torch.full((1, 1, 1), 2.0),), (start,))
+    assert_close(state[0, 0], torch.tensor([[-3.0], [4.0]]), 1e-5, "its first row has turned round")
+
+
+def test_two_flips_are_a_rotation() -> None:
+    mixer = make("deltaproduct")
+    angle = 0.3
+    first = torch.tensor([[[[1.0, 0.0]]]])
+    second = torch.tensor([math.cos(angle), math.sin(angle)]).expand(1, 1, 1, 1, 2)
+    none = torch.zeros(1, 1, 1, 1)
+    gates = (none[..., 0], torch.full((1, 1, 1, 2), 2.0), second, none[..., None])
+    _, (state,) = mixer.step(first, first, none, gates, (torch.tensor([[[[1.0], [0.0]]]]),))
+    turned = torch.tensor([[math.cos(2 * angle)], [math.sin(2 * angle)]])
+    assert_close(state[0, 0], turned, 1e-5, "turned by twice the angle between the keys")
+
+
+def test_mlstm_output_does_not_depend_on_its_maximum() -> None:
+    mixer = make("mlstm")
+    inputs = draw(mixer)
+    c, n, m = inputs.state
+    moved = (c / math.e, n / math.e, m + 1)
+    assert_close(mixer.chunk(*inputs[:4], moved)[0], mixer.chunk(*inputs)[0], 1e-5, "out")
+
+
+@pytest.mark.parametrize("name", sorted(registered()))
+def test_extreme_gates_overflow_nowhere(name: str) -> None:
+    mixer = make(name)
+    inputs = draw(mixer, torch.float32, time=130)
+    gates = tuple(
+        gate.activation(torch.randn(g.shape).clamp(-2, 2) * 20)
+        for gate, g in zip(mixer.gates(6, 5), inputs.gates, strict=True)
+    )
+    for form in (mixer.parallel, mixer.chunk):
+        found = with_gradients(form, inputs._replace(gates=gates))
+        for key, value in found.items():
+            assert value.isfinite().all(), f"{form.__name__}: {key}"
+
+
+def test_a_chunk_is_as_long_as_the_floor_allows() -> None:
+    assert bounded_size(64, -2.5) == 64
+    assert bounded_size(64, -5.0) == 32
+    assert bounded_size(48, -5.0) == 32
+    assert bounded_size(64, -1000.0) == 1
+    for floor in (-0.1, -2.5, -7.0):
+        assert bounded_size(64, floor) * -floor <= REACH
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gla", {"floor": 0.0}),
+        ("kda", {"floor": 1.0}),
+        ("hgrn2", {"lower_bound": 1.0}),
+        ("gsa", {"slots": 0}),
+        ("deltaproduct", {"steps": 1}),
+        ("retention", {"chunk_size": 0}),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(name: str, options: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=f"mixer {name}"):
+        make(name, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retention", "gla", "gated_deltanet", "mlstm"])
+def test_compiled_pieces_are_the_chunk_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "PIECE", 128)
+    mixer = make(name)
+    for time in (37, 300):
+        inputs = draw(mixer, torch.float32, time=time)
+        padding = torch.ones(2, time)
+        padding[0, :20] = 0
+        for each in (None, padding):
+            wanted = with_gradients(mixer.chunk, inputs, padding=each)
+            found = with_gradients(
+                lambda *a, **k: compiled.chunk(mixer, *a, **k), inputs, padding=each
+            )
+            for key, value in found.items():
+                tolerance = tolerances.FORWARD[torch.float32]
+                if key.startswith("gradient"):
+                    tolerance = tolerances.GRADIENT
+                assert_close(value, wanted[key], tolerance, f"{time}: {key}")
