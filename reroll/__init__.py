@@ -19,17 +19,22 @@ from reroll import _registration
 
 if TYPE_CHECKING:
     from reroll._api import load, parse, run_passes
+    from reroll.evaluate.exits import calibrate, fit_exits
     from reroll.rewrite.capture import capture
     from reroll.rewrite.passes import Pass
     from reroll.rewrite.program import Program
+    from reroll.runtime.depthwise import DepthScheduler
     from reroll.runtime.trips import sample_trips
 
 __version__ = "0.1.0"
 __all__ = [
+    "DepthScheduler",
     "Pass",
     "Program",
     "__version__",
+    "calibrate",
     "capture",
+    "fit_exits",
     "load",
     "parse",
     "run_passes",
@@ -37,6 +42,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DepthScheduler": "reroll.runtime.depthwise",
+    "calibrate": "reroll.evaluate.exits",
+    "fit_exits": "reroll.evaluate.exits",
     "Pass": "reroll.rewrite.passes",
     "Program": "reroll.rewrite.program",
     "capture": "reroll.rewrite.capture",

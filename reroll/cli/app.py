@@ -354,6 +354,35 @@ def generate_command(
     write_json(found) if json_ else reports.generated(found)
 
 
+@app.command("calibrate")
+def calibrate_command(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model with exits.")],
+    text: Annotated[Path, typer.Option(help="A file with text to calibrate on.")],
+    risk: Annotated[
+        float, typer.Option(help="The part of tokens that may differ from the full depth.")
+    ] = 0.05,
+    confidence: Annotated[float, typer.Option(help="With which that has to hold.")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="Use at most so many tokens.")] = 4096,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Choose the thresholds of a model's exits on text, and write them into the model."""
+    from reroll.evaluate.exits import calibrate
+    from reroll.evaluate.tokenizing import plain_ids, tokenizer_of
+
+    program = reroll.load(model)
+    tokenizer = tokenizer_of(program)
+    if tokenizer is None:
+        raise UsageError("the model has no tokenizer", where=model)
+    ids = plain_ids(tokenizer, _text(text)[: 16 * max_tokens])[:max_tokens]
+    with Bars() as bars:
+        result, found = calibrate(program, ids, risk=risk, confidence=confidence, progress=bars)
+        bars(0, 0, f"writing {model}")
+        result.save(model, overwrite=True)
+    data = {"model": model, **found.as_data()}
+    write_json(data) if json_ else reports.calibrated(data)
+
+
 @app.command("passes")
 @command
 def passes_command(

@@ -256,6 +256,22 @@ def generated(found: Found) -> None:
     _print(f"\n{tokens} tokens in {found['seconds']:.1f} s, {rate:.1f} tokens/s with the prompt")
 
 
+def calibrated(found: Found) -> None:
+    """What `calibrate` chose."""
+    if found["thresholds"] is None:
+        _print("no threshold keeps the risk: nobody leaves")
+        return
+    table = new_table("after", "threshold", title="exits")
+    for trips, threshold in found["thresholds"].items():
+        table.add_row(f"{trips} trips", f"{threshold:.4g}")
+    _print(table)
+    _print(
+        f"at most {found['risk']:.3g} of tokens differ from the full depth, with confidence "
+        f"{found['confidence']:.3g}: {found['observed']:.3g} of {found['tokens']} did; mean depth "
+        f"{found['depth']:.4g} of {found['trips']}"
+    )
+
+
 # ---- passes
 
 

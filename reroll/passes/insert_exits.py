@@ -200,8 +200,8 @@ class _Builder:
             )
             raised = self.call(aten.linear.default, (unit, up), kind)
             unit, width = self.call(aten.relu.default, (raised,), kind), inner
-        weight = self.stacked("exit.weight", lambda n: zeros((1, width), torch.float32))
-        bias = self.stacked("exit.bias", lambda n: zeros((1,), torch.float32))
+        weight = self.stacked("exit.score.weight", lambda n: zeros((1, width), torch.float32))
+        bias = self.stacked("exit.score.bias", lambda n: zeros((1,), torch.float32))
         logit = self.call(aten.linear.default, (unit, weight, bias), number)
         chance = self.call(aten.sigmoid.default, (logit,), number)
         return self.call(aten.squeeze.dim, (chance, -1), self.per_token(torch.float32))

@@ -1,0 +1,271 @@
+"""Exits that keep a promise: thresholds by calibration, and classifiers fitted on cached states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.rewrite.passes.interpret import materialise, run
+from reroll.rewrite.program import Program, Step
+from reroll.rewrite.rolling.exits import Exits, exit_loop, is_open, with_thresholds
+from reroll.runtime.depthwise.engine import Engine
+
+LENGTH = 256
+# an open threshold that no score is above
+NEVER = 1e30
+LEVELS = (0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        thresholds: by the number of trips after which a token may leave; None where none is safe.
+        level: the part of the tokens at each exit whose score is not above its threshold.
+        risk: the bound, and `observed` the part of the tokens whose prediction changed.
+        confidence: with which the bound holds, for tokens like those of the text.
+        depth: the mean number of trips, of `trips`.
+    """
+
+    thresholds: dict[int, float] | None
+    level: float
+    risk: float
+    observed: float
+    p_value: float
+    confidence: float
+    depth: float
+    trips: int
+    tokens: int
+    tried: tuple[dict[str, float], ...]
+
+    def as_data(self) -> dict[str, Any]:
+        """As JSON data."""
+        return asdict(self)
+
+
+def p_value(errors: int, count: int, risk: float) -> float:
+    """How likely so few errors are if the true rate is above `risk` (Hoeffding and Bentkus).
+
+    Learn then Test (arXiv 2110.01052), proposition 3, for losses of 0 and 1.
+    """
+    rate = errors / count
+    if rate >= risk:
+        return 1.0
+    entropy = rate * math.log(rate / risk) if rate else 0.0
+    entropy += (1 - rate) * math.log((1 - rate) / (1 - risk))
+    logs = (
+        math.lgamma(count + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(count - k + 1)
+        + k * math.log(risk)
+        + (count - k) * math.log(1 - risk)
+        for k in range(errors + 1)
+    )
+    tail = math.fsum(math.exp(value) for value in logs)
+    return min(1.0, math.exp(-count * entropy), math.e * tail)
+
+
+def calibrate(
+    program: Program,
+    tokens: Tensor | Sequence[int],
+    *,
+    risk: float = 0.05,
+    confidence: float = 0.95,
+    levels: Sequence[float] = LEVELS,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[Program, Calibration]:
+    """Choose thresholds so that at most a part `risk` of tokens differ from the full depth.
+
+    Learn then Test with fixed sequences, as in CALM (arXiv 2207.07061): one family of thresholds,
+    from those that let nobody leave downwards; the last one before the first whose risk is not
+    shown to be below the bound is taken. A level is the same quantile of the scores at every exit.
+    Every token is run with the caches of those that left before it, as in generation. The
+    confidence is for tokens drawn like those of the text, one by one; a text's tokens depend on
+    each other, so give it much text.
+
+    `tokens` [n] are of the calibration text: the first quarter sets quantiles, the rest tests them.
+    Raises UsageError if the program has no exits, or the text has too few tokens.
+    """
+    found = exit_loop(program)
+    if found is None:
+        raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
+    loop, exits = found
+    if not (0 < risk < 1 and 0 < confidence < 1):
+        raise UsageError("risk and confidence are between 0 and 1")
+    tokens = torch.as_tensor(tokens, dtype=torch.long)
+    rows = [r for r in torch.split(tokens, LENGTH) if len(r) == LENGTH]  # type: ignore[no-untyped-call]
+    if len(rows) < 2:
+        raise UsageError(
+            f"{len(tokens)} tokens are too few to calibrate on", hint=f"give {4 * LENGTH} or more"
+        )
+    at = _exit_trips(program, exits)
+    split = max(1, len(rows) // 4)
+    scores = scores_at(program, exits, at, rows[:split])
+    rows = rows[split:]
+    full = _closed(program, at).to_module()
+    expected = [predicted(full, row)[0] for row in rows]
+    del full
+    best: tuple[float, dict[int, float], float, float, float] | None = None
+    tried = []
+    for number, level in enumerate(levels):
+        if progress is not None:
+            progress(number, len(levels), "thresholds")
+        chosen = {trip: scores[trip].quantile(level).item() for trip in at}
+        model = with_open(program, chosen).to_module()
+        answers = [predicted(model, row) for row in rows]
+        del model
+        errors = sum(int((a != e).sum()) for (a, _), e in zip(answers, expected, strict=True))
+        count = sum(len(e) for e in expected)
+        depth = torch.cat([d for _, d in answers]).float().mean().item()
+        chance = p_value(errors, count, risk)
+        tried.append({"level": level, "observed": errors / count, "p": chance, "depth": depth})
+        if chance > 1 - confidence:
+            break
+        best = level, chosen, errors / count, chance, depth
+    count = sum(len(e) for e in expected)
+    if best is None:
+        closed = dict.fromkeys(at, math.inf)
+        best = 1.0, closed, 0.0, 0.0, float(loop.trips)
+    level, chosen, observed, chance, depth = best
+    named = {trip + 1: value for trip, value in chosen.items()}
+    calibration = Calibration(
+        None if level == 1.0 else named, level, risk, observed, chance, confidence, depth,
+        loop.trips, count, tuple(tried),
+    )  # fmt: skip
+    result = with_open(program, chosen)
+    remark = (
+        f"at most {risk:.3g} of tokens differ from the full depth, with confidence "
+        f"{confidence:.3g}: {observed:.3g} of {count} did; mean depth {depth:.4g} of {loop.trips}"
+    )
+    step = Step(f"calibrate(risk={risk}, confidence={confidence})", 0.0, (remark,))
+    origin = replace(result.origin, steps=(*result.origin.steps, step))
+    return replace(result, origin=origin), calibration
+
+
+def fit_exits(
+    model: Any, tokens: Tensor, *, steps: int = 300, decay: float = 1e-3
+) -> dict[int, float]:
+    """Fit the classifiers of `insert_exits` by logistic regression; returns accuracy by exit.
+
+    The label of a token at an exit is whether the model's head predicts there what it predicts at
+    the end. States are those of the full depth. The weights of `model`, a lowered model, change in
+    place; `model.save_pretrained` or `model.to_program()` keeps them. Raises UsageError for a model
+    whose exits have no classifiers.
+    """
+    found = exit_loop(model.program)
+    if found is None or not any(".exit.score.weight" in n for n in model.program.weights):
+        raise UsageError(
+            "the model's exits have no classifiers",
+            hint="convert it with insert_exits(criterion=linear) or (criterion=mlp)",
+        )
+    loop, exits = found
+    if any(map(is_open, exits.thresholds)):
+        raise UsageError(
+            "the model's exits are open, and states of the full depth are needed",
+            hint="fit before thresholds are set: insert_exits leaves them infinite",
+        )
+    index = model.program.weights[f"{loop.name}.*.exit.score.weight"].index
+    # the exit after trip t is the last trip that names the entry; nobody leaves after the last
+    at = {entry: trip for trip, entry in enumerate(index[:-1])}
+    head = Engine(model, 1, 1)
+    rows = [r for r in torch.split(tokens, LENGTH) if len(r) > 1]  # type: ignore[no-untyped-call]
+    states: dict[int, list[Tensor]] = {trip: [] for trip in at.values()}
+    labels: dict[int, list[Tensor]] = {trip: [] for trip in at.values()}
+    with torch.no_grad():
+        for row in rows:
+            out = model(row[None], output_hidden_states=True, use_cache=False)
+            last = out.logits[0].argmax(-1)
+            for trip in at.values():
+                hidden = out.hidden_states[trip + 1]
+                states[trip].append(hidden[0].float())
+                labels[trip].append(head.logits_of(hidden)[0].argmax(-1) == last)
+    accuracy = {}
+    modules = model._assembly.loops[loop.name].modules
+    for trip in sorted(at.values()):
+        x, y = torch.cat(states[trip]), torch.cat(labels[trip]).float()
+        unit = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        classifier = modules[trip].get_submodule("exit")
+        accuracy[trip + 1] = _fitted(classifier, unit, y, steps, decay)
+    return accuracy
+
+
+def _fitted(classifier: Any, x: Tensor, y: Tensor, steps: int, decay: float) -> float:
+    parameters = list(classifier.parameters())
+    up = getattr(classifier, "up", None)
+
+    def logits() -> Tensor:
+        h = x if up is None else F.relu(F.linear(x, up.weight))
+        return F.linear(h, classifier.score.weight, classifier.score.bias)[:, 0]
+
+    optimizer = torch.optim.Adam(parameters, lr=1e-2, weight_decay=decay)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(logits(), y).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        return ((logits() > 0) == y.bool()).float().mean().item()
+
+
+def _exit_trips(program: Program, exits: Exits) -> list[int]:
+    """The trips after which tokens may leave, also where all thresholds are infinite."""
+    opened = [trip for trip, value in enumerate(exits.thresholds) if is_open(value)]
+    if opened:
+        return opened
+    from reroll.rewrite.passes.pipeline import resolve
+
+    for step in reversed(program.origin.steps):
+        if step.text.startswith("insert_exits("):
+            (each,) = resolve(step.text)
+            return [stop - 1 for stop in each.at]  # type: ignore[attr-defined]
+    raise UsageError("nothing says after which trips tokens may leave")
+
+
+def with_open(program: Program, thresholds: dict[int, float]) -> Program:
+    """The program with other thresholds at its exits."""
+    edited = program.edit()
+    found = exit_loop(edited)
+    assert found is not None
+    return with_thresholds(edited, found[0], thresholds)
+
+
+def _closed(program: Program, at: Sequence[int]) -> Program:
+    return with_open(program, dict.fromkeys(at, math.inf))
+
+
+def predicted(model: Any, row: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely next tokens [n] and their depths."""
+    with torch.no_grad():
+        out = model(row[None], use_cache=False)
+    return out.logits[0].argmax(-1), out.depth[0]
+
+
+def scores_at(
+    program: Program, exits: Exits, at: Sequence[int], rows: Sequence[Tensor]
+) -> dict[int, Tensor]:
+    """The scores of tokens at each exit, at full depth."""
+    opened = with_open(program, dict.fromkeys(at, NEVER))
+    found = exit_loop(opened)
+    assert found is not None
+    target = found[1].node.args[1]
+    scores: dict[int, list[Tensor]] = {trip: [] for trip in at}
+
+    def observe(name: str, trip: int | None, node: Any, args: Any, result: Any) -> None:
+        if node is target and trip in scores:
+            scores[trip].append(result.float().flatten())
+
+    weights = materialise(opened)
+    name = next(i.name for i in opened.inputs if i.role == "data")
+    with torch.no_grad():
+        for row in rows:
+            run(opened, {name: row[None]}, weights=weights, fast=True, observe=observe)
+    return {trip: torch.cat(each) for trip, each in scores.items()}
