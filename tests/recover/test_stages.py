@@ -15,9 +15,10 @@ from reroll.errors import UsageError
 from reroll.recover import Batch, Models, load_recipe
 from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.recipe import parse
-from reroll.recover.stage import stages
+from reroll.recover.stage import recorded, stages, trips_of
 from reroll.recover.stages.align import Align, relative_error
 from reroll.recover.stages.distil import Distil, cross_entropy
+from reroll.recover.stages.exits import Exits, read_out
 from reroll.recover.stages.tune import Tune
 from reroll.recover.trainable import new_names, training
 from reroll.rewrite.passes.manager import run_passes
@@ -110,6 +111,35 @@ def test_align_needs_trips_that_correspond(models: Models) -> None:
         Align().begin(Models(models.module, models.module, six))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_what_a_trip_returns_is_read_out_as_the_model_would(name: str, batch: Batch) -> None:
+    model = captured.captured(name).to_module().eval()
+    whole = Models(model, model, None)
+    with recorded(trips_of(model)) as seen:
+        logits = whole.run(batch)
+    assert torch.equal(read_out(model, batch, seen[-1][1]), logits)
+    assert not torch.allclose(read_out(model, batch, seen[1][1]), logits)
+    assert torch.equal(whole.run(batch), logits)
+
+
+def test_exits_are_weighted(models: Models, batch: Batch) -> None:
+    found = {}
+    for weights in ("aggressive", "weighted"):
+        stage = Exits(at=[1, 3], weights=weights)
+        loss = stage.loss(batch, models)
+        values = [loss.parts[key] for key in ("after_1", "after_3", "full")]
+        factors = [0.1, 0.1, 1.0] if weights == "aggressive" else [1.0, 2.0, 3.0]
+        expected = sum(a * v for a, v in zip(factors, values, strict=True)) / sum(factors)
+        assert loss.value.item() == pytest.approx(expected, rel=1e-5)
+        found[weights] = values
+    assert found["aggressive"] == found["weighted"]
+    torch.testing.assert_close(
+        torch.tensor(found["weighted"][2]), Distil().loss(batch, models).value.detach()
+    )
+    with pytest.raises(UsageError, match="4 trips"):
+        Exits(at=[4]).begin(models)
+
+
 def test_new_weights_are_those_that_the_original_lacks(models: Models) -> None:
     found = new_names(models.module, models.teacher)
     assert found
@@ -181,7 +211,7 @@ def test_shipped_recipes_can_be_read() -> None:
 
 
 def test_the_stages_that_there_are() -> None:
-    assert {"align", "distil", "tune"} <= set(stages())
+    assert {"align", "distil", "exits", "tune"} <= set(stages())
     for cls in stages().values():
         assert cls.documentation()
         assert all(o["help"] for o in cls.describe()["options"])

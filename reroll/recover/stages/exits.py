@@ -1,0 +1,122 @@
+"""Exits: the model learns to answer after fewer trips, and not to lose the full depth for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import UsageError
+from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, recorded
+from reroll.recover.stages.distil import Distil, cross_entropy
+from reroll.rewrite.passes.options import option
+from reroll.runtime.loops import Trips
+
+
+class Exits(Stage):
+    """Train the predictions after some trips beside those at full depth.
+
+    With L_i the loss after `at[i]` trips, by the model's own last norm and head, and L_B that at
+    full depth,
+
+        loss = (sum_i a_i L_i + a_B L_B) / (sum_i a_i + a_B)
+
+    Relaxed Recursive Transformers (arXiv 2410.20672), section 3.4: `aggressive` has a_i =
+    `coefficient` and a_B = 1, `weighted` a_i = i of 1, 2, .., B. With `distil`, an exit learns the
+    full depth's own distribution, detached, and otherwise the text.
+    """
+
+    name = "exits"
+
+    at: list[int] = option(help="after how many trips of the last loop there are exits")
+    weights: Literal["aggressive", "weighted"] = option("aggressive", help="the coefficients")
+    coefficient: float = option(0.1, help="of every exit but the last, when aggressive")
+    distil: bool = option(True, help="exits learn from the full depth instead of the text")
+    target: Literal["original", "text"] = option(
+        "original", help="what the full depth learns: the original's distribution, or the text"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not self.at or sorted(set(self.at)) != self.at or self.at[0] < 1:
+            raise UsageError("`at` is an ascending list from 1", where="stage exits, option at")
+
+    def begin(self, models: Models) -> None:
+        loop = models.module.program.loops[-1]
+        if self.at[-1] >= loop.trips:
+            raise UsageError(
+                f"{loop.name} makes {loop.trips} trips, so the last exit is after "
+                f"{loop.trips - 1} or fewer",
+                where="stage exits, option at",
+            )
+
+    def loss(self, batch: Batch, models: Models) -> Loss:
+        keep, divergence = batch.mask.bool(), Distil.make({}).divergence
+        trips = _last_loop(models.module).modules
+        with recorded([trips[number - 1] for number in self.at]) as seen:
+            logits = models.run(batch)
+        if self.target == "original":
+            last = divergence(logits[keep], models.ask(batch)[keep])
+        else:
+            last = cross_entropy(logits, batch.labels)
+        losses = []
+        for _, hidden in seen:
+            early = read_out(models.module, batch, hidden)
+            if self.distil:
+                losses.append(divergence(early[keep], logits[keep].detach()))
+            else:
+                losses.append(cross_entropy(early, batch.labels))
+        parts = {f"after_{n}": each.item() for n, each in zip(self.at, losses, strict=True)}
+        value = self.combined([*losses, last])
+        return Loss(value, {**parts, "full": last.item()})
+
+    def combined(self, losses: list[Tensor]) -> Tensor:
+        """The weighted mean of the losses, the full depth's last."""
+        if self.weights == "weighted":
+            factors = [float(number) for number in range(1, len(losses) + 1)]
+        else:
+            factors = [self.coefficient] * (len(losses) - 1) + [1.0]
+        total = torch.stack([a * loss for a, loss in zip(factors, losses, strict=True)]).sum()
+        return total / sum(factors)
+
+
+def read_out(module: Any, batch: Batch, hidden: Tensor) -> Tensor:
+    """The logits of a model whose last loop returned `hidden` [rows, length, width]."""
+    with _given(module, hidden):
+        logits: Tensor = module(**arguments(batch)).logits
+    return logits
+
+
+def _last_loop(module: Any) -> Trips:
+    trips: Trips = module._assembly.loops[module.program.loops[-1].name]
+    return trips
+
+
+class _Given(nn.Module):
+    """A trip that returns a value instead of computing one."""
+
+    def __init__(self, value: Tensor | None) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, first: Tensor, *rest: Any, past_key_values: Any = None) -> Any:
+        del past_key_values
+        return (first if self.value is None else self.value, *rest)
+
+
+@contextmanager
+def _given(module: Any, hidden: Tensor) -> Iterator[None]:
+    """Let the loops run no trips, and the last one return `hidden`."""
+    loops = module._assembly.loops
+    kept = dict(loops)
+    last = module.program.loops[-1].name
+    try:
+        for name in kept:
+            value = hidden if name == last else None
+            loops[name] = Trips([_Given(value)], 0, 0)
+        yield
+    finally:
+        loops.update(kept)
