@@ -1,0 +1,208 @@
+"""Decode speed of exported models in ONNX Runtime beside transformers, in one run, in turns.
+
+Each side decodes one token at a time behind a context whose states are random numbers: how fast a
+step is does not depend on what the states hold. The original, a tied and a linearized model are
+exported by reroll; `--peer DIR` adds a model that another exporter made of the original.
+
+    python -m benchmarks.onnx_speed --work DIR [--contexts 128,1024,8192,32768] [--precision fp32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import reroll
+
+PASSES = {
+    "original": "",
+    "tied": "tie(blocks={blocks})",
+    "linearized": "linearize(mixer=gated_deltanet, window=64, sinks=4)",
+    "tied linearized": "tie(blocks={blocks}), linearize(mixer=gated_deltanet, window=64, sinks=4)",
+}
+GRAPHS = {"original": ("unrolled",), "linearized": ("unrolled",)}
+
+# what takes this long is measured in few steps
+STEPS = {128: 16, 1024: 12, 8192: 6, 32768: 3}
+
+
+def export(options: argparse.Namespace, name: str, precision: str) -> Path:
+    """The directory of one exported model, made in a process of its own if it is not there."""
+    out = options.work / f"{name.replace(' ', '-')}-{precision}"
+    if not out.exists():
+        kinds = ",".join(GRAPHS.get(name, ("unrolled", "loop")))
+        words = [sys.executable, "-m", "benchmarks.onnx_speed", "--export-only", str(out)]
+        words += ["--passes", PASSES[name].format(blocks=options.blocks), "--graphs", kinds]
+        words += ["--model", options.model, "--precision", precision, "--work", str(options.work)]
+        subprocess.run(words, check=True)
+    return out
+
+
+def export_only(options: argparse.Namespace) -> None:
+    """Export one model, and say how long it took and how much memory."""
+    from reroll.export.directories import new_directory
+    from reroll.export.onnx import Onnx
+
+    start = time.perf_counter()
+    program = reroll.capture(options.model, dtype="float32")
+    if options.passes:
+        program = reroll.run_passes(program, options.passes, measure=False)
+    target = Onnx(graphs=tuple(options.graphs.split(",")), precision=options.precision)
+    before = time.perf_counter()
+    with new_directory(options.export_only) as directory:
+        found = target.write(program, directory)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    files = {g["file"]: g["bytes"] for g in found["graphs"].values()}
+    print(
+        f"{options.export_only.name}: captured and rewritten in {before - start:.1f} s, written in "
+        f"{time.perf_counter() - before:.1f} s; peak {peak:.0f} MiB of the process; "
+        f"weights {found['weights']['bytes']:,} bytes, {files}",
+        flush=True,
+    )
+
+
+class Graph:
+    """One side: an ONNX graph, its states kept where the runtime has them."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        self.states = [i for i in self.session.get_inputs() if i.name.startswith("past_key")]
+        self.names = [i.name for i in self.session.get_inputs() if i not in self.states]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.past: dict[str, Any] = {}
+
+    def fill(self, context: int) -> None:
+        """Random states behind so many tokens."""
+        generator = np.random.default_rng(0)
+        self.past, self.length = {}, context
+        for item in self.states:
+            sizes = {"batch_size": 1, "past_sequence_length": context}
+            shape = [sizes.get(d, 1) if isinstance(d, str) else d for d in item.shape]
+            dtype = np.float16 if "16" in item.type else np.float32
+            data = 0.1 * generator.standard_normal(shape, dtype=np.float32)
+            self.past[item.name] = onnxruntime.OrtValue.ortvalue_from_numpy(data.astype(dtype))
+
+    def step(self) -> None:
+        """One token."""
+        self.length += 1
+        given = {
+            "input_ids": np.array([[7]]),
+            "attention_mask": np.ones((1, self.length), np.int64),
+            "position_ids": np.array([[self.length - 1]]),
+        }
+        feed = {n: onnxruntime.OrtValue.ortvalue_from_numpy(given[n]) for n in self.names}
+        values = self.session.run_with_ort_values(self.outputs, {**feed, **self.past})
+        found = dict(zip(self.outputs, values, strict=True))
+        self.past = {n: found[n.replace("past_key_values", "present")] for n in self.past}
+
+
+class Eager:
+    """The other side: transformers."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def fill(self, context: int) -> None:
+        """Random states behind so many tokens."""
+        config = self.model.config
+        shape = (1, config.num_key_value_heads, context, config.head_dim)
+        self.cache = DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            self.cache.update(0.1 * torch.randn(shape), 0.1 * torch.randn(shape), layer)
+
+    def step(self) -> None:
+        """One token."""
+        with torch.inference_mode():
+            self.model(torch.tensor([[7]]), past_key_values=self.cache, use_cache=True)
+
+
+def measure(sides: dict[str, Callable[[], Any]], context: int) -> dict[str, float]:
+    """Tokens per second of each side: medians of steps taken in turns.
+
+    Sides are made one after the other at long contexts, where two would not fit in memory.
+    """
+    steps = next(n for c, n in STEPS.items() if context <= c)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    together = context <= 1024
+    groups = [list(sides)] if together else [[name] for name in sides]
+    for round_ in range(1 if together else 2):
+        for group in groups if round_ % 2 == 0 else groups[::-1]:
+            made = {name: sides[name]() for name in group}
+            for side in made.values():
+                side.fill(context)
+                side.step()
+            for _ in range(steps):
+                for name, side in made.items():
+                    start = time.perf_counter()
+                    side.step()
+                    times[name].append(time.perf_counter() - start)
+            del made
+            gc.collect()
+    return {name: 1 / statistics.median(seconds) for name, seconds in times.items()}
+
+
+def main() -> None:
+    """Run the comparison and print one line per side and context."""
+    parser = argparse.ArgumentParser(description="decode speed of ONNX exports beside transformers")
+    parser.add_argument("--model", default="models/smollm2-135m-instruct")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--contexts", default="128,1024,8192,32768")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sides", default=",".join(PASSES), help="which models to export")
+    parser.add_argument("--peer", type=Path, help="an ONNX file that another exporter made")
+    parser.add_argument("--no-eager", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--export-only", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--passes", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--graphs", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.export_only:
+        export_only(options)
+        return
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    sides: dict[str, Callable[[], Any]] = {}
+    if not options.no_eager:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        sides["transformers fp32"] = lambda: Eager(model)
+    paths = [options.peer] if options.peer else []
+    for name in options.sides.split(","):
+        for precision in options.precision.split(","):
+            paths += sorted(export(options, name, precision).glob("*.onnx"))
+    for path in paths:
+        label = "peer" if path == options.peer else f"{path.parent.name} {path.stem}"
+        sides[label] = lambda path=path: Graph(path, options.threads)
+    rows = {}
+    for context in map(int, options.contexts.split(",")):
+        speeds = rows[context] = measure(sides, context)
+        base = next(iter(speeds.values()))
+        for name, speed in speeds.items():
+            print(f"context {context:6d}  {name:36s} {speed:8.2f} tokens/s  {speed / base:6.2f} x")
+        sys.stdout.flush()
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

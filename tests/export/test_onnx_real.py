@@ -1,0 +1,72 @@
+"""Exports of the pretrained models that `make models` puts under `models/`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import reroll
+from reroll.export.onnx import Onnx
+from reroll.export.onnx.session import Session
+from reroll.rewrite.passes import tolerances
+
+LINEAR = "linearize(mixer=gated_deltanet, window=64, sinks=4)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("smollm2-135m-instruct", ""),
+        ("smollm2-135m-instruct", "tie(blocks=10), relax(rank=16)"),
+        ("smollm2-135m-instruct", LINEAR),
+        ("gemma-3-270m", ""),
+        ("dinov2-small", ""),
+    ],
+)
+def test_exports_are_exact(real_model, tmp_path, name, passes):
+    program = reroll.capture(str(real_model(name)), dtype=torch.float32)
+    program = reroll.run_passes(program, passes, measure=False)
+    # a Loop that gathers all weights of a large model takes minutes
+    graphs = ("loop", "unrolled") if passes or "dino" in name else ("unrolled",)
+    found = Onnx(graphs=graphs, check=True).write(program, tmp_path)
+    for graph in found["graphs"].values():
+        assert graph["check"]["relative_rms_error"] < 2e-5
+
+
+def test_minilm_is_exact(real_model, tmp_path):
+    program = reroll.capture(str(real_model("minilm-l6-v2")))
+    Onnx(check=True).write(program, tmp_path)
+
+
+def test_the_encoder_of_whisper_is_that_of_transformers(real_model, tmp_path):
+    path = real_model("whisper-tiny.en")
+    program = reroll.capture(str(path))
+    Onnx(graphs=("loop",)).write(program, tmp_path)
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(path).eval()
+    sound = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.get_encoder()(sound).last_hidden_state
+    actual = Session(tmp_path / "loop.onnx").run({"input_features": sound})["last_hidden_state"]
+    assert tolerances.relative_rms(actual, expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_onnxruntime_genai_generates_the_same(real_model, tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai")
+    path = real_model("smollm2-135m-instruct")
+    Onnx(graphs=("unrolled",)).write(reroll.capture(str(path)), tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    ids = tokenizer("The history of the bicycle begins in", return_tensors="pt").input_ids
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = model.generate(ids, max_new_tokens=40, do_sample=False)[0].tolist()
+    exported = genai.Model(str(tmp_path))
+    parameters = genai.GeneratorParams(exported)
+    parameters.set_search_options(max_length=len(expected))
+    generator = genai.Generator(exported, parameters)
+    generator.append_tokens(ids[0].tolist())
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == expected
