@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import reroll
 
@@ -78,7 +78,8 @@ def export_only(options: argparse.Namespace) -> None:
 class Graph:
     """One side: an ONNX graph, its states kept where the runtime has them."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, config: Any) -> None:
+        self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -95,8 +96,11 @@ class Graph:
         generator = np.random.default_rng(0)
         self.past, self.length = {}, context
         for item in self.states:
-            sizes = {"batch_size": 1, "past_sequence_length": context}
-            shape = [sizes.get(d, 1) if isinstance(d, str) else d for d in item.shape]
+            # what is not a number is the batch, the context, or what the configuration says
+            known = (1, self.kv_heads, context, self.head_dim)
+            shape = [
+                d if isinstance(d, int) else size for d, size in zip(item.shape, known, strict=True)
+            ]
             dtype = np.float16 if "16" in item.type else np.float32
             data = 0.1 * generator.standard_normal(shape, dtype=np.float32)
             self.past[item.name] = onnxruntime.OrtValue.ortvalue_from_numpy(data.astype(dtype))
@@ -182,6 +186,7 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.from_pretrained(options.model)
     sides: dict[str, Callable[[], Any]] = {}
     if not options.no_eager:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
@@ -192,7 +197,7 @@ def main() -> None:
             paths += sorted(export(options, name, precision).glob("*.onnx"))
     for path in paths:
         label = "peer" if path == options.peer else f"{path.parent.name} {path.stem}"
-        sides[label] = lambda path=path: Graph(path, options.threads)
+        sides[label] = lambda path=path: Graph(path, options.threads, config)
     rows = {}
     for context in map(int, options.contexts.split(",")):
         speeds = rows[context] = measure(sides, context)

@@ -7,6 +7,7 @@ segments.py, loops.py       which trips become one Loop
 aten.py, idioms.py, attention.py   the lowering of each op
 states.py, windows.py       state as inputs and outputs; caches that do not grow
 recurrence.py, linear_attention.py   token mixers
+exits.py                    tokens that leave a loop early
 quantise.py                 block-wise integer weights
 session.py, check.py        running what was exported, beside what it was exported from
 artifact.py, manifest.py    the directory and what describes it

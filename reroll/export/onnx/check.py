@@ -195,10 +195,12 @@ def _decoded(program: Program, module: Any, session: Session, steps: int) -> Com
                 inputs["position_ids"] = positions
             out = module(**inputs, past_key_values=past, use_cache=True)
             past = out.past_key_values
-            actual = session.run(inputs)["logits"]
+            actual = session.run(inputs)
             shown = seen[:, -tokens.shape[1] :].bool()
-            what = f"the logits of step {step}" if step else "the logits of the prompt"
-            yield what, actual[shown], out.logits[shown]
+            at = f"step {step}" if step else "the prompt"
+            for name in program.outputs:
+                if actual[name].shape[:2] == shown.shape:
+                    yield f"{name} at {at}", actual[name][shown], out[name][shown]
             tokens = out.logits[:, -1:].argmax(-1)
             seen = torch.cat([seen, torch.ones_like(tokens)], dim=1)
 

@@ -56,6 +56,8 @@ class Graph:
     """One ONNX graph that is being built: a model's, or the body of a Loop inside `outer`."""
 
     outer: Graph | None = None
+    # a branch of an If keeps what depends on the graph around it, so that it runs only if taken
+    is_branch: bool = False
     nodes: list[NodeProto] = field(default_factory=list)
     inputs: list[ValueInfoProto] = field(default_factory=list)
     outputs: list[ValueInfoProto] = field(default_factory=list)
@@ -92,6 +94,8 @@ class Graph:
         """One node with an output for each hint. Absent inputs are None."""
         given = [v for v in inputs if v is not None]
         place = max((v.scope for v in given), key=lambda g: g.depth, default=self.root)
+        if self.is_branch and place is self.outer:
+            place = self
         key = (
             kind,
             domain,
@@ -165,6 +169,16 @@ class Graph:
         self.root._names.add(name)
         self.inputs.append(type_of(name, dtype, shape))
         return Value(name, dtype, self)
+
+    def default_input(self, name: str, tensor: Tensor) -> Value:
+        """An input of the model that may be left out."""
+        if name not in self.initializers:
+            array = array_of(tensor)
+            self.initializers[name] = helper.make_tensor(
+                name, ELEMENT[tensor.dtype], list(array.shape), array.tobytes(), raw=True
+            )
+            self.input(name, tensor.dtype, tuple(tensor.shape))
+        return Value(name, tensor.dtype, self)
 
     def output(self, value: Value, name: str, shape: Shape | None) -> None:
         """Make a value an output of this graph under a name of its own."""

@@ -36,10 +36,16 @@ def run_trip(
     g: Translator, loop: Loop, trip: Trip, carry: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """The carry after one trip, or after the one of several that is running."""
+    # it needs what this module gives the translator
+    from reroll.export.onnx import exits
+
     given = [_input(g, value, trip) for value in inputs]
     before, g.trip = g.trip, trip
+    name = f"{loop.name} {trip.numbers[0]}"
     try:
-        return g.walk(f"{loop.name} {trip.numbers[0]}", loop.body.graph, [*carry, *given])
+        if exits.can_skip(g, loop, trip):
+            return exits.run_skipping(g, loop, name, carry, given)
+        return g.walk(name, loop.body.graph, [*carry, *given])
     finally:
         g.trip = before
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from reroll.export.onnx.states import States
 from reroll.rewrite.program import Loop, Program, weight_nodes
+from reroll.rewrite.rolling.exits import exits_of, is_open
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def _structure(program: Program, loop: Loop) -> list[tuple[Any, ...]]:
     """What a Loop cannot gather, trip by trip: the sizes of states, and switches."""
     states = States(program)
     nodes = [n for n in loop.body.graph.nodes if n in states.numbers]
+    exits = exits_of(loop)
     found = []
     for trip in range(loop.trips):
+        is_exit = exits is not None and is_open(exits.thresholds[trip])
         rings = [states.ring(states.numbers[node][trip]) for node in nodes]
         switches = [
             value[trip]
@@ -84,7 +87,7 @@ def _structure(program: Program, loop: Loop) -> list[tuple[Any, ...]]:
             and (states.rings or any(isinstance(v, bool) for v in value))
             and not any(isinstance(v, fx.Node) for v in value)
         ]
-        found.append((*rings, *switches))
+        found.append((*rings, *switches, is_exit))
     return found
 
 

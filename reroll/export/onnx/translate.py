@@ -90,21 +90,30 @@ class Translator:
 
     def walk(self, name: str, graph: fx.Graph, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """What a graph returns for these arguments."""
-        values: dict[fx.Node, Any] = {}
-        feed = iter(arguments)
-        for node in graph.nodes:
+        return self.run_nodes(name, list(graph.nodes), self.start(graph, arguments))
+
+    def start(self, graph: fx.Graph, arguments: Sequence[Any]) -> dict[fx.Node, Any]:
+        """The values of a graph's placeholders."""
+        places = [n for n in graph.nodes if n.op == "placeholder"]
+        return dict(zip(places, arguments, strict=True))
+
+    def run_nodes(
+        self, name: str, nodes: Sequence[fx.Node], values: dict[fx.Node, Any]
+    ) -> tuple[Any, ...]:
+        """Translate some nodes of a graph in order, adding to `values`; what the output returns."""
+        for node in nodes:
             if node.op == "placeholder":
-                values[node] = next(feed)
-            elif node.op == "get_attr":
+                continue
+            if node.op == "get_attr":
                 weight = self.program.weights[str(node.target)]
                 values[node] = Parameter(self, str(node.target), weight, self.trip)
             elif node.op == "output":
-                result = fx.node.map_arg(node.args[0], values.__getitem__)
+                result: Any = fx.node.map_arg(node.args[0], values.__getitem__)
                 return tuple(result) if isinstance(result, tuple | list) else (result,)
             else:
                 with located(f"{name}, {node.name}"):
                     values[node] = self._call(node, values)
-        raise ExportError("the graph has no output", where=name)
+        return ()
 
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         args: Any = fx.node.map_arg(node.args, values.__getitem__)
