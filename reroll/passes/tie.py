@@ -15,6 +15,7 @@ from reroll.rewrite.passes.hidden import hidden_states
 from reroll.rewrite.passes.options import nearest_name
 from reroll.rewrite.passes.phases import Phases, choose, cosine_distances, segment
 from reroll.rewrite.program import Loop, Program, weight_nodes
+from reroll.rewrite.rolling.scaling import scale_by_step
 from reroll.rewrite.weights import Expr, Weight, cast, mean
 
 Layout = Literal["cycle", "sequence", "middle_cycle"]
@@ -44,6 +45,10 @@ class Tie(Pass):
     of K trips spaced evenly through the loop (`stepwise`, best without `relax`), or as one of the
     first K trips (`lower`; of the middle ones with `middle_cycle`).
 
+    With `scaling`, what each sublayer writes and what a trip returns are scaled by a small MLP of
+    the step, one for each block, so that a block can do something else in each of its trips: the
+    student block of Raptor (arXiv 2512.19941). It starts as the factor 1 and has to be trained.
+
     Weights of norms stay one per trip unless `norms` is set: they are small, and what they scale
     differs from depth to depth. Everything else that is trained is tied, biases and other vectors
     included; `relax` gives each trip its own vectors back. What the weights were before is kept for
@@ -62,6 +67,7 @@ class Tie(Pass):
     layout: Layout = option("cycle", help="which trips share a block")
     init: Init = option("average", help="what a block starts as")
     norms: bool = option(False, help="tie the weights of norms as well")
+    scaling: bool = option(False, help="scale what a block writes by the step, with a small MLP")
 
     def check(self) -> None:
         counts = self.blocks
@@ -172,11 +178,15 @@ class Tie(Pass):
             context.remark(reuse)
         changed = {n: w for n, w in tied.items() if w != program.weights[n]}
         untied = {n: program.reference.get(n, program.weights[n]) for n in changed}
-        return replace(
+        program = replace(
             program,
             weights=program.weights.with_weights(tied),
             reference=program.reference.with_weights(untied),
         )
+        if self.scaling:
+            program, added = scale_by_step(program, loop, index)
+            context.remark(f"{loop.name}: scaling by step, {added:,} parameters")
+        return program
 
     def _entry(self, weight: Weight, members: list[int], first: int) -> Expr:
         if self.init != "average":

@@ -227,3 +227,15 @@ def test_exits_that_cannot_be():
         run_passes(exiting("at=[1]"), "insert_exits(at=[2])", measure=False)
     with pytest.raises(PassError, match="another loop stands between"):
         exiting("at=[1], loop=model.layers_1", passes="loop_core(prelude=1, core=2, coda=1), ")
+
+
+@pytest.mark.parametrize("passes", ["linearize(mixer=gla), ", "linearize(mixer=gla, window=4), "])
+def test_exits_of_a_body_with_recurrent_mixers(passes):
+    closed = exiting("at=[1, 2]", passes=passes)
+    plain = run_passes(captured("llama"), passes.rstrip(", "), measure=False)
+    assert outputs(closed)["logits"].equal(outputs(plain)["logits"])
+    options = "at=[1, 2, 3], criterion=saturation, threshold=0.7"
+    lowered = exiting(options, passes=passes).to_module()
+    alone = [lowered.generate(row[None], use_cache=False, **SETTINGS)[0] for row in IDS]
+    assert lowered.generate(IDS, **SETTINGS).equal(torch.stack(alone))
+    assert 1 < lowered.depth_report.mean < 4

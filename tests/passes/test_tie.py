@@ -32,6 +32,11 @@ class TestMiddle(PassSuite):
     models = ("whisper", "gemma3")
 
 
+class TestScaling(PassSuite):
+    pipeline = "tie(blocks=2, layout=sequence, scaling=true)"
+    models = ("llama", "vit")
+
+
 def tied(name: str, options: str, dtype=torch.float32):
     return run_passes(captured(name, dtype), f"tie({options})", measure=False)
 
@@ -218,3 +223,22 @@ def test_a_trip_of_several_layers_is_tied_as_a_whole():
 def test_it_says_what_it_tied():
     remark = tied("llama", "blocks=3").origin.steps[-1].remarks[0]
     assert remark.startswith("model.layers: 4 trips share 3 blocks (0 1 2 0); 7 weights tied")
+
+
+def test_scaling_by_the_step_changes_nothing_until_it_is_trained():
+    plain = tied("llama", "blocks=2, layout=sequence")
+    program = tied("llama", "blocks=2, layout=sequence, scaling=true")
+    expected = run(plain, {"input_ids": IDS})["logits"]
+    actual = run(program, {"input_ids": IDS})["logits"]
+    assert tolerances.relative_rms(actual, expected) <= tolerances.forward(torch.float32)
+    step = next(v for v in program.loops[0].inputs if isinstance(v, tuple))
+    assert step == (0.0, 1.0, 0.0, 1.0)
+    sizes = {n: w for n, w in program.weights.items() if ".step." in n}
+    # attention, MLP and the whole, for two blocks
+    assert sum(w.elements() for w in sizes.values()) == 2 * (16 + 16 + 3 * 32 * 16 + 3 * 32)
+    lowered = program.to_module()
+    lowered(IDS, labels=IDS).loss.backward()
+    gradients = [p.grad for n, p in lowered.named_parameters() if "step.down" in n]
+    assert gradients
+    assert all(g.norm() > 0 for g in gradients)
+    assert lowered.generate(IDS + 3, max_new_tokens=4, do_sample=False).shape == (2, 10)
