@@ -39,9 +39,6 @@ class Onnx(Target):
         "fp32", help="of weights; activations are fp32, but for fp16"
     )
     opset: int = option(23, help="the version of the ONNX operators")
-    runtime: Literal["ort"] | None = option(
-        None, help="ort: use operators that only ONNX Runtime has"
-    )
     check: bool = option(False, help="run each graph beside the torch module; write nothing if off")
     block: int = option(32, help="inputs that share a scale in a quantised weight")
 

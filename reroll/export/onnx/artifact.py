@@ -39,7 +39,7 @@ def write(
     """Write everything into a directory; see `Target.write`."""
     start = time.perf_counter()
     program = exported_part(program)
-    settings = Settings(target.precision, target.opset, target.runtime, target.block)
+    settings = Settings(target.precision, target.opset, target.block)
     weights = WeightFile(program)
     files: dict[str, str] = {}
     for kind in dict.fromkeys(target.graphs):

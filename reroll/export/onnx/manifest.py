@@ -48,7 +48,6 @@ def write_manifest(
         "passes": [step.text for step in program.origin.steps],
         "precision": settings.precision,
         "opset": settings.opset,
-        "runtime": settings.runtime,
         "loops": [
             {"name": p.name, "trips": p.trips, "period": p.period, "layers": p.layers}
             for p in program.loops

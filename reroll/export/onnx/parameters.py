@@ -31,11 +31,10 @@ AXES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to export: the precision of computing and of weights, the opset, and for whom."""
+    """How to export: the precision of computing and of weights, and the opset."""
 
     precision: str = "fp32"
     opset: int = 23
-    runtime: str | None = None
     block: int = 32
 
     @property
