@@ -7,6 +7,7 @@ segments.py, loops.py       which trips become one Loop
 aten.py, idioms.py, attention.py   the lowering of each op
 states.py, windows.py       state as inputs and outputs; caches that do not grow
 recurrence.py, linear_attention.py   token mixers
+step.py, scheduler.py       one round at a time, and a host that runs it
 exits.py                    tokens that leave a loop early
 quantise.py                 block-wise integer weights
 session.py, check.py        running what was exported, beside what it was exported from
@@ -22,14 +23,15 @@ from reroll.errors import ExportError, UsageError
 from reroll.export.targets import Progress, Target, option
 from reroll.rewrite.program import Program
 
-Kind = Literal["loop", "unrolled"]
+Kind = Literal["loop", "unrolled", "step"]
 
 
 class Onnx(Target):
     """ONNX graphs over one weight file, with every state an input and an output.
 
     `loop` has the depth loop as an ONNX Loop; `unrolled` writes the trips out, for runtimes and
-    accelerators without control flow. Both read the same weights.
+    accelerators without control flow; `step` is one round of trips with a depth for each row, for a
+    host that schedules, between `embed` and `head`. All read the same weights.
     """
 
     name = "onnx"
@@ -44,7 +46,7 @@ class Onnx(Target):
 
     def check_options(self) -> None:
         if not self.graphs:
-            raise UsageError("graphs must name one at least: loop, unrolled")
+            raise UsageError("graphs must name one at least: loop, unrolled, step")
         if self.opset < 23:
             raise UsageError(
                 f"opset {self.opset} has neither Attention nor RMSNormalization",

@@ -14,10 +14,11 @@ from onnx import helper
 import reroll
 from reroll.errors import ExportError
 from reroll.export.onnx import aten, attention, check, exits, idioms, recurrence  # noqa: F401 - lowerings
-from reroll.export.onnx.graph import nodes_of
+from reroll.export.onnx.graph import Graph, nodes_of
 from reroll.export.onnx.manifest import write_manifest
 from reroll.export.onnx.parameters import Settings
 from reroll.export.onnx.parts import exported_part
+from reroll.export.onnx.step import step_graphs
 from reroll.export.onnx.translate import Translator
 from reroll.export.onnx.weights import WeightFile
 from reroll.rewrite.program import Program
@@ -43,10 +44,11 @@ def write(
     weights = WeightFile(program)
     files: dict[str, str] = {}
     for kind in dict.fromkeys(target.graphs):
-        model = translated(program, kind, weights, settings)
-        files[kind] = f"{kind}.onnx"
-        onnx.save(model, str(directory / files[kind]))
-        log.info("%s: %d nodes", files[kind], len(model.graph.node))
+        for name, graph in _graphs(program, kind, weights, settings).items():
+            model = _model(graph, name, settings)
+            files[name] = f"{name}.onnx"
+            onnx.save(model, str(directory / files[name]))
+            log.info("%s: %d nodes", files[name], len(model.graph.node))
 
     def report(done: int, total: int) -> None:
         if progress is not None:
@@ -64,13 +66,17 @@ def write(
     return {**found, "seconds": seconds}
 
 
-def translated(
+def _graphs(
     program: Program, kind: str, weights: WeightFile, settings: Settings
-) -> onnx.ModelProto:
-    """One graph of a Program. Its weights are those that `weights` will write."""
-    translator = Translator(program, weights, settings, rolled=kind == "loop")
-    built = translator.run()
-    graph = built.finish(kind)
+) -> dict[str, Graph]:
+    """The graphs of one kind by name. Their weights are those that `weights` will write."""
+    if kind == "step":
+        return step_graphs(program, weights, settings)
+    return {kind: Translator(program, weights, settings, rolled=kind == "loop").run()}
+
+
+def _model(built: Graph, name: str, settings: Settings) -> onnx.ModelProto:
+    graph = built.finish(name)
     functions = [function for _, function in built.functions.values()]
     imports = [helper.make_opsetid("", settings.opset)]
     if any(node.domain == CONTRIB for node in nodes_of(graph)):
@@ -113,6 +119,9 @@ def _checked(
         measured = check.quality(directory / next(iter(files.values())), program, module)
     check.round_weights(module, program, settings)
     for kind, file in files.items():
+        if kind in ("embed", "step", "head"):
+            # these make sense together only: see `scheduler`
+            continue
 
         def report(done: int, total: int, kind: str = kind) -> None:
             if progress is not None:

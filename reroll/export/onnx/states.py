@@ -98,7 +98,11 @@ class States:
     def of(self, g: Translator, node: fx.Node) -> tuple[int, ...]:
         """The numbers of a node's states in the trips that are meant."""
         numbers = self.numbers[node]
-        return numbers if g.trip is None else tuple(numbers[t] for t in g.trip.numbers)
+        if g.trip is None:
+            return numbers
+        # by rows, the host hands in the states of each row's own round
+        trips = g.trip.numbers[:1] if g.trip.rows else g.trip.numbers
+        return tuple(numbers[t] for t in trips)
 
     def read(
         self,
