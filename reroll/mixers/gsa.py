@@ -73,7 +73,7 @@ class GSA(Mixer):
         rows, decay = cut(q, size, 3).transpose(2, 3), FactoredDecay(cut(log_decay, size, 2))
         columns, slots = cut(k, size, 2), cut(s, size, 2)
         writes = decay.to_end(slots).to(dtype).mT @ columns
-        states, keys = chain(writes.to(state[0].dtype), decay.total, state[0])
+        states, keys = chain(writes, decay.total, state[0])
         seen = products(products(rows, columns.mT).tril(), (slots * decay.fall).to(dtype))
         scores = seen * decay.rise.unsqueeze(-3)
         scores = scores + decay.from_start(products(rows, states.mT.to(dtype)))

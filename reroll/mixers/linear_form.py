@@ -14,9 +14,6 @@ from torch import Tensor
 
 from reroll.mixers.decay import Decay, products
 
-# chunks whose states are chained by one product; more than that go in several
-TOGETHER = 32
-
 
 def stretch(
     q: Tensor, k: Tensor, v: Tensor, decay: Decay, state: Tensor, diagonal: int = 0
@@ -46,7 +43,7 @@ def chunks(
     q = q.transpose(2, 3)  # [batch, kv_heads, chunks, groups, size, d_k]
     fade = decay(log_decay)
     writes = fade.to_end(k).to(dtype).mT @ v  # [batch, kv_heads, chunks, d_k, d_v]
-    states, end = chain(writes.to(state.dtype), fade.total, state)
+    states, end = chain(writes, fade.total, state)
     out = read(fade.scores(q, k, diagonal), v, fade.from_start(q), states)
     return joined(out, time), end
 
@@ -70,27 +67,12 @@ def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
     `writes` [batch, kv_heads, chunks, d_k, d_v] is what each chunk adds, `total` [batch, kv_heads,
     chunks, d_k or 1] the log of what it leaves of the state before it.
     """
+    kept = total.exp()[..., None]
     before = []
-    for first in range(0, writes.shape[2], TOGETHER):
-        part = slice(first, first + TOGETHER)
-        sums = F.pad(total[:, :, part], (0, 0, 1, 0)).cumsum(2).transpose(2, 3)
-        # what is left, before chunk i or at the end, of the write of chunk j < i
-        between = sums[..., :, None] - sums[..., None, 1:]
-        seen = torch.ones_like(between[0, 0, 0], dtype=torch.bool).tril(-1)
-        fade = between.masked_fill(~seen, -torch.inf).exp()  # [batch, kv_heads, d_k or 1, n + 1, n]
-        left = sums.exp().transpose(2, 3)[..., None] * state.unsqueeze(2)
-        states = left + _mixed(fade, writes[:, :, part])
-        before.append(states[:, :, :-1])
-        # a copy, so that who keeps the state does not keep those of all chunks
-        state = states[:, :, -1].clone()
-    return before[0] if len(before) == 1 else torch.cat(before, 2), state
-
-
-def _mixed(weights: Tensor, writes: Tensor) -> Tensor:
-    """Sums over chunks, with weights for each head or for each channel."""
-    if weights.shape[2] == 1:
-        return torch.unflatten(weights[:, :, 0] @ writes.flatten(3), 3, writes.shape[3:])
-    return (weights @ writes.transpose(2, 3)).transpose(2, 3)
+    for i in range(writes.shape[2]):
+        before.append(state)
+        state = kept[:, :, i] * state + writes[:, :, i]
+    return torch.stack(before, 2), state
 
 
 def cut(x: Tensor, size: int, dim: int, fill: float = 0.0) -> Tensor:

@@ -70,7 +70,7 @@ class MLSTM(Mixer):
         tops = stretch.tops(before)
         writes = (k * stretch.writes(after)[..., None]).to(dtype).mT @ v
         total = stretch.sums[..., -1] + before - after
-        states, end = chain(writes.to(c.dtype), total[..., None], torch.cat([c, n[..., None]], -1))
+        states, end = chain(writes, total[..., None], torch.cat([c, n[..., None]], -1))
         scores = products(q, k.mT) * stretch.weights(tops).unsqueeze(-3)
         faded = q * stretch.left(before, tops).unsqueeze(-2).unsqueeze(-1)
         sums = read(scores, v, faded, states)
