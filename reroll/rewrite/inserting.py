@@ -25,7 +25,12 @@ def insert(graph: fx.Graph, function: Callable[..., Tensor], inputs: Sequence[fx
     """
     names: dict[str, int] = {}
     examples = [_example(node, names) for node in inputs]
-    traced = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*examples)
+
+    def called(*tensors: Tensor) -> Tensor:
+        # tracing would take optional arguments of the function itself for inputs
+        return function(*tensors)
+
+    traced = make_fx(called, tracing_mode="fake", pre_dispatch=True)(*examples)
     sizes = {prime: name for name, prime in names.items()}
     made: dict[fx.Node, Any] = {}
     given = iter(inputs)

@@ -205,11 +205,9 @@ class _Offloaded:
     def __init__(self, cache: Any, number: int) -> None:
         self.cache, self.number = cache, number
         self.is_compileable = cache.layers[number].is_compileable
-        if hasattr(cache.layers[number], "kept"):
-            self.kept = cache.layers[number].kept
 
-    def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        return self.cache.update(k, v, self.number, **options)  # type: ignore[no-any-return]
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cache.update(k, v, self.number)  # type: ignore[no-any-return]
 
     def get_mask_sizes(self, length: int) -> tuple[int, int]:
         return self.cache.layers[self.number].get_mask_sizes(length)  # type: ignore[no-any-return]
@@ -244,7 +242,11 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
     if type(cache) is DynamicCache and not cache.offloading:
         make_growing(cache.layers)
     if cache.offloading:
-        return [_Offloaded(cache, number) for number in range(count)]
+        # layers of ours are small, and stay where they are
+        return [
+            cache.layers[n] if planned.own() is not None else _Offloaded(cache, n)
+            for n, planned in enumerate(plan)
+        ]
     return cache.layers  # type: ignore[no-any-return]
 
 

@@ -388,3 +388,12 @@ def test_keeping_a_measured_part() -> None:
     (layer,) = attention_layers(after)
     assert layer.values("window").count(None) == 2
     assert kept.startswith("layers ")
+
+
+@pytest.mark.parametrize("text", ["window(size=4, sinks=2)", "linearize(window=4, gain=0.5)"])
+def test_the_decoder_of_an_encoder_decoder_model(text: str) -> None:
+    model = linear("t5", text).to_module()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    wishes = {"max_new_tokens": 15, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(input_ids=ids, use_cache=False, **wishes)
+    assert torch.equal(model.generate(input_ids=ids, **wishes), expected)
