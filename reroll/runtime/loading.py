@@ -74,6 +74,9 @@ def _config(directory: Path, program: Program, config: Any, kwargs: dict[str, An
     own = config if isinstance(config, RerollConfig) else RerollConfig.from_pretrained(directory)
     for name, value in kwargs.items():
         if not hasattr(own, name):
+            # callers such as lm-eval pass None for what they do not ask for
+            if value is None:
+                continue
             raise UsageError(
                 f"a lowered model has no option {name!r}", hint="convert the model it was made from"
             )

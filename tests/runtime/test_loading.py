@@ -118,6 +118,12 @@ def test_the_wrong_auto_class_names_the_right_one(saved: Path) -> None:
         transformers.AutoModelForMaskedLM.from_pretrained(str(saved))
 
 
+def test_none_asks_for_nothing(saved: Path) -> None:
+    # lm-eval passes these to every model
+    model = load(saved, gguf_file=None, quantization_config=None, subfolder="", revision="main")
+    assert type(model).__name__ == "RerollForCausalLM"
+
+
 def test_generation_settings_come_from_the_original(tmp_path: Path) -> None:
     original = captured.model("t5")
     captured.captured("t5").save(str(tmp_path / "t5"))
