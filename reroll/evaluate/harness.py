@@ -20,13 +20,14 @@ def check_tasks(text: str) -> list[str]:
     tasks = [t.strip() for t in text.split(",") if t.strip()]
     if not tasks:
         raise UsageError("no task is named", where="--lm-eval", hint="lm_eval ls tasks lists them")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError(
-            "lm-eval is not installed",
-            where="--lm-eval",
-            hint='pip install "reroll[lm-eval]", or leave --lm-eval out',
-        )
+    need_harness()
     return tasks
+
+
+def need_harness() -> None:
+    """Raise UsageError if lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("lm-eval is not installed", hint='pip install "reroll[lm-eval]"')
 
 
 class Harness(Measure):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -273,6 +276,21 @@ def test_lm_eval_runs_on_a_saved_model(original: Path, out: Path, tasks: Path) -
         assert found["count_to_three"]["acc"] == expected / 4
     with pytest.raises(UsageError, match="no task"):
         harness.harness(subject, ["count_to_ten"], manager=manager)
+
+
+@pytest.mark.slow
+def test_the_command_of_lm_eval_loads_a_saved_model(out: Path, tasks: Path) -> None:
+    arguments = ["--model", "hf", "--model_args", f"pretrained={out}", "--device", "cpu"]
+    arguments += ["--tasks", "count_to_three", "--include_path", str(tasks)]
+    done = subprocess.run(
+        [sys.executable, "-m", "reroll.cli.lm_eval", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "count_to_three" in done.stdout
 
 
 def _rows_of(question: Question) -> list[Row]:

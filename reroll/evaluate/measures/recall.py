@@ -7,7 +7,8 @@
   arXiv 2305.16300).
 - `mqar`: multi-query associative recall (Arora et al., 2023, arXiv 2312.04927): pairs of random
   words, then every first word again in random order, each followed by its second.
-- `phonebook`: names with numbers, then one of the names (Jelassi et al., 2024, arXiv 2402.01032).
+- `phonebook`: names with numbers, two of the lines again as examples, then one of the other names
+  (Jelassi et al., 2024, arXiv 2402.01032).
 
 `accuracy` is the choice between the candidates (16 words, 10 keys, the values of all pairs, up to
 10 numbers of the book) by their first token; `exact` is whether greedy decoding gives the whole

@@ -29,6 +29,7 @@ FILLER = (
     "Nothing was to be seen but fields. The wind came and went.\n"
 )
 KEYS = 10
+SHOTS = 2
 
 
 def needle(
@@ -85,7 +86,7 @@ def _hidden(
 
 
 def phonebook(bench: Bench, runner: Runner, entries: int, sample: int) -> tuple[Question, int]:
-    """A book of names and numbers, and one of its names."""
+    """A book of names and numbers, two of its lines again, and another one of its names."""
     random = bench.random("phonebook", entries, sample)
     names = [f"{a} {b}" for a in FIRST for b in LAST]
     if entries > len(names):
@@ -109,7 +110,11 @@ def phonebook(bench: Bench, runner: Runner, entries: int, sample: int) -> tuple[
         else:
             line = plain_ids(runner.tokenizer, f"{name}: {digits}\n")
         ids += line
-    prompt = ids + plain_ids(runner.tokenizer, "\n") + asking
+    others = [n for n in range(entries) if n != wanted]
+    again = "".join(
+        f"{chosen[n]}: {numbers[n]}\n" for n in random.sample(others, min(SHOTS, len(others)))
+    )
+    prompt = ids + plain_ids(runner.tokenizer, f"\nLooked up\n{again}") + asking
     return Question(prompt, question.candidates, 0), len(prompt) - 1 - found
 
 

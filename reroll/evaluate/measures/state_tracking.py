@@ -10,12 +10,11 @@
 
 `length` is how many bits, digits, swaps or letters there are. Each question stands behind `shots`
 solved ones of the same length. `accuracy` is the choice between the possible answers by likelihood
-(for permutations: the right one and up to five others), `exact` what greedy decoding would give.
+(of permutations one for each first letter), `exact` whether greedy decoding gives all of it.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -28,7 +27,6 @@ from reroll.evaluate.tokenizing import plain_ids
 from reroll.rewrite.passes.options import option
 
 MODULUS = 5
-CANDIDATES = 6
 TRIES = 20
 
 
@@ -171,12 +169,16 @@ def permutation(random: random.Random, length: int, turn: int, letters: int) -> 
         order[i], order[j] = order[j], order[i]
         swaps.append(f"swap {i + 1} {j + 1}")
     answer = " ".join(order)
-    others = [" ".join(p) for p in itertools.permutations(names)]
-    others.remove(answer)
-    candidates = [answer, *random.sample(others, min(CANDIDATES - 1, len(others)))]
+    # one order that begins with each letter, so that the first letter tells them apart
+    candidates = [answer if n == order[0] else _beginning(random, n, names) for n in names]
     items = ", ".join(swaps)
     question = f"Start: {' '.join(names)}\nSteps: {items}\nEnd:"
-    return Problem(question, answer, random.sample(candidates, len(candidates)), items)
+    return Problem(question, answer, candidates, items)
+
+
+def _beginning(random: random.Random, first: str, names: str) -> str:
+    rest = [n for n in names if n != first]
+    return " ".join([first, *random.sample(rest, len(rest))])
 
 
 def _counting(separator: str) -> Maker:
