@@ -26,8 +26,17 @@ class Runner:
     one. Rows may be filled up on the right: what stands there changes nothing before it.
     """
 
-    def __init__(self, subject: Subject, *, budget: int = BUDGET, chunk: int = CHUNK) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        other: Subject | None = None,
+        *,
+        budget: int = BUDGET,
+        chunk: int = CHUNK,
+    ) -> None:
+        """`other` lends its tokenizer to a subject that has none."""
         self.subject = subject
+        self.other = other
         self.budget = budget
         self.chunk = chunk
         self.name = subject.name
@@ -35,9 +44,10 @@ class Runner:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer; NotApplicable if there is none."""
-        if self.subject.tokenizer is None:
+        found = self.subject.tokenizer or (self.other and self.other.tokenizer)
+        if found is None:
             raise NotApplicable(f"{self.name} has no tokenizer")
-        return self.subject.tokenizer
+        return found
 
     @cached_property
     def prefix(self) -> list[int]:

@@ -78,8 +78,8 @@ def evaluate(
     if original is not None:
         report(0, 0, "opening the original")
         other = open_subject(original, opening)
-    runners = [None if s is None else Runner(s) for s in (subject, other)]
-    assert runners[0] is not None
+    runner = Runner(subject, other)
+    beside = None if other is None else Runner(other, subject)
     found: dict[str, Any] = {}
     for number, measure in enumerate(chosen):
 
@@ -89,11 +89,11 @@ def evaluate(
             report(at, len(chosen), f"{name}: {what}{f' ({done} of {total})' if total else ''}")
 
         tell(0, 0, "starting")
-        bench = Bench(runners[0], runners[1], content, seed, tell)
+        bench = Bench(runner, beside, content, seed, tell)
         found[measure.name] = _run(measure, bench)
     if tasks:
         report(0, 0, f"lm-eval: {', '.join(tasks)}")
-        bench = Bench(runners[0], runners[1], content, seed)
+        bench = Bench(runner, beside, content, seed)
         found["lm_eval"] = _run(Harness.make({"tasks": list(tasks), "limit": limit or 0}), bench)
     report(len(chosen), len(chosen), "done")
     return {

@@ -164,6 +164,15 @@ def test_a_failed_measure_is_seen_in_the_exit_status(
     assert "cost failed: no way" in result.stdout
 
 
+def test_a_side_without_a_tokenizer_takes_the_others(original: Path) -> None:
+    chosen = suite.choose("perplexity(contexts=[32], tokens=64)", "quick")
+    done = suite.evaluate(tiny.llama(), str(original), chosen)["measures"]["perplexity"]
+    assert done["status"] == "done", done
+    assert done["result"]["model"] == done["result"]["original"]
+    alone = suite.evaluate(tiny.llama(), None, chosen)["measures"]["perplexity"]
+    assert alone["reason"] == "LlamaForCausalLM has no tokenizer"
+
+
 def test_a_model_without_text_says_what_does_not_apply() -> None:
     done = suite.evaluate(tiny.vit(), None)["measures"]
     assert done["cost"]["status"] == "done"
