@@ -172,24 +172,22 @@ def fit_exits(
             "the model's exits are open, and states of the full depth are needed",
             hint="fit before thresholds are set: insert_exits leaves them infinite",
         )
-    index = model.program.weights[f"{loop.name}.*.exit.score.weight"].index
-    # the exit after trip t is the last trip that names the entry; nobody leaves after the last
-    at = {entry: trip for trip, entry in enumerate(index[:-1])}
+    trips = _exit_trips(model.program, exits)
     head = Engine(model, 1, 1)
     rows = [r for r in torch.split(tokens, LENGTH) if len(r) > 1]  # type: ignore[no-untyped-call]
-    states: dict[int, list[Tensor]] = {trip: [] for trip in at.values()}
-    labels: dict[int, list[Tensor]] = {trip: [] for trip in at.values()}
+    states: dict[int, list[Tensor]] = {trip: [] for trip in trips}
+    labels: dict[int, list[Tensor]] = {trip: [] for trip in trips}
     with torch.no_grad():
         for row in rows:
             out = model(row[None], output_hidden_states=True, use_cache=False)
             last = out.logits[0].argmax(-1)
-            for trip in at.values():
+            for trip in trips:
                 hidden = out.hidden_states[trip + 1]
                 states[trip].append(hidden[0].float())
                 labels[trip].append(head.logits_of(hidden)[0].argmax(-1) == last)
     accuracy = {}
     modules = model._assembly.loops[loop.name].modules
-    for trip in sorted(at.values()):
+    for trip in trips:
         x, y = torch.cat(states[trip]), torch.cat(labels[trip]).float()
         unit = F.rms_norm(x, x.shape[-1:], eps=1e-6)
         classifier = modules[trip].get_submodule("exit")
