@@ -1,7 +1,7 @@
 """Continuous depth-wise batching beside lockstep and compaction, on a tied model with exits.
 
     python -m benchmarks.depthwise [--model DIR] [--blocks 15,10] [--requests 1,4,16]
-        [--tokens 24] [--rounds 3] [--threads 1] [--json FILE]
+        [--tokens 24] [--rounds 3] [--threads 1] [--parts] [--json FILE]
 
 All four sides run the same generated functions over the same caches: `full` never leaves the loop,
 `lockstep` waits for its slowest row, `compact` drops rows that are done, `depth` fills their places
@@ -18,6 +18,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,38 @@ def timed(model: Any, mode: str, prompts: list[list[int]], tokens: int) -> dict[
         }
 
 
+def parts(model: Any, prompts: list[list[int]], counts: tuple[int, ...]) -> None:
+    """Print the processor's time of each part of a tick, in milliseconds, by the number of rows."""
+    scheduler = DepthScheduler(model, slots=len(prompts), length=128)
+    for prompt in prompts:
+        scheduler.submit(prompt, max_new_tokens=8)
+    scheduler.tick()
+    engine = scheduler.engine
+    print("| rows | one trip | trips not made, each | head | start of a token |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    with torch.no_grad():
+        for count in counts:
+            rows = [replace(r, trip=0) for r in scheduler._rows[:count]]
+            half = [replace(r, trip=engine.trips // 2) for r in rows]
+            calls: dict[str, Callable[[], Any]] = {
+                "trip": lambda rows=rows: engine.run_step([replace(r) for r in rows]),
+                "skips": lambda half=half: engine.run_skips(half),
+                "head": lambda rows=rows: engine.logits(rows),
+                "start": lambda rows=rows: engine.start([r.slot for r in rows], [5] * len(rows)),
+            }
+            took = {}
+            for name, call in calls.items():
+                times = []
+                for _ in range(7):
+                    start = time.process_time()
+                    call()
+                    times.append(1000 * (time.process_time() - start))
+                took[name] = statistics.median(times)
+            took["skips"] /= engine.trips - engine.trips // 2
+            cells = " | ".join(f"{value:.2f}" for value in took.values())
+            print(f"| {len(rows)} | {cells} |", flush=True)
+
+
 def with_depth(program: Any, prompts: list[list[int]], tokens: int, wanted: float) -> Any:
     """The program with one threshold for all exits, so that tokens make `wanted` of the trips."""
     loop, exits = exit_loop(program)
@@ -85,6 +119,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--depth", type=float, default=0.6)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parts", action="store_true", help="time the parts of a tick instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -100,6 +135,11 @@ def main() -> None:
         passes = f"tie(blocks={blocks}), {options.relax}" if options.relax else f"tie({blocks=})"
         passes += f", insert_exits(at={at}, criterion=saturation, threshold=0.5)"
         program = reroll.run_passes(original, passes, measure=False)
+        if options.parts:
+            found = [int(n) for n in options.requests.split(",")]
+            prompts = [ids[100 * i : 100 * i + 12] for i in range(max(found))]
+            parts(program.to_module(), prompts, tuple(found))
+            continue
         for count in map(int, options.requests.split(",")):
             prompts = [ids[100 * i : 100 * i + 12] for i in range(count)]
             found = with_depth(program, prompts, options.tokens, options.depth)
