@@ -1,7 +1,7 @@
 """Continuous depth-wise batching beside lockstep and compaction, on a tied model with exits.
 
     python -m benchmarks.depthwise [--model DIR] [--blocks 15,10] [--requests 1,4,16]
-        [--tokens 24] [--rounds 3] [--threads 1] [--parts] [--json FILE]
+        [--queue 2] [--tokens 24] [--rounds 3] [--threads 1] [--parts] [--json FILE]
 
 All four sides run the same generated functions over the same caches: `full` never leaves the loop,
 `lockstep` waits for its slowest row, `compact` drops rows that are done, `depth` fills their places
@@ -34,18 +34,29 @@ SEARCH = 6
 SIDES = ("full", "lockstep", "compact", "depth")
 
 
-def timed(model: Any, mode: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+def timed(
+    model: Any, mode: str, prompts: list[list[int]], tokens: int, slots: int
+) -> dict[str, Any]:
     """Seconds of decoding, without the prompts, and what came of it.
 
     With one thread they are seconds of the processor's time, so that what else the machine does
     counts less.
     """
-    with DepthScheduler(model, slots=len(prompts), length=128, mode=mode) as scheduler:
+    with DepthScheduler(model, slots=slots, length=128, mode=mode) as scheduler:
+        admit, spent = scheduler._admit, [0.0, 0.0]
+
+        def timed_admit() -> None:
+            start, cpu = time.perf_counter(), time.process_time()
+            admit()
+            spent[0] += time.perf_counter() - start
+            spent[1] += time.process_time() - cpu
+
+        scheduler._admit = timed_admit  # type: ignore[method-assign]
         numbers = [scheduler.submit(p, max_new_tokens=tokens) for p in prompts]
-        scheduler.tick()  # takes the prompts in
         start, cpu = time.perf_counter(), time.process_time()
         scheduler.run()
-        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+        wall = time.perf_counter() - start - spent[0]
+        cpu = time.process_time() - cpu - spent[1]
         return {
             "wall": wall,
             "seconds": cpu if torch.get_num_threads() == 1 else wall,
@@ -87,18 +98,25 @@ def parts(model: Any, prompts: list[list[int]], counts: tuple[int, ...]) -> None
             print(f"| {len(rows)} | {cells} |", flush=True)
 
 
-def with_depth(program: Any, prompts: list[list[int]], tokens: int, wanted: float) -> Any:
+def with_depth(
+    program: Any,
+    prompts: list[list[int]],
+    tokens: int,
+    slots: int,
+    wanted: float,
+    given: float | None,
+) -> Any:
     """The program with one threshold for all exits, so that tokens make `wanted` of the trips."""
     loop, exits = exit_loop(program)
     low, high, best = -4.0, 0.0, None
-    for _ in range(SEARCH):
+    for _ in range(SEARCH if given is None else 1):
         # scores are cosines, near one
-        middle = 1 - 10 ** ((low + high) / 2)
+        middle = 1 - 10 ** ((low + high) / 2) if given is None else given
         edited = program.edit()
         own, _ = exit_loop(edited)
         at = {t: middle for t, old in enumerate(exits.thresholds) if old < float("inf")}
         tried = with_thresholds(edited, own, at)
-        report = timed(tried.to_module(), "depth", prompts, tokens)["depth"]
+        report = timed(tried.to_module(), "depth", prompts, tokens, slots)["depth"]
         if report.mean <= wanted * loop.trips:
             high, best = (low + high) / 2, (tried, middle, report)
         else:
@@ -119,6 +137,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--depth", type=float, default=0.6)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--queue", type=int, default=2, help="requests for each slot")
+    parser.add_argument("--threshold", type=float, help="instead of a search")
     parser.add_argument("--parts", action="store_true", help="time the parts of a tick instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -141,8 +161,10 @@ def main() -> None:
             parts(program.to_module(), prompts, tuple(found))
             continue
         for count in map(int, options.requests.split(",")):
-            prompts = [ids[100 * i : 100 * i + 12] for i in range(count)]
-            found = with_depth(program, prompts, options.tokens, options.depth)
+            prompts = [ids[100 * i : 100 * i + 12] for i in range(count * options.queue)]
+            found = with_depth(
+                program, prompts, options.tokens, count, options.depth, options.threshold
+            )
             chosen, threshold, report = found
             model = chosen.to_module()
             closed = with_thresholds(
@@ -155,14 +177,14 @@ def main() -> None:
                 for side in SIDES if number % 2 else SIDES[::-1]:
                     mode = "lockstep" if side == "full" else side
                     own = closed if side == "full" else model
-                    results[side].append(timed(own, mode, prompts, options.tokens))
+                    results[side].append(timed(own, mode, prompts, options.tokens, count))
             same = all(
                 r["tokens"] == results["depth"][0]["tokens"]
                 for side in SIDES[1:]
                 for r in results[side]
             )
             assert same, "the sides do not give the same tokens"
-            made = count * (options.tokens - 1)
+            made = len(prompts) * (options.tokens - 1)
             speed = {
                 side: made / statistics.median(r["seconds"] for r in results[side])
                 for side in SIDES
