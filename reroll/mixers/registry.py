@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
@@ -20,6 +21,8 @@ from reroll.rewrite.passes.options import check_options, nearest_name
 from reroll.rewrite.rules import register_rule
 
 PACKAGE = "reroll.mixers"
+
+log = logging.getLogger(__name__)
 
 _mixers: dict[str, type[Mixer]] = {}
 
@@ -80,11 +83,15 @@ def discover() -> None:
     for info in pkgutil.iter_modules(folder.__path__, f"{PACKAGE}."):
         _add_all(importlib.import_module(info.name))
     for point in entry_points(group=PACKAGE):
-        loaded = point.load()
-        if isinstance(loaded, ModuleType):
-            _add_all(loaded)
-        else:
-            register(loaded)
+        # somebody else's broken package must not take ours down, nor stay unseen
+        try:
+            loaded = point.load()
+            if isinstance(loaded, ModuleType):
+                _add_all(loaded)
+            else:
+                register(loaded)
+        except Exception as error:
+            log.warning("entry point %s (%s) failed: %s", point.name, point.value, error)
 
 
 def _add_all(module: ModuleType) -> None:
