@@ -78,5 +78,7 @@ def evaluate_command(
     if html is not None:
         report.write_page(found, html)
     write_json(found) if json_ else reports.evaluated(found, html)
+    if found["interrupted"]:
+        raise KeyboardInterrupt
     if any(each["status"] == "failed" for each in found["measures"].values()):
         raise typer.Exit(1)

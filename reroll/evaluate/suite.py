@@ -64,7 +64,8 @@ def evaluate(
         on_progress: called with (done, total, what); a total of 0 is not known.
 
     Each measure has a `status`: "done" with `result`, "skipped" with a `reason` if it has no
-    meaning for the model, or "failed" with an `error`, and the others go on.
+    meaning for the model, or "failed" with an `error`, and the others go on. After an interrupt
+    (control-C) `measures` has those that were done before it, and `interrupted` is true.
 
     Raises UsageError and CheckpointError if a model or the text cannot be opened.
     """
@@ -81,6 +82,7 @@ def evaluate(
     runner = Runner(subject, other)
     beside = None if other is None else Runner(other, subject)
     found: dict[str, Any] = {}
+    interrupted = False
     for number, measure in enumerate(chosen):
 
         def tell(
@@ -90,8 +92,13 @@ def evaluate(
 
         tell(0, 0, "starting")
         bench = Bench(runner, beside, content, seed, tell)
-        found[measure.name] = _run(measure, bench)
-    if tasks:
+        try:
+            found[measure.name] = _run(measure, bench)
+        except KeyboardInterrupt:
+            # what has been measured took long, and is worth having
+            interrupted = True
+            break
+    if tasks and not interrupted:
         report(0, 0, f"lm-eval: {', '.join(tasks)}")
         bench = Bench(runner, beside, content, seed)
         found["lm_eval"] = _run(Harness.make({"tasks": list(tasks), "limit": limit or 0}), bench)
@@ -105,6 +112,7 @@ def evaluate(
         "dtype": _dtypes(subject, other),
         "threads": torch.get_num_threads(),
         "passes": _passes(subject),
+        "interrupted": interrupted,
         "measures": found,
         "seconds": sum(each["seconds"] for each in found.values()),
     }

@@ -150,6 +150,20 @@ def test_a_measure_that_fails_does_not_end_the_others(out: Path) -> None:
     assert done["cost"]["status"] == "done"
 
 
+def test_an_interrupt_keeps_what_was_measured(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reroll.evaluate.measures.agreement import Agreement
+
+    def stop(self: Agreement, bench: Bench) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Agreement, "run", stop)
+    result = invoke(out, "--measures", "cost, agreement, speed", "--json")
+    assert result.exit_code == 130
+    done = json.loads(result.stdout)
+    assert done["interrupted"] is True
+    assert list(done["measures"]) == ["cost"]
+
+
 def test_a_failed_measure_is_seen_in_the_exit_status(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
