@@ -137,9 +137,11 @@ def heat_maps(maps: Sequence[tuple[str, Sequence[Found]]]) -> str:
         for each in cells:
             row, column = depths.index(each["depth"]), lengths.index(each["length"])
             values[row][column] = each["accuracy"]
-            axis.text(column, row, f"{each['accuracy']:.2f}", ha="center", va="center")
+            color = "white" if each["accuracy"] > 0.6 else "black"
+            place = {"ha": "center", "va": "center", "color": color}
+            axis.text(column, row, f"{each['accuracy']:.2f}", **place)
         corners = range(len(lengths)), range(len(depths))
-        axis.pcolormesh(*corners, values, vmin=0, vmax=1, cmap="RdYlGn", shading="nearest")
+        axis.pcolormesh(*corners, values, vmin=0, vmax=1, cmap="Blues", shading="nearest")
         axis.invert_yaxis()
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         axis.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
@@ -177,7 +179,8 @@ def waterfall(title: str, steps: Sequence[tuple[str, float, float]]) -> str:
         axis.bar(number, after - before, bottom=before, color=color)
         axis.annotate(f"{after:,.4g}", (number, max(before, after)), ha="center", va="bottom")
     axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
-    axis.margins(y=0.12)
+    # room for the numbers above the bars
+    axis.set_ylim(0, 1.15 * max(value for _, *pair in steps for value in pair))
     axis.set_title(title)
     return _svg(figure)
 
