@@ -31,10 +31,10 @@ class Generation(Measure):
     """Greedy continuations: agreement with the original's, repetition, distinct n-grams."""
 
     name = "generation"
-    full: ClassVar[Mapping[str, Any]] = {"prompts": 32, "new": 128}
+    full: ClassVar[Mapping[str, Any]] = {"prompts": 32, "prompt": 256, "new": 128}
 
     prompts: int = option(8, help="how many prompts")
-    prompt: int = option(32, help="tokens of each prompt")
+    prompt: int = option(128, help="tokens of each prompt; more than a window to see its effect")
     new: int = option(48, help="tokens of each continuation")
 
     def check(self) -> None:
