@@ -15,6 +15,7 @@ LINEAR = "linearize(mixer=gated_deltanet, window=64, sinks=4)"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
@@ -53,6 +54,7 @@ def test_the_encoder_of_whisper_is_that_of_transformers(real_model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_onnxruntime_genai_generates_the_same(real_model, tmp_path):
     genai = pytest.importorskip("onnxruntime_genai")
     path = real_model("smollm2-135m-instruct")
