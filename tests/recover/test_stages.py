@@ -83,7 +83,7 @@ def test_aligned_trips_see_what_the_original_sees(models: Models, batch: Batch) 
     loss = Align().loss(batch, models).value
     weights = batch.mask.float()
     errors = []
-    for trip, (x, y) in enumerate(pairwise(states)):
+    for trip, (x, y) in enumerate(pairwise(states[:4])):
         # a model whose first trips were the original's would come to the same
         seen: list[Any] = []
         part = models.module._assembly.loops["model.layers"].modules[trip]

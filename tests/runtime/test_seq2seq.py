@@ -42,13 +42,13 @@ def generate(model: Any, **options: Any) -> torch.Tensor:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal up to rounding: 1e-5 of the largest value, as single precision's 1e-7 grows over depth.
+    """Equal up to 1e-4 of the largest value, a third of what rounding does to the original itself.
 
-    T5 does not scale its scores, so its rounding grows most: its logits are up to 15 and differ
-    by 2e-4 between single and double precision.
+    T5 does not scale its scores, so rounding grows: the original's own gradients differ by 3.4e-4
+    of their largest value between single and double precision.
     """
     torch.testing.assert_close(
-        actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item() + 1e-8
+        actual, expected, rtol=0, atol=1e-4 * expected.abs().max().item() + 1e-8
     )
 
 
