@@ -12,8 +12,6 @@ A new measure is one file in `reroll/evaluate/measures`.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,9 +19,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from reroll.errors import UsageError
+from reroll.rewrite.discovery import classes_in, look_up
 from reroll.rewrite.passes.declared import Declared
-from reroll.rewrite.passes.options import nearest_name
 
 if TYPE_CHECKING:
     from reroll.evaluate.runner import Runner
@@ -95,24 +92,13 @@ class Measure(Declared, ABC):
 @cache
 def measures() -> dict[str, type[Measure]]:
     """All measures by name."""
-    found: dict[str, type[Measure]] = {}
-    folder = importlib.import_module(FOLDER)
-    for info in pkgutil.iter_modules(folder.__path__, f"{FOLDER}."):
-        for value in vars(importlib.import_module(info.name)).values():
-            if isinstance(value, type) and issubclass(value, Measure) and value.name:
-                found[value.name] = value
+    found = {cls.name: cls for cls in classes_in(FOLDER, Measure)}  # type: ignore[type-abstract]
     return dict(sorted(found.items()))
 
 
 def find(name: str) -> type[Measure]:
     """The measure of this name; UsageError with the nearest spelling if there is none."""
-    if name not in measures():
-        raise UsageError(
-            f"there is no measure {name!r}",
-            where="--measures",
-            hint=nearest_name(name, measures()),
-        )
-    return measures()[name]
+    return look_up(measures(), name, "measure", "--measures")
 
 
 def within(contexts: list[int], runner: Runner, most: int | None = None) -> list[int]:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
-import logging
-import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
-from importlib.metadata import entry_points
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.mixers.base import Mixer
-from reroll.rewrite.passes.options import check_options, nearest_name
+from reroll.rewrite.discovery import add_entry_points, classes_in, look_up
+from reroll.rewrite.passes.options import check_options
 from reroll.rewrite.rules import register_rule
 
 PACKAGE = "reroll.mixers"
-
-log = logging.getLogger(__name__)
 
 _mixers: dict[str, type[Mixer]] = {}
 
@@ -36,10 +29,7 @@ def registered() -> dict[str, type[Mixer]]:
 def find(name: str) -> type[Mixer]:
     """The mixer of this name; UsageError with the nearest spelling if there is none."""
     discover()
-    if name not in _mixers:
-        hint = nearest_name(name, sorted(_mixers))
-        raise UsageError(f"there is no mixer {name!r}", where="mixers", hint=hint)
-    return _mixers[name]
+    return look_up(_mixers, name, "mixer", "mixers")
 
 
 def make(name: str, options: str | Mapping[str, Any] = "{}") -> Mixer:
@@ -79,31 +69,9 @@ def register(cls: type[Mixer]) -> type[Mixer]:
 @cache
 def discover() -> None:
     """Import every module of the folder and register the mixers in it, once."""
-    folder = importlib.import_module(PACKAGE)
-    for info in pkgutil.iter_modules(folder.__path__, f"{PACKAGE}."):
-        _add_all(importlib.import_module(info.name))
-    for point in entry_points(group=PACKAGE):
-        # somebody else's broken package must not take ours down, nor stay unseen
-        try:
-            loaded = point.load()
-            if isinstance(loaded, ModuleType):
-                _add_all(loaded)
-            else:
-                register(loaded)
-        except Exception as error:
-            log.warning("entry point %s (%s) failed: %s", point.name, point.value, error)
-
-
-def _add_all(module: ModuleType) -> None:
-    for value in list(vars(module).values()):
-        if (
-            inspect.isclass(value)
-            and issubclass(value, Mixer)
-            and value.__module__ == module.__name__
-            and value.name
-            and not inspect.isabstract(value)
-        ):
-            register(value)
+    for cls in classes_in(PACKAGE, Mixer):  # type: ignore[type-abstract]
+        register(cls)
+    add_entry_points(PACKAGE, Mixer, register)  # type: ignore[type-abstract]
 
 
 class _Rule:

@@ -12,8 +12,6 @@ A new stage is one file in `reroll/recover/stages`.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from reroll.errors import UsageError
+from reroll.rewrite.discovery import classes_in, look_up
 from reroll.rewrite.passes.declared import Declared
-from reroll.rewrite.passes.options import nearest_name, option
+from reroll.rewrite.passes.options import option
 
 FOLDER = "reroll.recover.stages"
 
@@ -141,22 +140,13 @@ class Stage(Declared, ABC):
 @cache
 def stages() -> dict[str, type[Stage]]:
     """All stages by name."""
-    found: dict[str, type[Stage]] = {}
-    folder = importlib.import_module(FOLDER)
-    for info in pkgutil.iter_modules(folder.__path__, f"{FOLDER}."):
-        for value in vars(importlib.import_module(info.name)).values():
-            if isinstance(value, type) and issubclass(value, Stage) and value.name:
-                found[value.name] = value
+    found = {cls.name: cls for cls in classes_in(FOLDER, Stage)}  # type: ignore[type-abstract]
     return dict(sorted(found.items()))
 
 
 def find(name: str) -> type[Stage]:
     """The stage of this name; UsageError with the nearest spelling if there is none."""
-    if name not in stages():
-        raise UsageError(
-            f"there is no stage {name!r}", where="recipe", hint=nearest_name(name, stages())
-        )
-    return stages()[name]
+    return look_up(stages(), name, "stage", "recipe")
 
 
 # ---- the values between trips

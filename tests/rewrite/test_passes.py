@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from reroll.errors import UsageError
+from reroll.rewrite import discovery
 from reroll.rewrite.passes import registry
 from reroll.rewrite.passes.base import Pass, option
 from tests.rewrite.example_passes import Colour, Everything, Plain
@@ -224,7 +225,7 @@ def entry_points(monkeypatch):
     def install(*points):
         monkeypatch.setattr(registry, "_passes", {})
         monkeypatch.setattr(registry, "_failures", [])
-        monkeypatch.setattr(registry, "entry_points", lambda group: points)
+        monkeypatch.setattr(discovery, "entry_points", lambda group: points)
         registry._discover.cache_clear()
 
     registry.registered()

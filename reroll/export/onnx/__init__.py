@@ -41,7 +41,10 @@ class Onnx(Target):
         "fp32", help="of weights; activations are fp32, but for fp16"
     )
     opset: int = option(23, help="the version of the ONNX operators")
-    check: bool = option(False, help="run each graph beside the torch module; write nothing if off")
+    # of targets, `check_options` looks at the options together
+    check: bool = option(  # type: ignore[assignment]
+        False, help="run each graph beside the torch module; write nothing if off"
+    )
     block: int = option(32, help="inputs that share a scale in a quantised weight")
 
     def check_options(self) -> None:

@@ -38,6 +38,9 @@ class Declared:
         for key, declared in options_of(type(self)).items():
             value = declared.convert(getattr(self, key), f"{self.what} {self.name}")
             object.__setattr__(self, key, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
         self.check()
 
     def check(self) -> None:

@@ -8,22 +8,15 @@ or a `Pass` class.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
-import inspect
-import logging
-import pkgutil
 import sys
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 
 from reroll.errors import UsageError, located
+from reroll.rewrite.discovery import add_entry_points, classes_in, classes_of, look_up
 from reroll.rewrite.passes.base import Pass
-from reroll.rewrite.passes.options import check_options, nearest_name
-
-log = logging.getLogger(__name__)
+from reroll.rewrite.passes.options import check_options
 
 # by name, so that this package imports nothing of the one above it
 FOLDER = "reroll.passes"
@@ -42,12 +35,7 @@ def registered() -> dict[str, type[Pass]]:
 def find(name: str) -> type[Pass]:
     """The pass of this name; UsageError with the nearest spelling if there is none."""
     _discover()
-    if name not in _passes:
-        hint = nearest_name(name, sorted(_passes))
-        if _failures:
-            hint = "\n  ".join([*([hint] if hint else []), *_failures])
-        raise UsageError(f"there is no pass {name!r}", where="pipeline", hint=hint)
-    return _passes[name]
+    return look_up(_passes, name, "pass", "pipeline", "\n  ".join(_failures))
 
 
 def register(cls: type[Pass]) -> type[Pass]:
@@ -78,7 +66,7 @@ def load_file(path: str | Path) -> tuple[type[Pass], ...]:
     except Exception as error:
         del sys.modules[name]
         raise UsageError(f"{type(error).__name__}: {error}", where=str(path)) from error
-    found = _passes_of(module)
+    found = classes_of(module, Pass)  # type: ignore[type-abstract]
     if not found:
         raise UsageError(
             "the file defines no pass",
@@ -91,32 +79,9 @@ def load_file(path: str | Path) -> tuple[type[Pass], ...]:
 
 @cache
 def _discover() -> None:
-    folder = importlib.import_module(FOLDER)
-    for info in pkgutil.iter_modules(folder.__path__, f"{FOLDER}."):
-        for cls in _passes_of(importlib.import_module(info.name)):
-            _add(cls)
-    for point in entry_points(group=GROUP):
-        # somebody else's broken package must not take ours down, nor stay unseen
-        try:
-            loaded = point.load()
-            for cls in _passes_of(loaded) if isinstance(loaded, ModuleType) else [loaded]:
-                _add(cls)
-        except Exception as error:
-            failure = f"entry point {point.name} ({point.value}) failed: {error}"
-            log.warning("%s", failure)
-            _failures.append(failure)
-
-
-def _passes_of(module: ModuleType) -> list[type[Pass]]:
-    return [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value)
-        and issubclass(value, Pass)
-        and value.__module__ == module.__name__
-        and value.name
-        and not inspect.isabstract(value)
-    ]
+    for cls in classes_in(FOLDER, Pass):  # type: ignore[type-abstract]
+        _add(cls)
+    _failures.extend(add_entry_points(GROUP, Pass, _add))  # type: ignore[type-abstract]
 
 
 def _add(cls: type[Pass]) -> type[Pass]:
