@@ -121,7 +121,7 @@ class _Builder:
 
     def build(self) -> Program:
         graph, loop, options = self.graph, self.loop, self.options
-        places = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
+        places = loop.places
         h = graph.node_copy(places[0])
         defer, patient = options.state == "defer", options.criterion == "patience"
         # carried beside the hidden state: who is done, the trips made, and what criteria need

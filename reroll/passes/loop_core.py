@@ -17,6 +17,7 @@ from reroll.rewrite.passes.hidden import (
     flattest,
     hidden_states,
 )
+from reroll.rewrite.passes.selection import ranges
 from reroll.rewrite.program import Body, Loop, Program, TensorType
 from reroll.rewrite.rolling.split import (
     find_loop,
@@ -91,8 +92,8 @@ class LoopCore(Pass):
         program, looped = repeat_trip(program, looped, self.trips)
         context.remark(
             f"{name}: of {before} layers, {self.prelude} run before the core and {self.coda} after "
-            f"it; {looped.name} runs the layers {_listed(core)} {self.trips} times; "
-            + (f"cut are {_listed(dropped)}" if dropped else "none is cut")
+            f"it; {looped.name} runs the layers {ranges(core)} {self.trips} times; "
+            + (f"cut are {ranges(dropped)}" if dropped else "none is cut")
         )
         return program
 
@@ -172,14 +173,3 @@ class LoopCore(Pass):
             noise.meta["type"] = cut.meta["type"] = kind
         node.meta["type"] = kind
         return node
-
-
-def _listed(layers: list[int]) -> str:
-    """Numbers with runs shortened: "4, 10-15"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

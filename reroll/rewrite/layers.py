@@ -40,7 +40,7 @@ class Layer:
         arguments[name] = per_trip(self.loop, name, new)
         set_arguments(self.node, arguments)
         if self.loop is not None:
-            drop_unused_inputs(self.loop)
+            self.loop.drop_unused_inputs()
 
 
 def attention_layers(program: Program) -> list[Layer]:
@@ -85,12 +85,9 @@ def behind_cache(value: fx.Node) -> fx.Node | None:
 
 def values_of(value: Any, loop: Loop | None, trips: int) -> tuple[Any, ...]:
     """What an argument is in each trip: an input of the loop is looked up, the rest is the same."""
-    if loop is None or not isinstance(value, fx.Node) or value.op != "placeholder":
+    if loop is None:
         return (value,) * trips
-    position = _placeholders(loop).index(value) - len(loop.carry)
-    if position < 0:
-        return (value,) * trips
-    return tuple(loop.input_for(position, trip) for trip in range(trips))
+    return tuple(loop.resolve(value, trip) for trip in range(trips))
 
 
 def per_trip(loop: Loop | None, name: str, values: Sequence[Any]) -> Any:
@@ -103,24 +100,5 @@ def per_trip(loop: Loop | None, name: str, values: Sequence[Any]) -> Any:
     assert loop is not None
     for position, given in enumerate(loop.inputs):
         if isinstance(given, tuple) and given == tuple(values):
-            return _placeholders(loop)[len(loop.carry) + position]
-    graph = loop.body.graph
-    with graph.inserting_after(_placeholders(loop)[-1]):
-        node = graph.placeholder(name)
-    loop.node.update_arg(2, (*loop.inputs, tuple(values)))
-    return node
-
-
-def drop_unused_inputs(loop: Loop) -> None:
-    """Remove the inputs of a loop that its body does not use."""
-    graph, inputs = loop.body.graph, []
-    for node, value in zip(_placeholders(loop)[len(loop.carry) :], loop.inputs, strict=True):
-        if node.users:
-            inputs.append(value)
-        else:
-            graph.erase_node(node)
-    loop.node.update_arg(2, tuple(inputs))
-
-
-def _placeholders(loop: Loop) -> list[fx.Node]:
-    return [n for n in loop.body.graph.nodes if n.op == "placeholder"]
+            return loop.places[len(loop.carry) + position]
+    return loop.add_input(name, tuple(values))

@@ -10,7 +10,7 @@ Node types are in `node.meta["type"]`, a `TensorType`, wherever the node makes a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,6 +124,37 @@ class Loop:
         value = self.inputs[position]
         return value[trip] if isinstance(value, tuple) else value
 
+    @property
+    def places(self) -> list[fx.Node]:
+        """The placeholders of the body: those of the carry, then one for each of the inputs."""
+        # lowering puts inputs of its own behind them
+        places = self.body.graph.find_nodes(op="placeholder")
+        return places[: len(self.carry) + len(self.inputs)]
+
+    def resolve(self, value: Any, trip: int) -> Any:
+        """What an argument of a body's node is in one trip, if the loop's inputs say it."""
+        if not isinstance(value, fx.Node) or value.op != "placeholder":
+            return value
+        position = self.places.index(value) - len(self.carry)
+        return value if position < 0 else self.input_for(position, trip)
+
+    def add_input(self, name: str, value: Any) -> fx.Node:
+        """Give the loop one more input; returns its placeholder in the body."""
+        with self.body.graph.inserting_after(self.places[-1]):
+            place = self.body.graph.placeholder(name)
+        self.node.update_arg(2, (*self.inputs, value))
+        return place
+
+    def drop_unused_inputs(self) -> None:
+        """Remove the inputs that the body does not use."""
+        inputs = []
+        for place, value in zip(self.places[len(self.carry) :], self.inputs, strict=True):
+            if place.users:
+                inputs.append(value)
+            else:
+                self.body.graph.erase_node(place)
+        self.node.update_arg(2, tuple(inputs))
+
 
 @dataclass(frozen=True)
 class Program:
@@ -190,6 +221,18 @@ def copy(graph: fx.Graph) -> fx.Graph:
     value, old = output
     new.output(value).meta.update(old.meta)
     return new
+
+
+def ancestors(roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Nodes and all that they depend on, down to those of `stop`, which are included."""
+    found: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [] if node in stop else node.all_input_nodes
+    return found
 
 
 def weight_nodes(graph: fx.Graph) -> dict[str, list[fx.Node]]:

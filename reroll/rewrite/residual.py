@@ -93,7 +93,7 @@ class Tracer:
         """The values of the stream that a value is made of; None for what writes to the stream."""
         if node.op == "placeholder" and node.graph in self.bodies:
             loop = self.bodies[node.graph]
-            position = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)
+            position = loop.places.index(node)
             return self.ring(loop, position) if position < len(loop.carry) else None
         if node.target is operator.getitem and node.args[0] in self.loops:
             return self.ring(self.loops[node.args[0]], int(node.args[1]))  # type: ignore[index, arg-type]
@@ -135,7 +135,7 @@ class Tracer:
 
     def ring(self, loop: Loop, position: int) -> list[fx.Node]:
         """The nodes that are one carried value: before, inside and after the loop."""
-        placeholders = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
+        placeholders = loop.places
         after = [
             user
             for user in loop.node.users

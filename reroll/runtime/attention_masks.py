@@ -26,7 +26,7 @@ from reroll.runtime.caches import (
     numbering,
     owns_state,
 )
-from reroll.runtime.hoisting import add_input, drop_unused_inputs, outer_values, placeholders
+from reroll.runtime.hoisting import outer_values, placeholders
 from reroll.runtime.masks import kept_bias, make_mask, visible_tokens
 
 _VALUES = ("padding", "blocks", "causal", "window", "chunk", "prefix")
@@ -45,7 +45,8 @@ def place_masks(program: Program, layers: dict[str, fx.Node]) -> None:
             loop = loops[node]
             for inner in [n for n in loop.body.graph.nodes if n.target in MASKED]:
                 placer.rewrite(inner, loop, layers[loop.name])
-            drop_unused_inputs(loop)
+            loop.body.graph.eliminate_dead_code()
+            loop.drop_unused_inputs()
 
 
 class _Placer:
@@ -77,7 +78,7 @@ class _Placer:
                 mask = masks[0]
             else:
                 same = all(m is masks[0] for m in masks)
-                mask = add_input(loop, "mask", masks[0] if same else tuple(masks))
+                mask = loop.add_input("mask", masks[0] if same else tuple(masks))
         if number is not None and values["prefix"] is not None:
             _fit_bias(node, layers, number)
         _set_mask(node, mask)

@@ -133,7 +133,7 @@ def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int
     if node is None:
         return everything
     causal, window, chunk, prefix = (
-        constant(argument(node, name), loop, trip)
+        argument(node, name) if loop is None else loop.resolve(argument(node, name), trip)
         for name in ("causal", "window", "chunk", "prefix")
     )
     if causal is True and isinstance(window, int) and isinstance(prefix, int | None):
@@ -141,15 +141,6 @@ def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int
     if causal is True and isinstance(chunk, int) and prefix is None:
         return "chunked_attention", chunk, 0
     return everything
-
-
-def constant(value: Any, loop: Loop | None, trip: int) -> Any:
-    """A constant argument, also where a body takes it as a per-trip input; else the node."""
-    if not isinstance(value, fx.Node) or loop is None or value.op != "placeholder":
-        return value
-    places = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
-    position = places.index(value) - len(loop.carry)
-    return value if position < 0 else loop.input_for(position, trip)
 
 
 def append(

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from transformers.cache_utils import DynamicLayer
 
 from reroll.rewrite.program import Loop
-from reroll.rewrite.rolling.exits import HOLD, Exits, is_open
+from reroll.rewrite.rolling.exits import HOLD, Exits
 from reroll.runtime.caches import CACHE, cache_nodes
 
 
@@ -47,15 +47,13 @@ def split_exits(loop: Loop, exits: Exits) -> tuple[fx.Graph, fx.Graph, dict[fx.N
     body = loop.body.graph
     output = body.output_node()
     returned: Any = output.args[0]
-    places = [n for n in body.nodes if n.op == "placeholder"]
-    width = len(loop.carry)
-    own_inputs = places[width : width + len(loop.inputs)]
+    places, width = loop.places, len(loop.carry)
     test = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for number, place in enumerate(places[:width]):
         values[place] = test.placeholder(f"old_{number}")
     new = [test.placeholder(f"new_{number}") for number in range(width)]
-    for place in own_inputs:
+    for place in places[width:]:
         values[place] = test.placeholder(place.name)
     for number, node in enumerate(returned):
         if number not in exits.decided and node.op != "placeholder":
@@ -217,8 +215,3 @@ def depth_report(depths: Sequence[Tensor]) -> DepthReport:
     for depth in torch.cat([d.flatten() for d in depths]).tolist() if depths else []:
         counts[depth] = counts.get(depth, 0) + 1
     return DepthReport(dict(sorted(counts.items())))
-
-
-def open_trips(exits: LoopExits) -> list[bool]:
-    """Whether a test follows each trip."""
-    return [is_open(threshold) for threshold in exits.thresholds]

@@ -19,7 +19,8 @@ def hoist_invariants(program: Program) -> Program:
     program = program.edit()
     for loop in program.loops:
         _hoist(program.graph, loop)
-        drop_unused_inputs(loop)
+        loop.body.graph.eliminate_dead_code()
+        loop.drop_unused_inputs()
     program.graph.eliminate_dead_code()
     return program
 
@@ -33,31 +34,9 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder" and n.target not in OWN_INPUTS]
 
 
-def add_input(loop: Loop, name: str, value: Any) -> fx.Node:
-    """Give a loop one more input; returns its placeholder in the body."""
-    last = placeholders(loop.body.graph)[-1]
-    with loop.body.graph.inserting_after(last):
-        node = loop.body.graph.placeholder(name)
-    loop.node.update_arg(2, (*loop.inputs, value))
-    return node
-
-
-def drop_unused_inputs(loop: Loop) -> None:
-    """Remove the inputs of a loop that its body does not use."""
-    loop.body.graph.eliminate_dead_code()
-    carried = len(loop.carry)
-    inputs = []
-    for node, value in zip(placeholders(loop.body.graph)[carried:], loop.inputs, strict=True):
-        if node.users:
-            inputs.append(value)
-        else:
-            loop.body.graph.erase_node(node)
-    loop.node.update_arg(2, tuple(inputs))
-
-
 def outer_values(loop: Loop) -> dict[fx.Node, tuple[Any, ...]]:
     """What each input placeholder of a body stands for outside, trip by trip."""
-    inputs = placeholders(loop.body.graph)[len(loop.carry) :]
+    inputs = loop.places[len(loop.carry) :]
     return {
         node: tuple(loop.input_for(position, trip) for trip in range(loop.trips))
         for position, node in enumerate(inputs)
@@ -82,7 +61,7 @@ def _hoist(main: fx.Graph, loop: Loop) -> None:
     for node, new in moved.items():
         if any(user not in moved for user in node.users):
             node.replace_all_uses_with(
-                add_input(loop, node.name, new), delete_user_cb=lambda user: user not in moved
+                loop.add_input(node.name, new), delete_user_cb=lambda user: user not in moved
             )
     for node in reversed(moved):
         loop.body.graph.erase_node(node)

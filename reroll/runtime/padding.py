@@ -47,7 +47,7 @@ def _read(program: Program, given: fx.Node) -> None:
                 user.replace_input_with(node, checked)
             elif user in loops:
                 loop = loops[user]
-                inner = placeholders(loop.body.graph)[len(loop.carry) :]
+                inner = loop.places[len(loop.carry) :]
                 user.update_arg(
                     2,
                     tuple(

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from reroll.rewrite.program import Loop, Program
-from reroll.runtime.hoisting import add_input, drop_unused_inputs, outer_values, placeholders
+from reroll.runtime.hoisting import outer_values, placeholders
 from reroll.runtime.loops import run_static
 
 
@@ -81,10 +81,11 @@ def _split(program: Program, loop: Loop, encoded: set[fx.Node], state: fx.Node) 
             node.meta.update(border[number % len(border)].meta)
             columns[number % len(border)].append(node)
     for node, column in zip(border, columns, strict=True):
-        place = add_input(loop, node.name, tuple(column))
+        place = loop.add_input(node.name, tuple(column))
         place.meta.update(node.meta)
         node.replace_all_uses_with(place, delete_user_cb=lambda user: user not in static)
-    drop_unused_inputs(loop)
+    loop.body.graph.eliminate_dead_code()
+    loop.drop_unused_inputs()
     return graph
 
 

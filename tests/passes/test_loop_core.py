@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from reroll.errors import PassError, UsageError
-from reroll.passes.loop_core import _listed
 from reroll.rewrite.passes import tolerances
 from reroll.rewrite.passes.context import Context
 from reroll.rewrite.passes.hidden import angular_distance, block_influence, hidden_states
 from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.passes.pipeline import parse_pipeline
+from reroll.rewrite.passes.selection import ranges
 from reroll.rewrite.rolling.split import find_loop, select_trips
 from reroll.runtime.trips import sample_trips
 from tests.captured import captured
@@ -170,7 +170,7 @@ def test_the_layers_that_change_least_are_cut():
     least = min(range(4), key=lambda layer: influence[layer])
     kept = [layer for layer in range(4) if layer != least]
     remarks = cored("prelude=0, core=3, coda=0").origin.steps[-1].remarks
-    assert f"runs the layers {_listed(kept)} 4 times; cut are {least}" in remarks[-1]
+    assert f"runs the layers {ranges(kept)} 4 times; cut are {least}" in remarks[-1]
     start = min(range(3), key=lambda s: angular_distance(states, s, s + 2))
     remarks = cored("prelude=0, core=2, coda=0, choose=angular").origin.steps[-1].remarks
     assert f"cut are {start}-{start + 1}" in remarks[-1]

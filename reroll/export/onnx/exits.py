@@ -17,7 +17,7 @@ from reroll.export.onnx.graph import Graph, Value
 from reroll.export.onnx.parameters import Trip, select
 from reroll.export.onnx.translate import TARGET
 from reroll.rewrite.lowerings import lowering
-from reroll.rewrite.program import Loop
+from reroll.rewrite.program import Loop, ancestors
 from reroll.rewrite.rolling.exits import HOLD, exits_of, is_open
 from reroll.runtime.caches import CACHE, cache_nodes
 
@@ -77,17 +77,10 @@ def _threshold(g: Translator) -> Value | None:
     return g.op("Gather", given, place, axis=0)
 
 
-def open_trips(loop: Loop) -> list[bool]:
-    """For each trip, whether tokens may leave after it."""
-    exits = exits_of(loop)
-    if exits is None:
-        return [False] * loop.trips
-    return [is_open(threshold) for threshold in exits.thresholds]
-
-
 def can_skip(g: Translator, loop: Loop, trip: Trip) -> bool:
     """Whether a trip may be run for its caches only, once all its tokens are done."""
-    if trip.repeat is None or exits_of(loop) is None or not any(open_trips(loop)):
+    exits = exits_of(loop)
+    if trip.repeat is None or exits is None or not any(map(is_open, exits.thresholds)):
         return False
     returned: Any = loop.body.graph.output_node().args[0]
     return returned[0].target is HOLD and all(
@@ -101,7 +94,7 @@ def run_skipping(
     """One trip: what its caches need, and the rest only if a token is not done."""
     graph, exits = loop.body.graph, exits_of(loop)
     assert exits is not None
-    needed = _needed(cache_nodes(graph))
+    needed = ancestors(cache_nodes(graph))
     values = g.start(graph, [*carry, *given])
     g.run_nodes(name, [n for n in graph.nodes if n in needed], values)
     body = g.graph
@@ -132,18 +125,6 @@ def run_skipping(
         )
     )
     return tuple(outputs)
-
-
-def _needed(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes, all that they depend on, and what takes their parts."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 # ---- what scores are made of

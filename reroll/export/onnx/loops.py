@@ -71,7 +71,7 @@ def _loop(
     name = outer.fresh(loop.name)
     number = body.input(outer.fresh("round"), INT, ())
     condition = body.input(outer.fresh("condition"), BOOL, ())
-    places = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
+    places = loop.places
     shapes = [g.settings.axes(place.meta["type"].shape) for place in places[: len(carry)]]
     values: tuple[Any, ...] = tuple(
         body.input(outer.fresh("carry"), value.dtype, shape)

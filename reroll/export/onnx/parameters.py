@@ -76,9 +76,9 @@ class Settings:
                 if node in loops:
                     narrow.add(node)
                     loop = loops[node]
-                    inner = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
+                    inner = loop.places
                     outer: list[tuple[fx.Node, ...]] = [(node,)] * len(loop.carry)
-                    outer += [_nodes(value) for value in loop.inputs]
+                    outer += [nodes_in(value) for value in loop.inputs]
                     mark(loop.body.graph, dict(zip(inner, outer, strict=True)))
 
         mark(program.graph, {})
@@ -86,7 +86,8 @@ class Settings:
         return every - narrow
 
 
-def _nodes(value: Any) -> tuple[fx.Node, ...]:
+def nodes_in(value: Any) -> tuple[fx.Node, ...]:
+    """The nodes in an argument."""
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
     return tuple(found)

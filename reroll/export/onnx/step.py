@@ -16,11 +16,11 @@ from torch import fx
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import Graph, Value
 from reroll.export.onnx.loops import run_trip
-from reroll.export.onnx.parameters import Settings, Trip
+from reroll.export.onnx.parameters import Settings, Trip, nodes_in
 from reroll.export.onnx.segments import Segment, rolled
 from reroll.export.onnx.translate import Translator
 from reroll.export.onnx.weights import WeightFile
-from reroll.rewrite.program import Loop, Program
+from reroll.rewrite.program import Loop, Program, ancestors
 
 HIDDEN, DEPTH, AFTER = "hidden_states", "depth", "hidden_states_after"
 INT = torch.int64
@@ -33,11 +33,11 @@ def step_graphs(program: Program, weights: WeightFile, settings: Settings) -> di
     """
     loop, segment = _segment(program)
     inputs = {n for n in program.graph.nodes if n.op == "placeholder"}
-    before = _ancestors(loop.carry, inputs)
-    around = _ancestors(loop.inputs, inputs)
+    before = ancestors(loop.carry, inputs)
+    around = ancestors(nodes_in(loop.inputs), inputs)
     results = set(loop.node.users)
     end = program.graph.output_node()
-    after = _ancestors(end.all_input_nodes, results | inputs)
+    after = ancestors(end.all_input_nodes, results | inputs)
     if loop.node in after or loop.node in around:
         raise ExportError("the outputs depend on more than the loop's result")
     hidden = loop.carry[0].meta["type"]
@@ -106,19 +106,6 @@ def _segment(program: Program) -> tuple[Loop, Segment]:
             "trips",
         )
     return loop, segments[0]
-
-
-def _ancestors(roots: Any, stop: set[fx.Node]) -> set[fx.Node]:
-    """What values depend on, down to `stop`, those nodes themselves included."""
-    found: set[fx.Node] = set()
-    stack: list[fx.Node] = []
-    fx.node.map_arg(tuple(roots), stack.append)  # type: ignore[arg-type]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += [] if node in stop else node.all_input_nodes
-    return found
 
 
 def _used(nodes: set[fx.Node], inputs: set[fx.Node]) -> list[fx.Node]:

@@ -38,11 +38,7 @@ class Place:
 
     def resolve(self, value: Any) -> Any:
         """A constant, or what a loop's input holds in this trip where that is a constant."""
-        if not isinstance(value, fx.Node) or self.loop is None or value.op != "placeholder":
-            return value
-        placeholders = [n for n in value.graph.nodes if n.op == "placeholder"]
-        position = placeholders.index(value) - len(self.loop.carry)
-        return value if position < 0 else self.loop.input_for(position, self.trip)
+        return value if self.loop is None else self.loop.resolve(value, self.trip)
 
 
 Rule: TypeAlias = Callable[[fx.Node, Place], int]

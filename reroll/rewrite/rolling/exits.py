@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from reroll.rewrite.program import Loop, Program
+from reroll.rewrite.program import Loop, Program, ancestors
 
 EXIT = torch.ops.reroll.exit.default
 HOLD = torch.ops.reroll.hold.default
@@ -47,8 +46,8 @@ def exits_of(loop: Loop) -> Exits | None:
     decided = tuple(i for i, node in enumerate(returned) if _decides(node))
     rest = [node for i, node in enumerate(returned) if i not in decided]
     state = [n for n in body.nodes if "reroll.cache" in str(n.target)]
-    needed = _closure([*rest, *state])
-    tests = _closure([returned[i] for i in decided]) - needed
+    needed = ancestors([*rest, *state])
+    tests = ancestors([returned[i] for i in decided]) - needed
     tests = {n for n in tests if n.op != "placeholder"}
     return Exits(
         found[0],
@@ -61,10 +60,7 @@ def exits_of(loop: Loop) -> Exits | None:
 
 def threshold_of(loop: Loop, node: fx.Node, trip: int) -> float:
     """The threshold of an exit in one trip."""
-    value = node.args[2]
-    if isinstance(value, fx.Node):
-        value = loop.input_for(_position(loop, value), trip)
-    return float(value)  # type: ignore[arg-type]
+    return float(loop.resolve(node.args[2], trip))
 
 
 def with_thresholds(program: Program, loop: Loop, thresholds: dict[int, float]) -> Program:
@@ -73,7 +69,7 @@ def with_thresholds(program: Program, loop: Loop, thresholds: dict[int, float]) 
     assert exits is not None
     place = exits.node.args[2]
     assert isinstance(place, fx.Node)
-    position = _position(loop, place)
+    position = loop.places.index(place) - len(loop.carry)
     values = tuple(thresholds.get(trip, old) for trip, old in enumerate(exits.thresholds))
     inputs = (*loop.inputs[:position], values, *loop.inputs[position + 1 :])
     loop.node.args = (loop.name, loop.carry, inputs, loop.trips)
@@ -99,19 +95,3 @@ def _decides(node: fx.Node) -> bool:
         return True
     source = node.args[0] if node.target is operator.getitem else None
     return isinstance(source, fx.Node) and source.target is STREAK
-
-
-def _closure(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
-
-
-def _position(loop: Loop, place: fx.Node) -> int:
-    places = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
-    return places.index(place) - len(loop.carry)

@@ -31,7 +31,7 @@ def scale_by_step(program: Program, loop: Loop, index: Sequence[int]) -> tuple[P
     Raises PassError if the residual stream of the body cannot be followed.
     """
     body = loop.body.graph
-    places = [n for n in body.nodes if n.op == "placeholder"]
+    places = loop.places
     stream = Tracer(program).trace(places[0])
     if isinstance(stream, Miss):
         raise PassError(

@@ -119,7 +119,7 @@ def pack_trips(program: Program, loop: Loop, count: int) -> tuple[Program, Loop]
         {old: _renamed(old, loop.name, loop.name, 0, f"{i}.") for old in stacked}
         for i in range(count)
     ]
-    old_places = [n for n in loop.body.graph.nodes if n.op == "placeholder"]
+    old_places = loop.places
     width = len(loop.carry)
     graph = fx.Graph()
     carry: list[fx.Node] = [graph.node_copy(place) for place in old_places[:width]]

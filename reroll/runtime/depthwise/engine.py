@@ -19,7 +19,7 @@ from reroll.errors import UsageError
 from reroll.rewrite.program import Loop, weight_nodes
 from reroll.rewrite.raising.matching import argument
 from reroll.rewrite.rolling.exits import exits_of, is_open
-from reroll.runtime.caches import CACHE, cache_nodes, constant
+from reroll.runtime.caches import CACHE, cache_nodes
 from reroll.runtime.depthwise.plan import Batch, PerSegment, Plan
 from reroll.runtime.depthwise.pool import Pool
 from reroll.runtime.exits import loop_exits, split_exits
@@ -89,9 +89,7 @@ class Engine:
         like = next(p for p in model.parameters() if p.dtype.is_floating_point)
         self.per_trip = len(cache_nodes(self.loop.body.graph))
         self.pool = Pool(model._assembly.layers, slots, length, like)
-        places = [n for n in self.loop.body.graph.nodes if n.op == "placeholder"]
         self.width = len(self.loop.carry)
-        self.places = places[self.width :]
 
     def _test_names(self) -> dict[str, Any]:
         if not self.thresholds:
@@ -204,7 +202,7 @@ class Engine:
             for name in ("chunk", "bias", "blocks"):
                 if argument(node, name) is not None:
                     raise _refused(f"its attention has {name}")
-            windows = [constant(argument(node, "window"), self.loop, r.trip) for r in rows]
+            windows = [self.loop.resolve(argument(node, "window"), r.trip) for r in rows]
             cap, sinks = argument(node, "softcap"), argument(node, "sinks")
             if sinks is not None:
                 raise _refused("its attention has sinks")

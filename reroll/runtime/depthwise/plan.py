@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from reroll.rewrite.program import ancestors
 from reroll.rewrite.raising.matching import argument
 from reroll.runtime.caches import ATTENTION, CACHE
 from reroll.runtime.functions import BINARY, FUNCTIONS, METHODS
@@ -48,7 +49,7 @@ class Plan:
         self.outputs = list(returned if outputs is None else outputs)
         caches = [n for n in graph.nodes if n.target is CACHE]
         self.caches = {node: number for number, node in enumerate(caches)}
-        needed = _needed(self.outputs)
+        needed = ancestors(self.outputs)
         self.places = [n for n in graph.nodes if n.op == "placeholder"]
         self.nodes = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
         self.calls = {n: _function(n) for n in self.nodes if n.op == "call_function"}
@@ -102,17 +103,6 @@ class Plan:
         if isinstance(parts[0], tuple):
             return tuple(map(torch.cat, zip(*parts, strict=True)))
         return torch.cat(parts)
-
-
-def _needed(outputs: Iterable[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(outputs)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
 
 
 def _value(item: Any, values: dict[fx.Node, Any]) -> Any:
