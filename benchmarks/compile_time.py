@@ -34,10 +34,8 @@ def compile_once(side: str, model: str, threads: int) -> None:
         import reroll
 
         module = reroll.capture(model, dtype="float32").to_module().eval()
-        trips = [t for loop in module._assembly.loops.values() for t in loop.modules]
         start = time.perf_counter()
-        for trip in trips:
-            trip.compile()
+        module.compile_trips()
         run = module
     else:
         from transformers import AutoModelForCausalLM

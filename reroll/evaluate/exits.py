@@ -15,7 +15,7 @@ from reroll.errors import UsageError
 from reroll.rewrite.passes.interpret import materialise, run
 from reroll.rewrite.program import Program, Step
 from reroll.rewrite.rolling.exits import Exits, exit_loop, is_open, with_thresholds
-from reroll.runtime.depthwise.engine import Engine
+from reroll.runtime.loops import read_out
 
 LENGTH = 256
 # an open threshold that no score is above
@@ -173,7 +173,6 @@ def fit_exits(
             hint="fit before thresholds are set: insert_exits leaves them infinite",
         )
     trips = _exit_trips(model.program, exits)
-    head = Engine(model, 1, 1)
     rows = [r for r in torch.split(tokens, LENGTH) if len(r) > 1]  # type: ignore[no-untyped-call]
     states: dict[int, list[Tensor]] = {trip: [] for trip in trips}
     labels: dict[int, list[Tensor]] = {trip: [] for trip in trips}
@@ -184,7 +183,8 @@ def fit_exits(
             for trip in trips:
                 hidden = out.hidden_states[trip + 1]
                 states[trip].append(hidden[0].float())
-                labels[trip].append(head.logits_of(hidden)[0].argmax(-1) == last)
+                early = read_out(model, hidden, input_ids=row[None], use_cache=False)
+                labels[trip].append(early[0].argmax(-1) == last)
     accuracy = {}
     modules = model._assembly.loops[loop.name].modules
     for trip in trips:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from reroll.errors import CheckpointError, RerollError, UsageError
 from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.passes.costs import CACHE, RECURRENCE, flops_per_token, state_bytes
+from reroll.rewrite.passes.costs import flops_per_token, keeps_state, state_bytes
 from reroll.rewrite.program import Program
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,7 @@ class Subject:
     @property
     def keeps_state(self) -> bool:
         """Whether any of the Program's ops owns state."""
-        graphs = () if self.program is None else self.program.graphs()
-        return any(n.target in (CACHE, RECURRENCE) for _, graph in graphs for n in graph.nodes)
+        return self.program is not None and keeps_state(self.program)
 
     def parameters(self) -> int:
         """Number of parameters; a shared one counts once."""

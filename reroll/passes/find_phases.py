@@ -14,7 +14,6 @@ from reroll.rewrite.passes.hidden import (
     hidden_states,
     values_of,
 )
-from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.measure import measured_output
 from reroll.rewrite.passes.phases import (
     Phases,
@@ -129,11 +128,9 @@ def _skips(program: Program, loop: Loop, context: Context) -> str:
     """What leaving out each layer does to the output."""
     inputs = calibration_inputs(program, context, SKIP_TOKENS, SKIP_TOKENS)[:1]
     output = measured_output(program)
-    dtype = torch.float64 if program.dtype == torch.float64 else torch.float32
 
     def outputs(each: Program) -> torch.Tensor:
-        weights = context.store.weights(each)
-        return run(each, inputs[0], weights=weights, dtype=dtype, fast=True)[output]
+        return context.outputs(each, inputs[0])[output]
 
     with torch.no_grad():
         expected = outputs(program)

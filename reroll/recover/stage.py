@@ -152,13 +152,6 @@ def find(name: str) -> type[Stage]:
 # ---- the values between trips
 
 
-def trips_of(model: Any) -> list[nn.Module]:
-    """The trips of all loops of a lowered model, in the order in which they run."""
-    loops = model._assembly.loops
-    order = [loop.name for loop in model.program.loops]
-    return [trip for name in order for trip in loops[name].modules]
-
-
 @contextmanager
 def recorded(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Collect, while it is open, what each trip takes and gives: the first carried value."""

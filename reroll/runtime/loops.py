@@ -89,6 +89,40 @@ def run_static(state: State, name: str, inputs: tuple[Any, ...]) -> tuple[Any, .
     return tuple(values)
 
 
+def read_out(model: Any, hidden: Tensor, **inputs: Any) -> Tensor:
+    """The logits of a lowered model if its last loop returned `hidden` [batch, time, width].
+
+    `inputs` are those of the model's forward. No trip is made.
+    """
+    loops = model._assembly.loops
+    kept, last = dict(loops), model.program.loops[-1].name
+    try:
+        for name in kept:
+            loops[name] = Trips([_Given(hidden if name == last else None)], 0, 0)
+        logits: Tensor = model(**inputs).logits
+    finally:
+        loops.update(kept)
+    return logits
+
+
+class _Given(nn.Module):
+    """A trip that computes nothing: hidden states are given, or stay as they were."""
+
+    def __init__(self, hidden: Tensor | None) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, first: Tensor, *rest: Any, past_key_values: Any = None) -> tuple[Any, ...]:
+        del past_key_values
+        if self.hidden is None:
+            return (first, *rest)
+        # beside the hidden state, a loop with exits may carry the one that a token left with
+        return tuple(
+            self.hidden if isinstance(value, Tensor) and value.shape == first.shape else value
+            for value in (first, *rest)
+        )
+
+
 def look_up(table: nn.Module, ids: Tensor, state: State) -> Tensor:
     """The embeddings of the tokens, or those that the caller gave instead."""
     return table(ids) if state.embeddings is None else state.embeddings  # type: ignore[no-any-return]

@@ -50,7 +50,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         self._input_names = frozenset(i.name for i in program.inputs)
         self.main_input_name = next(i.name for i in program.inputs if i.role == "data")
         self._tied_weights_keys = dict(tied_names(self))
-        self._no_split_modules = sorted({type(t).__name__ for t in self._trips()})
+        self._no_split_modules = sorted({type(t).__name__ for t in self.trip_modules()})
         self.post_init()
         self.all_tied_weights_keys = dict(self._tied_weights_keys)
 
@@ -78,7 +78,7 @@ class RerollPreTrainedModel(PreTrainedModel):
 
         `options` are those of `torch.compile`.
         """
-        for trip in self._trips():
+        for trip in self.trip_modules():
             trip.compile(**options)
 
     def set_trips(
@@ -93,7 +93,8 @@ class RerollPreTrainedModel(PreTrainedModel):
         """
         set_trips(self.program, self._assembly.loops, trips, backprop, loop)
 
-    def _trips(self) -> list[nn.Module]:
+    def trip_modules(self) -> list[nn.Module]:
+        """The trips of all loops, in the order in which they run."""
         return [t for trips in self._assembly.loops.values() for t in trips.modules]
 
     @classmethod

@@ -15,13 +15,14 @@ from reroll.errors import UsageError
 from reroll.recover import Batch, Models, load_recipe
 from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.recipe import parse
-from reroll.recover.stage import recorded, stages, trips_of
+from reroll.recover.stage import arguments, recorded, stages
 from reroll.recover.stages.align import Align, relative_error
 from reroll.recover.stages.distil import Distil, cross_entropy
-from reroll.recover.stages.exits import Exits, read_out
+from reroll.recover.stages.exits import Exits
 from reroll.recover.stages.tune import Tune
 from reroll.recover.trainable import new_names, training
 from reroll.rewrite.passes.manager import run_passes
+from reroll.runtime.loops import read_out
 from tests import captured
 
 
@@ -115,10 +116,10 @@ def test_align_needs_trips_that_correspond(models: Models) -> None:
 def test_what_a_trip_returns_is_read_out_as_the_model_would(name: str, batch: Batch) -> None:
     model = captured.captured(name).to_module().eval()
     whole = Models(model, model, None)
-    with recorded(trips_of(model)) as seen:
+    with recorded(model.trip_modules()) as seen:
         logits = whole.run(batch)
-    assert torch.equal(read_out(model, batch, seen[-1][1]), logits)
-    assert not torch.allclose(read_out(model, batch, seen[1][1]), logits)
+    assert torch.equal(read_out(model, seen[-1][1], **arguments(batch)), logits)
+    assert not torch.allclose(read_out(model, seen[1][1], **arguments(batch)), logits)
     assert torch.equal(whole.run(batch), logits)
 
 

@@ -28,7 +28,7 @@ def compiled(name: str, counter: Any) -> tuple[Any, Any]:
     """A lowered model as it is, and one whose trips are compiled without graph breaks."""
     models = lower(captured.captured(name)), lower(captured.captured(name))
     models[1].compile_trips(backend=counter, fullgraph=True)
-    assert len(models[1]._trips()) == 4
+    assert len(models[1].trip_modules()) == 4
     return models
 
 

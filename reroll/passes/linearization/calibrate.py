@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from reroll.passes.linearization.gates import Start
 from reroll.rewrite.layers import ATTENTION, Layer
 from reroll.rewrite.passes.base import Context
-from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.samples import token_inputs
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.attention import ARGUMENTS
@@ -81,10 +80,8 @@ def observed(
 
     `mixers` has the mixer's node, which runs before it, of an attention.
     """
-    weights = context.store.weights(program)
     numbers = {layer.node: layer.numbers for layer in layers}
     owner = {mixer: node for node, mixer in (mixers or {}).items()}
-    dtype = torch.float64 if program.dtype == torch.float64 else torch.float32
     for done, each in enumerate(inputs):
         context.progress(done, len(inputs), "calibrating")
         found: list[Seen] = []
@@ -109,8 +106,7 @@ def observed(
                 mixed = beside.pop(node, None)
                 found.append(Seen(number, q, k, v, scale, named, out, mixed))
 
-        with torch.no_grad():
-            run(program, each, weights=weights, dtype=dtype, observe=keep)
+        context.outputs(program, each, fast=False, observe=keep)
         yield from found
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, fed, recorded, trips_of
+from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, fed, recorded
 from reroll.rewrite.passes.options import option
 
 
@@ -36,7 +36,8 @@ class Align(Stage):
             raise UsageError("free is a probability", where="stage align, option free")
 
     def begin(self, models: Models) -> None:
-        teacher, student = len(trips_of(models.teacher)), len(trips_of(models.module))
+        assert models.teacher is not None
+        teacher, student = len(models.teacher.trip_modules()), len(models.module.trip_modules())
         if teacher % student:
             raise UsageError(
                 f"the original has {teacher} trips, which {student} cannot share evenly",
@@ -46,7 +47,7 @@ class Align(Stage):
 
     def loss(self, batch: Batch, models: Models) -> Loss:
         inputs, targets = self._targets(batch, models)
-        trips = trips_of(models.module)
+        trips = models.module.trip_modules()
         given = [
             x if forced else None
             for x, forced in zip(inputs, self._forced(batch, len(trips)), strict=True)
@@ -64,11 +65,11 @@ class Align(Stage):
 
     def _targets(self, batch: Batch, models: Models) -> tuple[list[Tensor], list[Tensor]]:
         """What the layers of each of the student's trips take and give in the original."""
-        trips = trips_of(models.teacher)
         assert models.teacher is not None
+        trips = models.teacher.trip_modules()
         with torch.no_grad(), recorded(trips) as seen:
             models.teacher(**arguments(batch), logits_to_keep=1)
-        step = len(seen) // len(trips_of(models.module))
+        step = len(seen) // len(models.module.trip_modules())
         return [x for x, _ in seen[::step]], [y for _, y in seen[step - 1 :: step]]
 
     def _forced(self, batch: Batch, trips: int) -> list[bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from reroll.errors import UsageError
-from reroll.recover.stage import Batch, Loss, Models, Stage, recorded, trips_of
+from reroll.recover.stage import Batch, Loss, Models, Stage, recorded
 from reroll.recover.stages.align import relative_error
 from reroll.rewrite.passes.options import option
 
@@ -42,7 +42,8 @@ class Distil(Stage):
             raise UsageError("temperature and top_k are positive", where="stage distil")
 
     def loss(self, batch: Batch, models: Models) -> Loss:
-        ends = [trips_of(m)[-1] for m in (models.teacher, models.module)]
+        assert models.teacher is not None
+        ends = [m.trip_modules()[-1] for m in (models.teacher, models.module)]
         with recorded(ends[:1]) as theirs:
             expected = models.ask(batch)
         with recorded(ends[1:]) as ours:

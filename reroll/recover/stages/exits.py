@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, recorded
 from reroll.recover.stages.distil import Distil, cross_entropy
 from reroll.rewrite.passes.options import option
-from reroll.runtime.loops import Trips
+from reroll.runtime.loops import read_out
 
 
 class Exits(Stage):
@@ -55,7 +53,7 @@ class Exits(Stage):
 
     def loss(self, batch: Batch, models: Models) -> Loss:
         keep, divergence = batch.mask.bool(), Distil.make({}).divergence
-        trips = _last_loop(models.module).modules
+        trips = models.module.trip_modules()[-models.module.program.loops[-1].trips :]
         with recorded([trips[number - 1] for number in self.at]) as seen:
             logits = models.run(batch)
         if self.target == "original":
@@ -64,7 +62,7 @@ class Exits(Stage):
             last = cross_entropy(logits, batch.labels)
         losses = []
         for _, hidden in seen:
-            early = read_out(models.module, batch, hidden)
+            early = read_out(models.module, hidden, **arguments(batch))
             if self.distil:
                 losses.append(divergence(early[keep], logits[keep].detach()))
             else:
@@ -81,42 +79,3 @@ class Exits(Stage):
             factors = [self.coefficient] * (len(losses) - 1) + [1.0]
         total = torch.stack([a * loss for a, loss in zip(factors, losses, strict=True)]).sum()
         return total / sum(factors)
-
-
-def read_out(module: Any, batch: Batch, hidden: Tensor) -> Tensor:
-    """The logits of a model whose last loop returned `hidden` [rows, length, width]."""
-    with _given(module, hidden):
-        logits: Tensor = module(**arguments(batch)).logits
-    return logits
-
-
-def _last_loop(module: Any) -> Trips:
-    trips: Trips = module._assembly.loops[module.program.loops[-1].name]
-    return trips
-
-
-class _Given(nn.Module):
-    """A trip that returns a value instead of computing one."""
-
-    def __init__(self, value: Tensor | None) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, first: Tensor, *rest: Any, past_key_values: Any = None) -> Any:
-        del past_key_values
-        return (first if self.value is None else self.value, *rest)
-
-
-@contextmanager
-def _given(module: Any, hidden: Tensor) -> Iterator[None]:
-    """Let the loops run no trips, and the last one return `hidden`."""
-    loops = module._assembly.loops
-    kept = dict(loops)
-    last = module.program.loops[-1].name
-    try:
-        for name in kept:
-            value = hidden if name == last else None
-            loops[name] = Trips([_Given(value)], 0, 0)
-        yield
-    finally:
-        loops.update(kept)

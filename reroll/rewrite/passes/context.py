@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reroll.rewrite.passes.interpret import Observe, run
 from reroll.rewrite.passes.samples import Tokenizer, default_tokenizer, sample_text, vocabulary
 from reroll.rewrite.program import Program
 from reroll.rewrite.weights.expressions import Expr
@@ -73,6 +74,30 @@ class Context:
         """Random token ids [count], the stand-in where there is no tokenizer."""
         top = vocabulary(program) or 2
         return torch.randint(0, top, (count,), generator=self.generator())
+
+    def some_tokens(self, program: Program, count: int) -> tuple[Tensor, str]:
+        """The text as token ids, or `count` random ones without it; and which: for remarks."""
+        found = self.tokens(program)
+        if found is not None and found.numel() > 1:
+            return found, "text"
+        return self.random_tokens(program, count), "random tokens"
+
+    def outputs(
+        self,
+        program: Program,
+        inputs: Mapping[str, Tensor],
+        *,
+        fast: bool = True,
+        observe: Observe | None = None,
+    ) -> dict[str, Tensor]:
+        """A Program's outputs by name, in fp32 at least, from its weights as they are stored.
+
+        See `reroll.rewrite.passes.interpret.run`. The weights are kept for the next call.
+        """
+        weights = self.store.weights(program)
+        dtype = torch.float64 if program.dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            return run(program, inputs, weights=weights, dtype=dtype, fast=fast, observe=observe)
 
     def generator(self) -> torch.Generator:
         """A fresh random generator with this run's seed."""

@@ -68,6 +68,11 @@ def state_bytes(program: Program, context: int) -> int:
     return _total(program, _STATE, context)
 
 
+def keeps_state(program: Program) -> bool:
+    """Whether any op of a Program has state, as those of models that generate do."""
+    return any(n.target in _STATE for _, graph in program.graphs() for n in graph.nodes)
+
+
 def _total(program: Program, rules: dict[Any, Rule], context: int) -> int:
     total = _graph(program.graph, rules, Place(context))
     for loop in program.loops:

@@ -12,7 +12,6 @@ from torch import Tensor, fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite.passes.context import Context
-from reroll.rewrite.passes.interpret import Tensors, run
 from reroll.rewrite.passes.samples import random_inputs, token_input, token_inputs
 from reroll.rewrite.program import Loop, Program
 
@@ -44,10 +43,9 @@ def values_of(
     length: int = LENGTH,
 ) -> dict[fx.Node, Tensor]:
     """The values of nodes on calibration inputs, in fp32: [trips, tokens, width], or one trip."""
-    weights = context.store.weights(program)
     while True:
         try:
-            return _values(program, nodes, context, weights, tokens, length)
+            return _values(program, nodes, context, tokens, length)
         except ProgramError:
             # a model with a table of positions takes no more tokens than that has rows
             if length <= SHORTEST or token_input(program) is None:
@@ -61,9 +59,7 @@ def calibration_inputs(
     """Rows of the calibration text, of random tokens without one, or random images."""
     if token_input(program) is None:
         return [random_inputs(program, rows=1, seed=seed) for seed in range(IMAGES)]
-    ids = context.tokens(program)
-    if ids is None or ids.numel() < 2:
-        ids = context.random_tokens(program, tokens)
+    ids, _ = context.some_tokens(program, tokens)
     rows = [ids[:tokens][i : i + length] for i in range(0, tokens, length)]
     return [dict(token_inputs(program, row[None])) for row in rows if row.numel() > 1]
 
@@ -72,7 +68,6 @@ def _values(
     program: Program,
     nodes: Sequence[fx.Node],
     context: Context,
-    weights: Tensors,
     tokens: int,
     length: int,
 ) -> dict[fx.Node, Tensor]:
@@ -85,11 +80,9 @@ def _values(
         if node in found:
             found[node].setdefault(trip or 0, []).append(result.float().flatten(0, -2))
 
-    dtype = torch.float64 if program.dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        for number, each in enumerate(inputs):
-            context.progress(number, len(inputs), "hidden states")
-            run(program, each, weights=weights, dtype=dtype, fast=True, observe=observe)
+    for number, each in enumerate(inputs):
+        context.progress(number, len(inputs), "hidden states")
+        context.outputs(program, each, observe=observe)
     return {
         node: torch.stack([torch.cat(trips[trip]) for trip in sorted(trips)])
         for node, trips in found.items()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from reroll.errors import PassError
 from reroll.rewrite.passes.context import Context
-from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.measure import measured_output
 from reroll.rewrite.passes.samples import token_input, token_inputs
 from reroll.rewrite.program import Program
@@ -72,9 +70,7 @@ class _Distance:
     def __init__(self, program: Program, context: Context) -> None:
         if token_input(program) is None:
             raise PassError("only a model of tokens can be measured", hint="name the layers")
-        tokens, self.what = context.tokens(program), "text"
-        if tokens is None or tokens.numel() < 2:
-            tokens, self.what = context.random_tokens(program, LENGTH // 8), "random tokens"
+        tokens, self.what = context.some_tokens(program, LENGTH // 8)
         self.inputs: Mapping[str, Tensor] = token_inputs(program, tokens[None, :LENGTH])
         self.context = context
         self.original = self._log_probabilities(program)
@@ -84,10 +80,7 @@ class _Distance:
         return float((self.original.exp() * (self.original - found)).sum(-1).mean())
 
     def _log_probabilities(self, program: Program) -> Tensor:
-        weights = self.context.store.weights(program)
-        dtype = torch.float64 if program.dtype == torch.float64 else torch.float32
-        with torch.no_grad():
-            outputs = run(program, self.inputs, weights=weights, dtype=dtype, fast=True)
+        outputs = self.context.outputs(program, self.inputs)
         return outputs[measured_output(program)].float().log_softmax(-1)
 
 

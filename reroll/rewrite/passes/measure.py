@@ -13,7 +13,7 @@ from torch import Tensor
 from reroll.errors import ProgramError
 from reroll.rewrite.passes import tolerances
 from reroll.rewrite.passes.context import Context
-from reroll.rewrite.passes.costs import CACHE, RECURRENCE, flops_per_token, state_bytes
+from reroll.rewrite.passes.costs import flops_per_token, keeps_state, state_bytes
 from reroll.rewrite.passes.interpret import run, widened
 from reroll.rewrite.passes.samples import random_inputs, token_input, token_inputs
 from reroll.rewrite.program import Program
@@ -80,7 +80,7 @@ class Judge:
 
     def __init__(self, program: Program, context: Context) -> None:
         self.context = context
-        self.generates = _generates(program)
+        self.generates = keeps_state(program)
         self._outputs: list[tuple[Program, list[Tensor]]] = []
         length = LENGTH
         self.inputs, self.kind = _sample(program, context, length)
@@ -104,14 +104,11 @@ class Judge:
         for known, outputs in self._outputs:
             if known is program:
                 return outputs
-        weights = self.context.store.weights(program)
-        dtype = torch.float64 if program.dtype == torch.float64 else torch.float32
         name = measured_output(program)
         outputs = []
         for number, inputs in enumerate(self.inputs):
             self.context.progress(number, len(self.inputs), "measuring")
-            with torch.no_grad():
-                outputs.append(run(program, inputs, weights=weights, dtype=dtype, fast=True)[name])
+            outputs.append(self.context.outputs(program, inputs)[name])
         self._outputs.append((program, outputs))
         return outputs
 
@@ -170,9 +167,7 @@ def _sample(
         return [random_inputs(program, rows=1, seed=s) for s in range(4)], "random"
     width = max(_width(program), 1)
     count = max(2, min(MAX_TOKENS, MAX_LOGITS // (4 * width)))
-    tokens, kind = context.tokens(program), "text"
-    if tokens is None or tokens.numel() < 2:
-        tokens, kind = context.random_tokens(program, min(count, length)), "random tokens"
+    tokens, kind = context.some_tokens(program, min(count, length))
     count = min(count, tokens.numel())
     chunks = (tokens[i : min(i + length, count)] for i in range(0, count, length))
     return [token_inputs(program, c[None]) for c in chunks if c.numel() > 1], kind
@@ -190,9 +185,3 @@ def _width(program: Program) -> int:
     position = program.outputs.index(measured_output(program))
     kind = getattr(values[position], "meta", {}).get("type")
     return kind.shape[-1] if kind is not None and isinstance(kind.shape[-1], int) else 1
-
-
-def _generates(program: Program) -> bool:
-    return any(
-        n.target in (CACHE, RECURRENCE) for _, graph in program.graphs() for n in graph.nodes
-    )

@@ -163,11 +163,6 @@ class Engine:
         batch = Batch((len(rows),))
         return self.after.run(carry, self.main.__getitem__, batch)[0][:, 0]  # type: ignore[no-any-return]
 
-    def logits_of(self, hidden: Tensor) -> Tensor:
-        """[batch, time, vocabulary] that the model would give if the loop ended with `hidden`."""
-        carry = [hidden for _ in self.results]
-        return self.after.run(carry, self.main.__getitem__, Batch((hidden.shape[0],)))[0]  # type: ignore[no-any-return]
-
     # ---- a batch
 
     def _batched(self, rows: Sequence[Row]) -> tuple[list[Tensor], list[Any], Batch]:
