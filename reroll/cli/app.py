@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -52,6 +52,9 @@ Load = Annotated[
 ]
 Text = Annotated[
     Path | None, typer.Option(help="A file with text to measure on.", show_default="a short sample")
+]
+Attention = Annotated[
+    Literal["eager", "sdpa"], typer.Option(help="transformers' attention for an original.")
 ]
 
 
@@ -272,17 +275,13 @@ def compare_command(
     ] = 8192,
     batch: Annotated[int, typer.Option(min=1, help="Windows that run at once.")] = 4,
     dtype: Dtype = None,
-    attention: Annotated[
-        str, typer.Option(help="transformers' attention for the original: eager or sdpa.")
-    ] = "eager",
+    attention: Attention = "eager",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure how far one model is from another, on text."""
-    if attention not in ("eager", "sdpa"):
-        raise UsageError(f"--attention is eager or sdpa, not {attention!r}")
     from reroll.evaluate.compare import compare
 
     with Bars() as bars:

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from reroll.cli import reports
-from reroll.cli.app import Debug, Dtype, Json, Model, Revision, Text, Trust, app
+from reroll.cli.app import Attention, Debug, Dtype, Json, Model, Revision, Text, Trust, app
 from reroll.cli.terminal import Bars, command, write_json
-from reroll.errors import UsageError
 
 
 @app.command("evaluate")
@@ -34,9 +33,7 @@ def evaluate_command(
     limit: Annotated[
         int | None, typer.Option(min=1, help="With --lm-eval: questions of each task at most.")
     ] = None,
-    attention: Annotated[
-        str, typer.Option(help="transformers' attention for originals: eager or sdpa.")
-    ] = "sdpa",
+    attention: Attention = "sdpa",
     seed: Annotated[int, typer.Option(help="Of all random questions.")] = 0,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -48,8 +45,6 @@ def evaluate_command(
 
     With --lm-eval alone only those tasks run; with --measures too, both do.
     """
-    if attention not in ("eager", "sdpa"):
-        raise UsageError(f"--attention is eager or sdpa, not {attention!r}")
     from reroll.evaluate import report
     from reroll.evaluate.harness import check_tasks
     from reroll.evaluate.subjects import Opening

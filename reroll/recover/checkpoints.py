@@ -11,6 +11,7 @@ A run's directory holds
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,18 +24,24 @@ from torch import Tensor
 
 from reroll.errors import CheckpointError, UsageError
 
+log = logging.getLogger(__name__)
+
 # the last one, and the one before it should the last one be damaged by the machine
 KEPT = 2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: its stage, the steps within that, and the steps and tokens in all."""
+    """How far a run has come.
+
+    Its stage, the steps within that; the steps, the tokens, and the seconds of training in all.
+    """
 
     stage: int = 0
     step: int = 0
     steps: int = 0
     tokens: int = 0
+    seconds: float = 0.0
 
 
 class Directory:
@@ -106,7 +113,8 @@ class Directory:
                 tensors = load_file(folder / "trained.safetensors")
                 # weights_only: a checkpoint is data, and runs nothing
                 optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
-            except Exception:
+            except Exception as error:
+                log.warning("%s cannot be read, and is passed over: %s", folder, error)
                 continue
             return Progress(**data), tensors, optimizer
         return None
@@ -116,21 +124,29 @@ class Directory:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def cut_log(self, steps: int) -> None:
-        """Drop what the log says of steps after `steps`, which are run again."""
+    def cut_log(self, steps: int) -> list[dict[str, Any]]:
+        """Drop what the log says of what comes after `steps` steps, and is done again.
+
+        Returns the measures on held-out rows that remain.
+        """
         file = self.path / "log.jsonl"
+        kept: list[str] = []
+        measures = []
         if not file.is_file():
-            return
-        kept = []
+            return []
         for text in file.read_text(encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
             except ValueError:
                 # the end of a line that was being written
                 continue
-            if line.get("steps", 0) <= steps:
+            measured = line.get("held_out")
+            # a measure comes after the step that it counts
+            if line["steps"] < steps or (line["steps"] == steps and measured is None):
                 kept.append(text + "\n")
+                measures += [] if measured is None else [measured]
         _write(file, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+        return measures
 
     def finish(self, out: Path) -> None:
         """Move the log to the finished model, and drop the rest."""

@@ -137,7 +137,6 @@ class _Run:
         if self.settings.checkpointing:
             self.module.gradient_checkpointing_enable()
         self.new = new_names(self.module, self.teacher)
-        self.seconds = 0.0
         self.measures: list[dict[str, Any]] = []
 
     def all(self, out: Path, restart: bool, overwrite: bool, on_step: OnStep) -> Report:
@@ -148,7 +147,7 @@ class _Run:
         found = self.directory.last()
         progress = Progress() if found is None else found[0]
         if self.main:
-            self.directory.cut_log(progress.steps)
+            self.measures = self.directory.cut_log(progress.steps)
         if progress.stage:
             self.module.load_state_dict(self.directory.load_stage(progress.stage))
         for number in range(progress.stage, len(self.recipe.stages)):
@@ -160,7 +159,7 @@ class _Run:
                 self._measure(self.recipe.stages[number].name, progress)
             progress = self._stage(number, progress, own, on_step)
         self._measure("", progress)
-        report = Report(str(out), progress.tokens, self.seconds, self.main, self.measures)
+        report = Report(str(out), progress.tokens, progress.seconds, self.main, self.measures)
         if self.main:
             self._save(out, report, overwrite)
         self.accelerator.wait_for_everyone()
@@ -180,15 +179,22 @@ class _Run:
             stage.begin(models)
             objective, optimizer = self.accelerator.prepare(_Objective(stage, models), optimizer)
             smooth: float | None = None
-            start, before, first = time.perf_counter(), progress.tokens, progress.steps
+            before, first, earlier = progress.tokens, progress.steps, progress.seconds
+            start = time.perf_counter()
             for step in range(progress.step, steps):
                 lr = rate(stage, step, steps)
                 line, count = self._step(objective, optimizer, progress, lr, steps)
-                progress = Progress(number, step + 1, progress.steps + 1, progress.tokens + count)
+                seconds = time.perf_counter() - start
+                progress = Progress(
+                    number,
+                    step + 1,
+                    progress.steps + 1,
+                    progress.tokens + count,
+                    earlier + seconds,
+                )
                 last = step + 1 == steps
                 if progress.steps % self.settings.save_every == 0 or last:
                     self._save_step(progress, trained, optimizer)
-                seconds = time.perf_counter() - start
                 speed = (progress.tokens - before) / seconds
                 smooth = (
                     line["loss"]
@@ -210,7 +216,6 @@ class _Run:
                     if progress.steps % self.settings.log_every == 0 or last:
                         self.directory.log(done)
                     on_step(done)
-            self.seconds += time.perf_counter() - start
         self.accelerator.free_memory()
         self.module.requires_grad_(True)
         return progress
@@ -222,7 +227,7 @@ class _Run:
         settings = self.settings
         rows = take(self.corpus.train, progress.steps * settings.batch, settings.batch)
         count = int(rows.mask.sum())
-        # every process takes every so manieth row
+        # the rows are dealt out to the processes in turn
         rank = int(self.accelerator.process_index)
         own = Rows(rows.ids[rank :: self.world], rows.mask[rank :: self.world])
         size = settings.micro or len(own)

@@ -53,17 +53,25 @@ class CacheLayer:
         """What says which tokens it keeps."""
         return self.kind, self.size, self.prefix
 
-    def own(self) -> Any:
-        """A layer of ours, where transformers has none that keeps this; else None."""
+    @property
+    def own_type(self) -> type | None:
+        """The class of ours that keeps this, where transformers has none."""
         # a Program's cache layers are wanted before transformers is
         from reroll.runtime.recurrences import RecurrentLayer
         from reroll.runtime.windows import WindowLayer
 
         if self.kind == "hybrid_sliding":
-            return RecurrentLayer()
+            return RecurrentLayer
         if self.kind == "sliding_attention" and (self.prefix or not self.size):
-            return WindowLayer(self.size or 0, self.prefix)
+            return WindowLayer
         return None
+
+    def make(self) -> Any:
+        """A new layer of `own_type`."""
+        own = self.own_type
+        assert own is not None
+        sizes = () if self.kind == "hybrid_sliding" else (self.size or 0, self.prefix)
+        return own(*sizes)
 
 
 def cache_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -227,15 +235,15 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
             hint="make it from the model's own configuration: DynamicCache(config=model.config)",
         )
     for number, planned in enumerate(plan):
-        own = planned.own()
-        if own is not None and type(cache.layers[number]) is not type(own):
-            _replace(cache.layers, number, own)
+        own = planned.own_type
+        if own is not None and type(cache.layers[number]) is not own:
+            _replace(cache.layers, number, planned.make())
     if type(cache) is DynamicCache and not cache.offloading:
         make_growing(cache.layers)
     if cache.offloading:
         # layers of ours are small, and stay where they are
         return [
-            cache.layers[n] if planned.own() is not None else _Offloaded(cache, n)
+            cache.layers[n] if planned.own_type is not None else _Offloaded(cache, n)
             for n, planned in enumerate(plan)
         ]
     return cache.layers  # type: ignore[no-any-return]

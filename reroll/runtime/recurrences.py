@@ -160,15 +160,6 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda x: x[indices])
-
     def reset(self) -> None:
         self._clear()
         self.has_previous_state = {0: False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reroll.errors import UsageError
@@ -40,6 +41,19 @@ class Rewinding:
         """Remember the present state: `length` tokens come now, `again(n)` adds the first n."""
         if self.record_past:
             self._past = [*(self._past or ()), (self.snapshot(), length, again)]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor of the state, row by row the same, by `change` of it."""
+        raise NotImplementedError
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda x: x[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the last -`tokens_to_remove` tokens, and forget what could be undone before."""

@@ -107,15 +107,6 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
     def get_max_length(self) -> int:
         return self.window + self.prefix
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda x: x[indices])
-
     def offload(self) -> None:
         self._each(lambda x: x.to("cpu", non_blocking=True))
 

@@ -125,6 +125,9 @@ def whole(tied: Path, text: Path) -> Path:
     return out
 
 
+MEASURED = [("align", 0), ("distil", 3), ("tune", 10), ("", 12)]
+
+
 # within a stage, after one's last step, and before the next one's first checkpoint
 @pytest.mark.parametrize("stop", [2, 5, 8])
 def test_a_run_goes_on_as_if_it_had_not_stopped(
@@ -139,7 +142,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     with pytest.raises(Stopped):
         recover(str(tied), tmp_path / "out", **arguments, on_step=stopping)
     assert not (tmp_path / "out").exists()
-    recover(str(tied), tmp_path / "out", **arguments)
+    report = recover(str(tied), tmp_path / "out", **arguments)
+    assert [(m["before"], m["steps"]) for m in report.measures] == MEASURED
     again = log(tmp_path / "out")
     assert [s["steps"] for s in again] == list(range(1, 13))
     assert [s["loss"] for s in again] == [s["loss"] for s in log(whole)]

@@ -74,7 +74,7 @@ def merge_equal(graph: fx.Graph) -> None:
 def lift_parts(graph: fx.Graph) -> None:
     """Take the parts of a value where the value is made, not where each part is used.
 
-    A value that holds something for every layer (Gemma's embeddings per layer) is then taken apart
+    A value that holds something for every layer (embeddings per layer) is then taken apart
     before the layers, which would differ in the part's number; each trip gets its part as an input.
     """
     for node in list(graph.nodes):
