@@ -4,19 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.ops import op_loop
 from typer.testing import CliRunner
 
 import reroll
 from reroll.cli.app import app
 from reroll.errors import ExportError, UsageError
 from reroll.export.onnx import Onnx
-from reroll.export.onnx.check import check_graph, prompts
+from reroll.export.onnx.check import check_graph
 from reroll.export.onnx.segments import Segment, rolled
 from reroll.export.onnx.session import Session
 from reroll.rewrite.lowerings import lowering
@@ -27,6 +24,7 @@ from reroll.rewrite.program import Program
 from tests import tiny
 from tests.captured import captured, flat
 from tests.conformance.target_suite import TargetSuite
+from tests.export.prompted import check_pieces, check_reference
 from tests.programs import call, typed
 from tests.programs import tiny as by_hand
 
@@ -101,48 +99,15 @@ def test_a_bfloat16_program_is_exported_in_fp32(tmp_path):
 def test_prefill_in_pieces_is_prefill_at_once(tmp_path):
     program = captured("gemma3")
     exported(program, tmp_path)
-    ids, seen = prompts(program)
-    positions = (seen.cumsum(-1) - 1).clamp(min=0)
     for kind in ("loop", "unrolled"):
-        session = Session(tmp_path / f"{kind}.onnx")
-        pieces = []
-        for sizes in ([24], [7, 1, 16]):
-            session.reset(len(ids))
-            at, logits = 0, []
-            for size in sizes:
-                end = at + size
-                given = {
-                    "input_ids": ids[:, at:end],
-                    "attention_mask": seen[:, :end],
-                    "position_ids": positions[:, at:end],
-                }
-                logits.append(session.run(given)["logits"])
-                at = end
-            pieces.append(torch.cat(logits, 1)[seen.bool()])
-        assert tolerances.relative_rms(*pieces) < 1e-5
+        check_pieces(program, tmp_path / f"{kind}.onnx", [7, 1, 16])
 
 
 @pytest.mark.parametrize("kind", ["loop", "unrolled"])
 def test_the_reference_evaluator_of_onnx_agrees(kind, tmp_path, monkeypatch):
-    # it joins what a Loop scans, where the specification stacks it
-    monkeypatch.setattr(op_loop.np, "vstack", np.stack)
     program = tied(2)
     exported(program, tmp_path, graphs=(kind,))
-    evaluator = ReferenceEvaluator(str(tmp_path / f"{kind}.onnx"))
-    ids, seen = prompts(program, rows=2, length=6)
-    given = {
-        "input_ids": ids.numpy(),
-        "attention_mask": seen.numpy(),
-        "position_ids": (seen.cumsum(-1) - 1).clamp(min=0).numpy(),
-    }
-    for name, item in Session(tmp_path / f"{kind}.onnx").inputs.items():
-        if name.startswith("past_key_values"):
-            given[name] = np.zeros((2, item.shape[1], 0, item.shape[3]), np.float32)
-    actual = torch.from_numpy(np.array(evaluator.run(["logits"], given)[0]))
-    with torch.no_grad():
-        expected = program.to_module()(torch.tensor(given["input_ids"]), attention_mask=seen).logits
-    shown = seen.bool()
-    assert tolerances.relative_rms(actual[shown], expected[shown]) < 1e-5
+    check_reference(program, tmp_path / f"{kind}.onnx", monkeypatch)
 
 
 # ---- what is in the files

@@ -11,6 +11,7 @@ from reroll.export.onnx.graph import nodes_of
 from reroll.export.onnx.session import Session
 from reroll.rewrite.program import Program
 from tests.captured import captured
+from tests.export.prompted import inputs
 
 
 def with_exits(options: str, blocks: int | None = None) -> Program:
@@ -55,11 +56,7 @@ def test_thresholds_are_an_input_with_a_default(kind, tmp_path):
     session = Session(tmp_path / f"{kind}.onnx")
     assert "exit_thresholds" not in session.inputs
     ids, seen = prompts(program)
-    given = {
-        "input_ids": ids,
-        "attention_mask": seen,
-        "position_ids": (seen.cumsum(-1) - 1).clamp(min=0),
-    }
+    given = inputs(ids, seen)
     depths = {}
     for threshold in (None, -1e9, 1e9):
         session.reset(len(ids))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
 import reroll
 from reroll.export.onnx import Onnx
+from reroll.export.onnx.check import prompts
 from reroll.export.onnx.session import Session
 from reroll.rewrite.passes import tolerances
+from reroll.rewrite.program import Program
+from tests.export.prompted import inputs
 
-LINEAR = "linearize(mixer=gated_deltanet, window=64, sinks=4)"
+LINEAR = "linearize(mixer=gated_deltanet, window=64, sinks=4, keep=6, gain=0.5)"
+TIED = "tie(blocks=10), relax(rank=16)"
 
 
 @pytest.mark.slow
@@ -20,7 +26,7 @@ LINEAR = "linearize(mixer=gated_deltanet, window=64, sinks=4)"
     ("name", "passes"),
     [
         ("smollm2-135m-instruct", ""),
-        ("smollm2-135m-instruct", "tie(blocks=10), relax(rank=16)"),
+        ("smollm2-135m-instruct", TIED),
         ("smollm2-135m-instruct", LINEAR),
         ("gemma-3-270m", ""),
         ("dinov2-small", ""),
@@ -29,11 +35,31 @@ LINEAR = "linearize(mixer=gated_deltanet, window=64, sinks=4)"
 def test_exports_are_exact(real_model, tmp_path, name, passes):
     program = reroll.capture(str(real_model(name)), dtype=torch.float32)
     program = reroll.run_passes(program, passes, measure=False)
-    # a Loop that gathers all weights of a large model takes minutes
-    graphs = ("loop", "unrolled") if passes or "dino" in name else ("unrolled",)
-    found = Onnx(graphs=graphs, check=True).write(program, tmp_path)
+    found = Onnx(check=True).write(program, tmp_path)
     for graph in found["graphs"].values():
         assert graph["check"]["relative_rms_error"] < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("criterion", ["latent, threshold=-0.35", "margin, threshold=0.2"])
+def test_tokens_leave_after_the_same_trips(criterion, real_model, tmp_path):
+    program = reroll.capture(str(real_model("smollm2-135m-instruct")), dtype=torch.float32)
+    passes = f"{TIED}, insert_exits(at=[10, 20], criterion={criterion})"
+    program = reroll.run_passes(program, passes, measure=False)
+    # the check compares the depth of every token as well
+    found = Onnx(check=True).write(program, tmp_path)
+    for graph in found["graphs"].values():
+        assert graph["check"]["relative_rms_error"] < 2e-5
+    assert len(depths(program, tmp_path / "loop.onnx")) > 1
+
+
+def depths(program: Program, graph: Path) -> set[int]:
+    """After how many trips the tokens of a few prompts leave."""
+    ids, seen = prompts(program)
+    session = Session(graph)
+    session.reset(len(ids))
+    return set(session.run(inputs(ids, seen))["depth"][seen.bool()].tolist())
 
 
 def test_minilm_is_exact(real_model, tmp_path):

@@ -1,34 +1,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.ops import op_loop
 
 import reroll
 from reroll.errors import ExportError
 from reroll.export.onnx import Onnx
 from reroll.export.onnx.check import prompts
+from reroll.export.onnx.graph import nodes_of
 from reroll.export.onnx.session import Session
+from reroll.mixers import registered
+from reroll.mixers.feature_maps import FEATURE_MAPS
+from reroll.rewrite import lowerings
 from reroll.rewrite.passes import tolerances
 from reroll.rewrite.program import Program
 from reroll.rewrite.weights import full
 from tests.captured import captured
+from tests.export.prompted import check_pieces, check_reference, inputs
 
-MIXERS = (
-    "linear", "retention", "gla", "mamba2", "hgrn2", "deltanet", "gated_deltanet", "kda", "rwkv6",
-)  # fmt: skip
+MIXERS = tuple(registered())
+# what a mixer keeps beside its recurrent state
+MORE = {"mlstm": {"maximum"}, "gsa": {"slot_keys"}, "rwkv6": {"last_token"}}
 
 
-def linearized(options: str) -> Program:
+def linearized(options: str, gain: float = 0.7) -> Program:
     """A llama with mixers that are heard: their gains start at zero beside a window."""
     program = reroll.run_passes(captured("llama"), f"linearize({options})", measure=False)
     changed = {
-        name: replace(weight, entries=tuple(_gains(weight)))
+        name: replace(
+            weight,
+            entries=tuple(
+                full(weight.meta.shape, gain + 0.1 * place, torch.float32)
+                for place in range(len(weight.entries))
+            ),
+        )
         for name, weight in program.weights.items()
         if name.endswith("mixer.gain")
     }
@@ -36,43 +45,48 @@ def linearized(options: str) -> Program:
     return program.with_weights(program.weights.with_weights(changed))
 
 
-def _gains(weight):
-    for place in range(len(weight.entries)):
-        yield full(weight.meta.shape, 0.7 + 0.1 * place, torch.float32)
-
-
 def exported(program: Program, directory, **options) -> dict:
-    return Onnx(check=True, **options).write(program, directory)
+    """The manifest of an export whose graphs are exact over a prompt and 64 tokens."""
+    found = Onnx(check=True, **options).write(program, directory)
+    for graph in found["graphs"].values():
+        assert graph["check"]["relative_rms_error"] < 1e-5
+    return found
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_mixers(mixer, tmp_path):
-    found = exported(linearized(f"mixer={mixer}, window=0, sinks=0"), tmp_path)
-    for graph in found["graphs"].values():
-        assert graph["check"]["relative_rms_error"] < 1e-5
-    assert {s["part"] for s in found["states"]} == {"recurrent_state"}
+    program = linearized(f"mixer={mixer}, window=0, sinks=0")
+    found = exported(program, tmp_path, graphs=("unrolled",))
+    parts = {s["part"] for s in found["states"]}
+    assert parts == {"recurrent_state"} | MORE.get(mixer, set())
     assert not any(s["grows"] for s in found["states"])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        "mixer=gla, window=6, sinks=2",
-        "mixer=gated_deltanet, window=8, sinks=0",
-        # two layers keep their attention
-        "mixer=linear, window=6, sinks=3, layers=[1, 2]",
-    ],
-)
-def test_beside_a_window(options, tmp_path):
-    found = exported(linearized(options), tmp_path)
-    for graph in found["graphs"].values():
-        assert graph["check"]["relative_rms_error"] < 1e-5
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_beside_a_window(mixer, tmp_path):
+    # two layers keep their attention, and the trips are no loop of one kind
+    layers = ", layers=[1, 2]" if mixer == "linear" else ""
+    program = linearized(f"mixer={mixer}, window=6, sinks=2{layers}")
+    found = exported(program, tmp_path, graphs=("loop",))
     parts = {s["part"]: s for s in found["states"] if not s["grows"]}
     assert {"recurrent_state", "waiting", "key", "value"} <= set(parts)
     window = parts["waiting"]["shape"][2]
     assert parts["key"]["shape"][2] == window - 1
     grows = [s for s in found["states"] if s["grows"]]
-    assert bool(grows) == ("layers" in options)
+    assert bool(grows) == bool(layers)
+    check_pieces(program, tmp_path / "loop.onnx", [2, 1, 9, 12])
+
+
+@pytest.mark.parametrize("features", [name for name in FEATURE_MAPS if name != "none"])
+def test_feature_maps(features, tmp_path):
+    options = f"mixer=gla, mixer_options={{feature_map: {features}}}, window=0, sinks=0"
+    exported(linearized(options), tmp_path, graphs=("loop",))
+
+
+@pytest.mark.parametrize("mixer", ["linear", "gla"])
+def test_joint_normalisation(mixer, tmp_path):
+    options = f"mixer={mixer}, window=6, sinks=2, combine=joint, feature_map=hedgehog"
+    exported(linearized(options, gain=20.0), tmp_path)
 
 
 @pytest.mark.parametrize("options", ["size=8, sinks=2", "size=5"])
@@ -81,59 +95,65 @@ def test_windows(options, tmp_path):
     exported(program, tmp_path)
 
 
-def test_a_prompt_in_pieces(tmp_path):
-    program = linearized("mixer=gla, window=6, sinks=2")
-    exported(program, tmp_path, graphs=("loop",))
-    session = Session(tmp_path / "loop.onnx")
-    ids, seen = prompts(program)
-    positions = (seen.cumsum(-1) - 1).clamp(min=0)
-    results = []
-    for sizes in ([24], [2, 1, 9, 12]):
-        session.reset(len(ids))
-        at, logits = 0, []
-        for size in sizes:
-            end = at + size
-            given = {
-                "input_ids": ids[:, at:end],
-                "attention_mask": seen[:, :end],
-                "position_ids": positions[:, at:end],
-            }
-            logits.append(session.run(given)["logits"])
-            at = end
-        results.append(torch.cat(logits, 1)[seen.bool()])
-    assert tolerances.relative_rms(*results) < 1e-5
+@pytest.mark.parametrize("mixer", ["mlstm", "gsa", "rwkv6", "deltaproduct"])
+def test_a_prompt_in_pieces(mixer, tmp_path):
+    program = linearized(f"mixer={mixer}, window=0, sinks=0")
+    Onnx(graphs=("loop",)).write(program, tmp_path)
+    check_pieces(program, tmp_path / "loop.onnx", [2, 1, 9, 12])
 
 
 @pytest.mark.parametrize("opset", [23, 27])
-def test_what_has_no_kernel_runs_the_definition(opset, tmp_path, monkeypatch):
-    # it joins what a Loop scans, where the specification stacks it
-    monkeypatch.setattr(op_loop.np, "vstack", np.stack)
-    program = linearized("mixer=gated_deltanet, window=0, sinks=0")
+@pytest.mark.parametrize("mixer", ["linear", "gla", "deltanet", "gated_deltanet", "gsa"])
+def test_what_has_no_kernel_runs_the_definition(mixer, opset, tmp_path, monkeypatch):
+    program = linearized(f"mixer={mixer}, window=0, sinks=0")
     Onnx(graphs=("loop",), opset=opset).write(program, tmp_path)
     path = tmp_path / "loop.onnx"
-    model = onnx.load(path, load_external_data=False)
     onnx.checker.check_model(str(path), full_check=True)
-    names = [f.name for f in model.functions]
+    names = [f.name for f in onnx.load(path, load_external_data=False).functions]
     assert names == (["LinearAttention"] if opset < 27 else [])
-    evaluator = ReferenceEvaluator(str(path))
-    ids, seen = prompts(program, rows=2, length=6)
-    given = {
-        "input_ids": ids.numpy(),
-        "attention_mask": seen.numpy(),
-        "position_ids": (seen.cumsum(-1) - 1).clamp(min=0).numpy(),
-    }
-    for item in model.graph.input:
-        if item.name.startswith("past_key_values"):
-            dims = [d.dim_value or 2 for d in item.type.tensor_type.shape.dim]
-            given[item.name] = np.zeros(dims, np.float32)
-    actual = torch.from_numpy(np.array(evaluator.run(["logits"], given)[0]))
-    with torch.no_grad():
-        expected = program.to_module()(ids, attention_mask=seen).logits
-    shown = seen.bool()
-    assert tolerances.relative_rms(actual[shown], expected[shown]) < 1e-5
+    check_reference(program, path, monkeypatch)
 
 
-def test_a_mixer_without_a_construction_is_named(tmp_path):
-    with pytest.raises(ExportError, match="mlstm has no lowering") as error:
-        exported(linearized("mixer=mlstm, window=0, sinks=0"), tmp_path)
-    assert "recurrence:mlstm" in error.value.hint
+@pytest.mark.parametrize("mixer", ["linear", "gla", "deltaproduct", "gsa"])
+def test_a_runtime_without_the_operator_runs_its_function(mixer, tmp_path):
+    """Under another name, ONNX Runtime has no kernel for the operator."""
+    program = linearized(f"mixer={mixer}, window=0, sinks=0")
+    Onnx(graphs=("loop",)).write(program, tmp_path)
+    model = onnx.load(tmp_path / "loop.onnx", load_external_data=False)
+    nodes = [n for n in nodes_of(model.graph) if n.op_type == "LinearAttention"]
+    assert len(nodes) == (2 if mixer == "gsa" else 1)
+    for named in (*nodes, *model.functions):
+        named.domain = "nobody"
+    model.opset_import.append(onnx.helper.make_opsetid("nobody", 1))
+    onnx.save(model, tmp_path / "other.onnx")
+    with_kernel, without = (run(program, tmp_path / f"{name}.onnx") for name in ("loop", "other"))
+    assert tolerances.relative_rms(without, with_kernel) < 1e-5
+
+
+def run(program: Program, path: Path) -> torch.Tensor:
+    """The logits of a prompt and of one more token, padding left out."""
+    ids, seen = prompts(program)
+    session = Session(path)
+    session.reset(len(ids))
+    parts = [(0, 23), (23, 24)]
+    logits = [session.run(inputs(ids, seen, *part))["logits"] for part in parts]
+    return torch.cat(logits, 1)[seen.bool()]
+
+
+def test_a_mixer_without_a_construction_is_named(tmp_path, monkeypatch):
+    program = linearized("mixer=gla, window=0, sinks=0")
+    monkeypatch.delitem(lowerings._lowerings, ("onnx", "recurrence:gla"))
+    with pytest.raises(ExportError, match="gla has no lowering") as error:
+        Onnx().write(program, tmp_path)
+    assert "recurrence:gla" in error.value.hint
+
+
+def test_update_rules_that_share_no_function_are_refused(tmp_path):
+    program = linearized("mixer=gla, window=0, sinks=0, layers=[0]")
+    program = reroll.run_passes(
+        program, "linearize(mixer=deltanet, window=0, sinks=0, layers=[1])", measure=False
+    )
+    with pytest.raises(ExportError, match="gated and delta") as error:
+        Onnx().write(program, tmp_path)
+    assert "--opset 27" in error.value.hint
+    Onnx(opset=27).write(program, tmp_path)

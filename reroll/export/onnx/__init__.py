@@ -6,7 +6,8 @@ translate.py                from a Program's graphs to ONNX nodes
 segments.py, loops.py       which trips become one Loop
 aten.py, idioms.py, attention.py   the lowering of each op
 states.py, windows.py       state as inputs and outputs; caches that do not grow
-recurrence.py, linear_attention.py   token mixers
+recurrence.py, linear_attention.py   token mixers: their op, and the operator that they become
+mixers.py, mixer_parts.py   what each mixer does around the operator
 step.py, scheduler.py       one round at a time, and a host that runs it
 exits.py                    tokens that leave a loop early
 quantise.py                 block-wise integer weights

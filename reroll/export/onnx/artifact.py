@@ -13,7 +13,15 @@ from onnx import helper
 
 import reroll
 from reroll.errors import ExportError
-from reroll.export.onnx import aten, attention, check, exits, idioms, recurrence  # noqa: F401 - lowerings
+from reroll.export.onnx import (  # noqa: F401 - lowerings
+    aten,
+    attention,
+    check,
+    exits,
+    idioms,
+    mixers,
+    recurrence,
+)
 from reroll.export.onnx.graph import Graph, nodes_of
 from reroll.export.onnx.manifest import write_manifest
 from reroll.export.onnx.parameters import Settings

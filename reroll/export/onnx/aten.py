@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from reroll.errors import ExportError
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.parameters import Parameter, Size, Varying
 from reroll.export.onnx.translate import TARGET, repeated
@@ -300,6 +301,32 @@ def expand(g: Translator, node: fx.Node, x: Any, sizes: Sequence[Any], **_: Any)
             1 if isinstance(s, int) and s == -1 else d for s, d in zip(sizes, dims, strict=True)
         ]
     return g.op("Expand", g.tensor(x), g.shape(dims))
+
+
+@lowering(TARGET, "aten::constant_pad_nd.default")
+def constant_pad(
+    g: Translator, node: fx.Node, x: Any, sizes: Sequence[int], fill: Any = 0
+) -> Value:
+    """A border of one number; `sizes` are before and after, the last dimension first."""
+    x = g.tensor(x)
+    others = [0] * (_rank(node) - len(sizes) // 2)
+    before, after = [*others, *sizes[::2][::-1]], [*others, *sizes[1::2][::-1]]
+    return g.op("Pad", x, g.ints(*before, *after), g.number(fill or 0, x.dtype))
+
+
+@lowering(TARGET, "aten::pad.default")
+def pad(
+    g: Translator,
+    node: fx.Node,
+    x: Any,
+    sizes: Sequence[int],
+    mode: str = "constant",
+    value: Any = None,
+) -> Value:
+    """A border of one number."""
+    if mode != "constant":
+        raise ExportError(f"a border of the kind {mode!r} has no lowering to ONNX")
+    return constant_pad(g, node, x, sizes, value)
 
 
 @lowering(TARGET, "aten::cat.default")

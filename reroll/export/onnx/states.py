@@ -9,6 +9,7 @@ onnxruntime-genai use:
                              further back; zeros stand before the first token
     first_key, first_value   [batch, kv_heads, prefix, head_dim]: the first tokens, beside a window
     recurrent_state          [batch, kv_heads, ...]: the state of a recurrence
+    maximum, last_token, slot_keys   what some mixers keep beside it: see `mixers`
     waiting                  [batch, kv_heads, delay, channels]: tokens that a delayed recurrence
                              has yet to write
 """
