@@ -33,6 +33,10 @@ def recover(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew instead of going on from a checkpoint.")
     ] = False,
+    board: Annotated[
+        Path | None,
+        typer.Option("--tensorboard", metavar="DIR", help="Write each step for TensorBoard here."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
@@ -46,10 +50,14 @@ def recover(
     """
     count = _tokens(tokens)
     from reroll.recover import recover as run
+    from reroll.recover import tensorboard
 
+    boards = [] if board is None else [tensorboard(board)]
     with Bars() as bars:
 
         def show(step: Mapping[str, Any]) -> None:
+            for each in boards:
+                each(step)
             left = int(step["seconds_left"])
             bars(
                 step["steps"],

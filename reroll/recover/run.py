@@ -177,6 +177,8 @@ class _Run:
                 optimizer.load_state_dict(found[2])
             models = Models(trained, self.module, self.teacher)
             stage.begin(models)
+            if found is None:
+                self._start(stage, models, progress)
             objective, optimizer = self.accelerator.prepare(_Objective(stage, models), optimizer)
             smooth: float | None = None
             before, first, earlier = progress.tokens, progress.steps, progress.seconds
@@ -219,6 +221,20 @@ class _Run:
         self.accelerator.free_memory()
         self.module.requires_grad_(True)
         return progress
+
+    def _start(self, stage: Stage, models: Models, progress: Progress) -> None:
+        """What a stage does before its first step; measured if it does something."""
+
+        def rows(tokens: int) -> list[Batch]:
+            count = -(-tokens // self.settings.length)
+            found = take(self.corpus.train, progress.steps * self.settings.batch, count)
+            size = self.settings.micro or self.settings.batch
+            pieces = zip(found.ids.split(size), found.mask.split(size), strict=True)
+            return [self._batch(Rows(*piece), 0.0, 0) for piece in pieces]
+
+        parts = stage.start(models, rows)
+        if parts:
+            self._measure(f"the steps of {stage.name}", progress, parts)
 
     def _step(
         self, objective: nn.Module, optimizer: Any, progress: Progress, lr: float, steps: int
@@ -288,12 +304,20 @@ class _Run:
             self.directory.save_step(progress, tensors, optimizer.state_dict())
         self.accelerator.wait_for_everyone()
 
-    def _measure(self, stage: str, progress: Progress) -> None:
+    def _measure(
+        self, stage: str, progress: Progress, parts: Mapping[str, float] | None = None
+    ) -> None:
         """Measure on the held-out rows, and write it down."""
         if self.main:
             with self._autocast():
                 found = held_out(self.module, self.teacher, self.corpus.held_out)
-            line = {"before": stage, "steps": progress.steps, "tokens": progress.tokens, **found}
+            line = {
+                "before": stage,
+                "steps": progress.steps,
+                "tokens": progress.tokens,
+                **found,
+                **(parts or {}),
+            }
             self.directory.log({"held_out": line, "steps": progress.steps})
             self.measures.append(line)
         self.accelerator.wait_for_everyone()

@@ -13,7 +13,7 @@ A new stage is one file in `reroll/recover/stages`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -134,7 +134,14 @@ class Stage(Declared, ABC):
         """The loss of one batch: a mean over its tokens, with gradients into the student."""
 
     def begin(self, models: Models) -> None:
-        """Called once before the first step, with the models as they are then."""
+        """Called whenever the stage begins or goes on: the place to refuse models."""
+
+    def start(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
+        """Called once before the first step: the place to set weights without training.
+
+        `rows(n)` are the stage's first n training tokens, in batches. What is returned is logged.
+        """
+        return {}
 
 
 @cache

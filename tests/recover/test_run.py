@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import reroll
 from reroll.errors import CheckpointError, RecoveryError, UsageError
-from reroll.recover import Recipe, recover
+from reroll.recover import Recipe, recover, tensorboard
 from reroll.recover import recipe as recipes
 from reroll.recover.checkpoints import Directory
 from reroll.rewrite.passes.samples import sample_text
@@ -58,7 +58,7 @@ def log(out: Path) -> list[dict[str, Any]]:
 
 
 STAGES = [
-    {"align": {"lr": 3e-3, "share": 0.5}},
+    {"align": {"lr": 3e-3, "share": 0.5, "start_tokens": 100}},
     {"distil": {"lr": 3e-3, "hidden": 0.1, "ce": 0.1}},
     {"tune": {"lr": 1e-3, "share": 0.25, "optimizer": "muon"}},
 ]
@@ -79,6 +79,16 @@ def test_stages_bring_a_model_nearer(tied: Path, text: Path, tmp_path: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
     assert model(torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
     assert not (tmp_path / "out.run").exists()
+
+
+def test_steps_are_written_for_tensorboard(tied: Path, text: Path, tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = tensorboard(tmp_path / "board")
+    out = tmp_path / "out"
+    recover(str(tied), out, data=[text], recipe=recipe("tune"), tokens=TOKENS, on_step=board)
+    found = accumulators.EventAccumulator(str(tmp_path / "board")).Reload()
+    events = [(e.step, e.value) for e in found.Scalars("loss")]
+    assert events == [(s["steps"], pytest.approx(s["loss"])) for s in log(out)]
 
 
 def test_only_what_a_stage_names_is_trained(tied: Path, text: Path, tmp_path: Path) -> None:
@@ -125,7 +135,13 @@ def whole(tied: Path, text: Path) -> Path:
     return out
 
 
-MEASURED = [("align", 0), ("distil", 3), ("tune", 10), ("", 12)]
+MEASURED = [
+    ("align", 0),
+    ("the steps of align", 0),
+    ("distil", 3),
+    ("tune", 10),
+    ("", 12),
+]
 
 
 # within a stage, after one's last step, and before the next one's first checkpoint

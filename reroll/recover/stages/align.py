@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
+from reroll.recover.closed_form import fit_linear_layers
 from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, fed, recorded
 from reroll.rewrite.passes.options import option
 
@@ -22,6 +25,9 @@ class Align(Stage):
     transfer, arXiv 2410.10254). Blocks that are applied several times need their own errors as
     input too (Raptor, arXiv 2512.19941): `free` is the probability, at the end of the stage, that
     a trip takes what the trip before gave; it grows from 0 in proportion to the steps.
+
+    With `start_tokens`, what is linear in its weights begins at its least-squares value: see
+    `reroll.recover.closed_form`.
     """
 
     name = "align"
@@ -29,11 +35,16 @@ class Align(Stage):
     lr: float = option(1e-3, help="the largest learning rate")
     train: str | list[str] = option("new", help="all, new, lora, or patterns of names")
     free: float = option(0.5, help="share of trips that run freely at the end")
+    start_tokens: int = option(
+        0, help="tokens on which tied weights and residuals are fitted by least squares first"
+    )
 
     def check(self) -> None:
         super().check()
         if not 0 <= self.free <= 1:
             raise UsageError("free is a probability", where="stage align, option free")
+        if self.start_tokens < 0:
+            raise UsageError("tokens are 0 or more", where="stage align, option start_tokens")
 
     def begin(self, models: Models) -> None:
         assert models.teacher is not None
@@ -44,6 +55,9 @@ class Align(Stage):
                 where="stage align",
                 hint="leave the stage out, or choose passes that keep the trips",
             )
+
+    def start(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
+        return fit_linear_layers(models, rows(self.start_tokens)) if self.start_tokens else {}
 
     def loss(self, batch: Batch, models: Models) -> Loss:
         inputs, targets = self._targets(batch, models)

@@ -1,0 +1,37 @@
+"""A run's numbers for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from reroll.errors import UsageError
+
+
+def tensorboard(folder: str | Path) -> Callable[[Mapping[str, Any]], None]:
+    """A function that writes the numbers of each step to a folder that TensorBoard reads.
+
+    For `recover(..., on_step=tensorboard(folder))`. Raises UsageError if it is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            "TensorBoard is not installed", hint="pip install 'reroll[tensorboard]'"
+        ) from error
+
+    # of several processes, only the one that is called writes
+    @cache
+    def writer() -> Any:
+        return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def write(step: Mapping[str, Any]) -> None:
+        for name, value in step.items():
+            if isinstance(value, int | float) and name != "steps":
+                writer().add_scalar(name, value, step["steps"])
+        if step["steps"] == step["total_steps"]:
+            writer().close()
+
+    return write

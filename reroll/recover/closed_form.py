@@ -1,0 +1,184 @@
+"""Closed-form starts: what is linear in its weights is fitted by least squares, without a step.
+
+With X_t [tokens, in] what the original's linear layer t takes, W_t [out, in] its weight, and
+C_t = X_t^T X_t, the best shared weight W' and the best residual B_t A_t of rank r minimise
+
+    sum_t |X_t (W_t - W' - B_t A_t)^T|^2,
+
+which each of the two does in closed form while the other stays:
+
+    W' = (sum_t (W_t - B_t A_t) C_t) (sum_t C_t)^-1
+    B_t A_t = U U^T R_t,   R_t = W_t - W',   U [out, r] the largest eigenvectors of R_t C_t R_t^T
+
+(the second is reduced-rank regression: Izenman, Journal of Multivariate Analysis 5, 1975). The mean
+of the weights and their truncated SVD are the same with C_t = 1: all inputs equally likely.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reroll.recover.stage import Batch, Models, arguments
+from reroll.rewrite.weights.factors import low_rank_factors
+
+# in turn: the shared weight, and the residuals beside it
+ROUNDS = 2
+# sums of outer products that are kept at once; what does not fit waits for another pass
+BYTES = 2**31
+# how strongly a shared weight stays where it was along inputs that the text does not have
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of the student, the original's of the same name, and its own factors."""
+
+    name: str
+    student: nn.Linear
+    teacher: nn.Linear
+    factors: tuple[tuple[nn.Linear, nn.Linear], ...]
+
+    def product(self) -> Tensor:
+        """B A, the residual that the factors add: [out, in]."""
+        start = torch.zeros_like(self.student.weight)
+        return sum((up.weight @ down.weight for down, up in self.factors), start)
+
+
+@torch.no_grad()
+def fit_linear_layers(models: Models, batches: Sequence[Batch]) -> dict[str, float]:
+    """Fit the shared weights and the residuals that can be trained, on the original's inputs.
+
+    Returns the squared error of the layers' outputs relative to their size, before and after;
+    nothing if no layer that can be trained differs from the original's.
+    """
+    before = after = size = 0.0
+    for group in _groups(models):
+        products = _outer_products(models, [layer for part in group for layer in part], batches)
+        for part in group:
+            size += sum(_size(each.teacher.weight, products[each.name]) for each in part)
+            before += _error(part, products)
+            for _ in range(ROUNDS):
+                _fit_shared(part, products)
+                for layer in part:
+                    _fit_factors(layer, products[layer.name])
+            after += _error(part, products)
+    return {"error_before": before / size, "error_after": after / size} if size else {}
+
+
+def _groups(models: Models) -> Iterator[list[list[Layer]]]:
+    """The layers to fit, those that share a weight together, as many as memory has room for."""
+    assert models.teacher is not None
+    theirs = dict(models.teacher.named_modules(remove_duplicate=False))
+    ours = dict(models.module.named_modules(remove_duplicate=False))
+    uses = Counter(id(m.weight) for m in ours.values() if isinstance(m, nn.Linear))
+    shared: dict[int, list[Layer]] = defaultdict(list)
+    for name, module in ours.items():
+        other = theirs.get(name)
+        if not isinstance(module, nn.Linear) or not isinstance(other, nn.Linear):
+            continue
+        pairs = [
+            (part, module.get_submodule(key.replace("lora_down", "lora_up")))
+            for key, part in module.named_children()
+            if key.startswith("lora_down")
+        ]
+        factors = [
+            (down, up)
+            for down, up in pairs
+            if uses[id(up.weight)] == 1 and up.weight.requires_grad and down.weight.requires_grad
+        ]
+        if module.weight.shape == other.weight.shape and (
+            factors or (uses[id(module.weight)] > 1 and module.weight.requires_grad)
+        ):
+            layer = Layer(name, module, other, tuple(factors))  # type: ignore[arg-type]
+            shared[id(module.weight)].append(layer)
+    group: list[list[Layer]] = []
+    taken = 0
+    for part in shared.values():
+        need = sum(4 * layer.student.in_features**2 for layer in part)
+        if group and taken + need > BYTES:
+            yield group
+            group, taken = [], 0
+        group.append(part)
+        taken += need
+    if group:
+        yield group
+
+
+def _outer_products(
+    models: Models, layers: Sequence[Layer], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    """C = X^T X [in, in] for each layer, over the tokens that the original sees, per token."""
+    assert models.teacher is not None
+    sums = {
+        each.name: each.teacher.weight.new_zeros(each.teacher.in_features, each.teacher.in_features)
+        for each in layers
+    }
+    tokens = sum(batch.tokens() for batch in batches)
+    for batch in batches:
+        keep = batch.mask.bool()
+
+        def note(name: str, keep: Tensor = keep) -> object:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = args[0][keep].float()
+                sums[name].addmm_(x.T, x)
+
+            return hook
+
+        handles = [
+            each.teacher.register_forward_pre_hook(note(each.name))  # type: ignore[arg-type]
+            for each in layers
+        ]
+        try:
+            models.teacher(**arguments(batch), logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {name: total / tokens for name, total in sums.items()}
+
+
+def _fit_shared(part: Sequence[Layer], products: Mapping[str, Tensor]) -> None:
+    weight = part[0].student.weight
+    if len(part) == 1 or not weight.requires_grad:
+        return
+    total = torch.stack([products[layer.name] for layer in part]).sum(0).double()
+    stay = RIDGE * total.diagonal().mean()
+    wanted = stay * weight.double()
+    for layer in part:
+        rest = layer.teacher.weight - layer.product()
+        wanted += rest.double() @ products[layer.name].double()
+    total.diagonal().add_(stay)
+    weight.copy_(torch.linalg.solve(total, wanted, left=False))
+
+
+def _fit_factors(layer: Layer, product: Tensor) -> None:
+    if not layer.factors:
+        return
+    lost = layer.teacher.weight - layer.student.weight
+    ranks = [down.out_features for down, _ in layer.factors]
+    # eigenvectors of a symmetric matrix are its singular vectors
+    vectors, _ = low_rank_factors(lost @ product @ lost.T, sum(ranks), "randomized")
+    vectors = F.normalize(vectors, dim=0)
+    for (down, up), basis in zip(layer.factors, vectors.split(ranks, 1), strict=True):
+        rows = basis.T @ lost
+        # both factors get the same size, so that one learning rate fits both
+        root = rows.norm(dim=1).clamp(min=1e-12).sqrt()
+        up.weight.copy_(basis * root)
+        down.weight.copy_(rows / root[:, None])
+
+
+def _error(part: Sequence[Layer], products: Mapping[str, Tensor]) -> float:
+    return sum(
+        _size(layer.teacher.weight - layer.student.weight - layer.product(), products[layer.name])
+        for layer in part
+    )
+
+
+def _size(weight: Tensor, product: Tensor) -> float:
+    """The mean of |W x|^2 over the inputs."""
+    return ((weight.float() @ product) * weight.float()).sum().item()

@@ -1,0 +1,96 @@
+"""Least-squares starts: they are where the squared error is stationary, and exact where it can be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reroll.recover import Batch, Models
+from reroll.recover.closed_form import fit_linear_layers
+from reroll.recover.trainable import new_names
+from reroll.rewrite.passes.manager import run_passes
+from tests import captured
+
+LAYER = "mlp.up_proj"
+
+
+def models(passes: str, train: str = "all") -> Models:
+    program = captured.captured("llama")
+    student = run_passes(program, passes, measure=False).to_module().eval()
+    teacher = program.to_module().eval().requires_grad_(False)
+    new = new_names(student, teacher)
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(train == "all" or name in new)
+    return Models(student, student, teacher)
+
+
+@pytest.fixture
+def batches() -> list[Batch]:
+    ids = torch.randint(3, 64, (8, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    return [Batch(*part) for part in zip(ids.split(4), mask.split(4), strict=True)]
+
+
+def squared_error(both: Models, batches: list[Batch], path: str) -> Tensor:
+    """The squared error of all trips' layers of this name, on the original's inputs."""
+    assert both.teacher is not None
+    total = torch.zeros(())
+    names = [n for n, _ in both.teacher.named_modules() if n.endswith(path)]
+    for name in names:
+        ours, theirs = both.module.get_submodule(name), both.teacher.get_submodule(name)
+        inputs: list[Tensor] = []
+        handle = theirs.register_forward_pre_hook(lambda _, args, to=inputs: to.append(args[0]))
+        for batch in batches:
+            both.teacher(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        handle.remove()
+        lacking = theirs.weight - ours.weight
+        if hasattr(ours, "lora_up"):
+            lacking = lacking - ours.lora_up.weight @ ours.lora_down.weight
+        for batch, x in zip(batches, inputs, strict=True):
+            total = total + (x[batch.mask.bool()] @ lacking.T).square().sum()
+    return total
+
+
+@pytest.mark.parametrize("passes", ["tie(blocks=2)", "tie(blocks=2), relax(rank=3)"])
+def test_the_error_is_stationary(passes: str, batches: list[Batch]) -> None:
+    both = models(passes)
+    before = squared_error(both, batches, LAYER).item()
+    found = fit_linear_layers(both, batches)
+    after = squared_error(both, batches, LAYER)
+    assert after.item() < 0.9 * before
+    assert found["error_after"] < found["error_before"]
+    after.backward()
+    # the last to be fitted are the residuals if there are some, else the shared weights
+    part = "lora_up" if "relax" in passes else "up_proj.weight"
+    gradients = [p.grad for n, p in both.module.named_parameters() if part in n and "mlp.up" in n]
+    assert gradients
+    scale = before / both.module.get_submodule("model.layers.0.mlp.up_proj").weight.norm().item()
+    for gradient in gradients:
+        assert gradient is not None
+        # the ridge holds shared weights back by a thousandth
+        assert gradient.norm().item() < 2e-2 * scale
+
+
+def test_a_residual_of_full_rank_restores_the_original(batches: list[Batch]) -> None:
+    # one less than full is the largest rank that is stored as factors
+    both = models("tie(blocks=2), relax(rank=31, init=zero, vectors=true)", train="new")
+    for _, up in [(n, p) for n, p in both.module.named_parameters() if "lora" in n]:
+        with torch.no_grad():
+            up.normal_(generator=torch.Generator().manual_seed(1))
+    found = fit_linear_layers(both, batches)
+    assert found["error_before"] > 1
+    assert found["error_after"] < 1e-3
+
+
+def test_only_what_is_trained_moves(batches: list[Batch]) -> None:
+    both = models("tie(blocks=2), relax(rank=3)", train="new")
+    before = {n: p.detach().clone() for n, p in both.module.named_parameters()}
+    fit_linear_layers(both, batches)
+    for name, parameter in both.module.named_parameters():
+        assert torch.equal(before[name], parameter) != ("lora" in name), name
+
+
+def test_an_untied_model_has_nothing_to_fit(batches: list[Batch]) -> None:
+    assert fit_linear_layers(models("tie(blocks=4)"), batches) == {}
