@@ -1,4 +1,4 @@
-"""Least-squares starts: they are where the squared error is stationary, and exact where it can be."""
+"""Least-squares starts: where the squared error is stationary, and exact where it can be."""
 
 from __future__ import annotations
 
