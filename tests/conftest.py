@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Triton looks at this when it is imported first, by whatever test that is
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MODELS = Path(__file__).parents[1] / "models"
 

@@ -34,7 +34,8 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -48,6 +49,7 @@ from reroll.rewrite.passes.options import option
 
 State: TypeAlias = tuple[Tensor, ...]
 Result: TypeAlias = tuple[Tensor, State]
+Form: TypeAlias = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], State], Result]
 
 
 class Mixer(Declared, ABC):
@@ -141,14 +143,19 @@ class Mixer(Declared, ABC):
         state: State | None = None,
         padding: Tensor | None = None,
         segments: Tensor | None = None,
+        form: Form | None = None,
     ) -> Result:
-        """Chunks by matrix products: for training and prefill."""
+        """Chunks by matrix products: for training and prefill.
+
+        `form` is what runs instead of `chunk_form`: a kernel that gives the same.
+        """
         if segments is not None:
-            return packing.apart(self.chunk, q, k, v, gates, self._start(k, v, state),
+            run = partial(self.chunk, form=form)
+            return packing.apart(run, q, k, v, gates, self._start(k, v, state),
                                  padding, segments)  # fmt: skip
         dtype, start = v.dtype, self._start(k, v, state)
         q, k, v, ready = self._ready(q, k, v, gates, padding, exact=False)
-        out, state = self.chunk_form(q, k, v, ready, start)
+        out, state = (form or self.chunk_form)(q, k, v, ready, start)
         return _ungrouped(out, dtype), state
 
     def step(

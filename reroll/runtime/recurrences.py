@@ -7,6 +7,7 @@ its tokens, can go back, and holds the tokens that a delayed mixer has yet to wr
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from reroll.errors import UsageError
+from reroll.kernels import dispatch
 from reroll.mixers import Mixer, make
 from reroll.rewrite.ops import after_first, delayed
 from reroll.runtime.masks import visible_tokens
@@ -59,7 +61,7 @@ def recur(
     if skip:
         padding = after_first(padding, k, skip)
     k, v, *gates, writes = delayed([k, v, *gates], padding, delay)
-    return mixer.chunk(q, k, v, gates, padding=writes)[0]
+    return dispatch.chunk(mixer, q, k, v, gates, padding=writes)[0]
 
 
 class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
@@ -109,7 +111,7 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         tensors = [k, v, *gates]
         if delay:
             *tensors, writes = self._wait(tensors, writes, delay)
-        run = mixer.step if time == 1 else mixer.chunk
+        run = mixer.step if time == 1 else partial(dispatch.chunk, mixer)
         state = tuple(self.recurrent_states.values()) or None
         out, state = run(q, tensors[0], tensors[1], tensors[2:], state, writes)
         self.recurrent_states = dict(enumerate(state))

@@ -1,0 +1,18 @@
+"""Triton kernels for recurrent programs, and the choice of what runs a token mixer.
+
+diagonal.py, diagonal_backward.py   chunked recurrences with a diagonal decay, and their gradients
+recurrence.py                       these as ops of PyTorch, with gradients
+forms.py                            which mixer's chunks and steps a kernel can do
+dispatch.py                         own kernel, flash-linear-attention, compiled or eager form
+configurations.py                   block sizes, from the manifest that the sweep writes
+delta.py                            the delta rule forward
+step.py                             one token onto a pool of states
+interpreter.py                      Triton's interpreter, mended, for tests without a GPU
+audit/                              compiling for GPUs that are not there, and what came out
+
+The references of the kernels are the forms of `reroll.mixers`.
+"""
+
+from reroll.kernels import interpreter
+
+interpreter.install()

@@ -1,0 +1,179 @@
+"""One kernel compiled ahead of time, with no GPU, and what its binary says.
+
+`launches` runs a launch function on tensors without data and notes what it would have launched, so
+signatures are those of real calls. `compiled` builds one of these for a target. No spill does not
+mean fast: this only says what a GPU would be given.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# bytes that one program may have: CUDA C programming guide, table of technical specifications;
+# AMD CDNA 3 instruction set architecture, section 3
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+TENSOR_CORE = {
+    "sm_80": r"\bHMMA", "sm_90": r"\bHG?MMA", "sm_100": r"\b(?:UTC[A-Z]*MMA|HMMA)",
+    "gfx942": r"\bv_mfma",
+}  # fmt: skip
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a binary says about one kernel.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of a thread's stack on CUDA; registers that were spilled on AMD.
+        shared: bytes of shared memory of a program.
+        tensor_core: matrix instructions in the binary.
+        error: why there is no binary.
+    """
+
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    tensor_core: int = 0
+    error: str = ""
+
+    def problem(self, target: str) -> str:
+        """Why this must not be shipped; empty if it may."""
+        if self.error:
+            return self.error
+        if self.spilled:
+            return f"{self.spilled} spilled"
+        if self.shared > SHARED_LIMIT[target]:
+            return f"{self.shared} bytes of shared memory"
+        return ""
+
+    def data(self) -> dict[str, Any]:
+        """As JSON data."""
+        return asdict(self)
+
+
+def launches(run: Callable[[], Any]) -> list[Launch]:
+    """What `run` would launch: kernel, arguments and keyword arguments of each."""
+    found: list[Launch] = []
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        del grid, warmup
+        found.append((self, args, kwargs))
+
+    with _instead_of_running(note):
+        run()
+    return found
+
+
+@contextmanager
+def _instead_of_running(note: Callable[..., None]) -> Iterator[None]:
+    run = JITFunction.run
+    JITFunction.run = note
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def compiled(launch: Launch, target: str) -> Measured:
+    """Compile one launch and read its binary."""
+    source, options = _source(launch)
+    try:
+        built = triton.compile(source, target=TARGETS[target], options=options)
+    except Exception as error:  # whatever the compiler stumbles over is what we want to know
+        return Measured(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    if "cubin" in built.asm:
+        return _of_cubin(built.asm["cubin"], built.metadata.shared, target)
+    return _of_amdgcn(built.asm["amdgcn"])
+
+
+def binary(launch: Launch, target: str) -> tuple[bytes, dict[str, Any]]:
+    """The binary of a launch and what a driver needs to know to load it."""
+    source, options = _source(launch)
+    built = triton.compile(source, target=TARGETS[target], options=options)
+    kind = "cubin" if "cubin" in built.asm else "hsaco"
+    about = {"name": built.metadata.name, "shared": built.metadata.shared, **options}
+    return built.asm[kind], about
+
+
+def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    kernel, args, kwargs = launch
+    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
+    # what Triton 3.10 changes by default is said here
+    options["enable_fp_fusion"] = True
+    given = dict(zip(kernel.arg_names, args, strict=False))
+    given |= {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    declared = {p.name: p.is_constexpr for p in kernel.params}
+    for i, name in enumerate(kernel.arg_names):
+        kind, value = _type(given[name], declared[name]), given[name]
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = value
+        elif kind.startswith("*") or (kind.startswith("i") and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def _type(value: Any, constant: bool) -> str:
+    # as a real launch does, one is a constant
+    if constant or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        return "i32" if abs(value) < 1 << 31 else "i64"
+    kind: str = triton.runtime.jit.mangle_type(value)
+    return kind
+
+
+def _of_cubin(cubin: bytes, shared: int, target: str) -> Measured:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        return Measured(error="cuobjdump says nothing about resources")
+    registers, stack, _, local = map(int, found.groups())
+    # the stack holds spilled registers and nothing else: our kernels have no arrays
+    count = len(re.findall(TENSOR_CORE[target], code))
+    return Measured(registers, stack + local, shared, count)
+
+
+def _of_amdgcn(text: str) -> Measured:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    return Measured(
+        number("vgpr_count"),
+        number("vgpr_spill_count"),
+        number("group_segment_fixed_size"),
+        len(re.findall(TENSOR_CORE["gfx942"], text)),
+    )
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

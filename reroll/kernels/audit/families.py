@@ -1,0 +1,139 @@
+"""Which kernels there are, for which shapes they are shipped, and which tiles they may have.
+
+A family is a launch function and the kernels that it launches, under one choice of BT. Candidates
+stand in order of preference: fewer programs that redo each other's work first, then smaller ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.kernels import diagonal, diagonal_backward
+from reroll.kernels.configurations import Tiles
+
+Tile = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of call: what products are computed in, the gate, the head size, the chunk's limit."""
+
+    numbers: str
+    gate: int
+    size: int
+    limit: int
+    groups: int = 1
+    packed: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of queries, keys and values."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.numbers, torch.float32)
+
+    @property
+    def precision(self) -> str:
+        """Of products in fp32."""
+        return self.numbers if self.dtype == torch.float32 else "ieee"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels that are launched together.
+
+    `plans` are the sets of kernels that do it, the preferred one first; `call` launches them.
+    """
+
+    name: str
+    plans: Callable[[Variant], list[tuple[str, ...]]]
+    candidates: Callable[[str, int, Variant], Iterator[Tile]]
+    variants: tuple[Variant, ...]
+    call: Callable[[Variant, Tiles], Any]
+
+
+def _tile(bt: int, bk: int, bv: int, warps: int, stages: int = 1) -> Tile:
+    return {"BT": bt, "BK": bk, "BV": bv, "num_warps": warps, "num_stages": stages}
+
+
+def _shapes(variant: Variant) -> dict[str, Tensor]:
+    size, heads, time, batch = variant.size, 4, 1024, 1 if variant.packed else 2
+
+    def empty(*shape: int, dtype: torch.dtype = variant.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q = empty(batch, time, heads * variant.groups, size).transpose(1, 2)
+    k, v = (empty(batch, time, heads, size).transpose(1, 2) for _ in range(2))
+    shape = (batch, heads, time) if variant.gate == 1 else (batch, heads, time, size)
+    found = {"q": q, "k": k, "v": v, "start": empty(2, heads, size, size, dtype=torch.float32)}
+    if variant.gate:
+        found["g"] = empty(*shape, dtype=torch.float32)
+    if variant.packed:
+        found["starts"] = empty(3, dtype=torch.int32)
+    return found
+
+
+def _forward(variant: Variant, tiles: Tiles) -> Any:
+    x = _shapes(variant)
+    return diagonal.forward(
+        x["q"], x["k"], x["v"], x.get("g"), x["start"], x.get("starts"), 0.5, tiles,
+        variant.precision,
+    )  # fmt: skip
+
+
+def _backward(variant: Variant, tiles: Tiles) -> Any:
+    x = _shapes(variant)
+    return diagonal_backward.backward(
+        x["q"], x["k"], x["v"], x.get("g"), x["start"], x.get("starts"),
+        torch.empty_like(x["q"]), x["start"], 0.5, tiles, variant.precision,
+    )  # fmt: skip
+
+
+def _chunked(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
+    """Tiles of the kernels of a chunked recurrence."""
+    whole = max(16, variant.size)
+    wide = [b for b in (64, 32, 16) if b <= whole]
+    if kernel == "scan":
+        for bv in wide:
+            for warps in (4, 8):
+                yield _tile(bt, whole, bv, warps)
+        return
+    for block in wide:
+        for other in wide:
+            for warps in (4, 8):
+                yield _tile(bt, block, other, warps)
+
+
+def _diagonal_variants() -> Iterator[Variant]:
+    for size in (32, 64, 128, 256):
+        for numbers in ("bf16", "tf32", "ieee"):
+            yield Variant(numbers, 1, size, 64)
+            for limit in (32, 16) if numbers != "ieee" else (16,):
+                yield Variant(numbers, 2, size, limit)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "diagonal",
+            # a large state is read in a launch of its own, by many programs
+            lambda v: [("scan",), ("states", "read")][:: 1 if v.size <= 128 else -1],
+            _chunked,
+            tuple(_diagonal_variants()),
+            _forward,
+        ),
+        Family(
+            "diagonal_backward",
+            lambda _: [("states", "scan_back", "gradients_qkg", "gradients_v")],
+            _chunked,
+            tuple(_diagonal_variants()),
+            _backward,
+        ),
+    )
+}
+# what a kernel of the manifest is called in its file, if not the same
+KERNEL_NAMES = {"states": "scan"}

@@ -1,0 +1,86 @@
+"""Choose tiles for every kernel, shape and GPU, and write the manifest.
+
+    python -m reroll.kernels.audit.sweep [--targets sm_90,...] [--families ...] [--sizes 64,...]
+
+For each variant the first candidates in order of preference are taken that neither spill nor ask
+for more shared memory than there is. What no candidate does is left out, and the dispatcher takes
+another form there. Nothing is timed: there may be no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from reroll.kernels.audit.families import FAMILIES
+from reroll.kernels.audit.workers import Worker
+from reroll.kernels.configurations import TARGETS, key
+
+MANIFEST = Path(__file__).parents[1] / "manifest.json"
+
+log = logging.getLogger(__name__)
+
+
+def sweep(families: list[str], targets: list[str], sizes: list[str]) -> dict[str, Any]:
+    """Entries of the manifest for these families and targets, by key."""
+    entries = {}
+    with Worker() as worker:
+        for target in targets:
+            for name in families:
+                for variant in FAMILIES[name].variants:
+                    if sizes and str(variant.size) not in sizes:
+                        continue
+                    at = key(name, target, variant.numbers, variant.gate, variant.size,
+                             variant.limit)  # fmt: skip
+                    found = worker.ask(
+                        do="choose", family=name, variant=asdict(variant), target=target
+                    )
+                    if not found["tiles"]:
+                        log.warning("%s: nothing without spills", at)
+                        continue
+                    entries[at] = {"tiles": found["tiles"], "registers": _registers(found)}
+                    log.info("%s: %s", at, entries[at]["registers"])
+    return entries
+
+
+def _registers(found: dict[str, Any]) -> dict[str, int]:
+    return {name: one["registers"] for name, one in found["found"].items()}
+
+
+def main() -> None:
+    """Sweep what is asked for, and keep what the manifest has of the rest."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--sizes", default="", help="head sizes; all if none")
+    chosen = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    families, targets = chosen.families.split(","), chosen.targets.split(",")
+    sizes = [s for s in chosen.sizes.split(",") if s]
+    old = json.loads(MANIFEST.read_text("utf-8"))["entries"] if MANIFEST.exists() else {}
+    kept = {at: entry for at, entry in old.items() if not _swept(at, families, targets, sizes)}
+    entries = kept | sweep(families, targets, sizes)
+    data = {"triton": triton.__version__, "entries": dict(sorted(entries.items()))}
+    MANIFEST.write_text(_text(data), encoding="utf-8")
+
+
+def _swept(at: str, families: list[str], targets: list[str], sizes: list[str]) -> bool:
+    family, target, _, _, size, _ = at.split("/")
+    return family in families and target in targets and (not sizes or size in sizes)
+
+
+def _text(data: dict[str, Any]) -> str:
+    """JSON with one entry on each line."""
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in data["entries"].items()]
+    body = ",\n".join(lines)
+    return f'{{\n "triton": {json.dumps(data["triton"])},\n "entries": {{\n{body}\n }}\n}}\n'
+
+
+if __name__ == "__main__":
+    main()

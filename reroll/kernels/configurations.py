@@ -1,0 +1,77 @@
+"""Block sizes of the kernels, for each GPU: from the manifest that `audit.sweep` writes.
+
+An entry is `family/target/dtype/gate/size/chunk`: what `key` makes of a call. `size` is the larger
+of the two head sizes, rounded up to a power of two. Kernels of one family share their BT.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from reroll.kernels import interpreter
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+CHUNKS = (64, 32, 16)
+
+Tiles = dict[str, dict[str, Any]]
+
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def number_name(dtype: torch.dtype, precision: str) -> str:
+    """What the products of a kernel are computed in: bf16, fp16, tf32 or ieee."""
+    return precision if dtype == torch.float32 else _NAMES[dtype]
+
+
+def key(family: str, target: str, numbers: str, gate: int, size: int, chunk: int) -> str:
+    """The name of an entry of the manifest."""
+    return f"{family}/{target}/{numbers}/gate{gate}/{size}/{chunk}"
+
+
+def head_size(k: int, v: int) -> int:
+    """The larger head size, rounded up to a power of two from 32."""
+    return max(32, triton.next_power_of_2(max(k, v)))
+
+
+def find(
+    family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int
+) -> Tiles | None:  # fmt: skip
+    """The tiles for these keys and values, with chunks of `limit` tokens or fewer; None if none."""
+    if gate < 2:
+        # the decays of a head bound no chunk, and no decay is one of 0
+        gate, limit = 1, max(CHUNKS)
+    size, numbers = head_size(k.shape[-1], v.shape[-1]), number_name(k.dtype, precision)
+    # fp16 has the tiles of bf16: its registers are the same
+    numbers = "bf16" if numbers == "fp16" else numbers
+    for chunk in CHUNKS:
+        entry = manifest().get(key(family, target(k.device), numbers, gate, size, chunk))
+        if chunk <= limit and entry is not None:
+            tiles: Tiles = entry["tiles"]
+            return tiles
+    return None
+
+
+@cache
+def manifest() -> dict[str, Any]:
+    """What the sweep found, by key."""
+    text = resources.files("reroll.kernels").joinpath("manifest.json").read_text("utf-8")
+    entries: dict[str, Any] = json.loads(text)["entries"]
+    return entries
+
+
+@cache
+def target(device: torch.device) -> str:
+    """Whose tiles to take: those of the nearest older GPU; those of sm_90 in the interpreter."""
+    if device.type != "cuda" or interpreter.active():
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"

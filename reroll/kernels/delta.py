@@ -1,0 +1,127 @@
+"""Triton kernel: the (gated) delta rule forward, in chunks, with the triangular inverse inside.
+
+S_t = A_t S_{t-1} + b_t k_t (v_t - k_t A_t S_{t-1})^T, o_t = scale q_t S_t. The mathematics is that
+of `reroll.mixers.delta_form`, which is the reference, with the gates of `diagonal`. The state goes
+through the chunks, so the system of a chunk is solved for what the state leaves of the values at
+once: u = (I + M)^-1 b (v - k S), where M_ij = b_i k_i . k_j with what fades between them, j < i.
+
+The inverse is put together from those of blocks of 1, 2, 4, ... rows on the diagonal: with X that
+of the blocks of one size and C what of M connects pairs of them, X - X C X is that of the blocks of
+twice the size. Every number on the way is one of an inverse, so nothing is lost where keys are
+alike and b is near 2; powers of M, as a Neumann series has them, grow there beyond all bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reroll.kernels.diagonal import (
+    faded,
+    kind_of_gate,
+    log_decay,
+    number_type,
+    scores,
+    sequence,
+    sequences_of,
+    state_tile,
+    strides,
+    tile,
+)
+
+
+@triton.jit
+def inverse(M, ot, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + M)^-1 for a strictly lower triangular M of 2^LEVELS rows, numbered by `ot`."""
+    row, column = ot[:, None], ot[None, :]
+    X = tl.where(row == column, 1.0, 0.0)
+    # the inverse of two rows is exact
+    X = X - tl.where((row // 2 == column // 2) & (row > column), M, 0.0)
+    for level in tl.static_range(1, LEVELS):
+        size: tl.constexpr = 1 << level
+        pairs = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
+        C = tl.where(pairs, M, 0.0)
+        X = X - tl.dot(tl.dot(X, C, input_precision=PRECISION), X, input_precision=PRECISION)
+    return X
+
+
+@triton.jit
+def delta_scan(
+    q, k, v, g, beta, o, start, end, starts, scale, T,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, b_b, b_h, b_t, o_b, o_h, o_t,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr,
+    BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr,
+    HAS_START: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr,
+):  # fmt: skip
+    """Chunk by chunk; grid (blocks of V, sequences * kv_heads). BK is at least K."""
+    i_v, i_nh = tl.program_id(0), tl.program_id(1)
+    n, head = i_nh // H, i_nh % H
+    row, first, length, _ = sequence(n, starts, T, BT, VARLEN)
+    ck, cv, ot = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
+    low, below = ot[:, None] >= ot[None, :], ot[:, None] > ot[None, :]
+    q += row * q_b + first * q_t + head * GROUPS * q_h
+    k += row * k_b + first * k_t + head * k_h
+    v += row * v_b + first * v_t + head * v_h
+    g += row * g_b + first * g_t + head * g_h
+    beta += row * b_b + first * b_t + head * b_h
+    o += row * o_b + first * o_t + head * GROUPS * o_h
+
+    S = tl.zeros([BK, BV], dtype=tl.float32)
+    if HAS_START:
+        at, inside = state_tile(start, i_nh.to(tl.int64), ck, cv, K, V)
+        S += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    for i in range(0, tl.cdiv(length, BT)):
+        t = i * BT + ot
+        here = t < length
+        b_k = tile(k, t, k_t, ck, here, K)
+        b_v = tile(v, t, v_t, cv, here, V)
+        b_b = tile(beta, t, b_t, tl.arange(0, 1), here, 1)
+        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
+        G = tl.cumsum(b_g, axis=0)
+        Gn = tl.sum(b_g, axis=0)[None, :]
+        M = b_b * faded(scores(b_k, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
+        X = inverse(tl.where(below, M, 0.0), ot, LEVELS, SOLVE)
+        held = tl.dot((b_k * tl.exp(G)).to(DT), S.to(DT), input_precision=PRECISION)
+        u = tl.dot(X, b_b * (b_v - held), input_precision=SOLVE).to(DT)
+        for r in tl.static_range(GROUPS):
+            b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
+            A = faded(scores(b_q, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
+            b_o = tl.dot(A.to(DT), u, input_precision=PRECISION)
+            b_o = tl.dot((b_q * tl.exp(G)).to(DT), S.to(DT), acc=b_o, input_precision=PRECISION)
+            tl.store(
+                o + r * o_h + t[:, None] * o_t + cv[None, :], b_o.to(o.dtype.element_ty),
+                mask=here[:, None] & (cv < V)[None, :],
+            )  # fmt: skip
+        last = tl.trans((b_k * tl.exp(Gn - G)).to(DT))
+        S = S * tl.trans(tl.exp(Gn)) + tl.dot(last, u, input_precision=PRECISION)
+    at, inside = state_tile(end, i_nh.to(tl.int64), ck, cv, K, V)
+    tl.store(at, S, mask=inside)
+
+
+def delta_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: Tensor | None,
+    starts: Tensor | None, scale: float, tiles: dict[str, dict[str, Any]], precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output [batch, time, heads, V] and the last state [sequences, kv_heads, K, V].
+
+    `beta` [batch, kv_heads, time]; the rest is as in `diagonal.forward`.
+    """
+    heads, K, V, size = k.shape[1], k.shape[3], v.shape[3], tiles["delta_scan"]
+    groups, count = q.shape[1] // heads, sequences_of(k, starts)
+    o = v.new_empty(q.shape[0], q.shape[2], q.shape[1], V)
+    end = k.new_empty(count, heads, K, V, dtype=torch.float32)
+    delta_scan[(triton.cdiv(V, size["BV"]), count * heads)](
+        q, k, v, k if g is None else g, beta, o, k if start is None else start, end,
+        k if starts is None else starts, scale, k.shape[2],
+        *strides(q), *strides(k), *strides(v), *strides(g), *strides(beta),
+        *strides(o.transpose(1, 2)),
+        H=heads, GROUPS=groups, K=K, V=V, GATE=kind_of_gate(g), DT=number_type(k),
+        LEVELS=size["BT"].bit_length() - 1, HAS_START=start is not None,
+        VARLEN=starts is not None, PRECISION=precision, SOLVE="ieee", **size,
+    )  # fmt: skip
+    return o, end

@@ -1,0 +1,147 @@
+"""What runs a token mixer: a kernel of ours or of flash-linear-attention, or a form in PyTorch.
+
+`chunk` and `step` do what the mixer's methods of these names do. By themselves they take, on a GPU,
+the first of `triton`, `fla` and `eager` that can do it, and `eager` elsewhere; why one was rejected
+is logged once. `use` forces one, and then a rejection is an error:
+
+    with dispatch.use("triton"):
+        model(...)
+
+The environment variable REROLL_MIXER_BACKEND does the same for a whole process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.mixers import Mixer, State, compiled
+from reroll.rewrite.passes.options import nearest_name
+
+Backend = Literal["auto", "triton", "fla", "compiled", "eager"]
+Result = tuple[Tensor, State]
+
+VARIABLE = "REROLL_MIXER_BACKEND"
+
+log = logging.getLogger(__name__)
+
+_forced: ContextVar[str | None] = ContextVar("backend", default=None)
+
+
+@contextmanager
+def use(backend: Backend) -> Iterator[None]:
+    """Run mixers with this backend inside of the block."""
+    token = _forced.set(_known(backend))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def chosen() -> str:
+    """The backend that was asked for; `auto` if none was."""
+    return _forced.get() or _known(os.environ.get(VARIABLE, "auto"))
+
+
+def chunk(
+    mixer: Mixer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Sequence[Tensor],
+    state: State | None = None,
+    padding: Tensor | None = None,
+) -> Result:
+    """What `mixer.chunk` gives."""
+    name = _pick(mixer, k, v)
+    if name == "compiled":
+        return compiled.chunk(mixer, q, k, v, gates, state, padding)
+    if name == "triton":
+        from reroll.kernels import forms
+
+        return mixer.chunk(q, k, v, gates, state, padding, form=forms.chunk_form(mixer))
+    if name == "fla":
+        from reroll.kernels import fla_forms
+
+        return mixer.chunk(q, k, v, gates, state, padding, form=fla_forms.chunk_form(mixer))
+    return mixer.chunk(q, k, v, gates, state, padding)
+
+
+def _pick(mixer: Mixer, k: Tensor, v: Tensor) -> str:
+    wanted = chosen()
+    if wanted != "auto":
+        reason = _rejection(wanted, mixer, k, v)
+        if reason:
+            raise UsageError(
+                f"{wanted} cannot run it: {reason}",
+                where=f"mixer {mixer.name}",
+                hint=f"choose another backend with reroll.kernels.dispatch.use or {VARIABLE}",
+            )
+        return wanted
+    if k.device.type != "cuda":
+        return "eager"
+    for name in ("triton", "fla"):
+        reason = _rejection(name, mixer, k, v)
+        if not reason:
+            return name
+        _say(name, mixer.name, reason)
+    return "eager"
+
+
+def _rejection(name: str, mixer: Mixer, k: Tensor, v: Tensor) -> str:
+    """Why a backend does not run this; empty if it does."""
+    if name in ("eager", "compiled"):
+        return ""
+    missing = _missing(name, k.device.type)
+    if missing:
+        return missing
+    if name == "triton":
+        from reroll.kernels import forms
+
+        return forms.rejects(mixer, k, v)
+    from reroll.kernels import fla_forms
+
+    return fla_forms.rejects(mixer, k)
+
+
+@cache
+def _missing(name: str, device: str) -> str:
+    """What a backend lacks on this machine."""
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed: pip install 'reroll[triton]'"
+    from reroll.kernels import interpreter
+
+    if device != "cuda" and not interpreter.active():
+        return f"tensors are on {device}, and TRITON_INTERPRET is not set"
+    if tuple(map(int, triton.__version__.split(".")[:3])) < (3, 7, 1):
+        # triton-lang's compiler gave wrong gradients on Hopper: fla-org/flash-linear-attention#640
+        return f"triton {triton.__version__} is older than 3.7.1"
+    if name == "fla":
+        from importlib.util import find_spec
+
+        if find_spec("fla") is None:
+            return "flash-linear-attention is not installed: pip install fla-core"
+    return ""
+
+
+@cache
+def _say(name: str, mixer: str, reason: str) -> None:
+    log.info("mixer %s does not run on %s: %s", mixer, name, reason)
+
+
+def _known(name: str) -> str:
+    if name not in get_args(Backend):
+        raise UsageError(
+            f"there is no backend {name!r}", hint=nearest_name(name, list(get_args(Backend)))
+        )
+    return name

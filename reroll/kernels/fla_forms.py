@@ -1,0 +1,62 @@
+"""Chunk forms of flash-linear-attention, for mixers that it has: 0.6 or newer, on a GPU.
+
+Its tensors are [batch, time, heads, size] with as many heads of keys as of queries, so shared ones
+are repeated; it has forward and backward of the gated delta rule too, which we have not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.mixers import Mixer, State
+from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
+from reroll.mixers.gated_deltanet import GatedDeltaNet
+
+Form = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], State], tuple[Tensor, State]]
+
+_OPS = {
+    Diagonal.chunk_form: ("fla.ops.simple_gla", "chunk_simple_gla"),
+    ChannelDiagonal.chunk_form: ("fla.ops.gla", "chunk_gla"),
+    GatedDeltaNet.chunk_form: ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+}
+
+
+def rejects(mixer: Mixer, k: Tensor) -> str:
+    """Why it does not run this; empty if it does."""
+    if type(mixer).chunk_form not in _OPS:
+        return f"it has no {mixer.name}"
+    if k.dtype == torch.float64:
+        return "it computes in fp32 or less"
+    return ""
+
+
+def chunk_form(mixer: Mixer) -> Form:
+    """Its function in the place of `mixer.chunk_form`."""
+    from importlib import import_module
+
+    module, name = _OPS[type(mixer).chunk_form]
+    op: Any = getattr(import_module(module), name)
+
+    def form(
+        q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> tuple[Tensor, State]:
+        groups = q.shape[2]
+
+        def heads(x: Tensor) -> Tensor:
+            return x.repeat_interleave(groups, 1).transpose(1, 2).contiguous()
+
+        decay, *rest = map(heads, gates)
+        out, end = op(
+            q.flatten(1, 2).transpose(1, 2).contiguous(), heads(k), heads(v), g=decay,
+            **({"beta": rest[0]} if rest else {}), scale=1.0,
+            initial_state=state[0].repeat_interleave(groups, 1), output_final_state=True,
+        )  # fmt: skip
+        # query heads that share keys have the same state
+        shared = end.unflatten(1, (-1, groups)).mean(2)
+        return torch.unflatten(out.transpose(1, 2), 1, (k.shape[1], groups)), (shared,)
+
+    return form

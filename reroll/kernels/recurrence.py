@@ -1,0 +1,128 @@
+"""The chunked diagonal recurrence as an op of PyTorch: `reroll_kernels::diagonal`.
+
+It has a gradient, fake forms for `torch.compile` and `torch.export`, and launches the kernels of
+`diagonal` and `diagonal_backward` with the tiles of `configurations`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.kernels import configurations
+from reroll.kernels.diagonal import forward, kind_of_gate, sequences_of
+from reroll.kernels.diagonal_backward import backward
+
+NAMESPACE = "reroll_kernels"
+
+
+@torch.library.custom_op(f"{NAMESPACE}::diagonal", mutates_args=())
+def diagonal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    start: Tensor | None,
+    starts: Tensor | None,
+    scale: float,
+    limit: int,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t, in chunks on a GPU.
+
+    `q` [batch, heads, time, K], `k` [batch, kv_heads, time, K], `v` [..., V], `g` [batch, kv_heads,
+    time] or [..., K] or None, `start` [sequences, kv_heads, K, V] or None. `starts` [sequences + 1]
+    int32: where packed sequences begin and end, in a batch of 1. Chunks have `limit` tokens or
+    fewer, and with a decay for each channel must keep the sum of -g in a chunk below 160.
+    `precision` of products in fp32: `ieee` or `tf32`.
+
+    Returns the output [batch, time, heads, V] and the last states in fp32.
+    """
+    q, k, v, g, start, starts = map(_together, (q, k, v, g, start, starts))
+    tiles = _tiles("diagonal", k, v, g, precision, limit)
+    return forward(q, k, v, g, start, starts, scale, tiles, precision)
+
+
+@diagonal.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Any, start: Any, starts: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    count = sequences_of(k, starts)
+    state = k.new_empty(count, k.shape[1], k.shape[3], v.shape[3], dtype=torch.float32)
+    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), state
+
+
+@torch.library.custom_op(f"{NAMESPACE}::diagonal_backward", mutates_args=())
+def diagonal_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    start: Tensor | None,
+    starts: Tensor | None,
+    do: Tensor,
+    d_end: Tensor,
+    scale: float,
+    limit: int,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, g (empty without one) and the first state."""
+    q, k, v, g, start, starts = map(_together, (q, k, v, g, start, starts))
+    do = _together(do.transpose(1, 2))
+    tiles = _tiles("diagonal_backward", k, v, g, precision, limit)
+    dq, dk, dv, dg, d_start = backward(
+        q, k, v, g, start, starts, do, _together(d_end), scale, tiles, precision
+    )
+    return dq, dk, dv, k.new_empty(0) if dg is None else dg, d_start
+
+
+@diagonal_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Any, starts: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count = sequences_of(k, starts)
+    state = k.new_empty(count, k.shape[1], k.shape[3], v.shape[3], dtype=torch.float32)
+    by_time = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    dq, dk, dv = map(torch.empty_like, by_time)
+    dg = k.new_empty(0) if g is None else g.new_empty(g.shape, dtype=torch.float32)
+    return dq, dk, dv, dg, state
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.scale, ctx.limit, ctx.precision = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, do: Tensor, d_end: Tensor) -> tuple[Any, ...]:
+    q, k, v, g, start, starts = ctx.saved_tensors
+    dq, dk, dv, dg, d_start = diagonal_backward(
+        q, k, v, g, start, starts, do, d_end, ctx.scale, ctx.limit, ctx.precision
+    )
+    dg = None if g is None else dg.to(g.dtype)
+    return dq, dk, dv, dg, None if start is None else d_start, *(None,) * 4
+
+
+diagonal.register_autograd(_gradients, setup_context=_keep)
+
+
+def _together(x: Any) -> Any:
+    """A tensor whose last dimension lies together in memory; None stays None."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _tiles(
+    family: str, k: Tensor, v: Tensor, g: Tensor | None, precision: str, limit: int
+) -> configurations.Tiles:
+    # float32 gates of one head need not lie together: their last dimension is time
+    found = configurations.find(family, k, v, kind_of_gate(g), precision, limit)
+    if found is None:
+        raise UsageError(
+            f"no kernel for heads of {k.shape[-1]} and {v.shape[-1]}, {k.dtype}, "
+            f"gate {kind_of_gate(g)}, chunks of {limit}",
+            where=f"kernel {family}",
+            hint="reroll.kernels.dispatch takes another form where there is none",
+        )
+    return found
