@@ -36,22 +36,29 @@ def key(family: str, target: str, numbers: str, gate: int, size: int, chunk: int
 
 
 def head_size(k: int, v: int) -> int:
-    """The larger head size, rounded up to a power of two from 32."""
-    return max(32, triton.next_power_of_2(max(k, v)))
+    """The larger head size, rounded up to a power of two from 64."""
+    return max(64, triton.next_power_of_2(max(k, v)))
 
 
-def find(
-    family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int
-) -> Tiles | None:  # fmt: skip
+def find(family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int) -> Tiles | None:
     """The tiles for these keys and values, with chunks of `limit` tokens or fewer; None if none."""
+    size = max(k.shape[-1], v.shape[-1])
+    return tiles_for(family, target(k.device), k.dtype, precision, gate, size, limit)
+
+
+def tiles_for(
+    family: str, target: str, dtype: torch.dtype, precision: str, gate: int, size: int, limit: int
+) -> Tiles | None:
+    """The tiles on a target for heads of `size`; None if there are none without spills."""
     if gate < 2:
         # the decays of a head bound no chunk, and no decay is one of 0
         gate, limit = 1, max(CHUNKS)
-    size, numbers = head_size(k.shape[-1], v.shape[-1]), number_name(k.dtype, precision)
-    # fp16 has the tiles of bf16: its registers are the same
-    numbers = "bf16" if numbers == "fp16" else numbers
+    numbers = number_name(dtype, precision)
+    if numbers == "fp16" or family == "step":
+        # fp16 has the tiles of bf16: its registers are the same. A step computes in fp32 always
+        numbers = "bf16"
     for chunk in CHUNKS:
-        entry = manifest().get(key(family, target(k.device), numbers, gate, size, chunk))
+        entry = manifest().get(key(family, target, numbers, gate, head_size(size, size), chunk))
         if chunk <= limit and entry is not None:
             tiles: Tiles = entry["tiles"]
             return tiles

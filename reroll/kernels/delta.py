@@ -42,7 +42,7 @@ def inverse(M, ot, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     # the inverse of two rows is exact
     X = X - tl.where((row // 2 == column // 2) & (row > column), M, 0.0)
     for level in tl.static_range(1, LEVELS):
-        size: tl.constexpr = 1 << level
+        size = 1 << level
         pairs = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
         C = tl.where(pairs, M, 0.0)
         X = X - tl.dot(tl.dot(X, C, input_precision=PRECISION), X, input_precision=PRECISION)
@@ -75,19 +75,19 @@ def delta_scan(
     if HAS_START:
         at, inside = state_tile(start, i_nh.to(tl.int64), ck, cv, K, V)
         S += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    for i in range(0, tl.cdiv(length, BT)):
+    for i in range(tl.cdiv(length, BT)):
         t = i * BT + ot
         here = t < length
         b_k = tile(k, t, k_t, ck, here, K)
         b_v = tile(v, t, v_t, cv, here, V)
-        b_b = tile(beta, t, b_t, tl.arange(0, 1), here, 1)
+        strength = tile(beta, t, b_t, tl.arange(0, 1), here, 1)
         b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
         G = tl.cumsum(b_g, axis=0)
         Gn = tl.sum(b_g, axis=0)[None, :]
-        M = b_b * faded(scores(b_k, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
+        M = strength * faded(scores(b_k, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
         X = inverse(tl.where(below, M, 0.0), ot, LEVELS, SOLVE)
         held = tl.dot((b_k * tl.exp(G)).to(DT), S.to(DT), input_precision=PRECISION)
-        u = tl.dot(X, b_b * (b_v - held), input_precision=SOLVE).to(DT)
+        u = tl.dot(X, strength * (b_v - held), input_precision=SOLVE).to(DT)
         for r in tl.static_range(GROUPS):
             b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
             A = faded(scores(b_q, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)

@@ -25,7 +25,7 @@ def softplus(x):
 
 @triton.jit
 def decay_of(raw, ACTIVATION: tl.constexpr, normaliser, floor, HAS_FLOOR: tl.constexpr):
-    """exp of the log decay that a raw number stands for."""
+    """Exp of the log decay that a raw number stands for."""
     if ACTIVATION == 1:
         raw = -softplus(-raw) / normaliser
     elif ACTIVATION == 2:

@@ -66,9 +66,9 @@ class Measured:
             return f"{self.shared} bytes of shared memory"
         return ""
 
-    def data(self) -> dict[str, Any]:
-        """As JSON data."""
-        return asdict(self)
+    def data(self, target: str) -> dict[str, Any]:
+        """As JSON data, with what is wrong with it."""
+        return {**asdict(self), "problem": self.problem(target)}
 
 
 def launches(run: Callable[[], Any]) -> list[Launch]:
@@ -100,10 +100,18 @@ def compiled(launch: Launch, target: str) -> Measured:
     try:
         built = triton.compile(source, target=TARGETS[target], options=options)
     except Exception as error:  # whatever the compiler stumbles over is what we want to know
-        return Measured(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+        return Measured(error=_reason(error))
     if "cubin" in built.asm:
         return _of_cubin(built.asm["cubin"], built.metadata.shared, target)
     return _of_amdgcn(built.asm["amdgcn"])
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of the innermost cause: a compiler's messages quote the source first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"[:200]
 
 
 def binary(launch: Launch, target: str) -> tuple[bytes, dict[str, Any]]:

@@ -7,13 +7,13 @@ stand in order of preference: fewer programs that redo each other's work first, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reroll.kernels import diagonal, diagonal_backward
+from reroll.kernels import delta, diagonal, diagonal_backward, step
 from reroll.kernels.configurations import Tiles
 
 Tile = dict[str, Any]
@@ -96,7 +96,7 @@ def _chunked(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
     """Tiles of the kernels of a chunked recurrence."""
     whole = max(16, variant.size)
     wide = [b for b in (64, 32, 16) if b <= whole]
-    if kernel == "scan":
+    if kernel in ("scan", "delta_scan"):
         for bv in wide:
             for warps in (4, 8):
                 yield _tile(bt, whole, bv, warps)
@@ -107,12 +107,54 @@ def _chunked(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
                 yield _tile(bt, block, other, warps)
 
 
-def _diagonal_variants() -> Iterator[Variant]:
-    for size in (32, 64, 128, 256):
-        for numbers in ("bf16", "tf32", "ieee"):
+def _delta(variant: Variant, tiles: Tiles) -> Any:
+    x = _shapes(variant)
+    beta = torch.empty(x["k"].shape[:3], device="meta")
+    return delta.delta_forward(
+        x["q"], x["k"], x["v"], x.get("g"), beta, x["start"], x.get("starts"), 0.5, tiles,
+        variant.precision,
+    )  # fmt: skip
+
+
+def _step(variant: Variant, tiles: Tiles) -> Any:
+    x = {name: t[:, :, 0] if name != "start" else t for name, t in _shapes(variant).items()}
+    # the delta rule, which does most
+    beta, slots = (torch.empty(*shape, device="meta") for shape in (x["k"].shape[:2], (2,)))
+    return step.step(
+        x["q"], x["k"], x["v"], x.get("g"), beta, x["start"], slots.int(), scale=0.5,
+        activation=step.LOG_SIGMOID, floor=-2.5, unit=True, tiles=tiles["recurrent_step"],
+    )  # fmt: skip
+
+
+def _stepped(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
+    """Tiles of the kernel of one token: as few columns as give each a warp's width of work."""
+    for bv, warps in ((16, 1), (16, 2), (8, 1), (8, 2), (8, 4)):
+        yield {"BV": bv, "num_warps": warps}
+
+
+def _variants() -> Iterator[Variant]:
+    """Shapes of chunked kernels. Heads of 32 have the tiles of 64."""
+    for size in (64, 128, 256):
+        for numbers in ("bf16", "tf32"):
             yield Variant(numbers, 1, size, 64)
-            for limit in (32, 16) if numbers != "ieee" else (16,):
-                yield Variant(numbers, 2, size, limit)
+            yield Variant(numbers, 2, size, 32)
+        # without tensor cores, only what is small fits
+        if size <= 128:
+            yield Variant("ieee", 1, size, 16)
+            yield Variant("ieee", 2, size, 16)
+
+
+def _delta_variants() -> Iterator[Variant]:
+    for variant in _variants():
+        # the inverse of a longer chunk takes more registers than there are
+        if variant.size <= 128:
+            yield replace(variant, limit=min(variant.limit, 32))
+
+
+def _step_variants() -> Iterator[Variant]:
+    for size in (64, 128, 256):
+        for gate in (1, 2):
+            yield Variant("bf16", gate, size, 16)
 
 
 FAMILIES = {
@@ -123,16 +165,18 @@ FAMILIES = {
             # a large state is read in a launch of its own, by many programs
             lambda v: [("scan",), ("states", "read")][:: 1 if v.size <= 128 else -1],
             _chunked,
-            tuple(_diagonal_variants()),
+            tuple(_variants()),
             _forward,
         ),
         Family(
             "diagonal_backward",
             lambda _: [("states", "scan_back", "gradients_qkg", "gradients_v")],
             _chunked,
-            tuple(_diagonal_variants()),
+            tuple(_variants()),
             _backward,
         ),
+        Family("delta", lambda _: [("delta_scan",)], _chunked, tuple(_delta_variants()), _delta),
+        Family("step", lambda _: [("recurrent_step",)], _stepped, tuple(_step_variants()), _step),
     )
 }
 # what a kernel of the manifest is called in its file, if not the same

@@ -27,9 +27,8 @@ MANIFEST = Path(__file__).parents[1] / "manifest.json"
 log = logging.getLogger(__name__)
 
 
-def sweep(families: list[str], targets: list[str], sizes: list[str]) -> dict[str, Any]:
-    """Entries of the manifest for these families and targets, by key."""
-    entries = {}
+def sweep(families: list[str], targets: list[str], sizes: list[str]) -> None:
+    """Write entries of the manifest for these families and targets, each as it is found."""
     with Worker() as worker:
         for target in targets:
             for name in families:
@@ -41,12 +40,21 @@ def sweep(families: list[str], targets: list[str], sizes: list[str]) -> dict[str
                     found = worker.ask(
                         do="choose", family=name, variant=asdict(variant), target=target
                     )
-                    if not found["tiles"]:
-                        log.warning("%s: nothing without spills", at)
-                        continue
-                    entries[at] = {"tiles": found["tiles"], "registers": _registers(found)}
-                    log.info("%s: %s", at, entries[at]["registers"])
-    return entries
+                    entry = {"tiles": found["tiles"], "registers": _registers(found)}
+                    _note(at, entry if found["tiles"] else None)
+
+
+def _note(at: str, entry: dict[str, Any] | None) -> None:
+    """Put an entry into the manifest, or take it out where no candidate does it."""
+    entries = json.loads(MANIFEST.read_text("utf-8"))["entries"] if MANIFEST.exists() else {}
+    if entry is None:
+        log.warning("%s: nothing without spills", at)
+        entries.pop(at, None)
+    else:
+        log.info("%s: %s", at, entry["registers"])
+        entries[at] = entry
+    data = {"triton": triton.__version__, "entries": dict(sorted(entries.items()))}
+    MANIFEST.write_text(_text(data), encoding="utf-8")
 
 
 def _registers(found: dict[str, Any]) -> dict[str, int]:
@@ -63,16 +71,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     families, targets = chosen.families.split(","), chosen.targets.split(",")
     sizes = [s for s in chosen.sizes.split(",") if s]
-    old = json.loads(MANIFEST.read_text("utf-8"))["entries"] if MANIFEST.exists() else {}
-    kept = {at: entry for at, entry in old.items() if not _swept(at, families, targets, sizes)}
-    entries = kept | sweep(families, targets, sizes)
-    data = {"triton": triton.__version__, "entries": dict(sorted(entries.items()))}
-    MANIFEST.write_text(_text(data), encoding="utf-8")
-
-
-def _swept(at: str, families: list[str], targets: list[str], sizes: list[str]) -> bool:
-    family, target, _, _, size, _ = at.split("/")
-    return family in families and target in targets and (not sizes or size in sizes)
+    sweep(families, targets, sizes)
 
 
 def _text(data: dict[str, Any]) -> str:

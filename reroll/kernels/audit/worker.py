@@ -28,7 +28,10 @@ def choose(family: Family, variant: Variant, target: str) -> tuple[Tiles, dict[s
             found: dict[str, Measured] = {}
             for name in plan:
                 for tile in family.candidates(name, bt, variant):
-                    rest = {other: tile | {"BK": variant.size} for other in plan}
+                    rest = {
+                        other: tile | ({"BK": variant.size} if "BK" in tile else {})
+                        for other in plan
+                    }
                     one = _one(family, variant, rest | {name: tile}, name, target)
                     if not one.problem(target):
                         tiles[name], found[name] = tile, one
@@ -58,7 +61,7 @@ def main() -> None:
             tiles, found = choose(family, variant, job["target"])
         else:
             found = measure(family, variant, tiles, job["target"])
-        answer = {"tiles": tiles, "found": {k: m.data() for k, m in found.items()}}
+        answer = {"tiles": tiles, "found": {k: m.data(job["target"]) for k, m in found.items()}}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

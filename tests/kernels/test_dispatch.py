@@ -1,0 +1,86 @@
+"""What is chosen to run a mixer, and that it gives what the mixer gives."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from reroll.errors import UsageError
+from reroll.kernels import dispatch
+from reroll.mixers import make
+from reroll.rewrite.passes import tolerances
+from reroll.runtime.recurrences import recur
+from tests.conformance.mixer_suite import assert_close, draw
+
+
+@pytest.mark.parametrize("name", ["retention", "mamba2", "gla", "hgrn2"])
+def test_kernels_are_the_chunk_form(name: str) -> None:
+    mixer = make(name)
+    x = draw(mixer, torch.float32, time=40)
+    padding = torch.ones(2, 40)
+    padding[0, :9] = 0
+    with dispatch.use("triton"):
+        out, state = dispatch.chunk(mixer, *x[:4], x.state, padding)
+    wanted, end = mixer.chunk(*x[:4], x.state, padding)
+    assert_close(out, wanted, tolerances.FORWARD_TRITON_FP32, "out")
+    assert_close(state[0], end[0], tolerances.FORWARD_TRITON_FP32, "state")
+
+
+def test_the_lowered_modules_recurrence_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reroll.kernels import forms
+
+    runs: list[str] = []
+    real = forms._diagonal
+    monkeypatch.setattr(forms, "_diagonal", lambda *a: runs.append("kernel") or real(*a))
+    mixer = make("retention")
+    x = draw(mixer, torch.float32)
+    wanted = recur(None, 0, *x[:3], list(x.gates), "retention", mixer.text(), delay=3)
+    assert not runs, "on a CPU nothing is chosen that needs a GPU"
+    with dispatch.use("triton"):
+        out = recur(None, 0, *x[:3], list(x.gates), "retention", mixer.text(), delay=3)
+    assert runs == ["kernel"]
+    assert_close(out, wanted, tolerances.FORWARD_TRITON_FP32, "out")
+
+
+def test_it_trains_through_a_kernel() -> None:
+    mixer = make("retention")
+    x = draw(mixer, torch.float32)
+    grads = []
+    for backend in ("eager", "triton"):
+        k = x.k.clone().requires_grad_()
+        with dispatch.use(backend):  # type: ignore[arg-type]
+            out, _ = dispatch.chunk(mixer, x.q, k, x.v, x.gates)
+        grads.append(torch.autograd.grad(out.square().sum(), k)[0])
+    assert_close(grads[1], grads[0], tolerances.FORWARD_TRITON_FP32, "gradient")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("kda", {}, "there is no kernel for kda"),
+        ("gla", {"floor": -100.0}, "a chunk has fewer than 16 tokens"),
+    ],
+)
+def test_a_forced_backend_says_why_it_cannot(
+    name: str, options: dict[str, float], reason: str
+) -> None:
+    mixer = make(name, options)
+    x = draw(mixer, torch.float32)
+    with dispatch.use("triton"), pytest.raises(UsageError, match=reason):
+        dispatch.chunk(mixer, *x[:4])
+
+
+def test_names_of_backends() -> None:
+    with pytest.raises(UsageError, match="did you mean triton"), dispatch.use("tritn"):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_rejection_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="reroll.kernels.dispatch"):
+        for _ in range(3):
+            dispatch._say("triton", "some mixer", "a reason of this test")
+    assert [r.message for r in caplog.records] == [
+        "mixer some mixer does not run on triton: a reason of this test"
+    ]
