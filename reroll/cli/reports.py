@@ -224,19 +224,20 @@ def evaluated(found: Found, page: Path | None) -> None:
 
 def recovered(found: Found) -> None:
     """What a recovery did, by stage."""
+    known = {
+        "perplexity": "perplexity", "original_perplexity": "original's", "kl": "KL",
+        "top1_agreement": "top-1", "cosine": "cosine", "relative_error": "relative error",
+    }  # fmt: skip
+    shown = {key: title for key, title in known.items() if key in found["measures"][-1]}
     table = new_table(
-        "measured", ">tokens", ">perplexity", ">original's", ">KL", ">top-1",
+        "measured", ">tokens", *(f">{title}" for title in shown.values()),
         title=f"{found['out']}: {found['tokens']:,} tokens in {found['seconds']:.0f} s, held out",
     )  # fmt: skip
     for line in found["measures"]:
-        agreement = line.get("top1_agreement")
         table.add_row(
             f"before {line['before']}" if line["before"] else "at the end",
             number(line["tokens"]),
-            number(line["perplexity"]),
-            number(line.get("original_perplexity")),
-            number(line.get("kl")),
-            "-" if agreement is None else f"{agreement:.1%}",
+            *(number(line.get(key)) for key in shown),
         )
     _print(table)
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reroll.recover.stage import Batch, Models, arguments
+from reroll.recover.stage import Batch, Models
 from reroll.rewrite.weights.factors import low_rank_factors
 
 # in turn: the shared weight, and the residuals beside it
@@ -135,7 +135,7 @@ def _outer_products(
             for each in layers
         ]
         try:
-            models.teacher(**arguments(batch), logits_to_keep=1)
+            models.show_teacher(batch)
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,4 +1,4 @@
-"""Text as rows of tokens: documents, a part that is held out, packing, and a fixed order."""
+"""Rows to train on. Text: documents, a part that is held out, packing, and a fixed order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,21 +23,41 @@ Tokenize = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens [rows, length] and which of them are not padding."""
+    """Rows in memory: token ids [rows, length], or images [rows, channels, height, width].
 
-    ids: Tensor
+    `mask` [rows, length] is 1 at tokens, or at the positions of an image, and 0 at padding.
+    """
+
+    data: Tensor
     mask: Tensor
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.data)
+
+    def pick(self, numbers: Sequence[int]) -> Rows:
+        """The rows of these numbers, in this order."""
+        return Rows(self.data[numbers], self.mask[numbers])
+
+    def split(self, size: int) -> list[Rows]:
+        """Pieces of at most `size` rows."""
+        parts = zip(self.data.split(size), self.mask.split(size), strict=True)  # type: ignore[no-untyped-call]
+        return [Rows(*part) for part in parts]
+
+
+class Source(Protocol):
+    """Rows that are in memory, or are made when they are picked."""
+
+    def __len__(self) -> int: ...
+
+    def pick(self, numbers: Sequence[int]) -> Rows: ...
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The rows to train on, in order, and the rows to measure on."""
 
-    train: Rows
-    held_out: Rows
+    train: Source
+    held_out: Source
 
 
 def documents(source: str | Path) -> Iterator[str]:
@@ -179,7 +199,6 @@ def _tensors(rows: Sequence[list[int]], before: Sequence[int], length: int) -> R
     return Rows(ids, mask)
 
 
-def take(rows: Rows, start: int, count: int) -> Rows:
+def take(rows: Source, start: int, count: int) -> Rows:
     """`count` rows from number `start` on; after the last one, the first comes again."""
-    chosen = [(start + i) % len(rows) for i in range(count)]
-    return Rows(rows.ids[chosen], rows.mask[chosen])
+    return rows.pick([(start + i) % len(rows) for i in range(count)])

@@ -9,32 +9,62 @@ import torch
 from torch import Tensor
 
 from reroll.evaluate.distance import Distance
-from reroll.recover.data import Rows
+from reroll.recover.data import Source
 from reroll.recover.stage import Batch, arguments
+from reroll.rewrite.passes.hidden import cosine
 
 
-def held_out(module: Any, teacher: Any | None, rows: Rows) -> dict[str, float]:
-    """Perplexity of a lowered model; with an original its perplexity, and the distance from it.
+def held_out(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]:
+    """How good a lowered model is, and how far from its original.
 
-    The KL divergence KL(original || model) is in nats per token, the agreement is the share of
-    tokens at which both find the same token likeliest.
+    Of one that predicts the next token, the perplexity; with an original its perplexity, and the
+    distance from it: KL(original || model) in nats per token, and the share of tokens at which both
+    find the same token likeliest. Of any other, the mean cosine of its first output with the
+    original's, over positions, and the relative RMS error.
     """
     training = module.training
     module.eval()
-    device = next(module.parameters()).device
-    distance = Distance(logits=True)
+    measure = _predictions if module.can_generate() else _features
     with torch.no_grad():
-        for row, mask in zip(rows.ids, rows.mask, strict=True):
-            ids = row[None, : int(mask.sum())].to(device)
-            batch = Batch(ids, torch.ones_like(ids))
-            ours: Tensor = module(**arguments(batch)).logits[0]
-            theirs = ours if teacher is None else teacher(**arguments(batch)).logits[0]
-            following = torch.cat((ids[0, 1:], ids.new_full((1,), -100)))
-            distance.add(theirs, ours, following)
+        found = measure(module, teacher, rows)
     module.train(training)
+    return found
+
+
+def _rows(module: Any, rows: Source) -> Any:
+    """The rows one by one, without padding."""
+    device, name = next(module.parameters()).device, module.main_input_name
+    for number in range(len(rows)):
+        row = rows.pick([number])
+        data, mask = row.data.to(device), row.mask.to(device)
+        if name == "input_ids":
+            width = int(mask.sum())
+            data, mask = data[:, :width], mask[:, :width]
+        yield Batch(data, mask, input=name)
+
+
+def _predictions(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]:
+    distance = Distance(logits=True)
+    for batch in _rows(module, rows):
+        ours: Tensor = module(**arguments(batch)).logits[0]
+        theirs = ours if teacher is None else teacher(**arguments(batch)).logits[0]
+        ids = batch.data[0]
+        following = torch.cat((ids[1:], ids.new_full((1,), -100)))
+        distance.add(theirs, ours, following)
     perplexity, original = (distance.perplexity(side) or math.nan for side in (1, 0))
     found = {"perplexity": perplexity}
     if teacher is not None:
         found["original_perplexity"] = original
         found |= {"kl": distance.kl, "top1_agreement": distance.top1_agreement}
     return found
+
+
+def _features(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]:
+    if teacher is None:
+        return {}
+    distance, cosines = Distance(logits=False), []
+    for batch in _rows(module, rows):
+        ours, theirs = (m(**arguments(batch))[0].flatten(0, -2) for m in (module, teacher))
+        distance.add(theirs, ours)
+        cosines.append(cosine(theirs.float(), ours.float()))
+    return {"cosine": sum(cosines) / len(cosines), "relative_error": distance.relative_rms_error}

@@ -16,6 +16,7 @@ from reroll.errors import RecoveryError, UsageError
 from reroll.evaluate.tokenizing import plain_ids, special_ids, tokenizer_of
 from reroll.recover.checkpoints import Directory, Progress
 from reroll.recover.data import Corpus, Rows, make_corpus, take
+from reroll.recover.images import ImageInput, image_corpus, image_input
 from reroll.recover.measure import held_out
 from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.recipe import Recipe, load_recipe
@@ -63,8 +64,9 @@ def recover(
     """Train a rewritten model against its original, and save it to the directory `out`.
 
     `teacher` is the original; by default what the student says it was made from. `data` are text
-    files, directories, or names of Hugging Face datasets. `tokens` are shared among the recipe's
-    stages by their `share`. Weights are kept, trained and saved in fp32.
+    files, directories, or names of Hugging Face datasets; for a model of images, directories of
+    images. `tokens`, of which an image has one per position of the model, are shared among the
+    recipe's stages by their `share`. Weights are kept, trained and saved in fp32.
 
     While it runs, checkpoints are in `out` + ".run"; the same call goes on from them, with the same
     losses as if it had not been interrupted, and `restart` begins anew. Under `accelerate launch`,
@@ -103,7 +105,7 @@ class _Run:
                 where="recipe recover, option batch",
             )
         if not data:
-            raise UsageError("there is no text to train on", hint="give files or directories")
+            raise UsageError("there is nothing to train on", hint="give files or directories")
         program = _program(student)
         if teacher is None and any(s.teaches for s in recipe.stages):
             teacher = program.origin.model
@@ -114,21 +116,10 @@ class _Run:
             "tokens": tokens,
             "recipe": recipe.to_data(),
         }
-        tokenizer = tokenizer_of(program)
-        if tokenizer is None:
-            raise UsageError("the model has no tokenizer", where=program.origin.model)
-        self.steps = _steps(recipe, tokens)
-        self.corpus: Corpus = make_corpus(
-            data,
-            lambda text: plain_ids(tokenizer, text),
-            length=self.settings.length,
-            tokens=sum(self.steps) * self.settings.batch * self.settings.length,
-            held_rows=self.settings.held_rows,
-            pack=self.settings.pack,
-            before=special_ids(tokenizer)[0],
-            end=tokenizer.eos_token_id,
-            seed=self.settings.seed,
-        )
+        seen = image_input(program)
+        self.length = self.settings.length if seen is None else seen.positions
+        self.steps = _steps(recipe, tokens / (self.settings.batch * self.length))
+        self.corpus = self._texts(program, data) if seen is None else self._images(seen, data)
         device = self.accelerator.device
         self.module = program.to_module().to(device)
         self.teacher = None if teacher is None else _program(teacher).to_module().to(device).eval()
@@ -164,6 +155,25 @@ class _Run:
             self._save(out, report, overwrite)
         self.accelerator.wait_for_everyone()
         return report
+
+    def _texts(self, program: Program, data: Sequence[str | Path]) -> Corpus:
+        tokenizer = tokenizer_of(program)
+        if tokenizer is None:
+            raise UsageError("the model has no tokenizer", where=program.origin.model)
+        return make_corpus(
+            data,
+            lambda text: plain_ids(tokenizer, text),
+            length=self.length,
+            tokens=sum(self.steps) * self.settings.batch * self.length,
+            held_rows=self.settings.held_rows,
+            pack=self.settings.pack,
+            before=special_ids(tokenizer)[0],
+            end=tokenizer.eos_token_id,
+            seed=self.settings.seed,
+        )
+
+    def _images(self, seen: ImageInput, data: Sequence[str | Path]) -> Corpus:
+        return image_corpus(data, seen, held_rows=self.settings.held_rows, seed=self.settings.seed)
 
     # ---- one stage
 
@@ -226,11 +236,10 @@ class _Run:
         """What a stage does before its first step; measured if it does something."""
 
         def rows(tokens: int) -> list[Batch]:
-            count = -(-tokens // self.settings.length)
+            count = -(-tokens // self.length)
             found = take(self.corpus.train, progress.steps * self.settings.batch, count)
             size = self.settings.micro or self.settings.batch
-            pieces = zip(found.ids.split(size), found.mask.split(size), strict=True)
-            return [self._batch(Rows(*piece), 0.0, 0) for piece in pieces]
+            return [self._batch(piece, 0.0, 0) for piece in found.split(size)]
 
         parts = stage.start(models, rows)
         if parts:
@@ -245,9 +254,8 @@ class _Run:
         count = int(rows.mask.sum())
         # the rows are dealt out to the processes in turn
         rank = int(self.accelerator.process_index)
-        own = Rows(rows.ids[rank :: self.world], rows.mask[rank :: self.world])
-        size = settings.micro or len(own)
-        pieces = [Rows(*p) for p in zip(own.ids.split(size), own.mask.split(size), strict=True)]
+        own = rows.pick(range(rank, len(rows), self.world))
+        pieces = own.split(settings.micro or len(own))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
@@ -290,11 +298,13 @@ class _Run:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     def _batch(self, rows: Rows, progress: float, seed: int) -> Batch:
-        # columns that are padding in all rows are not computed
-        width = int(rows.mask.sum(1).max())
-        device = self.accelerator.device
-        ids, mask = rows.ids[:, :width].to(device), rows.mask[:, :width].to(device)
-        return Batch(ids, mask, progress, seed)
+        device, name = self.accelerator.device, self.module.main_input_name
+        data, mask = rows.data.to(device), rows.mask.to(device)
+        if name == "input_ids":
+            # columns that are padding in all rows are not computed
+            width = int(mask.sum(1).max())
+            data, mask = data[:, :width], mask[:, :width]
+        return Batch(data, mask, progress, seed, name)
 
     # ---- what is kept
 
@@ -369,9 +379,8 @@ def _name(model: str | Path | Program) -> str:
     return model.origin.model if isinstance(model, Program) else str(model)
 
 
-def _steps(recipe: Recipe, tokens: int) -> list[int]:
-    """Steps of each stage, at least one."""
-    total = tokens / (recipe.settings.batch * recipe.settings.length)
+def _steps(recipe: Recipe, total: float) -> list[int]:
+    """Steps of each stage, at least one, of so many in all."""
     shares = sum(stage.share for stage in recipe.stages)
     return [max(round(total * stage.share / shares), 1) for stage in recipe.stages]
 

@@ -32,22 +32,24 @@ FOLDER = "reroll.recover.stages"
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens of one step.
+    """Rows of one step: tokens, or images.
 
-    `ids` and `mask` are [rows, length]; the mask is 0 at padding, which is on the right. `progress`
-    is how much of the stage is done, from 0 to 1; `seed` is for random choices of this step, equal
-    in all processes.
+    `data` are token ids [rows, length] or what else the model's `input` takes, [rows, ...]; `mask`
+    [rows, length] is 0 at padding, which is on the right, and 1 at the positions of an image.
+    `progress` is how much of the stage is done, from 0 to 1; `seed` is for random choices of this
+    step, equal in all processes.
     """
 
-    ids: Tensor
+    data: Tensor
     mask: Tensor
     progress: float = 0.0
     seed: int = 0
+    input: str = "input_ids"
 
     @property
     def labels(self) -> Tensor:
         """The token ids, and -100 where there is padding: [rows, length]."""
-        return self.ids.masked_fill(self.mask == 0, -100)
+        return self.data.masked_fill(self.mask == 0, -100)
 
     def tokens(self) -> int:
         """How many tokens are not padding."""
@@ -78,10 +80,25 @@ class Models:
             logits: Tensor = self.teacher(**arguments(batch)).logits
         return logits
 
+    def show_teacher(self, batch: Batch) -> None:
+        """Run the teacher only for what hooks on its modules see, without gradients."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            self.teacher(**arguments(batch), **self._least())
+
+    def show_student(self, batch: Batch) -> None:
+        """Run the student only for what hooks on its modules see."""
+        self.student(**arguments(batch), **self._least())
+
+    def _least(self) -> dict[str, int]:
+        return {"logits_to_keep": 1} if self.module.can_generate() else {}
+
 
 def arguments(batch: Batch) -> dict[str, Any]:
-    """What a lowered causal language model is called with."""
-    return {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+    """What a lowered model is called with."""
+    if batch.input != "input_ids":
+        return {batch.input: batch.data}
+    return {"input_ids": batch.data, "attention_mask": batch.mask, "use_cache": False}
 
 
 @dataclass

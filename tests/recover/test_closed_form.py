@@ -43,7 +43,7 @@ def squared_error(both: Models, batches: list[Batch], path: str) -> Tensor:
         inputs: list[Tensor] = []
         handle = theirs.register_forward_pre_hook(lambda _, args, to=inputs: to.append(args[0]))
         for batch in batches:
-            both.teacher(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+            both.teacher(input_ids=batch.data, attention_mask=batch.mask, use_cache=False)
         handle.remove()
         lacking = theirs.weight - ours.weight
         if hasattr(ours, "lora_up"):

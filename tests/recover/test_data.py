@@ -30,7 +30,7 @@ def written(path: Path, count: int, start: int = 0) -> Path:
 
 
 def rows_of(rows: Rows) -> set[tuple[int, ...]]:
-    return {tuple(r[m.bool()].tolist()) for r, m in zip(rows.ids, rows.mask, strict=True)}
+    return {tuple(r[m.bool()].tolist()) for r, m in zip(rows.data, rows.mask, strict=True)}
 
 
 def test_joined_rows_have_all_tokens_in_stretches(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_joined_rows_have_all_tokens_in_stretches(tmp_path: Path) -> None:
 def test_what_is_held_out_does_not_depend_on_how_much_is_trained_on(tmp_path: Path) -> None:
     sources = [written(tmp_path / "a.txt", 400), written(tmp_path / "b.txt", 400, 5000)]
     little, much = corpus(*sources, tokens=64), corpus(*sources, tokens=10**6)
-    assert torch.equal(little.held_out.ids, much.held_out.ids)
+    assert torch.equal(little.held_out.data, much.held_out.data)
     assert len(little.train) < len(much.train)
     assert not rows_of(much.train) & rows_of(little.held_out)
     # both sources are in both
@@ -106,5 +106,5 @@ def test_text_that_is_not_there(tmp_path: Path) -> None:
 @given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 12))
 def test_rows_come_again_after_the_last(count: int, start: int, wanted: int) -> None:
     rows = Rows(torch.arange(count)[:, None], torch.ones(count, 1, dtype=torch.long))
-    taken = take(rows, start, wanted).ids.flatten().tolist()
+    taken = take(rows, start, wanted).data.flatten().tolist()
     assert taken == [(start + i) % count for i in range(wanted)]

@@ -71,7 +71,8 @@ def test_a_model_distilled_from_itself_has_nothing_to_learn(batch: Batch) -> Non
 def test_cross_entropy_skips_padding(models: Models, batch: Batch) -> None:
     logits = models.run(batch)
     expected = F.cross_entropy(
-        torch.cat((logits[0, :8], logits[1, :4])), torch.cat((batch.ids[0, 1:], batch.ids[1, 1:5]))
+        torch.cat((logits[0, :8], logits[1, :4])),
+        torch.cat((batch.data[0, 1:], batch.data[1, 1:5])),
     )
     torch.testing.assert_close(cross_entropy(logits, batch.labels), expected)
     torch.testing.assert_close(Tune().loss(batch, models).value, expected)
@@ -79,7 +80,7 @@ def test_cross_entropy_skips_padding(models: Models, batch: Batch) -> None:
 
 def test_aligned_trips_see_what_the_original_sees(models: Models, batch: Batch) -> None:
     states = models.teacher(
-        input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True
+        input_ids=batch.data, attention_mask=batch.mask, output_hidden_states=True
     ).hidden_states
     loss = Align().loss(batch, models).value
     weights = batch.mask.float()
@@ -100,7 +101,7 @@ def test_aligned_trips_see_what_the_original_sees(models: Models, batch: Batch) 
 
 def test_trips_run_freely_in_the_end(models: Models, batch: Batch) -> None:
     start = Align(free=1.0).loss(batch, models).value
-    end = Align(free=1.0).loss(Batch(batch.ids, batch.mask, progress=1.0), models).value
+    end = Align(free=1.0).loss(Batch(batch.data, batch.mask, progress=1.0), models).value
     assert not torch.isclose(start, end)
     assert torch.isclose(start, Align(free=0.0).loss(batch, models).value)
 

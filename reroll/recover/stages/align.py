@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.recover.closed_form import fit_linear_layers
-from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, fed, recorded
+from reroll.recover.stage import Batch, Loss, Models, Stage, fed, recorded
 from reroll.rewrite.passes.options import option
 
 
@@ -67,7 +67,7 @@ class Align(Stage):
             for x, forced in zip(inputs, self._forced(batch, len(trips)), strict=True)
         ]
         with fed(trips, given), recorded(trips) as made:
-            models.run(batch)
+            models.show_student(batch)
         weights = batch.mask.float()
         errors = [
             relative_error(output, target, source, weights)
@@ -81,8 +81,8 @@ class Align(Stage):
         """What the layers of each of the student's trips take and give in the original."""
         assert models.teacher is not None
         trips = models.teacher.trip_modules()
-        with torch.no_grad(), recorded(trips) as seen:
-            models.teacher(**arguments(batch), logits_to_keep=1)
+        with recorded(trips) as seen:
+            models.show_teacher(batch)
         step = len(seen) // len(models.module.trip_modules())
         return [x for x, _ in seen[::step]], [y for _, y in seen[step - 1 :: step]]
 
