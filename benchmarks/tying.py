@@ -1,10 +1,10 @@
 """Tied and relaxed models before any training: perplexity, parameters, residual left.
 
     python -m benchmarks.tying [--model DIR] [--text FILE] [--blocks 15,10,6] [--ranks 64,256]
-        [--budgets 0.1] [--json FILE]
+        [--inits stepwise,average,lower] [--budgets 0.1] [--full] [--json FILE]
 
-Every number of blocks is tied with every init, and relaxed with every rank and budget; the original
-is in the first row. Perplexity is over the first 1,024 tokens of the text.
+Every number of blocks is tied with every init, and relaxed with every rank and budget. Perplexity,
+KL divergence from the original and agreement with it are over the first 1,024 tokens of the text.
 """
 
 from __future__ import annotations
@@ -18,27 +18,53 @@ from typing import Any
 import torch
 
 import reroll
+from reroll.rewrite.passes.context import Context
+from reroll.rewrite.passes.measure import Judge
+from reroll.rewrite.passes.pipeline import resolve
 
 INITS = ("stepwise", "average", "lower")
 LEFT = re.compile(r"relative residual left (\d\.\d+)")
 
 
-def row(program: Any, original: Any, text: Path, passes: str) -> tuple[dict[str, Any], Any]:
-    """What one more pass gives, measured against the original."""
-    result = reroll.run_passes(program, passes, text=text)
-    step = result.origin.steps[-1]
-    quality = step.measured["quality"]["original"]
-    left = [float(m[1]) for r in step.remarks if (m := LEFT.search(r))]
-    return {
-        "passes": ", ".join(s.text for s in result.origin.steps),
-        "parameters": result.parameters(),
-        "part": result.parameters() / original.parameters(),
-        "perplexity": quality["perplexity"]["after"],
-        "kl": quality["kl"],
-        "top1": quality["top1_agreement"],
-        "residual_left": sum(left) / len(left) if left else None,
-        "remarks": step.remarks,
-    }, result
+class Table:
+    """The rows so far; every program is measured against the original."""
+
+    def __init__(self, original: Any, text: Path, file: Path | None) -> None:
+        self.original, self.file = original, file
+        self.context = Context(text_source=text)
+        self.judge = Judge(original, self.context)
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, program: Any, passes: str, before: str = "") -> Any:
+        """Run one pass, print what comes of it, and return that."""
+        (each,) = resolve(passes)
+        self.context.remarks = []
+        result = each.run(program.edit(), self.context)
+        quality = self.judge.compare(self.original, result)
+        remarks = list(self.context.remarks)
+        left = [float(m[1]) for r in remarks if (m := LEFT.search(r))]
+        found = {
+            "passes": f"{before}, {passes}" if before else passes,
+            "parameters": result.parameters(),
+            "part": result.parameters() / self.original.parameters(),
+            "perplexity": quality["perplexity"]["after"],
+            "original": quality["perplexity"]["before"],
+            "kl": quality["kl"],
+            "top1": quality["top1_agreement"],
+            "residual_left": sum(left) / len(left) if left else None,
+            "remarks": remarks,
+        }
+        self.judge.keep([self.original, program])
+        self.rows.append(found)
+        shown = "" if found["residual_left"] is None else f"{found['residual_left']:.3f}"
+        print(
+            f"| `{found['passes']}` | {found['parameters'] / 1e6:.1f} | {found['part']:.0%} "
+            f"| {found['perplexity']:,.4g} | {found['kl']:.3g} | {found['top1']:.1%} | {shown} |",
+            flush=True,
+        )
+        if self.file:
+            self.file.write_text(json.dumps(self.rows, indent=1))
+        return result
 
 
 def main() -> None:
@@ -47,42 +73,29 @@ def main() -> None:
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--text", type=Path, default=Path("data/text/wiki.val.txt"))
     parser.add_argument("--blocks", default="15,10,6")
+    parser.add_argument("--inits", default=",".join(INITS))
     parser.add_argument("--ranks", default="64,256")
     parser.add_argument("--budgets", default="0.1")
     parser.add_argument("--layout", default="cycle")
+    parser.add_argument("--full", action="store_true", help="also relax at full rank")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
     original = reroll.capture(options.model, dtype=torch.float32)
     relaxes = [f"rank={rank}" for rank in options.ranks.split(",") if rank]
     relaxes += [f"budget={budget}" for budget in options.budgets.split(",") if budget]
-    rows = []
-
-    def show(found: dict[str, Any]) -> None:
-        rows.append(found)
-        left = "" if found["residual_left"] is None else f"{found['residual_left']:.3f}"
-        print(
-            f"| `{found['passes']}` | {found['parameters'] / 1e6:.1f} | {found['part']:.0%} "
-            f"| {found['perplexity']:,.4g} | {found['kl']:.3g} | {found['top1']:.1%} | {left} |",
-            flush=True,
-        )
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
-
+    relaxes += ["rank=full"] if options.full else []
     print("| passes | parameters, M | of the original | perplexity | KL | top-1 | residual left |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    table = Table(original, options.text, options.json)
     for blocks in options.blocks.split(","):
-        for init in INITS:
+        for init in options.inits.split(","):
             tie = f"tie(blocks={blocks}, init={init}, layout={options.layout})"
-            found, tied = row(original, original, options.text, tie)
-            show(found)
+            tied = table.add(original, tie)
             for relax in relaxes:
-                show(row(tied, original, options.text, f"relax({relax})")[0])
-    layers = original.loops[0].trips
-    show(row(original, original, options.text, f"tie(blocks={layers})")[0])
-    _, tied = row(original, original, options.text, f"tie(blocks={options.blocks.split(',')[0]})")
-    show(row(tied, original, options.text, "relax(rank=full)")[0])
+                table.add(tied, f"relax({relax})", tie)
 
 
 if __name__ == "__main__":

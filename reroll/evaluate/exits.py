@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.errors import UsageError
+from reroll.passes.exiting import classifiers
 from reroll.rewrite.passes.interpret import materialise, run
 from reroll.rewrite.program import Program, Step
 from reroll.rewrite.rolling.exits import Exits, exit_loop, is_open, with_thresholds
@@ -155,16 +156,17 @@ def fit_exits(
 ) -> dict[int, float]:
     """Fit the classifiers of `insert_exits` by logistic regression; returns accuracy by exit.
 
-    The label of a token at an exit is whether the model's head predicts there what it predicts at
-    the end. States are those of the full depth. The weights of `model`, a lowered model, change in
-    place; `model.save_pretrained` or `model.to_program()` keeps them. Raises UsageError for a model
-    whose exits have no classifiers.
+    The label of a token at an exit is whether what makes the exit's logits predicts there what is
+    predicted at the end. States are those of the full depth; `gated` sees those of each row of 256
+    tokens in order. The weights of `model`, a lowered model, change in place;
+    `model.save_pretrained` or `model.to_program()` keeps them. Raises UsageError for a model whose
+    exits have no classifiers.
     """
     found = exit_loop(model.program)
     if found is None or not any(".exit.score.weight" in n for n in model.program.weights):
         raise UsageError(
             "the model's exits have no classifiers",
-            hint="convert it with insert_exits(criterion=linear) or (criterion=mlp)",
+            hint="convert it with insert_exits(criterion=linear), (criterion=mlp) or gated",
         )
     loop, exits = found
     if any(map(is_open, exits.thresholds)):
@@ -173,6 +175,7 @@ def fit_exits(
             hint="fit before thresholds are set: insert_exits leaves them infinite",
         )
     trips = _exit_trips(model.program, exits)
+    tokens = torch.as_tensor(tokens, dtype=torch.long)
     rows = [r for r in torch.split(tokens, LENGTH) if len(r) > 1]  # type: ignore[no-untyped-call]
     states: dict[int, list[Tensor]] = {trip: [] for trip in trips}
     labels: dict[int, list[Tensor]] = {trip: [] for trip in trips}
@@ -182,28 +185,31 @@ def fit_exits(
             last = out.logits[0].argmax(-1)
             for trip in trips:
                 hidden = out.hidden_states[trip + 1]
-                states[trip].append(hidden[0].float())
-                early = read_out(model, hidden, input_ids=row[None], use_cache=False)
+                states[trip].append(F.rms_norm(hidden[0].float(), hidden.shape[-1:], eps=1e-6))
+                early = read_out(model, hidden, trip + 1, input_ids=row[None], use_cache=False)
                 labels[trip].append(early[0].argmax(-1) == last)
     accuracy = {}
     modules = model._assembly.loops[loop.name].modules
     for trip in trips:
-        x, y = torch.cat(states[trip]), torch.cat(labels[trip]).float()
-        unit = F.rms_norm(x, x.shape[-1:], eps=1e-6)
-        classifier = modules[trip].get_submodule("exit")
-        accuracy[trip + 1] = _fitted(classifier, unit, y, steps, decay)
+        weights = dict(modules[trip].get_submodule("exit").named_parameters())
+        y = torch.cat(labels[trip]).float()
+        accuracy[trip + 1] = _fitted(weights, _batches(states[trip]), y, steps, decay)
     return accuracy
 
 
-def _fitted(classifier: Any, x: Tensor, y: Tensor, steps: int, decay: float) -> float:
-    parameters = list(classifier.parameters())
-    up = getattr(classifier, "up", None)
+def _batches(rows: list[Tensor]) -> list[Tensor]:
+    """Rows [time, width] in order, those of one length together: [rows, time, width]."""
+    whole = [r for r in rows if len(r) == len(rows[0])]
+    return [torch.stack(whole), *(r[None] for r in rows[len(whole) :])]
 
+
+def _fitted(
+    weights: dict[str, Tensor], batches: list[Tensor], y: Tensor, steps: int, decay: float
+) -> float:
     def logits() -> Tensor:
-        h = x if up is None else F.relu(F.linear(x, up.weight))
-        return F.linear(h, classifier.score.weight, classifier.score.bias)[:, 0]
+        return torch.cat([classifiers.logits(weights, x).flatten() for x in batches])
 
-    optimizer = torch.optim.Adam(parameters, lr=1e-2, weight_decay=decay)
+    optimizer = torch.optim.Adam(list(weights.values()), lr=1e-2, weight_decay=decay)
     with torch.enable_grad():
         for _ in range(steps):
             optimizer.zero_grad()

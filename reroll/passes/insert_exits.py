@@ -5,23 +5,32 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import fx
 
 from reroll.errors import PassError, UsageError
+from reroll.passes.exiting.absence import leave_out
+from reroll.passes.exiting.heads import add_heads, copy_path, path_to_logits
+from reroll.passes.exiting.nodes import Nodes
+from reroll.passes.exiting.scores import Scores, stacked_weight
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.program import Body, Loop, Program, TensorType
-from reroll.rewrite.rolling.exits import EXIT, HOLD, STREAK, exits_of
+from reroll.rewrite.raising.matching import argument
+from reroll.rewrite.rolling.exits import EXIT, HOLD, exits_of
 from reroll.rewrite.rolling.split import find_loop, inline
-from reroll.rewrite.weights import Weight, normal, zeros
+from reroll.rewrite.weights import Expr, Weight
 
 aten = torch.ops.aten
 
-Criterion = Literal["margin", "entropy", "patience", "saturation", "latent", "linear", "mlp"]
-NEEDS_LOGITS = ("margin", "entropy", "patience")
+Criterion = Literal[
+    "margin", "entropy", "patience", "saturation", "latent", "linear", "mlp", "gated"
+]
+State = Literal["propagate", "defer", "skip"]
+# what reads keys or writes a state under a padding mask
+PADDED = (torch.ops.reroll.attention.default, torch.ops.reroll.recurrence.default)
 
 
 class InsertExits(Pass):
@@ -37,7 +46,9 @@ class InsertExits(Pass):
     - `saturation`: the cosine of the hidden state before and after the layer;
     - `latent`: minus |change| / |hidden state| over the layer (Huginn, arXiv 2502.05171);
     - `linear`, `mlp`: a classifier per exit on the hidden state at unit RMS, a probability; it
-      starts at one half, and `reroll.fit_exits` or training makes it say something.
+      starts at one half, and `reroll.fit_exits` makes it say something;
+    - `gated`: one that has a gated recurrence of `width` units over the states of the token and
+      its predecessors (the idea of DYNAMAX, arXiv 2504.20922, with the unit of arXiv 2410.01201).
 
     At the threshold `inf`, which is the default, nobody leaves and the model is the original;
     `reroll calibrate` chooses thresholds on text. Other outputs stay; `depth` says how many trips
@@ -46,7 +57,12 @@ class InsertExits(Pass):
     `state` says what becomes of the caches of the layers that a token skips: with `propagate` they
     hold the keys and values of the state that it left with (CALM), with `defer` those that it would
     have had, because the layers are run for it all the same: exact caches, and no time saved
-    except where a scheduler runs them later in a batch.
+    except where a scheduler runs them later in a batch. With `skip` there is nothing of it: later
+    tokens do not see it there, and a recurrent state stays as it was.
+
+    `head` says what makes the logits of a token that leaves early, and the criteria's: the model's
+    own norm and head (`shared`), a norm for each exit (`norm`), or norm and head for each (`own`).
+    They start as the model's own; recovery's stage `exits` trains them.
     """
 
     name = "insert_exits"
@@ -57,10 +73,11 @@ class InsertExits(Pass):
     threshold: float | list[float] = option(
         math.inf, help="the score above which a token leaves: one, or one for each exit"
     )
-    state: Literal["propagate", "defer"] = option(
-        "propagate", help="what the caches of skipped layers hold"
+    state: State = option("propagate", help="what the caches of skipped layers hold")
+    head: Literal["shared", "norm", "own"] = option(
+        "shared", help="what each exit has of its own to make logits"
     )
-    width: int = option(32, help="hidden units of the classifier `mlp`")
+    width: int = option(32, help="hidden units of the classifiers `mlp` and `gated`")
     loop: str | None = option(None, help="the loop's name; the longest one by default")
 
     def check(self) -> None:
@@ -94,8 +111,11 @@ class InsertExits(Pass):
         )
         if all(math.isinf(t) for t in self.thresholds()):
             context.remark("thresholds are infinite: the model is as it was until it is calibrated")
-        if builder.added:
-            context.remark(f"classifiers of {builder.added:,} parameters")
+        if builder.of_heads:
+            context.remark(f"norms and heads of exits: {builder.of_heads:,} parameters")
+        if builder.weights:
+            added = sum(weight.elements() for weight in builder.weights.values())
+            context.remark(f"classifiers of {added:,} parameters")
         return program
 
     def thresholds(self) -> list[float]:
@@ -105,212 +125,111 @@ class InsertExits(Pass):
         return [self.threshold] * len(self.at)
 
 
-@dataclass
 class _Builder:
-    """A body with exits in the place of one without."""
+    """A loop with exits in the place of one without."""
 
-    options: InsertExits
-    program: Program
-    loop: Loop
-    added: int = 0
-
-    def __post_init__(self) -> None:
-        self.hidden: TensorType = self.loop.carry[0].meta["type"]
-        self.graph = fx.Graph()
+    def __init__(self, options: InsertExits, program: Program, loop: Loop) -> None:
+        self.options, self.program, self.loop = options, program, loop
+        self.hidden: TensorType = loop.carry[0].meta["type"]
+        self.nodes = Nodes(fx.Graph(), self.hidden.shape[:-1])
         self.weights: dict[str, Weight] = {}
+        self.of_heads = 0
+        # carried beside the hidden state: who is done, the trips made, and what criteria need
+        self.carried = {"done": torch.bool, "depth": torch.int64}
+        if options.criterion == "patience":
+            self.carried |= {"last": torch.int64, "count": torch.int64}
 
     def build(self) -> Program:
-        graph, loop, options = self.graph, self.loop, self.options
+        options, loop = self.options, self.loop
+        # the body's own, before the loop carries more
         places = loop.places
-        h = graph.node_copy(places[0])
-        defer, patient = options.state == "defer", options.criterion == "patience"
-        # carried beside the hidden state: who is done, the trips made, and what criteria need
-        kinds = {"done": torch.bool, "depth": torch.int64}
-        kinds |= {"last": torch.int64, "count": torch.int64} if patient else {}
-        kept = self.place("kept", self.hidden) if defer else None
-        carried = {name: self.place(name, self.per_token(d)) for name, d in kinds.items()}
-        values = {places[0]: h, **{p: graph.node_copy(p) for p in places[1:]}}
-        threshold = graph.placeholder("threshold")
-        done = carried["done"]
-        (out,) = inline(graph, loop.body.graph, values)
-        before = h if kept is None else kept
-        held = self.call(HOLD, (done, before, out), self.hidden)
-        going = self.call(aten.logical_not.default, (done,), self.per_token(torch.bool))
-        depth = self.call(aten.add.Tensor, (carried["depth"], going), self.per_token(torch.int64))
-        score, extra = self.score(h, held, carried, threshold)
-        left = self.call(EXIT, (done, score, threshold), self.per_token(torch.bool))
-        graph.output((*((out,) if defer else ()), held, left, depth, *extra))
-        return self.replaced(list(kinds))
-
-    # ---- scores
-
-    def score(
-        self, h: fx.Node, held: fx.Node, carried: dict[str, fx.Node], threshold: fx.Node
-    ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        """The score of each token, and the further carried values."""
-        number = self.per_token(torch.float32)
-        wide = self.wide(held)
-        criterion = self.options.criterion
-        if criterion in ("saturation", "latent"):
-            old = self.wide(h)
-            if criterion == "saturation":
-                return self.call(aten.cosine_similarity.default, (old, wide, -1), number), ()
-            change = self.call(aten.sub.Tensor, (wide, old), wide.meta["type"])
-            sizes = [self.norm(x, number) for x in (change, wide)]
-            ratio = self.call(aten.div.Tensor, tuple(sizes), number)
-            return self.call(aten.neg.default, (ratio,), number), ()
-        if criterion in ("linear", "mlp"):
-            return self.classifier(wide), ()
-        logits = self.wide(self.logits(held))
-        if criterion == "patience":
-            index = self.per_token(torch.int64)
-            token = self.call(aten.argmax.default, (logits, -1), index)
-            pair = self.call(STREAK, (token, carried["last"], carried["count"], threshold), None)
-            last, count = (self.call(operator.getitem, (pair, i), index) for i in (0, 1))
-            return self.call(aten.to.dtype, (count, torch.float32), number), (last, count)
-        p = self.call(aten.softmax.int, (logits, -1), logits.meta["type"])
-        if criterion == "margin":
-            top = self.call(aten.topk.default, (p, 2), None)
-            best = self.call(operator.getitem, (top, 0), TensorType(torch.float32, ("b", "s", 2)))
-            first, second = (self.call(aten.select.int, (best, -1, i), number) for i in (0, 1))
-            return self.call(aten.sub.Tensor, (first, second), number), ()
-        log = self.call(aten.log_softmax.int, (logits, -1), logits.meta["type"])
-        product = self.call(aten.mul.Tensor, (p, log), logits.meta["type"])
-        negative = self.call(aten.sum.dim_IntList, (product, [-1]), number)
-        size = math.log(logits.meta["type"].shape[-1])
-        part = self.call(aten.div.Tensor, (negative, size), number)
-        return self.call(aten.add.Tensor, (part, 1.0), number), ()
-
-    def classifier(self, wide: fx.Node) -> fx.Node:
-        """The probability that a token may leave, from its hidden state at unit RMS."""
-        width = self.hidden.shape[-1]
-        assert isinstance(width, int)
-        channels = width
-        unit = self.call(
-            torch.ops.reroll.rms_norm.default, (wide, None, 1e-6, 0.0), wide.meta["type"]
-        )
-        number = TensorType(torch.float32, ("b", "s", 1))
-        if self.options.criterion == "mlp":
-            inner = self.options.width
-            kind = TensorType(torch.float32, ("b", "s", inner))
-            deviation = width**-0.5
-            up = self.stacked(
-                "exit.up.weight",
-                lambda n: normal((inner, channels), deviation, n, torch.float32),
-            )
-            raised = self.call(aten.linear.default, (unit, up), kind)
-            unit, width = self.call(aten.relu.default, (raised,), kind), inner
-        weight = self.stacked("exit.score.weight", lambda n: zeros((1, width), torch.float32))
-        bias = self.stacked("exit.score.bias", lambda n: zeros((1,), torch.float32))
-        logit = self.call(aten.linear.default, (unit, weight, bias), number)
-        chance = self.call(aten.sigmoid.default, (logit,), number)
-        return self.call(aten.squeeze.dim, (chance, -1), self.per_token(torch.float32))
-
-    def stacked(self, name: str, make: Callable[[int], Any]) -> fx.Node:
-        """A new weight with one entry for each exit; trips without one name that of the next."""
-        at = self.options.at
-        entries = tuple(make(number) for number in range(len(at)))
-        index = tuple(
-            min(sum(trip >= stop for stop in at), len(at) - 1) for trip in range(self.loop.trips)
-        )
-        weight = Weight(entries, index)
-        full = f"{self.loop.name}.*.{name}"
-        self.weights[full] = weight
-        self.added += weight.elements()
-        node = self.graph.get_attr(full)
-        node.meta["type"] = TensorType(weight.meta.dtype, weight.meta.shape)
-        return node
-
-    def logits(self, held: fx.Node) -> fx.Node:
-        """What the rest of the main graph makes of the hidden state."""
-        if "logits" not in self.program.outputs:
-            raise PassError(
-                f"the model has no logits, which {self.options.criterion} needs",
-                hint="criteria without: saturation, latent, linear, mlp",
-            )
-        returned: Any = self.program.graph.output_node().args[0]
-        target = returned[self.program.outputs.index("logits")]
-        results = [n for n in self.loop.node.users if n.args[1] == 0]
-        values = dict.fromkeys(results, held)
-
-        def copied(node: fx.Node) -> fx.Node:
-            if node not in values:
-                if node.op == "placeholder" or node is self.loop.node or node.op == "output":
-                    raise PassError(f"the logits depend on {node.name}, beside the loop's result")
-                if any(node is loop.node for loop in self.program.loops):
-                    raise PassError(
-                        f"another loop stands between {self.loop.name} and the logits",
-                        hint="criteria that need no logits: saturation, latent, linear, mlp",
-                    )
-                for source in node.all_input_nodes:
-                    copied(source)
-                values[node] = self.graph.node_copy(node, lambda n: values[n])
-            return values[node]
-
-        return copied(target)
-
-    # ---- nodes
-
-    def place(self, name: str, kind: TensorType) -> fx.Node:
-        node = self.graph.placeholder(name)
-        node.meta["type"] = kind
-        return node
-
-    def call(self, target: Any, args: tuple[Any, ...], kind: TensorType | None) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        if kind is not None:
-            node.meta["type"] = kind
-        return node
-
-    def wide(self, node: fx.Node) -> fx.Node:
-        kind = node.meta["type"]
-        if kind.dtype == torch.float32:
-            return node
-        return self.call(
-            aten.to.dtype, (node, torch.float32), TensorType(torch.float32, kind.shape)
+        result, depth = self._rewire()
+        program = self.program
+        if options.head != "shared":
+            whole = options.head == "own"
+            program, self.of_heads = add_heads(program, loop, result, depth, options.at, whole)
+            self.program = program
+        graph = self._body(places, result, depth)
+        return replace(
+            program,
+            bodies={**program.bodies, loop.name: Body(graph, loop.period)},
+            weights=program.weights.with_weights(self.weights),
+            outputs=(*program.outputs, "depth"),
         )
 
-    def norm(self, node: fx.Node, kind: TensorType) -> fx.Node:
-        return self.call(aten.norm.ScalarOpt_dim, (node, 2, [-1]), kind)
+    # ---- the main graph
 
-    def per_token(self, dtype: torch.dtype) -> TensorType:
-        return TensorType(dtype, self.hidden.shape[:-1])
-
-    def replaced(self, names: list[str]) -> Program:
-        """The Program whose loop carries what the new body carries, and returns the depth."""
+    def _rewire(self) -> tuple[fx.Node, fx.Node]:
+        """Let the loop carry more and return the depth; its result, and the depth, as nodes."""
         loop, graph, options = self.loop, self.program.graph, self.options
-        start = loop.carry[0]
-        kinds = {"done": torch.bool}
+        start, per_token = loop.carry[0], self.nodes.per_token
         with graph.inserting_before(loop.node):
             channel = graph.call_function(aten.select.int, (start, -1, 0))
-            channel.meta["type"] = TensorType(self.hidden.dtype, self.hidden.shape[:-1])
+            channel.meta["type"] = per_token(self.hidden.dtype)
             fresh = []
-            for name in names:
-                dtype = kinds.get(name, torch.int64)
+            for dtype in self.carried.values():
                 node = graph.call_function(aten.zeros_like.default, (channel,), {"dtype": dtype})
-                node.meta["type"] = self.per_token(dtype)
+                node.meta["type"] = per_token(dtype)
                 fresh.append(node)
         thresholds = [math.inf] * loop.trips
         for stop, value in zip(options.at, options.thresholds(), strict=True):
             thresholds[stop - 1] = value
-        defer = options.state == "defer"
-        carry = (start, start, *fresh) if defer else (start, *fresh)
-        inputs = (*loop.inputs, tuple(thresholds))
+        kept = (start, start) if options.state == "defer" else (start,)
+        carry, inputs = (*kept, *fresh), (*loop.inputs, tuple(thresholds))
+        old = sorted(loop.node.users, key=list(graph.nodes).index)
         loop.node.args = (loop.name, carry, inputs, loop.trips)
-        if defer:
-            for user in list(loop.node.users):
-                user.args = (loop.node, 1)
-        depth = carry.index(fresh[names.index("depth")])
-        after = max(loop.node.users, key=list(graph.nodes).index)
-        with graph.inserting_after(after):
-            result = graph.call_function(operator.getitem, (loop.node, depth))
-        result.meta["type"] = self.per_token(torch.int64)
+        with graph.inserting_after(loop.node):
+            depth = graph.call_function(operator.getitem, (loop.node, len(kept) + 1))
+            depth.meta["type"] = per_token(torch.int64)
+            result = graph.call_function(operator.getitem, (loop.node, len(kept) - 1))
+            result.meta["type"] = self.hidden
+        for node in old:
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
         output = graph.output_node()
-        output.args = ((*output.args[0], result),)  # type: ignore[misc]
-        bodies = {**self.program.bodies, loop.name: Body(self.graph, loop.period)}
-        return replace(
-            self.program,
-            bodies=bodies,
-            weights=self.program.weights.with_weights(self.weights),
-            outputs=(*self.program.outputs, "depth"),
+        output.args = ((*output.args[0], depth),)  # type: ignore[misc]
+        return result, depth
+
+    # ---- the body
+
+    def _body(self, places: list[fx.Node], result: fx.Node, depth: fx.Node) -> fx.Graph:
+        nodes, loop, options = self.nodes, self.loop, self.options
+        graph, call, per_token = nodes.graph, nodes.call, nodes.per_token
+        defer = options.state == "defer"
+        h = graph.node_copy(places[0])
+        kept = nodes.place("kept", self.hidden) if defer else h
+        carried = {name: nodes.place(name, per_token(d)) for name, d in self.carried.items()}
+        values = {places[0]: h, **{p: graph.node_copy(p) for p in places[1:]}}
+        threshold = graph.placeholder("threshold")
+        done = carried["done"]
+        (out,) = inline(graph, loop.body.graph, values)
+        if options.state == "skip":
+            leave_out(loop, graph, done)
+        held = call(HOLD, (done, kept, out), self.hidden)
+        going = call(aten.logical_not.default, (done,), per_token(torch.bool))
+        made = call(aten.add.Tensor, (carried["depth"], going), per_token(torch.int64))
+
+        def logits(hidden: fx.Node) -> fx.Node:
+            path = path_to_logits(self.program, loop, [result, depth])
+            return copy_path(graph, path, {result: hidden, depth: made})
+
+        padded = [n for n in graph.nodes if n.target in PADDED]
+        paddings = {argument(n, "padding") for n in padded}
+        (padding,) = paddings if len(paddings) == 1 else (None,)
+        idle = done if options.state == "skip" else None
+        scores = Scores(
+            nodes, options.criterion, options.width, self._stacked, logits, padding, idle
         )
+        score = scores.make(h, held, carried, threshold)
+        left = call(EXIT, (done, score, threshold), per_token(torch.bool))
+        graph.output((*((out,) if defer else ()), held, left, made, *scores.extra))
+        return graph
+
+    def _stacked(self, name: str, make: Callable[[int], Expr]) -> fx.Node:
+        """A new weight of the body with one entry for each exit."""
+        weight = stacked_weight(make, self.options.at, self.loop.trips)
+        full = f"{self.loop.name}.*.exit.{name}"
+        self.weights[full] = weight
+        node = self.nodes.graph.get_attr(full)
+        node.meta["type"] = TensorType(weight.meta.dtype, weight.meta.shape)
+        return node

@@ -327,6 +327,7 @@ def recurrence(
     delay: int = 0,
     skip: int = 0,
     active: bool = True,
+    idle: Tensor | None = None,
 ) -> Tensor:
     """A token mixer whose state has a size of its own, run over a sequence from the zero state.
 
@@ -338,14 +339,15 @@ def recurrence(
     `delay`: a token reads the state as it was after the token so many before it, so that it sees
     what an attention over a window of that size does not. `skip`: the first so many tokens that are
     not padding write nothing either (see `prefix` of `mask`). Without `active` there is no state at
-    all, and zeros are returned: for trips of a loop that go without.
+    all, and zeros are returned: for trips of a loop that go without. `idle` [batch, time] is True
+    at new tokens that leave the state alone though they are not padding.
 
     Returns [batch, time, heads, d_v].
     """
     with torch.no_grad():
         if not active:
             return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-        out = _recurrence(q, k, v, gates, rule, options, padding, delay, skip)
+        out = _recurrence(q, k, v, gates, rule, options, padding, delay, skip, idle)
     return out.contiguous()
 
 
@@ -359,10 +361,12 @@ def _recurrence(
     padding: Tensor | None,
     delay: int,
     skip: int,
+    idle: Tensor | None,
 ) -> Tensor:
     writes = None if padding is None else padding.bool()
     if skip:
         writes = after_first(writes, k, skip)
+    writes = without_idle(writes, idle)
     k, v, *gates, writes = delayed([k, v, *gates], writes, delay)
     return find_rule(rule).run(q, k, v, gates, options, writes)
 
@@ -372,6 +376,13 @@ def after_first(writes: Tensor | None, k: Tensor, skip: int) -> Tensor:
     if writes is None:
         writes = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
     return writes & (writes.long().cumsum(-1) > skip)
+
+
+def without_idle(writes: Tensor | None, idle: Tensor | None) -> Tensor | None:
+    """Which tokens [batch, time] write, without those that are idle; None if all do."""
+    if idle is None:
+        return writes
+    return ~idle if writes is None else writes & ~idle
 
 
 def delayed(tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Any]:
@@ -400,13 +411,15 @@ def _(
     delay: int = 0,
     skip: int = 0,
     active: bool = True,
+    idle: Tensor | None = None,
 ) -> Tensor:
     return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, gates, ctx.rule, ctx.options, padding, ctx.delay, ctx.skip, ctx.active = inputs
-    ctx.save_for_backward(q, k, v, *gates, *([] if padding is None else [padding]))
+    q, k, v, gates, ctx.rule, ctx.options, padding, ctx.delay, ctx.skip, ctx.active, idle = inputs
+    ctx.has = padding is not None, idle is not None
+    ctx.save_for_backward(q, k, v, *gates, *(x for x in (padding, idle) if x is not None))
     ctx.count = 3 + len(gates)
 
 
@@ -417,9 +430,11 @@ def _recurrence_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     inputs = [t.requires_grad_(t.is_floating_point()) for t in inputs]
     if ctx.active:
         q, k, v, *gates = inputs
-        padding = rest[0] if rest else None
+        padding, idle = (rest.pop(0) if has else None for has in ctx.has)
         with torch.enable_grad():
-            out = _recurrence(q, k, v, gates, ctx.rule, ctx.options, padding, ctx.delay, ctx.skip)
+            out = _recurrence(
+                q, k, v, gates, ctx.rule, ctx.options, padding, ctx.delay, ctx.skip, idle
+            )
         grads = torch.autograd.grad(out, inputs, grad, allow_unused=True, materialize_grads=True)
     else:
         grads = tuple(map(torch.zeros_like, inputs))
@@ -473,6 +488,51 @@ def streak(token: Tensor, last: Tensor, count: Tensor, threshold: float) -> tupl
 @streak.register_fake
 def _(token: Tensor, last: Tensor, count: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(last), torch.empty_like(count)
+
+
+# what `mark_keys` adds to the scores, before the scale, of a key that is not there: enough that its
+# weight is 0, and not too much for fp16
+ABSENT = -3e4
+
+
+@torch.library.custom_op(f"{NAMESPACE}::mark_keys", mutates_args=())
+def mark_keys(k: Tensor, absent: Tensor) -> Tensor:
+    """Keys [batch, kv_heads, time, head_dim + 1] that nobody reads where `absent` [batch, time].
+
+    The last channel is `ABSENT` there and 0 elsewhere; queries have a 1 in theirs. So a cache holds
+    with its keys which of its tokens are there.
+    """
+    mark = absent.to(k.dtype)[:, None, :, None] * ABSENT
+    return torch.cat((k, mark.expand(-1, k.shape[1], -1, -1)), -1)
+
+
+@mark_keys.register_fake
+def _(k: Tensor, absent: Tensor) -> Tensor:
+    return k.new_empty(*k.shape[:-1], k.shape[-1] + 1)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::exit_linear", mutates_args=())
+def exit_linear(
+    x: Tensor, depth: Tensor, stops: list[int], weights: list[Tensor], biases: list[Tensor]
+) -> Tensor:
+    """A product with one of several matrices for each token, by how deep it went.
+
+    `x` [batch, time, in]; `weights` [out, in] and `biases` [out], of which there may be none. A
+    token of depth `stops[i]` ([batch, time] in `depth`) takes those numbered i + 1, any other the
+    first. Returns [batch, time, out].
+    """
+    out = F.linear(x, weights[0], biases[0] if biases else None)
+    for number, stop in enumerate(stops, 1):
+        own = F.linear(x, weights[number], biases[number] if biases else None)
+        out = torch.where((depth == stop)[..., None], own, out)
+    return out
+
+
+@exit_linear.register_fake
+def _(
+    x: Tensor, depth: Tensor, stops: list[int], weights: list[Tensor], biases: list[Tensor]
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weights[0].shape[0])
 
 
 def loop(body: str, carry: tuple[Any, ...], inputs: tuple[Any, ...], trips: int) -> tuple[Any, ...]:

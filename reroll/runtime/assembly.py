@@ -89,11 +89,12 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
         running = None if exits is None else loop_exits(loop, exits)
         graphs = {}
         if exits is not None:
-            test, fill, nodes = split_exits(loop, exits)
-            graphs["test"] = runnable(test, tree.readings[name])
-            own_fill = {nodes[node]: update for node, update in own.items()}
-            filled = nodes[layers[name]]
-            graphs["fill"] = runnable(fill, tree.readings[name], filled, own_fill)
+            split = split_exits(loop, exits)
+            own_test = {split.tested[node]: own[node] for node in split.tested}
+            graphs["test"] = runnable(split.test, tree.readings[name], split.layers, own_test)
+            own_fill = {new: own[node] for node, new in split.filled.items() if node in own}
+            filled = split.filled[layers[name]]
+            graphs["fill"] = runnable(split.fill, tree.readings[name], filled, own_fill)
         graphs["forward"] = runnable(loop.body.graph, tree.readings[name], layers[name], own)
         if name in statics:
             graphs["static"] = runnable(statics[name], tree.readings[name])

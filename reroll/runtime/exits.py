@@ -2,7 +2,7 @@
 
 A body with exits is compiled to three functions: `forward` runs the layer, `test` decides who is
 done, and is called only after trips where somebody may leave, and `fill` computes keys and values
-alone, for the caches of layers that a token skips.
+or the update of a state alone, for layers that a token skips.
 
 While one token per row is decoded, rows that are done are taken out of the batch: `forward` runs
 for the others only. In longer inputs every trip runs for all tokens, and those that are done keep
@@ -19,9 +19,14 @@ import torch
 from torch import Tensor, fx, nn
 from transformers.cache_utils import DynamicLayer
 
+from reroll.rewrite.ops import ABSENT
 from reroll.rewrite.program import Loop
 from reroll.rewrite.rolling.exits import HOLD, Exits
-from reroll.runtime.caches import CACHE, cache_nodes
+from reroll.runtime.caches import CACHE, RECURRENCE, cache_nodes, owns_state
+from reroll.runtime.hoisting import OWN_INPUTS
+from reroll.runtime.states import can_split, join_rows, rows_of
+
+MARK = torch.ops.reroll.mark_keys.default
 
 
 @dataclass
@@ -29,17 +34,36 @@ class LoopExits:
     """What a running loop needs to know of its exits.
 
     `holds`: what is carried first stays as it is for tokens that are done; `compact`: rows of them
-    can be left out.
+    can be left out. `absent`: layers that they skip only have to know that they are not there;
+    `caches` is how many there are in a trip. `keeps`: the test has state of its own, so that it
+    needs the cache layers.
     """
 
     done: int
     thresholds: tuple[float, ...]
     holds: bool
     compact: bool
+    absent: bool
+    caches: int
+    keeps: bool
 
 
-def split_exits(loop: Loop, exits: Exits) -> tuple[fx.Graph, fx.Graph, dict[fx.Node, fx.Node]]:
-    """Take the tests out of a body, in place; returns `test`, `fill`, and the nodes of `fill`.
+@dataclass
+class Split:
+    """The functions beside `forward`, and what each node of the body that owns state is in them.
+
+    `layers` is the node of the cache layers in `test`; None if it has no state.
+    """
+
+    test: fx.Graph
+    fill: fx.Graph
+    tested: dict[fx.Node, fx.Node]
+    filled: dict[fx.Node, fx.Node]
+    layers: fx.Node | None
+
+
+def split_exits(loop: Loop, exits: Exits) -> Split:
+    """Take the tests out of a body, in place.
 
     `test` takes the carry from before the trip, that from after it, and the loop's inputs, and
     returns the carry with what was decided. `fill` takes what the body takes.
@@ -55,6 +79,9 @@ def split_exits(loop: Loop, exits: Exits) -> tuple[fx.Graph, fx.Graph, dict[fx.N
     new = [test.placeholder(f"new_{number}") for number in range(width)]
     for place in places[width:]:
         values[place] = test.placeholder(place.name)
+    layers = None
+    if any(map(owns_state, exits.tests)):
+        layers = test.create_node("placeholder", OWN_INPUTS[0], (None,), name=OWN_INPUTS[0])
     for number, node in enumerate(returned):
         if number not in exits.decided and node.op != "placeholder":
             values[node] = new[number]
@@ -63,24 +90,31 @@ def split_exits(loop: Loop, exits: Exits) -> tuple[fx.Graph, fx.Graph, dict[fx.N
             values[node] = test.node_copy(node, lambda n: values[n])
     decided = [values[n] if i in exits.decided else new[i] for i, n in enumerate(returned)]
     test.output(tuple(decided))
+    tested = {node: values[node] for node in exits.tests if owns_state(node)}
     output.args = (tuple(places[i] if i in exits.decided else n for i, n in enumerate(returned)),)
     body.eliminate_dead_code()
     fill = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    fill.graph_copy(body, nodes)
-    fill.output(tuple(nodes[n] for n in cache_nodes(body)))
+    filled: dict[fx.Node, fx.Node] = {}
+    fill.graph_copy(body, filled)
+    fill.output(tuple(filled[n] for n in cache_nodes(body)))
     fill.eliminate_dead_code()
-    return test, fill, nodes
+    return Split(test, fill, tested, filled, layers)
 
 
 def loop_exits(loop: Loop, exits: Exits) -> LoopExits:
     """The exits of a loop for running it."""
-    returned: Any = loop.body.graph.output_node().args[0]
-    plain = all(n.target is CACHE for n in cache_nodes(loop.body.graph))
+    body = loop.body.graph
+    returned: Any = body.output_node().args[0]
+    layers = [n for n in cache_nodes(body) if n not in exits.tests]
     # a body that is told how many rows there are cannot run for fewer
-    plain = plain and not any(isinstance(n, fx.Node) and _is_size(n) for n in loop.inputs)
+    told = any(isinstance(n, fx.Node) and _is_size(n) for n in loop.inputs)
     holds = returned[0].target is HOLD
-    return LoopExits(exits.done, exits.thresholds, holds, plain and holds)
+    marks = any(n.target is MARK for n in body.nodes)
+    absent = marks and all(n.target is CACHE for n in layers)
+    keeps = any(n.target is RECURRENCE for n in exits.tests)
+    return LoopExits(
+        exits.done, exits.thresholds, holds, holds and not told, absent, len(layers), keeps
+    )
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -99,8 +133,13 @@ def can_compact(exits: LoopExits, carry: tuple[Any, ...], layers: Sequence[Any])
         and carry[0].shape[1] == 1
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in layers)
+        and all(map(_has_rows, layers))
     )
+
+
+def _has_rows(layer: Any) -> bool:
+    """Whether a cache layer can be updated some rows at a time."""
+    return can_split(layer) or (isinstance(layer, DynamicLayer) and not layer.is_sliding)
 
 
 def run_compacted(
@@ -110,17 +149,27 @@ def run_compacted(
     values: Sequence[Any],
     layers: Sequence[Any],
 ) -> tuple[Tensor, ...]:
-    """One trip for the rows that are not done; the others put keys and values into the caches."""
+    """One trip for the rows that are not done; the others do what has to be done to the caches."""
     done = carry[exits.done][:, 0]
     batch = done.shape[0]
     rest = done.nonzero()[:, 0]
     if len(rest) == 0:
         return trip(*carry, *values, past_key_values=layers)  # type: ignore[no-any-return]
+    # the test's own layers stand behind those of the body
+    plain = [layer for layer in layers if not can_split(layer)]
+    known = exits.absent and len(plain) == exits.caches
+    known = known and all(layer.get_seq_length() for layer in plain)
     if len(rest) == batch:
-        trip.fill(*carry, *values, past_key_values=layers)  # type: ignore[operator]
+        if known:
+            for layer in plain:
+                layer.update(*_absent(layer, batch))
+        else:
+            trip.fill(*carry, *values, past_key_values=layers)  # type: ignore[operator]
         return carry
     live = (~done).nonzero()[:, 0]
-    shared = [_Shared(layer, batch, rest, live) for layer in layers]
+    shared = [
+        (_Parts if can_split(layer) else _Shared)(layer, batch, rest, live) for layer in layers
+    ]
 
     def rows(items: Sequence[Any], index: Tensor) -> list[Any]:
         return [
@@ -128,16 +177,51 @@ def run_compacted(
             for item in items
         ]
 
-    trip.fill(  # type: ignore[operator]
-        *rows(carry, rest), *rows(values, rest), past_key_values=[s.filling() for s in shared]
+    if known:
+        for each in shared:
+            each.leave_out()
+    else:
+        trip.fill(  # type: ignore[operator]
+            *rows(carry, rest), *rows(values, rest), past_key_values=[s.filling() for s in shared]
+        )
+    new = trip(
+        *rows(carry, live), *rows(values, live), past_key_values=[s.running() for s in shared]
     )
-    new = trip(*rows(carry, live), *rows(values, live), past_key_values=shared)
+    for each in shared:
+        each.finish()
     merged = []
     for old, part in zip(carry, new, strict=True):
         whole = old.clone()
         whole[live] = part
         merged.append(whole)
     return tuple(merged)
+
+
+def _absent(layer: Any, rows: int) -> tuple[Tensor, Tensor]:
+    """Keys that nobody reads, and values: one token for each row."""
+    k, v = (t.new_zeros(rows, t.shape[1], 1, t.shape[3]) for t in (layer.keys, layer.values))
+    k[..., -1] = ABSENT
+    return k, v
+
+
+class _Parts:
+    """A layer of a size of its own, taken apart into done rows and the others."""
+
+    def __init__(self, layer: Any, batch: int, rest: Tensor, live: Tensor) -> None:
+        self.layer, self.batch = layer, batch
+        self.parts = [(rows, rows_of(layer, rows, batch)) for rows in (rest, live)]
+
+    def leave_out(self) -> None:
+        """Nothing: only layers that are not updated come here."""
+
+    def filling(self) -> Any:
+        return self.parts[0][1]
+
+    def running(self) -> Any:
+        return self.parts[1][1]
+
+    def finish(self) -> None:
+        join_rows(self.layer, self.parts, self.batch)
 
 
 class _Shared:
@@ -150,6 +234,16 @@ class _Shared:
 
     def filling(self) -> _Filling:
         return _Filling(self)
+
+    def running(self) -> _Shared:
+        return self
+
+    def leave_out(self) -> None:
+        """Let done rows be absent."""
+        self.held = _absent(self.layer, len(self.rest))
+
+    def finish(self) -> None:
+        """Nothing: the layer itself is updated by the rows that are not done."""
 
     def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         assert self.held is not None

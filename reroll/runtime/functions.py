@@ -7,14 +7,14 @@ with a few microseconds more of dispatch.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reroll.rewrite.ops import activate
+from reroll.rewrite.ops import ABSENT, activate
 
 aten = torch.ops.aten
 reroll = torch.ops.reroll
@@ -98,9 +98,39 @@ def hold(done: Tensor, old: Tensor, new: Tensor) -> Tensor:
     return torch.where(done[..., None], old, new)
 
 
+def mark_keys(k: Tensor, absent: Tensor) -> Tensor:
+    """`reroll.mark_keys`, through which gradients flow."""
+    mark = (absent.to(k.dtype) * ABSENT)[:, None, :, None]
+    return torch.cat((k, mark.expand(-1, k.shape[1], -1, -1)), -1)
+
+
+def exit_linear(
+    x: Tensor,
+    depth: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> Tensor:
+    """`reroll.exit_linear` with one product for each token."""
+    heads = [(w, biases[n] if biases else None) for n, w in enumerate(weights)]
+    place = torch.zeros_like(depth)
+    for number, stop in enumerate(stops, 1):
+        place = torch.where(depth == stop, number, place)
+    used = place.unique().tolist()
+    if len(used) == 1:
+        return F.linear(x, *heads[used[0]])
+    out = x.new_zeros(*x.shape[:-1], weights[0].shape[0])
+    for number in used:
+        own = place == number
+        out[own] = F.linear(x[own], *heads[number])
+    return out
+
+
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     reroll.exit.default: exit_,
     reroll.hold.default: hold,
+    reroll.mark_keys.default: mark_keys,
+    reroll.exit_linear.default: exit_linear,
     reroll.rms_norm.default: rms_norm,
     reroll.rope.default: rope,
     reroll.glu.default: glu,

@@ -9,10 +9,11 @@ from torch import fx
 
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import shape
-from reroll.runtime.loops import keep_positions, look_up
+from reroll.runtime.loops import keep_positions, kept_positions, look_up
 from reroll.runtime.modules import Reading
 
 aten = torch.ops.aten
+EXIT_LINEAR = torch.ops.reroll.exit_linear.default
 
 # what may stand between the last matrix and the logits: one tensor in, position by position
 _POINTWISE = {
@@ -22,7 +23,10 @@ _POINTWISE = {
 
 
 def logits_head(program: Program) -> fx.Node | None:
-    """The linear node that makes the logits of every position, if there is such a one."""
+    """The linear node that makes the logits of every position, if there is such a one.
+
+    Where exits have heads of their own, it is an `exit_linear`.
+    """
     if "logits" not in program.outputs:
         return None
     output = next(iter(reversed(program.graph.nodes)))
@@ -32,7 +36,7 @@ def logits_head(program: Program) -> fx.Node | None:
         if len(tensors) != 1 or len(shape(tensors[0])) != 3:
             return None
         node = tensors[0]
-    if not isinstance(node, fx.Node) or node.target is not aten.linear.default:
+    if not isinstance(node, fx.Node) or node.target not in (aten.linear.default, EXIT_LINEAR):
         return None
     hidden = shape(node.args[0])  # type: ignore[arg-type]
     return node if len(node.users) == 1 and len(hidden) == 3 else None
@@ -46,6 +50,9 @@ def keep_before_head(program: Program, state: fx.Node) -> bool:
     hidden = head.args[0]
     with program.graph.inserting_before(head):
         kept = program.graph.call_function(keep_positions, (hidden, state))
+        if head.target is EXIT_LINEAR:
+            depth = program.graph.call_function(kept_positions, (head.args[1], state))
+            head.update_arg(1, depth)
     head.update_arg(0, kept)
     return True
 

@@ -77,7 +77,8 @@ def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any,
         else:
             carry = trip(*carry, *values, past_key_values=own)
         if exits is not None and is_open(exits.thresholds[number]):
-            carry = trip.test(*old, *carry, *values)  # type: ignore[operator]
+            kept = {"past_key_values": own} if exits.keeps else {}
+            carry = trip.test(*old, *carry, *values, **kept)  # type: ignore[operator]
     return carry
 
 
@@ -89,16 +90,20 @@ def run_static(state: State, name: str, inputs: tuple[Any, ...]) -> tuple[Any, .
     return tuple(values)
 
 
-def read_out(model: Any, hidden: Tensor, **inputs: Any) -> Tensor:
+def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tensor:
     """The logits of a lowered model if its last loop returned `hidden` [batch, time, width].
 
-    `inputs` are those of the model's forward. No trip is made.
+    `depth` is the number of trips after which that was, which matters where exits have heads of
+    their own; 0 is the full depth. `inputs` are those of the model's forward. No trip is made.
     """
     loops = model._assembly.loops
     kept, last = dict(loops), model.program.loops[-1].name
+    exits = kept[last].exits
+    counter = None if exits is None else exits.done + 1
     try:
         for name in kept:
-            loops[name] = Trips([_Given(hidden if name == last else None)], 0, 0)
+            given = _Given(hidden, counter, depth) if name == last else _Given(None, None, 0)
+            loops[name] = Trips([given], 0, 0)
         logits: Tensor = model(**inputs).logits
     finally:
         loops.update(kept)
@@ -106,21 +111,28 @@ def read_out(model: Any, hidden: Tensor, **inputs: Any) -> Tensor:
 
 
 class _Given(nn.Module):
-    """A trip that computes nothing: hidden states are given, or stay as they were."""
+    """A trip that computes nothing: hidden states are given, or stay as they were.
 
-    def __init__(self, hidden: Tensor | None) -> None:
+    `counter` is the position of the carried value that counts trips, and `depth` what it then is.
+    """
+
+    def __init__(self, hidden: Tensor | None, counter: int | None, depth: int) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.counter, self.depth = hidden, counter, depth
 
-    def forward(self, first: Tensor, *rest: Any, past_key_values: Any = None) -> tuple[Any, ...]:
+    def forward(self, *carry: Any, past_key_values: Any = None) -> tuple[Any, ...]:
         del past_key_values
         if self.hidden is None:
-            return (first, *rest)
+            return carry
         # beside the hidden state, a loop with exits may carry the one that a token left with
-        return tuple(
-            self.hidden if isinstance(value, Tensor) and value.shape == first.shape else value
-            for value in (first, *rest)
-        )
+        shape = carry[0].shape
+        values = [
+            self.hidden if isinstance(value, Tensor) and value.shape == shape else value
+            for value in carry
+        ]
+        if self.counter is not None:
+            values[self.counter] = torch.full_like(values[self.counter], self.depth)
+        return tuple(values)
 
 
 def look_up(table: nn.Module, ids: Tensor, state: State) -> Tensor:
@@ -132,6 +144,11 @@ def keep_positions(hidden: Tensor, state: State) -> Tensor:
     """The positions of [batch, time, ...] whose outputs the caller wants."""
     if state.hidden is not None:
         state.hidden.append(hidden)
+    return kept_positions(hidden, state)
+
+
+def kept_positions(values: Tensor, state: State) -> Tensor:
+    """The positions of [batch, time, ...] that the caller wants."""
     if isinstance(state.keep, Tensor):
-        return hidden[:, state.keep]
-    return hidden[:, -state.keep :] if state.keep else hidden
+        return values[:, state.keep]
+    return values[:, -state.keep :] if state.keep else values

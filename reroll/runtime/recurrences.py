@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.mixers import Mixer, make
-from reroll.rewrite.ops import after_first, delayed
+from reroll.rewrite.ops import after_first, delayed, without_idle
 from reroll.runtime.masks import visible_tokens
 from reroll.runtime.states import Rewinding
 
@@ -35,6 +35,7 @@ def recur(
     delay: int = 0,
     skip: int = 0,
     active: bool = True,
+    idle: Tensor | None = None,
 ) -> Tensor:
     """`reroll.recurrence` onto the state of a cache layer, or from the zero state without one.
 
@@ -54,12 +55,13 @@ def recur(
         return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
     mixer = make(rule, options)
     if layer is not None:
-        out: Tensor = layer.update(mixer, q, k, v, gates, padding, delay, skip)
+        out: Tensor = layer.update(mixer, q, k, v, gates, padding, delay, skip, idle)
         return out
     if padding is not None:
         padding = padding[:, -q.shape[2] :]
     if skip:
         padding = after_first(padding, k, skip)
+    padding = without_idle(padding, idle)
     k, v, *gates, writes = delayed([k, v, *gates], padding, delay)
     return dispatch.chunk(mixer, q, k, v, gates, padding=writes)[0]
 
@@ -97,6 +99,7 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         padding: Tensor | None,
         delay: int,
         skip: int,
+        idle: Tensor | None = None,
     ) -> Tensor:
         """What the new tokens read [batch, time, heads, d_v]; they write, or wait to."""
         time = q.shape[2]
@@ -104,10 +107,11 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         def again(count: int) -> None:
             part = None if padding is None else padding[:, : padding.shape[1] - time + count]
             a, b, c, *rest = [t[:, :, :count] for t in (q, k, v, *gates)]
-            self.update(mixer, a, b, c, rest, part, delay, skip)
+            now = None if idle is None else idle[:, :count]
+            self.update(mixer, a, b, c, rest, part, delay, skip, now)
 
         self._recorded(time, again)
-        writes = self._writes(k, padding, skip)
+        writes = without_idle(self._writes(k, padding, skip), idle)
         tensors = [k, v, *gates]
         if delay:
             *tensors, writes = self._wait(tensors, writes, delay)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -75,6 +76,60 @@ class Rewinding:
                 self.record_past = recording
             remove = max(remove - length, 0)
         self._past = None
+
+
+# ---- some rows of a batch at a time
+
+# what a layer of transformers' that replaces its tensors has beside its settings
+_SLIDING = ("keys", "values", "cumulative_length", "is_initialized")
+_FLAGS = ("has_previous_state", "is_initialized")
+
+
+def can_split(layer: Any) -> bool:
+    """Whether a layer replaces its tensors at every update, so that its rows can be told apart."""
+    kinds = (Rewinding, DynamicSlidingWindowLayer)
+    return isinstance(layer, kinds) and not getattr(layer, "record_past", False)
+
+
+def rows_of(layer: Any, rows: Tensor, batch: int) -> Any:
+    """A layer of its own with the state of some rows of a batch."""
+    part = copy(layer)
+    for name in _names(layer):
+        value = getattr(layer, name)
+        setattr(part, name, _mapped(lambda x: x[rows] if x.shape[:1] == (batch,) else x, [value]))
+    return part
+
+
+def join_rows(layer: Any, parts: Sequence[tuple[Tensor, Any]], batch: int) -> None:
+    """Give a layer the state of layers of some rows each, which together are the batch."""
+
+    def joined(*tensors: Tensor) -> Tensor:
+        whole = tensors[0].new_empty(batch, *tensors[0].shape[1:])
+        for (rows, _), tensor in zip(parts, tensors, strict=True):
+            if tensor.shape[:1] != rows.shape:
+                return tensor
+            whole[rows] = tensor
+        return whole
+
+    for name in _names(layer):
+        setattr(layer, name, _mapped(joined, [getattr(part, name) for _, part in parts]))
+
+
+def _names(layer: Any) -> list[str]:
+    names = dict.fromkeys((*getattr(layer, "state_names", _SLIDING), *_FLAGS))
+    return [name for name in names if hasattr(layer, name)]
+
+
+def _mapped(function: Callable[..., Tensor], values: Sequence[Any]) -> Any:
+    """A function on the tensors of values of one structure; of truths, whether all are true."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return function(*values)
+    if isinstance(first, list):
+        return [_mapped(function, each) for each in zip(*values, strict=True)]
+    if isinstance(first, dict):
+        return {key: _mapped(function, [value[key] for value in values]) for key in first}
+    return all(values) if isinstance(first, bool) else first
 
 
 def snapshot(cache: Any) -> list[Any]:

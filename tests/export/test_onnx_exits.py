@@ -30,6 +30,10 @@ def with_exits(options: str, blocks: int | None = None) -> Program:
         ("at=[1, 3], criterion=entropy, threshold=0.02", None, 2),
         ("at=[1, 2, 3], criterion=saturation, threshold=0.9", 1, 1),
         ("at=[2], criterion=mlp, threshold=0.4", None, 1),
+        ("at=[1, 2, 3], criterion=latent, threshold=-0.6, state=skip", None, 1),
+        ("at=[1, 2, 3], criterion=margin, threshold=0.05, head=own", 1, 1),
+        # the classifier has a state, which every trip updates
+        ("at=[1, 3], criterion=gated, threshold=0.4", None, 0),
         # caches as if nobody left: every trip runs
         ("at=[1, 2, 3], criterion=latent, threshold=-0.6, state=defer", None, 0),
     ],

@@ -142,6 +142,25 @@ def test_exits_are_weighted(models: Models, batch: Batch) -> None:
         Exits(at=[4]).begin(models)
 
 
+def test_exits_train_the_heads_that_they_have(batch: Batch) -> None:
+    program = captured.captured("llama")
+    options = "at=[1, 3], criterion=saturation, head=own"
+    model = run_passes(program, f"insert_exits({options})", measure=False).to_module()
+    found = Models(model, model, program.to_module().eval().requires_grad_(False))
+    first = Exits(at=[1]).loss(batch, found)
+    first.value.backward()
+    heads = {n: p for n, p in model.named_parameters() if n.startswith("exits.")}
+    assert {n: p.grad is not None and bool(p.grad.any()) for n, p in heads.items()} == {
+        n: n.startswith("exits.1.") for n in heads
+    }
+    with torch.no_grad():
+        heads["exits.1.lm_head.weight"].zero_()
+    # that of the full depth is another one
+    second = Exits(at=[1]).loss(batch, found)
+    assert second.parts["after_1"] != first.parts["after_1"]
+    assert second.parts["full"] == first.parts["full"]
+
+
 def test_new_weights_are_those_that_the_original_lacks(models: Models) -> None:
     found = new_names(models.module, models.teacher)
     assert found

@@ -16,7 +16,8 @@ from torch import fx
 from reroll.export.onnx.graph import Graph, Value
 from reroll.export.onnx.parameters import Trip, select
 from reroll.export.onnx.translate import TARGET
-from reroll.rewrite.lowerings import lowering
+from reroll.rewrite.lowerings import find_lowering, lowering
+from reroll.rewrite.ops import ABSENT
 from reroll.rewrite.program import Loop, ancestors
 from reroll.rewrite.rolling.exits import HOLD, exits_of, is_open
 from reroll.runtime.caches import CACHE, cache_nodes
@@ -58,6 +59,36 @@ def streak(
     more = g.op("Add", count, g.number(1, INT))
     same = g.op("Equal", token, last, dtype=BOOL)
     return token, g.op("Where", same, more, g.number(0, INT), dtype=INT)
+
+
+@lowering(TARGET, "reroll::mark_keys.default")
+def mark_keys(g: Translator, node: fx.Node, k: Any, absent: Any) -> Value:
+    """Keys with one more channel, which says who is not there."""
+    dtype = g.dtype(node)
+    k = g.tensor(k, dtype)
+    mark = g.op("Mul", g.cast(g.tensor(absent, BOOL), dtype), g.number(ABSENT, dtype))
+    mark = g.op("Unsqueeze", mark, g.ints(1, 3))
+    sizes = g.op("Concat", g.op("Shape", k, start=0, end=3, dtype=INT), g.ints(1), axis=0)
+    return g.op("Concat", k, g.op("Expand", mark, sizes), axis=-1)
+
+
+@lowering(TARGET, "reroll::exit_linear.default")
+def exit_linear(
+    g: Translator, node: fx.Node, x: Any, depth: Any, stops: Any, weights: Any, biases: Any
+) -> Value:
+    """A product with the matrix of the exit that a token left by; all of them are computed."""
+    linear = find_lowering(TARGET, "aten::linear.default")
+    assert linear is not None
+    depth = g.tensor(depth, INT)
+    heads = [
+        linear(g, node, x, weight, biases[number] if biases else None)
+        for number, weight in enumerate(weights)
+    ]
+    out = heads[0]
+    for stop, own in zip(stops, heads[1:], strict=True):
+        here = g.op("Equal", depth, g.number(stop, INT), dtype=BOOL)
+        out = g.op("Where", g.op("Unsqueeze", here, g.ints(2)), own, out, dtype=own.dtype)
+    return out
 
 
 def _threshold(g: Translator) -> Value | None:
@@ -150,6 +181,16 @@ def norm(g: Translator, node: fx.Node, x: Any, p: Any, dims: Any, keepdim: bool 
     if p not in (2, None):
         raise ValueError(f"the {p}-norm is not supported")
     return g.op("ReduceL2", g.tensor(x), g.ints(*dims), keepdims=int(keepdim))
+
+
+@lowering(TARGET, "aten::constant_pad_nd.default")
+def constant_pad(g: Translator, node: fx.Node, x: Any, pad: Any, value: Any = 0) -> Value:
+    """More channels behind the last ones, all of one value."""
+    if len(pad) != 2 or pad[0]:
+        raise ValueError("only the end of the last dimension can be padded")
+    dtype, rank = g.dtype(node), len(node.meta["type"].shape)
+    pads = g.ints(*[0] * (2 * rank - 1), pad[1])
+    return g.op("Pad", g.tensor(x, dtype), pads, g.number(float(value), dtype))
 
 
 @lowering(TARGET, "aten::cosine_similarity.default")

@@ -59,6 +59,7 @@ def recurrence(
     delay: Any = 0,
     skip: Any = 0,
     active: Any = True,
+    idle: Any = None,
 ) -> Value:
     """A token mixer on its state; see `reroll.rewrite.ops.recurrence`."""
     if any(isinstance(x, Varying) for x in (delay, skip, active)):
@@ -81,6 +82,10 @@ def recurrence(
     q, k, v = (g.tensor(x, FLOAT) for x in (q, k, v))
     values = [g.tensor(x, FLOAT) for x in gates]
     writes = _writes(g, padding, skip)
+    if idle is not None:
+        here = g.op("Unsqueeze", g.op("Not", g.tensor(idle, BOOL), dtype=BOOL), g.ints(1, 3))
+        here = g.cast(here, FLOAT)
+        writes = here if writes is None else g.op("Mul", writes, here)
     declared = mixer.gates(d_k, d_v)
     if delay:
         k, v, values, writes = _delayed(g, node, k, v, values, writes, delay, declared, kv_heads)

@@ -17,8 +17,8 @@ from reroll.runtime.loops import read_out
 class Exits(Stage):
     """Train the predictions after some trips beside those at full depth.
 
-    With L_i the loss after `at[i]` trips, by the model's own last norm and head, and L_B that at
-    full depth,
+    With L_i the loss after `at[i]` trips, by the norm and head that the exit has of its own or else
+    the model's (`insert_exits(head=...)`), and L_B that at full depth,
 
         loss = (sum_i a_i L_i + a_B L_B) / (sum_i a_i + a_B)
 
@@ -61,8 +61,8 @@ class Exits(Stage):
         else:
             last = cross_entropy(logits, batch.labels)
         losses = []
-        for _, hidden in seen:
-            early = read_out(models.module, hidden, **arguments(batch))
+        for stop, (_, hidden) in zip(self.at, seen, strict=True):
+            early = read_out(models.module, hidden, stop, **arguments(batch))
             if self.distil:
                 losses.append(divergence(early[keep], logits[keep].detach()))
             else:

@@ -130,7 +130,14 @@ def _convolution(node: fx.Node, place: Place) -> int:
     return 2 * _count(_shape(node)) * _count(_shape(node.args[1])[1:])
 
 
+def _exit_linear(node: fx.Node, place: Place) -> int:
+    # a token has one head, whichever it is
+    x, weight = _shape(node.args[0]), _shape(node.args[3][0])  # type: ignore[index]
+    return 2 * _count(x[:-1]) * _count(weight)
+
+
 register(aten.linear.default, flops=_linear)
+register(torch.ops.reroll.exit_linear.default, flops=_exit_linear)
 for _op in (aten.mm.default, aten.bmm.default, aten.matmul.default):
     register(_op, flops=_matmul(slice(0, 2)))
 for _op in (aten.addmm.default, aten.baddbmm.default):

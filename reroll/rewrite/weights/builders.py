@@ -48,6 +48,11 @@ def cast(x: Expr, dtype: torch.dtype) -> Expr:
     return x if x.meta.dtype == dtype else build("cast", x, DTYPE_NAMES.get(dtype, str(dtype)))
 
 
+def copy(x: Expr, number: int) -> Expr:
+    """``x`` again, which is not tied to ``x`` nor to copies with other numbers."""
+    return build("copy", x, number)
+
+
 def transpose(x: Expr) -> Expr:
     """The transpose of a matrix."""
     return build("transpose", x)

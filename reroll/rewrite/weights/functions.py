@@ -177,6 +177,12 @@ def cast(x: Tensor, dtype: str) -> Tensor:
     return x.to(dtype_from_name(dtype))
 
 
+@weight_function(lambda x, number: x, arithmetic=False)
+def copy(x: Tensor, number: int) -> Tensor:
+    """``x`` again, as a tensor of its own for each number."""
+    return x.clone()
+
+
 @weight_function(_transpose_rule, arithmetic=False)
 def transpose(x: Tensor) -> Tensor:
     """The transpose of a matrix."""

@@ -63,8 +63,7 @@ class Engine:
         # with exact caches, trips are made also for tokens that have left
         self.defers = exits is not None and not loop_exits(self.loop, exits).holds
         if exits is not None:
-            test, _, _ = split_exits(self.loop, exits)
-            self.test = Plan(test)
+            self.test = Plan(split_exits(self.loop, exits).test)
         self.step = Plan(self.loop.body.graph)
         self.skip = Plan(self.loop.body.graph, cache_nodes(self.loop.body.graph))
         returned: Any = program.graph.output_node().args[0]
