@@ -32,6 +32,8 @@ EXITS = {
     "patience": "at=[1, 2, 3], criterion=patience, threshold=0",
     "linear": "at=[1, 3], criterion=linear, threshold=[0.6, 0.4]",
     "defer": "at=[2], threshold=0.006, state=defer",
+    "skip": "at=[1, 2, 3], criterion=saturation, threshold=0.7, state=skip",
+    "own": "at=[1, 2, 3], threshold=[0.02, 0.006, 0.01], head=own",
     "none": "",
 }
 
@@ -49,7 +51,7 @@ def test_every_stream_gets_what_it_gets_alone(exits, mode):
         assert [list(scheduler.stream(n)) for n in numbers] == expected
         report = scheduler.depth_report()
     assert report.tokens == sum(lengths) - len(lengths)
-    if exits in ("cycle", "every", "saturation", "defer"):
+    if exits in ("cycle", "every", "saturation", "defer", "skip", "own"):
         assert 1 < report.mean < 4
 
 

@@ -1,14 +1,13 @@
 """A lowered model taken apart for running rows at different depths.
 
 The model's graph is cut at its loop: `before` makes what the loop starts with from a token and its
-position, `step` is one trip, `test` decides about exits, `skip` makes the keys and values of a trip
-that is not made, and `after` makes logits.
+position, `step` is one trip, `test` decides about exits, `skip` makes the keys and values of trips
+that are not made, and `after` makes logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -17,28 +16,14 @@ from torch import Tensor, fx
 
 from reroll.errors import UsageError
 from reroll.rewrite.program import Loop, weight_nodes
-from reroll.rewrite.raising.matching import argument
+from reroll.rewrite.raising.matching import argument, shape
 from reroll.rewrite.rolling.exits import exits_of, is_open
 from reroll.runtime.caches import CACHE, cache_nodes
+from reroll.runtime.depthwise.frames import Frame, Row, frame_of, input_at
 from reroll.runtime.depthwise.plan import Batch, PerSegment, Plan
-from reroll.runtime.depthwise.pool import Pool
+from reroll.runtime.depthwise.pool import Places, Pool
 from reroll.runtime.exits import loop_exits, split_exits
 from reroll.runtime.hoisting import hoist_invariants
-
-
-@dataclass
-class Row:
-    """One token on its way: its slot and place there, its next trip, and what the loop has for it.
-
-    A row in the `background` has given its token out already, and only makes the caches exact.
-    """
-
-    slot: int
-    position: int
-    trip: int
-    carry: tuple[Tensor, ...]
-    inputs: tuple[Any, ...]
-    background: bool = False
 
 
 class Engine:
@@ -50,22 +35,27 @@ class Engine:
         if len(program.loops) != 1 or model.config.is_encoder_decoder:
             raise _refused(f"it has {len(program.loops)} loops, not one")
         (self.loop,) = program.loops
+        body = self.loop.body.graph
         self.positions = next((i.name for i in program.inputs if i.role == "positions"), None)
         if self.positions is None or any(cache_nodes(program.graph)):
             raise _refused("its positions are no input, or a layer outside the loop has a cache")
-        if any(n.target is not CACHE for n in cache_nodes(self.loop.body.graph)):
-            raise _refused("its layers have state that is not keys and values")
+        if any(n.target is not CACHE for n in cache_nodes(body)):
+            raise _refused("its layers or exits have state that is not keys and values")
         self.names = [i.name for i in program.inputs]
         self.padding = {i.name for i in program.inputs if i.role == "padding"}
         exits = exits_of(self.loop)
         self.thresholds = exits.thresholds if exits else ()
         self.done = exits.done if exits else None
+        running = None if exits is None else loop_exits(self.loop, exits)
         # with exact caches, trips are made also for tokens that have left
-        self.defers = exits is not None and not loop_exits(self.loop, exits).holds
+        self.defers = running is not None and not running.holds
+        # nobody has to be told of tokens that are not there: a slot begins without any
+        self.absent = running is not None and running.absent
         if exits is not None:
             self.test = Plan(split_exits(self.loop, exits).test)
-        self.step = Plan(self.loop.body.graph)
-        self.skip = Plan(self.loop.body.graph, cache_nodes(self.loop.body.graph))
+        caches = cache_nodes(body)
+        self.step = Plan(body)
+        self.skip = Plan(body, caches)
         returned: Any = program.graph.output_node().args[0]
         results = {int(n.args[1]): n for n in self.loop.node.users}  # type: ignore[arg-type]
         self.results = sorted(results)
@@ -80,15 +70,16 @@ class Engine:
         readings = model._assembly.tree.readings
         self.weights: dict[str, list[Tensor]] = {
             name: [attrgetter(readings[self.loop.name][name].weight)(m) for m in modules]
-            for name in weight_nodes(self.loop.body.graph) | self._test_names()
+            for name in weight_nodes(body) | self._test_names()
         }
         self.main = {
             name: attrgetter(reading.weight)(model) for name, reading in readings["main"].items()
         }
         like = next(p for p in model.parameters() if p.dtype.is_floating_point)
-        self.per_trip = len(cache_nodes(self.loop.body.graph))
-        self.pool = Pool(model._assembly.layers, slots, length, like)
+        kinds = [[shape(argument(n, x)) for x in ("k", "v")] for n in caches]
+        self.pool = Pool(kinds, self.trips, slots, length, like, self.absent)
         self.width = len(self.loop.carry)
+        self.frame: Frame | None = None
 
     def _test_names(self) -> dict[str, Any]:
         if not self.thresholds:
@@ -100,116 +91,101 @@ class Engine:
     def start(self, slots: Sequence[int], tokens: Sequence[int]) -> list[Row]:
         """Rows in front of the first trip, for one new token of each slot."""
         ids = torch.tensor(tokens)[:, None]
-        positions = torch.tensor([self.pool.lengths[s] for s in slots])[:, None]
-        values = {"input_ids": ids, self.positions: positions}
+        lengths = [self.pool.lengths[s] for s in slots]
+        values = {"input_ids": ids, self.positions: torch.tensor(lengths)[:, None]}
         given = [torch.ones_like(ids) if n in self.padding else values.get(n) for n in self.names]
         made = self.before.run(given, self.main.__getitem__, Batch((len(slots),)))
-        carry, rest = made[: self.width], made[self.width :]
-        known = dict(zip(self.given, rest, strict=True))
-        rows = []
-        for number, slot in enumerate(slots):
+        known = dict(zip(self.given, made[self.width :], strict=True))
 
-            def own(value: Any, number: int = number) -> Any:
-                value = known[value] if isinstance(value, fx.Node) else value
-                alone = isinstance(value, Tensor) and value.shape[:1] == (len(slots),)
-                return value[number : number + 1] if alone else value
+        def own(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(own, value))
+            value = known[value] if isinstance(value, fx.Node) else value
+            one = isinstance(value, Tensor) and value.shape[:1] == (1,)
+            return value.expand(len(slots), *value.shape[1:]) if one else value
 
-            inputs = tuple(
-                tuple(map(own, value)) if isinstance(value, tuple) else own(value)
-                for value in self.loop.inputs
-            )
-            position = self.pool.lengths[slot]
-            rows.append(Row(slot, position, 0, tuple(map(own, carry)), inputs))
-        return rows
+        inputs = list(map(own, self.loop.inputs))
+        return Frame.of(list(made[: self.width]), inputs, list(zip(slots, lengths, strict=True)))
 
     def run_step(self, rows: Sequence[Row]) -> None:
         """One trip for rows that are sorted by their trips; their carry and trip move on."""
-        old, inputs, batch = self._batched(rows)
-        new = self.step.run([*old, *inputs], self._weight(rows), batch)
-        tested = [i for i, r in enumerate(rows) if self.is_tested(r.trip)]
-        if tested:
-            # rows without an exit here have an infinite threshold, or are left out if all are alike
-            new = self.test.run([*old, *new, *inputs], self._weight(rows), batch)
-        for number, row in enumerate(rows):
-            row.carry = tuple(value[number : number + 1] for value in new)
+        frame = self._frame(rows)
+        trips = [row.trip for row in rows]
+        inputs, batch = self._batched(frame, trips)
+        weight = self._weight(trips)
+        new = self.step.run([*frame.carry, *inputs], weight, batch)
+        if any(self.is_tested(trip) for trip in set(trips)):
+            # rows without an exit here have an infinite threshold
+            new = self.test.run([*frame.carry, *new, *inputs], weight, batch)
+            assert self.done is not None
+            for row, left in zip(rows, new[self.done].flatten().tolist(), strict=True):
+                row.left = left
+        frame.carry = list(new)
+        for row in rows:
             row.trip += 1
 
     def is_tested(self, trip: int) -> bool:
         """Whether anybody can leave after a trip."""
         return bool(self.thresholds) and is_open(self.thresholds[trip])
 
-    def is_done(self, row: Row) -> bool:
-        """Whether a row has left the loop, or made all its trips."""
-        return row.trip == self.trips or self.has_left(row)
-
-    def has_left(self, row: Row) -> bool:
-        """Whether a row has left the loop before its end."""
-        return self.done is not None and bool(row.carry[self.done])
-
     def run_skips(self, rows: Sequence[Row]) -> None:
         """Keys and values of the trips that rows do not make, from the state that they left with.
 
-        The rows have to be in one trip.
+        One run for all rows and trips: what all trips have in common is computed at once.
         """
-        for trip in range(rows[0].trip, self.trips):
-            at = [replace(row, trip=trip) for row in rows]
-            carry, inputs, batch = self._batched(at)
-            self.skip.run([*carry, *inputs], self._weight(at), batch)
+        if self.absent:
+            return
+        frame = self._frame(rows)
+        pairs = [(t, n) for t in range(self.trips) for n, row in enumerate(rows) if row.trip <= t]
+        trips, numbers = [t for t, _ in pairs], torch.tensor([n for _, n in pairs])
+        every = frame.select(numbers, [rows[n] for _, n in pairs])
+        inputs, batch = self._batched(every, trips)
+        self.skip.run([*every.carry, *inputs], self._weight(trips), batch)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """[rows, vocabulary] of the next tokens."""
-        carry = [torch.cat([r.carry[i] for r in rows]) for i in self.results]
-        batch = Batch((len(rows),))
-        return self.after.run(carry, self.main.__getitem__, batch)[0][:, 0]  # type: ignore[no-any-return]
+        carry = self._frame(rows).carry
+        given = [carry[i] for i in self.results]
+        found: Tensor = self.after.run(given, self.main.__getitem__, Batch((len(rows),)))[0]
+        return found[:, 0]
+
+    def depth(self, row: Row) -> int:
+        """How many trips a row made: a loop with exits counts them."""
+        return row.trip if self.done is None else int(row.carry[self.done + 1])
 
     # ---- a batch
 
-    def _batched(self, rows: Sequence[Row]) -> tuple[list[Tensor], list[Any], Batch]:
-        trips = sorted({r.trip for r in rows})
-        sizes = tuple(sum(r.trip == trip for r in rows) for trip in trips)
-        carry = [torch.cat([r.carry[i] for r in rows]) for i in range(self.width)]
-        inputs: list[Any] = []
-        for number in range(len(self.loop.inputs)):
-            values = [
-                r.inputs[number][r.trip]
-                if isinstance(r.inputs[number], tuple)
-                else r.inputs[number]
-                for r in rows
-            ]
-            if isinstance(values[0], Tensor):
-                one = values[0].shape[:1] == (1,)
-                inputs.append(torch.cat(values) if one else values[0])
-            elif len(set(values)) == 1:
-                inputs.append(values[0])
-            else:
-                firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-                inputs.append(PerSegment(tuple(values[f] for f in firsts)))
-        places = [(r.slot, r.position) for r in rows]
+    def _frame(self, rows: Sequence[Row]) -> Frame:
+        """What the loop carries for some rows; kept, because the next trip often has the same."""
+        if self.frame is None or not self.frame.has(rows):
+            self.frame = frame_of(rows)
+        return self.frame
 
-        def layers(number: int) -> list[int]:
-            return [r.trip * self.per_trip + number for r in rows]
+    def _batched(self, frame: Frame, trips: Sequence[int]) -> tuple[list[Any], Batch]:
+        order = sorted(set(trips))
+        sizes = tuple(trips.count(trip) for trip in order)
+        inputs = [input_at(value, order, sizes) for value in frame.inputs]
+        places = Places(trips, frame.places)
 
         def store(number: int, k: Tensor, v: Tensor) -> None:
-            self.pool.store(layers(number), places, k, v)
+            self.pool.store(number, places, k, v)
 
         def attend(number: int, q: Tensor, node: fx.Node) -> Tensor:
-            for name in ("chunk", "bias", "blocks"):
+            for name in ("chunk", "bias", "blocks", "sinks"):
                 if argument(node, name) is not None:
                     raise _refused(f"its attention has {name}")
-            windows = [self.loop.resolve(argument(node, "window"), r.trip) for r in rows]
-            cap, sinks = argument(node, "softcap"), argument(node, "sinks")
-            if sinks is not None:
-                raise _refused("its attention has sinks")
-            scale = float(argument(node, "scale"))
-            return self.pool.attend(layers(number), places, q, scale, windows, cap, None)
+            window = argument(node, "window")
+            windows = [self.loop.resolve(window, trip) for trip in trips]
+            cap, scale = argument(node, "softcap"), float(argument(node, "scale"))
+            return self.pool.attend(number, places, q, scale, windows, cap)
 
-        return carry, inputs, Batch(sizes, store, attend)
+        return inputs, Batch(sizes, store, attend)
 
-    def _weight(self, rows: Sequence[Row]) -> Any:
-        trips = sorted({r.trip for r in rows})
+    def _weight(self, trips: Sequence[int]) -> Any:
+        order = sorted(set(trips))
 
         def weight(name: str) -> Any:
-            own = [self.weights[name][trip] for trip in trips]
+            own = [self.weights[name][trip] for trip in order]
             if all(w is own[0] for w in own):
                 return own[0]
             return PerSegment(tuple(own))

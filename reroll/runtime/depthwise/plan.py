@@ -18,7 +18,9 @@ from torch import Tensor, fx
 from reroll.rewrite.program import ancestors
 from reroll.rewrite.raising.matching import argument
 from reroll.runtime.caches import ATTENTION, CACHE
-from reroll.runtime.functions import BINARY, FUNCTIONS, METHODS
+from reroll.runtime.functions import BINARY, FUNCTIONS, METHODS, rms_norm
+
+NORM = torch.ops.reroll.rms_norm.default
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Plan:
         kwargs = {k: _value(v, values) for k, v in node.kwargs.items()}
         if not any(isinstance(a, PerSegment) for a in (*args, *kwargs.values())):
             return function(*args, **kwargs)
+        if node.target is NORM and isinstance(args[1], PerSegment) and not kwargs:
+            return _norm(args[0], args[1], sizes, *args[2:])
         rows, start, parts = sum(sizes), 0, []
         for number, size in enumerate(sizes):
 
@@ -103,6 +107,16 @@ class Plan:
         if isinstance(parts[0], tuple):
             return tuple(map(torch.cat, zip(*parts, strict=True)))
         return torch.cat(parts)
+
+
+def _norm(
+    x: Tensor, weight: PerSegment, sizes: tuple[int, ...], eps: float, offset: float = 0.0
+) -> Tensor:
+    """`rms_norm` of all rows at once, each with the weight of its segment."""
+    counts = torch.tensor(sizes)
+    own = torch.stack(weight.values).repeat_interleave(counts, 0).float() + offset
+    own = own.view(-1, *[1] * (x.dim() - 2), own.shape[-1])
+    return (rms_norm(x.float(), None, eps) * own).to(x.dtype)
 
 
 def _value(item: Any, values: dict[fx.Node, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The caches of all running requests: one tensor per layer, one slot per request."""
+"""The caches of all running requests: one tensor for each cache of a trip, one slot per request."""
 
 from __future__ import annotations
 
@@ -10,72 +10,106 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.errors import UsageError
+from reroll.rewrite.ops import ABSENT
 from reroll.runtime.attention import attend
-from reroll.runtime.caches import CacheLayer
 
-Places = Sequence[tuple[int, int]]
+# up to so many keys in all, those of a batch are copied side by side and attended to at once
+TOGETHER = 4096
+
+
+class Places:
+    """Where the keys of the rows of a batch are: their trips, slots and positions there."""
+
+    def __init__(self, trips: Sequence[int], places: Sequence[tuple[int, int]]) -> None:
+        self.trips = list(trips)
+        self.slots, self.positions = ([p[i] for p in places] for i in (0, 1))
+        self.index = tuple(torch.tensor(x) for x in (self.trips, self.slots, self.positions))
+        self.longest = max(self.positions) + 1
+        self.masks: dict[tuple[int | None, ...], Tensor | None] = {}
+
+    def mask(self, windows: Sequence[int | None]) -> Tensor | None:
+        """Which keys each row sees [rows, 1, 1, longest]; None if each sees all."""
+        key = tuple(windows)
+        if key not in self.masks:
+            last, keys = self.index[2][:, None], torch.arange(self.longest)
+            seen = keys <= last
+            if any(window is not None for window in windows):
+                sizes = [self.longest if w is None else w for w in windows]
+                seen = seen & (keys > last - torch.tensor(sizes)[:, None])
+            self.masks[key] = None if bool(seen.all()) else seen[:, None, None]
+        return self.masks[key]
 
 
 class Pool:
-    """Keys and values [slots, kv_heads, length, head_dim] of each layer, and how many are filled.
+    """Keys and values [trips, slots, kv_heads, length, size] of each cache that a trip has.
 
-    `lengths[slot]` counts the tokens of a request that have been given out.
+    `kinds` are the types of keys and values of one trip. `lengths[slot]` counts the tokens of a
+    request that have been given out. With `absent`, tokens are not there until they are stored: see
+    `reroll.rewrite.ops.mark_keys`.
     """
 
-    def __init__(self, plan: Sequence[CacheLayer], slots: int, length: int, like: Tensor) -> None:
-        if any(layer.kv_heads is None or layer.head_dim is None for layer in plan):
+    def __init__(
+        self,
+        kinds: Sequence[Sequence[Sequence[Any]]],
+        trips: int,
+        slots: int,
+        length: int,
+        like: Tensor,
+        absent: bool = False,
+    ) -> None:
+        sizes = [kind[i] for pair in kinds for kind in pair for i in (1, 3)]
+        if not all(isinstance(size, int) for size in sizes):
             raise UsageError("the sizes of a cache layer are known only when the model runs")
-        self.length = length
+        self.length, self.absent = length, absent
         self.lengths = [0] * slots
-        shapes = [(slots, layer.kv_heads or 0, length, layer.head_dim or 0) for layer in plan]
-        self.keys = [like.new_empty(shape) for shape in shapes]
-        self.values = [like.new_empty(shape) for shape in shapes]
+        # what nobody has written yet is read with no weight, and has to be finite for that
+        self.keys, self.values = (
+            [like.new_zeros(trips, slots, kind[i][1], length, kind[i][3]) for kind in kinds]
+            for i in (0, 1)
+        )
 
     def fill(self, slot: int, cache: Any, length: int) -> None:
         """Copy the caches of a prompt, that of one row, into a slot."""
-        for number, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            layer = cache.layers[number]
-            keys[slot, :, :length] = layer.keys[0]
-            values[slot, :, :length] = layer.values[0]
+        for number, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            for trip in range(len(pair[0])):
+                layer = cache.layers[trip * len(self.keys) + number]
+                for whole, part in zip(pair, (layer.keys, layer.values), strict=True):
+                    held = part.shape[2]
+                    whole[trip, slot, :, length - held : length] = part[0]
+            if self.absent:
+                pair[0][:, slot, :, length:, -1] = ABSENT
         self.lengths[slot] = length
 
-    def store(self, layers: Sequence[int], places: Places, k: Tensor, v: Tensor) -> None:
-        """Put the keys and values [rows, kv_heads, 1, head_dim] of tokens into their layers.
-
-        `places` are the slot and the position of each token.
-        """
-        for row, (layer, (slot, position)) in enumerate(zip(layers, places, strict=True)):
-            self.keys[layer][slot, :, position] = k[row, :, 0]
-            self.values[layer][slot, :, position] = v[row, :, 0]
+    def store(self, number: int, places: Places, k: Tensor, v: Tensor) -> None:
+        """Put the keys and values [rows, kv_heads, 1, size] of tokens into their places."""
+        trips, slots, positions = places.index
+        self.keys[number][trips, slots, :, positions] = k[:, :, 0]
+        self.values[number][trips, slots, :, positions] = v[:, :, 0]
 
     def attend(
         self,
-        layers: Sequence[int],
+        number: int,
         places: Places,
         q: Tensor,
         scale: float,
         windows: Sequence[int | None],
         softcap: float | None,
-        sinks: Tensor | None,
     ) -> Tensor:
-        """Attention of new tokens `q` [rows, heads, 1, head_dim] over their own requests' caches.
+        """Attention of new tokens `q` [rows, heads, 1, size] over their own requests' caches.
 
-        Returns [rows, 1, heads, head_dim].
+        Returns [rows, 1, heads, size].
         """
-        kv_heads = self.keys[layers[0]].shape[1]
-        plain = softcap is None and sinks is None
-        grouped = q.unflatten(1, (kv_heads, -1)).squeeze(3) if plain else q
-        out = []
-        for row, (layer, (slot, position)) in enumerate(zip(layers, places, strict=True)):
-            stop = position + 1
-            start = 0 if windows[row] is None else max(0, stop - (windows[row] or 0))
-            k = self.keys[layer][slot : slot + 1, :, start:stop]
-            v = self.values[layer][slot : slot + 1, :, start:stop]
-            if plain:
-                out.append(
-                    F.scaled_dot_product_attention(grouped[row : row + 1], k, v, scale=scale)
-                )
-            else:
-                out.append(attend(q[row : row + 1], k, v, scale, False, None, softcap, sinks))
-        joined = torch.cat(out)
-        return joined.flatten(1, 2)[:, None] if plain else joined
+        keys, values = self.keys[number], self.values[number]
+        longest, (trips, slots, _) = places.longest, places.index
+        if softcap is None and len(places.trips) * longest <= TOGETHER:
+            k, v = (t[trips, slots, :, :longest] for t in (keys, values))
+            grouped = q.unflatten(1, (keys.shape[2], -1)).squeeze(3)
+            out = F.scaled_dot_product_attention(grouped, k, v, places.mask(windows), scale=scale)
+            return out.flatten(1, 2)[:, None]
+        rows = []
+        for row, (trip, slot) in enumerate(zip(places.trips, places.slots, strict=True)):
+            stop, window = places.positions[row] + 1, windows[row]
+            start = 0 if window is None else max(0, stop - window)
+            k, v = (t[trip, slot, None, :, start:stop] for t in (keys, values))
+            rows.append(attend(q[row : row + 1], k, v, scale, False, None, softcap))
+        return torch.cat(rows)

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from reroll.errors import UsageError
-from reroll.runtime.depthwise.engine import Engine, Row
+from reroll.runtime.depthwise.engine import Engine
+from reroll.runtime.depthwise.frames import Row
 from reroll.runtime.exits import DepthReport
 
 Mode = Literal["depth", "compact", "lockstep"]
@@ -156,7 +157,8 @@ class DepthScheduler:
         self.counts.batches += 1
         self.counts.trips += len(rows)
         ended = [r for r in rows if self._has_ended(r)]
-        self._rows = [r for r in self._rows if not any(r is e for e in ended)]
+        if ended:
+            self._rows = [r for r in self._rows if not any(r is e for e in ended)]
         self._ended += [r for r in ended if not r.background]
         if self._ended and (self.mode == "depth" or self._batch_is_through()):
             finished, self._ended = self._ended, []
@@ -164,12 +166,10 @@ class DepthScheduler:
 
     def _has_ended(self, row: Row) -> bool:
         if row.background or self.mode != "lockstep":
-            return row.trip == self.engine.trips or (
-                not row.background and self.engine.has_left(row)
-            )
+            return row.trip == self.engine.trips or (not row.background and row.left)
         # everybody waits until all have left
         return row.trip == self.engine.trips or all(
-            self.engine.has_left(r) for r in self._rows if r.trip == row.trip
+            r.left for r in self._rows if r.trip == row.trip
         )
 
     def _next_rows(self) -> list[Row]:
@@ -186,18 +186,17 @@ class DepthScheduler:
     def _finish(self, rows: list[Row]) -> None:
         """Give out the next tokens of rows that are through, and start the ones after those."""
         engine = self.engine
-        for trip in sorted({r.trip for r in rows}):
-            left = [r for r in rows if r.trip == trip < engine.trips]
-            if left and not engine.defers:
-                engine.run_skips(left)
-                self.counts.skipped += len(left) * (engine.trips - trip)
+        left = [r for r in rows if r.trip < engine.trips]
+        if left and not engine.defers:
+            engine.run_skips(left)
+            self.counts.skipped += sum(engine.trips - r.trip for r in left)
         chosen = engine.logits(rows).argmax(-1).tolist()
         self.counts.heads += len(rows)
         going: list[tuple[int, int]] = []
         for row, token in zip(rows, chosen, strict=True):
             request = self._running[row.slot]
             engine.pool.lengths[row.slot] += 1
-            request.depths.append(self._depth(row))
+            request.depths.append(engine.depth(row))
             if self._give(request, token):
                 going.append((row.slot, token))
         if engine.defers:
@@ -205,11 +204,6 @@ class DepthScheduler:
             behind = [replace(r, background=True) for r in rows if r.trip < engine.trips]
             self._rows += [r for r in behind if r.slot in self._running]
         self._begin(going)
-
-    def _depth(self, row: Row) -> int:
-        # a loop with exits counts the trips of each token beside who is done
-        done = self.engine.done
-        return row.trip if done is None else int(row.carry[done + 1])
 
     def _give(self, request: Request, token: int) -> bool:
         """Add a token to a request; whether it wants more."""
