@@ -183,16 +183,6 @@ def norm(g: Translator, node: fx.Node, x: Any, p: Any, dims: Any, keepdim: bool 
     return g.op("ReduceL2", g.tensor(x), g.ints(*dims), keepdims=int(keepdim))
 
 
-@lowering(TARGET, "aten::constant_pad_nd.default")
-def constant_pad(g: Translator, node: fx.Node, x: Any, pad: Any, value: Any = 0) -> Value:
-    """More channels behind the last ones, all of one value."""
-    if len(pad) != 2 or pad[0]:
-        raise ValueError("only the end of the last dimension can be padded")
-    dtype, rank = g.dtype(node), len(node.meta["type"].shape)
-    pads = g.ints(*[0] * (2 * rank - 1), pad[1])
-    return g.op("Pad", g.tensor(x, dtype), pads, g.number(float(value), dtype))
-
-
 @lowering(TARGET, "aten::cosine_similarity.default")
 def cosine_similarity(
     g: Translator, node: fx.Node, a: Any, b: Any, dim: int = 1, eps: float = 1e-8
