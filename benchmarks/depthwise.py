@@ -1,15 +1,16 @@
 """Continuous depth-wise batching beside lockstep and compaction, on a tied model with exits.
 
-    python -m benchmarks.depthwise [--model DIR] [--blocks 15,10] [--requests 1,4,16]
-        [--queue 2] [--tokens 24] [--rounds 3] [--threads 1] [--parts] [--json FILE]
+    python -m benchmarks.depthwise [--model DIR] [--blocks 15,10] [--at 10] [--requests 1,4,16]
+        [--criterion saturation] [--states propagate,skip] [--depth 0.6] [--queue 2] [--tokens 24]
+        [--rounds 3] [--threads 1] [--dtype float32] [--parts] [--json FILE]
 
-All four sides run the same generated functions over the same caches: `full` never leaves the loop,
-`lockstep` waits for its slowest row, `compact` drops rows that are done, `depth` fills their places
-with tokens at other depths. Exits stand between the rounds through the blocks, by `saturation`;
-thresholds are set so that the mean depth is at most `--depth` of the trips on the prompts that are
-timed. The model is tied and not trained, so what it says is of no use, and when it leaves is a
-matter of its hidden states. Rounds take the sides in turns, medians
-are reported, and the tokens of all sides with exits have to be the same.
+All four sides run the same functions over the same caches: `full` never leaves the loop, `lockstep`
+waits for its slowest row, `compaction` drops rows that are done, `depth` fills their places with
+tokens at other depths. Exits stand after the first round through the blocks and all further ones,
+or where `--at` says. Thresholds are one quantile of each exit's scores, the largest for which
+tokens make at most `--depth` of the trips on the prompts that are timed. The model is tied and not
+trained, so what it says is of no use, and when it leaves is a matter of its hidden states. The
+tokens of all sides with exits have to be the same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,100 +27,67 @@ import torch
 from transformers import AutoTokenizer
 
 import reroll
-from reroll.rewrite.rolling.exits import exit_loop, with_thresholds
+from reroll.evaluate.exits import scores_at, with_open
+from reroll.evaluate.serving import answer, compare_serving
+from reroll.rewrite.rolling.exits import exit_loop
 from reroll.runtime.depthwise import DepthScheduler
+from reroll.runtime.depthwise.frames import Row, frame_of
 
 SEARCH = 6
-SIDES = ("full", "lockstep", "compact", "depth")
+TRIPS, SKIPS, HEAD, START = "one trip", "all trips not made", "head", "start of a token"
 
 
-def timed(
-    model: Any, mode: str, prompts: list[list[int]], tokens: int, slots: int
-) -> dict[str, Any]:
-    """Seconds of decoding, without the prompts, and what came of it.
+def parts(model: Any, prompts: list[list[int]], counts: list[int]) -> dict[int, dict[str, float]]:
+    """The processor's time of each part of a tick, in milliseconds, by the number of rows."""
+    found = {}
+    for count in counts:
+        scheduler = DepthScheduler(model, slots=count, length=64)
+        for prompt in prompts[:count]:
+            scheduler.submit(prompt, max_new_tokens=8)
+        scheduler.tick()
+        engine, now = scheduler.engine, scheduler._rows
 
-    With one thread they are seconds of the processor's time, so that what else the machine does
-    counts less.
-    """
-    with DepthScheduler(model, slots=slots, length=128, mode=mode) as scheduler:
-        admit, spent = scheduler._admit, [0.0, 0.0]
+        def at(trip: int, now: list[Row] = now) -> list[Row]:
+            for row in now:
+                row.trip, row.left = trip, False
+            return now
 
-        def timed_admit() -> None:
-            start, cpu = time.perf_counter(), time.process_time()
-            admit()
-            spent[0] += time.perf_counter() - start
-            spent[1] += time.process_time() - cpu
-
-        scheduler._admit = timed_admit  # type: ignore[method-assign]
-        numbers = [scheduler.submit(p, max_new_tokens=tokens) for p in prompts]
-        start, cpu = time.perf_counter(), time.process_time()
-        scheduler.run()
-        wall = time.perf_counter() - start - spent[0]
-        cpu = time.process_time() - cpu - spent[1]
-        return {
-            "wall": wall,
-            "seconds": cpu if torch.get_num_threads() == 1 else wall,
-            "tokens": [list(scheduler.stream(n)) for n in numbers],
-            "depth": scheduler.depth_report(),
-            "counts": vars(scheduler.counts),
-        }
-
-
-def parts(model: Any, prompts: list[list[int]], counts: tuple[int, ...]) -> None:
-    """Print the processor's time of each part of a tick, in milliseconds, by the number of rows."""
-    scheduler = DepthScheduler(model, slots=len(prompts), length=128)
-    for prompt in prompts:
-        scheduler.submit(prompt, max_new_tokens=8)
-    scheduler.tick()
-    engine = scheduler.engine
-    print("| rows | one trip | trips not made, each | head | start of a token |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
-    with torch.no_grad():
-        for count in counts:
-            rows = [replace(r, trip=0) for r in scheduler._rows[:count]]
-            half = [replace(r, trip=engine.trips // 2) for r in rows]
+        half = engine.trips // 2
+        slots = [row.slot for row in now]
+        with torch.no_grad():
+            frame_of(now)
             calls: dict[str, Callable[[], Any]] = {
-                "trip": lambda rows=rows: engine.run_step([replace(r) for r in rows]),
-                "skips": lambda half=half: engine.run_skips(half),
-                "head": lambda rows=rows: engine.logits(rows),
-                "start": lambda rows=rows: engine.start([r.slot for r in rows], [5] * len(rows)),
+                TRIPS: lambda engine=engine, at=at: engine.run_step(at(0)),
+                SKIPS: lambda engine=engine, at=at, half=half: engine.run_skips(at(half)),
+                HEAD: lambda engine=engine, now=now: engine.logits(now),
+                START: lambda engine=engine, slots=slots: engine.start(slots, [5] * len(slots)),
             }
-            took = {}
+            found[count] = {}
             for name, call in calls.items():
                 times = []
-                for _ in range(7):
+                for _ in range(15):
                     start = time.process_time()
                     call()
                     times.append(1000 * (time.process_time() - start))
-                took[name] = statistics.median(times)
-            took["skips"] /= engine.trips - engine.trips // 2
-            cells = " | ".join(f"{value:.2f}" for value in took.values())
-            print(f"| {len(rows)} | {cells} |", flush=True)
+                found[count][name] = statistics.median(times)
+    return found
 
 
-def with_depth(
-    program: Any,
-    prompts: list[list[int]],
-    tokens: int,
-    slots: int,
-    wanted: float,
-    given: float | None,
+def opened(
+    program: Any, at: list[int], text: torch.Tensor, prompts: list[list[int]], options: Any
 ) -> Any:
-    """The program with one threshold for all exits, so that tokens make `wanted` of the trips."""
+    """The program with thresholds for which tokens make few enough trips, and the depths."""
     loop, exits = exit_loop(program)
-    low, high, best = -4.0, 0.0, None
-    for _ in range(SEARCH if given is None else 1):
-        # scores are cosines, near one
-        middle = 1 - 10 ** ((low + high) / 2) if given is None else given
-        edited = program.edit()
-        own, _ = exit_loop(edited)
-        at = {t: middle for t, old in enumerate(exits.thresholds) if old < float("inf")}
-        tried = with_thresholds(edited, own, at)
-        report = timed(tried.to_module(), "depth", prompts, tokens, slots)["depth"]
-        if report.mean <= wanted * loop.trips:
-            high, best = (low + high) / 2, (tried, middle, report)
+    scores = scores_at(program, exits, [stop - 1 for stop in at], text.split(256))
+    low, high, best = 0.0, 1.0, None
+    for _ in range(SEARCH):
+        level = (low + high) / 2
+        tried = with_open(program, {t: s.quantile(level).item() for t, s in scores.items()})
+        run = answer(tried.to_module(), prompts, slots=16, tokens=options.tokens)
+        if run["depth"].mean <= options.depth * loop.trips:
+            low, best = level, tried
         else:
-            low = (low + high) / 2
+            high = level
     assert best is not None
     return best
 
@@ -131,84 +98,68 @@ def main() -> None:
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--text", type=Path, default=Path("data/text/wiki.val.txt"))
     parser.add_argument("--blocks", default="15,10")
-    parser.add_argument("--relax", default="")
+    parser.add_argument("--at", help="trips after which tokens may leave")
     parser.add_argument("--requests", default="1,4,16")
+    parser.add_argument("--criterion", default="saturation")
+    parser.add_argument("--states", default="propagate,skip")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--depth", type=float, default=0.6)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--queue", type=int, default=2, help="requests for each slot")
-    parser.add_argument("--threshold", type=float, help="instead of a search")
     parser.add_argument("--parts", action="store_true", help="time the parts of a tick instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    original = reroll.capture(options.model, dtype=torch.float32)
+    original = reroll.capture(options.model, dtype=getattr(torch, options.dtype))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    text = options.text.read_text(encoding="utf-8")[:40_000]
+    text = options.text.read_text(encoding="utf-8")[:60_000]
     ids = tokenizer.encode(text, add_special_tokens=False)
-    rows = []
-    print("| blocks | requests | mean depth | side | tokens/s | of lockstep | rows per batch |")
-    print("| ---: | ---: | ---: | --- | ---: | ---: | ---: |")
+    counts = [int(n) for n in options.requests.split(",")]
+    rows: list[Any] = []
+    if options.parts:
+        print(f"| blocks | state | rows | {TRIPS} | {SKIPS} | {HEAD} | {START} |")
+        print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    else:
+        print("| blocks, exits | state | requests | side | depth | tokens/s | of lockstep | rows |")
+        print("| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |")
+    trips = original.loops[0].trips
     for blocks in map(int, options.blocks.split(",")):
-        at = list(range(blocks, original.loops[0].trips, blocks))
-        passes = f"tie(blocks={blocks}), {options.relax}" if options.relax else f"tie({blocks=})"
-        passes += f", insert_exits(at={at}, criterion=saturation, threshold=0.5)"
-        program = reroll.run_passes(original, passes, measure=False)
-        if options.parts:
-            found = [int(n) for n in options.requests.split(",")]
-            prompts = [ids[100 * i : 100 * i + 12] for i in range(max(found))]
-            parts(program.to_module(), prompts, tuple(found))
-            continue
-        for count in map(int, options.requests.split(",")):
-            prompts = [ids[100 * i : 100 * i + 12] for i in range(count * options.queue)]
-            found = with_depth(
-                program, prompts, options.tokens, count, options.depth, options.threshold
-            )
-            chosen, threshold, report = found
+        at = list(range(blocks, trips, blocks))
+        if options.at:
+            at = [int(n) for n in options.at.split(",")]
+        for state in options.states.split(","):
+            exits = f"insert_exits(at={at}, criterion={options.criterion}, state={state})"
+            program = reroll.run_passes(original, f"tie(blocks={blocks}), {exits}", measure=False)
+            if options.parts:
+                prompts = [ids[100 * i : 100 * i + 12] for i in range(max(counts))]
+                program = with_open(program, {at[0] - 1: 0.5})
+                for count, took in parts(program.to_module(), prompts, counts).items():
+                    cells = " | ".join(f"{value:.2f}" for value in took.values())
+                    print(f"| {blocks} | {state} | {count} | {cells} |", flush=True)
+                continue
+            prompts = [ids[100 * i : 100 * i + 12] for i in range(16 * options.queue)]
+            chosen = opened(program, at, torch.tensor(ids[-512:]), prompts[:32], options)
             model = chosen.to_module()
-            closed = with_thresholds(
-                edited := program.edit(),
-                exit_loop(edited)[0],
-                dict.fromkeys(range(original.loops[0].trips), float("inf")),
-            ).to_module()
-            results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-            for number in range(options.rounds):
-                for side in SIDES if number % 2 else SIDES[::-1]:
-                    mode = "lockstep" if side == "full" else side
-                    own = closed if side == "full" else model
-                    results[side].append(timed(own, mode, prompts, options.tokens, count))
-            same = all(
-                r["tokens"] == results["depth"][0]["tokens"]
-                for side in SIDES[1:]
-                for r in results[side]
-            )
-            assert same, "the sides do not give the same tokens"
-            made = len(prompts) * (options.tokens - 1)
-            speed = {
-                side: made / statistics.median(r["seconds"] for r in results[side])
-                for side in SIDES
-            }
-            for side in SIDES:
-                counts = results[side][0]["counts"]
-                fullness = counts["trips"] / counts["batches"]
-                depth = results[side][0]["depth"].mean
-                print(
-                    f"| {blocks} | {count} | {depth:.1f} | {side} | {speed[side]:.1f} "
-                    f"| {speed[side] / speed['lockstep']:.2f} | {fullness:.1f} |",
-                    flush=True,
+            for count in counts:
+                found = compare_serving(
+                    model,
+                    prompts[: count * options.queue],
+                    slots=count,
+                    tokens=options.tokens,
+                    rounds=options.rounds,
                 )
-                rows.append(
-                    {
-                        "blocks": blocks, "requests": count, "depth": depth, "side": side,
-                        "speed": speed[side], "threshold": threshold, "counts": counts,
-                        "seconds": [r["seconds"] for r in results[side]],
-                        "wall": [r["wall"] for r in results[side]],
-                        "histogram": report.histogram,
-                    }
-                )  # fmt: skip
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=1))
+                for name, side in found["sides"].items():
+                    print(
+                        f"| {blocks}, {at} | {state} | {count} | {name} "
+                        f"| {side['depth']['mean']:.1f} | {side['tokens_per_second']:.1f} "
+                        f"| {side['of_lockstep']:.2f} | {side['rows_per_batch']:.1f} |",
+                        flush=True,
+                    )
+                rows.append({"blocks": blocks, "at": at, "state": state, **found})
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

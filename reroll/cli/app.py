@@ -354,6 +354,7 @@ def generate_command(
 
 
 @app.command("calibrate")
+@command
 def calibrate_command(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model with exits.")],
     text: Annotated[Path, typer.Option(help="A file with text to calibrate on.")],

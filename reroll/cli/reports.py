@@ -255,6 +255,33 @@ def generated(found: Found) -> None:
     tokens = sum(o["tokens"] for o in outputs)
     rate = found["tokens_per_second"]
     _print(f"\n{tokens} tokens in {found['seconds']:.1f} s, {rate:.1f} tokens/s with the prompt")
+    if "depth" in found:
+        _print(_depth(found["depth"]))
+
+
+def served(found: Found) -> None:
+    """What `serve-bench` measured."""
+    table = new_table("side", ">tokens/s", ">of lockstep", ">batches", ">rows each", ">mean depth")
+    for name, side in found["sides"].items():
+        table.add_row(
+            name,
+            f"{side['tokens_per_second']:.1f}",
+            f"{side['of_lockstep']:.2f}",
+            str(side["batches"]),
+            f"{side['rows_per_batch']:.1f}",
+            f"{side['depth']['mean']:.1f}",
+        )
+    _print(table)
+    _print(
+        f"{found['requests']} requests of {found['tokens']} tokens, {found['slots']} at once, "
+        f"{found['threads']} threads; prompts' time not counted"
+    )
+    _print(_depth(found["sides"]["depth"]["depth"]))
+
+
+def _depth(found: Found) -> str:
+    counts = ", ".join(f"{trips}: {count}" for trips, count in found["histogram"].items())
+    return f"{found['mean']:.4g} trips per token ({counts})"
 
 
 def calibrated(found: Found) -> None:

@@ -116,7 +116,10 @@ def generate(
         ids = _until_end(row, ends)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         outputs.append({"prompt": prompt, "text": text, "tokens": len(ids)})
+    report = getattr(model, "depth_report", None)
+    depth = {} if report is None else {"depth": report.as_data()}
     return {
+        **depth,
         "outputs": outputs,
         "steps": new.shape[1],
         "seconds": seconds,

@@ -298,6 +298,10 @@ class DepthReport:
         total = sum(depth * count for depth, count in self.histogram.items())
         return total / max(self.tokens, 1)
 
+    def as_data(self) -> dict[str, Any]:
+        """As JSON data: the mean, and tokens by the number of trips."""
+        return {"mean": self.mean, "histogram": dict(self.histogram)}
+
     def __str__(self) -> str:
         counts = ", ".join(f"{depth}: {count}" for depth, count in self.histogram.items())
         return f"{self.mean:.4g} trips per token ({counts})"

@@ -8,6 +8,7 @@ that leaves makes room at once, and new requests join while others run.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,12 +42,17 @@ class Request:
 
 @dataclass
 class Counts:
-    """What a scheduler has done: trips run for batches and for rows, skipped ones, logits made."""
+    """What a scheduler has done: trips run for batches and for rows, skipped ones, logits made.
+
+    `prompt_seconds` and `prompt_cpu_seconds` went into prompts, by the clock and the processor's.
+    """
 
     batches: int = 0
     trips: int = 0
     skipped: int = 0
     heads: int = 0
+    prompt_seconds: float = 0.0
+    prompt_cpu_seconds: float = 0.0
 
 
 class DepthScheduler:
@@ -230,6 +236,7 @@ class DepthScheduler:
         if self.mode != "depth" and self._rows:
             return
         going = []
+        wall, cpu = time.perf_counter(), time.process_time()
         while self._waiting and self._free:
             request = self._waiting.popleft()
             cache = DynamicCache(config=self.model.config)
@@ -240,4 +247,6 @@ class DepthScheduler:
             token = int(out.logits[0, -1].argmax())
             if self._give(request, token):
                 going.append((request.slot, token))
+        self.counts.prompt_seconds += time.perf_counter() - wall
+        self.counts.prompt_cpu_seconds += time.process_time() - cpu
         self._begin(going)

@@ -1,0 +1,118 @@
+"""How fast many requests are answered: depth-wise batching beside what it is compared with."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from reroll.errors import UsageError
+from reroll.evaluate.exits import with_open
+from reroll.rewrite.program import Program
+from reroll.rewrite.rolling.exits import exit_loop, is_open
+from reroll.runtime.depthwise import DepthScheduler
+from reroll.runtime.depthwise.scheduler import Mode
+
+# the sides that have exits, by what they are called: see `DepthScheduler`
+MODES: Mapping[str, Mode] = {"lockstep": "lockstep", "compaction": "compact", "depth": "depth"}
+
+
+def answer(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    tokens: int,
+    mode: Mode = "depth",
+) -> dict[str, Any]:
+    """Answer all requests greedily; seconds of decoding without prompts, and what came of it.
+
+    With one thread they are seconds of the processor's time, so that what else the machine does
+    counts less.
+    """
+    length = max(map(len, prompts)) + tokens
+    with DepthScheduler(model, slots=slots, length=length, mode=mode) as scheduler:
+        numbers = [scheduler.submit(prompt, max_new_tokens=tokens) for prompt in prompts]
+        wall, cpu = time.perf_counter(), time.process_time()
+        scheduler.run()
+        counts = scheduler.counts
+        wall = time.perf_counter() - wall - counts.prompt_seconds
+        cpu = time.process_time() - cpu - counts.prompt_cpu_seconds
+        return {
+            "seconds": cpu if torch.get_num_threads() == 1 else wall,
+            "wall_seconds": wall,
+            "tokens": [list(scheduler.stream(number)) for number in numbers],
+            "depth": scheduler.depth_report(),
+            "batches": counts.batches,
+            "rows_per_batch": counts.trips / max(counts.batches, 1),
+            "skipped": counts.skipped,
+        }
+
+
+def closed(program: Program) -> Program:
+    """The program with exits through which nobody leaves."""
+    found = exit_loop(program)
+    if found is None:
+        raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
+    return with_open(program, dict.fromkeys(range(found[0].trips), math.inf))
+
+
+def compare_serving(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int = 16,
+    tokens: int = 32,
+    rounds: int = 3,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Tokens per second of four ways to answer the same requests; `model` is a lowered one.
+
+    `full` makes all trips, `lockstep` waits for the slowest row of each token, `compaction` drops
+    rows that are done, `depth` fills their places. Each round takes all sides, and medians count.
+    Raises UsageError for a model without open exits, and AssertionError if two sides with exits
+    give different tokens.
+    """
+    found = exit_loop(model.program)
+    if found is None or not any(map(is_open, found[1].thresholds)):
+        raise UsageError(
+            "nobody leaves this model early",
+            hint="give insert_exits a threshold, or run `reroll calibrate`",
+        )
+    sides: dict[str, tuple[Any, Mode]] = {"full": (closed(model.program).to_module(), "depth")}
+    sides |= {name: (model, mode) for name, mode in MODES.items()}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in sides if number % 2 else reversed(sides):
+            if progress is not None:
+                progress(number * len(sides), rounds * len(sides), name)
+            own, mode = sides[name]
+            runs[name].append(answer(own, prompts, slots=slots, tokens=tokens, mode=mode))
+    given = [run["tokens"] for name in MODES for run in runs[name]]
+    assert all(each == given[0] for each in given), "the sides do not give the same tokens"
+    # the first token of each request is its prompt's
+    made = sum(len(each) - 1 for each in given[0])
+    speed = {n: made / statistics.median(r["seconds"] for r in runs[n]) for n in sides}
+    return {
+        "slots": slots,
+        "requests": len(prompts),
+        "tokens": tokens,
+        "threads": torch.get_num_threads(),
+        "trips": found[0].trips,
+        "sides": {
+            name: {
+                "tokens_per_second": speed[name],
+                "of_lockstep": speed[name] / speed["lockstep"],
+                "seconds": [r["seconds"] for r in runs[name]],
+                "wall_seconds": [r["wall_seconds"] for r in runs[name]],
+                "batches": runs[name][0]["batches"],
+                "rows_per_batch": runs[name][0]["rows_per_batch"],
+                "depth": runs[name][0]["depth"].as_data(),
+            }
+            for name in sides
+        },
+    }
