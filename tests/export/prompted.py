@@ -28,9 +28,9 @@ def inputs(ids: Tensor, seen: Tensor, start: int = 0, end: int | None = None) ->
     }
 
 
-def check_pieces(program: Program, path: Path, sizes: list[int]) -> None:
+def check_pieces(program: Program, path: Path, sizes: list[int], rows: int = 3) -> None:
     """That a prompt in pieces of these sizes has the logits that it has at once."""
-    ids, seen = prompts(program, length=sum(sizes))
+    ids, seen = prompts(program, rows, sum(sizes))
     session = Session(path)
     results = []
     for pieces in ([sum(sizes)], sizes):

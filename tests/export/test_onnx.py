@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -13,7 +15,7 @@ import reroll
 from reroll.cli.app import app
 from reroll.errors import ExportError, UsageError
 from reroll.export.onnx import Onnx
-from reroll.export.onnx.check import check_graph
+from reroll.export.onnx.check import check_graph, prompts
 from reroll.export.onnx.segments import Segment, rolled
 from reroll.export.onnx.session import Session
 from reroll.rewrite.lowerings import lowering
@@ -24,7 +26,7 @@ from reroll.rewrite.program import Program
 from tests import tiny
 from tests.captured import captured, flat
 from tests.conformance.target_suite import TargetSuite
-from tests.export.prompted import check_pieces, check_reference
+from tests.export.prompted import check_pieces, check_reference, inputs
 from tests.programs import call, typed
 from tests.programs import tiny as by_hand
 
@@ -70,6 +72,44 @@ def test_of_an_encoder_decoder_model_the_encoder(name, tmp_path):
     ones = {n: torch.ones_like(inputs["input_ids"]) for n in session.inputs if "mask" in n}
     actual = session.run({**inputs, **ones})["last_hidden_state"]
     assert tolerances.relative_rms(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_attention_as_onnx_runtime_has_it(name, tmp_path):
+    exported(captured(name), tmp_path, runtime="ort", check=True)
+    model = onnx.load(tmp_path / "unrolled.onnx", load_external_data=False)
+    kinds = [n.op_type for n in model.graph.node]
+    assert "GroupQueryAttention" in kinds
+    assert "Attention" not in kinds
+    # the operator takes pieces of one row only
+    check_pieces(captured(name), tmp_path / "loop.onnx", [7, 1, 16], rows=1)
+
+
+def test_one_buffer_may_be_past_and_present(tmp_path):
+    """A cache longer than its tokens, written where it lies."""
+    program = captured("llama")
+    exported(program, tmp_path, graphs=("unrolled",), runtime="ort")
+    session = Session(tmp_path / "unrolled.onnx")
+    ids, seen = prompts(program)
+    session.reset(len(ids))
+    expected = [session.run(inputs(ids, seen, *part))["logits"] for part in ((0, 23), (23, 24))]
+    shapes = {n: (len(ids), *session.inputs[n].shape[1:2], 40, 8) for n in session.past}
+    buffers = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+        for name, shape in shapes.items()
+    }
+    for part, wanted in zip(((0, 23), (23, 24)), expected, strict=True):
+        binding = session.session.io_binding()
+        for name, value in inputs(ids, seen, *part).items():
+            binding.bind_cpu_input(name, value.contiguous().numpy())
+        for name, buffer in buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+        binding.bind_output("logits")
+        session.session.run_with_iobinding(binding)
+        actual = torch.from_numpy(binding.copy_outputs_to_cpu()[-1])
+        shown = seen[:, slice(*part)].bool()
+        assert tolerances.relative_rms(actual[shown], wanted[shown]) < 1e-6
 
 
 def test_without_loops(tmp_path):

@@ -24,7 +24,7 @@ from tests.export.prompted import check_pieces, check_reference, inputs
 
 MIXERS = tuple(registered())
 # what a mixer keeps beside its recurrent state
-MORE = {"mlstm": {"maximum"}, "gsa": {"slot_keys"}, "rwkv6": {"last_token"}}
+MORE = {"mlstm": {"maximum"}, "gsa": {"slot_keys"}}
 
 
 def linearized(options: str, gain: float = 0.7) -> Program:
@@ -58,7 +58,7 @@ def test_mixers(mixer, tmp_path):
     program = linearized(f"mixer={mixer}, window=0, sinks=0")
     found = exported(program, tmp_path, graphs=("unrolled",))
     parts = {s["part"] for s in found["states"]}
-    assert parts == {"recurrent_state"} | MORE.get(mixer, set())
+    assert parts == {"recurrent_state"} | MORE.get(mixer, {"conv_state"})
     assert not any(s["grows"] for s in found["states"])
 
 

@@ -9,6 +9,7 @@ states.py, windows.py       state as inputs and outputs; caches that do not grow
 recurrence.py, linear_attention.py   token mixers: their op, and the operator that they become
 mixers.py, mixer_parts.py   what each mixer does around the operator
 step.py, scheduler.py       one round at a time, and a host that runs it
+grouped.py                  attention as ONNX Runtime's own operator
 exits.py                    tokens that leave a loop early
 quantise.py                 block-wise integer weights
 session.py, check.py        running what was exported, beside what it was exported from
@@ -40,6 +41,9 @@ class Onnx(Target):
     graphs: tuple[Kind, ...] = option(("loop", "unrolled"), help="which graphs to write")
     precision: Literal["fp32", "fp16", "int8", "int4"] = option(
         "fp32", help="of weights; activations are fp32, but for fp16"
+    )
+    runtime: Literal["any", "ort"] = option(
+        "any", help="ort: GroupQueryAttention, which only ONNX Runtime has, on caches that grow"
     )
     opset: int = option(23, help="the version of the ONNX operators")
     # of targets, `check_options` looks at the options together

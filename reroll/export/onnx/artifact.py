@@ -48,7 +48,7 @@ def write(
     """Write everything into a directory; see `Target.write`."""
     start = time.perf_counter()
     program = exported_part(program)
-    settings = Settings(target.precision, target.opset, target.block)
+    settings = Settings(target.precision, target.opset, target.block, target.runtime)
     weights = WeightFile(program)
     files: dict[str, str] = {}
     for kind in dict.fromkeys(target.graphs):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from reroll.export.onnx import masks, windows
+from reroll.export.onnx import grouped, masks, windows
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.parameters import Varying
 from reroll.export.onnx.translate import TARGET
@@ -47,6 +47,9 @@ def attention(
         g, node, dtype, k, causal, window, chunk, bias, padding, blocks, prefix
     )
     q, k, v = (g.tensor(x, dtype) for x in (q, k, v))
+    if grouped.fits(g, k, v, causal, sinks):
+        made = grouped.attention(g, node, q, k, v, scale, mask, softcap, keys)
+        return _if_any(g, made, causal, window, prefix)
     if sinks is None and softcap is None:
         if mask is not None:
             mask = g.op("Expand", mask, g.shape([1, 1, length, keys]))
@@ -58,10 +61,15 @@ def attention(
             weights = g.op("Slice", weights, g.ints(0), g.ints(-1), g.ints(-1), g.ints(1))
         made = g.op("MatMul", weights, _repeated(g, node, v, "v"))
     made = g.op("Transpose", made, perm=[0, 2, 1, 3])
-    if causal and not prefix and isinstance(window, Varying) and 0 in window.values:
-        sees = g.op("Greater", masks.reach(g, window), g.number(0, INT), dtype=BOOL)
-        made = g.op("Where", sees, made, g.number(0.0, dtype), dtype=dtype)
-    return made
+    return _if_any(g, made, causal, window, prefix)
+
+
+def _if_any(g: Translator, made: Value, causal: Any, window: Any, prefix: Any) -> Value:
+    """Zeros in those trips whose window is 0."""
+    if not (causal and not prefix and isinstance(window, Varying) and 0 in window.values):
+        return made
+    sees = g.op("Greater", masks.reach(g, window), g.number(0, INT), dtype=BOOL)
+    return g.op("Where", sees, made, g.number(0.0, made.dtype), dtype=made.dtype)
 
 
 @lowering(TARGET, "reroll::attention_mass.default")

@@ -41,7 +41,7 @@ class Value:
 
     `scope` is the graph that makes it; graphs inside that one see it too. `repeated`: its last
     dimension is one half twice, as that of rotary tables is. `columns` says which tokens the keys
-    of a window are: see `windows`.
+    of a window are: see `windows`; `appended` what a cache was put together from: see `grouped`.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Value:
     scope: Graph
     repeated: bool = False
     columns: Any = None
+    appended: Any = None
 
 
 @dataclass(eq=False)

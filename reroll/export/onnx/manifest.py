@@ -18,7 +18,7 @@ from onnx import TensorProto
 import reroll
 from reroll.export.onnx.parameters import Settings
 from reroll.export.onnx.readme import readme
-from reroll.export.onnx.states import PAST, PRESENT
+from reroll.export.onnx.states import CONV, PAST, PRESENT, RECURRENT
 from reroll.export.onnx.weights import FILE, WeightFile
 from reroll.rewrite.program import Program
 
@@ -36,7 +36,7 @@ def write_manifest(
     """Write the three files; returns the manifest."""
     graphs = {kind: _graph(directory / file) for kind, file in files.items()}
     states = _states(next(iter(graphs.values())))
-    config = _genai_config(program, states, files)
+    config = _genai_config(program, states, directory, files)
     if config is not None:
         _write_json(directory / GENAI, config)
     for kind, result in checked.items():
@@ -48,6 +48,7 @@ def write_manifest(
         "passes": [step.text for step in program.origin.steps],
         "precision": settings.precision,
         "opset": settings.opset,
+        "runtime": settings.runtime,
         "loops": [
             {"name": p.name, "trips": p.trips, "period": p.period, "layers": p.layers}
             for p in program.loops
@@ -115,12 +116,19 @@ def _states(graph: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _genai_config(
-    program: Program, states: list[dict[str, Any]], files: dict[str, str]
+    program: Program, states: list[dict[str, Any]], directory: Path, files: dict[str, str]
 ) -> dict[str, Any] | None:
-    """What onnxruntime-genai wants to know of a decoder; None for other models."""
-    if not states or program.outputs[0] != "logits" or not all(s["grows"] for s in states):
+    """What onnxruntime-genai wants to know of a decoder.
+
+    None for other models, and for those that have states which it does not know: windows, what
+    waits beside them, and what mLSTM and GSA keep.
+    """
+    parts = {s["part"] for s in states if not s["grows"]}
+    if not states or program.outputs[0] != "logits" or not parts <= {RECURRENT, CONV}:
         return None
-    key = states[0]["shape"]
+    key = next(s["shape"] for s in states if s["part"] in ("key", RECURRENT))
+    names = {"key": "key", "value": "value", "conv": CONV, "recurrent": RECURRENT}
+    names = {k: v for k, v in names.items() if k in ("key", "value") or v in parts}
     graph = next((files[kind] for kind in ("unrolled", "loop") if kind in files), None)
     if graph is None:
         return None
@@ -132,7 +140,7 @@ def _genai_config(
         pad = end[0] if isinstance(end, list) else end
     heads = int(config.get("num_attention_heads", key[1]))
     context = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
-    names = {i.name: i.name for i in program.inputs}
+    given = {i.name: i.name for i in program.inputs}
     return {
         "model": {
             "type": "decoder",
@@ -147,17 +155,15 @@ def _genai_config(
                 "head_size": key[3],
                 "hidden_size": config.get("hidden_size") or config.get("n_embd") or 0,
                 "num_attention_heads": heads,
-                "num_hidden_layers": len(states) // 2,
+                "num_hidden_layers": 1 + max(s["layer"] for s in states),
                 "num_key_value_heads": key[1],
                 "inputs": {
-                    **names,
-                    "past_key_names": PAST.format("%d", "key"),
-                    "past_value_names": PAST.format("%d", "value"),
+                    **given,
+                    **{f"past_{k}_names": PAST.format("%d", v) for k, v in names.items()},
                 },
                 "outputs": {
                     "logits": "logits",
-                    "present_key_names": PRESENT.format("%d", "key"),
-                    "present_value_names": PRESENT.format("%d", "value"),
+                    **{f"present_{k}_names": PRESENT.format("%d", v) for k, v in names.items()},
                 },
             },
         },
@@ -168,13 +174,20 @@ def _genai_config(
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": _shares_buffers(directory / graph, states),
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,
             "top_p": 1.0,
         },
     }
+
+
+def _shares_buffers(path: Path, states: list[dict[str, Any]]) -> bool:
+    """Whether every cache may be one buffer, as past and as present: its operator appends to it."""
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    count = sum(node.op_type == "GroupQueryAttention" for node in nodes)
+    return 0 < count == sum(s["part"] == "key" for s in states)
 
 
 def _generation(program: Program) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from reroll.export.onnx.mixer_parts import (
     with_features,
 )
 from reroll.export.onnx.recurrence import Tokens
+from reroll.export.onnx.states import CONV
 from reroll.export.onnx.translate import TARGET
 from reroll.mixers.mlstm import EPS
 from reroll.rewrite.lowerings import lowering
@@ -186,16 +187,18 @@ def deltaproduct(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
 def rwkv6(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
     """Read before write: the operator gets each token one later, and a bonus for the token itself.
 
-    So the state is without the last token, which waits beside it.
+    So the state is without the last token, which waits beside it, as that of a convolution would.
     """
     x = with_features(g, mixer, x)
     decay, bonus = x.gates
     sizes = (x.d_k, x.d_k, x.d_v)
     numbers = g.states.of(g, node)
-    past = g.states.read(g, numbers, "last_token", (x.kv_heads, 1, sum(sizes)), FLOAT)
-    held = g.op("Concat", past, g.op("Concat", x.k, decay, x.v, axis=3), axis=2)
+    past = g.states.read(g, numbers, CONV, (x.kv_heads, sum(sizes)), FLOAT)
     axis = g.ints(2)
-    g.states.write(g, numbers, "last_token", g.op("Slice", held, g.ints(-1), g.ints(END), axis))
+    given = g.op("Concat", x.k, decay, x.v, axis=3)
+    held = g.op("Concat", g.op("Unsqueeze", past, axis), given, axis=2)
+    last = g.op("Slice", held, g.ints(-1), g.ints(END), axis)
+    g.states.write(g, numbers, CONV, g.op("Squeeze", last, axis))
     late = g.op("Slice", held, g.ints(0), g.ints(-1), axis)
     hints = ("late_k", "late_decay", "late_v")
     k, fades, v = g.graph.ops("Split", late, g.ints(*sizes), hints=hints, axis=3)

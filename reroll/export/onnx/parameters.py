@@ -36,6 +36,7 @@ class Settings:
     precision: str = "fp32"
     opset: int = 23
     block: int = 32
+    runtime: str = "any"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,8 +18,10 @@ import numpy as np, onnxruntime as ort
 session = ort.InferenceSession("{file}")
 tokens = np.array([[1, 2, 3]])             # [batch, time], from the tokenizer
 seen = np.ones_like(tokens)                # 0 where a batch is padded, on the left
+kinds = {{"tensor(float)": np.float32, "tensor(float16)": np.float16}}
+sizes = {{"batch_size": len(tokens), "past_sequence_length": 0}}
 past = {{
-    i.name: np.zeros([len(tokens), i.shape[1], 0, i.shape[3]], {dtype})
+    i.name: np.zeros([sizes.get(d, d) for d in i.shape], kinds[i.type])
     for i in session.get_inputs() if i.name.startswith("past_key_values")
 }}
 names = [o.name for o in session.get_outputs()]
@@ -53,6 +55,10 @@ print(tokenizer.decode(generator.get_sequence(0)))
 ```
 """
 
+_NO_GENAI = """
+There is no genai_config.json: onnxruntime-genai does not know states such as these: {kinds}.
+"""
+
 
 def readme(manifest: dict[str, Any], has_genai: bool) -> str:
     """The text, from what the manifest says."""
@@ -84,12 +90,14 @@ def readme(manifest: dict[str, Any], has_genai: bool) -> str:
             "position_ids": "(seen.cumsum(1) - 1).clip(0)[:, -tokens.shape[1]:]",
         }
         given = ", ".join(f'"{n}": {feed[n]}' for n in names if n in feed)
-        dtype = "np.float16" if graph["inputs"][-1]["dtype"] == "float16" else "np.float32"
-        lines.append(_CAUSAL.format(file=graph["file"], feed=given, dtype=dtype))
+        lines.append(_CAUSAL.format(file=graph["file"], feed=given))
     else:
         shapes = {i["name"]: i["shape"] for i in graph["inputs"]}
         given = ", ".join(f'"{n}": ...  # {shapes[n]}' for n in names)
         lines.append(_ONCE.format(file=graph["file"], inputs=f"\n    {given}\n"))
     if has_genai:
         lines.append(_GENAI.format(file=graph["file"]))
+    elif manifest["states"]:
+        kinds = sorted({s["part"] for s in manifest["states"] if not s["grows"]})
+        lines.append(_NO_GENAI.format(kinds=", ".join(kinds)))
     return "\n".join(lines)

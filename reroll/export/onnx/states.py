@@ -9,7 +9,9 @@ onnxruntime-genai use:
                              further back; zeros stand before the first token
     first_key, first_value   [batch, kv_heads, prefix, head_dim]: the first tokens, beside a window
     recurrent_state          [batch, kv_heads, ...]: the state of a recurrence
-    maximum, last_token, slot_keys   what some mixers keep beside it: see `mixers`
+    maximum, slot_keys       what some mixers keep beside it: see `mixers`
+    conv_state               [batch, ...]: the last tokens, for mixers that read them; [batch, 1, 1]
+                             and never used where onnxruntime-genai wants one beside a recurrence
     waiting                  [batch, kv_heads, delay, channels]: tokens that a delayed recurrence
                              has yet to write
 """
@@ -17,12 +19,14 @@ onnxruntime-genai use:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from reroll.export.onnx.graph import Value
+from reroll.export.onnx.grouped import Appended
 from reroll.export.onnx.parameters import Scan, select
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import argument, shape
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from reroll.export.onnx.translate import Translator
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
+RECURRENT, CONV = "recurrent_state", "conv_state"
+GROWS = "past_sequence_length"
 INT = torch.int64
 
 
@@ -60,14 +66,28 @@ class States:
             for number in numbers:
                 if self.ring(number) is None:
                     for part, kind in _parts(node):
-                        self._slot(g, number, part, (kind[0], "past_sequence_length", kind[1]))
+                        self._slot(g, number, part, (kind[0], GROWS, kind[1]))
 
     def add_outputs(self, g: Translator) -> None:
         """All states after the new tokens, as outputs of the graph."""
+        if self._suits_genai():
+            for number in [n for n, part in self.shapes if part == RECURRENT]:
+                if (number, CONV) not in self.shapes:
+                    self.present[number, CONV] = self._slot(g, number, CONV, (1, 1), torch.float32)
         for (number, part), dims in self.shapes.items():
-            after = ["total_sequence_length" if d == "past_sequence_length" else d for d in dims]
+            after = ["total_sequence_length" if d == GROWS else d for d in dims]
             name = PRESENT.format(number, part)
             g.graph.output(self.present[number, part], name, ("batch_size", *after))
+
+    def _suits_genai(self) -> bool:
+        """Whether onnxruntime-genai knows what to do with states of these names.
+
+        It finds the layers with a recurrence by their convolution, and so wants one in all of them.
+        """
+        return all(
+            part in (RECURRENT, CONV) or (part in ("key", "value") and GROWS in dims)
+            for (_, part), dims in self.shapes.items()
+        )
 
     def _slot(
         self,
@@ -88,7 +108,7 @@ class States:
 
     def total(self, g: Translator) -> Value | None:
         """How many tokens there are, past and new; None without a cache that grows."""
-        growing = [k for k, dims in self.shapes.items() if "past_sequence_length" in dims]
+        growing = [k for k, dims in self.shapes.items() if GROWS in dims]
         if not growing or "s" not in g.sizes:
             return None
         past = g.op("Shape", self.past[growing[0]], start=2, end=3, dtype=INT)
@@ -142,9 +162,11 @@ class States:
         made = []
         for (part, kind), new in zip(_parts(node), (k, v), strict=True):
             new = g.cast(new, g.settings.dtype)
-            dims = (kind[0], "past_sequence_length", kind[1])
-            total = g.op("Concat", self.read(g, numbers, part, dims), new, axis=2, hint=part)
-            made.append(total)
+            dims = (kind[0], GROWS, kind[1])
+            past = self.read(g, numbers, part, dims)
+            total = g.op("Concat", past, new, axis=2, hint=part)
+            number = numbers[0] if len(numbers) == 1 else None
+            made.append(replace(total, appended=Appended(past, new, number, part)))
             if len(numbers) == 1:
                 self.present[numbers[0], part] = total
             else:
