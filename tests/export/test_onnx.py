@@ -65,6 +65,8 @@ def test_of_an_encoder_decoder_model_the_encoder(name, tmp_path):
     found = exported(program, tmp_path, check=True)
     assert [o["name"] for o in found["graphs"]["loop"]["outputs"]] == ["last_hidden_state"]
     assert not found["states"]
+    assert found["part"] == "encoder"
+    assert "decoder is not exported" in (tmp_path / "README.md").read_text()
     inputs = {k: v for k, v in random_inputs(program).items() if not k.startswith("decoder_")}
     given = {k: v for k, v in random_inputs(program).items() if k.startswith("decoder_")}
     expected = run(program, {**inputs, **given})["encoder_last_hidden_state"]

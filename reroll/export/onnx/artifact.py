@@ -47,7 +47,9 @@ def write(
 ) -> dict[str, Any]:
     """Write everything into a directory; see `Target.write`."""
     start = time.perf_counter()
-    program = exported_part(program)
+    whole, program = program, exported_part(program)
+    if program is not whole:
+        log.warning("%s: only the encoder is exported, the decoder is not", whole.origin.model)
     settings = Settings(target.precision, target.opset, target.block, target.runtime)
     weights = WeightFile(program)
     files: dict[str, str] = {}
@@ -70,7 +72,8 @@ def write(
         start = time.perf_counter()
         checked = _checked(settings, program, directory, files, progress)
         seconds["check"] = time.perf_counter() - start
-    found = write_manifest(directory, program, settings, files, weights, checked)
+    part = "whole" if program is whole else "encoder"
+    found = write_manifest(directory, program, part, settings, files, weights, checked)
     return {**found, "seconds": seconds}
 
 

@@ -28,6 +28,7 @@ MANIFEST, GENAI = "manifest.json", "genai_config.json"
 def write_manifest(
     directory: Path,
     program: Program,
+    part: str,
     settings: Settings,
     files: dict[str, str],
     weights: WeightFile,
@@ -45,6 +46,7 @@ def write_manifest(
         "format": 1,
         "producer": {"reroll": reroll.__version__, "onnx": onnx.__version__},
         "model": program.origin.model,
+        "part": part,
         "passes": [step.text for step in program.origin.steps],
         "precision": settings.precision,
         "opset": settings.opset,

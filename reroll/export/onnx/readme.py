@@ -59,6 +59,8 @@ _NO_GENAI = """
 There is no genai_config.json: onnxruntime-genai does not know states such as these: {kinds}.
 """
 
+_PARTS = {"encoder": ("This is the model's encoder; its decoder is not exported.", "")}
+
 
 def readme(manifest: dict[str, Any], has_genai: bool) -> str:
     """The text, from what the manifest says."""
@@ -72,6 +74,7 @@ def readme(manifest: dict[str, Any], has_genai: bool) -> str:
         + (f" after `{', '.join(manifest['passes'])}`" if manifest["passes"] else "")
         + f"; precision {manifest['precision']}, opset {manifest['opset']}.",
         "",
+        *_PARTS.get(manifest["part"], ()),
         "| file | bytes | nodes | largest error against torch |",
         "| --- | --- | --- | --- |",
     ]
