@@ -1,6 +1,7 @@
 """Makes models and texts: `python -m tools.models [--list] [--root FOLDER] [NAME ...]`.
 
-Models go to `<root>/models`, texts to `<root>/data/text`. What is there already is left alone.
+Models go to `<root>/models`, texts to `<root>/data/text`, images to `<root>/data/images`. What is
+there already is left alone.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools import text
+from tools import images, text
 from tools.errors import PrepareError
 from tools.pretrained import MODELS
 
@@ -43,6 +44,9 @@ def catalogue() -> dict[str, Target]:
         outputs = tuple(f"{name}.{part}.txt" for part in text.SPLITS)
         build = functools.partial(text.build, name)
         targets.append(Target(f"text:{name}", "data/text", outputs, text_set.licence, build))
+    for name, image_set in images.SETS.items():
+        build = functools.partial(images.build, name)
+        targets.append(Target(f"images:{name}", "data/images", (name,), image_set.licence, build))
     return {target.name: target for target in targets}
 
 

@@ -192,6 +192,34 @@ def recorded(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]
             handle.remove()
 
 
+def named(model: nn.Module, ending: str) -> set[str]:
+    """The names of the modules whose last parts are these."""
+    names = (name for name, _ in model.named_modules(remove_duplicate=False))
+    return {name for name in names if f".{name}".endswith(f".{ending}")}
+
+
+@contextmanager
+def taken(model: nn.Module, ending: str) -> Iterator[dict[str, Tensor]]:
+    """Collect, while it is open, what the modules take whose names end with this, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def noting(name: str) -> Any:
+        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0]
+
+        return note
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(noting(name))
+        for name in named(model, ending)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def fed(trips: Sequence[nn.Module], values: Sequence[Tensor | None]) -> Iterator[None]:
     """Give each trip its value instead of what the trip before returned, where there is one."""

@@ -99,6 +99,27 @@ def test_aligned_trips_see_what_the_original_sees(models: Models, batch: Batch) 
     assert sum(errors) > 0
 
 
+def test_what_attention_gives_can_be_aligned(batch: Batch) -> None:
+    program = captured.captured("llama")
+    teacher = program.to_module().eval()
+    student = run_passes(program, "window(size=2, sinks=0, layers=[0])").to_module().eval()
+    models = Models(student, student, teacher)
+    loss = Align(on="o_proj").loss(batch, models)
+    seen: list[Any] = []
+    for model in (student, teacher):
+        first = model.get_submodule("model.layers.0.self_attn.o_proj")
+        handle = first.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(**arguments(batch))
+        handle.remove()
+    # the other layers see what the original's see, and compute the same
+    first_error = relative_error(*seen, torch.zeros_like(seen[1]), batch.mask.float())
+    torch.testing.assert_close(4 * loss.value, first_error)
+    assert loss.parts["worst_trip"] == 0
+    assert first_error > 1e-3
+    with pytest.raises(UsageError, match="is called c_proj"):
+        Align(on="c_proj").begin(models)
+
+
 def test_trips_run_freely_in_the_end(models: Models, batch: Batch) -> None:
     start = Align(free=1.0).loss(batch, models).value
     end = Align(free=1.0).loss(Batch(batch.data, batch.mask, progress=1.0), models).value

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reroll.errors import UsageError
 from reroll.recover.closed_form import fit_linear_layers
-from reroll.recover.stage import Batch, Loss, Models, Stage, fed, recorded
+from reroll.recover.stage import Batch, Loss, Models, Stage, fed, named, recorded, taken
 from reroll.rewrite.passes.options import option
 
 
@@ -26,6 +27,10 @@ class Align(Stage):
     input too (Raptor, arXiv 2512.19941): `free` is the probability, at the end of the stage, that
     a trip takes what the trip before gave; it grows from 0 in proportion to the steps.
 
+    With `on`, a name such as `o_proj`, it is what the layers of that name take that is compared,
+    relative to its size. That of `o_proj` is what attention gives: the attention transfer of
+    LoLCATs (arXiv 2410.10254) and the first stage of RADLADS (arXiv 2505.03005).
+
     With `start_tokens`, what is linear in its weights begins at its least-squares value: see
     `reroll.recover.closed_form`.
     """
@@ -35,6 +40,9 @@ class Align(Stage):
     lr: float = option(1e-3, help="the largest learning rate")
     train: str | list[str] = option("new", help="all, new, lora, or patterns of names")
     free: float = option(0.5, help="share of trips that run freely at the end")
+    on: str | None = option(
+        None, help="compare what the layers of this name take, instead of what trips give"
+    )
     start_tokens: int = option(
         0, help="tokens on which tied weights and residuals are fitted by least squares first"
     )
@@ -55,36 +63,47 @@ class Align(Stage):
                 where="stage align",
                 hint="leave the stage out, or choose passes that keep the trips",
             )
+        sides = models.teacher, models.module
+        if self.on is not None and not set.intersection(*(named(m, self.on) for m in sides)):
+            raise UsageError(
+                f"no layer of both models is called {self.on}", where="stage align, option on"
+            )
 
     def start(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
         return fit_linear_layers(models, rows(self.start_tokens)) if self.start_tokens else {}
 
     def loss(self, batch: Batch, models: Models) -> Loss:
-        inputs, targets = self._targets(batch, models)
+        assert models.teacher is not None
         trips = models.module.trip_modules()
+        with (
+            recorded(models.teacher.trip_modules()) as seen,
+            self._inside(models.teacher) as theirs,
+        ):
+            models.show_teacher(batch)
+        # the original's layers in each of the student's trips
+        step = len(seen) // len(trips)
+        inputs = [x for x, _ in seen[::step]]
         given = [
             x if forced else None
             for x, forced in zip(inputs, self._forced(batch, len(trips)), strict=True)
         ]
-        with fed(trips, given), recorded(trips) as made:
+        with fed(trips, given), recorded(trips) as made, self._inside(models.module) as ours:
             models.show_student(batch)
         weights = batch.mask.float()
-        errors = [
-            relative_error(output, target, source, weights)
-            for (_, output), target, source in zip(made, targets, inputs, strict=True)
-        ]
+        if self.on is None:
+            targets = [y for _, y in seen[step - 1 :: step]]
+            parts = [
+                (y, target, x) for (_, y), target, x in zip(made, targets, inputs, strict=True)
+            ]
+        else:
+            parts = [(ours[n], theirs[n], torch.zeros_like(theirs[n])) for n in ours if n in theirs]
+        errors = [relative_error(*part, weights) for part in parts]
         value = torch.stack(errors).mean()
         worst = max(range(len(errors)), key=lambda t: errors[t].item())
         return Loss(value, {"worst_trip": float(worst), "worst": errors[worst].item()})
 
-    def _targets(self, batch: Batch, models: Models) -> tuple[list[Tensor], list[Tensor]]:
-        """What the layers of each of the student's trips take and give in the original."""
-        assert models.teacher is not None
-        trips = models.teacher.trip_modules()
-        with recorded(trips) as seen:
-            models.show_teacher(batch)
-        step = len(seen) // len(models.module.trip_modules())
-        return [x for x, _ in seen[::step]], [y for _, y in seen[step - 1 :: step]]
+    def _inside(self, model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+        return nullcontext({}) if self.on is None else taken(model, self.on)
 
     def _forced(self, batch: Batch, trips: int) -> list[bool]:
         """Which trips take the original's value."""
