@@ -1,0 +1,120 @@
+"""What recipes bring back: each converts the same model, and trains on the same tokens.
+
+A recipe is a YAML file with `passes` and `recover`. For each, the model is measured after its
+passes and after its recovery, beside the original, on text of another domain than it was trained
+on. Models and results are kept in `--work`, and a run that was stopped goes on where it was, so
+that long comparisons can be made in pieces.
+
+    python -m benchmarks.recovery recipes/A.yaml recipes/B.yaml --tokens 2M --work out/recovery
+        [--model DIR] [--data FILE ...] [--text FILE] [--measures TEXT] [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import reroll
+from reroll.evaluate.suite import choose, evaluate
+from reroll.recover import load_recipe, recover
+
+DATA = [f"data/text/{name}.train.txt" for name in ("pydocs", "shakespeare", "gcide", "foldoc")]
+MEASURES = (
+    "agreement(contexts=[2048], tokens=8192), perplexity(contexts=[2048], tokens=8192), "
+    "recall(lengths=[512, 1024], depths=[0, 0.5], samples=4), generation(prompts=4, new=32)"
+)
+
+
+def measured(model: str, options: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """The headline of each measure; from the file if it is there."""
+    if not file.is_file():
+        chosen = choose(options.measures, "quick")
+        found = evaluate(model, options.model, chosen, text=Path(options.text))
+        lines = {
+            label: value
+            for each in found["measures"].values()
+            for label, value in each.get("headline", {}).get("model", {}).items()
+        }
+        file.write_text(json.dumps(lines, indent=1), encoding="utf-8")
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What one recipe gives: after its passes, and after its recovery."""
+    work: Path = options.work
+    start, end = work / f"{path.stem}-start", work / f"{path.stem}-{options.tokens}"
+    if not start.is_dir():
+        program = reroll.capture(options.model, dtype=torch.float32)
+        converted = reroll.run_passes(
+            program, path, text=Path(options.data[0]), measure=False, seed=options.seed
+        )
+        converted.save(str(start))
+    before = measured(str(start), options, work / f"{start.name}.json")
+
+    def show(step: Any) -> None:
+        if step["steps"] % 10 == 0:
+            left = step["seconds_left"] / 60
+            rate = step["tokens_per_second"]
+            print(
+                f"  {path.stem}: {step['tokens']:,} tokens, {step['stage']} loss "
+                f"{step['smooth']:.4g}, {rate:.0f} tokens/s, {left:.0f} minutes left",
+                flush=True,
+            )
+
+    log = work / f"{end.name}.run.json"
+    if not end.is_dir():
+        report = recover(
+            str(start),
+            end,
+            data=options.data,
+            recipe=load_recipe(path),
+            tokens=options.tokens,
+            teacher=options.model,
+            on_step=show,
+        )
+        log.write_text(json.dumps(vars(report), indent=1), encoding="utf-8")
+    after = measured(str(end), options, work / f"{end.name}.json")
+    run = json.loads(log.read_text(encoding="utf-8"))
+    cost = {"tokens": run["tokens"], "seconds": round(run["seconds"])}
+    return {"passes only": before, "recovered": {**after, **cost}}
+
+
+def main() -> None:
+    """Run what has not been run yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="+", type=Path)
+    parser.add_argument("--model", default="models/smollm2-135m-instruct")
+    parser.add_argument("--data", nargs="+", default=DATA)
+    parser.add_argument("--text", default="data/text/wiki.val.txt")
+    parser.add_argument("--tokens", default=500_000, type=lambda text: int(float(text)))
+    parser.add_argument("--work", type=Path, default=Path("out/recovery"))
+    parser.add_argument("--measures", default=MEASURES)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, dict[str, Any]] = {
+        "original": measured(options.model, options, options.work / "original.json")
+    }
+    for path in options.recipes:
+        for what, found in row(path, options).items():
+            rows[f"{path.stem}, {what}"] = found
+    labels = list(dict.fromkeys(label for found in rows.values() for label in found))
+    print("| | " + " | ".join(labels) + " |")
+    print("| --- |" + " ---: |" * len(labels))
+    for name, found in rows.items():
+        cells = [found.get(label, "") for label in labels]
+        print(f"| {name} | " + " | ".join(_cell(value) for value in cells) + " |")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if value else ""
+
+
+if __name__ == "__main__":
+    main()
