@@ -65,7 +65,7 @@ def load(directory: str | Path) -> Program:
 
 def _write(program: Program, directory: Path, progress: Progress | None) -> None:
     files = _copy_files(program, directory)
-    stored = _with_saved_weights(program, directory, progress)
+    stored = with_saved_weights(program, directory, progress)
     stored = replace(stored, origin=replace(program.origin, files={name: name for name in files}))
     _write_json(directory / PROGRAM_FILE, program_to_json(stored))
     _write_config(stored, directory)
@@ -82,7 +82,7 @@ def _write_config(program: Program, directory: Path) -> None:
     _write_json(directory / "config.json", json.loads(config.to_json_string()), sort_keys=True)
 
 
-def _with_saved_weights(program: Program, directory: Path, progress: Progress | None) -> Program:
+def with_saved_weights(program: Program, directory: Path, progress: Progress | None) -> Program:
     """Write every distinct weight once; returns the Program over the tensors in the files."""
     saved: dict[Any, Output] = {}
     for name, weight in program.weights.items():
@@ -110,7 +110,7 @@ def _with_saved_weights(program: Program, directory: Path, progress: Progress | 
 def _copy_files(program: Program, directory: Path) -> list[str]:
     """Copy the side files, unchanged."""
     for name, path in program.origin.files.items():
-        target = directory / _checked(name)
+        target = directory / checked_file(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copyfile(path, target)
@@ -121,7 +121,7 @@ def _copy_files(program: Program, directory: Path) -> list[str]:
     return list(program.origin.files)
 
 
-def _checked(name: str) -> str:
+def checked_file(name: str) -> str:
     """A side file's name, if it stays in the directory and is not one of ours."""
     parts = PurePosixPath(name).parts
     bad = not parts or PurePosixPath(name).is_absolute() or {"..", "."} & {*parts, *name.split("/")}

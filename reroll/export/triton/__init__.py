@@ -1,0 +1,59 @@
+"""The Triton target: a program as one Python module with its kernels, and its weights.
+
+sites.py             where the program has state
+graphs.py            its graphs as Python functions
+specialise.py        kernels as text, with the program's constants in them
+launches.py          the kernels of its recurrences, and the functions that launch them
+module.py            model.py, put together
+precompile.py        binaries of the kernels, for GPUs that are not there
+bundle_launch.py, bundle_runtime.py, bundle_model.py   what every bundle has; copied as they are
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from reroll.errors import ExportError, UsageError
+from reroll.export.targets import Progress, Target, option
+from reroll.rewrite.program import Program
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class Triton(Target):
+    """A Python bundle that imports torch and triton only: model.py, weights, tokenizer, manifest.
+
+    For causal models. model.py has the kernels with the program's shapes in them, its graphs line
+    by line, prefill and decoding (a CUDA graph for each batch size), and `selftest`, which holds
+    every kernel against its definition on the machine that is to run it. Block sizes are those
+    that spill nothing on each GPU of `arch`. How fast it is on a GPU has not been measured.
+    """
+
+    name = "triton"
+
+    arch: tuple[str, ...] = option(("sm_90", "sm_80"), help="GPUs: sm_80, sm_90, sm_100, gfx942")
+    precompiled: bool = option(False, help="also write binaries of the kernels for each GPU")
+
+    def check_options(self) -> None:
+        wrong = [a for a in self.arch if a not in ARCHS]
+        if wrong or not self.arch:
+            raise UsageError(
+                f"unknown GPUs: {', '.join(wrong)}" if wrong else "name a GPU",
+                where="target triton, option arch",
+                hint=f"known are {', '.join(ARCHS)}",
+            )
+
+    def write(
+        self, program: Program, directory: Path, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        try:
+            import triton
+        except ImportError as error:
+            raise ExportError(
+                "the Triton target needs triton", hint="pip install 'reroll[triton]'"
+            ) from error
+        from reroll.export.triton.module import write
+
+        del triton
+        return write(self, program, directory, progress)

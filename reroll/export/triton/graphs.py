@@ -1,0 +1,234 @@
+"""A Program's graphs as Python: one function for each, line by line.
+
+Weights are read from a dictionary `w`; `run` is the bundle's `Prefill` or `Decode`, which holds the
+states. What a graph computes for masks alone is left out: `run` knows which tokens there are.
+"""
+
+from __future__ import annotations
+
+import json
+import keyword
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.errors import ExportError
+from reroll.export.triton.sites import ATTENTION, CACHE, RECURRENCE, Site, argument, behind_cache
+from reroll.rewrite import ops
+from reroll.rewrite.program import Program
+from reroll.runtime.functions import BINARY, METHODS, makes_tensor_from_nothing
+
+aten, reroll = torch.ops.aten, torch.ops.reroll
+
+FUNCTIONS: dict[Any, str] = {
+    reroll.rms_norm.default: "rms_norm",
+    reroll.rope.default: "rope",
+    reroll.glu.default: "glu",
+    aten.linear.default: "F.linear",
+    aten.embedding.default: "embedding",
+    aten.log_sigmoid.default: "F.logsigmoid",
+    aten.silu.default: "F.silu",
+    aten.gelu.default: "F.gelu",
+    aten.softplus.default: "F.softplus",
+    aten.cat.default: "torch.cat",
+    aten.cos.default: "torch.cos",
+    aten.sin.default: "torch.sin",
+    aten.neg.default: "torch.neg",
+    aten.unflatten.int: "torch.unflatten",
+    aten.flatten.using_ints: "torch.flatten",
+}
+SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/"}
+# an output of the program that a host needs; others are left out
+LOGITS = "logits"
+
+
+class GraphWriter:
+    """The functions of a Program's graphs."""
+
+    def __init__(self, program: Program, sites: Mapping[fx.Node, Site]) -> None:
+        self.program, self.sites = program, sites
+        self.names = {
+            name: f"trip_of_{_safe(name)}" if name != "main" else "main"
+            for name, _ in program.graphs()
+        }
+        # bodies first: what a loop needs of its inputs depends on its body
+        self.live: dict[str, set[fx.Node]] = {}
+        for name, graph in reversed(list(program.graphs())):
+            self.live[name] = self._live(graph)
+
+    def source(self) -> str:
+        """All functions, bodies of loops first."""
+        bodies = [self._function(name, g) for name, g in self.program.graphs() if name != "main"]
+        return "\n\n\n".join([*bodies, self._function("main", self.program.graph)])
+
+    def _live(self, graph: fx.Graph) -> set[fx.Node]:
+        """The nodes that the output needs, arguments for masks left out."""
+        found: set[fx.Node] = set()
+        stack: list[Any] = [next(iter(reversed(graph.nodes)))]
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                fx.node.map_arg(self._needed(node), stack.append)
+        return found
+
+    def _needed(self, node: fx.Node) -> Any:
+        """The arguments of a node that the value of its function depends on."""
+        if node.target in (RECURRENCE, ATTENTION):
+            return _tensors(node)
+        if node.target is ops.loop:
+            name, carry, inputs = str(node.args[0]), node.args[1], node.args[2]
+            places = self.program.bodies[name].graph.find_nodes(op="placeholder")
+            rest = zip(places[len(carry) :], inputs, strict=True)  # type: ignore[arg-type]
+            return [carry, [value for place, value in rest if place in self.live[name]]]
+        return [node.args, node.kwargs]
+
+    def _function(self, name: str, graph: fx.Graph) -> str:
+        live = self.live[name]
+        places = [n for n in graph.nodes if n.op == "placeholder"]
+        given = ["w", "run"] if name == "main" else ["w", "run", "trip"]
+        if name == "main":
+            given.append("input_ids")
+        else:
+            given += [p.name for p in places if p in live]
+        lines = [f"def {self.names[name]}({', '.join(given)}):"]
+        if name == "main":
+            lines += self._inputs(places, live)
+        for node in graph.nodes:
+            if node.op == "output":
+                lines.append(f"    return {self._returned(name, node)}")
+            elif node in live and node.op not in ("placeholder", "get_attr"):
+                lines += [f"    {line}" for line in self._lines(node)]
+        return "\n".join(lines)
+
+    def _inputs(self, places: list[fx.Node], live: set[fx.Node]) -> list[str]:
+        lines = []
+        for place, item in zip(places, self.program.inputs, strict=True):
+            if place not in live:
+                continue
+            value = {"data": "input_ids", "positions": "run.position"}.get(item.role)
+            if value is None or (item.role == "data" and item.name != "input_ids"):
+                raise ExportError(f"a bundle has nothing for the input {item.name}")
+            if place.name != value:
+                lines.append(f"    {place.name} = {value}")
+        return lines
+
+    def _returned(self, name: str, node: fx.Node) -> str:
+        value: Any = node.args[0]
+        if name == "main" and isinstance(value, tuple | list):
+            value = value[self.program.outputs.index(LOGITS)]
+        elif name != "main" and isinstance(value, fx.Node):
+            value = (value,)
+        return self._text(value)
+
+    def _lines(self, node: fx.Node) -> list[str]:
+        target, args, kwargs = node.target, list(node.args), dict(node.kwargs)
+        if target is ops.loop:
+            return self._loop(node)
+        if target in (RECURRENCE, ATTENTION):
+            return [f"{node.name} = {self._state_op(node)}"]
+        if target is CACHE or behind_cache(node) is not None:
+            # the state is in `run`
+            return []
+        if node.op == "call_method":
+            text = self._method(str(target), args, kwargs)
+        elif target in METHODS:
+            text = self._method(METHODS[target], args, kwargs)
+        elif target in BINARY and len(args) == 2 and not kwargs:
+            left, right = map(self._text, args)
+            text = f"{left} {SYMBOLS[BINARY[target].__name__.strip('_')]} {right}"
+        elif getattr(target, "__name__", "") == "getitem":
+            text = f"{self._text(args[0])}[{self._text(args[1])}]"
+        else:
+            if makes_tensor_from_nothing(target):
+                kwargs["device"] = _Raw("run.number.device")
+            text = self._call(node, self._name(target), args, kwargs)
+        return [f"{node.name} = {text}"]
+
+    def _name(self, target: Any) -> str:
+        if target in FUNCTIONS:
+            return FUNCTIONS[target]
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+            return f"torch.ops.{str(target).replace('::', '.')}"
+        raise ExportError(
+            f"a bundle has no {target}",
+            hint="the huggingface and onnx targets know more",
+        )
+
+    def _loop(self, node: fx.Node) -> list[str]:
+        name, carry, inputs, trips = (node.args[i] for i in range(4))
+        body = self.program.bodies[str(name)]
+        places = [n for n in body.graph.nodes if n.op == "placeholder"]
+        live = self.live[str(name)]
+        carried = [p.name for p in places[: len(carry)]]  # type: ignore[arg-type]
+        lines = [f"{n} = {self._text(v)}" for n, v in zip(carried, carry, strict=True)]  # type: ignore[arg-type]
+        given = list(carried)
+        for place, value in zip(places[len(carried) :], inputs, strict=True):  # type: ignore[arg-type]
+            if place in live:
+                text = self._text(value)
+                given.append(f"{text}[trip]" if isinstance(value, tuple) else text)
+        call = f"{self.names[str(name)]}(w.trips[{json.dumps(name)}][trip], run, trip, "
+        lines += [
+            f"for trip in range({trips}):",
+            f"    ({', '.join(carried)},) = {call}{', '.join(given)})",
+            f"{node.name} = ({', '.join(carried)},)",
+        ]
+        return lines
+
+    def _state_op(self, node: fx.Node) -> str:
+        kind = "recurrence" if node.target is RECURRENCE else "attention"
+        trip = "trip" if self.sites[node].loop else "0"
+        tensors = ", ".join(self._text(behind_cache(t) or t) for t in _qkv(node))
+        if kind == "recurrence":
+            tensors += f", {self._text(argument(node, 3, 'gates', []))}"
+        return f"run.{kind}({self.sites[node].number}, {trip}, {tensors})"
+
+    def _method(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> str:
+        return self._call(None, f"{self._text(args[0])}.{name}", args[1:], kwargs)
+
+    def _call(
+        self, node: fx.Node | None, name: str, args: list[Any], kwargs: dict[str, Any]
+    ) -> str:
+        if name == "embedding":
+            return f"F.embedding({self._text(args[1])}, {self._text(args[0])})"
+        given = [self._text(a) for a in args]
+        given += [f"{key}={self._text(value)}" for key, value in kwargs.items()]
+        return f"{name}({', '.join(given)})"
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            if value.op == "get_attr":
+                return f"w[{json.dumps(str(value.target))}]"
+            return _safe(value.name)
+        if isinstance(value, list | tuple):
+            inner = ", ".join(map(self._text, value))
+            if isinstance(value, list):
+                return f"[{inner}]"
+            return f"({inner},)" if len(value) == 1 else f"({inner})"
+        if isinstance(value, float) and value in (float("inf"), float("-inf")):
+            return f'float("{value}")'
+        return str(value) if isinstance(value, torch.dtype | _Raw) else repr(value)
+
+
+class _Raw(str):
+    pass
+
+
+def _tensors(node: fx.Node) -> list[Any]:
+    """The arguments of an attention or a recurrence that its values depend on."""
+    found = [*_qkv(node)]
+    if node.target is RECURRENCE:
+        found += argument(node, 3, "gates", [])
+    return found
+
+
+def _qkv(node: fx.Node) -> list[Any]:
+    return [argument(node, i, name) for i, name in enumerate("qkv")]
+
+
+def _safe(name: str) -> str:
+    found = re.sub(r"\W", "_", name)
+    return f"{found}_" if keyword.iskeyword(found) else found

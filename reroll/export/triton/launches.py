@@ -1,0 +1,148 @@
+"""The kernels of a program's recurrences, specialised, and the functions that launch them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from reroll.errors import ExportError
+from reroll.export.triton.sites import Site, gate_of
+from reroll.export.triton.specialise import plain, specialised
+from reroll.kernels import configurations, delta, diagonal, step
+
+NUMBERS = {
+    torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16",
+}  # fmt: skip
+
+
+def kernels_of(sites: Sequence[Site], dtype: torch.dtype, archs: Sequence[str]) -> str:
+    """The source of all kernels and launch functions; sites with equal shapes share them.
+
+    Raises ExportError if the manifest has no tiles for one of the GPUs.
+    """
+    recurrences = [site for site in sites if site.mixer is not None]
+    if not recurrences:
+        return ""
+    deltas = any(site.fields["delta"] for site in recurrences)
+    helpers = [diagonal.sequence, diagonal.tile, diagonal.state_tile, diagonal.log_decay,
+               diagonal.between, diagonal.scores, diagonal.faded,
+               step.softplus, step.decay_of]  # fmt: skip
+    helpers += [delta.inverse] if deltas else []
+    parts = [f"{plain(h)}" for h in helpers]
+    done: set[int] = set()
+    for site in recurrences:
+        number = kernel_number(site, recurrences)
+        if number not in done:
+            done.add(number)
+            parts += _kernels(site, number, dtype, archs)
+    return "\n\n\n".join(parts)
+
+
+def kernel_number(site: Site, recurrences: Sequence[Site]) -> int:
+    """The number of the site's kernels: that of the first site with the same shapes."""
+    keys = [_key(s) for s in recurrences]
+    return keys.index(_key(site))
+
+
+def _key(site: Site) -> tuple[Any, ...]:
+    assert site.mixer is not None
+    f = site.fields
+    return f["heads"], f["kv_heads"], f["state"], gate_of(site.mixer), f["delta"]
+
+
+def _kernels(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) -> list[str]:
+    heads, kv_heads, (rows, columns), gate, deltas = _key(site)
+    shape = {"H": kv_heads, "GROUPS": heads // kv_heads, "K": rows, "V": columns, "GATE": gate}
+    shared = {name: str(value) for name, value in shape.items()}
+    block = max(16, configurations.head_size(rows, rows) if rows > 64 else _power(rows))
+    precision = '"ieee"' if dtype == torch.float32 else '"tf32"'
+    numbers = {"DT": NUMBERS[dtype], "PRECISION": precision, "VARLEN": "False", "BK": str(block)}
+    stepped = shared | {
+        "ACTIVATION": "0", "HAS_FLOOR": "False", "DELTA": str(deltas), "UNIT": "False",
+        "HAS_GAIN": "False", "HAS_SLOTS": "True", "BK": str(_power(rows)),
+    }  # fmt: skip
+    if deltas:
+        scanned = specialised(
+            delta.delta_scan, f"scan_{number}",
+            shared | numbers | {"HAS_START": "False", "SOLVE": '"ieee"'},
+        )  # fmt: skip
+    else:
+        scanned = specialised(
+            diagonal.scan, f"scan_{number}",
+            shared | numbers | {"HAS_START": "False", "STORE_O": "True", "STORE_H": "False",
+                                "STORE_END": "True"},
+        )  # fmt: skip
+    tiles = {arch: _tiles(site, dtype, arch, block) for arch in archs}
+    launch = _LAUNCH_DELTA if deltas else _LAUNCH
+    text = launch.replace("NUMBER", str(number))
+    for name, value in shape.items():
+        text = text.replace(f"<{name}>", str(value))
+    return [
+        scanned,
+        specialised(step.recurrent_step, f"step_{number}", stepped),
+        f"# block sizes by GPU, from reroll's sweep: no registers are spilled\n"
+        f"TILES_{number} = {json.dumps(tiles, indent=4)}",
+        text.strip(),
+    ]
+
+
+def _power(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _tiles(site: Site, dtype: torch.dtype, arch: str, block: int) -> dict[str, Any]:
+    """Tiles of both kernels on one GPU."""
+    _, _, (rows, columns), gate, deltas = _key(site)
+    assert site.mixer is not None
+    limit = getattr(site.mixer, "size", max(configurations.CHUNKS))
+    found = {}
+    for family, kernel in (("delta" if deltas else "diagonal", "scan"), ("step", "step")):
+        entry = configurations.tiles_for(family, arch, dtype, "ieee", gate, max(rows, columns - 1),
+                                         limit)  # fmt: skip
+        name = {"scan": "delta_scan" if deltas else "scan", "step": "recurrent_step"}[kernel]
+        if entry is None or name not in entry:
+            raise ExportError(
+                f"there are no tiles without spills for {family} on {arch}",
+                hint="choose another --arch, or run python -m reroll.kernels.audit.sweep",
+            )
+        found[kernel] = {k: v for k, v in entry[name].items() if k != "BK"}
+    if "BT" in found["scan"] and deltas:
+        found["scan"]["LEVELS"] = found["scan"]["BT"].bit_length() - 1
+    found["scan"]["BV"] = min(found["scan"]["BV"], _power(columns))
+    return found
+
+
+_LAUNCH = '''
+def run_scan_NUMBER(q, k, v, g, beta):
+    """Chunks of a prompt: the output [rows, time, heads, V] and the last states, in one launch."""
+    rows, time = k.shape[0], k.shape[2]
+    tiles = tiles_of(TILES_NUMBER)["scan"]
+    o = v.new_empty(rows, time, <H> * <GROUPS>, <V>)
+    end = k.new_empty(rows, <H>, <K>, <V>, dtype=torch.float32)
+    q, k, v, g = together(q, k, v, g)
+    gate = k if g is None else g
+    scan_NUMBER[(triton.cdiv(<V>, tiles["BV"]), 1, rows * <H>)](
+        q, k, v, gate, o, k, end, end, k, 1.0, time,
+        *strides(q), *strides(k), *strides(v), *strides(g), *strides(o.transpose(1, 2)), **tiles)
+    return o, end
+
+
+def run_step_NUMBER(q, k, v, g, beta, state, slots):
+    """One token for each row, onto states in slots, in place: [rows, heads, V], in one launch."""
+    return launch_step(step_NUMBER, tiles_of(TILES_NUMBER)["step"], q, k, v, g, beta, state, slots)
+'''
+_LAUNCH_DELTA = _LAUNCH.replace(
+    "    q, k, v, g = together(q, k, v, g)\n", "    q, k, v, g, beta = together(q, k, v, g, beta)\n"
+).replace(
+    """    scan_NUMBER[(triton.cdiv(<V>, tiles["BV"]), 1, rows * <H>)](
+        q, k, v, gate, o, k, end, end, k, 1.0, time,
+        *strides(q), *strides(k), *strides(v), *strides(g), *strides(o.transpose(1, 2)), **tiles)
+""",
+    """    scan_NUMBER[(triton.cdiv(<V>, tiles["BV"]), rows * <H>)](
+        q, k, v, gate, beta, o, end, end, k, 1.0, time, *strides(q), *strides(k), *strides(v),
+        *strides(g), *strides(beta), *strides(o.transpose(1, 2)), **tiles)
+""",
+)

@@ -1,0 +1,186 @@
+"""model.py and what lies beside it: weights, manifest, README, tokenizer."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import triton
+from torch import fx
+
+import reroll
+from reroll.errors import ExportError
+from reroll.export.huggingface import checked_file, with_saved_weights
+from reroll.export.triton.graphs import LOGITS, GraphWriter
+from reroll.export.triton.launches import NUMBERS, kernel_number, kernels_of
+from reroll.export.triton.readme import readme
+from reroll.export.triton.sites import Site, sites_of
+from reroll.rewrite.program import Program, weight_nodes
+
+if TYPE_CHECKING:
+    from reroll.export.targets import Progress
+    from reroll.export.triton import Triton
+
+# names that stand in, in the files that are copied, for what the bundle has of its own
+OURS = ("ARCHS", "SITES", "DTYPE", "main")
+STAND_IN = "# the bundle has its own"
+
+MODULE, MANIFEST = "model.py", "manifest.json"
+
+
+def write(
+    target: Triton, program: Program, directory: Path, progress: Progress | None
+) -> dict[str, Any]:
+    """Write everything into a directory; see `Target.write`."""
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total, "writing weights")
+
+    text = module_text(program, target.arch)
+    (directory / MODULE).write_text(text, encoding="utf-8")
+    stored = with_saved_weights(program, directory, report)
+    for name, path in program.origin.files.items():
+        goal = directory / checked_file(name)
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, goal)
+    found: dict[str, Any] = {
+        "format": 1,
+        "producer": {"reroll": reroll.__version__, "triton": triton.__version__},
+        "model": program.origin.model,
+        "passes": [step.text for step in program.origin.steps],
+        "archs": list(target.arch),
+        "dtype": str(program.dtype).removeprefix("torch."),
+        "kernels": [line.split("(")[0][4:] for line in text.splitlines()
+                    if line.startswith(("def scan_", "def step_"))],
+        "weights": _weights(stored),
+        # only a run on a GPU can say it
+        "gpu_speed": "not measured",
+    }  # fmt: skip
+    if target.precompiled:
+        from reroll.export.triton.precompile import precompile
+
+        found["binaries"] = precompile(directory, target.arch)
+    (directory / "README.md").write_text(readme(found), encoding="utf-8")
+    text = json.dumps(found, indent=1) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+    return {k: v for k, v in found.items() if k != "weights"}
+
+
+def module_text(program: Program, archs: tuple[str, ...]) -> str:
+    """The source of model.py; the same for the same program."""
+    if LOGITS not in program.outputs:
+        raise ExportError(
+            "a bundle is a causal language model, and the program has no logits",
+            hint="the onnx target exports encoders",
+        )
+    if program.dtype not in NUMBERS:
+        raise ExportError(f"a bundle computes in fp32, fp16 or bf16, not {program.dtype}")
+    # what nothing needs has no state
+    program = _without_dead_sites(program)
+    sites = sites_of(program)
+    parts = [
+        _HEAD.format(model=_one_line(program.origin.model)),
+        f"ARCHS = {archs!r}\nDTYPE = {program.dtype}",
+        _copied("bundle_launch.py"),
+        kernels_of(list(sites.values()), program.dtype, archs),
+        _copied("bundle_runtime.py"),
+        _site_list(sites),
+        GraphWriter(program, sites).source(),
+        _copied("bundle_model.py"),
+        _TAIL.strip(),
+    ]
+    return "\n\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _without_dead_sites(program: Program) -> Program:
+    program = program.edit()
+    for _, graph in program.graphs():
+        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("output", "placeholder"))
+    return program
+
+
+def _copied(file: str) -> str:
+    """A file of this folder without its docstring, its imports, and what stands in for ours."""
+    text = resources.files("reroll.export.triton").joinpath(file).read_text("utf-8")
+    tree = ast.parse(text)
+    drop: set[int] = set()
+    for node in tree.body:
+        start, end = node.lineno, node.end_lineno or node.lineno
+        ours = isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") in OURS
+        if isinstance(node, ast.Import | ast.ImportFrom) or node is tree.body[0] or ours:
+            drop |= set(range(start, end + 1))
+    lines = text.splitlines()
+    kept = [n for i, n in enumerate(lines, 1) if i not in drop and n != STAND_IN]
+    return "\n".join(kept)
+
+
+def _site_list(sites: Mapping[fx.Node, Site]) -> str:
+    recurrences = [s for s in sites.values() if s.mixer is not None]
+    lines = ["# the states of the program, in the order of its graphs", "SITES = ["]
+    for site in sites.values():
+        fields = [f"{key}={value!r}" for key, value in site.fields.items()]
+        if site.mixer is not None:
+            number = kernel_number(site, recurrences)
+            fields += [f"scan=run_scan_{number}", f"step=run_step_{number}"]
+        lines.append(f"    {site.kind}({', '.join(fields)}),")
+    return "\n".join([*lines, "]"])
+
+
+def _weights(stored: Program) -> dict[str, Any]:
+    """Which tensors of the files each graph reads, and in which trip."""
+
+    def of(names: Any) -> dict[str, Any]:
+        return {
+            name: {
+                "entries": [e.name for e in stored.weights[name].entries],  # type: ignore[attr-defined]
+                "trips": list(stored.weights[name].index or ()),
+            }
+            for name in names
+        }
+
+    loops = {loop.name: (loop.trips, of(weight_nodes(loop.body.graph))) for loop in stored.loops}
+    return {"main": of(weight_nodes(stored.graph)), "loops": loops}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(str(text).replace("\\", "/").replace('"', "'").split())
+
+
+_HEAD = '''
+"""{model}, rewritten by reroll: kernels, graphs and weights of one program.
+
+This file was generated. It needs torch and triton; the weights lie beside it.
+
+    from model import Model
+
+    model = Model("the directory of this file")
+    model.selftest()
+    model.generate([[1, 2, 3]], 20)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+'''
+_TAIL = """
+if __name__ == "__main__":
+    for name, error in Model(Path(__file__).parent).selftest().items():
+        print(f"{name}: relative error {error:.1e}")
+"""

@@ -1,0 +1,167 @@
+"""Where a Program has state: its attentions and recurrences, as a bundle's runtime takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.errors import ExportError
+from reroll.mixers import Mixer, make
+from reroll.mixers.delta_form import Delta
+from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
+from reroll.mixers.linear import Linear
+from reroll.rewrite.program import Program, TensorType
+
+CACHE = torch.ops.reroll.cache.default
+ATTENTION = torch.ops.reroll.attention.default
+RECURRENCE = torch.ops.reroll.recurrence.default
+
+# mixers of which `bundle_runtime.prepared` does what their `prepare` does
+MIXERS = ("retention", "mamba2", "gla", "linear", "deltanet", "gated_deltanet", "kda")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention or recurrence node.
+
+    Attributes:
+        number: its place among all.
+        node: the node.
+        loop: the name of the loop whose body it is in; empty in the main graph.
+        kind: `Attention` or `Recurrence` of the bundle.
+        fields: the arguments of that class.
+        mixer: of a recurrence.
+    """
+
+    number: int
+    node: fx.Node
+    loop: str
+    kind: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    mixer: Mixer | None = None
+
+
+def sites_of(program: Program) -> dict[fx.Node, Site]:
+    """All sites, in the order of the graphs; ExportError for one that a bundle cannot have."""
+    trips = {loop.name: loop.trips for loop in program.loops}
+    found: dict[fx.Node, Site] = {}
+    for name, graph in program.graphs():
+        loop = "" if name == "main" else name
+        for node in graph.nodes:
+            if node.target is CACHE:
+                _check_cache(node)
+            elif node.target is ATTENTION:
+                fields = {"trips": trips.get(loop, 1)} | _attention(node)
+                found[node] = Site(len(found), node, loop, "Attention", fields)
+            elif node.target is RECURRENCE:
+                mixer = make(argument(node, 4, "rule"), argument(node, 5, "options"))
+                fields = {"trips": trips.get(loop, 1)} | _recurrence(node, mixer)
+                found[node] = Site(len(found), node, loop, "Recurrence", fields, mixer)
+            elif getattr(node.target, "namespace", "") == "reroll" and not _plain(node):
+                raise _cannot(f"the op {node.target}", node)
+    return found
+
+
+def behind_cache(node: Any) -> Any:
+    """What goes into the cache of which a node is an output; None if it is none."""
+    if not isinstance(node, fx.Node) or getattr(node.target, "__name__", "") != "getitem":
+        return None
+    cache, number = node.args
+    if not isinstance(cache, fx.Node) or cache.target is not CACHE:
+        return None
+    return cache.args[int(number)]  # type: ignore[arg-type]
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a node, by place or by name."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if position < len(node.args) else default
+
+
+def _plain(node: fx.Node) -> bool:
+    return str(node.target).split(".")[1] in ("rms_norm", "rope", "glu")
+
+
+def _check_cache(node: fx.Node) -> None:
+    readers = {user for item in node.users for user in item.users}
+    if any(r.target is not ATTENTION for r in readers) or len(readers) > 1:
+        raise _cannot("keys and values that several attentions share", node)
+
+
+def _attention(node: fx.Node) -> dict[str, Any]:
+    q, k, v = (_type(argument(node, i, n)) for i, n in enumerate("qkv"))
+    given = {a.name: argument(node, i, a.name, a.default_value if a.has_default_value() else None)
+             for i, a in enumerate(ATTENTION._schema.arguments)}  # fmt: skip
+    for name in ("chunk", "softcap", "sinks", "bias", "blocks"):
+        if given[name] is not None:
+            raise _cannot(f"attention with {name}", node)
+    if not given["causal"] or behind_cache(given["k"]) is None:
+        raise _cannot("attention that is not causal or has no cache", node)
+    for name in ("window", "prefix"):
+        if isinstance(given[name], fx.Node):
+            raise _cannot(f"attention whose {name} differs between the trips of a loop", node)
+    return {
+        "heads": q.shape[1], "kv_heads": k.shape[1], "k_size": k.shape[3], "v_size": v.shape[3],
+        "scale": given["scale"], "window": given["window"],
+        # without a window every token stays
+        "prefix": (given["prefix"] or 0) if given["window"] else 0,
+    }  # fmt: skip
+
+
+def _recurrence(node: fx.Node, mixer: Mixer) -> dict[str, Any]:
+    q, k, v = (_type(argument(node, i, n)) for i, n in enumerate("qkv"))
+    d_k, d_v = int(k.shape[3]), int(v.shape[3])
+    if mixer.name not in MIXERS:
+        raise _cannot(f"the mixer {mixer.name}", node)
+    if mixer.state_shapes(d_k, d_v)[0][0] > 128 or d_v > 128:
+        raise _cannot("a state with more than 128 rows or columns", node)
+    delay, skip, active = (argument(node, i, n, default) for i, n, default in (
+        (7, "delay", 0), (8, "skip", 0), (9, "active", True)))  # fmt: skip
+    if isinstance(delay, fx.Node) or isinstance(skip, fx.Node) or active is not True:
+        raise _cannot("a recurrence that differs between the trips of a loop", node)
+    feature_map = mixer.feature_map if isinstance(mixer, Diagonal) else "none"
+    if feature_map == "taylor":
+        raise _cannot("Taylor features", node)
+    rows = mixer.state_shapes(d_k, d_v)[0][0]
+    counted = isinstance(mixer, Linear)
+    roles = [gate.role for gate in mixer.gates(d_k, d_v)]
+    fields: dict[str, Any] = {
+        "heads": q.shape[1], "kv_heads": k.shape[1], "k_size": d_k, "v_size": d_v,
+        "state": (rows, d_v + 1 if counted else d_v),
+        "gates": tuple(gate.shape for gate in mixer.gates(d_k, d_v)),
+        "scale": mixer.default_scale(d_k) if mixer.scale is None else mixer.scale,
+        "decay": "decay" in roles,
+        "delta": isinstance(mixer, Delta),
+        "write": "write" in roles and not isinstance(mixer, Delta),
+        "features": feature_map,
+        "unit": isinstance(mixer, Delta) and mixer.unit_keys,
+        "floor": next((g.floor for g in mixer.gates(d_k, d_v) if g.floor is not None), None),
+        "counted": counted, "normalise": isinstance(mixer, Linear) and mixer.normalise,
+        "delay": delay, "skip": skip,
+    }  # fmt: skip
+    return fields
+
+
+def gate_of(mixer: Mixer) -> int:
+    """The kernels' number for the mixer's decay: none, one for each head, or for each channel."""
+    gates = mixer.gates(16, 16)
+    if not any(g.role == "decay" for g in gates):
+        return 0
+    return 2 if isinstance(mixer, ChannelDiagonal) or gates[0].shape else 1
+
+
+def _type(node: Any) -> TensorType:
+    inner = behind_cache(node)
+    found: TensorType = (node if inner is None else inner).meta["type"]
+    return found
+
+
+def _cannot(what: str, node: fx.Node) -> ExportError:
+    return ExportError(
+        f"a bundle cannot have {what}", where=node.name, hint="the onnx target may know it"
+    )
