@@ -156,6 +156,7 @@ def test_what_a_bundle_cannot_have_is_refused(tmp_path: Path) -> None:
         Triton.parse(["--arch", "sm_12"])
 
 
+@pytest.mark.slow
 def test_binaries_are_written_without_a_gpu(tmp_path: Path) -> None:
     program = linearized("mixer=retention, window=0, sinks=0")
     found = Triton(arch=("sm_90",), precompiled=True).write(program, tmp_path)

@@ -1,7 +1,7 @@
 """Binaries of a bundle's kernels, for GPUs that are not there.
 
-A process of its own imports model.py without the interpreter and compiles what its launch functions
-would launch. The binaries are for hosts with a launcher of their own; model.py compiles from source.
+A process of its own imports model.py without the interpreter, and compiles what its launches
+would be. The binaries are for hosts with a launcher of their own; model.py compiles from source.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FOLDER = "binaries"
 
 
 def precompile(directory: Path, archs: Sequence[str]) -> list[dict[str, Any]]:
-    """Write the binaries; returns what a launcher needs to know of each. ExportError if one fails."""
+    """Write the binaries; returns what a launcher needs to know. ExportError if one fails."""
     done = subprocess.run(
         [sys.executable, "-m", "reroll.export.triton.precompile", str(directory), *archs],
         env={**os.environ, "TRITON_INTERPRET": "0"},
