@@ -23,14 +23,37 @@ import reroll
 from reroll.rewrite.passes.costs import state_bytes
 from reroll.rewrite.program import Program
 
-LIGER = "gates=liger, rotary=false, feature_map=softmax"
-CALIBRATED = "gates=calibrated"
-
+# what queries and keys go through first: the delta rules scale them to length one themselves, and
+# a slot or an exponential gate takes them as they are
+FEATURES = {
+    "linear": "none",
+    "retention": "elu",
+    "mamba2": "elu",
+    "gla": "elu",
+    "hgrn2": "softmax",
+    "rwkv6": "elu",
+    "gsa": "none",
+    "mlstm": "none",
+    "deltanet": "none",
+    "gated_deltanet": "none",
+    "kda": "none",
+    "deltaproduct": "none",
+}
+WAYS = {
+    "hybrid": "gates=calibrated, samples=2",
+    "hybrid, uncalibrated": "gain=1",
+    "pure": "window=0, gates=calibrated, samples=2",
+    "pure, uncalibrated": "window=0",
+}
 CONFIGURATIONS = {
     "original": "",
     "window 64": "window(size=64, sinks=0)",
     "window 64, 4 sinks": "window(size=64, sinks=4)",
     "masformer, full every 6th": "window(size=64, sinks=4, keep=6)",
+} | {
+    f"{mixer} {way}": f"linearize(mixer={mixer}, feature_map={feature}, {text})"
+    for mixer, feature in FEATURES.items()
+    for way, text in WAYS.items()
 }
 
 

@@ -47,10 +47,10 @@ def chunk(
         part = [_filled(t[:, :, now], full).contiguous() for t in (q, k, v, *gates)]
         if seen is not None:
             seen = F.pad(seen, (0, full - length)).contiguous()
-        with torch._dynamo.config.patch(recompile_limit=GRAPHS):
-            out, state = run(*part[:3], part[3:], tuple(s.contiguous() for s in state), seen)
-        outs.append(out[:, :length])
-    return torch.cat(outs, 1) if len(outs) > 1 else outs[0], state
+        out, state = run(*part[:3], part[3:], tuple(s.contiguous() for s in state), seen)
+        outs.append(out[:, :length].transpose(1, 2))
+    # heads first, as they come out of the pieces: each head of a piece is copied as a block
+    return torch.cat(outs, 2).transpose(1, 2), state
 
 
 def _filled(x: Tensor, length: int) -> Tensor:
@@ -67,4 +67,8 @@ def _compiled(mixer: Mixer) -> Callable[..., Any]:
 
     # the compiler counts its graphs by code object, so each mixer gets one of its own
     code = run.__code__.replace(co_name=f"chunk_{mixer.name}")
-    return torch.compile(FunctionType(code, globals(), closure=run.__closure__), dynamic=False)
+    return torch.compile(
+        FunctionType(code, globals(), closure=run.__closure__),
+        dynamic=False,
+        recompile_limit=GRAPHS,
+    )

@@ -17,6 +17,8 @@ from torch import Tensor
 
 # |sum of log decays| over a chunk for which both factors, anchored in its middle, fit fp32 and bf16
 REACH = 160.0
+# tokens of a row in `running_sums`
+ROW = 8
 
 
 def bounded_size(size: int, floor: float) -> int:
@@ -96,7 +98,7 @@ class ChannelDecay(Decay):
     """One decay for each channel of the keys: log decays [..., time, d], all pairs at once."""
 
     def __init__(self, log_decay: Tensor) -> None:
-        self.sums = log_decay.cumsum(-2)
+        self.sums = running_sums(log_decay)
 
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
         return torch.einsum("...gid,...jd,...ijd->...gij", q, k, self.between(diagonal))
@@ -122,19 +124,47 @@ class FactoredDecay(ChannelDecay):
     """The same in one matrix product: exp(G_i - G_j) = exp(G_i - a) exp(a - G_j).
 
     The anchor a lies in the middle of the range of G, so that each factor spans half of it: over a
-    stretch of `bounded_size` tokens both fit, and with them the product for every j <= i.
+    stretch of `bounded_size` tokens both fit, and with them the product for every j <= i. The
+    factors also make what fades from the start and to the end, which saves half of the exponentials.
     """
 
     def __init__(self, log_decay: Tensor) -> None:
         super().__init__(log_decay)
-        anchored = self.sums - 0.5 * self.sums[..., -1:, :].detach()
+        last = self.sums[..., -1:, :]
+        # nothing depends on the anchor, so there is no gradient through it
+        anchor = 0.5 * last.detach()
+        anchored = self.sums - anchor
         self.rise, self.fall = anchored.exp(), (-anchored).exp()
+        self.start, self.end = anchor.exp(), (last - anchor).exp()
 
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
         dtype = q.dtype
         all_pairs = products((q * self.rise.unsqueeze(-3)).to(dtype), (k * self.fall).to(dtype).mT)
         # what lies above the diagonal may have overflowed, and is dropped here
         return all_pairs.masked_fill(~_lower(all_pairs[..., 0, :, :], diagonal).unsqueeze(-3), 0.0)
+
+    def from_start(self, x: Tensor) -> Tensor:
+        return x * _beside(self.rise * self.start, x)
+
+    def to_end(self, k: Tensor) -> Tensor:
+        return k * (self.fall * self.end)
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """The sums of `x` [..., time, d] over time up to and including each token.
+
+    In rows of eight, whose sums are vector additions: `cumsum` along a dimension that is not the
+    last one goes number by number.
+    """
+    time = x.shape[-2]
+    if time % ROW or time == ROW:
+        return x.cumsum(-2)
+    rows = torch.unflatten(x, -2, (-1, ROW))
+    within = [rows[..., 0, :]]
+    for i in range(1, ROW):
+        within.append(within[-1] + rows[..., i, :])
+    before = running_sums(within[-1]) - within[-1]
+    return (torch.stack(within, -2) + before.unsqueeze(-2)).flatten(-3, -2)
 
 
 def products(q: Tensor, m: Tensor) -> Tensor:
@@ -148,5 +178,6 @@ def _beside(factors: Tensor, x: Tensor) -> Tensor:
 
 
 def _lower(square: Tensor, diagonal: int) -> Tensor:
-    ones = torch.ones(square.shape[-2:], dtype=torch.bool, device=square.device)
-    return ones.tril(diagonal)
+    # narrow integers, which compile to wider vectors
+    at = torch.arange(square.shape[-1], dtype=torch.int32, device=square.device)
+    return at[None, :] <= at[:, None] + diagonal

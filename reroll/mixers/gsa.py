@@ -76,7 +76,7 @@ class GSA(Mixer):
         states, keys = chain(writes, decay.total, state[0])
         seen = products(products(rows, columns.mT).tril(), (slots * decay.fall).to(dtype))
         scores = seen * decay.rise.unsqueeze(-3)
-        scores = scores + decay.from_start(products(rows, states.mT.to(dtype)))
+        scores = scores + decay.from_start(products(rows, states.mT))
         weights = joined(scores.softmax(-1).to(dtype), time)
         out, values = linear_form.chunks(weights, s, v, log_decay, FactoredDecay, state[1], size)
         return out, (keys, values)

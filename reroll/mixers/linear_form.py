@@ -52,7 +52,7 @@ def read(scores: Tensor, v: Tensor, q: Tensor, states: Tensor) -> Tensor:
     """The sum scores @ v + q @ states as one product, rounded once, to the dtype of `v`."""
     dtype = v.dtype
     left = torch.cat([scores.to(dtype), q.to(dtype)], -1)
-    return products(left, torch.cat([v, states.to(dtype)], -2))
+    return products(left, torch.cat([v, states], -2))
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor) -> tuple[
 
 
 def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before each chunk, and after the last.
+    """The state before each chunk, in the dtype of the writes, and after the last.
 
     `writes` [batch, kv_heads, chunks, d_k, d_v] is what each chunk adds, `total` [batch, kv_heads,
     chunks, d_k or 1] the log of what it leaves of the state before it.
@@ -70,7 +70,7 @@ def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
     kept = total.exp()[..., None]
     before = []
     for i in range(writes.shape[2]):
-        before.append(state)
+        before.append(state.to(writes.dtype))
         state = kept[:, :, i] * state + writes[:, :, i]
     return torch.stack(before, 2), state
 

@@ -9,7 +9,7 @@ import torch
 
 from reroll.errors import UsageError
 from reroll.mixers import compiled, make, registered
-from reroll.mixers.decay import REACH, bounded_size
+from reroll.mixers.decay import REACH, bounded_size, running_sums
 from reroll.rewrite.passes import tolerances
 from tests.conformance.mixer_suite import assert_close, draw, with_gradients
 
@@ -114,3 +114,9 @@ def test_compiled_pieces_are_the_chunk_form(
         wide = key.startswith("gradient")
         tolerance = tolerances.GRADIENT if wide else tolerances.FORWARD[torch.float32]
         assert_close(value, wanted[key], tolerance, key)
+
+
+@pytest.mark.parametrize("time", [1, 8, 24, 64, 100])
+def test_running_sums(time: int) -> None:
+    x = torch.randn(2, time, 3, dtype=torch.float64)
+    assert_close(running_sums(x), x.cumsum(-2), 1e-10, "sums")
