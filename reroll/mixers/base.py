@@ -247,7 +247,9 @@ class Mixer(Declared, ABC):
         ready = [wide(g) for g in gates]
         if hidden is not None:
             # before anything is computed: padding may hold anything, also what is not a number
-            q, k, v = (t.masked_fill(hidden, 0.0) for t in (q, k, v))
+            k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+            # a query is kept: with a delay it is another token than the one that does not write
+            q = q.masked_fill(hidden & ~q.isfinite(), 0.0)
         for i, gate in enumerate(declared):
             if hidden is not None:
                 away = hidden[..., 0].view(*hidden.shape[:3], *(1 for _ in gate.shape))

@@ -37,18 +37,19 @@ def chunk(
     time, run = k.shape[2], _compiled(mixer)
     state = mixer.initial_state(k, v) if state is None else state
     outs = []
-    for start in range(0, time, PIECE):
-        now, length = slice(start, start + PIECE), min(PIECE, time - start)
-        full = max(SHORTEST, 1 << (length - 1).bit_length())
-        seen = None if padding is None else padding[:, now]
-        if seen is None and full > length:
-            seen = k.new_ones(k.shape[0], length)
-        # whatever they are slices of, all pieces have the same strides: they are one graph
-        part = [_filled(t[:, :, now], full).contiguous() for t in (q, k, v, *gates)]
-        if seen is not None:
-            seen = F.pad(seen, (0, full - length)).contiguous()
-        out, state = run(*part[:3], part[3:], tuple(s.contiguous() for s in state), seen)
-        outs.append(out[:, :length].transpose(1, 2))
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        for start in range(0, time, PIECE):
+            now, length = slice(start, start + PIECE), min(PIECE, time - start)
+            full = max(SHORTEST, 1 << (length - 1).bit_length())
+            seen = None if padding is None else padding[:, now]
+            if seen is None and full > length:
+                seen = k.new_ones(k.shape[0], length)
+            # whatever they are slices of, all pieces have the same strides: they are one graph
+            part = [_filled(t[:, :, now], full).contiguous() for t in (q, k, v, *gates)]
+            if seen is not None:
+                seen = F.pad(seen, (0, full - length)).contiguous()
+            out, state = run(*part[:3], part[3:], tuple(s.contiguous() for s in state), seen)
+            outs.append(out[:, :length].transpose(1, 2))
     # heads first, as they come out of the pieces: each head of a piece is copied as a block
     return torch.cat(outs, 2).transpose(1, 2), state
 
@@ -67,8 +68,4 @@ def _compiled(mixer: Mixer) -> Callable[..., Any]:
 
     # the compiler counts its graphs by code object, so each mixer gets one of its own
     code = run.__code__.replace(co_name=f"chunk_{mixer.name}")
-    return torch.compile(
-        FunctionType(code, globals(), closure=run.__closure__),
-        dynamic=False,
-        recompile_limit=GRAPHS,
-    )
+    return torch.compile(FunctionType(code, globals(), closure=run.__closure__), dynamic=False)

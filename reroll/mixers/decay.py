@@ -124,8 +124,8 @@ class FactoredDecay(ChannelDecay):
     """The same in one matrix product: exp(G_i - G_j) = exp(G_i - a) exp(a - G_j).
 
     The anchor a lies in the middle of the range of G, so that each factor spans half of it: over a
-    stretch of `bounded_size` tokens both fit, and with them the product for every j <= i. The
-    factors also make what fades from the start and to the end, which saves half of the exponentials.
+    stretch of `bounded_size` tokens both fit, and with them the product for every j <= i. They also
+    make what fades from the start and to the end, which saves half of the exponentials.
     """
 
     def __init__(self, log_decay: Tensor) -> None:

@@ -5,46 +5,33 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from reroll.errors import PassError, UsageError
-from reroll.mixers import Mixer, make
 from reroll.mixers.registry import find
-from reroll.passes.linearization.calibrate import (
-    Reach,
-    joined,
-    least_joint,
-    least_squares,
-    measure_gains,
-    measure_starts,
-    samples,
-)
-from reroll.passes.linearization.features import Feature, mapped
-from reroll.passes.linearization.gates import Projections, Start, liger_gate
-from reroll.passes.linearization.sites import Site, before_rotary, site_of
-from reroll.rewrite.inserting import insert
-from reroll.rewrite.layers import Layer, attention_layers, per_trip
-from reroll.rewrite.passes.base import Context, Pass, option
-from reroll.rewrite.passes.keeping import keep_by_measure
-from reroll.rewrite.passes.selection import Keep, Layers, choose, measured_part, ranges
+from reroll.passes.linearization.combining import confine
+from reroll.passes.linearization.design import Combine, Design, Gates
+from reroll.passes.linearization.features import Feature
+from reroll.passes.linearization.gains import least_joint, least_squares, measure_gains
+from reroll.passes.linearization.gates import Projections, Start
+from reroll.passes.linearization.look_back import measure_starts
+from reroll.passes.linearization.observed import Reach, samples
+from reroll.passes.linearization.sites import Site, site_of
+from reroll.rewrite.layers import Layer
+from reroll.rewrite.passes.base import Context, option
+from reroll.rewrite.passes.layerwise import LayerPass
+from reroll.rewrite.passes.selection import ranges
 from reroll.rewrite.patterns import Miss, nearest
-from reroll.rewrite.program import Program, TensorType
-from reroll.rewrite.raising.matching import argument, shape
+from reroll.rewrite.program import Program
 from reroll.rewrite.weight_edit import WeightEditor
-from reroll.rewrite.weights import cast, concat, full, zeros
-
-RECURRENCE = torch.ops.reroll.recurrence.default
-MASS = torch.ops.reroll.attention_mass.default
-MUL, ADD = torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor
+from reroll.rewrite.weights import cast, concat, full
 
 Value = int | float | bool | str | None
 
 
-class Linearize(Pass):
+class Linearize(LayerPass):
     """Let a token mixer with a state of constant size do the work of attention.
 
     The mixer reads the queries, keys and values that the attention reads: after norms, biases and
@@ -79,27 +66,18 @@ class Linearize(Pass):
 
     mixer: str = option("retention", help="which token mixer: see reroll.mixers")
     mixer_options: dict[str, Value] = option({}, help="options of the mixer")
-    gates: Literal["learned", "calibrated", "liger", "liger-code"] = option(
-        "learned", help="where the mixer's gates come from"
-    )
+    gates: Gates = option("learned", help="where the mixer's gates come from")
     feature_map: Feature = option("none", help="what queries and keys go through first")
     rotary: bool = option(True, help="whether they have their rotary embedding")
     window: int = option(64, help="how many of the last tokens softmax attention sees; 0 for none")
     sinks: int = option(4, help="how many of the first tokens it sees beside them")
-    combine: Literal["disjoint", "joint", "sum"] = option(
-        "disjoint", help="how the window and the mixer come together"
-    )
+    combine: Combine = option("disjoint", help="how the window and the mixer come together")
     mix: float = option(0.5, help="the mixer's part in a sum, from 0 to 1")
     gain: float | None = option(
         None, help="factor on the mixer at the start; by default 0 beside a window and 1 without"
     )
     rank: int = option(16, help="rank of learned gates")
     samples: int = option(8, help="pieces of 512 tokens of the text to calibrate on")
-    layers: Layers = option("all", help="numbers of the layers to change")
-    keep: Keep = option(
-        None,
-        help='layers that stay: numbers, a period such as 7, or a part by measurement, "auto:0.25"',
-    )
 
     def check(self) -> None:
         for name, least in (("window", 0), ("sinks", 0), ("rank", 1), ("samples", 1)):
@@ -107,45 +85,55 @@ class Linearize(Pass):
                 raise UsageError(f"{name} is {least} or more", f"pass linearize, option {name}")
         if not 0 <= self.mix <= 1:
             raise UsageError("mix is from 0 to 1", "pass linearize, option mix")
-        if self.combine == "joint" and (not self.window or self.feature_map == "none"):
+        known = find(self.mixer).options()
+        if self.combine == "joint" and self.feature_map == "none" and "normalise" not in known:
             raise UsageError(
-                "one normalisation takes a window and a feature map",
+                "one normalisation takes features that are not negative",
                 "pass linearize, option combine",
-                "such as window=64, feature_map=hedgehog",
+                "such as feature_map=hedgehog, or mixer=linear, which has its own",
             )
-        find(self.mixer)
 
     def run(self, program: Program, context: Context) -> Program:
-        layers = attention_layers(program)
-        count = 1 + max((n for layer in layers for n in layer.numbers), default=-1)
-        chosen = set(choose(count, self.layers, self.keep, self.name))
-        part = measured_part(self.keep, self.name)
-        if part is not None:
-            chosen -= set(self._kept(program, layers, chosen, part, context))
-        sites = self._sites(program, layers, chosen)
-        done = sorted(n for site in sites for n in site.chosen)
+        layers, chosen = self.chosen(program)
+        eligible = sorted(n for s in self._sites(program, layers, chosen) for n in s.chosen)
+        gates = "learned" if self.gates == "calibrated" else self.gates
+        quiet = replace(context, remarks=[], report_progress=None)
+
+        def rewritten(numbers: Collection[int]) -> Program:
+            trial = replace(self, layers=sorted(numbers), keep=None, gates=gates)
+            return trial.run(program.edit(), quiet)
+
+        left = self.measured(program, eligible, rewritten, context)
+        sites = self._sites(program, layers, left)
         text = None
         if self.gates == "calibrated":
             text = samples(program, context, self.samples)
             if text is None:
                 context.remark("no text to calibrate on: gates start as with gates=learned")
-        reach = Reach(self.window, self.sinks if self.window else 0)
-        starts = measure_starts(program, layers, text, reach, context) if text else {}
+        design = self._design()
+        starts = measure_starts(program, layers, text, design.reach, context) if text else {}
         projections = Projections(self.rank, context.seed, starts)
-        mixers = {site.node: self._insert(site, projections) for site in sites}
+        mixers = {site.node: design.insert(site, projections) for site in sites}
         gains: dict[int, Tensor] = {}
-        if text and self.gain is None and self._has_gain():
+        done = sorted(left)
+        if text and self.gain is None and design.has_gain:
             # the attentions are still the original's, and gains are zero: so are all inputs
             exact = self._with_gains(sites, gains).result()
-            least = least_joint if self.combine == "joint" and self.window else least_squares
-            measured = measure_gains(exact, mixers, layers, text, reach, context, least)
+            least = least_joint if self.combine == "joint" else least_squares
+            measured = measure_gains(exact, mixers, layers, text, design.reach, context, least)
             gains, explained = measured
             context.remark(_calibrated(starts, explained, done))
         edit = self._with_gains(sites, gains)
         for site in sites:
-            self._confine(site)
+            confine(site, self.window, self.sinks)
         context.remark(self._summary(done))
         return edit.result()
+
+    def _design(self) -> Design:
+        return Design(
+            self.mixer, self.mixer_options, self.gates, self.feature_map, self.rotary,
+            self.combine, self.mix, Reach(self.window, self.sinks if self.window else 0),
+        )  # fmt: skip
 
     def _sites(self, program: Program, layers: list[Layer], chosen: set[int]) -> list[Site]:
         """What there is to linearize; raises PassError, with the reason, if that is nothing."""
@@ -169,51 +157,9 @@ class Linearize(Pass):
             )
         return sites
 
-    def _kept(
-        self, program: Program, layers: list[Layer], chosen: set[int], part: float, context: Context
-    ) -> list[int]:
-        """The layers whose linearization, untrained, would change the output most."""
-        sites = self._sites(program, layers, chosen)
-        quiet = replace(context, remarks=[], report_progress=None)
-        gates = "learned" if self.gates == "calibrated" else self.gates
-
-        def rewritten(numbers: Collection[int]) -> Program:
-            trial = replace(self, layers=sorted(numbers), keep=None, gates=gates)
-            return trial.run(program.edit(), quiet)
-
-        eligible = sorted(n for site in sites for n in site.chosen)
-        return keep_by_measure(program, eligible, part, rewritten, context)
-
     def _summary(self, done: list[int]) -> str:
         beside = f" beside a window of {self.window} and {self.sinks} sinks" if self.window else ""
         return f"layers {ranges(done)} are {self.mixer}{beside}, gates {self.gates}"
-
-    def _insert(self, site: Site, projections: Projections) -> fx.Node:
-        """Put a mixer beside an attention, and let their sum take its place; returns the mixer."""
-        old, users = site.node, list(site.node.users)
-        with site.graph.inserting_before(old):
-            mixed = self._recurrence(site, projections)
-            gain = None
-            if self._has_gain():
-                zero = zeros((site.heads,), site.dtype)
-                gain = site.new_weight("gain", (site.heads,), lambda _: zero)
-                site.gain = str(gain.target)
-        if gain is None:
-            result = self._sum(site, mixed)
-        elif self.combine == "joint" and self.window:
-            site.mass = _mass(site)
-            with site.graph.inserting_before(site.mass.next):
-                result = insert(site.graph, joined, [old, site.mass, mixed, gain])
-        else:
-            with site.graph.inserting_before(old):
-                gained = insert(site.graph, _times_heads, [mixed, gain])
-            result = site.after(old, ADD, (old, gained))
-        for user in users:
-            user.replace_input_with(old, result)
-        return mixed
-
-    def _has_gain(self) -> bool:
-        return not (self.window and self.combine == "sum")
 
     def _with_gains(self, sites: list[Site], gains: Mapping[int, Tensor]) -> WeightEditor:
         """Write the gains of the layers into their weights: given, measured, or by default."""
@@ -232,99 +178,6 @@ class Linearize(Pass):
                 site.gain, replace(edit.weights[site.gain], entries=tuple(entries))
             )
         return edit
-
-    def _confine(self, site: Site) -> None:
-        """Let the attention see only its window, or take it out if none of it is left."""
-        if not self.window and all(site.active):
-            (total,) = site.node.users
-            total.replace_all_uses_with(total.args[1])  # type: ignore[arg-type]
-            return
-        prefix = (self.sinks or None) if self.window else None
-        site.layer.set("window", dict.fromkeys(site.chosen, self.window))
-        site.layer.set("prefix", dict.fromkeys(site.chosen, prefix))
-        if site.mass is not None:
-            _look_alike(site.mass, site.node)
-
-    def _recurrence(self, site: Site, projections: Projections) -> fx.Node:
-        """The mixer's node, [batch, time, heads, d_v]."""
-        q, k = site.q, site.k
-        if not self.rotary:
-            q, k = before_rotary(q), before_rotary(k)
-        q, k = mapped(site, q, self.feature_map, "q"), mapped(site, k, self.feature_map, "k")
-        mixer = self._mixer(site)
-        d_v = site.d_v + (self.combine == "joint")
-        gates = self._gates(site, mixer, (int(shape(k)[3]), d_v), projections)
-        delay = self.window if self.window and self.combine != "sum" else 0
-        v = site.v
-        if self.combine == "joint":
-            # a channel of ones, which the mixer sums with its weights
-            v = insert(site.graph, lambda v: F.pad(v, (0, 1), value=1.0), [v])
-        kwargs: dict[str, Any] = {
-            "padding": argument(site.node, "padding"),
-            "delay": delay,
-            "skip": self.sinks if delay else 0,
-            "active": per_trip(site.layer.loop, "recurrent", site.active),
-        }
-        node = site.graph.call_function(
-            RECURRENCE,
-            (q, k, v, gates, self.mixer, mixer.text()),
-            {name: v for name, v in kwargs.items() if v not in (None, 0) and v is not True},
-        )
-        kind = site.node.meta["type"]
-        node.meta["type"] = TensorType(kind.dtype, (*kind.shape[:-1], shape(v)[3]))
-        return node
-
-    def _mixer(self, site: Site) -> Mixer:
-        options = dict(self.mixer_options)
-        if self.feature_map == "none":
-            options.setdefault("scale", float(argument(site.node, "scale")))
-        else:
-            options.setdefault("scale", 1.0)
-            if "feature_map" in find(self.mixer).options():
-                # one map is enough
-                options.setdefault("feature_map", "none")
-        return make(self.mixer, options)
-
-    def _gates(
-        self, site: Site, mixer: Mixer, sizes: tuple[int, int], projections: Projections
-    ) -> list[fx.Node]:
-        made = []
-        for gate in mixer.gates(*sizes):
-            if self.gates in ("learned", "calibrated"):
-                made.append(projections.gate(site, gate))
-            else:
-                variant = "paper" if self.gates == "liger" else "code"
-                made.append(liger_gate(site, mixer, gate, variant))
-        return made
-
-    def _sum(self, site: Site, mixed: fx.Node) -> fx.Node:
-        loop, active = site.layer.loop, site.active
-        window = [1 - self.mix if a else 1.0 for a in active]
-        left = site.after(site.node, MUL, (site.node, per_trip(loop, "window_part", window)))
-        mixer = [self.mix if a else 0.0 for a in active]
-        right = site.after(mixed, MUL, (mixed, per_trip(loop, "mixer_part", mixer)))
-        return site.after(left, ADD, (left, right))
-
-
-def _times_heads(x: Tensor, gain: Tensor) -> Tensor:
-    """A factor per head on [batch, time, heads, size]."""
-    return x * gain.unsqueeze(-1)
-
-
-def _mass(site: Site) -> fx.Node:
-    """The node of what an attention divides by, behind it."""
-    with site.graph.inserting_after(site.node):
-        node = site.graph.call_function(MASS)
-    _look_alike(node, site.node)
-    kind = site.node.meta["type"]
-    node.meta["type"] = TensorType(torch.float32, kind.shape[:-1])
-    return node
-
-
-def _look_alike(mass: fx.Node, attention: fx.Node) -> None:
-    """Give the mass the arguments that the attention has."""
-    q, k, _, scale = attention.args[:4]
-    mass.args, mass.kwargs = (q, k, scale), dict(attention.kwargs)
 
 
 def _calibrated(

@@ -6,13 +6,13 @@ from collections.abc import Collection
 
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.layers import Layer, attention_layers
-from reroll.rewrite.passes.base import Context, Pass, option
-from reroll.rewrite.passes.keeping import keep_by_measure
-from reroll.rewrite.passes.selection import Keep, Layers, choose, measured_part, ranges
+from reroll.rewrite.passes.base import Context, option
+from reroll.rewrite.passes.layerwise import LayerPass
+from reroll.rewrite.passes.selection import ranges
 from reroll.rewrite.program import Program
 
 
-class Window(Pass):
+class Window(LayerPass):
     """Let every attention see the last `size` tokens and the first `sinks` tokens only.
 
     The state of a causal model becomes a ring of size + sinks keys and values per layer, however
@@ -33,11 +33,6 @@ class Window(Pass):
 
     size: int = option(64, help="how many of the last tokens are seen, the token's own included")
     sinks: int = option(4, help="how many of the first tokens are seen beside them")
-    layers: Layers = option("all", help="numbers of the layers to change")
-    keep: Keep = option(
-        None,
-        help='layers that stay: numbers, a period such as 7, or a part by measurement, "auto:0.25"',
-    )
 
     def check(self) -> None:
         if self.size < 1 or self.sinks < 0:
@@ -46,28 +41,21 @@ class Window(Pass):
             raise UsageError(f"{which} is {least} or more", f"pass window, option {which}")
 
     def run(self, program: Program, context: Context) -> Program:
-        found = attention_layers(program)
-        if not found:
-            raise PassError("there is no attention in the program")
-        count = 1 + max(max(layer.numbers) for layer in found)
-        chosen = choose(count, self.layers, self.keep, self.name)
-        eligible = [n for n in chosen if n in self._far(found)]
-        part = measured_part(self.keep, self.name)
-        if part is not None and eligible:
+        found, chosen = self.chosen(program)
 
-            def rewritten(numbers: Collection[int]) -> Program:
-                copy = program.edit()
-                self._narrow(attention_layers(copy), set(numbers))
-                return copy
+        def rewritten(numbers: Collection[int]) -> Program:
+            copy = program.edit()
+            self._narrow(attention_layers(copy), numbers)
+            return copy
 
-            kept = keep_by_measure(program, eligible, part, rewritten, context)
-            eligible = [n for n in eligible if n not in kept]
+        far = sorted(chosen & self._far(found))
+        eligible = sorted(self.measured(program, far, rewritten, context))
         if not eligible:
             raise PassError(
                 f"no attention of the chosen layers sees further than {self.size} tokens",
                 hint="reroll inspect shows the layers; try a smaller size",
             )
-        self._narrow(found, set(eligible))
+        self._narrow(found, eligible)
         sinks = f" and the first {self.sinks}" if self.sinks else ""
         context.remark(f"layers {ranges(eligible)} see the last {self.size} tokens{sinks}")
         return program
@@ -85,7 +73,7 @@ class Window(Pass):
     def _wider(self, window: object) -> bool:
         return isinstance(window, int) and window > self.size
 
-    def _narrow(self, found: list[Layer], numbers: set[int]) -> None:
+    def _narrow(self, found: list[Layer], numbers: Collection[int]) -> None:
         for layer in found:
             own = [n for n in layer.numbers if n in numbers]
             layer.set("window", dict.fromkeys(own, self.size))

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reroll.rewrite.rules import find_rule
+from reroll.rewrite.recurrence import bidirectional, recurrence
+
+__all__ = ["bidirectional", "recurrence"]
 
 NAMESPACE = "reroll"
 
@@ -95,7 +97,7 @@ def visible(q: Tensor, kv: Tensor, causal: bool, window: int | None) -> Tensor:
         return seen if window is None else seen & (kv > q - window)
     if window is None:
         return (kv >= 0) & (q >= 0)
-    return (q - kv).abs() <= window
+    return ((q - kv).abs() <= window) & (window > 0)
 
 
 def in_prefix(padding: Tensor | None, kv: Tensor, prefix: int) -> Tensor:
@@ -157,10 +159,9 @@ def attention(
     queries at the end of the keys.
     `sinks` [heads] are logits that take part in the normalisation and carry no value.
 
-    Returns [batch, time, heads, v_head_dim]: zeros where a causal window is 0 and there is no
-    prefix.
+    Returns [batch, time, heads, v_head_dim]: zeros where a window is 0 and there is no prefix.
     """
-    if causal and window == 0 and not prefix:
+    if window == 0 and not prefix:
         return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
     scores = _scores(
         q, k, scale, causal, window, chunk, softcap, sinks, bias, padding, blocks, prefix
@@ -199,7 +200,7 @@ def _scores(
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias
-    if causal or window or chunk or padding is not None or blocks is not None:
+    if causal or window is not None or chunk or padding is not None or blocks is not None:
         length, kv_length = q.shape[2], k.shape[2]
         scores = scores + mask(
             padding, q.shape[0], length, kv_length, kv_length - length,
@@ -313,138 +314,6 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "sigmoid":
         return torch.sigmoid(x)
     raise ValueError(f"unknown activation {activation!r}")
-
-
-@torch.library.custom_op(f"{NAMESPACE}::recurrence", mutates_args=())
-def recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: list[Tensor],
-    rule: str,
-    options: str,
-    padding: Tensor | None = None,
-    delay: int = 0,
-    skip: int = 0,
-    active: bool = True,
-    idle: Tensor | None = None,
-) -> Tensor:
-    """A token mixer whose state has a size of its own, run over a sequence from the zero state.
-
-    `q`: [batch, heads, time, d_k]; `k`: [batch, kv_heads, time, d_k]; `v` likewise with d_v;
-    `gates`: tensors [batch, kv_heads, time, ...] in the order in which the mixer declares them.
-    `rule` names a mixer of `reroll.mixers`, `options` is its options as a JSON object. `padding`
-    [batch, time] is 0 at tokens that leave the state alone.
-
-    `delay`: a token reads the state as it was after the token so many before it, so that it sees
-    what an attention over a window of that size does not. `skip`: the first so many tokens that are
-    not padding write nothing either (see `prefix` of `mask`). Without `active` there is no state at
-    all, and zeros are returned: for trips of a loop that go without. `idle` [batch, time] is True
-    at new tokens that leave the state alone though they are not padding.
-
-    Returns [batch, time, heads, d_v].
-    """
-    with torch.no_grad():
-        if not active:
-            return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-        out = _recurrence(q, k, v, gates, rule, options, padding, delay, skip, idle)
-    return out.contiguous()
-
-
-def _recurrence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: list[Tensor],
-    rule: str,
-    options: str,
-    padding: Tensor | None,
-    delay: int,
-    skip: int,
-    idle: Tensor | None,
-) -> Tensor:
-    writes = None if padding is None else padding.bool()
-    if skip:
-        writes = after_first(writes, k, skip)
-    writes = without_idle(writes, idle)
-    k, v, *gates, writes = delayed([k, v, *gates], writes, delay)
-    return find_rule(rule).run(q, k, v, gates, options, writes)
-
-
-def after_first(writes: Tensor | None, k: Tensor, skip: int) -> Tensor:
-    """Which tokens [batch, time] write, without the first `skip` of those that do."""
-    if writes is None:
-        writes = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-    return writes & (writes.long().cumsum(-1) > skip)
-
-
-def without_idle(writes: Tensor | None, idle: Tensor | None) -> Tensor | None:
-    """Which tokens [batch, time] write, without those that are idle; None if all do."""
-    if idle is None:
-        return writes
-    return ~idle if writes is None else writes & ~idle
-
-
-def delayed(tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Any]:
-    """Tensors [batch, heads, time, ...] and `writes` [batch, time], `delay` tokens later each."""
-    if not delay:
-        return [*tensors, writes]
-    batch, _, time = tensors[0].shape[:3]
-    late = [
-        torch.cat((t.new_zeros(*t.shape[:2], min(delay, time), *t.shape[3:]), t), 2)[:, :, :time]
-        for t in tensors
-    ]
-    if writes is None:
-        writes = torch.ones(batch, time, dtype=torch.bool, device=tensors[0].device)
-    return [*late, F.pad(writes, (delay, 0))[:, :time]]
-
-
-@recurrence.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: list[Tensor],
-    rule: str,
-    options: str,
-    padding: Tensor | None = None,
-    delay: int = 0,
-    skip: int = 0,
-    active: bool = True,
-    idle: Tensor | None = None,
-) -> Tensor:
-    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, gates, ctx.rule, ctx.options, padding, ctx.delay, ctx.skip, ctx.active, idle = inputs
-    ctx.has = padding is not None, idle is not None
-    ctx.save_for_backward(q, k, v, *gates, *(x for x in (padding, idle) if x is not None))
-    ctx.count = 3 + len(gates)
-
-
-def _recurrence_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # the inputs are kept and the sequence is run again
-    saved = [t.detach() for t in ctx.saved_tensors]
-    inputs, rest = saved[: ctx.count], saved[ctx.count :]
-    inputs = [t.requires_grad_(t.is_floating_point()) for t in inputs]
-    if ctx.active:
-        q, k, v, *gates = inputs
-        padding, idle = (rest.pop(0) if has else None for has in ctx.has)
-        with torch.enable_grad():
-            out = _recurrence(
-                q, k, v, gates, ctx.rule, ctx.options, padding, ctx.delay, ctx.skip, idle
-            )
-        grads = torch.autograd.grad(out, inputs, grad, allow_unused=True, materialize_grads=True)
-    else:
-        grads = tuple(map(torch.zeros_like, inputs))
-    dq, dk, dv, *dgates = grads
-    # one for each argument that the caller gave; PyTorch leaves out those at their defaults
-    left_out = (None,) * (len(ctx.needs_input_grad) - 4)
-    return dq, dk, dv, dgates, *left_out
-
-
-recurrence.register_autograd(_recurrence_backward, setup_context=_keep_inputs)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::exit", mutates_args=())

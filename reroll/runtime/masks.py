@@ -55,7 +55,7 @@ def make_mask(
         return None if padding is None else padding[:, None, None]
     assert length is not None
     assert like is not None
-    if causal and window == 0 and not prefix:
+    if window == 0 and not prefix:
         return torch.empty(1, 1, length, 0, dtype=torch.bool, device=like.device)
     keys = length if keys is None else keys
     start, offset, kept = 0, keys - length, 0

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.mixers import Mixer, make
-from reroll.rewrite.ops import after_first, delayed, without_idle
+from reroll.rewrite.recurrence import after_first, scan, without_idle
 from reroll.runtime.masks import visible_tokens
 from reroll.runtime.states import Rewinding
 
@@ -59,11 +59,11 @@ def recur(
         return out
     if padding is not None:
         padding = padding[:, -q.shape[2] :]
-    if skip:
-        padding = after_first(padding, k, skip)
-    padding = without_idle(padding, idle)
-    k, v, *gates, writes = delayed([k, v, *gates], padding, delay)
-    return dispatch.chunk(mixer, q, k, v, gates, padding=writes)[0]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], writes: Tensor | None) -> Tensor:
+        return dispatch.chunk(mixer, q, k, v, gates, padding=writes)[0]
+
+    return scan(run, q, k, v, gates, padding, delay, skip, idle)
 
 
 class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):

@@ -239,3 +239,18 @@ class MixerSuite:
         found = torch.autograd.grad(out, leaves, seed, **keywords)
         for a, b in zip(found, torch.autograd.grad(wanted, leaves, seed, **keywords), strict=True):
             assert_close(a, b, 1e-10, "gradient of the op")
+
+    def test_the_op_runs_it_from_both_ends(self) -> None:
+        inputs = draw(self.mixer)
+        q, k, v, gates = inputs[:4]
+        padding = torch.ones(BATCH, TIME)
+        padding[1, -4:] = 0
+        name, options = self.mixer.name, self.mixer.text()
+        out = torch.ops.reroll.bidirectional(q, k, v, list(gates), name, options, padding)
+        forth, _ = self.mixer.parallel(q, k, v, gates, padding=padding)
+        # a token late, so that its own write is not read again
+        k, v, *gates = (t.flip(2).roll(1, 2) for t in (k, v, *gates))
+        late = padding.flip(1).roll(1, 1)
+        late[:, 0] = 0
+        back, _ = self.mixer.parallel(q.flip(2), k, v, gates, padding=late)
+        assert_close(out, forth + back.flip(1), 1e-10, "the op")

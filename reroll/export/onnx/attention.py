@@ -40,7 +40,7 @@ def attention(
 ) -> Value:
     """Softmax attention; see `reroll.rewrite.ops.attention`. [batch, time, heads, v_head_dim]."""
     dtype = g.dtype(node)
-    if causal and not prefix and window == 0:
+    if not prefix and window == 0:
         zero = g.number(0.0, dtype)
         return g.op("Expand", zero, g.shape(node.meta["type"].shape))
     mask, length, keys = _mask(
@@ -49,7 +49,7 @@ def attention(
     q, k, v = (g.tensor(x, dtype) for x in (q, k, v))
     if grouped.fits(g, k, v, causal, sinks):
         made = grouped.attention(g, node, q, k, v, scale, mask, softcap, keys)
-        return _if_any(g, made, causal, window, prefix)
+        return _if_any(g, made, window, prefix)
     if sinks is None and softcap is None:
         if mask is not None:
             mask = g.op("Expand", mask, g.shape([1, 1, length, keys]))
@@ -61,12 +61,12 @@ def attention(
             weights = g.op("Slice", weights, g.ints(0), g.ints(-1), g.ints(-1), g.ints(1))
         made = g.op("MatMul", weights, _repeated(g, node, v, "v"))
     made = g.op("Transpose", made, perm=[0, 2, 1, 3])
-    return _if_any(g, made, causal, window, prefix)
+    return _if_any(g, made, window, prefix)
 
 
-def _if_any(g: Translator, made: Value, causal: Any, window: Any, prefix: Any) -> Value:
+def _if_any(g: Translator, made: Value, window: Any, prefix: Any) -> Value:
     """Zeros in those trips whose window is 0."""
-    if not (causal and not prefix and isinstance(window, Varying) and 0 in window.values):
+    if prefix or not isinstance(window, Varying) or 0 not in window.values:
         return made
     sees = g.op("Greater", masks.reach(g, window), g.number(0, INT), dtype=BOOL)
     return g.op("Where", sees, made, g.number(0.0, made.dtype), dtype=made.dtype)

@@ -82,6 +82,11 @@ class Site:
         return kind.dtype
 
     @property
+    def causal(self) -> bool:
+        """Whether a token looks back only."""
+        return bool(self.layer.values("causal")[0])
+
+    @property
     def active(self) -> list[bool]:
         """For each trip, whether its layer is chosen."""
         return [n in self.chosen for n in self.layer.numbers]
@@ -141,8 +146,8 @@ class Site:
 def site_of(layer: Layer, chosen: tuple[int, ...], edit: WeightEditor) -> Site | Miss:
     """The site of an attention, or what keeps a mixer from taking its place."""
     node = layer.node
-    if set(layer.values("causal")) != {True}:
-        return Miss("the attention is not causal", (node.name,))
+    if len(set(layer.values("causal"))) > 1:
+        return Miss("the attention is causal in some trips only", (node.name,))
     for name in ("blocks", "chunk"):
         if any(value is not None for value in layer.values(name)):
             return Miss(f"the attention has {name}", (node.name,), depth=1)

@@ -24,6 +24,7 @@ aten = torch.ops.aten
 ATTENTION = torch.ops.reroll.attention.default
 CACHE = torch.ops.reroll.cache.default
 RECURRENCE = torch.ops.reroll.recurrence.default
+BIDIRECTIONAL = torch.ops.reroll.bidirectional.default
 
 CONTEXT = 1024
 
@@ -233,4 +234,6 @@ def _mixer(node: fx.Node, place: Place) -> tuple[str, str, tuple[int, ...]]:
 register(ATTENTION, flops=_attention)
 register(torch.ops.reroll.attention_mass.default, flops=_mass)
 register(RECURRENCE, flops=_recurrence_flops, state=_recurrence_state)
+# what is run from both ends cannot be continued, so it keeps nothing
+register(BIDIRECTIONAL, flops=lambda node, place: 2 * _recurrence_flops(node, place))
 register(CACHE, state=_cache)

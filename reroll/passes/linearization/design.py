@@ -1,0 +1,130 @@
+"""What takes the place of an attention: a mixer on its queries, keys and values, and a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from reroll.errors import PassError
+from reroll.mixers import Mixer, make
+from reroll.mixers.registry import find
+from reroll.passes.linearization import combining
+from reroll.passes.linearization.features import Feature, mapped
+from reroll.passes.linearization.gates import Projections, liger_gate
+from reroll.passes.linearization.observed import Reach
+from reroll.passes.linearization.sites import Site, before_rotary
+from reroll.rewrite.inserting import insert
+from reroll.rewrite.layers import per_trip
+from reroll.rewrite.program import TensorType
+from reroll.rewrite.raising.matching import argument, shape
+
+RECURRENCE = torch.ops.reroll.recurrence.default
+BIDIRECTIONAL = torch.ops.reroll.bidirectional.default
+
+Combine = Literal["disjoint", "joint", "sum"]
+Gates = Literal["learned", "calibrated", "liger", "liger-code"]
+
+
+@dataclass(frozen=True)
+class Design:
+    """The options of `linearize` that say what an attention is replaced by."""
+
+    mixer: str
+    mixer_options: Mapping[str, Any]
+    gates: Gates
+    feature_map: Feature
+    rotary: bool
+    combine: Combine
+    mix: float
+    reach: Reach
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether the mixer is added with a gain; under a normalisation of its own it cancels."""
+        if self.combine == "disjoint":
+            return True
+        return (self.combine == "joint") == (self.reach.window > 0)
+
+    def insert(self, site: Site, projections: Projections) -> fx.Node:
+        """Put a mixer beside an attention, and let their sum take its place; returns the mixer.
+
+        The attention itself is left as it is: `combining.confine` cuts it to its window.
+        """
+        old, users = site.node, list(site.node.users)
+        with site.graph.inserting_before(old):
+            mixed = self._recurrence(site, projections)
+        if self.combine == "joint":
+            combined = combining.joint if self.reach.window else combining.alone
+            result = combined(site, mixed)
+        elif self.combine == "sum" and self.reach.window:
+            result = combining.weighted(site, mixed, self.mix)
+        else:
+            result = combining.disjoint(site, mixed)
+        for user in users:
+            user.replace_input_with(old, result)
+        return mixed
+
+    def _recurrence(self, site: Site, projections: Projections) -> fx.Node:
+        """The mixer's node, [batch, time, heads, d_v]."""
+        q, k = site.q, site.k
+        if not self.rotary:
+            q, k = before_rotary(q), before_rotary(k)
+        q, k = mapped(site, q, self.feature_map, "q"), mapped(site, k, self.feature_map, "k")
+        mixer, v = self._mixer(site), site.v
+        d_v = site.d_v + (self.combine == "joint")
+        gates = self._gates(site, mixer, (int(shape(k)[3]), d_v), projections)
+        if self.combine == "joint":
+            # a channel of ones, which the mixer sums with its weights
+            v = insert(site.graph, lambda v: F.pad(v, (0, 1), value=1.0), [v])
+        delay = self.reach.delay(site.causal) if self.combine != "sum" else 0
+        kwargs: dict[str, Any] = {
+            "padding": argument(site.node, "padding"),
+            "delay": delay,
+            "skip": self.reach.sinks if delay else 0,
+            "active": per_trip(site.layer.loop, "recurrent", site.active),
+        }
+        node = site.graph.call_function(
+            RECURRENCE if site.causal else BIDIRECTIONAL,
+            (q, k, v, gates, self.mixer, mixer.text()),
+            {name: v for name, v in kwargs.items() if v not in (None, 0) and v is not True},
+        )
+        kind = site.node.meta["type"]
+        node.meta["type"] = TensorType(kind.dtype, (*kind.shape[:-1], shape(v)[3]))
+        return node
+
+    def _mixer(self, site: Site) -> Mixer:
+        options, known = dict(self.mixer_options), find(self.mixer).options()
+        own = "normalise" in known
+        if self.feature_map == "none" and not own:
+            options.setdefault("scale", float(argument(site.node, "scale")))
+        else:
+            options.setdefault("scale", 1.0)
+        if self.feature_map != "none" and "feature_map" in known:
+            # one map is enough
+            options.setdefault("feature_map", "none")
+        if own and self.combine == "joint":
+            options["normalise"] = False
+        elif own and not site.causal:
+            raise PassError(
+                f"{self.mixer} divides by a sum over both directions, which is combine=joint",
+                where=site.node.name,
+                hint="add combine=joint",
+            )
+        return make(self.mixer, options)
+
+    def _gates(
+        self, site: Site, mixer: Mixer, sizes: tuple[int, int], projections: Projections
+    ) -> list[fx.Node]:
+        made = []
+        for gate in mixer.gates(*sizes):
+            if self.gates in ("learned", "calibrated"):
+                made.append(projections.gate(site, gate))
+            else:
+                variant = "paper" if self.gates == "liger" else "code"
+                made.append(liger_gate(site, mixer, gate, variant))
+        return made

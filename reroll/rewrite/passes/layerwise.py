@@ -1,0 +1,49 @@
+"""Passes that change layers one by one: which ones, and which of them stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from reroll.errors import PassError
+from reroll.rewrite.layers import Layer, attention_layers
+from reroll.rewrite.passes.base import Context, Pass, option
+from reroll.rewrite.passes.keeping import keep_by_measure
+from reroll.rewrite.passes.selection import Keep, Layers, choose, measured_part
+from reroll.rewrite.program import Program
+
+
+class LayerPass(Pass):
+    """A pass over the attention layers of a program."""
+
+    layers: Layers = option("all", help="numbers of the layers to change")
+    keep: Keep = option(
+        None,
+        help='layers that stay: numbers, a period such as 7, or a part by measurement, "auto:0.25"',
+    )
+
+    def chosen(self, program: Program) -> tuple[list[Layer], set[int]]:
+        """All layers, and the numbers of those that the options name.
+
+        Raises PassError if there are none, and UsageError for numbers that there are not.
+        """
+        found = attention_layers(program)
+        if not found:
+            raise PassError("there is no attention in the program")
+        count = 1 + max(max(layer.numbers) for layer in found)
+        return found, set(choose(count, self.layers, self.keep, self.name))
+
+    def measured(
+        self,
+        program: Program,
+        eligible: Sequence[int],
+        rewritten: Callable[[Collection[int]], Program],
+        context: Context,
+    ) -> set[int]:
+        """What is left of the `eligible` layers if a part of them stays by measurement.
+
+        `rewritten` gives the program with only some layers changed, see `keep_by_measure`.
+        """
+        part = measured_part(self.keep, self.name)
+        if part is None or not eligible:
+            return set(eligible)
+        return set(eligible) - set(keep_by_measure(program, eligible, part, rewritten, context))
