@@ -57,6 +57,8 @@ class Mixer(Declared, ABC):
 
     what: ClassVar[str] = "mixer"
     name: ClassVar[str] = ""
+    # whether the chunk form multiplies in fp32 whatever its inputs are
+    chunks_wide: ClassVar[bool] = False
 
     chunk_size: int = option(64, help="tokens that one chunk handles by matrix products")
     scale: float | None = option(None, help="factor on the queries; the mixer's own if none")
@@ -154,7 +156,8 @@ class Mixer(Declared, ABC):
             return packing.apart(run, q, k, v, gates, self._start(k, v, state),
                                  padding, segments)  # fmt: skip
         dtype, start = v.dtype, self._start(k, v, state)
-        q, k, v, ready = self._ready(q, k, v, gates, padding, exact=False)
+        exact = self.chunks_wide and form is None
+        q, k, v, ready = self._ready(q, k, v, gates, padding, exact=exact)
         out, state = (form or self.chunk_form)(q, k, v, ready, start)
         return _ungrouped(out, dtype), state
 

@@ -138,7 +138,7 @@ class FactoredDecay(ChannelDecay):
         self.start, self.end = anchor.exp(), (last - anchor).exp()
 
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
-        dtype = q.dtype
+        dtype = k.dtype
         all_pairs = products((q * self.rise.unsqueeze(-3)).to(dtype), (k * self.fall).to(dtype).mT)
         # what lies above the diagonal may have overflowed, and is dropped here
         return all_pairs.masked_fill(~_lower(all_pairs[..., 0, :, :], diagonal).unsqueeze(-3), 0.0)

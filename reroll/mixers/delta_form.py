@@ -43,11 +43,9 @@ def chunks(
     """The same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k].
 
     The system is solved without the state, for the values and for what a state would hold under
-    the keys; then the state goes through the chunks. All in the dtype of the state: what is rounded
-    in a system ends up in every token after it.
+    the keys; then the state goes through the chunks.
     """
     time = k.shape[2]
-    q, k, v = (t.to(state.dtype) for t in (q, k, v))
     q = cut(q, size, 3).transpose(2, 3)  # [batch, kv_heads, chunks, groups, size, d_k]
     k, v, beta, log_decay = (cut(t, size, 2) for t in (k, v, beta, log_decay))
     fade = decay(log_decay)
@@ -89,6 +87,9 @@ def solved(k: Tensor, beta: Tensor, decay: Decay, right: Tensor) -> Tensor:
 
 class Delta(Mixer):
     """What the delta rules have in common; `beta` is their last gate."""
+
+    # what is rounded in a triangular system ends up in every token after it
+    chunks_wide = True
 
     negative: bool = option(
         False, help="let beta reach 2, so that a write can flip what it overwrites"

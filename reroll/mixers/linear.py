@@ -50,10 +50,10 @@ class Linear(Diagonal):
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
     ) -> Result:
         like = k[..., 0].to(state[0].dtype)
-        size = self.chunk_size
-        return self.split(
-            *linear_form.chunks(q, k, _counted(v), like, NoDecay, _joint(state), size)
+        sums, end = linear_form.chunks(
+            q, k, _counted(v), like, NoDecay, _joint(state), self.chunk_size, wide=self.normalise
         )
+        return self.split(sums, end)
 
     def step_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State

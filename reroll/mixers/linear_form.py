@@ -36,13 +36,19 @@ def chunks(
     state: Tensor,
     size: int,
     diagonal: int = 0,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k]."""
-    time, dtype = k.shape[2], q.dtype
+    """The same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k].
+
+    `wide`: what is read is not rounded to the dtype of the inputs, for sums that divide others.
+    """
+    time, dtype = k.shape[2], k.dtype
     q, k, v, log_decay = (cut(t, size, dim) for t, dim in ((q, 3), (k, 2), (v, 2), (log_decay, 2)))
     q = q.transpose(2, 3)  # [batch, kv_heads, chunks, groups, size, d_k]
     fade = decay(log_decay)
     writes = fade.to_end(k).to(dtype).mT @ v  # [batch, kv_heads, chunks, d_k, d_v]
+    if wide:
+        writes, v = writes.to(state.dtype), v.to(state.dtype)
     states, end = chain(writes, fade.total, state)
     out = read(fade.scores(q, k, diagonal), v, fade.from_start(q), states)
     return joined(out, time), end

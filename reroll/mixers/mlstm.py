@@ -68,13 +68,14 @@ class MLSTM(Mixer):
         ends = stretch.ends(m)  # [batch, kv_heads, chunks + 1]
         before, after = ends[..., :-1], ends[..., 1:]
         tops = stretch.tops(before)
-        writes = (k * stretch.writes(after)[..., None]).to(dtype).mT @ v
+        writes = ((k * stretch.writes(after)[..., None]).to(dtype).mT @ v).to(c.dtype)
         total = stretch.sums[..., -1] + before - after
         states, end = chain(writes, total[..., None], torch.cat([c, n[..., None]], -1))
         scores = products(q, k.mT) * stretch.weights(tops).unsqueeze(-3)
         faded = q * stretch.left(before, tops).unsqueeze(-2).unsqueeze(-1)
-        sums = read(scores, v, faded, states)
-        out = joined(_read(sums.to(c.dtype), tops), time)
+        # the sum that divides is not rounded
+        sums = read(scores, v.to(c.dtype), faded, states)
+        out = joined(_read(sums, tops), time)
         return out, (end[..., :-1], end[..., -1], ends[..., -1])
 
     def step_form(

@@ -72,8 +72,8 @@ class RWKV6(ChannelDiagonal):
 
 
 def _before(q: Tensor, log_decay: Tensor) -> Tensor:
-    """Queries that undo their own token's decay."""
-    return (q * (-log_decay).exp().unsqueeze(2)).to(q.dtype)
+    """Queries that undo their own token's decay, not rounded yet."""
+    return q * (-log_decay).exp().unsqueeze(2)
 
 
 def _own(q: Tensor, k: Tensor, v: Tensor, bonus: Tensor) -> Tensor:

@@ -22,6 +22,10 @@ from reroll.errors import UsageError
 from reroll.mixers import Mixer, State, make
 from reroll.rewrite.passes import tolerances
 
+# a little above the table's: gradients by gates and through a softmax are differences of sums, each
+# of which is rounded
+GRADIENT_BF16 = 1e-2
+
 BATCH, HEADS, KV_HEADS, TIME, D_K, D_V = 2, 4, 2, 21, 6, 5
 
 
@@ -157,6 +161,15 @@ class MixerSuite:
             for s, w in zip(state, wanted_state, strict=True):
                 assert s.dtype == torch.float32
                 assert_close(s, w, tolerances.forward(torch.bfloat16), f"state of {form.__name__}")
+
+    def test_the_gradients_agree_in_bfloat16(self) -> None:
+        inputs = draw(self.mixer, torch.bfloat16)
+        wide = Inputs(*(t.float() for t in inputs[:3]), *inputs[3:])
+        wanted = with_gradients(self.mixer.parallel, wide)
+        for form in (self.mixer.chunk, self.mixer.recur):
+            for key, value in with_gradients(form, inputs).items():
+                if key.startswith("gradient"):
+                    assert_close(value, wanted[key], GRADIENT_BF16, f"{form.__name__}: {key}")
 
     def test_any_split_gives_the_same(self) -> None:
         @settings(max_examples=8, deadline=None, derandomize=True)
