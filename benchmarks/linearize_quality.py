@@ -26,18 +26,18 @@ from reroll.rewrite.program import Program
 # what queries and keys go through first: the delta rules scale them to length one themselves, and
 # a slot or an exponential gate takes them as they are
 FEATURES = {
-    "linear": "none",
+    "linear": "",
     "retention": "elu",
     "mamba2": "elu",
     "gla": "elu",
     "hgrn2": "softmax",
     "rwkv6": "elu",
-    "gsa": "none",
-    "mlstm": "none",
-    "deltanet": "none",
-    "gated_deltanet": "none",
-    "kda": "none",
-    "deltaproduct": "none",
+    "gsa": "",
+    "mlstm": "",
+    "deltanet": "",
+    "gated_deltanet": "",
+    "kda": "",
+    "deltaproduct": "",
 }
 WAYS = {
     "hybrid": "gates=calibrated, samples=2",
@@ -51,7 +51,7 @@ CONFIGURATIONS = {
     "window 64, 4 sinks": "window(size=64, sinks=4)",
     "masformer, full every 6th": "window(size=64, sinks=4, keep=6)",
 } | {
-    f"{mixer} {way}": f"linearize(mixer={mixer}, feature_map={feature}, {text})"
+    f"{mixer} {way}": f"linearize(mixer={mixer}{feature and f', feature_map={feature}'}, {text})"
     for mixer, feature in FEATURES.items()
     for way, text in WAYS.items()
 }
