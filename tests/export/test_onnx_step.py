@@ -10,12 +10,20 @@ from reroll.export.onnx import Onnx
 from reroll.export.onnx.scheduler import DepthScheduler
 from tests.captured import captured
 
+# states of fixed size, and nothing that differs from round to round
+LIGER = "linearize(mixer=gla, gates=liger, combine=sum, window=6, sinks=2)"
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_rows_at_different_depths_share_a_batch(blocks, tmp_path):
-    program = reroll.run_passes(
-        captured("llama"), f"tie(blocks={blocks}), relax(rank=4)", measure=False
-    )
+
+@pytest.mark.parametrize(
+    ("blocks", "passes"),
+    [
+        (1, "tie(blocks=1), relax(rank=4)"),
+        (2, "tie(blocks=2), relax(rank=4)"),
+        (2, f"tie(blocks=2), {LIGER}"),
+    ],
+)
+def test_rows_at_different_depths_share_a_batch(blocks, passes, tmp_path):
+    program = reroll.run_passes(captured("llama"), passes, measure=False)
     found = Onnx(graphs=("step", "unrolled")).write(program, tmp_path)
     for name in ("embed", "step", "head"):
         onnx.checker.check_model(str(tmp_path / f"{name}.onnx"), full_check=True)
@@ -46,3 +54,11 @@ def test_trips_that_are_no_rounds_are_refused(tmp_path):
     )
     with pytest.raises(ExportError, match="not rounds of one cycle"):
         Onnx(graphs=("step",)).write(program, tmp_path)
+
+
+def test_a_weight_by_rows_in_an_op_that_knows_no_rows_is_refused(tmp_path):
+    passes = "tie(blocks=2), linearize(mixer=gated_deltanet, window=6, sinks=2)"
+    program = reroll.run_passes(captured("llama"), passes, measure=False)
+    with pytest.raises(ExportError, match="differs from round to round") as error:
+        Onnx(graphs=("step",)).write(program, tmp_path)
+    assert "mixer" in str(error.value)

@@ -189,6 +189,12 @@ class Parameter:
 
     def plain(self, rank: int | None = None) -> Value:
         """The weight as it is. By rows, it is given the rank of what it is combined with."""
+        if self.by_rows and rank is None:
+            raise ExportError(
+                f"{self.name} differs from round to round, and goes into an op that cannot take it "
+                "row by row",
+                hint="export this model with --graphs loop,unrolled",
+            )
         return self.as_(forms.plain(self.meta, self.dtype), rank)
 
     def as_(

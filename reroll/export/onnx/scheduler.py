@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from reroll.export.onnx.states import GROWS
 from reroll.export.onnx.step import AFTER, DEPTH, HIDDEN
 
 Array = Any
@@ -56,7 +57,10 @@ class DepthScheduler:
 
     def submit(self, tokens: list[int], new_tokens: int) -> Row:
         """Start a request: its prompt runs now, its first token joins the next tick."""
-        empty = {p.name: np.zeros((1, p.shape[1], 0, p.shape[3]), np.float32) for p in self.past}
+        sizes = {"batch_size": 1, GROWS: 0}
+        empty = {
+            p.name: np.zeros([sizes.get(d, d) for d in p.shape], np.float32) for p in self.past
+        }
         row = Row(list(tokens), new_tokens, [dict(empty) for _ in range(self.rounds)])
         self._start(row, row.tokens)
         for _ in range(self.rounds):
@@ -100,15 +104,19 @@ class DepthScheduler:
             "position_ids": np.stack([np.arange(row.length - new, row.length) for row in rows]),
         }
         for item in self.past:
-            parts = [_padded(row.states[row.depth][item.name], longest - new) for row in rows]
+            parts = [row.states[row.depth][item.name] for row in rows]
+            if GROWS in item.shape:
+                parts = [_padded(part, longest - new) for part in parts]
             feed[item.name] = np.concatenate(parts)
         outputs = [o.name for o in self.step.get_outputs()]
         given = {name: feed[name] for name in self.names}
         found = dict(zip(outputs, self.step.run(None, given), strict=True))
         for place, row in enumerate(rows):
             for item in self.past:
-                whole = found[item.name.replace("past_key_values", "present")]
-                row.states[row.depth][item.name] = whole[place : place + 1, :, -row.length :]
+                after = found[item.name.replace("past_key_values", "present")][place : place + 1]
+                if GROWS in item.shape:
+                    after = after[:, :, -row.length :]
+                row.states[row.depth][item.name] = after
             row.hidden = found[AFTER][place : place + 1]
             row.depth += 1
 
