@@ -1,13 +1,13 @@
 """Agreement with the full depth against mean depth, for every criterion of exits.
 
     python -m benchmarks.exits [--model DIR] [--at 12,18,24] [--tokens 512] [--fit 4096]
-        [--plot FILE] [--json FILE]
+        [--criteria margin,...] [--before FILE] [--plot FILE] [--json FILE]
 
 The model is not trained for exits, and its own norm and head read the hidden states ("logit lens").
 Thresholds are quantiles of the scores at each exit on other text; every token is run with the
-caches of those that left before it. `linear` and `mlp` are logistic fits on cached states of
-`--fit` tokens of training text. Agreement is the part of tokens whose most likely next token is
-that of the full depth.
+caches of those that left before it. `linear`, `mlp` and `gated` are logistic fits on cached states
+of `--fit` tokens of training text. `--before` adds the results of another run to the plot.
+Agreement is the part of tokens whose most likely next token is that of the full depth.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 from transformers import AutoTokenizer
 
 import reroll
-from reroll.evaluate.exits import predicted, scores_at, with_open
+from reroll.evaluate.exits import ExitStates, exit_states, predicted, scores_at, with_open
+from reroll.passes.exiting.scores import CLASSIFIERS
 from reroll.rewrite.rolling.exits import exit_loop
 
-CRITERIA = ("margin", "entropy", "patience", "saturation", "latent", "linear", "mlp")
+CRITERIA = ("margin", "entropy", "patience", "saturation", "latent", "linear", "mlp", "gated")
 LEVELS = (0.9, 0.7, 0.5, 0.3, 0.1)
 
 
@@ -62,7 +63,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--fit", type=int, default=4096)
     parser.add_argument("--criteria", default=",".join(CRITERIA))
+    parser.add_argument("--steps", type=int, default=150, help="of a fit")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--before", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -79,6 +82,9 @@ def main() -> None:
     train = tokens(options.train, options.fit)
     expected = None
     found: dict[str, list[dict[str, Any]]] = {}
+    if options.before:
+        found = json.loads(options.before.read_text())
+    states: ExitStates | None = None
     print("| criterion | " + " | ".join(f"quantile {q}" for q in LEVELS) + " |")
     print("| --- |" + " ---: |" * len(LEVELS))
     for criterion in options.criteria.split(","):
@@ -90,9 +96,10 @@ def main() -> None:
             full = program.to_module()
             expected = [predicted(full, row)[0] for row in rows]
         accuracy = {}
-        if criterion in ("linear", "mlp"):
+        if criterion in CLASSIFIERS:
             model = program.to_module()
-            accuracy = reroll.fit_exits(model, train)
+            states = states or exit_states(model, train)
+            accuracy = reroll.fit_exits(model, states, steps=options.steps)
             program = model.to_program()
         scores = scores_at(program, exits, at, train[:256].split(256))
         found[criterion] = []

@@ -1,9 +1,9 @@
 """Loops without training: windows of layers in smaller steps, and a core that runs any often.
 
     python -m benchmarks.looping [--model DIR] [--starts 6,10,14,18] [--width 4] [--steps 2,3]
-        [--schemes euler,heun,naive] [--items 40] [--json FILE]
+        [--schemes euler,heun,naive] [--tokens 2048] [--items 40] [--core "..."] [--json FILE]
 
-Perplexity is over the first 2,048 tokens of the text, in rows of 256. The tasks are of the kind of
+Perplexity is over the first `--tokens` of the text, in rows of 256. The tasks are of the kind of
 lm-eval's, made of the texts that ship: `continuation` asks which of four passages follows one, and
 `definition` which of four definitions is a word's; the answer is the one with the highest mean
 log-likelihood of its tokens, so guessing gives 25 %. They are run for the original and for the best
@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 import reroll
 
-TOKENS, ROW = 2048, 256
+ROW = 256
 CONTEXT, ANSWER = 48, 16
 
 Item = tuple[list[int], list[list[int]], int]
@@ -35,7 +35,7 @@ Item = tuple[list[int], list[list[int]], int]
 def perplexity(model: Any, ids: Tensor) -> float:
     """Of the first tokens of a text, in rows without context of the one before."""
     losses = []
-    for row in ids[:TOKENS].split(ROW):
+    for row in ids.split(ROW):
         log = model(row[None], use_cache=False).logits[0].float().log_softmax(-1)
         losses.append(-log[:-1].gather(1, row[1:, None]))
     return torch.cat(losses).mean().exp().item()
@@ -45,13 +45,11 @@ def accuracy(model: Any, items: list[Item]) -> float:
     """The part of the questions whose answer has the highest mean log-likelihood."""
     right = 0
     for context, choices, answer in items:
-        scores = []
-        for choice in choices:
-            ids = torch.tensor([context + choice])
-            logits = model(ids, use_cache=False, logits_to_keep=len(choice) + 1).logits[0, :-1]
-            log = logits.float().log_softmax(-1)
-            scores.append(log.gather(1, torch.tensor(choice)[:, None]).mean().item())
-        right += max(range(4), key=scores.__getitem__) == answer
+        ids = torch.tensor([context + choice for choice in choices])
+        keep = len(choices[0]) + 1
+        log = model(ids, use_cache=False, logits_to_keep=keep).logits[:, :-1].log_softmax(-1)
+        scores = log.gather(2, torch.tensor(choices)[..., None]).mean((1, 2))
+        right += int(scores.argmax()) == answer
     return right / len(items)
 
 
@@ -90,8 +88,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--steps", default="2,3")
     parser.add_argument("--schemes", default="euler,heun,naive")
-    parser.add_argument("--items", type=int, default=40)
-    parser.add_argument("--core", default="prelude=4, core=6, coda=4")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--items", type=int, default=40, help="questions of each task; 0 for none")
+    parser.add_argument("--core", default="prelude=4, core=6, coda=4", help="empty for none")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -103,7 +102,8 @@ def main() -> None:
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
-    ids = torch.tensor(encode(options.text.read_text(encoding="utf-8")[: 16 * TOKENS]))
+    text = options.text.read_text(encoding="utf-8")[: 16 * options.tokens]
+    ids = torch.tensor(encode(text)[: options.tokens])
     results: dict[str, Any] = {"windows": [], "tasks": [], "core": []}
     best: dict[str, tuple[float, str]] = {}
     print("| window | scheme | steps | layers run | perplexity |")
@@ -119,14 +119,15 @@ def main() -> None:
                 program = reroll.run_passes(original, text, measure=False)
                 found = perplexity(program.to_module(), ids)
                 layers = sum(loop.layers for loop in program.loops)
-                print(f"| {start} to {stop - 1} | {scheme} | {steps} | {layers} | {found:.2f} |")
+                row = f"| {start} to {stop - 1} | {scheme} | {steps} | {layers} | {found:.2f} |"
+                print(row, flush=True)
                 results["windows"].append(
                     {"scheme": scheme, "start": start, "steps": steps, "perplexity": found}
                 )
                 best[scheme] = min(best.get(scheme, (float("inf"), "")), (found, text))
     questions_ = tasks(encode, options.items)
     print("\n| passes | " + " | ".join(questions_) + " |\n| --- |" + " ---: |" * len(questions_))
-    for text in ["", *(text for _, text in best.values())]:
+    for text in ["", *(text for _, text in best.values())] if options.items else []:
         program = reroll.run_passes(original, text, measure=False) if text else original
         model = program.to_module()
         scores = {name: accuracy(model, items) for name, items in questions_.items()}
@@ -136,7 +137,8 @@ def main() -> None:
     print("\n| core | trips | perplexity | largest difference of logits from one trip |")
     print("| --- | ---: | ---: | ---: |")
     reference: Tensor | None = None
-    for trips in (1, 2, 4, 8):
+    remarks: tuple[str, ...] = ()
+    for trips in (1, 2, 4, 8) if options.core else ():
         text = f"loop_core({options.core}, trips={trips})"
         program = reroll.run_passes(original, text, measure=False)
         model = program.to_module()
@@ -146,7 +148,8 @@ def main() -> None:
         found = perplexity(model, ids)
         print(f"| `{options.core}` | {trips} | {found:,.4g} | {error:.2g} |", flush=True)
         results["core"].append({"trips": trips, "perplexity": found, "difference": error})
-    print("\n" + "\n".join(program.origin.steps[-1].remarks))
+        remarks = program.origin.steps[-1].remarks
+    print("\n" + "\n".join(remarks))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

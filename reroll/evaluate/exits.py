@@ -151,24 +151,27 @@ def calibrate(
     return replace(result, origin=origin), calibration
 
 
-def fit_exits(
-    model: Any, tokens: Tensor, *, steps: int = 300, decay: float = 1e-3
-) -> dict[int, float]:
-    """Fit the classifiers of `insert_exits` by logistic regression; returns accuracy by exit.
+@dataclass(frozen=True)
+class ExitStates:
+    """What classifiers are fitted on, by trip: hidden states at unit RMS, row by row [time, width],
+    and whether the answer there was that of the full depth [tokens].
+    """
 
-    The label of a token at an exit is whether what makes the exit's logits predicts there what is
-    predicted at the end. States are those of the full depth; `gated` sees those of each row of 256
-    tokens in order. The weights of `model`, a lowered model, change in place;
-    `model.save_pretrained` or `model.to_program()` keeps them. Raises UsageError for a model whose
-    exits have no classifiers.
+    states: dict[int, list[Tensor]]
+    labels: dict[int, Tensor]
+
+
+def exit_states(model: Any, tokens: Tensor | Sequence[int]) -> ExitStates:
+    """The states of `tokens` [n] at the exits of a lowered model, at full depth, in rows of 256.
+
+    A label says whether what makes an exit's logits predicts there what is predicted at the end.
+    They serve for all models that differ in their classifiers only. Raises UsageError for a model
+    without exits, or with open ones.
     """
     found = exit_loop(model.program)
-    if found is None or not any(".exit.score.weight" in n for n in model.program.weights):
-        raise UsageError(
-            "the model's exits have no classifiers",
-            hint="convert it with insert_exits(criterion=linear), (criterion=mlp) or gated",
-        )
-    loop, exits = found
+    if found is None:
+        raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
+    _, exits = found
     if any(map(is_open, exits.thresholds)):
         raise UsageError(
             "the model's exits are open, and states of the full depth are needed",
@@ -188,12 +191,36 @@ def fit_exits(
                 states[trip].append(F.rms_norm(hidden[0].float(), hidden.shape[-1:], eps=1e-6))
                 early = read_out(model, hidden, trip + 1, input_ids=row[None], use_cache=False)
                 labels[trip].append(early[0].argmax(-1) == last)
+    return ExitStates(states, {trip: torch.cat(each) for trip, each in labels.items()})
+
+
+def fit_exits(
+    model: Any,
+    tokens: Tensor | Sequence[int] | ExitStates,
+    *,
+    steps: int = 300,
+    decay: float = 1e-3,
+) -> dict[int, float]:
+    """Fit the classifiers of `insert_exits` by logistic regression; returns accuracy by exit.
+
+    On the states of `tokens` [n], or on those that `exit_states` gave; `gated` sees the tokens of
+    each row in order. The weights of `model`, a lowered model, change in place;
+    `model.save_pretrained` or `model.to_program()` keeps them. Raises UsageError for a model whose
+    exits have no classifiers, or are open.
+    """
+    found = exit_loop(model.program)
+    if found is None or not any(".exit.score.weight" in n for n in model.program.weights):
+        raise UsageError(
+            "the model's exits have no classifiers",
+            hint="convert it with insert_exits(criterion=linear), (criterion=mlp) or gated",
+        )
+    data = tokens if isinstance(tokens, ExitStates) else exit_states(model, tokens)
+    modules = model._assembly.loops[found[0].name].modules
     accuracy = {}
-    modules = model._assembly.loops[loop.name].modules
-    for trip in trips:
+    for trip, rows in data.states.items():
         weights = dict(modules[trip].get_submodule("exit").named_parameters())
-        y = torch.cat(labels[trip]).float()
-        accuracy[trip + 1] = _fitted(weights, _batches(states[trip]), y, steps, decay)
+        y = data.labels[trip].float()
+        accuracy[trip + 1] = _fitted(weights, _batches(rows), y, steps, decay)
     return accuracy
 
 
