@@ -1,16 +1,16 @@
 """Continuous depth-wise batching beside lockstep and compaction, on a tied model with exits.
 
     python -m benchmarks.depthwise [--model DIR] [--blocks 15,10] [--at 10] [--requests 1,4,16]
-        [--criterion saturation] [--states propagate,skip] [--depth 0.6] [--queue 2] [--tokens 24]
-        [--rounds 3] [--threads 1] [--dtype float32] [--parts] [--json FILE]
+        [--criterion saturation] [--states propagate,skip] [--depth 0.6 | --level Q] [--queue 2]
+        [--tokens 24] [--rounds 3] [--threads 1] [--dtype float32] [--parts] [--json FILE]
 
 All four sides run the same functions over the same caches: `full` never leaves the loop, `lockstep`
 waits for its slowest row, `compaction` drops rows that are done, `depth` fills their places with
 tokens at other depths. Exits stand after the first round through the blocks and all further ones,
-or where `--at` says. Thresholds are one quantile of each exit's scores, the largest for which
-tokens make at most `--depth` of the trips on the prompts that are timed. The model is tied and not
-trained, so what it says is of no use, and when it leaves is a matter of its hidden states. The
-tokens of all sides with exits have to be the same.
+or where `--at` says. Thresholds are one quantile of the scores, at each exit, of tokens that are
+generated at full depth: the first for which tokens make at most `--depth` of the trips on some of
+the prompts. The model is tied and not trained, so what it says is of no use, and when it leaves is
+a matter of its hidden states. The tokens of all sides with exits have to be the same.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ from reroll.rewrite.rolling.exits import exit_loop
 from reroll.runtime.depthwise import DepthScheduler
 from reroll.runtime.depthwise.frames import Row, frame_of
 
-SEARCH = 6
+LEVELS = (0.4, 0.3, 0.2, 0.1, 0.05)
 TRIPS, SKIPS, HEAD, START = "one trip", "all trips not made", "head", "start of a token"
 
 
@@ -73,23 +74,23 @@ def parts(model: Any, prompts: list[list[int]], counts: list[int]) -> dict[int, 
     return found
 
 
-def opened(
-    program: Any, at: list[int], text: torch.Tensor, prompts: list[list[int]], options: Any
-) -> Any:
-    """The program with thresholds for which tokens make few enough trips, and the depths."""
+def opened(program: Any, at: list[int], prompts: list[list[int]], options: Any) -> Any:
+    """The program with thresholds at quantiles of the scores of what it generates at full depth."""
     loop, exits = exit_loop(program)
-    scores = scores_at(program, exits, [stop - 1 for stop in at], text.split(256))
-    low, high, best = 0.0, 1.0, None
-    for _ in range(SEARCH):
-        level = (low + high) / 2
+    run = answer(program.to_module(), prompts, slots=16, tokens=options.tokens)
+    rows = [torch.tensor(p + t[:-1]) for p, t in zip(prompts, run["tokens"], strict=True)]
+    new = options.tokens - 1
+    found = scores_at(program, exits, [stop - 1 for stop in at], rows)
+    scores = {t: s.view(len(rows), -1)[:, -new:].flatten() for t, s in found.items()}
+    for level in LEVELS if options.level is None else [options.level]:
         tried = with_open(program, {t: s.quantile(level).item() for t, s in scores.items()})
-        run = answer(tried.to_module(), prompts, slots=16, tokens=options.tokens)
-        if run["depth"].mean <= options.depth * loop.trips:
-            low, best = level, tried
-        else:
-            high = level
-    assert best is not None
-    return best
+        if options.level is not None:
+            break
+        depth = answer(tried.to_module(), prompts, slots=16, tokens=options.tokens)["depth"]
+        print(f"quantile {level}: {depth}", file=sys.stderr, flush=True)
+        if depth.mean <= options.depth * loop.trips:
+            break
+    return tried
 
 
 def main() -> None:
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--depth", type=float, default=0.6)
+    parser.add_argument("--level", type=float, help="the quantile, instead of a search for it")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--queue", type=int, default=2, help="requests for each slot")
@@ -139,8 +141,8 @@ def main() -> None:
                     cells = " | ".join(f"{value:.2f}" for value in took.values())
                     print(f"| {blocks} | {state} | {count} | {cells} |", flush=True)
                 continue
-            prompts = [ids[100 * i : 100 * i + 12] for i in range(16 * options.queue)]
-            chosen = opened(program, at, torch.tensor(ids[-512:]), prompts[:32], options)
+            prompts = [ids[60 * i : 60 * i + 12] for i in range(max(counts) * options.queue)]
+            chosen = opened(program, at, prompts[:24], options)
             model = chosen.to_module()
             for count in counts:
                 found = compare_serving(

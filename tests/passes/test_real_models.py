@@ -9,6 +9,7 @@ import torch
 
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.passes import tolerances
+from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.text.compare import same
 from tests.passes.test_fold_norms import LAYER_NORM, nodes
@@ -53,3 +54,21 @@ def test_real_layer_norms_are_folded_exactly(name):
     assert result.origin.steps[-1].measured["relative_rms_error"] <= tolerances.forward(
         torch.float32
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "criterion=margin, head=own",
+        "criterion=gated, state=skip, head=norm",
+        "criterion=saturation, state=defer",
+    ],
+)
+def test_smollm2_with_exits_that_nobody_takes_is_smollm2(options):
+    program = program_of("smollm2-135m-instruct", dtype=torch.float32)
+    result = run_passes(program, f"insert_exits(at=[10, 20], {options})", measure=False)
+    ids = torch.arange(24)[None] * 97 % 49152
+    found, expected = run(result, {"input_ids": ids}), run(program, {"input_ids": ids})
+    error = tolerances.relative_rms(found["logits"], expected["logits"])
+    assert error <= tolerances.forward(torch.float32)
+    assert found["depth"].eq(30).all()
