@@ -175,7 +175,7 @@ def test_a_real_model(real_model: Any, tmp_path: Path) -> None:
         "linearize(mixer=retention, window=16, sinks=4, gain=0.5)",
         measure=False,
     )
-    ids, mask = prompts(49152, 40 + STEPS)
+    ids, mask = prompts(49152, 28 + STEPS)
     bundle = agree(program, tmp_path, ids, mask)
     assert bundle.selftest()
     assert json.loads((tmp_path / "manifest.json").read_text())["gpu_speed"] == "not measured"

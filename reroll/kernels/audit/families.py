@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.kernels import delta, diagonal, diagonal_backward, step
+from reroll.kernels import confidence, delta, depth_lora, diagonal, diagonal_backward, step, window
 from reroll.kernels.configurations import Tiles
 
 Tile = dict[str, Any]
@@ -92,6 +92,41 @@ def _backward(variant: Variant, tiles: Tiles) -> Any:
     )  # fmt: skip
 
 
+def _window(variant: Variant, tiles: Tiles) -> Any:
+    x = _shapes(variant)
+    far = torch.empty(2, 1024, 4 * variant.groups, variant.size + 1, device="meta")
+    first = torch.empty(2, dtype=torch.int64, device="meta")
+    return window.window_attention(
+        x["q"], x["k"], x["v"], 0.125, 64, 4, far if variant.gate else None, first,
+        tiles=tiles["window_attention_tile"], precision=variant.precision,
+    )  # fmt: skip
+
+
+def _depth_lora(variant: Variant, tiles: Tiles) -> Any:
+    rows, inputs, outputs, rank = 32, 576, 1536, variant.size
+    shapes = (rows, inputs), (outputs, inputs), (8, rank, inputs), (8, outputs, rank)
+    x, weight, down, up = (torch.empty(s, dtype=variant.dtype, device="meta") for s in shapes)
+    depth = torch.empty(rows, dtype=torch.int64, device="meta")
+    return depth_lora.depth_lora(
+        x, weight, down, up, depth, tiles["depth_lora_tile"], variant.precision
+    )
+
+
+def _confidence(variant: Variant, tiles: Tiles) -> Any:
+    shapes = (32, variant.size), (49152, variant.size)
+    hidden, weight = (torch.empty(s, dtype=variant.dtype, device="meta") for s in shapes)
+    return confidence.confidence(
+        hidden, weight, tiles["confidence_part"], precision=variant.precision
+    )
+
+
+def _squares(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
+    """Tiles of rows, columns and inputs."""
+    for rows, columns, warps in ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 4), (16, 16, 4)):
+        tile = {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": 2}
+        yield tile if kernel == "window_attention_tile" else tile | {"BK": 64}
+
+
 def _chunked(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
     """Tiles of the kernels of a chunked recurrence."""
     whole = max(16, variant.size)
@@ -157,6 +192,9 @@ def _step_variants() -> Iterator[Variant]:
             yield Variant("bf16", gate, size, 16)
 
 
+# what tensor cores take
+NUMBERS = ("bf16", "tf32")
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -176,6 +214,27 @@ FAMILIES = {
             _backward,
         ),
         Family("delta", lambda _: [("delta_scan",)], _chunked, tuple(_delta_variants()), _delta),
+        Family(
+            "window",
+            lambda _: [("window_attention_tile",)],
+            _squares,
+            tuple(Variant(n, g, s, 16) for n in NUMBERS for g in (0, 1) for s in (64, 128)),
+            _window,
+        ),
+        Family(
+            "depth_lora",
+            lambda _: [("depth_lora_tile",)],
+            _squares,
+            tuple(Variant(n, 0, rank, 16) for n in NUMBERS for rank in (16, 64)),
+            _depth_lora,
+        ),
+        Family(
+            "confidence",
+            lambda _: [("confidence_part",)],
+            _squares,
+            tuple(Variant(n, 0, 1024, 16) for n in NUMBERS),
+            _confidence,
+        ),
         Family("step", lambda _: [("recurrent_step",)], _stepped, tuple(_step_variants()), _step),
     )
 }
