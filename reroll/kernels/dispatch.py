@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
@@ -61,7 +62,7 @@ def chunk(
     padding: Tensor | None = None,
 ) -> Result:
     """What `mixer.chunk` gives."""
-    name = _pick(mixer, k, v)
+    name = _pick(mixer, k, v, _trains(q, k, v, *gates))
     if name == "compiled":
         return compiled.chunk(mixer, q, k, v, gates, state, padding)
     if name == "triton":
@@ -75,10 +76,32 @@ def chunk(
     return mixer.chunk(q, k, v, gates, state, padding)
 
 
-def _pick(mixer: Mixer, k: Tensor, v: Tensor) -> str:
+def step(
+    mixer: Mixer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Sequence[Tensor],
+    state: State | None = None,
+    padding: Tensor | None = None,
+) -> Result:
+    """What `mixer.step` gives. It has one kernel, which has no gradient; the others are eager."""
+    trains = _trains(q, k, v, *gates)
+    if trains or chosen() not in ("auto", "triton") or _pick(mixer, k, v, trains) != "triton":
+        return mixer.step(q, k, v, gates, state, padding)
+    from reroll.kernels import forms
+
+    return mixer.step(q, k, v, gates, state, padding, form=forms.step_form(mixer))
+
+
+def _trains(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _pick(mixer: Mixer, k: Tensor, v: Tensor, trains: bool) -> str:
     wanted = chosen()
     if wanted != "auto":
-        reason = _rejection(wanted, mixer, k, v)
+        reason = _rejection(wanted, mixer, k, v, trains)
         if reason:
             raise UsageError(
                 f"{wanted} cannot run it: {reason}",
@@ -89,14 +112,14 @@ def _pick(mixer: Mixer, k: Tensor, v: Tensor) -> str:
     if k.device.type != "cuda":
         return "eager"
     for name in ("triton", "fla"):
-        reason = _rejection(name, mixer, k, v)
+        reason = _rejection(name, mixer, k, v, trains)
         if not reason:
             return name
         _say(name, mixer.name, reason)
     return "eager"
 
 
-def _rejection(name: str, mixer: Mixer, k: Tensor, v: Tensor) -> str:
+def _rejection(name: str, mixer: Mixer, k: Tensor, v: Tensor, trains: bool) -> str:
     """Why a backend does not run this; empty if it does."""
     if name in ("eager", "compiled"):
         return ""
@@ -106,7 +129,7 @@ def _rejection(name: str, mixer: Mixer, k: Tensor, v: Tensor) -> str:
     if name == "triton":
         from reroll.kernels import forms
 
-        return forms.rejects(mixer, k, v)
+        return forms.rejects(mixer, k, v, trains)
     from reroll.kernels import fla_forms
 
     return fla_forms.rejects(mixer, k)

@@ -1,4 +1,4 @@
-"""Which mixers the kernels can run: their chunk forms on a GPU, in the place of the mixer's own.
+"""Which mixers the kernels can run: chunk and step forms on a GPU, in the place of the mixer's.
 
 A kernel form takes what `Mixer.chunk_form` takes and gives what it gives. Which one fits a mixer is
 seen from the mathematics that its class inherits, not from its name, so a new mixer on `Diagonal`
@@ -14,61 +14,92 @@ import torch
 from torch import Tensor
 
 from reroll.kernels import configurations
-from reroll.kernels.recurrence import diagonal
+from reroll.kernels.recurrence import delta, diagonal, step
 from reroll.mixers import Mixer, State
+from reroll.mixers.decay import bounded_size
+from reroll.mixers.deltanet import DeltaNet
 from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
+from reroll.mixers.gated_deltanet import GatedDeltaNet
+from reroll.mixers.kda import KDA
 
 Result = tuple[Tensor, State]
-Form = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], State], Result]
+Gates = tuple[Tensor, ...]
+Form = Callable[[Tensor, Tensor, Tensor, Gates, State], Result]
 
 # a kernel's products are at least so long
 SHORTEST = 16
 LARGEST_HEAD = 256
 
-
-def chunk_form(mixer: Mixer) -> Form | None:
-    """A kernel in the place of `mixer.chunk_form`, if there is one."""
-    own: Any = type(mixer).chunk_form
-    if own is Diagonal.chunk_form:
-        return _head_decay
-    if own is ChannelDiagonal.chunk_form:
-        assert isinstance(mixer, ChannelDiagonal)
-        size = mixer.size
-        return lambda q, k, v, gates, state: _diagonal(q, k, v, gates[0], state[0], size)
-    return None
+# what runs a chunk form: the family of kernels, and the kind of its decay
+_KINDS: dict[Any, tuple[str, int]] = {
+    Diagonal.chunk_form: ("diagonal", 1),
+    ChannelDiagonal.chunk_form: ("diagonal", 2),
+    DeltaNet.chunk_form: ("delta", 0),
+    GatedDeltaNet.chunk_form: ("delta", 1),
+    KDA.chunk_form: ("delta", 2),
+}
 
 
-def rejects(mixer: Mixer, k: Tensor, v: Tensor) -> str:
+def chunk_form(mixer: Mixer) -> Form:
+    """A kernel in the place of `mixer.chunk_form`; `rejects` says whether there is one."""
+    family, gate = _KINDS[type(mixer).chunk_form]
+    limit = limit_of(mixer)
+
+    def form(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        g, x = gates[0] if gate else None, (q.flatten(1, 2), k, v)
+        if family == "delta":
+            out, end = delta(*x, g, gates[-1], state[0], None, 1.0, limit, precision())
+        else:
+            out, end = diagonal(*x, g, state[0], None, 1.0, limit, precision())
+        return torch.unflatten(out.transpose(1, 2), 1, (k.shape[1], -1)), (end,)
+
+    return form
+
+
+def step_form(mixer: Mixer) -> Form:
+    """A kernel in the place of `mixer.step_form`, for the same mixers."""
+    family, gate = _KINDS[type(mixer).chunk_form]
+
+    def form(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        g, beta = gates[0] if gate else None, gates[-1] if family == "delta" else None
+        out, new = step(q.flatten(1, 2), k, v, g, beta, state[0])
+        return torch.unflatten(out, 1, (k.shape[1], -1)), (new,)
+
+    return form
+
+
+def limit_of(mixer: Mixer) -> int:
+    """The most tokens that one chunk may have."""
+    if isinstance(mixer, ChannelDiagonal):
+        return mixer.size
+    if isinstance(mixer, KDA):
+        return bounded_size(mixer.chunk_size, mixer.floor)
+    return max(configurations.CHUNKS)
+
+
+def rejects(mixer: Mixer, k: Tensor, v: Tensor, needs_gradient: bool = False) -> str:
     """Why no kernel runs this; empty if one does."""
-    own: Any = type(mixer).chunk_form
-    gate = {Diagonal.chunk_form: 1, ChannelDiagonal.chunk_form: 2}.get(own)
-    if gate is None:
+    if type(mixer).chunk_form not in _KINDS:
         return f"there is no kernel for {mixer.name}"
+    family, gate = _KINDS[type(mixer).chunk_form]
     if k.dtype == torch.float64:
         return "kernels compute in fp32 or less"
-    if isinstance(mixer, ChannelDiagonal) and mixer.size < SHORTEST:
-        return f"with its floor of {mixer.floor} a chunk has fewer than {SHORTEST} tokens"
+    limit = limit_of(mixer)
+    if gate == 2 and limit < SHORTEST:
+        return f"with its floor a chunk has fewer than {SHORTEST} tokens"
+    if family == "delta" and needs_gradient:
+        return "the delta rule has no backward here; flash-linear-attention has one"
     features = mixer.state_shapes(k.shape[-1], v.shape[-1])[0][0]
     if max(features, v.shape[-1]) > LARGEST_HEAD:
         return f"heads are larger than {LARGEST_HEAD}"
     like = k.new_empty(0, features)
-    limit = mixer.size if isinstance(mixer, ChannelDiagonal) else max(configurations.CHUNKS)
-    for family in ("diagonal", "diagonal_backward"):
-        if configurations.find(family, like, v, gate, precision(), limit) is None:
-            return f"the manifest has no tiles of {family} without spills for these heads"
+    used = [family, "step"] + (["diagonal_backward"] if needs_gradient else [])
+    for name in used:
+        if configurations.find(name, like, v, gate, precision(), limit) is None:
+            return f"the manifest has no tiles of {name} without spills for these heads"
     return ""
 
 
 def precision() -> str:
     """Of fp32 products, as PyTorch is told to have it: tf32 unless it is `highest`."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _head_decay(q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State) -> Result:
-    return _diagonal(q, k, v, gates[0], state[0], max(configurations.CHUNKS))
-
-
-def _diagonal(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, limit: int) -> Result:
-    out, end = diagonal(q.flatten(1, 2), k, v, g, state, None, 1.0, limit, precision())
-    grouped = out.transpose(1, 2)
-    return torch.unflatten(grouped, 1, (k.shape[1], -1)), (end,)

@@ -1,7 +1,7 @@
-"""The chunked diagonal recurrence as an op of PyTorch: `reroll_kernels::diagonal`.
+"""The kernels of recurrences as ops of PyTorch, in the namespace `reroll_kernels`.
 
-It has a gradient, fake forms for `torch.compile` and `torch.export`, and launches the kernels of
-`diagonal` and `diagonal_backward` with the tiles of `configurations`.
+They have fake forms for `torch.compile` and `torch.export`, and launch kernels with the tiles of
+`configurations`. `diagonal` has a gradient. `delta` and `step` have none: they are for inference.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.kernels import configurations
+from reroll.kernels.delta import delta_forward
 from reroll.kernels.diagonal import forward, kind_of_gate, sequences_of
 from reroll.kernels.diagonal_backward import backward
+from reroll.kernels.step import step as one_step
 
 NAMESPACE = "reroll_kernels"
 
@@ -108,6 +110,59 @@ def _gradients(ctx: Any, do: Tensor, d_end: Tensor) -> tuple[Any, ...]:
 diagonal.register_autograd(_gradients, setup_context=_keep)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::delta", mutates_args=())
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    start: Tensor | None,
+    starts: Tensor | None,
+    scale: float,
+    limit: int,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """The delta rule in chunks, as `diagonal` is called; `beta` [batch, kv_heads, time]."""
+    q, k, v, start, starts = map(_together, (q, k, v, start, starts))
+    g = g if g is None or g.dim() == 3 else _together(g)
+    tiles = _tiles("delta", k, v, g, precision, limit)
+    return delta_forward(q, k, v, g, beta, start, starts, scale, tiles, precision)
+
+
+@delta.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Any, beta: Tensor, start: Any, starts: Any, *_: Any
+) -> tuple[Tensor, Tensor]:
+    state = k.new_empty(
+        sequences_of(k, starts), k.shape[1], k.shape[3], v.shape[3], dtype=torch.float32
+    )
+    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), state
+
+
+@torch.library.custom_op(f"{NAMESPACE}::step", mutates_args=())
+def step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token: q [rows, heads, K], k, v [rows, kv_heads, ...], g and beta without time, state
+    [rows, kv_heads, K, V]. Returns [rows, heads, V] and the new states.
+    """
+    q, k, v, state = map(_together, (q, k, v, state))
+    g = None if g is None else g.contiguous()
+    found = configurations.find("step", k, v, 1 if g is None else g.dim() - 1, "ieee", 16)
+    if found is None:
+        raise _no_kernel("step", k, v, 0 if g is None else g.dim() - 1, 1)
+    new = torch.empty_like(state, memory_format=torch.contiguous_format)
+    tiles = found["recurrent_step"]
+    out = one_step(q, k, v, g, beta, state.contiguous(), into=new, tiles=tiles)
+    return out, new
+
+
+@step.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Any, beta: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+    return v.new_empty(*q.shape[:2], v.shape[2]), state.new_empty(state.shape)
+
+
 def _together(x: Any) -> Any:
     """A tensor whose last dimension lies together in memory; None stays None."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -119,10 +174,14 @@ def _tiles(
     # float32 gates of one head need not lie together: their last dimension is time
     found = configurations.find(family, k, v, kind_of_gate(g), precision, limit)
     if found is None:
-        raise UsageError(
-            f"no kernel for heads of {k.shape[-1]} and {v.shape[-1]}, {k.dtype}, "
-            f"gate {kind_of_gate(g)}, chunks of {limit}",
-            where=f"kernel {family}",
-            hint="reroll.kernels.dispatch takes another form where there is none",
-        )
+        raise _no_kernel(family, k, v, kind_of_gate(g), limit)
     return found
+
+
+def _no_kernel(family: str, k: Tensor, v: Tensor, gate: int, limit: int) -> UsageError:
+    return UsageError(
+        f"no kernel for heads of {k.shape[-1]} and {v.shape[-1]}, {k.dtype}, gate {gate}, "
+        f"chunks of {limit}",
+        where=f"kernel {family}",
+        hint="reroll.kernels.dispatch takes another form where there is none",
+    )

@@ -169,8 +169,9 @@ class Mixer(Declared, ABC):
         gates: Sequence[Tensor],
         state: State | None = None,
         padding: Tensor | None = None,
+        form: Form | None = None,
     ) -> Result:
-        """One token of the recurrence: for decoding."""
+        """One token of the recurrence: for decoding. `form` is what runs instead of `step_form`."""
         if k.shape[2] != 1:
             raise UsageError(
                 f"step takes one token, not {k.shape[2]}",
@@ -179,7 +180,7 @@ class Mixer(Declared, ABC):
             )
         dtype, start = v.dtype, self._start(k, v, state)
         q, k, v, ready = self._ready(q, k, v, gates, padding, exact=True)
-        out, state = self.step_form(
+        out, state = (form or self.step_form)(
             q[..., 0, :], k[:, :, 0], v[:, :, 0], tuple(g[:, :, 0] for g in ready), start
         )
         return _ungrouped(out.unsqueeze(-2), dtype), state

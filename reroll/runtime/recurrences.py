@@ -115,7 +115,7 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         tensors = [k, v, *gates]
         if delay:
             *tensors, writes = self._wait(tensors, writes, delay)
-        run = mixer.step if time == 1 else partial(dispatch.chunk, mixer)
+        run = partial(dispatch.step if time == 1 else dispatch.chunk, mixer)
         state = tuple(self.recurrent_states.values()) or None
         out, state = run(q, tensors[0], tensors[1], tensors[2:], state, writes)
         self.recurrent_states = dict(enumerate(state))

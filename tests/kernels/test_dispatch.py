@@ -14,8 +14,24 @@ from reroll.rewrite.passes import tolerances
 from reroll.runtime.recurrences import recur
 from tests.conformance.mixer_suite import assert_close, draw
 
+MIXERS = ["retention", "gla", "deltanet", "gated_deltanet", "kda"]
 
-@pytest.mark.parametrize("name", ["retention", "mamba2", "gla", "hgrn2"])
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_kernels_are_the_step_form(name: str) -> None:
+    mixer = make(name)
+    x = draw(mixer, torch.float32, time=1)
+    padding = torch.tensor([[1], [0]])
+    with dispatch.use("triton"):
+        out, state = dispatch.step(mixer, *x[:4], x.state, padding)
+    wanted, end = mixer.step(*x[:4], x.state, padding)
+    assert_close(out, wanted, tolerances.FORWARD_TRITON_FP32, "out")
+    assert_close(state[0], end[0], tolerances.FORWARD_TRITON_FP32, "state")
+
+
+@pytest.mark.parametrize(
+    "name", ["retention", "mamba2", "gla", "hgrn2", "deltanet", "gated_deltanet", "kda"]
+)
 def test_kernels_are_the_chunk_form(name: str) -> None:
     mixer = make(name)
     x = draw(mixer, torch.float32, time=40)
@@ -32,8 +48,8 @@ def test_the_lowered_modules_recurrence_runs_on_it(monkeypatch: pytest.MonkeyPat
     from reroll.kernels import forms
 
     runs: list[str] = []
-    real = forms._diagonal
-    monkeypatch.setattr(forms, "_diagonal", lambda *a: runs.append("kernel") or real(*a))
+    real = forms.diagonal
+    monkeypatch.setattr(forms, "diagonal", lambda *a: runs.append("kernel") or real(*a))
     mixer = make("retention")
     x = draw(mixer, torch.float32)
     wanted = recur(None, 0, *x[:3], list(x.gates), "retention", mixer.text(), delay=3)
@@ -59,7 +75,7 @@ def test_it_trains_through_a_kernel() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("kda", {}, "there is no kernel for kda"),
+        ("rwkv6", {}, "there is no kernel for rwkv6"),
         ("gla", {"floor": -100.0}, "a chunk has fewer than 16 tokens"),
     ],
 )
@@ -70,6 +86,13 @@ def test_a_forced_backend_says_why_it_cannot(
     x = draw(mixer, torch.float32)
     with dispatch.use("triton"), pytest.raises(UsageError, match=reason):
         dispatch.chunk(mixer, *x[:4])
+
+
+def test_the_delta_rule_does_not_train_here() -> None:
+    mixer = make("gated_deltanet")
+    x = draw(mixer, torch.float32)
+    with dispatch.use("triton"), pytest.raises(UsageError, match="no backward here"):
+        dispatch.chunk(mixer, x.q, x.k.clone().requires_grad_(), x.v, x.gates)
 
 
 def test_names_of_backends() -> None:

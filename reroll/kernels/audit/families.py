@@ -121,10 +121,12 @@ def _confidence(variant: Variant, tiles: Tiles) -> Any:
 
 
 def _squares(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Tiles of rows, columns and inputs."""
-    for rows, columns, warps in ((64, 64, 4), (32, 64, 4), (16, 64, 4), (16, 32, 4), (16, 16, 4)):
-        tile = {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": 2}
-        yield tile if kernel == "window_attention_tile" else tile | {"BK": 64}
+    """Tiles of rows, columns and inputs: many rows in a prompt, few in a step of decoding."""
+    prompt = kernel == "window_attention_tile"
+    for rows in (64, 32, 16) if prompt else (16, 32):
+        for columns in (64, 32, 16):
+            tile = {"BM": rows, "BN": columns, "num_warps": 4, "num_stages": 2}
+            yield tile if prompt else tile | {"BK": 64}
 
 
 def _chunked(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
