@@ -246,7 +246,7 @@ def backward(
     """
     heads, groups, K, V = k.shape[1], q.shape[1] // k.shape[1], k.shape[3], v.shape[3]
     count, time = sequences_of(k, starts), k.shape[2]
-    h, _ = chunk_states(k, v, g, start, starts, tiles["states"], torch.float32, precision)
+    h, _ = chunk_states(k, v, g, start, starts, tiles["states"], k.dtype, precision)
     dh = torch.empty_like(h)
     d_start = k.new_empty(count, heads, K, V, dtype=torch.float32)
     dq, dk, dv = (_like(x) for x in (q, k, v))

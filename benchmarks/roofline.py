@@ -1,0 +1,110 @@
+"""What each kernel must read, write and compute, and how long an H100 takes for it at best.
+
+    python benchmarks/roofline.py
+
+Nothing is run. Bytes are those of tensors that a launch reads or writes, each once; FLOPs are those
+of its matrix products. The bound is the larger of bytes / bandwidth and FLOPs / peak. Beside it is
+what the launches of flash-linear-attention's structure move for the same result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# NVIDIA H100 SXM data sheet: HBM3, dense bf16
+BANDWIDTH, PEAK = 3.35e12, 989e12
+BF16, FP32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one result: launches, bytes and FLOPs."""
+
+    name: str
+    shape: str
+    launches: int
+    bytes: float
+    flops: float
+    theirs: tuple[int, float] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """At best."""
+        return max(self.bytes / BANDWIDTH, self.flops / PEAK)
+
+    def row(self) -> str:
+        """A line of the table."""
+        bound = "memory" if self.bytes / BANDWIDTH > self.flops / PEAK else "compute"
+        theirs = "—"
+        if self.theirs:
+            theirs = f"{self.theirs[0]} launches, {self.theirs[1] / 1e6:.0f} MB"
+        return (
+            f"| {self.name} | {self.shape} | {self.launches} | {self.bytes / 1e6:.1f} | "
+            f"{self.flops / 1e9:.2f} | {bound} | {self.seconds * 1e6:.1f} | {theirs} |"
+        )
+
+
+def recurrence(batch: int, time: int, heads: int, size: int, gate: int, chunk: int) -> list[Work]:
+    """Forward in one launch, and backward in four, of a head for each query head."""
+    tokens = batch * time * heads
+    each = tokens * size * BF16
+    gates = tokens * FP32 * (size if gate == 2 else 1)
+    state = batch * heads * size * size * FP32
+    states = batch * heads * (time // chunk) * size * size
+    shape = f"B{batch} T{time} H{heads} D{size}, gate {'channel' if gate == 2 else 'head'}"
+    # scores, read-out of scores, of the state, and the write, for each token
+    forward = tokens * (4 * chunk * size + 4 * size * size)
+    # theirs, in chunks of 64: a sum of gates in fp32, states, scores (written and read), output
+    parts = 5 if gate == 2 else 3
+    their_states = batch * heads * (time // 64) * size * size * BF16
+    moved = 2 * gates + (2 * each + gates + their_states) + (3 * each + gates + their_states)
+    moved += each + 2 * tokens * 64 * FP32 * (gate == 2) + (2 * each + gates) * (gate == 2)
+    # states, their gradients, then queries, keys and gates, then values
+    back = 14 * each + 5 * gates + 5 * states * BF16
+    return [
+        Work("recurrence forward", shape, 1, 4 * each + gates + 2 * state, forward,
+             (parts, moved)),
+        Work("recurrence backward", shape, 4, back, 3 * forward),
+    ]  # fmt: skip
+
+
+def others() -> list[Work]:
+    """The other kernels, at the sizes of a small model (SmolLM2-135M)."""
+    rows, width, hidden, rank, depths, vocabulary = 64, 576, 1536, 16, 8, 49152
+    kv, heads, size = 3, 9, 64
+    state = rows * kv * size * size * FP32
+    io = rows * (2 * heads + 2 * kv) * size * BF16
+    lora = depths * rank * (width + hidden) * BF16
+    weight = width * hidden * BF16
+    batch, time, window, sinks = 8, 2048, 64, 4
+    qkvo = batch * time * (2 * heads + 2 * kv) * size * BF16
+    far = batch * time * heads * (size + 1) * BF16
+    table = vocabulary * width * BF16
+    return [
+        Work("step", f"{rows} rows, {kv} states of {size}x{size}", 1, 2 * state + io,
+             rows * (3 * kv + 2 * heads) * size * size),
+        Work("depth-LoRA linear", f"{rows} rows, {width}->{hidden}, r{rank}, {depths} depths", 1,
+             weight + lora + rows * (width + hidden) * BF16,
+             2 * rows * (width * hidden + rank * (width + hidden))),
+        Work("confidence", f"{rows} rows, {vocabulary} tokens", 1, table + rows * width * BF16,
+             2 * rows * width * vocabulary, (2, table + 2 * rows * vocabulary * BF16)),
+        Work("window + sinks + branch", f"B{batch} T{time} H{heads}/{kv} D{size}, {window}+{sinks}",
+             1, qkvo + far, 4 * batch * time * heads * size * (window + sinks)),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Print the table."""
+    print("| kernel | shape | launches | MB | GFLOP | bound | at best, us | elsewhere |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for gate, chunk in ((1, 64), (2, 32)):
+        for work in recurrence(8, 2048, 9, 64, gate, chunk):
+            print(work.row())
+    for work in recurrence(4, 2048, 16, 128, 1, 64):
+        print(work.row())
+    for work in others():
+        print(work.row())
+
+
+if __name__ == "__main__":
+    main()
