@@ -237,6 +237,11 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     assert torch.equal(generate(loaded), generate(program.to_module()))
 
 
+def test_no_feature_map_can_be_named() -> None:
+    named, plain = (linear("llama", f"linearize({t})") for t in ("feature_map=none", ""))
+    assert str(named) == str(plain)
+
+
 def test_it_composes_with_tying() -> None:
     program = linear("llama", f"{HYBRID}, tie(blocks=2), relax(rank=full)")
     expected = run(linear("llama", HYBRID), prompts())["logits"]

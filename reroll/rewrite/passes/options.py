@@ -129,6 +129,8 @@ def _convert(value: Any, kind: Any) -> Any:
         tries = (_convert(value, arm) for arm in [*exact, *args])
         return next((v for v in tries if v is not REFUSED), REFUSED)
     if origin is Literal:
+        # in a pipeline's text the word none is no value at all
+        value = "none" if value is None and None not in args else value
         return next((a for a in args if type(a) is type(value) and a == value), REFUSED)
     if origin is list or origin is tuple:
         return _convert_sequence(value, origin, args)
