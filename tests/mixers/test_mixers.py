@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from reroll.errors import UsageError
+from reroll.kernels import dispatch
 from reroll.mixers import compiled, make, registered
 from reroll.mixers.decay import REACH, bounded_size, running_sums
 from reroll.rewrite.passes import tolerances
+from reroll.rewrite.passes.manager import run_passes
+from tests.captured import captured
 from tests.conformance.mixer_suite import assert_close, draw, with_gradients
+from tests.passes.sequences import in_parts, prompts
 
 
 def test_taylor_features_are_the_exponential_to_second_order() -> None:
@@ -96,13 +101,16 @@ def test_options_that_make_no_sense_are_refused(name: str, options: dict[str, fl
         make(name, options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["retention", "gated_deltanet"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_compiled_pieces_are_the_chunk_form(
-    name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compiled, "PIECE", 64)
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pieces without the compiler, which takes its time."""
+    compiled._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    yield
+    compiled._compiled.cache_clear()
+
+
+def compare_pieces(name: str, padded: bool) -> None:
     mixer, time = make(name), 100
     inputs, padding = draw(mixer, torch.float32, time=time), None
     if padded:
@@ -114,6 +122,42 @@ def test_compiled_pieces_are_the_chunk_form(
         wide = key.startswith("gradient")
         tolerance = tolerances.GRADIENT if wide else tolerances.FORWARD[torch.float32]
         assert_close(value, wanted[key], tolerance, key)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", sorted(registered()))
+@pytest.mark.parametrize("padded", [False, True])
+def test_pieces_are_the_chunk_form(
+    name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "PIECE", 32)
+    compare_pieces(name, padded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retention", "gated_deltanet"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiled_pieces_are_the_chunk_form(
+    name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "PIECE", 64)
+    compare_pieces(name, padded)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@torch.no_grad()
+def test_a_model_reads_its_prompt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "PIECE", 8)
+    text = "linearize(mixer=gla, window=5, sinks=2, gain=0.5)"
+    model = run_passes(captured("llama"), text, measure=False).to_module()
+    inputs = prompts()
+    expected, _ = in_parts(model, inputs, [23])
+    with dispatch.use("compiled"):
+        whole = model(**inputs, use_cache=False).logits
+        found, _ = in_parts(model, inputs, [13, 1, 9])
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(whole[seen], expected[seen])
+    torch.testing.assert_close(found[seen], expected[seen])
 
 
 @pytest.mark.parametrize("time", [1, 8, 24, 64, 100])
