@@ -2,7 +2,7 @@
 
     python -m benchmarks.depthwise [--model DIR] [--blocks 15,10] [--at 10] [--requests 1,4,16]
         [--criterion saturation] [--states propagate,skip] [--depth 0.6 | --level Q] [--queue 2]
-        [--tokens 24] [--rounds 3] [--threads 1] [--dtype float32] [--parts] [--json FILE]
+        [--tokens 24] [--full] [--rounds 3] [--threads 1] [--dtype float32] [--parts] [--json FILE]
 
 All four sides run the same functions over the same caches: `full` never leaves the loop, `lockstep`
 waits for its slowest row, `compaction` drops rows that are done, `depth` fills their places with
@@ -10,7 +10,8 @@ tokens at other depths. Exits stand after the first round through the blocks and
 or where `--at` says. Thresholds are one quantile of the scores, at each exit, of tokens that are
 generated at full depth: the first for which tokens make at most `--depth` of the trips on some of
 the prompts. The model is tied and not trained, so what it says is of no use, and when it leaves is
-a matter of its hidden states. The tokens of all sides with exits have to be the same.
+a matter of its hidden states. The tokens of all sides with exits have to be the same. `--full`
+counts the time in which no slot is free for want of requests, as a server that is busy has it.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--queue", type=int, default=2, help="requests for each slot")
+    parser.add_argument("--full", action="store_true", help="count only while no slot is free")
+    parser.add_argument("--prompt", type=int, default=12, help="tokens of a prompt")
     parser.add_argument("--parts", action="store_true", help="time the parts of a tick instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -141,7 +144,9 @@ def main() -> None:
                     cells = " | ".join(f"{value:.2f}" for value in took.values())
                     print(f"| {blocks} | {state} | {count} | {cells} |", flush=True)
                 continue
-            prompts = [ids[60 * i : 60 * i + 12] for i in range(max(counts) * options.queue)]
+            prompts = [
+                ids[60 * i : 60 * i + options.prompt] for i in range(max(counts) * options.queue)
+            ]
             chosen = opened(program, at, prompts[:24], options)
             model = chosen.to_module()
             for count in counts:
@@ -151,6 +156,7 @@ def main() -> None:
                     slots=count,
                     tokens=options.tokens,
                     rounds=options.rounds,
+                    while_full=options.full,
                 )
                 for name, side in found["sides"].items():
                     print(

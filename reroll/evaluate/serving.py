@@ -28,24 +28,25 @@ def answer(
     slots: int,
     tokens: int,
     mode: Mode = "depth",
+    while_full: bool = False,
 ) -> dict[str, Any]:
     """Answer all requests greedily; seconds of decoding without prompts, and what came of it.
 
-    With one thread they are seconds of the processor's time, so that what else the machine does
-    counts less.
+    `while_full` stops as soon as a slot stays free for want of requests. With one thread they are
+    seconds of the processor's time, so that what else the machine does counts less.
     """
     length = max(map(len, prompts)) + tokens
     with DepthScheduler(model, slots=slots, length=length, mode=mode) as scheduler:
         numbers = [scheduler.submit(prompt, max_new_tokens=tokens) for prompt in prompts]
         wall, cpu = time.perf_counter(), time.process_time()
-        scheduler.run()
+        scheduler.run(while_full=while_full)
         counts = scheduler.counts
         wall = time.perf_counter() - wall - counts.prompt_seconds
         cpu = time.process_time() - cpu - counts.prompt_cpu_seconds
         return {
             "seconds": cpu if torch.get_num_threads() == 1 else wall,
             "wall_seconds": wall,
-            "tokens": [list(scheduler.stream(number)) for number in numbers],
+            "tokens": [scheduler.tokens(number) for number in numbers],
             "depth": scheduler.depth_report(),
             "batches": counts.batches,
             "rows_per_batch": counts.trips / max(counts.batches, 1),
@@ -68,12 +69,15 @@ def compare_serving(
     slots: int = 16,
     tokens: int = 32,
     rounds: int = 3,
+    while_full: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Tokens per second of four ways to answer the same requests; `model` is a lowered one.
 
     `full` makes all trips, `lockstep` waits for the slowest row of each token, `compaction` drops
     rows that are done, `depth` fills their places. Each round takes all sides, and medians count.
+    With `while_full`, only the time counts in which no slot is free for want of requests.
+
     Raises UsageError for a model without open exits, and AssertionError if two sides with exits
     give different tokens.
     """
@@ -91,12 +95,16 @@ def compare_serving(
             if progress is not None:
                 progress(number * len(sides), rounds * len(sides), name)
             own, mode = sides[name]
-            runs[name].append(answer(own, prompts, slots=slots, tokens=tokens, mode=mode))
+            run = answer(own, prompts, slots=slots, tokens=tokens, mode=mode, while_full=while_full)
+            runs[name].append(run)
     given = [run["tokens"] for name in MODES for run in runs[name]]
-    assert all(each == given[0] for each in given), "the sides do not give the same tokens"
-    # the first token of each request is its prompt's
-    made = sum(len(each) - 1 for each in given[0])
-    speed = {n: made / statistics.median(r["seconds"] for r in runs[n]) for n in sides}
+    same = all(_agree(a, b) for each in given for a, b in zip(each, given[0], strict=True))
+    assert same, "the sides do not give the same tokens"
+    # the first token of each request is its prompt's, and has no depth
+    speed = {
+        name: statistics.median(run["depth"].tokens / run["seconds"] for run in runs[name])
+        for name in sides
+    }
     return {
         "slots": slots,
         "requests": len(prompts),
@@ -116,3 +124,8 @@ def compare_serving(
             for name in sides
         },
     }
+
+
+def _agree(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two streams are the same as far as both go."""
+    return all(x == y for x, y in zip(a, b, strict=False))

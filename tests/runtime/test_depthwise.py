@@ -119,3 +119,19 @@ def test_what_it_refuses():
         scheduler.submit([], max_new_tokens=6)
     with pytest.raises(UsageError, match="no request 7"):
         next(scheduler.stream(7))
+
+
+def test_it_can_stop_when_a_slot_stays_free():
+    scheduler = DepthScheduler(lowered(EXITS["cycle"]), slots=2, length=32)
+    numbers = [
+        scheduler.submit(p, max_new_tokens=n) for p, n in zip(PROMPTS, [9, 3, 4], strict=False)
+    ]
+    scheduler.run(while_full=True)
+    lengths = [len(scheduler.tokens(number)) for number in numbers]
+    assert lengths[1] == 3
+    assert 9 in lengths or lengths[2] == 4
+    assert lengths != [9, 3, 4]
+    scheduler.run()
+    assert [len(scheduler.tokens(number)) for number in numbers] == [9, 3, 4]
+    with pytest.raises(UsageError, match="no request 9"):
+        scheduler.tokens(9)

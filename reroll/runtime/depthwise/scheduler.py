@@ -124,10 +124,18 @@ class DepthScheduler:
                 return
             self.tick()
 
-    def run(self) -> None:
-        """Go on until all requests are answered."""
+    def tokens(self, number: int) -> list[int]:
+        """The tokens of a request so far."""
+        if number not in self._requests:
+            raise UsageError(f"there is no request {number}")
+        return list(self._requests[number].tokens)
+
+    def run(self, *, while_full: bool = False) -> None:
+        """Go on until all requests are answered, or until a slot stays free for want of them."""
         while self._waiting or self._running:
             self.tick()
+            if while_full and self._free and not self._waiting:
+                return
 
     def depth_report(self) -> DepthReport:
         """How many trips the tokens so far made; first tokens, which prompts give, not counted."""
