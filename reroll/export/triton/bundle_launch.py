@@ -39,6 +39,28 @@ def together(*tensors: Any) -> list[Any]:
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
+def launch_near(
+    kernel: Any,
+    tiles: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: Any,
+    window: Any,
+    prefix: Any,
+    first: Any,
+) -> Any:
+    """Attention over a prompt, [rows, time, heads, V], in one launch; see the kernel."""
+    rows, heads, time, _ = q.shape
+    o = v.new_empty(rows, time, heads, v.shape[3])
+    q, k, v = together(q, k, v)
+    kernel[(triton.cdiv(time, tiles["BM"]), rows * heads)](
+        q, k, v, q, first.contiguous(), o, scale, window or time, prefix, time,
+        *strides(q), *strides(k), *strides(v), 0, 0, 0, *strides(o.transpose(1, 2)), **tiles,
+    )  # fmt: skip
+    return o
+
+
 def launch_step(
     kernel: Any, tiles: Any, q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, slots: Any
 ) -> Any:

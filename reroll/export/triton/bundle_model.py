@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from reroll.export.triton.bundle_runtime import (
+    Attention,
     Decode,
     Prefill,
     Recurrence,
     States,
     Weights,
+    over_prompt,
     token_by_token,
 )
 
@@ -137,6 +139,9 @@ class Model:
             if isinstance(site, Recurrence) and site.scan not in tested:
                 tested.append(site.scan)
                 found |= _errors(site, self.device)
+            elif isinstance(site, Attention) and site.near and site.near not in tested:
+                tested.append(site.near)
+                found[site.near.__name__] = _near_error(site, self.device)
         wrong = {name: error for name, error in found.items() if not error <= limit}
         if wrong:
             raise RuntimeError(f"kernels give wrong results on this device: {wrong}")
@@ -199,6 +204,25 @@ def _errors(site: Any, device: torch.device) -> dict[str, float]:
     ]  # fmt: skip
     found[site.step.__name__] = _far(torch.stack(steps, 1), wanted[:, :8])
     return found
+
+
+def _near_error(site: Any, device: torch.device) -> float:
+    """How far the kernel of an attention is from PyTorch's, relative; one row is padded."""
+    random = torch.Generator().manual_seed(0)
+    rows, time, padded = 2, 90, 5
+    q, k, v = (
+        torch.randn(rows, heads, time, size, generator=random).to(device, DTYPE)
+        for heads, size in (
+            (site.heads, site.k_size), (site.kv_heads, site.k_size), (site.kv_heads, site.v_size)
+        )
+    )  # fmt: skip
+    mask = torch.ones(rows, time, dtype=torch.bool, device=device)
+    mask[1, :padded] = False
+    number = mask.long().cumsum(-1) - 1
+    first = torch.tensor([[0], [padded]], device=device)
+    found = site.near(q, k, v, site.scale, site.window, site.prefix, first)
+    wanted = over_prompt(site, q.float(), k.float(), v.float(), number, mask)
+    return _far(found[mask], wanted[mask])
 
 
 def _far(actual: Tensor, wanted: Tensor) -> float:

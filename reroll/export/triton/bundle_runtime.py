@@ -18,7 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a program: its state is a ring of `prefix` + `window` keys and values."""
+    """One attention of a program: its state is a ring of `prefix` + `window` keys and values.
+
+    `near` launches its kernel over a prompt; without one, PyTorch's own attention does it.
+    """
 
     trips: int
     heads: int
@@ -28,6 +31,7 @@ class Attention:
     scale: float
     window: int | None
     prefix: int
+    near: Any = None
 
 
 @dataclass(frozen=True)
@@ -142,18 +146,13 @@ class Prefill:
     def attention(self, site: int, trip: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Softmax attention [rows, time, heads, v_size], and the keys and values of its state."""
         about = self.sites[site]
-        row, key = self.number[:, :, None], self.number[:, None, :]
-        seen = (key <= row) & self.mask[:, None, :]
-        if about.window:
-            seen &= (key > row - about.window) | (key < about.prefix)
-        # what is read at padding means nothing, but must be a number
-        seen |= torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen[:, None], scale=about.scale, enable_gqa=True
-        )
+        if about.near is None:
+            out = over_prompt(about, q, k, v, self.number, self.mask)
+        else:
+            out = about.near(q, k, v, about.scale, about.window, about.prefix, self.padding)
         for pool, new in zip(self.states.tensors[site, trip], (k, v), strict=True):
             pool[self.slots] = self._kept(new, about.prefix, about.window, pool.shape[2])
-        return out.transpose(1, 2)
+        return out
 
     def recurrence(
         self, site: int, trip: int, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor]
@@ -229,6 +228,22 @@ class Decode:
             None if beta is None else beta[:, :, 0], state, self.slots,
         )  # fmt: skip
         return finished(about, out[:, None], q.dtype)
+
+
+def over_prompt(
+    about: Attention, q: Tensor, k: Tensor, v: Tensor, number: Tensor, mask: Tensor
+) -> Tensor:
+    """Attention of all tokens of a prompt [rows, time, heads, v_size], by PyTorch."""
+    row, key = number[:, :, None], number[:, None, :]
+    seen = (key <= row) & mask[:, None, :]
+    if about.window:
+        seen &= (key > row - about.window) | (key < about.prefix)
+    # what is read at padding means nothing, but must be a number
+    seen |= torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen[:, None], scale=about.scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)
 
 
 def in_ring(place: Tensor, last: Tensor, prefix: int, window: int | None) -> Tensor:

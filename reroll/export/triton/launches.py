@@ -11,7 +11,7 @@ import torch
 from reroll.errors import ExportError
 from reroll.export.triton.sites import Site, gate_of
 from reroll.export.triton.specialise import plain, specialised
-from reroll.kernels import configurations, delta, diagonal, step
+from reroll.kernels import configurations, delta, diagonal, step, window
 
 NUMBERS = {
     torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16",
@@ -24,32 +24,71 @@ def kernels_of(sites: Sequence[Site], dtype: torch.dtype, archs: Sequence[str]) 
     Raises ExportError if the manifest has no tiles for one of the GPUs.
     """
     recurrences = [site for site in sites if site.mixer is not None]
-    if not recurrences:
-        return ""
-    deltas = any(site.fields["delta"] for site in recurrences)
-    helpers = [diagonal.sequence, diagonal.tile, diagonal.state_tile, diagonal.log_decay,
-               diagonal.between, diagonal.scores, diagonal.faded,
-               step.softplus, step.decay_of]  # fmt: skip
-    helpers += [delta.inverse] if deltas else []
+    attentions = [site for site in sites if has_kernel(site)]
+    helpers: list[Any] = []
+    if attentions:
+        helpers += [window.near_tile]
+    if recurrences:
+        helpers += [diagonal.sequence, diagonal.tile, diagonal.state_tile, diagonal.log_decay,
+                    diagonal.between, diagonal.scores, diagonal.faded,
+                    step.softplus, step.decay_of]  # fmt: skip
+    if any(site.fields["delta"] for site in recurrences):
+        helpers += [delta.inverse]
     parts = [f"{plain(h)}" for h in helpers]
-    done: set[int] = set()
-    for site in recurrences:
-        number = kernel_number(site, recurrences)
-        if number not in done:
-            done.add(number)
-            parts += _kernels(site, number, dtype, archs)
+    for some, write in ((attentions, _attention), (recurrences, _kernels)):
+        done: set[int] = set()
+        for site in some:
+            number = kernel_number(site, some)
+            if number not in done:
+                done.add(number)
+                parts += write(site, number, dtype, archs)
     return "\n\n\n".join(parts)
 
 
+def has_kernel(site: Site) -> bool:
+    """Whether an attention has a kernel for prompts: its heads must not be too large."""
+    f = site.fields
+    return site.mixer is None and max(f["k_size"], f["v_size"]) <= 128
+
+
+def _attention(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) -> list[str]:
+    heads, kv_heads, keys, values = _key(site)
+    constants = {
+        "H": kv_heads, "GROUPS": heads // kv_heads, "K": keys, "V": values, "BK": _power(keys),
+        "BV": _power(values), "DT": NUMBERS[dtype], "HAS_FAR": False, "HAS_FIRST": True,
+        "PRECISION": _precision(dtype),
+    }  # fmt: skip
+    tiles = {}
+    for arch in archs:
+        found = configurations.tiles_for("window", arch, dtype, "ieee", 1, max(keys, values), 16)
+        if found is None:
+            raise _no_tiles("window", arch)
+        tiles[arch] = found["window_attention_tile"]
+    return [
+        specialised(
+            window.window_attention_tile,
+            f"near_{number}",
+            {name: str(value) for name, value in constants.items()},
+        ),
+        f"NEAR_TILES_{number} = {json.dumps(tiles, indent=4)}",
+        _NEAR.replace("NUMBER", str(number)).strip(),
+    ]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return '"ieee"' if dtype == torch.float32 else '"tf32"'
+
+
 def kernel_number(site: Site, recurrences: Sequence[Site]) -> int:
-    """The number of the site's kernels: that of the first site with the same shapes."""
+    """The number of the site's kernels: that of the first of its kind with the same shapes."""
     keys = [_key(s) for s in recurrences]
     return keys.index(_key(site))
 
 
 def _key(site: Site) -> tuple[Any, ...]:
-    assert site.mixer is not None
     f = site.fields
+    if site.mixer is None:
+        return f["heads"], f["kv_heads"], f["k_size"], f["v_size"]
     return f["heads"], f["kv_heads"], f["state"], gate_of(site.mixer), f["delta"]
 
 
@@ -58,8 +97,12 @@ def _kernels(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) 
     shape = {"H": kv_heads, "GROUPS": heads // kv_heads, "K": rows, "V": columns, "GATE": gate}
     shared = {name: str(value) for name, value in shape.items()}
     block = max(16, configurations.head_size(rows, rows) if rows > 64 else _power(rows))
-    precision = '"ieee"' if dtype == torch.float32 else '"tf32"'
-    numbers = {"DT": NUMBERS[dtype], "PRECISION": precision, "VARLEN": "False", "BK": str(block)}
+    numbers = {
+        "DT": NUMBERS[dtype],
+        "PRECISION": _precision(dtype),
+        "VARLEN": "False",
+        "BK": str(block),
+    }
     stepped = shared | {
         "ACTIVATION": "0", "HAS_FLOOR": "False", "DELTA": str(deltas), "UNIT": "False",
         "HAS_GAIN": "False", "HAS_SLOTS": "True", "BK": str(_power(rows)),
@@ -104,10 +147,7 @@ def _tiles(site: Site, dtype: torch.dtype, arch: str, block: int) -> dict[str, A
                                          limit)  # fmt: skip
         name = {"scan": "delta_scan" if deltas else "scan", "step": "recurrent_step"}[kernel]
         if entry is None or name not in entry:
-            raise ExportError(
-                f"there are no tiles without spills for {family} on {arch}",
-                hint="choose another --arch, or run python -m reroll.kernels.audit.sweep",
-            )
+            raise _no_tiles(family, arch)
         found[kernel] = {k: v for k, v in entry[name].items() if k != "BK"}
     if "BT" in found["scan"] and deltas:
         found["scan"]["LEVELS"] = found["scan"]["BT"].bit_length() - 1
@@ -115,6 +155,19 @@ def _tiles(site: Site, dtype: torch.dtype, arch: str, block: int) -> dict[str, A
     return found
 
 
+def _no_tiles(family: str, arch: str) -> ExportError:
+    return ExportError(
+        f"there are no tiles without spills for {family} on {arch}",
+        hint="choose another --arch, or run python -m reroll.kernels.audit.sweep",
+    )
+
+
+_NEAR = '''
+def run_near_NUMBER(q, k, v, scale, window, prefix, first):
+    """Attention of a prompt over a window and the first tokens: [rows, time, heads, V]."""
+    tiles = tiles_of(NEAR_TILES_NUMBER)
+    return launch_near(near_NUMBER, tiles, q, k, v, scale, window, prefix, first)
+'''
 _LAUNCH = '''
 def run_scan_NUMBER(q, k, v, g, beta):
     """Chunks of a prompt: the output [rows, time, heads, V] and the last states, in one launch."""

@@ -17,7 +17,7 @@ import reroll
 from reroll.errors import ExportError
 from reroll.export.huggingface import checked_file, with_saved_weights
 from reroll.export.triton.graphs import LOGITS, GraphWriter
-from reroll.export.triton.launches import NUMBERS, kernel_number, kernels_of
+from reroll.export.triton.launches import NUMBERS, has_kernel, kernel_number, kernels_of
 from reroll.export.triton.readme import readme
 from reroll.export.triton.sites import Site, sites_of
 from reroll.rewrite.program import Program, weight_nodes
@@ -57,7 +57,7 @@ def write(
         "archs": list(target.arch),
         "dtype": str(program.dtype).removeprefix("torch."),
         "kernels": [line.split("(")[0][4:] for line in text.splitlines()
-                    if line.startswith(("def scan_", "def step_"))],
+                    if line.startswith(("def near_", "def scan_", "def step_"))],
         "weights": _weights(stored),
         # only a run on a GPU can say it
         "gpu_speed": "not measured",
@@ -122,12 +122,15 @@ def _copied(file: str) -> str:
 
 def _site_list(sites: Mapping[fx.Node, Site]) -> str:
     recurrences = [s for s in sites.values() if s.mixer is not None]
+    attentions = [s for s in sites.values() if has_kernel(s)]
     lines = ["# the states of the program, in the order of its graphs", "SITES = ["]
     for site in sites.values():
         fields = [f"{key}={value!r}" for key, value in site.fields.items()]
         if site.mixer is not None:
             number = kernel_number(site, recurrences)
             fields += [f"scan=run_scan_{number}", f"step=run_step_{number}"]
+        elif site in attentions:
+            fields.append(f"near=run_near_{kernel_number(site, attentions)}")
         lines.append(f"    {site.kind}({', '.join(fields)}),")
     return "\n".join([*lines, "]"])
 

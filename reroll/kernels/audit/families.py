@@ -220,7 +220,7 @@ FAMILIES = {
             "window",
             lambda _: [("window_attention_tile",)],
             _squares,
-            tuple(Variant(n, g, s, 16) for n in NUMBERS for g in (0, 1) for s in (64, 128)),
+            tuple(Variant(n, 1, s, 16) for n in (*NUMBERS, "ieee") for s in (64, 128)),
             _window,
         ),
         Family(
