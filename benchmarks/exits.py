@@ -21,7 +21,8 @@ import torch
 from transformers import AutoTokenizer
 
 import reroll
-from reroll.evaluate.exits import ExitStates, exit_states, predicted, scores_at, with_open
+from reroll.evaluate.classifiers import ExitStates, exit_states
+from reroll.evaluate.exits import predicted, scores_at, with_open
 from reroll.passes.exiting.scores import CLASSIFIERS
 from reroll.rewrite.rolling.exits import exit_loop
 

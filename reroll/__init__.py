@@ -19,7 +19,8 @@ from reroll import _registration
 
 if TYPE_CHECKING:
     from reroll._api import load, parse, run_passes
-    from reroll.evaluate.exits import calibrate, fit_exits
+    from reroll.evaluate.classifiers import fit_exits
+    from reroll.evaluate.exits import calibrate
     from reroll.rewrite.capture import capture
     from reroll.rewrite.passes import Pass
     from reroll.rewrite.program import Program
@@ -44,7 +45,7 @@ __all__ = [
 _HOMES = {
     "DepthScheduler": "reroll.runtime.depthwise",
     "calibrate": "reroll.evaluate.exits",
-    "fit_exits": "reroll.evaluate.exits",
+    "fit_exits": "reroll.evaluate.classifiers",
     "Pass": "reroll.rewrite.passes",
     "Program": "reroll.rewrite.program",
     "capture": "reroll.rewrite.capture",

@@ -1,4 +1,4 @@
-"""Exits that keep a promise: thresholds by calibration, and classifiers fitted on cached states."""
+"""Exits that keep a promise: thresholds by calibration."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.passes.exiting import classifiers
 from reroll.rewrite.passes.interpret import materialise, run
 from reroll.rewrite.program import Program, Step
 from reroll.rewrite.rolling.exits import Exits, exit_loop, is_open, with_thresholds
-from reroll.runtime.loops import read_out
 
 LENGTH = 256
 # an open threshold that no score is above
@@ -107,7 +104,7 @@ def calibrate(
         raise UsageError(
             f"{len(tokens)} tokens are too few to calibrate on", hint=f"give {4 * LENGTH} or more"
         )
-    at = _exit_trips(program, exits)
+    at = exit_trips(program, exits)
     split = max(1, len(rows) // 4)
     scores = scores_at(program, exits, at, rows[:split])
     rows = rows[split:]
@@ -151,103 +148,7 @@ def calibrate(
     return replace(result, origin=origin), calibration
 
 
-@dataclass(frozen=True)
-class ExitStates:
-    """What classifiers are fitted on, by trip: hidden states at unit RMS, row by row [time, width],
-    and whether the answer there was that of the full depth [tokens].
-    """
-
-    states: dict[int, list[Tensor]]
-    labels: dict[int, Tensor]
-
-
-def exit_states(model: Any, tokens: Tensor | Sequence[int]) -> ExitStates:
-    """The states of `tokens` [n] at the exits of a lowered model, at full depth, in rows of 256.
-
-    A label says whether what makes an exit's logits predicts there what is predicted at the end.
-    They serve for all models that differ in their classifiers only. Raises UsageError for a model
-    without exits, or with open ones.
-    """
-    found = exit_loop(model.program)
-    if found is None:
-        raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
-    _, exits = found
-    if any(map(is_open, exits.thresholds)):
-        raise UsageError(
-            "the model's exits are open, and states of the full depth are needed",
-            hint="fit before thresholds are set: insert_exits leaves them infinite",
-        )
-    trips = _exit_trips(model.program, exits)
-    tokens = torch.as_tensor(tokens, dtype=torch.long)
-    rows = [r for r in torch.split(tokens, LENGTH) if len(r) > 1]  # type: ignore[no-untyped-call]
-    states: dict[int, list[Tensor]] = {trip: [] for trip in trips}
-    labels: dict[int, list[Tensor]] = {trip: [] for trip in trips}
-    with torch.no_grad():
-        for row in rows:
-            out = model(row[None], output_hidden_states=True, use_cache=False)
-            last = out.logits[0].argmax(-1)
-            for trip in trips:
-                hidden = out.hidden_states[trip + 1]
-                states[trip].append(F.rms_norm(hidden[0].float(), hidden.shape[-1:], eps=1e-6))
-                early = read_out(model, hidden, trip + 1, input_ids=row[None], use_cache=False)
-                labels[trip].append(early[0].argmax(-1) == last)
-    return ExitStates(states, {trip: torch.cat(each) for trip, each in labels.items()})
-
-
-def fit_exits(
-    model: Any,
-    tokens: Tensor | Sequence[int] | ExitStates,
-    *,
-    steps: int = 300,
-    decay: float = 1e-3,
-) -> dict[int, float]:
-    """Fit the classifiers of `insert_exits` by logistic regression; returns accuracy by exit.
-
-    On the states of `tokens` [n], or on those that `exit_states` gave; `gated` sees the tokens of
-    each row in order. The weights of `model`, a lowered model, change in place;
-    `model.save_pretrained` or `model.to_program()` keeps them. Raises UsageError for a model whose
-    exits have no classifiers, or are open.
-    """
-    found = exit_loop(model.program)
-    if found is None or not any(".exit.score.weight" in n for n in model.program.weights):
-        raise UsageError(
-            "the model's exits have no classifiers",
-            hint="convert it with insert_exits(criterion=linear), (criterion=mlp) or gated",
-        )
-    data = tokens if isinstance(tokens, ExitStates) else exit_states(model, tokens)
-    modules = model._assembly.loops[found[0].name].modules
-    accuracy = {}
-    for trip, rows in data.states.items():
-        weights = dict(modules[trip].get_submodule("exit").named_parameters())
-        y = data.labels[trip].float()
-        accuracy[trip + 1] = _fitted(weights, _batches(rows), y, steps, decay)
-    return accuracy
-
-
-def _batches(rows: list[Tensor]) -> list[Tensor]:
-    """Rows [time, width] in order, those of one length together: [rows, time, width]."""
-    whole = [r for r in rows if len(r) == len(rows[0])]
-    return [torch.stack(whole), *(r[None] for r in rows[len(whole) :])]
-
-
-def _fitted(
-    weights: dict[str, Tensor], batches: list[Tensor], y: Tensor, steps: int, decay: float
-) -> float:
-    def logits() -> Tensor:
-        return torch.cat([classifiers.logits(weights, x).flatten() for x in batches])
-
-    optimizer = torch.optim.Adam(list(weights.values()), lr=1e-2, weight_decay=decay)
-    with torch.enable_grad():
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.binary_cross_entropy_with_logits(logits(), y).backward()
-            optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        return ((logits() > 0) == y.bool()).float().mean().item()
-
-
-def _exit_trips(program: Program, exits: Exits) -> list[int]:
+def exit_trips(program: Program, exits: Exits) -> list[int]:
     """The trips after which tokens may leave, also where all thresholds are infinite."""
     opened = [trip for trip, value in enumerate(exits.thresholds) if is_open(value)]
     if opened:

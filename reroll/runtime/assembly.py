@@ -21,7 +21,7 @@ from reroll.runtime.caches import (
     update_function,
 )
 from reroll.runtime.codegen import compile_graph, runnable
-from reroll.runtime.exits import loop_exits, split_exits
+from reroll.runtime.exit_graphs import loop_exits, split_exits
 from reroll.runtime.halves import cut
 from reroll.runtime.heads import head_path, keep_before_head, take_embeddings
 from reroll.runtime.hoisting import OWN_INPUTS, hoist_invariants

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from reroll.errors import UsageError
 from reroll.rewrite.rolling.exits import is_open
-from reroll.runtime.exits import LoopExits, can_compact, run_compacted
+from reroll.runtime.exit_graphs import LoopExits
+from reroll.runtime.exits import can_compact, run_compacted
 
 
 @dataclass

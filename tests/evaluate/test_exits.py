@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from reroll.cli.app import app
 from reroll.errors import UsageError
-from reroll.evaluate.exits import calibrate, fit_exits, p_value
+from reroll.evaluate.classifiers import fit_exits
+from reroll.evaluate.exits import calibrate, p_value
 from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.rolling.exits import exit_loop
 from tests import tiny

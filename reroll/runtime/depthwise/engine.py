@@ -22,7 +22,7 @@ from reroll.runtime.caches import CACHE, cache_nodes
 from reroll.runtime.depthwise.frames import Frame, Row, frame_of, input_at
 from reroll.runtime.depthwise.plan import Batch, PerSegment, Plan
 from reroll.runtime.depthwise.pool import Places, Pool
-from reroll.runtime.exits import loop_exits, split_exits
+from reroll.runtime.exit_graphs import loop_exits, split_exits
 from reroll.runtime.hoisting import hoist_invariants
 
 
