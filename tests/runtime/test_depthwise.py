@@ -112,6 +112,8 @@ def test_what_it_refuses():
         DepthScheduler(lowered(passes="loop_window(start=1, stop=3), "))
     with pytest.raises(UsageError, match="cannot be decoded depth by depth"):
         DepthScheduler(lowered(passes="", name="bloom"))
+    with pytest.raises(UsageError, match="layers or exits have state"):
+        DepthScheduler(lowered("at=[2], criterion=gated"))
     scheduler = DepthScheduler(lowered(), slots=1, length=8)
     with pytest.raises(UsageError, match="do not fit the length of 8"):
         scheduler.submit([1, 2, 3], max_new_tokens=6)
@@ -135,3 +137,18 @@ def test_it_can_stop_when_a_slot_stays_free():
     assert [len(scheduler.tokens(number)) for number in numbers] == [9, 3, 4]
     with pytest.raises(UsageError, match="no request 9"):
         scheduler.tokens(9)
+
+
+def test_batches_are_full_while_requests_wait():
+    model = lowered("at=[2], threshold=0.012, state=skip")
+    ticks = {}
+    for mode in ("depth", "lockstep"):
+        with DepthScheduler(model, slots=3, length=32, mode=mode) as scheduler:
+            for prompt in PROMPTS * 2:
+                scheduler.submit(prompt, max_new_tokens=6)
+            scheduler.run(while_full=True)
+            counts, tokens = scheduler.counts, scheduler.depth_report().tokens
+            assert counts.trips == 3 * counts.batches
+            ticks[mode] = counts.batches / tokens
+    # rows that left early do not wait for those that did not
+    assert ticks["depth"] < ticks["lockstep"]
