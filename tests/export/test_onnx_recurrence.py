@@ -89,6 +89,22 @@ def test_joint_normalisation(mixer, tmp_path):
     exported(linearized(options, gain=20.0), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["bert", "vit"])
+@pytest.mark.parametrize(
+    "options", ["mixer=gla, window=0", "mixer=mlstm, window=4, sinks=2, gain=0.5"]
+)
+def test_from_both_ends(name, options, tmp_path):
+    program = reroll.run_passes(captured(name), f"linearize({options})", measure=False)
+    found = exported(program, tmp_path)
+    assert not found["states"]
+
+
+def test_tokens_that_left_write_nothing(tmp_path):
+    passes = "linearize(mixer=gla, window=0, sinks=0), "
+    passes += "insert_exits(at=[1, 2, 3], criterion=latent, threshold=-0.6, state=skip)"
+    exported(reroll.run_passes(captured("llama"), passes, measure=False), tmp_path)
+
+
 @pytest.mark.parametrize("options", ["size=8, sinks=2", "size=5"])
 def test_windows(options, tmp_path):
     program = reroll.run_passes(captured("llama"), f"window({options})", measure=False)

@@ -61,15 +61,99 @@ def recurrence(
     active: Any = True,
     idle: Any = None,
 ) -> Value:
-    """A token mixer on its state; see `reroll.rewrite.ops.recurrence`."""
-    if any(isinstance(x, Varying) for x in (delay, skip, active)):
+    """A token mixer on its state; see `reroll.rewrite.recurrence`."""
+    _refuse_varying(delay, skip, active)
+    if not active:
+        return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))
+    if skip and padding is None:
+        padding = padding_of(g)
+    writes = _writes(g, padding, skip, idle)
+    q, k, v, *values = (g.tensor(x, FLOAT) for x in (q, k, v, *gates))
+    return g.cast(_mixed(g, node, q, k, v, values, rule, options, writes, delay), g.dtype(node))
+
+
+@lowering(TARGET, "reroll::bidirectional.default")
+def bidirectional(
+    g: Translator,
+    node: fx.Node,
+    q: Any,
+    k: Any,
+    v: Any,
+    gates: Any,
+    rule: str,
+    options: str,
+    padding: Any = None,
+    delay: Any = 0,
+    skip: Any = 0,
+    active: Any = True,
+) -> Value:
+    """A token mixer from both ends; see `reroll.rewrite.recurrence`. It keeps no state."""
+    _refuse_varying(delay, skip, active)
+    if not active:
+        return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))
+    q, k, v, *values = (g.tensor(x, FLOAT) for x in (q, k, v, *gates))
+    states, sizes = g.states, g.sizes
+    ends = {
+        name: g.op("Shape", q, start=i, end=i + 1, dtype=INT) for name, i in (("b", 0), ("s", 2))
+    }
+    g.states, g.sizes = NoStates(), {**sizes, **ends}  # type: ignore[assignment]
+    try:
+        if skip and padding is None:
+            padding = g.op("Expand", g.number(1, INT), g.shape(["b", "s"]))
+        writes = _writes(g, padding, skip, None)
+        forth = _mixed(g, node, q, k, v, values, rule, options, writes, delay)
+        q, k, v, *values = (_reversed(g, x, 2) for x in (q, k, v, *values))
+        writes = None if writes is None else _reversed(g, writes, 2)
+        # a token's own write counts once
+        back = _mixed(g, node, q, k, v, values, rule, options, writes, max(delay, 1))
+    finally:
+        g.states, g.sizes = states, sizes
+    return g.cast(g.op("Add", forth, _reversed(g, back, 1)), g.dtype(node))
+
+
+class NoStates:
+    """In the place of `States`: everything starts from zeros, and nothing is kept."""
+
+    def of(self, g: Translator, node: fx.Node) -> tuple[int, ...]:
+        """No numbers."""
+        return ()
+
+    def read(
+        self, g: Translator, numbers: Any, part: str, dims: tuple[int, ...], dtype: torch.dtype
+    ) -> Value:
+        """Zeros."""
+        return g.op("Expand", g.number(0.0, dtype), g.shape(["b", *dims]))
+
+    def write(self, g: Translator, numbers: Any, part: str, value: Value) -> None:
+        """Forget it."""
+
+
+def _refuse_varying(*options: Any) -> None:
+    if any(isinstance(x, Varying) for x in options):
         raise ExportError(
             "a recurrence that differs from trip to trip has no Loop",
             hint="export this model with --graphs unrolled",
         )
-    dims = node.meta["type"].shape
-    if not active:
-        return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(dims))
+
+
+def _reversed(g: Translator, x: Value, axis: int) -> Value:
+    """From the last to the first."""
+    return g.op("Slice", x, g.ints(-1), g.ints(-(2**62)), g.ints(axis), g.ints(-1))
+
+
+def _mixed(
+    g: Translator,
+    node: fx.Node,
+    q: Value,
+    k: Value,
+    v: Value,
+    values: list[Value],
+    rule: str,
+    options: str,
+    writes: Value | None,
+    delay: int,
+) -> Value:
+    """[batch, time, heads, d_v] in fp32, by the construction of the mixer."""
     construction = find_lowering(TARGET, f"recurrence:{rule}")
     if construction is None:
         raise ExportError(
@@ -79,13 +163,6 @@ def recurrence(
     mixer = make(rule, options)
     shapes: list[Any] = [a.meta["type"].shape for a in node.args[:3]]  # type: ignore[union-attr]
     heads, kv_heads, d_k, d_v = shapes[0][1], shapes[1][1], shapes[1][3], shapes[2][3]
-    q, k, v = (g.tensor(x, FLOAT) for x in (q, k, v))
-    values = [g.tensor(x, FLOAT) for x in gates]
-    writes = _writes(g, padding, skip)
-    if idle is not None:
-        here = g.op("Unsqueeze", g.op("Not", g.tensor(idle, BOOL), dtype=BOOL), g.ints(1, 3))
-        here = g.cast(here, FLOAT)
-        writes = here if writes is None else g.op("Mul", writes, here)
     declared = mixer.gates(d_k, d_v)
     if delay:
         k, v, values, writes = _delayed(g, node, k, v, values, writes, delay, declared, kv_heads)
@@ -110,23 +187,25 @@ def recurrence(
         bool(declared and declared[0].shape),
     )
     out = construction(g, node, mixer, tokens)
-    made = g.op("Reshape", out, g.ints(0, 0, heads, d_v))
-    return g.cast(made, g.dtype(node))
+    return g.op("Reshape", out, g.ints(0, 0, heads, d_v))
 
 
-def _writes(g: Translator, padding: Any, skip: int) -> Value | None:
-    """1.0 where a new token writes: [batch, 1, time, 1]."""
-    if padding is None and not skip:
-        return None
-    counted = g.tensor(padding, INT) if padding is not None else padding_of(g)
-    new: Any = g.size("s")
-    tail = g.op("Neg", new.value)
-    if skip:
-        number = g.op("CumSum", counted, g.number(-1, INT))
-        past = g.cast(g.op("Greater", number, g.number(skip, INT), dtype=BOOL), INT)
-        counted = g.op("Mul", past, counted)
-    now = g.op("Slice", counted, tail, g.ints(2**62), g.ints(1))
-    return g.op("Unsqueeze", g.cast(now, FLOAT), g.ints(1, 3))
+def _writes(g: Translator, padding: Any, skip: int, idle: Any) -> Value | None:
+    """1.0 where a new token writes: [batch, 1, time, 1]; None if all do."""
+    now: Value | None = None
+    if padding is not None:
+        counted = g.tensor(padding, INT)
+        new: Any = g.size("s")
+        if skip:
+            number = g.op("CumSum", counted, g.number(-1, INT))
+            past = g.cast(g.op("Greater", number, g.number(skip, INT), dtype=BOOL), INT)
+            counted = g.op("Mul", past, counted)
+        tail = g.op("Neg", new.value)
+        now = g.cast(g.op("Slice", counted, tail, g.ints(2**62), g.ints(1)), FLOAT)
+    if idle is not None:
+        busy = g.cast(g.op("Not", g.tensor(idle, BOOL)), FLOAT)
+        now = busy if now is None else g.op("Mul", now, busy)
+    return None if now is None else g.op("Unsqueeze", now, g.ints(1, 3))
 
 
 def _delayed(
