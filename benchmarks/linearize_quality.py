@@ -57,14 +57,21 @@ CONFIGURATIONS = {
 }
 
 
-def perplexity(program: Program, ids: torch.Tensor, context: int) -> tuple[float, float]:
-    """Perplexity over pieces of `context` tokens, and the seconds that it took."""
+def perplexity(
+    program: Program, ids: torch.Tensor, context: int, first: int | None
+) -> tuple[float, float]:
+    """Perplexity over pieces of `context` tokens, and the seconds that it took.
+
+    `first` takes the place of the first token of each piece: without it Gemma is another model.
+    """
     model = program.to_module()
     losses, start = [], time.perf_counter()
     with torch.inference_mode():
         for piece in ids.split(context):
             if piece.numel() < context:
                 break
+            if first is not None:
+                piece = torch.cat((piece.new_tensor([first]), piece[1:]))
             logits = model(piece[None], use_cache=False).logits[0, :-1].float()
             losses.append(F.cross_entropy(logits, piece[1:], reduction="none"))
     return math.exp(torch.cat(losses).mean().item()), time.perf_counter() - start
@@ -86,6 +93,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     text = options.held_out.read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text[: 8 * options.tokens]).input_ids)[: options.tokens]
+    first = tokenizer.bos_token_id if int(ids[0]) == tokenizer.bos_token_id else None
     sample = options.calibrate_on.read_text(encoding="utf-8")[:60_000]
     program = reroll.capture(options.model, dtype="float32")
     chosen = CONFIGURATIONS
@@ -102,7 +110,7 @@ def main() -> None:
         row["state"] = {c: state_bytes(after, c) for c in (1024, 131072)}
         for context in map(int, options.contexts.split(",")):
             row[f"perplexity {context}"], row[f"seconds {context}"] = perplexity(
-                after, ids, context
+                after, ids, context, first
             )
         rows.append(row)
         found = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
