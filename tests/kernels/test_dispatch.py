@@ -13,6 +13,7 @@ from reroll.mixers import make
 from reroll.rewrite.passes import tolerances
 from reroll.runtime.recurrences import recur
 from tests.conformance.mixer_suite import assert_close, draw
+from tests.export.test_onnx_recurrence import linearized
 
 MIXERS = ["retention", "gla", "deltanet", "gated_deltanet", "kda"]
 
@@ -58,6 +59,22 @@ def test_the_lowered_modules_recurrence_runs_on_it(monkeypatch: pytest.MonkeyPat
         out = recur(None, 0, *x[:3], list(x.gates), "retention", mixer.text(), delay=3)
     assert runs == ["kernel"]
     assert_close(out, wanted, tolerances.FORWARD_TRITON_FP32, "out")
+
+
+@pytest.mark.parametrize("mixer", ["retention", "gated_deltanet"])
+def test_a_lowered_model_generates_through_kernels(mixer: str) -> None:
+    module = linearized(f"mixer={mixer}, window=4, sinks=1").to_module()
+    ids, mask = torch.tensor([[3, 4, 5, 6, 7, 8], [0, 0, 9, 8, 7, 6]]), torch.ones(2, 6)
+    mask[1, :2] = 0
+    answers = []
+    for backend in ("eager", "triton"):
+        with dispatch.use(backend), torch.no_grad():  # type: ignore[arg-type]
+            done = module.generate(
+                ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None,
+                output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        answers.append(torch.stack(done.logits))
+    assert_close(answers[1], answers[0], tolerances.FORWARD_TRITON_FP32, "logits")
 
 
 def test_it_trains_through_a_kernel() -> None:
