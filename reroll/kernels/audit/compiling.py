@@ -103,7 +103,7 @@ def compiled(launch: Launch, target: str) -> Measured:
         return Measured(error=_reason(error))
     if "cubin" in built.asm:
         return _of_cubin(built.asm["cubin"], built.metadata.shared, target)
-    return _of_amdgcn(built.asm["amdgcn"])
+    return _of_amdgcn(built.asm["amdgcn"], built.metadata.shared)
 
 
 def _reason(error: BaseException) -> str:
@@ -170,7 +170,7 @@ def _of_cubin(cubin: bytes, shared: int, target: str) -> Measured:
     return Measured(registers, stack + local, shared, count)
 
 
-def _of_amdgcn(text: str) -> Measured:
+def _of_amdgcn(text: str, shared: int) -> Measured:
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         return int(found[1]) if found else 0
@@ -178,7 +178,8 @@ def _of_amdgcn(text: str) -> Measured:
     return Measured(
         number("vgpr_count"),
         number("vgpr_spill_count"),
-        number("group_segment_fixed_size"),
+        # the text says 0: what a launch asks for is in the metadata alone
+        shared,
         len(re.findall(TENSOR_CORE["gfx942"], text)),
     )
 
