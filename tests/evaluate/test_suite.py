@@ -204,7 +204,7 @@ def test_a_model_without_text_says_what_does_not_apply() -> None:
         (["--measures", ""], "no measure"),
         (["--suite", "huge"], "quick or full"),
         (["--html", "/nowhere/page.html"], "no such directory"),
-        (["--attention", "none"], "eager or sdpa"),
+        (["--attention", "none"], "'eager'"),
     ],
 )
 def test_what_is_refused_before_a_model_is_opened(arguments: list[str], words: str) -> None:

@@ -104,7 +104,7 @@ def test_what_attention_gives_can_be_aligned(batch: Batch) -> None:
     teacher = program.to_module().eval()
     student = run_passes(program, "window(size=2, sinks=0, layers=[0])").to_module().eval()
     models = Models(student, student, teacher)
-    loss = Align(on="o_proj").loss(batch, models)
+    loss = Align(into="o_proj").loss(batch, models)
     seen: list[Any] = []
     for model in (student, teacher):
         first = model.get_submodule("model.layers.0.self_attn.o_proj")
@@ -117,7 +117,7 @@ def test_what_attention_gives_can_be_aligned(batch: Batch) -> None:
     assert loss.parts["worst_trip"] == 0
     assert first_error > 1e-3
     with pytest.raises(UsageError, match="is called c_proj"):
-        Align(on="c_proj").begin(models)
+        Align(into="c_proj").begin(models)
 
 
 def test_trips_run_freely_in_the_end(models: Models, batch: Batch) -> None:

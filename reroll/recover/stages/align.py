@@ -27,7 +27,7 @@ class Align(Stage):
     input too (Raptor, arXiv 2512.19941): `free` is the probability, at the end of the stage, that
     a trip takes what the trip before gave; it grows from 0 in proportion to the steps.
 
-    With `on`, a name such as `o_proj`, it is what the layers of that name take that is compared,
+    With `into`, a name such as `o_proj`, it is what the layers of that name take that is compared,
     relative to its size. That of `o_proj` is what attention gives: the attention transfer of
     LoLCATs (arXiv 2410.10254) and the first stage of RADLADS (arXiv 2505.03005).
 
@@ -40,7 +40,7 @@ class Align(Stage):
     lr: float = option(1e-3, help="the largest learning rate")
     train: str | list[str] = option("new", help="all, new, lora, or patterns of names")
     free: float = option(0.5, help="share of trips that run freely at the end")
-    on: str | None = option(
+    into: str | None = option(
         None, help="compare what the layers of this name take, instead of what trips give"
     )
     start_tokens: int = option(
@@ -64,9 +64,9 @@ class Align(Stage):
                 hint="leave the stage out, or choose passes that keep the trips",
             )
         sides = models.teacher, models.module
-        if self.on is not None and not set.intersection(*(named(m, self.on) for m in sides)):
+        if self.into is not None and not set.intersection(*(named(m, self.into) for m in sides)):
             raise UsageError(
-                f"no layer of both models is called {self.on}", where="stage align, option on"
+                f"no layer of both models is called {self.into}", where="stage align, option into"
             )
 
     def start(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
@@ -90,7 +90,7 @@ class Align(Stage):
         with fed(trips, given), recorded(trips) as made, self._inside(models.module) as ours:
             models.show_student(batch)
         weights = batch.mask.float()
-        if self.on is None:
+        if self.into is None:
             targets = [y for _, y in seen[step - 1 :: step]]
             parts = [
                 (y, target, x) for (_, y), target, x in zip(made, targets, inputs, strict=True)
@@ -103,7 +103,7 @@ class Align(Stage):
         return Loss(value, {"worst_trip": float(worst), "worst": errors[worst].item()})
 
     def _inside(self, model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
-        return nullcontext({}) if self.on is None else taken(model, self.on)
+        return nullcontext({}) if self.into is None else taken(model, self.into)
 
     def _forced(self, batch: Batch, trips: int) -> list[bool]:
         """Which trips take the original's value."""
