@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from reroll.evaluate.distance import Distance
 from reroll.recover.data import Source
-from reroll.recover.stage import Batch, arguments
+from reroll.recover.stage import Batch, arguments, batch_of
 from reroll.rewrite.passes.hidden import cosine
 
 
@@ -31,21 +32,13 @@ def held_out(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]
     return found
 
 
-def _rows(module: Any, rows: Source) -> Any:
-    """The rows one by one, without padding."""
-    device, name = next(module.parameters()).device, module.main_input_name
-    for number in range(len(rows)):
-        row = rows.pick([number])
-        data, mask = row.data.to(device), row.mask.to(device)
-        if name == "input_ids":
-            width = int(mask.sum())
-            data, mask = data[:, :width], mask[:, :width]
-        yield Batch(data, mask, input=name)
+def _one_by_one(module: Any, rows: Source) -> Iterator[Batch]:
+    return (batch_of(module, rows.pick([number])) for number in range(len(rows)))
 
 
 def _predictions(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]:
     distance = Distance(logits=True)
-    for batch in _rows(module, rows):
+    for batch in _one_by_one(module, rows):
         ours: Tensor = module(**arguments(batch)).logits[0]
         theirs = ours if teacher is None else teacher(**arguments(batch)).logits[0]
         ids = batch.data[0]
@@ -63,7 +56,7 @@ def _features(module: Any, teacher: Any | None, rows: Source) -> dict[str, float
     if teacher is None:
         return {}
     distance, cosines = Distance(logits=False), []
-    for batch in _rows(module, rows):
+    for batch in _one_by_one(module, rows):
         ours, theirs = (m(**arguments(batch))[0].flatten(0, -2) for m in (module, teacher))
         distance.add(theirs, ours)
         cosines.append(cosine(theirs.float(), ours.float()))

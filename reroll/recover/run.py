@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from reroll.errors import RecoveryError, UsageError
 from reroll.evaluate.tokenizing import plain_ids, special_ids, tokenizer_of
 from reroll.recover.checkpoints import Directory, Progress
-from reroll.recover.data import Corpus, Rows, make_corpus, take
+from reroll.recover.data import Corpus, make_corpus, take
 from reroll.recover.images import ImageInput, image_corpus, image_input
 from reroll.recover.measure import held_out
 from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.recipe import Recipe, load_recipe
-from reroll.recover.stage import Batch, Loss, Models, Stage
+from reroll.recover.stage import Batch, Loss, Models, Stage, batch_of
 from reroll.recover.trainable import new_names, training
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.passes.pipeline import call_to_text
@@ -239,7 +239,7 @@ class _Run:
             count = -(-tokens // self.length)
             found = take(self.corpus.train, progress.steps * self.settings.batch, count)
             size = self.settings.micro or self.settings.batch
-            return [self._batch(piece, 0.0, 0) for piece in found.split(size)]
+            return [batch_of(self.module, piece) for piece in found.split(size)]
 
         parts = stage.start(models, rows)
         if parts:
@@ -263,7 +263,7 @@ class _Run:
         torch.manual_seed(seed)
         totals: dict[str, float] = {}
         for index, piece in enumerate(pieces):
-            batch = self._batch(piece, progress.step / steps, seed)
+            batch = batch_of(self.module, piece, progress.step / steps, seed)
             share = batch.tokens() / count
             last = index + 1 == len(pieces)
             with nullcontext() if last else self.accelerator.no_sync(objective):
@@ -296,15 +296,6 @@ class _Run:
     def _autocast(self) -> Any:
         enabled = self.settings.precision == "bf16"
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
-
-    def _batch(self, rows: Rows, progress: float, seed: int) -> Batch:
-        device, name = self.accelerator.device, self.module.main_input_name
-        data, mask = rows.data.to(device), rows.mask.to(device)
-        if name == "input_ids":
-            # columns that are padding in all rows are not computed
-            width = int(mask.sum(1).max())
-            data, mask = data[:, :width], mask[:, :width]
-        return Batch(data, mask, progress, seed, name)
 
     # ---- what is kept
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from reroll.errors import UsageError
+from reroll.recover.data import Rows
 from reroll.rewrite.discovery import classes_in, look_up
 from reroll.rewrite.passes.declared import Declared
 from reroll.rewrite.passes.options import option
@@ -92,6 +93,16 @@ class Models:
 
     def _least(self) -> dict[str, int]:
         return {"logits_to_keep": 1} if self.module.can_generate() else {}
+
+
+def batch_of(module: Any, rows: Rows, progress: float = 0.0, seed: int = 0) -> Batch:
+    """Rows as a batch for a lowered model, on its device, without what is padding in all."""
+    device, name = next(module.parameters()).device, module.main_input_name
+    data, mask = rows.data.to(device), rows.mask.to(device)
+    if name == "input_ids":
+        width = int(mask.sum(1).max())
+        data, mask = data[:, :width], mask[:, :width]
+    return Batch(data, mask, progress, seed, name)
 
 
 def arguments(batch: Batch) -> dict[str, Any]:
