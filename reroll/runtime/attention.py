@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reroll.runtime.bands import Band, attend_band, mass_band
+
 # the explicit path holds the scores of this many queries at a time
 _QUERY_BLOCK = 1024
 
@@ -20,7 +22,7 @@ def attend(
     v: Tensor,
     scale: float,
     causal: bool,
-    mask: Tensor | None,
+    mask: Tensor | Band | None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
@@ -33,6 +35,10 @@ def attend(
     v_head_dim]; zeros if the mask has no columns.
     """
     length = q.shape[2]
+    if isinstance(mask, Band):
+        if softcap is None and sinks is None and bias is None:
+            return attend_band(q, k, v, scale, mask).transpose(1, 2).contiguous()
+        mask = mask.written_out(q.device)
     if mask is not None and mask.shape[-1] == 0:
         return q.new_zeros(q.shape[0], length, q.shape[1], v.shape[-1])
     if mask is None and causal and length > 1:
@@ -169,13 +175,17 @@ def mass(
     k: Tensor,
     scale: float,
     causal: bool,
-    mask: Tensor | None,
+    mask: Tensor | Band | None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """`reroll.attention_mass` with the mask that `attend` takes: [batch, time, heads] in fp32."""
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if isinstance(mask, Band):
+        if softcap is None and sinks is None and bias is None:
+            return mass_band(q, k, scale, mask).transpose(1, 2)
+        mask = mask.written_out(q.device)
     if mask is None and causal and length > 1:
         k, mask = k[:, :, :length], _causal(length, q.device)
     if bias is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reroll.rewrite.ops import in_prefix, visible
+from reroll.runtime.bands import Band
 
 
 def visible_tokens(mask: Tensor | None) -> Tensor | None:
@@ -41,13 +42,14 @@ def make_mask(
     window: int | None,
     chunk: int | None,
     prefix: int | None = None,
-) -> Tensor | None:
+) -> Tensor | Band | None:
     """The mask of an attention of `length` queries, before its cache `layer` is updated.
 
     `padding` [batch, tokens] is False at keys that nobody sees; the other arguments are those of
     the attention op. `layer` is None without a cache, when there are `keys` keys. `like` has the
     device. Returns None if every query sees all that causality allows, otherwise booleans [batch or
-    1, 1, queries or 1, keys]; without any columns if nothing is seen at all.
+    1, 1, queries or 1, keys]; without any columns if nothing is seen at all. A window over a much
+    longer sequence is a `Band`.
     """
     if padding is not None and padding.dim() == 4:
         return padding
@@ -71,6 +73,9 @@ def make_mask(
         and _sees_all(layer, length, keys, offset, causal, window, chunk)
     ):
         return None
+    band = _band(layer, length, keys, offset, window, prefix)
+    if band is not None and causal and padding is None and blocks is None and chunk is None:
+        return band
     q = torch.arange(length, device=like.device)[:, None] + offset
     kv = torch.arange(keys, device=like.device) + start
     seen = visible(q, kv, causal, window)[None, None]
@@ -88,6 +93,17 @@ def make_mask(
     if kept:
         seen = _with_kept(seen, padding, start, kept)
     return seen
+
+
+def _band(
+    layer: Any, length: int, keys: int, offset: Any, window: int | None, prefix: int | None
+) -> Band | None:
+    """The window over a sequence that begins here, if it is worth to leave out what is far."""
+    static = layer is not None and layer.is_compileable
+    if window is None or static or isinstance(offset, Tensor) or torch.compiler.is_compiling():
+        return None
+    band = Band(length, window, prefix or 0)
+    return band if offset == 0 and keys == length and band.pays else None
 
 
 def kept_columns(layer: Any) -> int:

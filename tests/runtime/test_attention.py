@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reroll.rewrite.ops import attention
-from reroll.runtime.attention import attend
+from reroll.runtime.attention import attend, mass
+from reroll.runtime.bands import Band
 from reroll.runtime.masks import make_mask, visible_tokens
 
 SCALE = 0.3
@@ -135,3 +136,35 @@ def test_no_mask_is_made_where_none_is_needed(causal: bool) -> None:
     assert make_mask(None, padding, None, like, 6, 6, causal, None, None) is None
     assert make_mask(None, padding, None, like, 6, 6, causal, 6, 6) is None
     assert make_mask(None, padding, None, like, 6, 6, causal, 3, None) is not None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(128, 300),
+    window=st.integers(0, 40),
+    prefix=st.integers(0, 5),
+    groups=st.sampled_from([1, 3]),
+)
+def test_a_window_over_a_long_sequence_needs_no_mask_of_all_pairs(
+    length: int, window: int, prefix: int, groups: int
+) -> None:
+    if window + prefix == 0:
+        return
+    mask = make_mask(None, None, None, torch.empty(0), length, length, True, window, None, prefix)
+    assert isinstance(mask, Band) == (length >= 4 * max(window, 32))
+    written = mask.written_out(torch.device("cpu")) if isinstance(mask, Band) else mask
+    q, k, v = (t.requires_grad_() for t in tensors(length, length, groups))
+    weights = torch.randn(2, length, 2 * groups, 4)
+    found = []
+    for each in (mask, written):
+        out = attend(q, k, v, SCALE, True, each)
+        out = out / (1 + mass(q, k, SCALE, True, each)[..., None])
+        found.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    for banded, whole in zip(*found, strict=True):
+        torch.testing.assert_close(banded, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_band_is_the_window_of_the_op() -> None:
+    q, k, v = tensors(200, 200, 1)
+    expected, banded = both(q, k, v, causal=True, window=17)
+    torch.testing.assert_close(banded, expected)

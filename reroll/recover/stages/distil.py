@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from reroll.errors import UsageError
+from reroll.recover.losses import cross_entropy, mean_over_pieces, unpadded
 from reroll.recover.stage import Batch, Loss, Models, Stage, recorded
 from reroll.recover.stages.align import relative_error
 from reroll.rewrite.passes.options import option
-
-# positions whose distributions are compared at once
-PIECE = 256
 
 
 class Distil(Stage):
@@ -48,8 +44,7 @@ class Distil(Stage):
             expected = models.ask(batch)
         with recorded(ends[1:]) as ours:
             logits = models.run(batch)
-        keep = batch.mask.bool()
-        kl = self.divergence(logits[keep], expected[keep])
+        kl = self.divergence(unpadded(logits, batch.mask), unpadded(expected, batch.mask))
         value, parts = kl, {"kl": kl.item()}
         if self.ce:
             ce = cross_entropy(logits, batch.labels)
@@ -62,21 +57,20 @@ class Distil(Stage):
 
     def divergence(self, logits: Tensor, expected: Tensor) -> Tensor:
         """The mean divergence over positions; both are [positions, vocabulary]."""
-        total = logits.new_zeros((), dtype=torch.float32)
-        for ours, theirs in zip(logits.split(PIECE), expected.split(PIECE), strict=True):
-            # a piece's softmax is computed again for its gradient, instead of all being kept
-            total = total + checkpoint(self._piece, ours, theirs, use_reentrant=False)
-        return total / max(len(logits), 1)
+        return mean_over_pieces(logits, self._piece, expected)
 
     def _piece(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        q = (ours.float() / self.temperature).log_softmax(-1)
-        p = (theirs.float() / self.temperature).log_softmax(-1)
+        q, p = ours.float(), theirs.float()
+        if self.temperature != 1:
+            q, p = q / self.temperature, p / self.temperature
+        q, p = q.log_softmax(-1), p.log_softmax(-1)
         if self.top_k is not None and self.top_k < p.shape[-1]:
             chosen = p.topk(self.top_k, -1).indices
             p, q = coarse(p, chosen), coarse(q, chosen)
         if self.direction == "reverse":
             p, q = q, p
-        return F.kl_div(q, p, reduction="sum", log_target=True) * self.temperature**2
+        value = torch.dot(p.exp().flatten(), (p - q).flatten())
+        return value * self.temperature**2
 
 
 def coarse(log: Tensor, chosen: Tensor) -> Tensor:
@@ -84,19 +78,3 @@ def coarse(log: Tensor, chosen: Tensor) -> Tensor:
     kept = log.gather(-1, chosen)
     rest = torch.log1p(-kept.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
     return torch.cat((kept, rest), -1)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of the next token: logits [rows, length, vocabulary], in nats."""
-    ahead = labels[:, 1:].flatten()
-    flat = logits[:, :-1].flatten(0, 1)
-    kept = ahead >= 0
-    ahead, flat = ahead[kept], flat[kept]
-    total = flat.new_zeros((), dtype=torch.float32)
-    for ours, wanted in zip(flat.split(PIECE), ahead.split(PIECE), strict=True):
-        total = total + checkpoint(_nats, ours, wanted, use_reentrant=False)
-    return total / max(len(flat), 1)
-
-
-def _nats(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="sum")

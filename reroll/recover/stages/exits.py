@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
+from reroll.recover.losses import cross_entropy, unpadded
 from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, recorded
-from reroll.recover.stages.distil import Distil, cross_entropy
+from reroll.recover.stages.distil import Distil
 from reroll.rewrite.passes.options import option
 from reroll.runtime.loops import read_out
 
@@ -52,19 +53,20 @@ class Exits(Stage):
             )
 
     def loss(self, batch: Batch, models: Models) -> Loss:
-        keep, divergence = batch.mask.bool(), Distil.make({}).divergence
+        divergence = Distil.make({}).divergence
         trips = models.module.trip_modules()[-models.module.program.loops[-1].trips :]
         with recorded([trips[number - 1] for number in self.at]) as seen:
             logits = models.run(batch)
+        own = unpadded(logits, batch.mask)
         if self.target == "original":
-            last = divergence(logits[keep], models.ask(batch)[keep])
+            last = divergence(own, unpadded(models.ask(batch), batch.mask))
         else:
             last = cross_entropy(logits, batch.labels)
         losses = []
         for stop, (_, hidden) in zip(self.at, seen, strict=True):
             early = read_out(models.module, hidden, stop, **arguments(batch))
             if self.distil:
-                losses.append(divergence(early[keep], logits[keep].detach()))
+                losses.append(divergence(unpadded(early, batch.mask), own.detach()))
             else:
                 losses.append(cross_entropy(early, batch.labels))
         parts = {f"after_{n}": each.item() for n, each in zip(self.at, losses, strict=True)}

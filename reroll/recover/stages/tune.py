@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from reroll.recover.losses import cross_entropy
 from reroll.recover.stage import Batch, Loss, Models, Stage
-from reroll.recover.stages.distil import cross_entropy
 
 
 class Tune(Stage):
