@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import reroll
+from reroll.cli.recovery import token_count
 from reroll.evaluate.suite import choose, evaluate
 from reroll.recover import load_recipe, recover
 
@@ -29,7 +30,7 @@ MEASURES = (
 )
 
 
-def measured(model: str, options: argparse.Namespace, file: Path) -> dict[str, Any]:
+def measured(model: Any, options: argparse.Namespace, file: Path) -> dict[str, Any]:
     """The headline of each measure; from the file if it is there."""
     if not file.is_file():
         chosen = choose(options.measures, "quick")
@@ -83,18 +84,23 @@ def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {"passes only": before, "recovered": {**after, **cost}}
 
 
-def main() -> None:
-    """Run what has not been run yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="+", type=Path)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What all sides of the comparison have in common."""
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--data", nargs="+", default=DATA)
     parser.add_argument("--text", default="data/text/wiki.val.txt")
-    parser.add_argument("--tokens", default=500_000, type=lambda text: int(float(text)))
+    parser.add_argument("--tokens", default="500k", type=token_count)
     parser.add_argument("--work", type=Path, default=Path("out/recovery"))
     parser.add_argument("--measures", default=MEASURES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def main() -> None:
+    """Run what has not been run yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="+", type=Path)
+    add_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -104,6 +110,9 @@ def main() -> None:
     for path in options.recipes:
         for what, found in row(path, options).items():
             rows[f"{path.stem}, {what}"] = found
+    peer = options.work / f"tptt-{options.tokens}.json"
+    if peer.is_file():
+        rows["TPTT, recovered"] = json.loads(peer.read_text(encoding="utf-8"))
     labels = list(dict.fromkeys(label for found in rows.values() for label in found))
     print("| | " + " | ".join(labels) + " |")
     print("| --- |" + " ---: |" * len(labels))

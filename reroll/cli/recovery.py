@@ -48,7 +48,7 @@ def recover(
     Interrupted runs go on from their last checkpoint. `accelerate launch -m reroll.cli recover ...`
     trains over several processes.
     """
-    count = _tokens(tokens)
+    count = token_count(tokens)
     from reroll.recover import recover as run
     from reroll.recover import tensorboard
 
@@ -82,7 +82,8 @@ def recover(
         write_json(vars(report)) if json_ else reports.recovered(vars(report))
 
 
-def _tokens(text: str) -> int:
+def token_count(text: str) -> int:
+    """A number such as 500k or 2M; UsageError if it is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbKMB]?)", text.strip())
     if found is None or not float(found[1]):
         raise UsageError(

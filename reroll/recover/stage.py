@@ -140,7 +140,7 @@ class Stage(Declared, ABC):
     weight_decay: float = option(0.0, help="decoupled weight decay")
     clip: float = option(1.0, help="the largest norm of the gradient; 0 for none")
     train: str | list[str] = option(
-        "all", help="all, new (what the original does not have), lora, or patterns of names"
+        "all", help="all, new (what the original does not have), lora, names, or a list of these"
     )
     lora_rank: int = option(8, help="with train=lora: the rank")
     lora_alpha: float = option(16.0, help="with train=lora: the scale, over the rank")

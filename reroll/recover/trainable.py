@@ -18,22 +18,18 @@ from reroll.runtime import untie
 def training(module: Any, stage: Stage, new: frozenset[str]) -> Iterator[nn.Module]:
     """The module to train, with gradients for what the stage names and for nothing else.
 
-    With `train=lora` that is the module with adapters, which are merged into its weights at the
-    end. Raises UsageError if the stage names nothing.
+    With `lora` among what it names, that is the module with adapters, which are merged into its
+    weights at the end. Raises UsageError if the stage names nothing.
     """
-    if stage.train == "lora":
-        with _adapted(module, stage) as adapted:
-            yield adapted
-        return
     patterns = [stage.train] if isinstance(stage.train, str) else stage.train
     chosen = {
         name
         for name, _ in module.named_parameters(remove_duplicate=False)
-        if patterns == ["all"]
-        or (patterns == ["new"] and name in new)
-        or any(fnmatchcase(name, f"*{pattern}*") for pattern in patterns)
+        if "all" in patterns
+        or ("new" in patterns and name in new)
+        or any(fnmatchcase(name, f"*{p}*") for p in patterns if p not in ("new", "lora"))
     }
-    if not chosen:
+    if not chosen and "lora" not in patterns:
         raise UsageError(
             "the model has no weights that the original does not have"
             if patterns == ["new"]
@@ -44,7 +40,11 @@ def training(module: Any, stage: Stage, new: frozenset[str]) -> Iterator[nn.Modu
     ids = {id(module.get_parameter(name)) for name in chosen}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in ids)
-    yield module
+    if "lora" in patterns:
+        with _adapted(module, stage) as adapted:
+            yield adapted
+    else:
+        yield module
 
 
 @contextmanager
@@ -74,9 +74,11 @@ def _adapted(module: Any, stage: Stage) -> Iterator[nn.Module]:
     config = LoraConfig(
         r=stage.lora_rank, lora_alpha=stage.lora_alpha, target_modules=names, lora_dropout=0.0
     )
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
+    learning = [p for p in module.parameters() if p.requires_grad]
     adapted = get_peft_model(module, config)
+    for parameter in learning:
+        # which peft has turned off
+        parameter.requires_grad_(True)
     yield adapted
     untie(module)
     adapted.merge_and_unload()

@@ -116,6 +116,19 @@ def test_adapters_are_merged(original: Path, text: Path, tmp_path: Path) -> None
     assert changed == {name for name in before if "q_proj" in name or "up_proj" in name}
 
 
+def test_adapters_and_named_weights_train_together(
+    original: Path, text: Path, tmp_path: Path
+) -> None:
+    reroll.capture(str(original)).save(str(tmp_path / "rolled"))
+    train = ["lora", "down_proj"]
+    stages = recipe({"tune": {"train": train, "lr": 1e-2, "lora_on": ["q_proj"]}})
+    out = tmp_path / "out"
+    recover(str(tmp_path / "rolled"), out, data=[text], recipe=stages, tokens=2 * TOKENS)
+    before, after = (dict(_tensors(tmp_path / p)) for p in ("rolled", "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "q_proj" in name or "down_proj" in name}
+
+
 def test_a_shared_weight_takes_no_adapter(tied: Path, text: Path, tmp_path: Path) -> None:
     stage = {"tune": {"train": "lora"}}
     with pytest.raises(UsageError, match="one weight for several depths"):

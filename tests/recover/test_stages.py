@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from reroll.errors import UsageError
 from reroll.recover import Batch, Models, load_recipe
-from reroll.recover.losses import cross_entropy
+from reroll.recover.losses import cross_entropy, mean_over_pieces
 from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.recipe import parse
 from reroll.recover.stage import arguments, recorded, stages
@@ -258,3 +258,25 @@ def test_the_stages_that_there_are() -> None:
     for cls in stages().values():
         assert cls.documentation()
         assert all(o["help"] for o in cls.describe()["options"])
+
+
+def test_a_loss_in_pieces_is_the_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, others = torch.randn(2, 70, 11, generator=generator, dtype=torch.float64)
+
+    def loss(ours: Any, theirs: Any) -> Any:
+        return (ours.softmax(-1) * theirs).square().sum()
+
+    found = []
+    for compute in (
+        lambda x: mean_over_pieces(x, loss, others),
+        lambda x: loss(x, others) / len(x),
+    ):
+        x = logits.clone().requires_grad_()
+        value = compute(x)
+        found.append((value.double(), *torch.autograd.grad(3 * value, x)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+    with torch.no_grad():
+        assert float(mean_over_pieces(logits, loss, others)) == pytest.approx(float(found[0][0]))
+    assert float(mean_over_pieces(logits[:0], loss, others[:0])) == 0
