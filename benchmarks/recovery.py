@@ -6,13 +6,15 @@ on. Models and results are kept in `--work`, and a run that was stopped goes on 
 that long comparisons can be made in pieces.
 
     python -m benchmarks.recovery recipes/A.yaml recipes/B.yaml --tokens 2M --work out/recovery
-        [--model DIR] [--data FILE ...] [--text FILE] [--measures TEXT] [--threads N]
+        [--batch ROWS] [--train-only] [--model DIR] [--threads N]
+        [--data FILE ...] [--text FILE] [--measures TEXT]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 import reroll
 from reroll.cli.recovery import token_count
 from reroll.evaluate.suite import choose, evaluate
-from reroll.recover import load_recipe, recover
+from reroll.recover import Recipe, load_recipe, recover
 
 DATA = [f"data/text/{name}.train.txt" for name in ("pydocs", "shakespeare", "gcide", "foldoc")]
 MEASURES = (
@@ -44,8 +46,8 @@ def measured(model: Any, options: argparse.Namespace, file: Path) -> dict[str, A
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What one recipe gives: after its passes, and after its recovery."""
+def trained(path: Path, options: argparse.Namespace) -> tuple[Path, Path]:
+    """The model after a recipe's passes, and after its recovery: made if they are not there."""
     work: Path = options.work
     start, end = work / f"{path.stem}-start", work / f"{path.stem}-{options.tokens}"
     if not start.is_dir():
@@ -54,7 +56,8 @@ def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             program, path, text=Path(options.data[0]), measure=False, seed=options.seed
         )
         converted.save(str(start))
-    before = measured(str(start), options, work / f"{start.name}.json")
+    if end.is_dir():
+        return start, end
 
     def show(step: Any) -> None:
         if step["steps"] % 10 == 0:
@@ -66,20 +69,28 @@ def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 flush=True,
             )
 
-    log = work / f"{end.name}.run.json"
-    if not end.is_dir():
-        report = recover(
-            str(start),
-            end,
-            data=options.data,
-            recipe=load_recipe(path),
-            tokens=options.tokens,
-            teacher=options.model,
-            on_step=show,
-        )
-        log.write_text(json.dumps(vars(report), indent=1), encoding="utf-8")
-    after = measured(str(end), options, work / f"{end.name}.json")
-    run = json.loads(log.read_text(encoding="utf-8"))
+    recipe = load_recipe(path)
+    if options.batch:
+        recipe = Recipe(replace(recipe.settings, batch=options.batch), recipe.stages)
+    report = recover(
+        str(start),
+        end,
+        data=options.data,
+        recipe=recipe,
+        tokens=options.tokens,
+        teacher=options.model,
+        on_step=show,
+    )
+    end.with_suffix(".run.json").write_text(json.dumps(vars(report), indent=1), encoding="utf-8")
+    return start, end
+
+
+def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What one recipe gives: after its passes, and after its recovery."""
+    start, end = trained(path, options)
+    before = measured(str(start), options, start.with_suffix(".json"))
+    after = measured(str(end), options, end.with_suffix(".json"))
+    run = json.loads(end.with_suffix(".run.json").read_text(encoding="utf-8"))
     cost = {"tokens": run["tokens"], "seconds": round(run["seconds"])}
     return {"passes only": before, "recovered": {**after, **cost}}
 
@@ -94,6 +105,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measures", default=MEASURES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, help="rows of a step, instead of the recipe's")
+    parser.add_argument("--train-only", action="store_true", help="measure another time")
 
 
 def main() -> None:
@@ -104,6 +117,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.train_only:
+        for path in options.recipes:
+            trained(path, options)
+        return
     rows: dict[str, dict[str, Any]] = {
         "original": measured(options.model, options, options.work / "original.json")
     }

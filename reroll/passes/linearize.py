@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -29,6 +29,19 @@ from reroll.rewrite.weight_edit import WeightEditor
 from reroll.rewrite.weights import cast, concat, full
 
 Value = int | float | bool | str | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What text says of each layer, by number.
+
+    `starts` is what its gates begin with, `gains` [heads] how loud its mixer is, and `explained`
+    how much of what the window leaves out of its attention that brings back.
+    """
+
+    starts: dict[int, Start] = field(default_factory=dict)
+    gains: dict[int, Tensor] = field(default_factory=dict)
+    explained: dict[int, float] = field(default_factory=dict)
 
 
 class Linearize(LayerPass):
@@ -96,37 +109,52 @@ class Linearize(LayerPass):
     def run(self, program: Program, context: Context) -> Program:
         layers, chosen = self.chosen(program)
         eligible = sorted(n for s in self._sites(program, layers, chosen) for n in s.chosen)
-        gates = "learned" if self.gates == "calibrated" else self.gates
-        quiet = replace(context, remarks=[], report_progress=None)
+        found = self._calibrated(program, chosen, context)
 
         def rewritten(numbers: Collection[int]) -> Program:
-            trial = replace(self, layers=sorted(numbers), keep=None, gates=gates)
-            return trial.run(program.edit(), quiet)
+            return self._rewritten(program.edit(), set(numbers), found, context)
 
         left = self.measured(program, eligible, rewritten, context)
-        sites = self._sites(program, layers, left)
-        text = None
-        if self.gates == "calibrated":
-            text = samples(program, context, self.samples)
-            if text is None:
-                context.remark("no text to calibrate on: gates start as with gates=learned")
-        design = self._design()
-        starts = measure_starts(program, layers, text, design.reach, context) if text else {}
+        done = sorted(left)
+        if found.explained:
+            context.remark(_said(found, done))
+        context.remark(self._summary(done))
+        return self._rewritten(program, left, found, context)
+
+    def _calibrated(self, program: Program, chosen: set[int], context: Context) -> Calibration:
+        """What gates and gains start from: for each layer, of the original's own attention."""
+        if self.gates != "calibrated":
+            return Calibration()
+        text = samples(program, context, self.samples)
+        if text is None:
+            context.remark("no text to calibrate on: gates start as with gates=learned")
+            return Calibration()
+        program, design = program.edit(), self._design()
+        layers, _ = self.chosen(program)
+        starts = measure_starts(program, layers, text, design.reach, context)
+        if self.gain is not None or not design.has_gain:
+            return Calibration(starts)
+        # the attentions are still the original's, and gains are zero: so are all inputs
+        sites = self._sites(program, layers, chosen)
         projections = Projections(self.rank, context.seed, starts)
         mixers = {site.node: design.insert(site, projections) for site in sites}
-        gains: dict[int, Tensor] = {}
-        done = sorted(left)
-        if text and self.gain is None and design.has_gain:
-            # the attentions are still the original's, and gains are zero: so are all inputs
-            exact = self._with_gains(sites, gains).result()
-            least = least_joint if self.combine == "joint" else least_squares
-            measured = measure_gains(exact, mixers, layers, text, design.reach, context, least)
-            gains, explained = measured
-            context.remark(_calibrated(starts, explained, done))
-        edit = self._with_gains(sites, gains)
+        exact = self._with_gains(sites, {}).result()
+        least = least_joint if self.combine == "joint" else least_squares
+        measured = measure_gains(exact, mixers, layers, text, design.reach, context, least)
+        return Calibration(starts, *measured)
+
+    def _rewritten(
+        self, program: Program, numbers: set[int], found: Calibration, context: Context
+    ) -> Program:
+        """The program with mixers in these layers; its graphs are changed in place."""
+        layers, _ = self.chosen(program)
+        sites, design = self._sites(program, layers, numbers), self._design()
+        projections = Projections(self.rank, context.seed, found.starts)
+        for site in sites:
+            design.insert(site, projections)
+        edit = self._with_gains(sites, found.gains)
         for site in sites:
             confine(site, self.window, self.sinks)
-        context.remark(self._summary(done))
         return edit.result()
 
     def _design(self) -> Design:
@@ -180,11 +208,9 @@ class Linearize(LayerPass):
         return edit
 
 
-def _calibrated(
-    starts: Mapping[int, Start], explained: Mapping[int, float], layers: Sequence[int]
-) -> str:
-    lives = sorted(life for n in layers for life in starts[n].half_life)
-    shares = [explained[n] for n in layers]
+def _said(found: Calibration, layers: Sequence[int]) -> str:
+    lives = sorted(life for n in layers for life in found.starts[n].half_life)
+    shares = [found.explained[n] for n in layers]
     return (
         f"half-lives from {lives[0]:.0f} to {lives[-1]:.0f} tokens, median {median(lives):.0f}; "
         f"mixers bring back {sum(shares) / len(shares):.0%} of what is left out, "
