@@ -4,7 +4,7 @@ The shared weights and residuals are fitted on the original's inputs to each lay
 several domains; the model is measured before and after on text of another domain, and on held-out
 text of one that was fitted.
 
-    python -m benchmarks.least_squares [--train new|all] [--tokens 8192] [--passes TEXT]
+    python -m benchmarks.least_squares [--train new|all] [--free] [--tokens 8192] [--passes TEXT]
         [--threads N] [--json FILE]
 """
 
@@ -24,6 +24,7 @@ from reroll.recover import Batch, Models
 from reroll.recover.closed_form import fit_linear_layers
 from reroll.recover.data import Rows
 from reroll.recover.measure import held_out
+from reroll.recover.sequential_fit import fit_trip_by_trip
 from reroll.recover.trainable import new_names
 
 LENGTH = 512
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--passes", default="tie(blocks=15, init=average), relax(rank=128)")
     parser.add_argument("--train", choices=("new", "all"), default="new")
+    parser.add_argument("--free", action="store_true", help="then trip by trip: start_free")
     parser.add_argument("--tokens", type=int, default=8192, help="to fit on, of all texts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -71,7 +73,10 @@ def main() -> None:
     ]
     before = {name: held_out(student, teacher, text) for name, text in texts.items()}
     start = time.perf_counter()
-    errors = fit_linear_layers(Models(student, student, teacher), batches)
+    both = Models(student, student, teacher)
+    errors = fit_linear_layers(both, batches)
+    if options.free:
+        errors |= fit_trip_by_trip(both, batches)
     seconds = time.perf_counter() - start
     after = {name: held_out(student, teacher, text) for name, text in texts.items()}
     print("| text | | perplexity | original's | KL | top-1 |")
@@ -81,7 +86,7 @@ def main() -> None:
             cells = (found[k] for k in ("perplexity", "original_perplexity", "kl"))
             numbers = " | ".join(f"{value:,.4g}" for value in cells)
             print(f"| {name} | {what} | {numbers} | {found['top1_agreement']:.1%} |")
-    print(f"squared error {errors['error_before']:.4f} to {errors['error_after']:.4f}")
+    print("squared errors: " + ", ".join(f"{k} {v:.4f}" for k, v in errors.items()))
     print(f"{seconds:.0f} seconds")
     if options.json:
         whole = {"before": before, "after": after, "errors": errors, "seconds": seconds}

@@ -1,10 +1,11 @@
 """Training speed of recovery beside a plain transformers + peft loop on the original.
 
 Both train LoRA r=8 on q, k, v and o by cross-entropy, with the same rows, optimizer and precision;
-reroll on the rolled, untied model through its engine (text, checkpoints and log included). They
-run in turns, and the median seconds of a step are compared.
+reroll on the rolled, untied model, or on what `--passes` make of it, through its engine (text,
+checkpoints and log included). They run in turns, and the median seconds of a step are compared.
 
     python -m benchmarks.recover_speed [--model DIR] [--text FILE] [--precision bf16] [--json FILE]
+        [--passes "linearize(mixer=retention)"] [--length 2048] [--batch 1]
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--text", default="data/text/wiki.train.txt")
+    parser.add_argument("--passes", help="rewrite our side's model with these first")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="of each side in each round")
@@ -93,6 +95,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"transformers + peft": [], "reroll": []}
     with tempfile.TemporaryDirectory() as work:
         program = reroll.capture(options.model, dtype="float32")
+        if options.passes:
+            program = reroll.run_passes(program, options.passes, measure=False)
         program.save(f"{work}/rolled")
         for _ in range(options.rounds):
             rows = torch.randint(0, 1000, shape, generator=generator)

@@ -71,13 +71,13 @@ def fit_linear_layers(models: Models, batches: Sequence[Batch]) -> dict[str, flo
     return {"error_before": before / size, "error_after": after / size} if size else {}
 
 
-def _groups(models: Models) -> Iterator[list[list[Layer]]]:
-    """The layers to fit, those that share a weight together, as many as memory has room for."""
+def layers_to_fit(models: Models) -> list[Layer]:
+    """The student's linear layers that share a weight or have residuals, and can be trained."""
     assert models.teacher is not None
     theirs = dict(models.teacher.named_modules(remove_duplicate=False))
     ours = dict(models.module.named_modules(remove_duplicate=False))
     uses = Counter(id(m.weight) for m in ours.values() if isinstance(m, nn.Linear))
-    shared: dict[int, list[Layer]] = defaultdict(list)
+    found: list[Layer] = []
     for name, module in ours.items():
         other = theirs.get(name)
         if not isinstance(module, nn.Linear) or not isinstance(other, nn.Linear):
@@ -95,8 +95,15 @@ def _groups(models: Models) -> Iterator[list[list[Layer]]]:
         if module.weight.shape == other.weight.shape and (
             factors or (uses[id(module.weight)] > 1 and module.weight.requires_grad)
         ):
-            layer = Layer(name, module, other, tuple(factors))  # type: ignore[arg-type]
-            shared[id(module.weight)].append(layer)
+            found.append(Layer(name, module, other, tuple(factors)))  # type: ignore[arg-type]
+    return found
+
+
+def _groups(models: Models) -> Iterator[list[list[Layer]]]:
+    """The layers to fit, those that share a weight together, as many as memory has room for."""
+    shared: dict[int, list[Layer]] = defaultdict(list)
+    for layer in layers_to_fit(models):
+        shared[id(layer.student.weight)].append(layer)
     group: list[list[Layer]] = []
     taken = 0
     for part in shared.values():
@@ -157,15 +164,18 @@ def _fit_shared(part: Sequence[Layer], products: Mapping[str, Tensor]) -> None:
 
 
 def _fit_factors(layer: Layer, product: Tensor) -> None:
-    if not layer.factors:
-        return
-    lost = layer.teacher.weight - layer.student.weight
+    if layer.factors:
+        set_factors(layer, layer.teacher.weight - layer.student.weight, product)
+
+
+def set_factors(layer: Layer, wanted: Tensor, product: Tensor) -> None:
+    """Make a layer's residual what is nearest to `wanted` [out, in] for inputs with this X^T X."""
     ranks = [down.out_features for down, _ in layer.factors]
     # eigenvectors of a symmetric matrix are its singular vectors
-    vectors, _ = low_rank_factors(lost @ product @ lost.T, sum(ranks), "randomized")
+    vectors, _ = low_rank_factors(wanted @ product @ wanted.T, sum(ranks), "randomized")
     vectors = F.normalize(vectors, dim=0)
     for (down, up), basis in zip(layer.factors, vectors.split(ranks, 1), strict=True):
-        rows = basis.T @ lost
+        rows = basis.T @ wanted
         # both factors get the same size, so that one learning rate fits both
         root = rows.norm(dim=1).clamp(min=1e-12).sqrt()
         up.weight.copy_(basis * root)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reroll.errors import UsageError
 from reroll.recover.closed_form import fit_linear_layers
+from reroll.recover.sequential_fit import fit_trip_by_trip
 from reroll.recover.stage import Batch, Loss, Models, Stage, fed, named, recorded, taken
 from reroll.rewrite.passes.options import option
 
@@ -31,8 +32,9 @@ class Align(Stage):
     relative to its size. That of `o_proj` is what attention gives: the attention transfer of
     LoLCATs (arXiv 2410.10254) and the first stage of RADLADS (arXiv 2505.03005).
 
-    With `start_tokens`, what is linear in its weights begins at its least-squares value: see
-    `reroll.recover.closed_form`.
+    With `start_tokens`, what is linear in its weights begins at its least-squares value, on the
+    original's inputs (`reroll.recover.closed_form`), and with `start_free` then on the model's own
+    (`reroll.recover.sequential_fit`).
     """
 
     name = "align"
@@ -45,6 +47,9 @@ class Align(Stage):
     )
     start_tokens: int = option(
         0, help="tokens on which tied weights and residuals are fitted by least squares first"
+    )
+    start_free: bool = option(
+        False, help="then fit residuals trip by trip, on what the model itself gives them"
     )
 
     def check(self) -> None:
@@ -70,7 +75,11 @@ class Align(Stage):
             )
 
     def start(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
-        return fit_linear_layers(models, rows(self.start_tokens)) if self.start_tokens else {}
+        if not self.start_tokens:
+            return {}
+        batches = rows(self.start_tokens)
+        found = fit_linear_layers(models, batches)
+        return {**found, **fit_trip_by_trip(models, batches)} if self.start_free else found
 
     def loss(self, batch: Batch, models: Models) -> Loss:
         assert models.teacher is not None

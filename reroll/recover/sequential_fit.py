@@ -1,0 +1,204 @@
+"""Residuals fitted trip by trip, on what the rewritten model itself gives them.
+
+`closed_form` fits every layer to the original's on the original's inputs. In the rewritten model a
+layer's inputs carry the errors of all layers before it. So each layer is fitted again, in the order
+in which they run: with X what it takes in the student, Y [tokens, out] what the original's layer
+gives for the same tokens, W' its shared weight and M = B A its residual of rank r,
+
+    M = argmin |X (W' + M)^T - Y|^2 + ridge |M - M_0|^2
+
+where M_0 is the residual that it has. The solution of full rank is M_0 + (D - (W' + M_0) C)
+(C + ridge)^-1 with C = X^T X and D = Y^T X, of which the r directions that give most are kept
+(reduced-rank regression: Izenman, Journal of Multivariate Analysis 5, 1975). Layers that are fitted
+later see, and make up for, what those before them still get wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import UsageError
+from reroll.recover.closed_form import Layer, layers_to_fit, set_factors
+from reroll.recover.stage import Batch, Models
+
+# how strongly a residual stays what it was, relative to the mean size of an input
+RIDGE = 1e-2
+
+
+@torch.no_grad()
+def fit_trip_by_trip(models: Models, batches: Sequence[Batch]) -> dict[str, float]:
+    """Fit the residuals that can be trained, from the first trip to the last.
+
+    Returns the squared error of their layers' outputs relative to their size, each before and after
+    its own fit; nothing if there are none. Raises UsageError if the trips are not the original's.
+    """
+    layers = {layer.name: layer for layer in layers_to_fit(models) if layer.factors}
+    if not layers:
+        return {}
+    assert models.teacher is not None
+    ours = _Walk(models.module, models.show_student, batches)
+    theirs = _Walk(models.teacher, models.show_teacher, batches)
+    if len(ours.trips) != len(theirs.trips):
+        raise UsageError(
+            f"the original has {len(theirs.trips)} trips and this model {len(ours.trips)}",
+            where="fitting trip by trip",
+            hint="leave start_free out, or choose passes that keep the trips",
+        )
+    before = after = size = 0.0
+    for trip in range(len(ours.trips)):
+        for group in ours.groups(trip, layers):
+            sums = _sums(group, trip, ours, theirs, batches)
+            for layer in group:
+                found = sums[layer.name]
+                before += found.error(layer)
+                _fit(layer, found)
+                after += found.error(layer)
+                size += found.size
+        ours.advance(trip)
+        theirs.advance(trip)
+    return {"own_error_before": before / size, "own_error_after": after / size}
+
+
+class _Sums:
+    """C = X^T X, D = (Y - bias)^T X and |Y - bias|^2 of one layer, over tokens."""
+
+    def __init__(self, layer: Layer) -> None:
+        weight = layer.teacher.weight
+        self.c = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+        self.d = torch.zeros_like(weight, dtype=torch.float64)
+        self.size = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Tokens more: x [tokens, in], y [tokens, out]."""
+        self.c += x.T @ x
+        self.d += y.T @ x
+        self.size += y.double().square().sum().item()
+
+    def error(self, layer: Layer) -> float:
+        """|X W^T - Y|^2 with the weight and residual that the layer has."""
+        weight = (layer.student.weight + layer.product()).double()
+        return self.size + ((weight @ self.c - 2 * self.d) * weight).sum().item()
+
+
+def _sums(
+    group: Sequence[Layer], trip: int, ours: _Walk, theirs: _Walk, batches: Sequence[Batch]
+) -> dict[str, _Sums]:
+    sums = {layer.name: _Sums(layer) for layer in group}
+    for number, batch in enumerate(batches):
+        keep = batch.mask.bool()
+        with _seen([layer.student for layer in group]) as taken:
+            ours.run(trip, number)
+        with _seen([layer.teacher for layer in group]) as given:
+            theirs.run(trip, number)
+        for layer in group:
+            y = given[layer.teacher][1][keep].float()
+            if layer.student.bias is not None:
+                y = y - layer.student.bias
+            sums[layer.name].add(taken[layer.student][0][keep].float(), y)
+    return sums
+
+
+def _fit(layer: Layer, sums: _Sums) -> None:
+    residual = layer.product().double()
+    stay = RIDGE * sums.c.diagonal().mean()
+    held = sums.c.clone()
+    held.diagonal().add_(stay)
+    lacking = sums.d - (layer.student.weight + residual) @ sums.c
+    wanted = residual + torch.linalg.solve(held, lacking, left=False)
+    set_factors(layer, wanted.float(), sums.c.float())
+
+
+@contextmanager
+def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Collect, while it is open, what each module takes and gives."""
+    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found[module] = (args[0], output)
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Walk:
+    """A model run one trip at a time, each on what the trip before gave."""
+
+    def __init__(
+        self, module: Any, show: Callable[[Batch], None], batches: Sequence[Batch]
+    ) -> None:
+        self.trips: list[nn.Module] = module.trip_modules()
+        self.show, self.batches = show, batches
+        # for each batch what the trip takes first, and what else each trip takes
+        self.hidden: list[Tensor] = []
+        self.rest: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        # whether a trip takes what the trip before gave
+        self.follows = [True] * len(self.trips)
+        self._look(0)
+
+    def run(self, trip: int, number: int) -> Tensor:
+        """What a trip gives for a batch: the first carried value."""
+        args, named = self.rest[number][trip]
+        out: Tensor = self.trips[trip](self.hidden[number], *args, **named)[0]
+        return out
+
+    def advance(self, trip: int) -> None:
+        """Go on to the next trip."""
+        after = [self.run(trip, number) for number in range(len(self.batches))]
+        if trip + 1 < len(self.trips):
+            if self.follows[trip + 1]:
+                self.hidden = after
+            else:
+                # something lies between these trips
+                self._look(trip + 1)
+
+    def groups(self, trip: int, layers: Mapping[str, Layer]) -> Iterator[list[Layer]]:
+        """The layers in a trip, in the order in which they run; those with one input together."""
+        inside = set(self.trips[trip].modules())
+        own: dict[nn.Module, Layer] = {
+            layer.student: layer for layer in layers.values() if layer.student in inside
+        }
+        with _seen(list(own)) as seen:
+            self.run(trip, 0)
+        group: list[Layer] = []
+        last: Tensor | None = None
+        for module, (x, _) in seen.items():
+            if group and x is not last:
+                yield group
+                group = []
+            group.append(own[module])
+            last = x
+        if group:
+            yield group
+
+    def _look(self, first: int) -> None:
+        """Run the whole model for what the trips from this one on take."""
+        self.hidden, self.rest = [], []
+        for batch in self.batches:
+            calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+
+            def note(
+                _module: nn.Module, args: Any, named: Any, output: Any, to: Any = calls
+            ) -> None:
+                to.append((args, named, output))
+
+            # a module that makes several trips is hooked once
+            hooked = dict.fromkeys(self.trips)
+            handles = [m.register_forward_hook(note, with_kwargs=True) for m in hooked]
+            try:
+                self.show(batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self.hidden.append(calls[first][0][0])
+            self.rest.append({t: (calls[t][0][1:], calls[t][1]) for t in range(len(calls))})
+            for t in range(1, len(calls)):
+                self.follows[t] = calls[t][0][0] is calls[t - 1][2][0]
