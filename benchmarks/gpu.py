@@ -20,7 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reroll.kernels import dispatch, interpreter
+from reroll.kernels import dispatch, interpreter, recurrence
 from reroll.mixers import make
 from reroll.rewrite.passes import tolerances
 
@@ -70,9 +71,11 @@ def selftest() -> list[dict[str, Any]]:
             errors = {"out": _far(out, wanted), "state": _far(end, state)}
             if trains:
                 seed = torch.randn_like(out)
-                ours = torch.autograd.grad(out, leaves, seed)
                 theirs = torch.autograd.grad(wanted, leaves, seed)
-                errors["gradients"] = max(map(_far, ours, theirs))
+                for family in recurrence.BACKWARDS:
+                    with _only(family):
+                        ours = torch.autograd.grad(out, leaves, seed, retain_graph=True)
+                    errors[f"gradients, {family}"] = max(map(_far, ours, theirs))
             # fp32 products may be in tf32 on a GPU
             limit = tolerances.FORWARD_TRITON_FP32 if dtype == torch.float32 else 1e-2
             found.append({
@@ -97,10 +100,32 @@ def speed(quick: bool) -> list[dict[str, Any]]:
                     if backend == "triton" and backward and name == "gated_deltanet":
                         continue
                     sides[backend] = _run(mixer, backend, q, k, v, gates, backward)
+                if backward and "triton" in sides:
+                    # which of its two forms is quicker has to be measured
+                    sides["triton, split"] = _split(sides["triton"])
                 sides["sdpa"] = _attention(q, k, v, backward)
                 times = turns(sides)
                 found.append({"shape": shape, "mixer": name, "backward": backward, "ms": times})
     return found
+
+
+@contextmanager
+def _only(family: str) -> Iterator[None]:
+    """Take the backward of `diagonal` from this family of tiles."""
+    before = recurrence.BACKWARDS
+    recurrence.BACKWARDS = (family,)
+    try:
+        yield
+    finally:
+        recurrence.BACKWARDS = before
+
+
+def _split(run: Callable[[], Any]) -> Callable[[], Any]:
+    def split() -> None:
+        with _only("diagonal_backward"):
+            run()
+
+    return split
 
 
 def _run(

@@ -45,7 +45,7 @@ class Work:
 
 
 def recurrence(batch: int, time: int, heads: int, size: int, gate: int, chunk: int) -> list[Work]:
-    """Forward in one launch, and backward in four, of a head for each query head."""
+    """Forward in one launch, and backward in four and in one, of a head for each query head."""
     tokens = batch * time * heads
     each = tokens * size * BF16
     gates = tokens * FP32 * (size if gate == 2 else 1)
@@ -61,11 +61,18 @@ def recurrence(batch: int, time: int, heads: int, size: int, gate: int, chunk: i
     moved += each + 2 * tokens * 64 * FP32 * (gate == 2) + (2 * each + gates) * (gate == 2)
     # states, their gradients, then queries, keys and gates, then values
     back = 14 * each + 5 * gates + 5 * states * BF16
-    return [
+    # in one launch, in chunks of 32: keys, values and gates twice, states written and read once
+    few = batch * heads * (time // 32) * size * size * BF16
+    fused = 9 * each + 3 * gates + 2 * few + 3 * state
+    fused_flops = tokens * (10 * 32 * size + 10 * size * size)
+    found = [
         Work("recurrence forward", shape, 1, 4 * each + gates + 2 * state, forward,
              (parts, moved)),
         Work("recurrence backward", shape, 4, back, 3 * forward),
     ]  # fmt: skip
+    if size == 64:
+        found.append(Work("recurrence backward, fused", shape, 1, fused, fused_flops))
+    return found
 
 
 def others() -> list[Work]:

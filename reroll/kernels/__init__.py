@@ -1,6 +1,8 @@
 """Triton kernels for recurrent programs, and the choice of what runs a token mixer.
 
-diagonal.py, diagonal_backward.py   chunked recurrences with a diagonal decay, and their gradients
+diagonal.py                         chunked recurrences with a diagonal decay
+diagonal_backward.py                their gradients, in four launches
+diagonal_fused.py                   and in one, where registers allow
 recurrence.py                       these as ops of PyTorch, with gradients
 forms.py                            which mixer's chunks and steps a kernel can do
 dispatch.py                         own kernel, flash-linear-attention, compiled or eager form

@@ -21,10 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from reroll.kernels.diagonal import (
+    after_chunk,
     faded,
     kind_of_gate,
     log_decay,
     number_type,
+    read_chunk,
     scores,
     sequence,
     sequences_of,
@@ -88,17 +90,11 @@ def delta_scan(
         X = inverse(tl.where(below, M, 0.0), ot, LEVELS, SOLVE)
         held = tl.dot((b_k * tl.exp(G)).to(DT), S.to(DT), input_precision=PRECISION)
         u = tl.dot(X, strength * (b_v - held), input_precision=SOLVE).to(DT)
-        for r in tl.static_range(GROUPS):
-            b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
-            A = faded(scores(b_q, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
-            b_o = tl.dot(A.to(DT), u, input_precision=PRECISION)
-            b_o = tl.dot((b_q * tl.exp(G)).to(DT), S.to(DT), acc=b_o, input_precision=PRECISION)
-            tl.store(
-                o + r * o_h + t[:, None] * o_t + cv[None, :], b_o.to(o.dtype.element_ty),
-                mask=here[:, None] & (cv < V)[None, :],
-            )  # fmt: skip
-        last = tl.trans((b_k * tl.exp(Gn - G)).to(DT))
-        S = S * tl.trans(tl.exp(Gn)) + tl.dot(last, u, input_precision=PRECISION)
+        read_chunk(
+            q, o, b_k, u, S, G, Gn, low, t, here, ck, cv, scale, q_h, q_t, o_h, o_t,
+            GROUPS, K, V, GATE, DT, PRECISION,
+        )  # fmt: skip
+        S = after_chunk(S, b_k, u, G, Gn, DT, PRECISION)
     at, inside = state_tile(end, i_nh.to(tl.int64), ck, cv, K, V)
     tl.store(at, S, mask=inside)
 

@@ -98,6 +98,33 @@ def faded(A, G, low, GATE: tl.constexpr):
 
 
 @triton.jit
+def read_chunk(
+    q, o, b_k, written, S, G, Gn, low, t, here, ck, cv, scale, q_h, q_t, o_h, o_t,
+    GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store what the queries of a chunk read: of its own tokens, which have `written` [BT, BV] at
+    the keys b_k, and of the state before it.
+    """
+    for r in range(GROUPS):
+        b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
+        A = faded(scores(b_q, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
+        b_o = tl.dot(A.to(DT), written, input_precision=PRECISION)
+        b_o = tl.dot((b_q * tl.exp(G)).to(DT), S.to(DT), acc=b_o, input_precision=PRECISION)
+        tl.store(
+            o + r * o_h + t[:, None] * o_t + cv[None, :], b_o.to(o.dtype.element_ty),
+            mask=here[:, None] & (cv < V)[None, :],
+        )  # fmt: skip
+
+
+@triton.jit
+def after_chunk(S, b_k, written, G, Gn, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """The state after a chunk, of which tokens have `written` at the keys b_k."""
+    last = tl.trans((b_k * tl.exp(Gn - G)).to(DT))
+    return S * tl.trans(tl.exp(Gn)) + tl.dot(last, written, input_precision=PRECISION)
+
+
+@triton.jit
 def scan(
     q, k, v, g, o, h, start, end, starts, scale, T,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, o_b, o_h, o_t,
@@ -137,17 +164,11 @@ def scan(
         G = tl.cumsum(b_g, axis=0)
         Gn = tl.sum(b_g, axis=0)[None, :]
         if STORE_O:
-            for r in tl.static_range(GROUPS):
-                b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
-                A = faded(scores(b_q, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
-                b_o = tl.dot(A.to(DT), b_v, input_precision=PRECISION)
-                b_o = tl.dot((b_q * tl.exp(G)).to(DT), S.to(DT), acc=b_o, input_precision=PRECISION)
-                tl.store(
-                    o + r * o_h + t[:, None] * o_t + cv[None, :], b_o.to(o.dtype.element_ty),
-                    mask=here[:, None] & (cv < V)[None, :],
-                )  # fmt: skip
-        last = tl.trans((b_k * tl.exp(Gn - G)).to(DT))
-        S = S * tl.trans(tl.exp(Gn)) + tl.dot(last, b_v, input_precision=PRECISION)
+            read_chunk(
+                q, o, b_k, b_v, S, G, Gn, low, t, here, ck, cv, scale, q_h, q_t, o_h, o_t,
+                GROUPS, K, V, GATE, DT, PRECISION,
+            )  # fmt: skip
+        S = after_chunk(S, b_k, b_v, G, Gn, DT, PRECISION)
     if STORE_END:
         at, inside = state_tile(end, i_nh.to(tl.int64), ck, cv, K, V)
         tl.store(at, S, mask=inside)

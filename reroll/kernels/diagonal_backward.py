@@ -3,6 +3,7 @@
 The gradient of a state runs backward in time like the state runs forward: dS_{t-1} = diag(a_t)
 (dS_t) + q_t do_t^T, taken at the end of each chunk and stored there (`scan_back`). Then all chunks
 are independent: `gradients_qkg` for queries, keys and decays, `gradients_v` for values.
+`diagonal_fused` has all of it in one launch, and shares what stands here first.
 
 With G the sum of log decays from the start of the sequence, a token's query contributes q . dq to
 the gradient of G_t and its key -k . dk; what comes after a chunk contributes S . dS at its end. The
@@ -32,6 +33,56 @@ from reroll.kernels.diagonal import (
     strides,
     tile,
 )
+
+
+@triton.jit
+def through_scores(
+    dA, b_q, b_k, G, Gn, low, DT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the gradient of a chunk's scores, before they fade, gives to queries and to keys; and
+    what the gradient of G has of it.
+
+    Operands are rounded once: what a pair of tokens gives to q . dq it takes from k . dk.
+    """
+    rise, fall = tl.exp(G - 0.5 * Gn), tl.exp(0.5 * Gn - G)
+    if GATE == 2:
+        r_q, r_k = (b_q * rise).to(DT), (b_k * fall).to(DT)
+    else:
+        r_q, r_k = b_q.to(DT), b_k.to(DT)
+    dA = faded(dA, G, low, GATE).to(DT)
+    to_q = tl.dot(dA, r_k, input_precision=PRECISION)
+    to_k = tl.dot(tl.trans(dA), r_q, input_precision=PRECISION)
+    through = r_q.to(tl.float32) * to_q - r_k.to(tl.float32) * to_k
+    if GATE == 2:
+        to_q, to_k = to_q * rise, to_k * fall
+    return to_q, to_k, through
+
+
+@triton.jit
+def of_gate(x, GATE: tl.constexpr):
+    """A part of the gradient of G [BT, BK], added up over channels that share a gate: [BT, 1]."""
+    if GATE == 1:
+        x = tl.sum(x, axis=1)[:, None]
+    return x
+
+
+@triton.jit
+def store_decay_gradient(
+    dg, through, after, t, here, ck, dg_t, K: tl.constexpr, GATE: tl.constexpr
+):  # fmt: skip
+    """The gradient of g from that of G, `through` as `of_gate` has it, and that of G at the end of
+    the chunk.
+    """
+    if GATE == 1:
+        from_here = tl.sum(through, axis=1)
+        total = tl.sum(from_here, axis=0)
+        b_dg = tl.sum(after) + total - tl.cumsum(from_here, axis=0) + from_here
+        tl.store(dg + t * dg_t, b_dg, mask=here)
+    elif GATE == 2:
+        total = tl.sum(through, axis=0)[None, :]
+        each = after + total - tl.cumsum(through, axis=0) + through
+        keep = here[:, None] & (ck < K)[None, :]
+        tl.store(dg + t[:, None] * dg_t + ck[None, :], each, mask=keep)
 
 
 @triton.jit
@@ -67,7 +118,7 @@ def scan_back(
         G = tl.cumsum(b_g, axis=0)
         Gn = tl.sum(b_g, axis=0)[None, :]
         D = D * tl.trans(tl.exp(Gn))
-        for r in tl.static_range(GROUPS):
+        for r in range(GROUPS):
             b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
             b_do = tile(do + r * o_h, t, o_t, cv, here, V)
             seen = tl.trans((b_q * tl.exp(G)).to(DT))
@@ -129,19 +180,9 @@ def gradients_qkg(
     b_dk = b_dk * tl.exp(Gn - G)
     after = tl.exp(Gn) * held[None, :] + tl.sum(b_k * b_dk, axis=0)[None, :]
 
-    # operands are rounded once: what a pair of tokens gives to q . dq it takes from k . dk
-    rise, fall = tl.exp(G - 0.5 * Gn), tl.exp(0.5 * Gn - G)
-    if GATE == 2:
-        r_k = (b_k * fall).to(DT)
-    else:
-        r_k = b_k.to(DT)
-    through = -b_k * b_dk
-    for r in tl.static_range(GROUPS):
+    through = of_gate(-b_k * b_dk, GATE)
+    for r in range(GROUPS):
         b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
-        if GATE == 2:
-            r_q = (b_q * rise).to(DT)
-        else:
-            r_q = b_q.to(DT)
         b_dq = tl.zeros([BT, BK], dtype=tl.float32)
         dA = tl.zeros([BT, BT], dtype=tl.float32)
         for j in range(tl.cdiv(V, BV)):
@@ -153,12 +194,8 @@ def gradients_qkg(
             dA = tl.dot(b_do, tl.trans(b_v), acc=dA, input_precision=PRECISION)
             b_dq = tl.dot(b_do, tl.trans(S.to(DT)), acc=b_dq, input_precision=PRECISION)
         b_dq = b_dq * tl.exp(G)
-        dA = faded(dA, G, low, GATE).to(DT)
-        to_q = tl.dot(dA, r_k, input_precision=PRECISION)
-        to_k = tl.dot(tl.trans(dA), r_q, input_precision=PRECISION)
-        through += b_q * b_dq + r_q.to(tl.float32) * to_q - r_k.to(tl.float32) * to_k
-        if GATE == 2:
-            to_q, to_k = to_q * rise, to_k * fall
+        to_q, to_k, between_them = through_scores(dA, b_q, b_k, G, Gn, low, DT, GATE, PRECISION)
+        through += of_gate(b_q * b_dq + between_them, GATE)
         b_dq += to_q
         b_dk += to_k
         tl.store(
@@ -167,15 +204,7 @@ def gradients_qkg(
         )  # fmt: skip
     tl.store(dk + t[:, None] * dk_t + ck[None, :], b_dk.to(dk.dtype.element_ty), mask=keep_k)
     if GATE > 0:
-        if GATE == 1:
-            from_here = tl.sum(through, axis=1)
-            total = tl.sum(from_here, axis=0)
-            b_dg = tl.sum(after) + total - tl.cumsum(from_here, axis=0) + from_here
-            tl.store(dg + i_k * dg_part + t * dg_t, b_dg, mask=here)
-        else:
-            total = tl.sum(through, axis=0)[None, :]
-            each = after + total - tl.cumsum(through, axis=0) + through
-            tl.store(dg + t[:, None] * dg_t + ck[None, :], each, mask=keep_k)
+        store_decay_gradient(dg + i_k * dg_part, through, after, t, here, ck, dg_t, K, GATE)
 
 
 @triton.jit
@@ -213,7 +242,7 @@ def gradients_v(
         D = tl.load(at, mask=inside, other=0.0)
         last = (b_k * tl.exp(Gn - G)).to(DT)
         b_dv = tl.dot(last, D.to(DT), acc=b_dv, input_precision=PRECISION)
-    for r in tl.static_range(GROUPS):
+    for r in range(GROUPS):
         A = tl.zeros([BT, BT], dtype=tl.float32)
         for j in range(tl.cdiv(K, BK)):
             ck = j * BK + tl.arange(0, BK)
@@ -249,7 +278,7 @@ def backward(
     h, _ = chunk_states(k, v, g, start, starts, tiles["states"], k.dtype, precision)
     dh = torch.empty_like(h)
     d_start = k.new_empty(count, heads, K, V, dtype=torch.float32)
-    dq, dk, dv = (_like(x) for x in (q, k, v))
+    dq, dk, dv = (like_by_time(x) for x in (q, k, v))
     blocks = triton.cdiv(K, tiles["gradients_qkg"]["BK"])
     dg = _gradient_of_gate(g, blocks)
     gate, packed = k if g is None else g, k if starts is None else starts
@@ -267,7 +296,7 @@ def backward(
     chunks = triton.cdiv(time, size["BT"])
     gradients_qkg[(blocks, chunks, count * heads)](
         q, k, v, gate, do, h, dh, dq, dk, k if dg is None else dg, packed, scale, time,
-        0 if dg is None else dg.stride(0),
+        0 if dg is None or len(dg) == 1 else dg.stride(0),
         *strides(q), *strides(k), *strides(v), *strides(g), *strides(do),
         *strides(dq), *strides(dk), *strides(None if dg is None else dg[0]),
         **constants, **size,
@@ -281,7 +310,7 @@ def backward(
     return dq, dk, dv, None if dg is None else dg.sum(0) if len(dg) > 1 else dg[0], d_start
 
 
-def _like(x: Tensor) -> Tensor:
+def like_by_time(x: Tensor) -> Tensor:
     """An empty [batch, heads, time, size] that lies in memory as [batch, time, heads, size]."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 

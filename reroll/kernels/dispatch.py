@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
-from typing import Literal, get_args
+from functools import cache, partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.mixers import Mixer, State, compiled
+from reroll.mixers import Mixer, State, compiled, packing
 from reroll.rewrite.passes.options import nearest_name
 
 Backend = Literal["auto", "triton", "fla", "compiled", "eager"]
@@ -60,20 +60,23 @@ def chunk(
     gates: Sequence[Tensor],
     state: State | None = None,
     padding: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Result:
-    """What `mixer.chunk` gives."""
+    """What `mixer.chunk` gives. Kernels take all packed sequences at once; the other forms take
+    each as a row of its own.
+    """
     name = _pick(mixer, k, v, _trains(q, k, v, *gates))
+    if name == "eager":
+        return mixer.chunk(q, k, v, gates, state, padding, segments)
     if name == "compiled":
-        return compiled.chunk(mixer, q, k, v, gates, state, padding)
-    if name == "triton":
-        from reroll.kernels import forms
-
-        return mixer.chunk(q, k, v, gates, state, padding, form=forms.chunk_form(mixer))
-    if name == "fla":
-        from reroll.kernels import fla_forms
-
-        return mixer.chunk(q, k, v, gates, state, padding, form=fla_forms.chunk_form(mixer))
-    return mixer.chunk(q, k, v, gates, state, padding)
+        run = partial(compiled.chunk, mixer)
+        if segments is None:
+            return run(q, k, v, gates, state, padding)
+        start = mixer.initial_state(k, v) if state is None else state
+        return packing.apart(run, q, k, v, gates, start, padding, segments)
+    make = _chunk_form(name, mixer)
+    form = make() if segments is None else packing.in_one_row(make, segments)
+    return mixer.chunk(q, k, v, gates, state, padding, form=form)
 
 
 def step(
@@ -92,6 +95,17 @@ def step(
     from reroll.kernels import forms
 
     return mixer.step(q, k, v, gates, state, padding, form=forms.step_form(mixer))
+
+
+def _chunk_form(name: str, mixer: Mixer) -> Callable[..., Any]:
+    """What makes the kernel's form of a mixer, for packed sequences too."""
+    if name == "triton":
+        from reroll.kernels import forms
+
+        return partial(forms.chunk_form, mixer)
+    from reroll.kernels import fla_forms
+
+    return partial(fla_forms.chunk_form, mixer)
 
 
 def _trains(*tensors: Tensor) -> bool:

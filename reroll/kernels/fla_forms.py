@@ -34,8 +34,8 @@ def rejects(mixer: Mixer, k: Tensor) -> str:
     return ""
 
 
-def chunk_form(mixer: Mixer) -> Form:
-    """Its function in the place of `mixer.chunk_form`."""
+def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
+    """Its function in the place of `mixer.chunk_form`; `starts` as in `forms.chunk_form`."""
     from importlib import import_module
 
     module, name = _OPS[type(mixer).chunk_form]
@@ -54,6 +54,7 @@ def chunk_form(mixer: Mixer) -> Form:
             q.flatten(1, 2).transpose(1, 2).contiguous(), heads(k), heads(v), g=decay,
             **({"beta": rest[0]} if rest else {}), scale=1.0,
             initial_state=state[0].repeat_interleave(groups, 1), output_final_state=True,
+            cu_seqlens=None if starts is None else starts.long(),
         )  # fmt: skip
         # query heads that share keys have the same state
         shared = end.unflatten(1, (-1, groups)).mean(2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reroll.kernels import configurations
-from reroll.kernels.recurrence import delta, diagonal, step
+from reroll.kernels.recurrence import BACKWARDS, delta, diagonal, step
 from reroll.mixers import Mixer, State
 from reroll.mixers.decay import bounded_size
 from reroll.mixers.deltanet import DeltaNet
@@ -40,17 +40,20 @@ _KINDS: dict[Any, tuple[str, int]] = {
 }
 
 
-def chunk_form(mixer: Mixer) -> Form:
-    """A kernel in the place of `mixer.chunk_form`; `rejects` says whether there is one."""
+def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
+    """A kernel in the place of `mixer.chunk_form`; `rejects` says whether there is one.
+
+    With `starts` [sequences + 1], int32, a batch of 1 is packed sequences that begin there.
+    """
     family, gate = _KINDS[type(mixer).chunk_form]
     limit = limit_of(mixer)
 
     def form(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         g, x = gates[0] if gate else None, (q.flatten(1, 2), k, v)
         if family == "delta":
-            out, end = delta(*x, g, gates[-1], state[0], None, 1.0, limit, precision())
+            out, end = delta(*x, g, gates[-1], state[0], starts, 1.0, limit, precision())
         else:
-            out, end = diagonal(*x, g, state[0], None, 1.0, limit, precision())
+            out, end = diagonal(*x, g, state[0], starts, 1.0, limit, precision())
         return torch.unflatten(out.transpose(1, 2), 1, (k.shape[1], -1)), (end,)
 
     return form
@@ -93,10 +96,12 @@ def rejects(mixer: Mixer, k: Tensor, v: Tensor, needs_gradient: bool = False) ->
     if max(features, v.shape[-1]) > LARGEST_HEAD:
         return f"heads are larger than {LARGEST_HEAD}"
     like = k.new_empty(0, features)
-    used = [family, "step"] + (["diagonal_backward"] if needs_gradient else [])
-    for name in used:
-        if configurations.find(name, like, v, gate, precision(), limit) is None:
-            return f"the manifest has no tiles of {name} without spills for these heads"
+    # of each, one must have tiles
+    used: list[tuple[str, ...]] = [(family,), ("step",)] + [BACKWARDS] * needs_gradient
+    for names in used:
+        found = (configurations.find(n, like, v, gate, precision(), limit) for n in names)
+        if not any(found):
+            return f"the manifest has no tiles of {names[-1]} without spills for these heads"
     return ""
 
 

@@ -16,9 +16,12 @@ from reroll.kernels import configurations
 from reroll.kernels.delta import delta_forward
 from reroll.kernels.diagonal import forward, kind_of_gate, sequences_of
 from reroll.kernels.diagonal_backward import backward
+from reroll.kernels.diagonal_fused import fused_backward
 from reroll.kernels.step import step as one_step
 
 NAMESPACE = "reroll_kernels"
+# families of tiles that do the backward of `diagonal`: the first that there is does it
+BACKWARDS: tuple[str, ...] = ("diagonal_fused", "diagonal_backward")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::diagonal", mutates_args=())
@@ -71,11 +74,17 @@ def diagonal_backward(
     limit: int,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, g (empty without one) and the first state."""
+    """The gradients of q, k, v, g (empty without one) and the first state: in one launch where the
+    manifest has tiles for it, in four elsewhere.
+    """
     q, k, v, g, start, starts = map(_together, (q, k, v, g, start, starts))
     do = _together(do.transpose(1, 2))
-    tiles = _tiles("diagonal_backward", k, v, g, precision, limit)
-    dq, dk, dv, dg, d_start = backward(
+    found = (configurations.find(f, k, v, kind_of_gate(g), precision, limit) for f in BACKWARDS)
+    tiles = next(filter(None, found), None)
+    if tiles is None:
+        raise _no_kernel("diagonal_backward", k, v, kind_of_gate(g), limit)
+    run = fused_backward if "fused_back" in tiles else backward
+    dq, dk, dv, dg, d_start = run(
         q, k, v, g, start, starts, do, _together(d_end), scale, tiles, precision
     )
     return dq, dk, dv, k.new_empty(0) if dg is None else dg, d_start

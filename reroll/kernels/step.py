@@ -73,7 +73,7 @@ def recurrent_step(
         b_v = strength * (b_v - tl.sum(S * b_k[:, None], axis=0))
     S += b_k[:, None] * b_v[None, :]
     tl.store(new + place, S, mask=inside)
-    for r in tl.static_range(GROUPS):
+    for r in range(GROUPS):
         query_head = head * GROUPS + r
         b_q = tl.load(q + n * q_b + query_head * q_h + ck, mask=in_k, other=0.0).to(tl.float32)
         if UNIT:

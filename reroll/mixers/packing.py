@@ -1,4 +1,8 @@
-"""Packed sequences: several in one row, taken apart into rows of their own and put back."""
+"""Packed sequences: several in one row.
+
+`apart` takes them apart into rows of their own and puts them back, for any form of a mixer;
+`in_one_row` hands all of them to a form that is told where they begin, as kernels are.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+States = tuple[Tensor, ...]
+
+
+def opens(segments: Tensor) -> Tensor:
+    """Which tokens begin a segment, of `segments` [batch, time]: those whose number is another than
+    that of the token before, and the first of each row.
+    """
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return first
+
 
 def apart(
     form: Callable[..., Any],
@@ -15,10 +30,10 @@ def apart(
     k: Tensor,
     v: Tensor,
     gates: Sequence[Tensor],
-    state: tuple[Tensor, ...],
+    state: States,
     padding: Tensor | None,
     segments: Tensor,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, States]:
     """Run `form` on each segment as a row of its own.
 
     `segments` [batch, time]: a segment goes on as long as the number stays the same. The first
@@ -27,8 +42,7 @@ def apart(
     does not compile into one graph.
     """
     batch, time = segments.shape
-    first = torch.ones_like(segments, dtype=torch.bool)
-    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    first = opens(segments)
     flat = first.flatten()
     row = flat.cumsum(0) - 1  # [batch * time], the segment that a token is in
     starts = flat.nonzero()[:, 0]
@@ -44,8 +58,42 @@ def apart(
         return x.transpose(1, 2).flatten(0, 1)[where].transpose(1, 2)
 
     seen = inside if padding is None else inside & padding.flatten()[where].bool()
-    heads = first.sum(1).cumsum(0)  # one past each row's last segment
-    opens = torch.cat([heads.new_zeros(1), heads[:-1]])
-    begin = tuple(s.new_zeros(len(starts), *s.shape[1:]).index_copy(0, opens, s) for s in state)
+    begin, last = _states(state, first)
     out, end = form(rows(q), rows(k), rows(v), [rows(g) for g in gates], begin, seen)
-    return out[row, place].unflatten(0, (batch, time)), tuple(s[heads - 1] for s in end)
+    return out[row, place].unflatten(0, (batch, time)), tuple(s[last] for s in end)
+
+
+def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[..., Any]:
+    """A form for `segments` [batch, time], from `form(starts)`: one that takes all tokens as one
+    row and is told where sequences begin, and where the last one ends, int32 [sequences + 1].
+
+    States go on as in `apart`, and the number of segments is read from the tensor as there.
+    """
+    first = opens(segments)
+    begins = first.flatten().nonzero()[:, 0]
+    starts = torch.cat([begins, begins.new_full((1,), segments.numel())]).int()
+    run = form(starts)
+
+    def one(x: Tensor, time: int) -> Tensor:
+        """[batch, ..., time, ...] to [1, ..., batch * time, ...]."""
+        return x.movedim(time, 1).flatten(0, 1)[None].movedim(1, time)
+
+    def packed(
+        q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: States
+    ) -> tuple[Tensor, States]:
+        begin, last = _states(state, first)
+        rest = one(k, 2), one(v, 2), tuple(one(g, 2) for g in gates)
+        out, end = run(one(q, 3), *rest, begin)
+        out = out[0].unflatten(2, segments.shape).movedim(2, 0)
+        return out, tuple(s[last] for s in end)
+
+    return packed
+
+
+def _states(state: States, first: Tensor) -> tuple[States, Tensor]:
+    """The state that each segment begins with, and the number of each row's last segment."""
+    ends = first.sum(1).cumsum(0)
+    rows = torch.cat([ends.new_zeros(1), ends[:-1]])
+    count = int(ends[-1])
+    begin = tuple(s.new_zeros(count, *s.shape[1:]).index_copy(0, rows, s) for s in state)
+    return begin, ends - 1

@@ -108,9 +108,9 @@ def test_a_wrong_kernel_does_not_pass_the_self_test(tmp_path: Path) -> None:
     program = linearized("mixer=retention, window=0, sinks=0")
     Triton(arch=("sm_90",)).write(program, tmp_path)
     text = (tmp_path / "model.py").read_text()
-    assert text.count("S = S * tl.trans(tl.exp(Gn))") == 1
+    assert text.count("return S * tl.trans(tl.exp(Gn))") == 1
     (tmp_path / "model.py").write_text(
-        text.replace("S = S * tl.trans(tl.exp(Gn))", "S = S * tl.trans(tl.exp(0.9 * Gn))")
+        text.replace("return S * tl.trans(tl.exp(Gn))", "return S * tl.trans(tl.exp(0.9 * Gn))")
     )
     bundle = load(tmp_path).Model(tmp_path)
     with pytest.raises(RuntimeError, match="scan_0"):

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.kernels import diagonal, diagonal_backward
+from reroll.kernels import (
+    configurations,
+    diagonal,
+    diagonal_backward,
+    diagonal_fused,
+    recurrence,
+)
 from reroll.kernels.recurrence import diagonal as op
 from reroll.mixers import Mixer, make
 from reroll.rewrite.passes import tolerances
@@ -19,6 +25,22 @@ from tests.kernels.inputs import draw, poisoned, with_gradients
 SCALE = 0.25
 MIXERS = {name: make(name, {"scale": SCALE}) for name in ("retention", "gla")}
 LIMIT = {"retention": 64, "gla": 32}
+
+
+@pytest.fixture(params=["fused", "split"])
+def backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether gradients come from one launch or from four, whatever the manifest has."""
+    find = configurations.find
+
+    def found(family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int) -> Any:
+        if family == "diagonal_fused":
+            whole = {"BT": 32, "BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1}
+            return {"fused_back": whole} if request.param == "fused" else None
+        return find(family, k, v, gate, precision, limit)
+
+    monkeypatch.setattr(configurations, "find", found)
+    name: str = request.param
+    return name
 
 
 def reference(mixer: Mixer, **keywords: Any) -> Any:
@@ -47,7 +69,7 @@ def agree(found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtyp
 
 @pytest.mark.parametrize("time", [1, 7, 63, 64, 65, 200])
 @pytest.mark.parametrize("name", list(MIXERS))
-def test_it_is_the_mixer_at_any_length(name: str, time: int) -> None:
+def test_it_is_the_mixer_at_any_length(name: str, time: int, backward: str) -> None:
     mixer, call = MIXERS[name], draw(MIXERS[name], time)
     agree(with_gradients(kernel(mixer), call), with_gradients(reference(mixer), call),
           torch.float32)  # fmt: skip
@@ -55,14 +77,14 @@ def test_it_is_the_mixer_at_any_length(name: str, time: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", list(MIXERS))
-def test_in_narrow_numbers(name: str, dtype: torch.dtype) -> None:
+def test_in_narrow_numbers(name: str, dtype: torch.dtype, backward: str) -> None:
     mixer = MIXERS[name]
     call = draw(mixer, 70, dtype=dtype)
     agree(with_gradients(kernel(mixer), call), with_gradients(reference(mixer), call), dtype)
 
 
 @pytest.mark.parametrize("name", list(MIXERS))
-def test_query_heads_share_a_state(name: str) -> None:
+def test_query_heads_share_a_state(name: str, backward: str) -> None:
     mixer = MIXERS[name]
     call = draw(mixer, 33, batch=3, heads=1, groups=3, d_k=24, d_v=40)
     agree(with_gradients(kernel(mixer), call), with_gradients(reference(mixer), call),
@@ -70,7 +92,7 @@ def test_query_heads_share_a_state(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(MIXERS))
-def test_packed_sequences(name: str) -> None:
+def test_packed_sequences(name: str, backward: str) -> None:
     mixer, lengths = MIXERS[name], (1, 40, 64, 30)
     call = draw(mixer, sum(lengths), heads=1, sequences=len(lengths))
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -89,7 +111,7 @@ def test_packed_sequences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(MIXERS))
-def test_extreme_gates(name: str) -> None:
+def test_extreme_gates(name: str, backward: str) -> None:
     mixer = MIXERS[name]
     # from all kept to nothing left after one token, or to the floor
     call = draw(mixer, 100, heads=1, spread=40.0)
@@ -118,12 +140,30 @@ def test_blocks_do_not_show(gate: int) -> None:
         diagonal_backward.backward(*x, do, d_end, SCALE, dict.fromkeys(names, tile))
         for tile in (whole, blocks)
     ]
-    for i, (a, b) in enumerate(zip(*grads, strict=True)):
-        if a is not None and b is not None:
-            assert_close(b, a, tolerances.FORWARD_TRITON_FP32, f"gradient {i}")
-        else:
-            assert i == 3
-            assert gate == 0
+    grads.append(diagonal_fused.fused_backward(*x, do, d_end, SCALE, {"fused_back": whole}))
+    for i, (a, *others) in enumerate(zip(*grads, strict=True)):
+        assert (a is None) == (i == 3 and gate == 0)
+        for b in others:
+            if a is None or b is None:
+                assert a is b
+            else:
+                assert_close(b, a, tolerances.FORWARD_TRITON_FP32, f"gradient {i}")
+
+
+def test_one_launch_where_the_manifest_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    for name in ("fused_backward", "backward"):
+        real = getattr(recurrence, name)
+
+        def noted(*a: Any, real: Any = real, name: str = name) -> Any:
+            runs.append(name)
+            return real(*a)
+
+        monkeypatch.setattr(recurrence, name, noted)
+    for d_k in (16, 128):
+        call = draw(MIXERS["retention"], 5, heads=1, d_k=d_k)
+        with_gradients(lambda *a: op(*a[:3], a[3][0], a[4], None, 1.0, 64, "tf32"), call)
+    assert runs == ["fused_backward", "backward"]
 
 
 def test_without_a_state_or_a_gate() -> None:

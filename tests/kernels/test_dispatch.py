@@ -9,7 +9,7 @@ import torch
 
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
-from reroll.mixers import make
+from reroll.mixers import compiled, make
 from reroll.rewrite.passes import tolerances
 from reroll.runtime.recurrences import recur
 from tests.conformance.mixer_suite import assert_close, draw
@@ -43,6 +43,48 @@ def test_kernels_are_the_chunk_form(name: str) -> None:
     wanted, end = mixer.chunk(*x[:4], x.state, padding)
     assert_close(out, wanted, tolerances.FORWARD_TRITON_FP32, "out")
     assert_close(state[0], end[0], tolerances.FORWARD_TRITON_FP32, "state")
+
+
+SEGMENTS = torch.tensor([[0] * 3 + [1] * 17 + [0] * 20, [5] * 40])
+
+
+@pytest.mark.parametrize("backend", ["triton", "compiled"])
+@pytest.mark.parametrize("name", ["retention", "gla", "gated_deltanet"])
+def test_packed_sequences(
+    name: str, backend: dispatch.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # compiling takes long, and has tests of its own
+    monkeypatch.setattr(compiled, "_compiled", lambda mixer: mixer.chunk)
+    mixer = make(name)
+    x = draw(mixer, torch.float32, time=40)
+    padding = torch.ones(2, 40)
+    padding[0, 5:7] = 0
+    with dispatch.use(backend):
+        out, state = dispatch.chunk(mixer, *x[:4], x.state, padding, SEGMENTS)
+    wanted, end = mixer.parallel(*x[:4], x.state, padding, SEGMENTS)
+    assert_close(out, wanted, tolerances.FORWARD_TRITON_FP32, "out")
+    assert_close(state[0], end[0], tolerances.FORWARD_TRITON_FP32, "state")
+
+
+@pytest.mark.parametrize("name", ["retention", "gla"])
+def test_packed_sequences_train_in_one_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reroll.kernels import forms
+
+    sequences: list[int] = []
+    real = forms.diagonal
+    monkeypatch.setattr(forms, "diagonal", lambda *a: sequences.append(len(a[5]) - 1) or real(*a))
+    mixer = make(name)
+    x = draw(mixer, torch.float32, time=40)
+    grads = []
+    for backend in ("eager", "triton"):
+        leaves = [t.clone().requires_grad_() for t in (*x[:3], *x.gates, x.state[0])]
+        q, k, v, g, start = leaves
+        with dispatch.use(backend):  # type: ignore[arg-type]
+            out, end = dispatch.chunk(mixer, q, k, v, [g], (start,), segments=SEGMENTS)
+        grads.append(torch.autograd.grad(out.square().sum() + end[0].square().sum(), leaves))
+    assert sequences == [4]
+    for found, wanted in zip(grads[1], grads[0], strict=True):
+        assert_close(found, wanted, tolerances.FORWARD_TRITON_FP32, "gradient")
 
 
 def test_the_lowered_modules_recurrence_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:

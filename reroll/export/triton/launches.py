@@ -31,6 +31,7 @@ def kernels_of(sites: Sequence[Site], dtype: torch.dtype, archs: Sequence[str]) 
     if recurrences:
         helpers += [diagonal.sequence, diagonal.tile, diagonal.state_tile, diagonal.log_decay,
                     diagonal.between, diagonal.scores, diagonal.faded,
+                    diagonal.read_chunk, diagonal.after_chunk,
                     step.softplus, step.decay_of]  # fmt: skip
     if any(site.fields["delta"] for site in recurrences):
         helpers += [delta.inverse]

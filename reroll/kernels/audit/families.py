@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.kernels import confidence, delta, depth_lora, diagonal, diagonal_backward, step, window
+from reroll.kernels import (
+    confidence,
+    delta,
+    depth_lora,
+    diagonal,
+    diagonal_backward,
+    diagonal_fused,
+    step,
+    window,
+)
 from reroll.kernels.configurations import Tiles
 
 Tile = dict[str, Any]
@@ -46,6 +55,7 @@ class Family:
     """Kernels that are launched together.
 
     `plans` are the sets of kernels that do it, the preferred one first; `call` launches them.
+    Tiles must do with each of `groups`, query heads for a key-value head.
     """
 
     name: str
@@ -53,6 +63,7 @@ class Family:
     candidates: Callable[[str, int, Variant], Iterator[Tile]]
     variants: tuple[Variant, ...]
     call: Callable[[Variant, Tiles], Any]
+    groups: tuple[int, ...] = (1,)
 
 
 def _tile(bt: int, bk: int, bv: int, warps: int, stages: int = 1) -> Tile:
@@ -86,7 +97,8 @@ def _forward(variant: Variant, tiles: Tiles) -> Any:
 
 def _backward(variant: Variant, tiles: Tiles) -> Any:
     x = _shapes(variant)
-    return diagonal_backward.backward(
+    run = diagonal_fused.fused_backward if "fused_back" in tiles else diagonal_backward.backward
+    return run(
         x["q"], x["k"], x["v"], x.get("g"), x["start"], x.get("starts"),
         torch.empty_like(x["q"]), x["start"], 0.5, tiles, variant.precision,
     )  # fmt: skip
@@ -133,6 +145,10 @@ def _chunked(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
     """Tiles of the kernels of a chunked recurrence."""
     whole = max(16, variant.size)
     wide = [b for b in (64, 32, 16) if b <= whole]
+    if kernel == "fused_back":
+        for warps in (8, 4):
+            yield _tile(bt, whole, whole, warps)
+        return
     if kernel in ("scan", "delta_scan"):
         for bv in wide:
             for warps in (4, 8):
@@ -181,6 +197,13 @@ def _variants() -> Iterator[Variant]:
             yield Variant("ieee", 2, size, 16)
 
 
+def _fused_variants() -> Iterator[Variant]:
+    for variant in _variants():
+        # two larger states, and chunks of 64, take more registers than there are
+        if variant.size == 64:
+            yield replace(variant, limit=min(variant.limit, 32))
+
+
 def _delta_variants() -> Iterator[Variant]:
     for variant in _variants():
         # the inverse of a longer chunk takes more registers than there are
@@ -194,6 +217,8 @@ def _step_variants() -> Iterator[Variant]:
             yield Variant("bf16", gate, size, 16)
 
 
+# one query head for a state, and several, over which kernels go in a loop
+GROUPS = (1, 3)
 # what tensor cores take
 NUMBERS = ("bf16", "tf32")
 
@@ -207,6 +232,7 @@ FAMILIES = {
             _chunked,
             tuple(_variants()),
             _forward,
+            GROUPS,
         ),
         Family(
             "diagonal_backward",
@@ -214,8 +240,24 @@ FAMILIES = {
             _chunked,
             tuple(_variants()),
             _backward,
+            GROUPS,
         ),
-        Family("delta", lambda _: [("delta_scan",)], _chunked, tuple(_delta_variants()), _delta),
+        Family(
+            "diagonal_fused",
+            lambda _: [("fused_back",)],
+            _chunked,
+            tuple(_fused_variants()),
+            _backward,
+            GROUPS,
+        ),
+        Family(
+            "delta",
+            lambda _: [("delta_scan",)],
+            _chunked,
+            tuple(_delta_variants()),
+            _delta,
+            GROUPS,
+        ),
         Family(
             "window",
             lambda _: [("window_attention_tile",)],
@@ -237,7 +279,14 @@ FAMILIES = {
             tuple(Variant(n, 0, 1024, 16) for n in NUMBERS),
             _confidence,
         ),
-        Family("step", lambda _: [("recurrent_step",)], _stepped, tuple(_step_variants()), _step),
+        Family(
+            "step",
+            lambda _: [("recurrent_step",)],
+            _stepped,
+            tuple(_step_variants()),
+            _step,
+            GROUPS,
+        ),
     )
 }
 # what a kernel of the manifest is called in its file, if not the same

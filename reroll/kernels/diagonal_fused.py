@@ -1,0 +1,163 @@
+"""Triton kernel: the gradients of the chunked recurrence of `diagonal`, all of them in one launch.
+
+One program has a sequence and a key-value head. It goes forward through the chunks and stores the
+state before each, then backward with the gradient of the state, and is done with each chunk as it
+leaves it: queries, keys, values and gates are read twice, states are written and read once, their
+gradients never leave the chip. Both the state and its gradient are held whole, so only heads whose
+states fit into registers have tiles for it; `diagonal_backward` is for the others. The mathematics
+is described there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reroll.kernels.diagonal import (
+    after_chunk,
+    faded,
+    kind_of_gate,
+    log_decay,
+    number_type,
+    scores,
+    sequence,
+    sequences_of,
+    slots_of,
+    state_tile,
+    strides,
+    tile,
+)
+from reroll.kernels.diagonal_backward import (
+    like_by_time,
+    of_gate,
+    store_decay_gradient,
+    through_scores,
+)
+
+
+@triton.jit
+def fused_back(
+    q, k, v, g, do, h, start, d_end, dq, dk, dv, dg, d_start, starts, scale, T,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, o_b, o_h, o_t,
+    dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, dg_b, dg_h, dg_t,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_END: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (sequences * kv_heads); BK and BV are at least K and V."""
+    i_nh = tl.program_id(0)
+    n, head = i_nh // H, i_nh % H
+    row, first, length, slot = sequence(n, starts, T, BT, VARLEN)
+    ck, cv, ot = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
+    low = ot[:, None] >= ot[None, :]
+    q += row * q_b + first * q_t + head * GROUPS * q_h
+    k += row * k_b + first * k_t + head * k_h
+    v += row * v_b + first * v_t + head * v_h
+    g += row * g_b + first * g_t + head * g_h
+    do += row * o_b + first * o_t + head * GROUPS * o_h
+    dq += row * dq_b + first * dq_t + head * GROUPS * dq_h
+    dk += row * dk_b + first * dk_t + head * dk_h
+    dv += row * dv_b + first * dv_t + head * dv_h
+    dg += row * dg_b + first * dg_t + head * dg_h
+    chunks = tl.cdiv(length, BT)
+
+    whole, inside = state_tile(start, i_nh.to(tl.int64), ck, cv, K, V)
+    S = tl.zeros([BK, BV], dtype=tl.float32)
+    if HAS_START:
+        S += tl.load(whole, mask=inside, other=0.0).to(tl.float32)
+    for i in range(chunks):
+        before, inside = state_tile(h, (slot + i) * H + head, ck, cv, K, V)
+        tl.store(before, S.to(h.dtype.element_ty), mask=inside)
+        t = i * BT + ot
+        here = t < length
+        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
+        S = after_chunk(
+            S, tile(k, t, k_t, ck, here, K), tile(v, t, v_t, cv, here, V).to(DT),
+            tl.cumsum(b_g, axis=0), tl.sum(b_g, axis=0)[None, :], DT, PRECISION,
+        )  # fmt: skip
+    # a thread may read states that another one of the program has written
+    tl.debug_barrier()
+
+    D = tl.zeros([BK, BV], dtype=tl.float32)
+    if HAS_END:
+        at, inside = state_tile(d_end, i_nh.to(tl.int64), ck, cv, K, V)
+        D += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    for c in range(chunks):
+        i = chunks - 1 - c
+        t = i * BT + ot
+        here = t < length
+        keep_k = here[:, None] & (ck < K)[None, :]
+        b_k = tile(k, t, k_t, ck, here, K)
+        b_v = tile(v, t, v_t, cv, here, V).to(DT)
+        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
+        G = tl.cumsum(b_g, axis=0)
+        Gn = tl.sum(b_g, axis=0)[None, :]
+        before, inside = state_tile(h, (slot + i) * H + head, ck, cv, K, V)
+        b_h = tl.load(before, mask=inside, other=0.0)
+        held = tl.sum(b_h.to(tl.float32) * D, axis=1)
+        fades = tl.exp(Gn - G)
+        b_dv = tl.dot((b_k * fades).to(DT), D.to(DT), input_precision=PRECISION)
+        b_dk = tl.dot(b_v, tl.trans(D.to(DT)), input_precision=PRECISION) * fades
+        after = tl.exp(Gn) * held[None, :] + tl.sum(b_k * b_dk, axis=0)[None, :]
+        through = of_gate(-b_k * b_dk, GATE)
+        D = D * tl.trans(tl.exp(Gn))
+        # queries are not to be read before this: they would take registers until here
+        tl.debug_barrier()
+        for r in range(GROUPS):
+            b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
+            b_do = tile(do + r * o_h, t, o_t, cv, here, V).to(DT)
+            A = faded(scores(b_q, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
+            b_dv = tl.dot(tl.trans(A.to(DT)), b_do, acc=b_dv, input_precision=PRECISION)
+            dA = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+            # read again: it would take registers until here
+            b_h = tl.load(before, mask=inside, other=0.0)
+            b_dq = tl.dot(b_do, tl.trans(b_h.to(DT)), input_precision=PRECISION) * tl.exp(G)
+            to_q, to_k, between_them = through_scores(dA, b_q, b_k, G, Gn, low, DT, GATE, PRECISION)
+            through += of_gate(b_q * b_dq + between_them, GATE)
+            b_dk += to_k
+            tl.store(
+                dq + r * dq_h + t[:, None] * dq_t + ck[None, :],
+                ((b_dq + to_q) * scale).to(dq.dtype.element_ty), mask=keep_k,
+            )  # fmt: skip
+            seen = tl.trans((b_q * tl.exp(G)).to(DT))
+            D = tl.dot(seen, b_do, acc=D, input_precision=PRECISION)
+        tl.store(dk + t[:, None] * dk_t + ck[None, :], b_dk.to(dk.dtype.element_ty), mask=keep_k)
+        tl.store(
+            dv + t[:, None] * dv_t + cv[None, :], b_dv.to(dv.dtype.element_ty),
+            mask=here[:, None] & (cv < V)[None, :],
+        )  # fmt: skip
+        if GATE > 0:
+            store_decay_gradient(dg, through, after, t, here, ck, dg_t, K, GATE)
+    at, inside = state_tile(d_start, i_nh.to(tl.int64), ck, cv, K, V)
+    tl.store(at, D, mask=inside)
+
+
+def fused_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None, starts: Tensor | None,
+    do: Tensor, d_end: Tensor | None, scale: float, tiles: dict[str, dict[str, Any]],
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """What `diagonal_backward.backward` gives; `tiles` has the blocks of `fused_back`."""
+    size, heads, K, V = tiles["fused_back"], k.shape[1], k.shape[3], v.shape[3]
+    count = sequences_of(k, starts)
+    h = k.new_empty(slots_of(k, starts, size["BT"]), heads, K, V)
+    d_start = k.new_empty(count, heads, K, V, dtype=torch.float32)
+    dq, dk, dv = map(like_by_time, (q, k, v))
+    dg = None if g is None else g.new_empty(g.shape, dtype=torch.float32)
+    assert size["BK"] >= K
+    assert size["BV"] >= V
+    fused_back[(count * heads,)](
+        q, k, v, k if g is None else g, do, h, k if start is None else start,
+        k if d_end is None else d_end, dq, dk, dv, k if dg is None else dg, d_start,
+        k if starts is None else starts, scale, k.shape[2],
+        *strides(q), *strides(k), *strides(v), *strides(g), *strides(do),
+        *strides(dq), *strides(dk), *strides(dv), *strides(dg),
+        H=heads, GROUPS=q.shape[1] // heads, K=K, V=V, GATE=kind_of_gate(g), DT=number_type(k),
+        HAS_START=start is not None, HAS_END=d_end is not None, VARLEN=starts is not None,
+        PRECISION=precision, **size,
+    )  # fmt: skip
+    return dq, dk, dv, dg, d_start
