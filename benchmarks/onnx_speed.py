@@ -4,7 +4,9 @@ Each side decodes one token at a time behind a context whose states are random n
 step is does not depend on what the states hold. The original, a tied and a linearized model are
 exported by reroll, with `@ort` in its name with `--runtime ort`; `--peer FILE` adds a graph that
 another exporter made of the original. Where all caches are appended to by GroupQueryAttention, past
-and present are one buffer.
+and present are one buffer. `--llama PYTHON --gguf FILE` adds llama.cpp, which runs in the environment of
+PYTHON (`pip install xllamacpp`) on a file that `benchmarks.gguf_float` made; the tokens it chooses are
+held against those of transformers first.
 
 With one thread, a step's processor time is what it would take with the machine to itself, but for
 caches and memory that others use. So that is reported beside the time by the clock.
@@ -30,9 +32,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import reroll
+from benchmarks.onnx_peers import GREEDY, Eager, Llama
 
 PASSES = {
     "original": "",
@@ -156,36 +159,22 @@ class Graph:
         self.session.run_with_iobinding(binding)
 
 
-class Eager:
-    """The other side: transformers."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def fill(self, context: int) -> None:
-        """Random states behind so many tokens."""
-        config = self.model.config
-        shape = (1, config.num_key_value_heads, context, config.head_dim)
-        self.cache = DynamicCache(config=config)
-        for layer in range(config.num_hidden_layers):
-            self.cache.update(0.1 * torch.randn(shape), 0.1 * torch.randn(shape), layer)
-
-    def step(self) -> None:
-        """One token."""
-        with torch.inference_mode():
-            self.model(torch.tensor([[7]]), past_key_values=self.cache, use_cache=True)
-
-
-def measure(sides: dict[str, Callable[[], Any]], context: int) -> dict[str, tuple[float, float]]:
+def measure(
+    sides: dict[str, Callable[[], Any]], llamas: list[Llama], context: int
+) -> dict[str, tuple[float, float]]:
     """Tokens per second of each side, of processor time and of the clock: medians, in turns.
 
-    Sides are made one after the other at long contexts, where two would not fit in memory.
+    Sides are made one after the other at long contexts, where two would not fit in memory. llama.cpp,
+    whose steps are not taken one by one, goes in between: a mean of each round.
     """
     steps = next(n for c, n in STEPS.items() if context <= c)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    times |= {llama.name: [] for llama in llamas}
     together = context <= 1024
     groups = [list(sides)] if together else [[name] for name in sides]
-    for round_ in range(1 if together else 2):
+    for round_ in range(2):
+        for llama in llamas:
+            times[llama.name].append(llama.seconds(context, steps))
         for group in groups if round_ % 2 == 0 else groups[::-1]:
             made = {name: sides[name]() for name in group}
             for side in made.values():
@@ -217,6 +206,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sides", default=",".join(PASSES), help="which models to export")
     parser.add_argument("--peer", type=Path, help="an ONNX file that another exporter made")
+    parser.add_argument("--llama", type=Path, help="a python that has xllamacpp")
+    parser.add_argument("--gguf", type=Path, help="what llama.cpp runs")
+    parser.add_argument("--llama-caches", default="f32,f16")
     parser.add_argument("--no-eager", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--export-only", type=Path, help=argparse.SUPPRESS)
@@ -231,8 +223,14 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.from_pretrained(options.model)
     sides: dict[str, Callable[[], Any]] = {}
-    if not options.no_eager:
+    llamas = []
+    if options.llama or not options.no_eager:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    for cache in options.llama_caches.split(",") if options.llama else ():
+        llamas.append(Llama(options.llama, options.gguf, cache, options.threads))
+        same = llamas[-1].agrees(options.model, model)
+        print(f"{llamas[-1].name}: {same} of {GREEDY} greedy tokens are those of transformers")
+    if not options.no_eager:
         sides["transformers fp32"] = lambda: Eager(model)
     paths = [options.peer] if options.peer else []
     for name in options.sides.split(","):
@@ -243,7 +241,7 @@ def main() -> None:
         sides[label] = lambda path=path: Graph(path, options.threads, config)
     rows = {}
     for context in map(int, options.contexts.split(",")):
-        speeds = rows[context] = measure(sides, context)
+        speeds = rows[context] = measure(sides, llamas, context)
         base = next(iter(speeds.values()))
         for name, (processor, clock) in speeds.items():
             print(
@@ -252,6 +250,8 @@ def main() -> None:
                 f"{clock:8.2f} ({clock / base[1]:5.2f} x)"
             )
         sys.stdout.flush()
+    for llama in llamas:
+        llama.close()
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))
 
