@@ -1,4 +1,4 @@
-"""What `benchmarks.onnx_speed` puts beside exported graphs: transformers, and llama.cpp in a process."""
+"""What `benchmarks.onnx_speed` puts beside exported graphs: transformers, and llama.cpp."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GREEDY = 32
 
 
 class Eager:
-    """The lowered transformers module."""
+    """The model in transformers."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -36,7 +36,7 @@ class Eager:
 
 
 class Llama:
-    """llama.cpp, in an environment that has `xllamacpp`; cache is what keys and values are kept in."""
+    """llama.cpp in an environment that has `xllamacpp`; `cache` is the type of keys and values."""
 
     def __init__(self, python: Path, gguf: Path, cache: str, threads: int) -> None:
         self.name = f"llama.cpp {gguf.stem}, {cache} cache"

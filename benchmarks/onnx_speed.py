@@ -4,9 +4,9 @@ Each side decodes one token at a time behind a context whose states are random n
 step is does not depend on what the states hold. The original, a tied and a linearized model are
 exported by reroll, with `@ort` in its name with `--runtime ort`; `--peer FILE` adds a graph that
 another exporter made of the original. Where all caches are appended to by GroupQueryAttention, past
-and present are one buffer. `--llama PYTHON --gguf FILE` adds llama.cpp, which runs in the environment of
-PYTHON (`pip install xllamacpp`) on a file that `benchmarks.gguf_float` made; the tokens it chooses are
-held against those of transformers first.
+and present are one buffer. `--llama PYTHON --gguf FILE` adds llama.cpp, which runs in the
+environment of PYTHON (`pip install xllamacpp`) on a file that `benchmarks.gguf_float` made; the
+tokens that it chooses are held against those of transformers first.
 
 With one thread, a step's processor time is what it would take with the machine to itself, but for
 caches and memory that others use. So that is reported beside the time by the clock.
@@ -164,8 +164,8 @@ def measure(
 ) -> dict[str, tuple[float, float]]:
     """Tokens per second of each side, of processor time and of the clock: medians, in turns.
 
-    Sides are made one after the other at long contexts, where two would not fit in memory. llama.cpp,
-    whose steps are not taken one by one, goes in between: a mean of each round.
+    Sides are made one after the other at long contexts, where two would not fit in memory.
+    llama.cpp, whose steps are not taken one by one, goes before: a mean for each round.
     """
     steps = next(n for c, n in STEPS.items() if context <= c)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
@@ -240,7 +240,7 @@ def main() -> None:
         label = "peer" if path == options.peer else f"{path.parent.name} {path.stem}"
         sides[label] = lambda path=path: Graph(path, options.threads, config)
     rows = {}
-    for context in map(int, options.contexts.split(",")):
+    for context in map(int, filter(None, options.contexts.split(","))):
         speeds = rows[context] = measure(sides, llamas, context)
         base = next(iter(speeds.values()))
         for name, (processor, clock) in speeds.items():
