@@ -87,6 +87,13 @@ def test_attention_as_onnx_runtime_has_it(name, tmp_path):
     check_pieces(captured(name), tmp_path / "loop.onnx", [7, 1, 16], rows=1)
 
 
+def test_grouped_attention_takes_projections_as_they_are(tmp_path):
+    """Heads are not put apart, turned, turned back and put together."""
+    exported(captured("llama"), tmp_path, graphs=("unrolled",), runtime="ort")
+    model = onnx.load(tmp_path / "unrolled.onnx", load_external_data=False)
+    assert not [n.name for n in model.graph.node if n.op_type == "Transpose"]
+
+
 def test_one_buffer_may_be_past_and_present(tmp_path):
     """A cache longer than its tokens, written where it lies."""
     program = captured("llama")

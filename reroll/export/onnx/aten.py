@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
+from reroll.export.onnx import heads
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.parameters import Parameter, Size, Varying
 from reroll.export.onnx.translate import TARGET, repeated
@@ -275,7 +276,7 @@ def squeeze(g: Translator, node: fx.Node, x: Any, dim: int) -> Value:
 )
 def reshape(g: Translator, node: fx.Node, x: Any, *_: Any) -> Value:
     """All that only gives elements other indices, from the shapes before and after."""
-    return g.reshape(g.tensor(x), _before(node), node.meta["type"].shape)
+    return heads.reshape(g, g.tensor(x), _before(node), node.meta["type"].shape)
 
 
 @lowering(TARGET, "aten::transpose.int", "aten::t.default")
@@ -283,13 +284,13 @@ def transpose(g: Translator, node: fx.Node, x: Any, a: int = 0, b: int = 1) -> V
     """Two dimensions exchanged."""
     order = list(range(_rank(node)))
     order[a], order[b] = order[b], order[a]
-    return g.op("Transpose", g.tensor(x), perm=order)
+    return heads.transpose(g, g.tensor(x), order)
 
 
 @lowering(TARGET, "aten::permute.default")
 def permute(g: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Value:
     """Dimensions in another order."""
-    return g.op("Transpose", g.tensor(x), perm=[d % len(dims) for d in dims])
+    return heads.transpose(g, g.tensor(x), [d % len(dims) for d in dims])
 
 
 @lowering(TARGET, "aten::expand.default")

@@ -41,7 +41,8 @@ class Value:
 
     `scope` is the graph that makes it; graphs inside that one see it too. `repeated`: its last
     dimension is one half twice, as that of rotary tables is. `columns` says which tokens the keys
-    of a window are: see `windows`; `appended` what a cache was put together from: see `grouped`.
+    of a window are: see `windows`; `appended` what a cache was put together from: see `grouped`;
+    `heads` what its heads were before they were put apart: see `heads`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Value:
     repeated: bool = False
     columns: Any = None
     appended: Any = None
+    heads: Any = None
 
 
 @dataclass(eq=False)

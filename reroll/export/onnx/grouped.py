@@ -7,13 +7,14 @@ How many tokens there are is said by the padding mask, not by the buffer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from reroll.export.onnx.graph import Value
+from reroll.export.onnx.heads import Heads, flat
 from reroll.rewrite.raising.matching import argument, shape
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def attention(
     last = g.cast(g.op("Sub", total, g.ints(1)), INT32)
     made, *presents = g.graph.ops(
         "GroupQueryAttention",
-        _packed(g, q),
-        *(_packed(g, cache.new) for cache in caches),
+        flat(g, q),
+        *(flat(g, cache.new) for cache in caches),
         *(cache.past for cache in caches),
         g.op("Expand", last, g.shape([batch])),
         g.op("Squeeze", g.cast(total, INT32), g.ints(0)),
@@ -83,10 +84,5 @@ def attention(
     for cache, present in zip(caches, presents, strict=True):
         if cache.number is not None:
             g.states.present[cache.number, cache.part] = present
-    return g.op("Reshape", made, g.ints(0, 0, heads, d_v))
-
-
-def _packed(g: Translator, x: Value) -> Value:
-    """[batch, heads, time, d] as [batch, time, heads * d]."""
-    turned = g.op("Transpose", x, perm=[0, 2, 1, 3])
-    return g.op("Reshape", turned, g.ints(0, 0, -1))
+    apart = g.op("Reshape", made, g.ints(0, 0, heads, d_v))
+    return replace(apart, heads=Heads(made, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,7 +187,12 @@ def rope(
     if not interleaved and cos.repeated and sin.repeated and fits:
         halves = [_first_half(g, table, size, x.dtype) for table in (cos, sin)]
         part = size if size < width else 0
-        return g.op("RotaryEmbedding", x, *halves, rotary_embedding_dim=part, interleaved=0)
+        how = {"rotary_embedding_dim": part, "interleaved": 0}
+        made = g.op("RotaryEmbedding", x, *halves, **how)
+        if x.heads is None or x.heads.axis != 1:
+            return made
+        flat = g.op("RotaryEmbedding", x.heads.flat, *halves, num_heads=types[0][1], **how)
+        return replace(made, heads=replace(x.heads, flat=flat))
     cos, sin = g.cast(cos, x.dtype), g.cast(sin, x.dtype)
     turned, rest = x, None
     if size < width:
