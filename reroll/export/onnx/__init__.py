@@ -9,7 +9,7 @@ states.py, windows.py       state as inputs and outputs; caches that do not grow
 recurrence.py, linear_attention.py   token mixers: their op, and the operator that they become
 mixers.py, mixer_parts.py   what each mixer does around the operator
 step.py, scheduler.py       one round at a time, and a host that runs it
-grouped.py                  attention as ONNX Runtime's own operator
+grouped.py, heads.py        attention as ONNX Runtime's own operator
 exits.py                    tokens that leave a loop early
 quantise.py                 block-wise integer weights
 session.py, check.py        running what was exported, beside what it was exported from
