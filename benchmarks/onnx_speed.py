@@ -98,11 +98,13 @@ def export_only(options: argparse.Namespace) -> None:
 class Graph:
     """One side: an ONNX graph, its states kept where the runtime has them."""
 
-    def __init__(self, path: Path, threads: int, config: Any) -> None:
+    def __init__(self, path: Path, threads: int, config: Any, profile: str = "") -> None:
         self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_profiling = bool(profile)
+        options.profile_file_prefix = profile
         self.session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )

@@ -10,7 +10,7 @@ import torch
 import reroll
 from reroll.errors import ExportError
 from reroll.export.onnx import Onnx
-from reroll.export.onnx.check import prompts
+from reroll.export.onnx.check import check_graph, prompts
 from reroll.export.onnx.graph import nodes_of
 from reroll.export.onnx.session import Session
 from reroll.mixers import registered
@@ -128,6 +128,19 @@ def test_what_has_no_kernel_runs_the_definition(mixer, opset, tmp_path, monkeypa
     names = [f.name for f in onnx.load(path, load_external_data=False).functions]
     assert names == (["LinearAttention"] if opset < 27 else [])
     check_reference(program, path, monkeypatch)
+
+
+def test_the_standard_operator_in_onnx_runtime(tmp_path, monkeypatch):
+    """Which refuses an opset that is newer than it is, unless it is told not to."""
+    program = linearized("mixer=gated_deltanet, window=4, sinks=2")
+    path = tmp_path / "loop.onnx"
+    Onnx(graphs=("loop",), opset=27).write(program, tmp_path)
+    with pytest.raises(ExportError, match="under development") as error:
+        Session(path)
+    assert "ALLOW_RELEASED_ONNX_OPSET_ONLY" in str(error.value.hint)
+    monkeypatch.setenv("ALLOW_RELEASED_ONNX_OPSET_ONLY", "0")
+    found = check_graph(path, program, program.to_module())
+    assert found["relative_rms_error"] < 1e-5
 
 
 @pytest.mark.parametrize("mixer", ["linear", "gla", "deltaproduct", "gsa"])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from reroll.errors import ExportError
 
+_UNRELEASED = "ALLOW_RELEASED_ONNX_OPSET_ONLY=0 in the environment lets it try"
+
 
 class Session:
     """An ONNX graph and the caches of one batch of sequences.
@@ -32,7 +34,11 @@ class Session:
             )
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-            raise ExportError(f"ONNX Runtime refuses the graph: {reason}", str(path)) from error
+            raise ExportError(
+                f"ONNX Runtime refuses the graph: {reason}",
+                str(path),
+                hint=_UNRELEASED if "under development" in reason else None,
+            ) from error
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.state: dict[str, Any] = {}
