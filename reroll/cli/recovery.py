@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from reroll.cli import reports
-from reroll.cli.app import Debug, Json, app
-from reroll.cli.terminal import Bars, command, write_json
+from reroll.cli.app import Debug, Json, Model, app
+from reroll.cli.terminal import Bars, command, write, write_json
 from reroll.errors import UsageError
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -80,6 +81,54 @@ def recover(
         )
     if report.main:
         write_json(vars(report)) if json_ else reports.recovered(vars(report))
+
+
+@app.command()
+@command
+def sample(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
+    tokens: Annotated[str, typer.Option(help="Tokens to write, such as 500k or 2M.")],
+    length: Annotated[int, typer.Option(help="The most tokens of a text.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 32,
+    start: Annotated[
+        str | None,
+        typer.Option(help="What texts begin behind.", show_default="the tokenizer's first token"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write text that a model samples itself, as data to recover a rewritten model on."""
+    if out.suffix != ".jsonl":
+        raise UsageError("texts are written as .jsonl", where=str(out), hint=f"{out}.jsonl")
+    if out.exists() and not overwrite:
+        raise UsageError("it exists", where=str(out), hint="choose another, or --overwrite")
+    if length < 1 or batch < 1:
+        raise UsageError("length and batch are 1 or more")
+    count = token_count(tokens)
+    from reroll.evaluate.subjects import Opening, open_subject
+    from reroll.recover.sampling import sampled_texts
+
+    with Bars() as bars:
+        bars(0, 0, "opening the model")
+        subject = open_subject(model, Opening(attention="sdpa"))
+        if not subject.generates or subject.tokenizer is None:
+            raise UsageError("it is no language model with a tokenizer", where=model)
+        part = out.with_name(f".{out.name}.part")
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                for text in sampled_texts(
+                    subject.model, subject.tokenizer, tokens=count, length=length, batch=batch,
+                    start=start, seed=seed, on_progress=lambda n, of: bars(n, of, "tokens"),
+                ):  # fmt: skip
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            part.rename(out)
+        finally:
+            part.unlink(missing_ok=True)
+    write(f"{out}")
 
 
 def token_count(text: str) -> int:

@@ -1,0 +1,59 @@
+"""Text that a model writes itself, to recover a rewritten model on where there is no other.
+
+What a model was trained on is rarely at hand, and text of a few domains draws the rewritten model
+towards them. Samples from the original's own distribution cover what it knows, and need no text
+(data-free distillation: Liu et al., 2023, arXiv 2305.17888).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sampled_texts(
+    model: Any,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    length: int,
+    batch: int,
+    start: str | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[str]:
+    """Texts of at most `length` tokens, `tokens` in all, sampled at temperature 1.
+
+    `model` is a causal language model of transformers with its `tokenizer`; `batch` texts are
+    written at a time, in one order for a `seed`. A text begins behind `start`, which is not part of
+    it: by default the tokenizer's first token, or its last one if it has none. It ends where the
+    model ends it.
+    """
+    ends = tokenizer.eos_token_id
+    if start is None:
+        first = tokenizer.bos_token_id
+        ids = [ends if first is None else first]
+    else:
+        ids = list(tokenizer(start, add_special_tokens=False).input_ids)
+    prompt = torch.tensor([ids] * batch, device=model.device)
+    done, round_ = 0, 0
+    while done < tokens:
+        torch.manual_seed(seed * 1_000_003 + round_)
+        with torch.inference_mode():
+            written: Tensor = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0,
+                top_k=0, top_p=1.0, max_new_tokens=length, pad_token_id=ends,
+            )  # fmt: skip
+        for row in written[:, len(ids) :].tolist():
+            if done >= tokens:
+                return
+            own = row[: row.index(ends)] if ends in row else row
+            text = tokenizer.decode(own, skip_special_tokens=True).strip()
+            done += len(own)
+            if text:
+                yield text
+        round_ += 1
+        on_progress(min(done, tokens), tokens)
