@@ -3,7 +3,7 @@
 Every line is the original after one pass, on the same tokens; contexts start afresh.
 
     python -m benchmarks.linearize_quality [--model DIR] [--contexts 512,2048] [--tokens 8192]
-        [--only NAME,NAME] [--json FILE]
+        [--positions 8] [--only NAME;NAME] [--json FILE]
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ CONFIGURATIONS = {
 }
 
 
-def perplexity(
+def losses_of(
     program: Program, ids: torch.Tensor, context: int, first: int | None
-) -> tuple[float, float]:
-    """Perplexity over pieces of `context` tokens, and the seconds that it took.
+) -> tuple[torch.Tensor, float]:
+    """Nats per token [pieces, context - 1] over pieces of `context` tokens, and the seconds.
 
     `first` takes the place of the first token of each piece: without it Gemma is another model.
     """
@@ -74,7 +74,7 @@ def perplexity(
                 piece = torch.cat((piece.new_tensor([first]), piece[1:]))
             logits = model(piece[None], use_cache=False).logits[0, :-1].float()
             losses.append(F.cross_entropy(logits, piece[1:], reduction="none"))
-    return math.exp(torch.cat(losses).mean().item()), time.perf_counter() - start
+    return torch.stack(losses), time.perf_counter() - start
 
 
 def main() -> None:
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="512,2048")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--positions", type=int, help="also by so many parts of a context")
     parser.add_argument("--only", help="names of configurations, or pipelines, separated by ;")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -109,12 +110,16 @@ def main() -> None:
         row: dict[str, Any] = {"name": name, "passes": text, "remarks": remarks}
         row["state"] = {c: state_bytes(after, c) for c in (1024, 131072)}
         for context in map(int, options.contexts.split(",")):
-            row[f"perplexity {context}"], row[f"seconds {context}"] = perplexity(
-                after, ids, context, first
-            )
+            losses, row[f"seconds {context}"] = losses_of(after, ids, context, first)
+            row[f"perplexity {context}"] = math.exp(losses.mean().item())
+            if options.positions:
+                parts = losses.split(context // options.positions, 1)
+                row[f"perplexity {context} by position"] = [p.mean().exp().item() for p in parts]
         rows.append(row)
         found = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
         print(f"{name:44s} {found}  state {row['state']}", *remarks, sep="\n    ", flush=True)
+        for key in [k for k in row if k.endswith("by position")]:
+            print(f"    {key}: " + ", ".join(f"{value:.4g}" for value in row[key]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))
 
