@@ -10,6 +10,7 @@ what the launches of flash-linear-attention's structure move for the same result
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 # NVIDIA H100 SXM data sheet: HBM3, dense bf16
 BANDWIDTH, PEAK = 3.35e12, 989e12
@@ -93,6 +94,12 @@ def others() -> list[Work]:
         Work("depth-LoRA linear", f"{rows} rows, {width}->{hidden}, r{rank}, {depths} depths", 1,
              weight + lora + rows * (width + hidden) * BF16,
              2 * rows * (width * hidden + rank * (width + hidden))),
+        Work("layers of few rows", f"16 rows, {width}->2x{hidden}, norm, r{rank}, gate", 1,
+             2 * weight + 2 * rank * (width + hidden) * BF16 + 16 * (width + hidden) * BF16,
+             2 * 16 * 2 * (width * hidden + rank * (width + hidden)),
+             (20, 2 * weight + 2 * rank * (width + hidden) * BF16
+              + 16 * (NORM[0][1] * width + 2 * (4 * width + 10 * hidden + 4 * rank)
+                      + GATE[0][1] * hidden))),
         Work("confidence", f"{rows} rows, {vocabulary} tokens", 1, table + rows * width * BF16,
              2 * rows * width * vocabulary, (2, table + 2 * rows * vocabulary * BF16)),
         Work("window + sinks + branch", f"B{batch} T{time} H{heads}/{kv} D{size}, {window}+{sinks}",
@@ -100,8 +107,68 @@ def others() -> list[Work]:
     ]  # fmt: skip
 
 
+# launches of PyTorch's operations in bf16, and bytes of an element that they read and write; and
+# those of one kernel: the ops' definitions, operation by operation
+NORM = (10, 2 + 4 + 8 + 4 + 8 + 8 + 6), (1, 4)
+ROPE = (7, 6 + 2 + 4 + 6 + 12 + 8 + 6), (1, 4)
+GATE = (2, 4 + 6), (1, 6)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Widths of one block of a model."""
+
+    name: str
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    size: int
+
+    def parts(self) -> list[tuple[str, int, int, Any]]:
+        """What is done to each token beside products: how often, on how many elements."""
+        return [
+            ("RMS norm", 2, self.width, NORM),
+            ("rotary embedding", 2, (self.heads + self.kv_heads) * self.size // 2, ROPE),
+            ("gated unit", 1, self.hidden, GATE),
+        ]
+
+    def weights(self) -> int:
+        """Of the block's linear layers."""
+        heads = 2 * self.heads + 2 * self.kv_heads
+        return self.width * heads * self.size + 3 * self.width * self.hidden
+
+
+BLOCKS = (
+    Block("SmolLM2-135M", 576, 1536, 9, 3, 64),
+    Block("4096 wide", 4096, 14336, 32, 8, 128),
+)
+
+
+def around_layers() -> list[str]:
+    """Launches and least microseconds of what stands around a block's linear layers."""
+    lines = [
+        "| block | rows | part | by operations | as kernels | linear layers |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for block in BLOCKS:
+        for rows in (1, 16, 16384):
+            moved = block.weights() * BF16 / BANDWIDTH
+            products = max(moved, 2 * rows * block.weights() / PEAK)
+            for name, times, width, ((launches, bytes_), (ours, our_bytes)) in block.parts():
+                slow, quick = (rows * times * width * b / BANDWIDTH for b in (bytes_, our_bytes))
+                # a layer of few rows does its norm and its gate itself
+                ours = 0 if rows <= 16 and name != "rotary embedding" else ours
+                quick = 0.0 if rows <= 16 and name != "rotary embedding" else quick
+                lines.append(
+                    f"| {block.name} | {rows} | {name} | {times * launches}, {slow * 1e6:.2f} us | "
+                    f"{times * ours}, {quick * 1e6:.2f} us | {products * 1e6:.1f} us |"
+                )
+    return lines
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     print("| kernel | shape | launches | MB | GFLOP | bound | at best, us | elsewhere |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for gate, chunk in ((1, 64), (2, 32)):
@@ -111,6 +178,9 @@ def main() -> None:
         print(work.row())
     for work in others():
         print(work.row())
+    print()
+    for line in around_layers():
+        print(line)
 
 
 if __name__ == "__main__":

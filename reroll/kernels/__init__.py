@@ -9,6 +9,7 @@ dispatch.py                         own kernel, flash-linear-attention, compiled
 configurations.py                   block sizes, from the manifest that the sweep writes
 delta.py                            the delta rule forward
 step.py                             one token onto a pool of states
+linear_rows.py                      linear layers of few rows, with norm, low-rank term and gate
 interpreter.py                      Triton's interpreter, mended, for tests without a GPU
 audit/                              compiling for GPUs that are not there, and what came out
 

@@ -65,6 +65,14 @@ def tiles_for(
     return None
 
 
+def linear_tiles(target: str, dtype: torch.dtype, gated: bool, rank: int) -> Any:
+    """The tile of `linear_rows` with a low-rank term of up to `rank`; None if there is none."""
+    size = 0 if rank == 0 else 16 if rank <= 16 else 64
+    numbers = number_name(dtype, "ieee")
+    entry = manifest().get(key("linear_rows", target, numbers, int(gated), size, 16))
+    return None if entry is None else entry["tiles"]["linear_rows_tile"]
+
+
 @cache
 def manifest() -> dict[str, Any]:
     """What the sweep found, by key."""

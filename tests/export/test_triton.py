@@ -16,6 +16,7 @@ import torch
 import reroll
 from reroll.errors import ExportError, UsageError
 from reroll.export.triton import Triton
+from reroll.export.triton.linears import fused_of
 from reroll.export.triton.module import module_text
 from reroll.rewrite.passes import tolerances
 from reroll.rewrite.program import Program
@@ -48,7 +49,11 @@ def load(directory: Path) -> Any:
 def agree(program: Program, directory: Path, ids: torch.Tensor, mask: torch.Tensor) -> Any:
     """Prefill and decode steps of a bundle against the torch module; returns the bundle's model."""
     Triton(arch=("sm_90",)).write(program, directory)
-    bundle = load(directory).Model(directory, slots=6, max_length=64)
+    loaded = load(directory)
+    for name in [n for n in vars(loaded) if n.startswith("LINEAR_TILES_")]:
+        # blocks do not show, and the interpreter is quicker with few
+        getattr(loaded, name)["sm_90"].update(BN=256, BK=256)
+    bundle = loaded.Model(directory, slots=6, max_length=64)
     module, slots = program.to_module(), [4, 1]
     start = ids.shape[1] - STEPS
     # as `generate` gives them: padding has no position
@@ -101,7 +106,40 @@ def test_it_computes_what_the_module_computes(options: str, tmp_path: Path) -> N
 
 def test_attention_alone(tmp_path: Path) -> None:
     bundle = agree(captured("llama"), tmp_path, *prompts(64, PROMPT + STEPS))
-    assert list(bundle.selftest()) == ["run_near_0"]
+    assert list(bundle.selftest()) == [
+        "run_near_0",
+        "norm",
+        "turned",
+        "gated",
+        "run_linear_0",
+        "run_linear_1",
+    ]
+
+
+def test_low_rank_terms_and_norms_are_in_their_layers_kernel(tmp_path: Path) -> None:
+    """A tied and relaxed model: a step launches a kernel for each layer, a prompt uses PyTorch."""
+    program = reroll.run_passes(captured("qwen2"), "tie(blocks=2, init=average), relax(rank=3)",
+                                measure=False)  # fmt: skip
+    errors = agree(program, tmp_path, *prompts(64, PROMPT + STEPS)).selftest()
+    assert all(error < tolerances.FORWARD_TRITON_FP32 for error in errors.values())
+    text = (tmp_path / "model.py").read_text()
+    body = text[text.index("def trip_of_model_layers") : text.index("class Named")]
+    # q, k and v; o; both halves of the gated unit; down; and the head
+    assert body.count("run_linear_") == 3 + 1 + 1 + 1 + 1
+    assert "F.linear" not in body
+    assert body.count("Normed(") == 3
+    assert [line for line in text.splitlines() if "'rank': 3" in line and "'bias': True" in line]
+
+
+def test_a_norm_that_others_read_is_computed_by_itself() -> None:
+    program = captured("llama").edit()
+    (_, graph) = next(named for named in program.graphs() if named[0] != "main")
+    first, second = (n for n in graph.nodes if "rms_norm" in str(n.target))
+    with graph.inserting_after(first):
+        graph.call_function(torch.ops.aten.neg.default, (first,))
+    norms = [f.norm for f in fused_of(program).values()]
+    assert first not in norms
+    assert second in norms
 
 
 def test_a_wrong_kernel_does_not_pass_the_self_test(tmp_path: Path) -> None:
@@ -160,9 +198,10 @@ def test_what_a_bundle_cannot_have_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_binaries_are_written_without_a_gpu(tmp_path: Path) -> None:
-    program = linearized("mixer=retention, window=0, sinks=0")
+    program = linearized("mixer=retention, window=5, sinks=2")
     found = Triton(arch=("sm_90",), precompiled=True).write(program, tmp_path)
-    assert [b["name"] for b in found["binaries"]] == ["scan_0", "step_0"]
+    names = [b["name"] for b in found["binaries"]]
+    assert names == ["scan_0", "step_0", "near_0", "linear_0", "linear_1"]
     for binary in found["binaries"]:
         assert (tmp_path / binary["file"]).read_bytes()[:4] == b"\x7fELF"
 

@@ -1,12 +1,13 @@
 """The Triton target: a program as one Python module with its kernels, and its weights.
 
 sites.py             where the program has state
+linears.py           which linear layers are one kernel with their norm, low-rank term and gate
 graphs.py            its graphs as Python functions
 specialise.py        kernels as text, with the program's constants in them
 launches.py          the kernels of its recurrences, and the functions that launch them
 module.py            model.py, put together
 precompile.py        binaries of the kernels, for GPUs that are not there
-bundle_launch.py, bundle_runtime.py, bundle_model.py   what every bundle has; copied as they are
+bundle_*.py          what every bundle has; copied as they are
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.export.triton.bundle_linear import _far, linear_error, pointwise_errors
 from reroll.export.triton.bundle_runtime import (
     Attention,
     Decode,
@@ -24,6 +25,7 @@ from reroll.export.triton.bundle_runtime import (
 # the bundle has its own
 main: Any = None
 SITES: list[Any] = []
+LINEARS: list[Any] = []
 DTYPE: torch.dtype = torch.float32
 
 
@@ -142,6 +144,9 @@ class Model:
             elif isinstance(site, Attention) and site.near and site.near not in tested:
                 tested.append(site.near)
                 found[site.near.__name__] = _near_error(site, self.device)
+        found |= pointwise_errors(DTYPE, self.device)
+        for run, about in LINEARS:
+            found[run.__name__] = linear_error(run, about, DTYPE, self.device)
         wrong = {name: error for name, error in found.items() if not error <= limit}
         if wrong:
             raise RuntimeError(f"kernels give wrong results on this device: {wrong}")
@@ -223,7 +228,3 @@ def _near_error(site: Any, device: torch.device) -> float:
     found = site.near(q, k, v, site.scale, site.window, site.prefix, first)
     wanted = over_prompt(site, q.float(), k.float(), v.float(), number, mask)
     return _far(found[mask], wanted[mask])
-
-
-def _far(actual: Tensor, wanted: Tensor) -> float:
-    return float((actual.float() - wanted).norm() / wanted.norm())

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
+from reroll.export.triton.linears import Fused, kinds_of
 from reroll.export.triton.sites import ATTENTION, CACHE, RECURRENCE, Site, argument, behind_cache
 from reroll.rewrite import ops
 from reroll.rewrite.program import Program
@@ -24,9 +25,9 @@ from reroll.runtime.functions import BINARY, METHODS, makes_tensor_from_nothing
 aten, reroll = torch.ops.aten, torch.ops.reroll
 
 FUNCTIONS: dict[Any, str] = {
-    reroll.rms_norm.default: "rms_norm",
-    reroll.rope.default: "rope",
-    reroll.glu.default: "glu",
+    reroll.rms_norm.default: "norm",
+    reroll.rope.default: "turned",
+    reroll.glu.default: "gated",
     aten.linear.default: "F.linear",
     aten.embedding.default: "embedding",
     aten.log_sigmoid.default: "F.logsigmoid",
@@ -48,8 +49,12 @@ LOGITS = "logits"
 class GraphWriter:
     """The functions of a Program's graphs."""
 
-    def __init__(self, program: Program, sites: Mapping[fx.Node, Site]) -> None:
-        self.program, self.sites = program, sites
+    def __init__(
+        self, program: Program, sites: Mapping[fx.Node, Site], linears: Mapping[fx.Node, Fused]
+    ) -> None:
+        self.program, self.sites, self.linears = program, sites, linears
+        self.kinds = [f.key for f in kinds_of(list(linears.values()))]
+        self.norms = {f.norm for f in linears.values()}
         self.names = {
             name: f"trip_of_{_safe(name)}" if name != "main" else "main"
             for name, _ in program.graphs()
@@ -79,6 +84,9 @@ class GraphWriter:
         """The arguments of a node that the value of its function depends on."""
         if node.target in (RECURRENCE, ATTENTION):
             return _tensors(node)
+        if node in self.linears:
+            layers = self.linears[node].layers
+            return [layers[0].source, [layer.weights for layer in layers]]
         if node.target is ops.loop:
             name, carry, inputs = str(node.args[0]), node.args[1], node.args[2]
             places = self.program.bodies[name].graph.find_nodes(op="placeholder")
@@ -130,6 +138,8 @@ class GraphWriter:
             return self._loop(node)
         if target in (RECURRENCE, ATTENTION):
             return [f"{node.name} = {self._state_op(node)}"]
+        if node in self.linears:
+            return [f"{node.name} = {self._linear(self.linears[node])}"]
         if target is CACHE or behind_cache(node) is not None:
             # the state is in `run`
             return []
@@ -145,7 +155,8 @@ class GraphWriter:
         else:
             if makes_tensor_from_nothing(target):
                 kwargs["device"] = _Raw("run.number.device")
-            text = self._call(node, self._name(target), args, kwargs)
+            name = "Normed" if node in self.norms else self._name(target)
+            text = self._call(node, name, args, kwargs)
         return [f"{node.name} = {text}"]
 
     def _name(self, target: Any) -> str:
@@ -185,6 +196,15 @@ class GraphWriter:
         if kind == "recurrence":
             tensors += f", {self._text(argument(node, 3, 'gates', []))}"
         return f"run.{kind}({self.sites[node].number}, {trip}, {tensors})"
+
+    def _linear(self, fused: Fused) -> str:
+        given = [self._text(fused.layers[0].source)]
+        for layer in fused.layers:
+            weights = list(layer.weights)
+            while weights[-1] is None:
+                weights.pop()
+            given.append(f"Layer({', '.join(map(self._text, weights))})")
+        return f"run_linear_{self.kinds.index(fused.key)}({', '.join(given)})"
 
     def _method(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> str:
         return self._call(None, f"{self._text(args[0])}.{name}", args[1:], kwargs)

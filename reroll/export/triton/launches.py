@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,17 +10,26 @@ from typing import Any
 import torch
 
 from reroll.errors import ExportError
+from reroll.export.triton.linears import Fused
 from reroll.export.triton.sites import Site, gate_of
 from reroll.export.triton.specialise import plain, specialised
-from reroll.kernels import configurations, delta, diagonal, step, window
+from reroll.kernels import configurations, delta, diagonal, linear_rows, pointwise, step, window
 
 NUMBERS = {
     torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16",
 }  # fmt: skip
 
 
-def kernels_of(sites: Sequence[Site], dtype: torch.dtype, archs: Sequence[str]) -> str:
+# what launches them needs torch and triton alone, as a bundle does
+POINTWISE = (pointwise.norm, pointwise.turned, pointwise.gated)
+
+
+def kernels_of(
+    sites: Sequence[Site], linears: Sequence[Fused], dtype: torch.dtype, archs: Sequence[str]
+) -> str:
     """The source of all kernels and launch functions; sites with equal shapes share them.
+
+    `linears` has one of each kind, as `kinds_of` gives them.
 
     Raises ExportError if the manifest has no tiles for one of the GPUs.
     """
@@ -35,7 +45,12 @@ def kernels_of(sites: Sequence[Site], dtype: torch.dtype, archs: Sequence[str]) 
                     step.softplus, step.decay_of]  # fmt: skip
     if any(site.fields["delta"] for site in recurrences):
         helpers += [delta.inverse]
+    helpers += [linear_rows.activated, pointwise.norm_row, pointwise.rope_part, pointwise.glu_part]
+    if linears:
+        helpers += [linear_rows.weight_tile, linear_rows.finished_layer]
     parts = [f"{plain(h)}" for h in helpers]
+    parts.append(f"BLOCK, VECTORS = {pointwise.BLOCK}, {pointwise.VECTORS}")
+    parts += [inspect.getsource(f).rstrip() for f in POINTWISE]
     for some, write in ((attentions, _attention), (recurrences, _kernels)):
         done: set[int] = set()
         for site in some:
@@ -43,6 +58,8 @@ def kernels_of(sites: Sequence[Site], dtype: torch.dtype, archs: Sequence[str]) 
             if number not in done:
                 done.add(number)
                 parts += write(site, number, dtype, archs)
+    for number, fused in enumerate(linears):
+        parts += _linear(fused, number, dtype, archs)
     return "\n\n\n".join(parts)
 
 
@@ -73,6 +90,29 @@ def _attention(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]
         ),
         f"NEAR_TILES_{number} = {json.dumps(tiles, indent=4)}",
         _NEAR.replace("NUMBER", str(number)).strip(),
+    ]
+
+
+def _linear(fused: Fused, number: int, dtype: torch.dtype, archs: Sequence[str]) -> list[str]:
+    inputs, rank, norm, gain, bias, activation = fused.key
+    constants = {
+        "K": inputs, "R": rank, "NORM": norm, "HAS_GAIN": gain, "HAS_BIAS": bias,
+        "GATED": bool(activation), "ACTIVATION": repr(activation), "DT": NUMBERS[dtype],
+        "BR": _power(rank), "PRECISION": _precision(dtype),
+    }  # fmt: skip
+    tiles = {}
+    for arch in archs:
+        tiles[arch] = configurations.linear_tiles(arch, dtype, bool(activation), rank)
+        if tiles[arch] is None:
+            raise _no_tiles("linear_rows", arch)
+    return [
+        specialised(
+            linear_rows.linear_rows_tile,
+            f"linear_{number}",
+            {name: str(value) for name, value in constants.items()},
+        ),
+        f"LINEAR_TILES_{number} = {json.dumps(tiles, indent=4)}",
+        _LINEAR.replace("NUMBER", str(number)).replace("ACTIVATION", activation).strip(),
     ]
 
 
@@ -168,6 +208,11 @@ def run_near_NUMBER(q, k, v, scale, window, prefix, first):
     """Attention of a prompt over a window and the first tokens: [rows, time, heads, V]."""
     tiles = tiles_of(NEAR_TILES_NUMBER)
     return launch_near(near_NUMBER, tiles, q, k, v, scale, window, prefix, first)
+'''
+_LINEAR = '''
+def run_linear_NUMBER(x, *layers):
+    """A layer of x with its norm and low-rank term, or a gated unit of two, in one launch."""
+    return launch_linear(linear_NUMBER, tiles_of(LINEAR_TILES_NUMBER), x, layers, "ACTIVATION")
 '''
 _LAUNCH = '''
 def run_scan_NUMBER(q, k, v, g, beta):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from reroll.errors import ExportError
 from reroll.export.huggingface import checked_file, with_saved_weights
 from reroll.export.triton.graphs import LOGITS, GraphWriter
 from reroll.export.triton.launches import NUMBERS, has_kernel, kernel_number, kernels_of
+from reroll.export.triton.linears import Fused, fused_of, kinds_of
 from reroll.export.triton.readme import readme
 from reroll.export.triton.sites import Site, sites_of
 from reroll.rewrite.program import Program, weight_nodes
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from reroll.export.triton import Triton
 
 # names that stand in, in the files that are copied, for what the bundle has of its own
-OURS = ("ARCHS", "SITES", "DTYPE", "main")
+OURS = ("ARCHS", "SITES", "LINEARS", "DTYPE", "main")
 STAND_IN = "# the bundle has its own"
 
 MODULE, MANIFEST = "model.py", "manifest.json"
@@ -57,7 +58,7 @@ def write(
         "archs": list(target.arch),
         "dtype": str(program.dtype).removeprefix("torch."),
         "kernels": [line.split("(")[0][4:] for line in text.splitlines()
-                    if line.startswith(("def near_", "def scan_", "def step_"))],
+                    if line.startswith(("def near_", "def scan_", "def step_", "def linear_"))],
         "weights": _weights(stored),
         # only a run on a GPU can say it
         "gpu_speed": "not measured",
@@ -83,15 +84,18 @@ def module_text(program: Program, archs: tuple[str, ...]) -> str:
         raise ExportError(f"a bundle computes in fp32, fp16 or bf16, not {program.dtype}")
     # what nothing needs has no state
     program = _without_dead_sites(program)
-    sites = sites_of(program)
+    sites, fused = sites_of(program), fused_of(program)
+    kinds = kinds_of(list(fused.values()))
     parts = [
         _HEAD.format(model=_one_line(program.origin.model)),
         f"ARCHS = {archs!r}\nDTYPE = {program.dtype}",
         _copied("bundle_launch.py"),
-        kernels_of(list(sites.values()), program.dtype, archs),
+        kernels_of(list(sites.values()), kinds, program.dtype, archs),
         _copied("bundle_runtime.py"),
+        _copied("bundle_linear.py"),
         _site_list(sites),
-        GraphWriter(program, sites).source(),
+        _linear_list(kinds),
+        GraphWriter(program, sites, fused).source(),
         _copied("bundle_model.py"),
         _TAIL.strip(),
     ]
@@ -135,6 +139,15 @@ def _site_list(sites: Mapping[fx.Node, Site]) -> str:
     return "\n".join([*lines, "]"])
 
 
+def _linear_list(kinds: Sequence[Fused]) -> str:
+    names = "inputs", "rank", "norm", "gain", "bias", "activation"
+    lines = ["# kernels of linear layers, and what each is specialised to", "LINEARS = ["]
+    for number, fused in enumerate(kinds):
+        about = dict(zip(names, fused.key, strict=True))
+        lines.append(f"    (run_linear_{number}, {about!r}),")
+    return "\n".join([*lines, "]"])
+
+
 def _weights(stored: Program) -> dict[str, Any]:
     """Which tensors of the files each graph reads, and in which trip."""
 
@@ -174,7 +187,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F

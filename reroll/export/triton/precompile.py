@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -46,31 +47,26 @@ def main() -> None:
     found = []
     for arch in archs:
         model.architecture = lambda arch=arch: arch
-        for site in model.SITES:
-            if isinstance(site, model.Recurrence):
-                found += _site(site, arch, model.DTYPE, folder)
+        for run in _runs(model):
+            found += _binaries(run, arch, folder)
     sys.stdout.write(json.dumps(found))
 
 
-def _site(site: Any, arch: str, dtype: torch.dtype, folder: Path) -> list[dict[str, Any]]:
+def _runs(model: Any) -> list[Callable[[], Any]]:
+    """Calls that launch every kernel of a bundle, each once, on tensors without data."""
+    runs: dict[Any, Callable[[], Any]] = {}
+    for site in model.SITES:
+        if isinstance(site, model.Recurrence):
+            runs[site.scan] = partial(_recurrence, site, model.DTYPE)
+        elif site.near is not None:
+            runs[site.near] = partial(_attention, site, model.DTYPE)
+    for run, about in model.LINEARS:
+        runs[run] = partial(_linear, model, run, about)
+    return list(runs.values())
+
+
+def _binaries(run: Callable[[], Any], arch: str, folder: Path) -> list[dict[str, Any]]:
     from reroll.kernels.audit.compiling import binary, launches
-
-    rows, time, (keys, values) = 2, 64, site.state
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    q, k = empty(rows, site.heads, time, keys), empty(rows, site.kv_heads, time, keys)
-    v, shape = empty(rows, site.kv_heads, time, values), (rows, site.kv_heads, time)
-    g = empty(*shape, *site.gates[0], dtype=torch.float32) if site.decay else None
-    beta = empty(*shape, dtype=torch.float32) if site.delta else None
-    pool = empty(rows, site.kv_heads, keys, values, dtype=torch.float32)
-    slots = empty(rows, dtype=torch.int64)
-
-    def run() -> None:
-        site.scan(q, k, v, g, beta)
-        first = [None if x is None else x[:, :, 0] for x in (q, k, v, g, beta)]
-        site.step(*first, pool, slots)
 
     found = []
     for launch in launches(run):
@@ -80,6 +76,46 @@ def _site(site: Any, arch: str, dtype: torch.dtype, folder: Path) -> list[dict[s
         (folder / file).write_bytes(data)
         found.append({"file": f"{FOLDER}/{file}", "arch": arch, **about})
     return found
+
+
+ROWS, TIME = 2, 64
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _recurrence(site: Any, dtype: torch.dtype) -> None:
+    keys, values = site.state
+    q, k = (_empty(ROWS, n, TIME, keys, dtype=dtype) for n in (site.heads, site.kv_heads))
+    v, shape = _empty(ROWS, site.kv_heads, TIME, values, dtype=dtype), (ROWS, site.kv_heads, TIME)
+    g = _empty(*shape, *site.gates[0], dtype=torch.float32) if site.decay else None
+    beta = _empty(*shape, dtype=torch.float32) if site.delta else None
+    pool = _empty(ROWS, site.kv_heads, keys, values, dtype=torch.float32)
+    site.scan(q, k, v, g, beta)
+    first = [None if x is None else x[:, :, 0] for x in (q, k, v, g, beta)]
+    site.step(*first, pool, _empty(ROWS, dtype=torch.int64))
+
+
+def _attention(site: Any, dtype: torch.dtype) -> None:
+    sizes = (site.heads, site.k_size), (site.kv_heads, site.k_size), (site.kv_heads, site.v_size)
+    q, k, v = (_empty(ROWS, heads, TIME, size, dtype=dtype) for heads, size in sizes)
+    first = _empty(ROWS, 1, dtype=torch.int64)
+    site.near(q, k, v, site.scale, site.window, site.prefix, first)
+
+
+def _linear(model: Any, run: Any, about: dict[str, Any]) -> None:
+    inputs, rank, outputs, dtype = about["inputs"], about["rank"], 1024, model.DTYPE
+    low = (rank, inputs), (outputs, rank)
+    layer = model.Layer(
+        _empty(outputs, inputs, dtype=dtype),
+        _empty(outputs, dtype=dtype) if about["bias"] else None,
+        *(_empty(*shape, dtype=dtype) if rank else None for shape in low),
+    )
+    x: Any = _empty(ROWS, inputs, dtype=dtype)
+    if about["norm"]:
+        x = model.Normed(x, _empty(inputs, dtype=dtype) if about["gain"] else None, 1e-6)
+    run(x, *[layer] * (2 if about["activation"] else 1))
 
 
 def _module(directory: Path) -> Any:

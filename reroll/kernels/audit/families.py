@@ -20,6 +20,8 @@ from reroll.kernels import (
     diagonal,
     diagonal_backward,
     diagonal_fused,
+    linear_rows,
+    pointwise,
     step,
     window,
 )
@@ -132,6 +134,45 @@ def _confidence(variant: Variant, tiles: Tiles) -> Any:
     )
 
 
+def _linear_rows(variant: Variant, tiles: Tiles) -> Any:
+    """With all that there may be; the size is the rank of the low-rank term."""
+    rows, inputs, outputs, rank = 16, 576, 1536, variant.size
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=variant.dtype, device="meta")
+
+    low = (empty(rank, inputs), empty(outputs, rank)) if rank else (None, None)
+    layer = linear_rows.Linear(empty(outputs, inputs), empty(outputs), *low)
+    gated = bool(variant.gate)
+    return linear_rows.linear_rows(
+        empty(rows, inputs), linear_rows.Norm(empty(inputs), 1e-6), (layer,) * (1 + gated),
+        "gelu_tanh" if gated else "", tiles=tiles["linear_rows_tile"], precision=variant.precision,
+    )  # fmt: skip
+
+
+def _pointwise(variant: Variant, tiles: Tiles) -> None:
+    """Of rows as long as the size says."""
+    sizes = variant.size, 128
+    row, head = (torch.empty(4, 64, n, dtype=variant.dtype, device="meta") for n in sizes)
+    pointwise.norm(row, row[0, 0], 1e-6)
+    angles = torch.empty(1, 1, 64, 64, device="meta")
+    pointwise.turned(head[None], angles, angles)
+    pointwise.gated(row, row, "gelu_tanh")
+
+
+def _nothing_to_choose(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
+    yield {}
+
+
+def _few_rows(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
+    """Tiles of few rows: narrow ones, as a step has few columns for many processors."""
+    for columns, inputs, stages in ((16, 128, 3), (16, 64, 2), (32, 64, 2), (16, 32, 1)):
+        yield {
+            "BM": linear_rows.ROWS, "BN": columns, "BK": inputs, "num_warps": 4,
+            "num_stages": stages,
+        }  # fmt: skip
+
+
 def _squares(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
     """Tiles of rows, columns and inputs: many rows in a prompt, few in a step of decoding."""
     prompt = kernel == "window_attention_tile"
@@ -219,6 +260,8 @@ def _step_variants() -> Iterator[Variant]:
 
 # one query head for a state, and several, over which kernels go in a loop
 GROUPS = (1, 3)
+# low-rank terms up to these, or none
+RANKS = (0, 16, 64)
 # what tensor cores take
 NUMBERS = ("bf16", "tf32")
 
@@ -271,6 +314,20 @@ FAMILIES = {
             _squares,
             tuple(Variant(n, 0, rank, 16) for n in NUMBERS for rank in (16, 64)),
             _depth_lora,
+        ),
+        Family(
+            "linear_rows",
+            lambda _: [("linear_rows_tile",)],
+            _few_rows,
+            tuple(Variant(n, g, r, 16) for n in ("bf16", "ieee") for g in (0, 1) for r in RANKS),
+            _linear_rows,
+        ),
+        Family(
+            "pointwise",
+            lambda _: [("norm_row", "rope_part", "glu_part")],
+            _nothing_to_choose,
+            tuple(Variant(n, 0, 4096, 16) for n in ("bf16", "ieee")),
+            _pointwise,
         ),
         Family(
             "confidence",

@@ -1,6 +1,7 @@
 """Choose tiles for every kernel, shape and GPU, and write the manifest.
 
     python -m reroll.kernels.audit.sweep [--targets sm_90,...] [--families ...] [--sizes 64,...]
+        [--only ENTRY,...]
 
 For each variant the first candidates in order of preference are taken that neither spill nor ask
 for more shared memory than there is. What no candidate does is left out, and the dispatcher takes
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,12 @@ MANIFEST = Path(__file__).parents[1] / "manifest.json"
 log = logging.getLogger(__name__)
 
 
-def sweep(families: list[str], targets: list[str], sizes: list[str]) -> None:
-    """Write entries of the manifest for these families and targets, each as it is found."""
+def sweep(
+    families: list[str], targets: list[str], sizes: list[str], only: Sequence[str] = ()
+) -> None:
+    """Write entries of the manifest for these families and targets, each as it is found; `only`
+    names entries, if not all are to be chosen anew.
+    """
     with Worker() as worker:
         for target in targets:
             for name in families:
@@ -37,6 +43,8 @@ def sweep(families: list[str], targets: list[str], sizes: list[str]) -> None:
                         continue
                     at = key(name, target, variant.numbers, variant.gate, variant.size,
                              variant.limit)  # fmt: skip
+                    if only and at not in only:
+                        continue
                     found = worker.ask(
                         do="choose", family=name, variant=asdict(variant), target=target
                     )
@@ -67,11 +75,12 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--sizes", default="", help="head sizes; all if none")
+    parser.add_argument("--only", default="", help="entries of the manifest; all if none")
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     families, targets = chosen.families.split(","), chosen.targets.split(",")
     sizes = [s for s in chosen.sizes.split(",") if s]
-    sweep(families, targets, sizes)
+    sweep(families, targets, sizes, [s for s in chosen.only.split(",") if s])
 
 
 def _text(data: dict[str, Any]) -> str:

@@ -1,0 +1,162 @@
+"""Which linear layers of a program are one kernel with what stands around them, for few rows.
+
+An RMS norm before, a low-rank term beside (as `relax` makes it) and a gated linear unit behind are
+launches of their own in a step of decoding; `kernels.linear_rows` does a layer with all of them.
+Layers that have none of these are left to PyTorch, and so are all when there are more rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.export.triton.sites import argument
+from reroll.kernels.linear_rows import ACTIVATIONS
+from reroll.rewrite.program import Program
+
+LINEAR, ADD = torch.ops.aten.linear.default, torch.ops.aten.add.Tensor
+RMS_NORM, GLU = torch.ops.reroll.rms_norm.default, torch.ops.reroll.glu.default
+# of the low-rank term: the kernel holds it whole
+LARGEST_RANK = 64
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its input, and the nodes of weight, bias, down and up; None where there is none.
+
+    `nodes` are what the layer is made of, its result last.
+    """
+
+    source: fx.Node
+    weights: tuple[fx.Node | None, ...]
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank term; 0 without one."""
+        return 0 if self.weights[2] is None else int(_shape(self.weights[2])[0])
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What both layers of a gated unit must have in common."""
+        return self.source, _shape(self.weights[0]), self.weights[1] is None, self.rank
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A node that one kernel computes: a layer, or two layers and the unit that they gate.
+
+    `norm` is the norm before, if the kernel does that too; then it is not computed elsewhere.
+    """
+
+    layers: tuple[Layer, ...]
+    activation: str = ""
+    norm: fx.Node | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What its kernel is specialised to: inputs, rank, norm, gain, bias, activation."""
+        first = self.layers[0]
+        gain = self.norm is not None and argument(self.norm, 1, "weight") is not None
+        return (
+            _shape(first.weights[0])[1], first.rank, self.norm is not None, gain,
+            first.weights[1] is not None, self.activation,
+        )  # fmt: skip
+
+
+def fused_of(program: Program) -> dict[fx.Node, Fused]:
+    """All of a program's graphs, in their order; none in fp16, whose range a kernel may leave."""
+    found: dict[fx.Node, Fused] = {}
+    if program.dtype not in (torch.float32, torch.bfloat16):
+        return found
+    for _, graph in program.graphs():
+        found |= _in_graph(graph)
+    return found
+
+
+def kinds_of(fused: Sequence[Fused]) -> list[Fused]:
+    """One for each kernel, in the order of their first use."""
+    return list({f.key: f for f in reversed(fused)}.values())[::-1]
+
+
+def _in_graph(graph: fx.Graph) -> dict[fx.Node, Fused]:
+    layers = {node: layer for node in graph.nodes if (layer := _layer(node)) is not None}
+    inside = {n for layer in layers.values() for n in layer.nodes[:-1]}
+    found = {node: Fused((layer,)) for node, layer in layers.items() if node not in inside}
+    for node in graph.nodes:
+        gated = _gated(node, layers)
+        if gated is not None:
+            for layer in gated.layers:
+                del found[layer.nodes[-1]]
+            found[node] = gated
+    ours = {n for f in found.values() for layer in f.layers for n in layer.nodes}
+    found = {node: _with_norm(f, ours) for node, f in found.items()}
+    return {
+        node: found[node] for node in graph.nodes
+        if node in found and (found[node].norm or found[node].activation or found[node].key[1])
+    }  # fmt: skip
+
+
+def _with_norm(fused: Fused, ours: Set[fx.Node]) -> Fused:
+    """With the norm before it, if nothing but layers reads that."""
+    source = fused.layers[0].source
+    if source.target is RMS_NORM and all(user in ours for user in source.users):
+        return Fused(fused.layers, fused.activation, source)
+    return fused
+
+
+def _gated(node: fx.Node, layers: dict[fx.Node, Layer]) -> Fused | None:
+    if node.target is not GLU:
+        return None
+    gate, up, activation = (
+        argument(node, i, n) for i, n in enumerate(("gate", "up", "activation"))
+    )
+    pair = [layers.get(half) for half in (gate, up)]
+    alone = len(gate.users) == len(up.users) == 1 and gate is not up
+    if activation not in ACTIVATIONS or None in pair or not alone:
+        return None
+    first, second = pair
+    assert first is not None
+    assert second is not None
+    return Fused((first, second), activation) if first.kind == second.kind else None
+
+
+def _layer(node: fx.Node) -> Layer | None:
+    """A linear layer, or the sum of one and of a low-rank term of the same input."""
+    if node.target is LINEAR:
+        source, *weights = (argument(node, i, n) for i, n in enumerate(("input", "weight", "bias")))
+        if not all(w is None or w.op == "get_attr" for w in weights):
+            return None
+        return Layer(source, (*weights, None, None), (node,))
+    if node.target is not ADD or len(node.args) != 2 or node.kwargs:
+        return None
+    for whole, up in (node.args, node.args[::-1]):
+        if not _only_linear(whole) or not _only_linear(up, bias=False):
+            continue
+        down = up.args[0]  # type: ignore[union-attr]
+        if not _only_linear(down, bias=False) or down.args[0] is not whole.args[0]:  # type: ignore[union-attr]
+            continue
+        layer = _layer(whole)  # type: ignore[arg-type]
+        parts = [argument(n, 1, "weight") for n in (down, up)]  # type: ignore[arg-type]
+        if layer is None or any(p.op != "get_attr" for p in parts):
+            continue
+        if _shape(parts[0])[0] <= LARGEST_RANK:
+            nodes = (down, up, whole, node)
+            return Layer(layer.source, (*layer.weights[:2], *parts), nodes)  # type: ignore[arg-type]
+    return None
+
+
+def _only_linear(node: Any, bias: bool = True) -> bool:
+    """Whether a node is a linear layer that one other node reads."""
+    if not isinstance(node, fx.Node) or node.target is not LINEAR or len(node.users) != 1:
+        return False
+    return bias or argument(node, 2, "bias") is None
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = tuple(node.meta["type"].shape)
+    return shape
