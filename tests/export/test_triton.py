@@ -18,6 +18,7 @@ from reroll.errors import ExportError, UsageError
 from reroll.export.triton import Triton
 from reroll.export.triton.linears import fused_of
 from reroll.export.triton.module import module_text
+from reroll.kernels import configurations
 from reroll.rewrite.passes import tolerances
 from reroll.rewrite.program import Program
 from tests.captured import captured
@@ -140,6 +141,16 @@ def test_a_norm_that_others_read_is_computed_by_itself() -> None:
     norms = [f.norm for f in fused_of(program).values()]
     assert first not in norms
     assert second in norms
+
+
+def test_layers_without_tiles_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configurations, "linear_tiles", lambda *_: None)
+    text = module_text(captured("llama"), ("sm_90",))
+    body = text[text.index("def trip_of_model_layers") : text.index("class Named")]
+    assert "run_linear" not in body
+    assert body.count("F.linear(") == 7 + 1
+    assert "= norm(" in body
+    assert "= gated(" in body
 
 
 def test_a_wrong_kernel_does_not_pass_the_self_test(tmp_path: Path) -> None:

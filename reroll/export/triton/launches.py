@@ -93,6 +93,16 @@ def _attention(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]
     ]
 
 
+def has_tiles(fused: Fused, dtype: torch.dtype, archs: Sequence[str]) -> bool:
+    """Whether the manifest has tiles for a layer's kernel on all GPUs."""
+    return None not in _linear_tiles(fused, dtype, archs).values()
+
+
+def _linear_tiles(fused: Fused, dtype: torch.dtype, archs: Sequence[str]) -> dict[str, Any]:
+    _, rank, *_, activation = fused.key
+    return {a: configurations.linear_tiles(a, dtype, bool(activation), rank) for a in archs}
+
+
 def _linear(fused: Fused, number: int, dtype: torch.dtype, archs: Sequence[str]) -> list[str]:
     inputs, rank, norm, gain, bias, activation = fused.key
     constants = {
@@ -100,11 +110,7 @@ def _linear(fused: Fused, number: int, dtype: torch.dtype, archs: Sequence[str])
         "GATED": bool(activation), "ACTIVATION": repr(activation), "DT": NUMBERS[dtype],
         "BR": _power(rank), "PRECISION": _precision(dtype),
     }  # fmt: skip
-    tiles = {}
-    for arch in archs:
-        tiles[arch] = configurations.linear_tiles(arch, dtype, bool(activation), rank)
-        if tiles[arch] is None:
-            raise _no_tiles("linear_rows", arch)
+    tiles = _linear_tiles(fused, dtype, archs)
     return [
         specialised(
             linear_rows.linear_rows_tile,

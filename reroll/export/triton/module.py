@@ -17,7 +17,7 @@ import reroll
 from reroll.errors import ExportError
 from reroll.export.huggingface import checked_file, with_saved_weights
 from reroll.export.triton.graphs import LOGITS, GraphWriter
-from reroll.export.triton.launches import NUMBERS, has_kernel, kernel_number, kernels_of
+from reroll.export.triton.launches import NUMBERS, has_kernel, has_tiles, kernel_number, kernels_of
 from reroll.export.triton.linears import Fused, fused_of, kinds_of
 from reroll.export.triton.readme import readme
 from reroll.export.triton.sites import Site, sites_of
@@ -85,6 +85,9 @@ def module_text(program: Program, archs: tuple[str, ...]) -> str:
     # what nothing needs has no state
     program = _without_dead_sites(program)
     sites, fused = sites_of(program), fused_of(program)
+    if not all(has_tiles(f, program.dtype, archs) for f in fused.values()):
+        # layers share their norms: all are PyTorch's then
+        fused = {}
     kinds = kinds_of(list(fused.values()))
     parts = [
         _HEAD.format(model=_one_line(program.origin.model)),
