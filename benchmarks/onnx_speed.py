@@ -52,14 +52,14 @@ STEPS = {128: 24, 1024: 16, 8192: 8, 32768: 4}
 ROOM = 64
 
 
-def export(options: argparse.Namespace, name: str, precision: str) -> Path:
+def export(options: argparse.Namespace, name: str, precision: str, blocks: str) -> Path:
     """The directory of one exported model, made in a process of its own if it is not there."""
-    tied = f"-{options.blocks}" if "tied" in name else ""
+    tied = f"-{blocks}" if "tied" in name else ""
     out = options.work / f"{name.replace(' ', '-')}{tied}-{precision}"
     if not out.exists():
         kinds = ",".join(GRAPHS.get(name, ("unrolled", "loop")))
         words = [sys.executable, "-m", "benchmarks.onnx_speed", "--export-only", str(out)]
-        words += ["--passes", PASSES[name].format(blocks=options.blocks), "--graphs", kinds]
+        words += ["--passes", PASSES[name].format(blocks=blocks), "--graphs", kinds]
         words += ["--model", options.model, "--precision", precision, "--work", str(options.work)]
         words += ["--runtime", "ort" if name.endswith("@ort") else "any"]
         subprocess.run(words, check=True)
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--contexts", default="128,1024,8192,32768")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--blocks", default="2", help="of tied models; several, with commas")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sides", default=",".join(PASSES), help="which models to export")
     parser.add_argument("--peer", type=Path, help="an ONNX file that another exporter made")
@@ -237,7 +237,8 @@ def main() -> None:
     paths = [options.peer] if options.peer else []
     for name in options.sides.split(","):
         for precision in options.precision.split(","):
-            paths += sorted(export(options, name, precision).glob("*.onnx"))
+            for blocks in options.blocks.split(",") if "tied" in name else ("",):
+                paths += sorted(export(options, name, precision, blocks).glob("*.onnx"))
     for path in paths:
         label = "peer" if path == options.peer else f"{path.parent.name} {path.stem}"
         sides[label] = lambda path=path: Graph(path, options.threads, config)
