@@ -100,3 +100,16 @@ def test_the_backend_is_the_mixer(name: str) -> None:
     for key, value in found.items():
         tolerance = TOLERANCE if key in ("out", "end") else tolerances.GRADIENT
         assert_close(value, wanted[key], tolerance, key)
+
+
+@pytest.mark.parametrize("name", ["retention", "gla", "gated_deltanet"])
+def test_the_backend_takes_packed_sequences(name: str) -> None:
+    mixer = make(name)
+    call = draw(mixer, 40, batch=2, heads=1, groups=2, d_k=32, d_v=32)
+    segments = torch.tensor([[0] * 3 + [1] * 17 + [0] * 20, [5] * 40])
+    theirs("gla", "chunk_gla")
+    wanted, (end,) = mixer.parallel(*call[:4], (call.state,), segments=segments)
+    with dispatch.use("fla"):
+        found, (state,) = dispatch.chunk(mixer, *call[:4], (call.state,), segments=segments)
+    assert_close(found, wanted, TOLERANCE, "out")
+    assert_close(state, end, TOLERANCE, "state")
