@@ -173,7 +173,7 @@ def _kernels(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) 
     return [
         scanned,
         specialised(step.recurrent_step, f"step_{number}", stepped),
-        f"# block sizes by GPU, from reroll's sweep: no registers are spilled\n"
+        f"# block sizes by GPU, from reroll's sweep\n"
         f"TILES_{number} = {json.dumps(tiles, indent=4)}",
         text.strip(),
     ]

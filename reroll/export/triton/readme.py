@@ -35,6 +35,6 @@ Passes:
 
 {passes}
 
-Kernels: {kernels}. Block sizes are for {archs}; none spills registers there. Speed on a GPU has not
-been measured.
+Kernels: {kernels}. Block sizes are for {archs}, as reroll's sweep chose them. Speed on a GPU has
+not been measured.
 """
