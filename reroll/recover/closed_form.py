@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reroll.recover.stage import Batch, Models
+from reroll.recover.stage import Batch, Models, hooked
 from reroll.rewrite.weights.factors import low_rank_factors
 
 # in turn: the shared weight, and the residuals beside it
@@ -141,11 +141,8 @@ def _outer_products(
             each.teacher.register_forward_pre_hook(note(each.name))  # type: ignore[arg-type]
             for each in layers
         ]
-        try:
+        with hooked(handles):
             models.show_teacher(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
     return {name: total / tokens for name, total in sums.items()}
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from reroll.errors import UsageError
 from reroll.recover.closed_form import Layer, layers_to_fit, set_factors
-from reroll.recover.stage import Batch, Models
+from reroll.recover.stage import Batch, Models, hooked
 
 # how strongly a residual stays what it was, relative to the mean size of an input
 RIDGE = 1e-2
@@ -121,12 +121,8 @@ def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found[module] = (args[0], output)
 
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
+    with hooked([module.register_forward_hook(note) for module in modules]):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Walk:
@@ -191,13 +187,9 @@ class _Walk:
                 to.append((args, named, output))
 
             # a module that makes several trips is hooked once
-            hooked = dict.fromkeys(self.trips)
-            handles = [m.register_forward_hook(note, with_kwargs=True) for m in hooked]
-            try:
+            once = dict.fromkeys(self.trips)
+            with hooked([m.register_forward_hook(note, with_kwargs=True) for m in once]):
                 self.show(batch)
-            finally:
-                for handle in handles:
-                    handle.remove()
             self.hidden.append(calls[first][0][0])
             self.rest.append({t: (calls[t][0][1:], calls[t][1]) for t in range(len(calls))})
             for t in range(1, len(calls)):

@@ -13,7 +13,7 @@ A new stage is one file in `reroll/recover/stages`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from reroll.errors import UsageError
 from reroll.recover.data import Rows
@@ -188,6 +189,16 @@ def find(name: str) -> type[Stage]:
 
 
 @contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def recorded(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Collect, while it is open, what each trip takes and gives: the first carried value."""
     seen: list[tuple[Tensor, Tensor]] = []
@@ -196,11 +207,8 @@ def recorded(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]
         seen.append((args[0], output[0]))
 
     handles = [trip.register_forward_hook(note) for trip in trips]
-    try:
+    with hooked(handles):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def named(model: nn.Module, ending: str) -> set[str]:
@@ -224,11 +232,8 @@ def taken(model: nn.Module, ending: str) -> Iterator[dict[str, Tensor]]:
         model.get_submodule(name).register_forward_pre_hook(noting(name))
         for name in named(model, ending)
     ]
-    try:
+    with hooked(handles):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -243,8 +248,5 @@ def fed(trips: Sequence[nn.Module], values: Sequence[Tensor | None]) -> Iterator
         for trip, value in zip(trips, values, strict=True)
         if value is not None
     ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
