@@ -83,11 +83,7 @@ def _attention(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]
             raise _no_tiles("window", arch)
         tiles[arch] = found["window_attention_tile"]
     return [
-        specialised(
-            window.window_attention_tile,
-            f"near_{number}",
-            {name: str(value) for name, value in constants.items()},
-        ),
+        specialised(window.window_attention_tile, f"near_{number}", constants),
         f"NEAR_TILES_{number} = {json.dumps(tiles, indent=4)}",
         _NEAR.replace("NUMBER", str(number)).strip(),
     ]
@@ -112,11 +108,7 @@ def _linear(fused: Fused, number: int, dtype: torch.dtype, archs: Sequence[str])
     }  # fmt: skip
     tiles = _linear_tiles(fused, dtype, archs)
     return [
-        specialised(
-            linear_rows.linear_rows_tile,
-            f"linear_{number}",
-            {name: str(value) for name, value in constants.items()},
-        ),
+        specialised(linear_rows.linear_rows_tile, f"linear_{number}", constants),
         f"LINEAR_TILES_{number} = {json.dumps(tiles, indent=4)}",
         _LINEAR.replace("NUMBER", str(number)).replace("ACTIVATION", activation).strip(),
     ]

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def specialised(kernel: Any, name: str, constants: Mapping[str, str]) -> str:
-    """The source of a kernel under a new name; `constants` are expressions by parameter."""
+def specialised(kernel: Any, name: str, constants: Mapping[str, object]) -> str:
+    """The source of a kernel under a new name; `constants` are values by parameter, or
+    expressions as text.
+    """
     function = _parsed(kernel)
     function.name = name
-    values = {key: ast.parse(text, mode="eval").body for key, text in constants.items()}
+    values = {key: ast.parse(str(value), mode="eval").body for key, value in constants.items()}
     known = {a.arg for a in function.args.args}
     missing = set(values) - known
     assert not missing, f"{name} has no parameters {missing}"
