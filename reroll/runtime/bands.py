@@ -8,7 +8,7 @@ of all pairs costs time^2.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ class Band:
     length: int
     window: int
     prefix: int
+    # what `masks` has made: all layers of a forward share a band
+    made: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def block(self) -> int:
@@ -48,6 +50,19 @@ class Band:
     def pays(self) -> bool:
         """Whether blocks leave out most of the pairs."""
         return self.length >= 4 * max(self.window, self.block)
+
+    def masks(self, device: torch.device) -> Tensor:
+        """What each block sees of the keys that it reaches: [blocks, 1, block, keys]."""
+        if device not in self.made:
+            start = torch.arange(self.count, device=device)[:, None, None] * self.block
+            q = start + torch.arange(self.block, device=device)[:, None]
+            reach = torch.arange((self.behind + 1) * self.block, device=device)
+            key = start - self.behind * self.block + reach
+            own = (key >= 0) & visible(q, key, True, self.window)
+            # a first token that the window still reaches is among the others
+            first = torch.arange(self.prefix, device=device) <= q - self.window
+            self.made[device] = torch.cat((first, own), -1)[:, None]
+        return self.made[device]
 
     def written_out(self, device: torch.device) -> Tensor:
         """The mask [1, 1, length, length], True where a query may see a key."""
@@ -72,7 +87,7 @@ def attend_band(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> Te
             _queries(q, band),
             _reached(k, band),
             _reached(v, band),
-            attn_mask=_masks(band, q.device).repeat(batch, 1, 1, 1),
+            attn_mask=band.masks(q.device).repeat(batch, 1, 1, 1),
             scale=scale,
             enable_gqa=q.shape[1] > k.shape[1],
         )
@@ -85,7 +100,7 @@ def mass_band(q: Tensor, k: Tensor, scale: float, band: Band) -> Tensor:
     # the queries of one KV head are rows of one matrix
     rows = _queries(q, band).unflatten(1, (-1, groups))
     scores = (rows @ _reached(k, band).mT[:, :, None]) * scale
-    mask = _masks(band, q.device).repeat(batch, 1, 1, 1)
+    mask = band.masks(q.device).repeat(batch, 1, 1, 1)
     scores = scores.float().masked_fill(~mask[:, :, None], -torch.inf)
     highest = scores.max(-1, keepdim=True).values.detach()
     return _joined((scores - highest).exp().sum(-1).flatten(1, 2), band, batch)
@@ -114,15 +129,3 @@ def _joined(out: Tensor, band: Band, batch: int) -> Tensor:
     """[batch * blocks, heads, block, ...] to [batch, heads, time, ...]."""
     out = out.unflatten(0, (batch, band.count)).transpose(1, 2).flatten(2, 3)
     return out[:, :, : band.length]
-
-
-def _masks(band: Band, device: torch.device) -> Tensor:
-    """What each block sees of the keys that it reaches: [blocks, 1, block, keys]."""
-    start = torch.arange(band.count, device=device)[:, None, None] * band.block
-    q = start + torch.arange(band.block, device=device)[:, None]
-    reach = torch.arange((band.behind + 1) * band.block, device=device)
-    key = start - band.behind * band.block + reach
-    own = (key >= 0) & visible(q, key, True, band.window)
-    # a first token that the window still reaches is among the others
-    first = torch.arange(band.prefix, device=device) <= q - band.window
-    return torch.cat((first, own), -1)[:, None]
