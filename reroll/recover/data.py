@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,13 +132,16 @@ def make_corpus(
     pack: Literal["join", "separate"],
     before: Sequence[int] = (),
     end: int | None = None,
+    repeats: float = 0.0,
     seed: int = 0,
 ) -> Corpus:
     """Rows from the sources in turn, at most about `tokens` to train on.
 
-    The first rows of each source are held out, `held_rows` in all; which these are depends on the
+    `repeats` is the share of the training rows that end with a passage that they had before. The
+    first rows of each source are held out, `held_rows` in all; which these are depends on the
     sources only, so that no longer run trains on them. `before` stands at the start of every row,
-    `end` behind every document. The order of the training rows depends on `seed` only.
+    `end` behind every document. The order of the training rows, and which of them repeat what,
+    depend on `seed` only.
 
     Raises UsageError if a source cannot be read, or if the text is too short for one row each.
     """
@@ -158,6 +162,8 @@ def make_corpus(
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [train[i] for i in order]
+    chance = random.Random(seed)
+    shuffled = [_repeating(r, chance) if chance.random() < repeats else r for r in shuffled]
     return Corpus(_tensors(shuffled, before, length), _tensors(held, before, length))
 
 
@@ -187,6 +193,13 @@ def _packed(found: Iterator[list[int]], room: int, pack: str) -> list[list[int]]
         return [row for row in rows if len(row) >= min(SHORTEST, room)]
     joined = [i for ids in found for i in ids]
     return [joined[i : i + room] for i in range(0, len(joined) - room + 1, room)]
+
+
+def _repeating(row: list[int], chance: random.Random) -> list[int]:
+    """The row with its end, an eighth to a half of it, replaced by a passage from before."""
+    size = chance.randint(-(-len(row) // 8), len(row) // 2)
+    start = chance.randint(0, len(row) - 2 * size)
+    return row[:-size] + row[start : start + size]
 
 
 def _tensors(rows: Sequence[list[int]], before: Sequence[int], length: int) -> Rows:

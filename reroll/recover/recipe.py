@@ -35,6 +35,9 @@ class Settings(Declared):
     pack: Literal["join", "separate"] = option(
         "join", help="join: rows run on over the end of a document; separate: they are padded"
     )
+    repeats: float = option(
+        0.0, help="share of the rows that end with a passage they had before: recall, densely"
+    )
     held_rows: int = option(16, help="rows that are measured on and never trained on")
     precision: Literal["fp32", "bf16"] = option("fp32", help="bf16 is autocast over fp32 weights")
     checkpointing: bool = option(False, help="compute each trip again for its gradient")
@@ -46,6 +49,8 @@ class Settings(Declared):
         place = "recipe recover"
         if self.length < 8 or self.batch < 1 or (self.micro is not None and self.micro < 1):
             raise UsageError("length is at least 8, batch and micro at least 1", where=place)
+        if not 0 <= self.repeats <= 1:
+            raise UsageError("repeats is a share from 0 to 1", where=place)
         if min(self.held_rows, self.save_every, self.log_every) < 1:
             raise UsageError("held_rows and intervals are at least 1", where=place)
 

@@ -169,6 +169,7 @@ class _Run:
             pack=self.settings.pack,
             before=special_ids(tokenizer)[0],
             end=tokenizer.eos_token_id,
+            repeats=self.settings.repeats,
             seed=self.settings.seed,
         )
 

@@ -32,7 +32,7 @@ def run(name: str, bench: Any, **options: Any) -> dict[str, Any]:
 
 
 def test_every_measure_says_what_it_is() -> None:
-    assert len(measures()) == 8
+    assert len(measures()) == 9
     for name, measure in measures().items():
         assert measure.summary(), name
         assert all(option.help for option in measure.options().values()), name
@@ -258,6 +258,29 @@ def test_contexts_have_the_length_and_depth_that_they_say() -> None:
         assert middle == pytest.approx((first + last) / 2, abs=1)
         assert first - last > 200 / 3
         assert make(bench, bench.model, 40, 0.5, 0) is None
+
+
+def test_a_copier_copies_as_far_as_its_window() -> None:
+    lengths = {"lengths": [30, 60], "passages": 2}
+    for window, wanted in ((None, [1, 1]), (45, [1, 0])):
+        found = run("copying", fakes.bench(fakes.copier(window)), **lengths)["model"]["lengths"]
+        for at, share in zip(found, wanted, strict=True):
+            if share:
+                assert at["again"] == 1
+                assert at["loss_again"] < 0.1
+            else:
+                assert at["again"] < 0.5
+            assert at["first"] < 0.5
+
+
+def test_copying_with_chance_is_the_logarithm_of_the_vocabulary() -> None:
+    found = run("copying", fakes.bench(fakes.uniform()), lengths=[40], passages=2)["model"]
+    (at,) = found["lengths"]
+    assert at["loss_first"] == pytest.approx(math.log(tiny.WORDS), rel=1e-5)
+    assert at["loss_again"] == pytest.approx(math.log(tiny.WORDS), rel=1e-5)
+    assert at["passages"] == 2
+    with pytest.raises(UsageError, match="more than 16"):
+        run("copying", fakes.bench(fakes.uniform()), lengths=[16])
 
 
 # ---- state tracking and ListOps

@@ -71,6 +71,28 @@ def test_padding_is_on_the_right_and_masked(tmp_path: Path) -> None:
     assert found.held_out.mask[0].tolist() == [1] * 16 + [0] * 4
 
 
+def test_repeating_rows_end_with_a_passage_that_they_had_before(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.txt", 64 * 40)
+    plain = corpus(file, length=64)
+    found = corpus(file, length=64, repeats=1.0)
+    assert torch.equal(found.held_out.data, plain.held_out.data)
+    sizes = set()
+    for row, before in zip(found.train.data.tolist(), plain.train.data.tolist(), strict=True):
+        # all tokens of this text differ
+        size = len(row) - len(set(row))
+        assert 8 <= size <= 32
+        assert row[:-size] == before[:-size]
+        start = row.index(row[-size])
+        assert row[start : start + size] == row[-size:]
+        sizes.add(size)
+    assert len(sizes) > 5
+    some = corpus(file, length=64, repeats=0.5)
+    changed = (some.train.data != plain.train.data).any(1).float().mean().item()
+    assert 0.2 < changed < 0.8
+    again = corpus(file, length=64, repeats=0.5)
+    assert torch.equal(some.train.data, again.train.data)
+
+
 def test_jsonl_and_directories(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(
         "\n".join(json.dumps({"text": t}) for t in ("one", "two")), encoding="utf-8"

@@ -1,0 +1,94 @@
+"""Copying: how well a passage is predicted when it comes for the second time.
+
+A passage of `length` tokens of the text, then the same passage again (after "repeat after me",
+Jelassi et al., 2024, arXiv 2402.01032): every token of the second time has been seen `length`
+tokens before. A model that recalls predicts nearly all of them; to one that does not, the second
+time is text like the first. It is as dense as perplexity where `recall` asks one question for each
+context: what it finds is known to a few per cent, and it shows recall before the questions do.
+
+`again` is the share of the second time's tokens that are found likeliest, `first` that of the first
+time's, and `loss_again` and `loss_first` are the mean negative log-likelihoods in nats. The first
+`SETTLING` tokens of both times count on neither side: the second time has to be noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.evaluate.measure import Bench, Measure, NotApplicable
+from reroll.evaluate.measures.perplexity import Text
+from reroll.evaluate.runner import Runner
+from reroll.rewrite.passes.options import option
+
+# tokens at the start of each time that do not count
+SETTLING = 16
+
+
+class Copying(Measure):
+    """A passage for the second time: how much of it is predicted, at which distance."""
+
+    name = "copying"
+    full: ClassVar[Mapping[str, Any]] = {"lengths": [64, 256, 1024], "passages": 16}
+
+    lengths: list[int] = option([64, 256], help="tokens of the passage: the distance to copy over")
+    passages: int = option(4, help="passages of each length")
+
+    def check(self) -> None:
+        if any(n <= SETTLING for n in self.lengths) or self.passages < 1:
+            raise UsageError(
+                f"lengths are more than {SETTLING}, passages 1 or more", where=self.name
+            )
+
+    def run(self, bench: Bench) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for side, runner in bench.sides.items():
+            runner.need_generation()
+            fitting = [n for n in self.lengths if not runner.limit or 2 * n < runner.limit]
+            if not fitting:
+                raise NotApplicable(f"no length fits twice into {runner.limit} tokens")
+            found[side] = {"lengths": []}
+            for length in fitting:
+                bench.progress(0, 0, f"{side}, copying over {length} tokens")
+                found[side]["lengths"].append(self._at(bench, runner, length))
+        return found
+
+    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+        return {f"copied over {at['length']:,} tokens": at["again"] for at in found["lengths"]}
+
+    def _at(self, bench: Bench, runner: Runner, length: int) -> dict[str, Any]:
+        text = Text(runner, bench.text, 2 * length * self.passages)
+        starts = range(0, len(text.ids) - length + 1, 2 * length)
+        if not starts:
+            raise NotApplicable(f"the text has no {length} tokens")
+        totals = torch.zeros(4)
+        for start in starts:
+            passage = text.ids[start : start + length]
+            ids = torch.tensor([runner.prefix + passage + passage])
+            totals += _twice(runner, ids, length)
+        first, again, loss_first, loss_again = (totals / len(starts)).tolist()
+        return {
+            "length": length,
+            "passages": len(starts),
+            "first": first,
+            "again": again,
+            "loss_first": loss_first,
+            "loss_again": loss_again,
+        }
+
+
+def _twice(runner: Runner, ids: Tensor, length: int) -> Tensor:
+    """Right predictions and losses of the first and of the second time, as means: [4]."""
+    right, loss = torch.zeros(ids.shape[1]), torch.zeros(ids.shape[1])
+    for positions, logits in runner.logits(ids, range(ids.shape[1] - 1)):
+        targets = ids[0, positions + 1].to(logits.device)
+        log = logits[0].float().log_softmax(-1)
+        right[positions + 1] = (log.argmax(-1) == targets).float().cpu()
+        loss[positions + 1] = -log.gather(1, targets[:, None])[:, 0].cpu()
+    lead = ids.shape[1] - 2 * length
+    parts = [slice(at + SETTLING, at + length) for at in (lead, lead + length)]
+    return torch.stack([values[part].mean() for values in (right, loss) for part in parts])
