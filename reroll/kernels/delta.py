@@ -22,9 +22,10 @@ from torch import Tensor
 
 from reroll.kernels.diagonal import (
     after_chunk,
+    beginnings,
+    decays,
     faded,
     kind_of_gate,
-    log_decay,
     number_type,
     read_chunk,
     scores,
@@ -66,10 +67,10 @@ def delta_scan(
     row, first, length, _ = sequence(n, starts, T, BT, VARLEN)
     ck, cv, ot = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
     low, below = ot[:, None] >= ot[None, :], ot[:, None] > ot[None, :]
-    q += row * q_b + first * q_t + head * GROUPS * q_h
-    k += row * k_b + first * k_t + head * k_h
-    v += row * v_b + first * v_t + head * v_h
-    g += row * g_b + first * g_t + head * g_h
+    q, k, v, g = beginnings(
+        q, k, v, g, row, first, head * GROUPS, head,
+        q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
+    )  # fmt: skip
     beta += row * b_b + first * b_t + head * b_h
     o += row * o_b + first * o_t + head * GROUPS * o_h
 
@@ -83,9 +84,7 @@ def delta_scan(
         b_k = tile(k, t, k_t, ck, here, K)
         b_v = tile(v, t, v_t, cv, here, V)
         strength = tile(beta, t, b_t, tl.arange(0, 1), here, 1)
-        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
-        G = tl.cumsum(b_g, axis=0)
-        Gn = tl.sum(b_g, axis=0)[None, :]
+        G, Gn = decays(g, t, g_t, ck, here, BT, K, GATE)
         M = strength * faded(scores(b_k, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
         X = inverse(tl.where(below, M, 0.0), ot, LEVELS, SOLVE)
         held = tl.dot((b_k * tl.exp(G)).to(DT), S.to(DT), input_precision=PRECISION)

@@ -43,6 +43,19 @@ def sequence(n, starts, T, BT: tl.constexpr, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def beginnings(
+    q, k, v, g, row, first, query_head, head,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
+):  # fmt: skip
+    """Where the tokens of a sequence begin, for a query head and its key-value head."""
+    q += row * q_b + first * q_t + query_head * q_h
+    k += row * k_b + first * k_t + head * k_h
+    v += row * v_b + first * v_t + head * v_h
+    g += row * g_b + first * g_t + head * g_h
+    return q, k, v, g
+
+
+@triton.jit
 def tile(pointer, rows, stride, columns, row_mask, size: tl.constexpr):
     """Rows of a tensor in fp32, and zeros outside."""
     mask = row_mask[:, None] & (columns < size)[None, :]
@@ -67,6 +80,13 @@ def log_decay(g, rows, stride, k, row_mask, BT: tl.constexpr, K: tl.constexpr, G
     else:
         found = tl.zeros([BT, 1], dtype=tl.float32)
     return found
+
+
+@triton.jit
+def decays(g, rows, stride, k, row_mask, BT: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr):
+    """The log decays of a chunk added up to each token, like `log_decay`, and over all [1, ..]."""
+    each = log_decay(g, rows, stride, k, row_mask, BT, K, GATE)
+    return tl.cumsum(each, axis=0), tl.sum(each, axis=0)[None, :]
 
 
 @triton.jit
@@ -142,10 +162,10 @@ def scan(
     row, first, length, slot = sequence(n, starts, T, BT, VARLEN)
     ck, cv, ot = i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
     low = ot[:, None] >= ot[None, :]
-    q += row * q_b + first * q_t + head * GROUPS * q_h
-    k += row * k_b + first * k_t + head * k_h
-    v += row * v_b + first * v_t + head * v_h
-    g += row * g_b + first * g_t + head * g_h
+    q, k, v, g = beginnings(
+        q, k, v, g, row, first, head * GROUPS, head,
+        q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
+    )  # fmt: skip
     o += row * o_b + first * o_t + head * GROUPS * o_h
 
     S = tl.zeros([BK, BV], dtype=tl.float32)
@@ -160,9 +180,7 @@ def scan(
         here = t < length
         b_k = tile(k, t, k_t, ck, here, K)
         b_v = tile(v, t, v_t, cv, here, V).to(DT)
-        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
-        G = tl.cumsum(b_g, axis=0)
-        Gn = tl.sum(b_g, axis=0)[None, :]
+        G, Gn = decays(g, t, g_t, ck, here, BT, K, GATE)
         if STORE_O:
             read_chunk(
                 q, o, b_k, b_v, S, G, Gn, low, t, here, ck, cv, scale, q_h, q_t, o_h, o_t,
@@ -197,10 +215,10 @@ def read(
     low = ot[:, None] >= ot[None, :]
     t = i * BT + ot
     here = t < length
-    q += row * q_b + first * q_t + query_head * q_h
-    k += row * k_b + first * k_t + head * k_h
-    v += row * v_b + first * v_t + head * v_h
-    g += row * g_b + first * g_t + head * g_h
+    q, k, v, g = beginnings(
+        q, k, v, g, row, first, query_head, head,
+        q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
+    )  # fmt: skip
     o += row * o_b + first * o_t + query_head * o_h
 
     A = tl.zeros([BT, BT], dtype=tl.float32)
@@ -209,9 +227,7 @@ def read(
         ck = j * BK + tl.arange(0, BK)
         b_q = tile(q, t, q_t, ck, here, K) * scale
         b_k = tile(k, t, k_t, ck, here, K)
-        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
-        G = tl.cumsum(b_g, axis=0)
-        Gn = tl.sum(b_g, axis=0)[None, :]
+        G, Gn = decays(g, t, g_t, ck, here, BT, K, GATE)
         at, inside = state_tile(h, (slot + i) * H + head, ck, cv, K, V)
         S = tl.load(at, mask=inside, other=0.0)
         A += scores(b_q, b_k, G, Gn, low, DT, GATE, PRECISION)

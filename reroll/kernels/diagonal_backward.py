@@ -21,7 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from reroll.kernels.diagonal import (
+    beginnings,
     chunk_states,
+    decays,
     faded,
     kind_of_gate,
     log_decay,
@@ -114,9 +116,7 @@ def scan_back(
         tl.store(after, D.to(dh.dtype.element_ty), mask=inside)
         t = i * BT + ot
         here = t < length
-        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
-        G = tl.cumsum(b_g, axis=0)
-        Gn = tl.sum(b_g, axis=0)[None, :]
+        G, Gn = decays(g, t, g_t, ck, here, BT, K, GATE)
         D = D * tl.trans(tl.exp(Gn))
         for r in range(GROUPS):
             b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
@@ -151,19 +151,17 @@ def gradients_qkg(
     t = i * BT + ot
     here = t < length
     keep_k = here[:, None] & (ck < K)[None, :]
-    q += row * q_b + first * q_t + head * GROUPS * q_h
-    k += row * k_b + first * k_t + head * k_h
-    v += row * v_b + first * v_t + head * v_h
-    g += row * g_b + first * g_t + head * g_h
+    q, k, v, g = beginnings(
+        q, k, v, g, row, first, head * GROUPS, head,
+        q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
+    )  # fmt: skip
     do += row * o_b + first * o_t + head * GROUPS * o_h
     dq += row * dq_b + first * dq_t + head * GROUPS * dq_h
     dk += row * dk_b + first * dk_t + head * dk_h
     dg += row * dg_b + first * dg_t + head * dg_h
 
     b_k = tile(k, t, k_t, ck, here, K)
-    b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
-    G = tl.cumsum(b_g, axis=0)
-    Gn = tl.sum(b_g, axis=0)[None, :]
+    G, Gn = decays(g, t, g_t, ck, here, BT, K, GATE)
     # through the state: what the keys wrote, and what of the chunk's first state is left at its end
     b_dk = tl.zeros([BT, BK], dtype=tl.float32)
     held = tl.zeros([BK], dtype=tl.float32)
@@ -235,9 +233,7 @@ def gradients_v(
     for j in range(tl.cdiv(K, BK)):
         ck = j * BK + tl.arange(0, BK)
         b_k = tile(k, t, k_t, ck, here, K)
-        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
-        G = tl.cumsum(b_g, axis=0)
-        Gn = tl.sum(b_g, axis=0)[None, :]
+        G, Gn = decays(g, t, g_t, ck, here, BT, K, GATE)
         at, inside = state_tile(dh, (slot + i) * H + head, ck, cv, K, V)
         D = tl.load(at, mask=inside, other=0.0)
         last = (b_k * tl.exp(Gn - G)).to(DT)

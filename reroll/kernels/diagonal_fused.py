@@ -19,9 +19,10 @@ from torch import Tensor
 
 from reroll.kernels.diagonal import (
     after_chunk,
+    beginnings,
+    decays,
     faded,
     kind_of_gate,
-    log_decay,
     number_type,
     scores,
     sequence,
@@ -40,6 +41,40 @@ from reroll.kernels.diagonal_backward import (
 
 
 @triton.jit
+def store_states(
+    S, k, v, g, h, slot, length, ck, cv, head, k_t, v_t, g_t,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, BT: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Go forward through the chunks from the state S, and store the state before each."""
+    for i in range(tl.cdiv(length, BT)):
+        before, inside = state_tile(h, (slot + i) * H + head, ck, cv, K, V)
+        tl.store(before, S.to(h.dtype.element_ty), mask=inside)
+        t = i * BT + tl.arange(0, BT)
+        here = t < length
+        G, Gn = decays(g, t, g_t, ck, here, BT, K, GATE)
+        S = after_chunk(
+            S, tile(k, t, k_t, ck, here, K), tile(v, t, v_t, cv, here, V).to(DT),
+            G, Gn, DT, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def through_state(
+    D, b_k, b_v, b_h, G, Gn, DT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """What D, the gradient of the state after a chunk, gives: to its keys and values, to the
+    gradient of G at its tokens and at its end.
+    """
+    held = tl.sum(b_h.to(tl.float32) * D, axis=1)
+    fades = tl.exp(Gn - G)
+    b_dv = tl.dot((b_k * fades).to(DT), D.to(DT), input_precision=PRECISION)
+    b_dk = tl.dot(b_v, tl.trans(D.to(DT)), input_precision=PRECISION) * fades
+    after = tl.exp(Gn) * held[None, :] + tl.sum(b_k * b_dk, axis=0)[None, :]
+    return b_dk, b_dv, of_gate(-b_k * b_dk, GATE), after
+
+
+@triton.jit
 def fused_back(
     q, k, v, g, do, h, start, d_end, dq, dk, dv, dg, d_start, starts, scale, T,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, o_b, o_h, o_t,
@@ -54,31 +89,23 @@ def fused_back(
     row, first, length, slot = sequence(n, starts, T, BT, VARLEN)
     ck, cv, ot = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
     low = ot[:, None] >= ot[None, :]
-    q += row * q_b + first * q_t + head * GROUPS * q_h
-    k += row * k_b + first * k_t + head * k_h
-    v += row * v_b + first * v_t + head * v_h
-    g += row * g_b + first * g_t + head * g_h
+    q, k, v, g = beginnings(
+        q, k, v, g, row, first, head * GROUPS, head,
+        q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t,
+    )  # fmt: skip
+    dq, dk, dv, dg = beginnings(
+        dq, dk, dv, dg, row, first, head * GROUPS, head,
+        dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t, dg_b, dg_h, dg_t,
+    )  # fmt: skip
     do += row * o_b + first * o_t + head * GROUPS * o_h
-    dq += row * dq_b + first * dq_t + head * GROUPS * dq_h
-    dk += row * dk_b + first * dk_t + head * dk_h
-    dv += row * dv_b + first * dv_t + head * dv_h
-    dg += row * dg_b + first * dg_t + head * dg_h
-    chunks = tl.cdiv(length, BT)
 
-    whole, inside = state_tile(start, i_nh.to(tl.int64), ck, cv, K, V)
     S = tl.zeros([BK, BV], dtype=tl.float32)
     if HAS_START:
-        S += tl.load(whole, mask=inside, other=0.0).to(tl.float32)
-    for i in range(chunks):
-        before, inside = state_tile(h, (slot + i) * H + head, ck, cv, K, V)
-        tl.store(before, S.to(h.dtype.element_ty), mask=inside)
-        t = i * BT + ot
-        here = t < length
-        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
-        S = after_chunk(
-            S, tile(k, t, k_t, ck, here, K), tile(v, t, v_t, cv, here, V).to(DT),
-            tl.cumsum(b_g, axis=0), tl.sum(b_g, axis=0)[None, :], DT, PRECISION,
-        )  # fmt: skip
+        at, inside = state_tile(start, i_nh.to(tl.int64), ck, cv, K, V)
+        S += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    store_states(
+        S, k, v, g, h, slot, length, ck, cv, head, k_t, v_t, g_t, H, K, V, GATE, BT, DT, PRECISION
+    )
     # a thread may read states that another one of the program has written
     tl.debug_barrier()
 
@@ -86,6 +113,7 @@ def fused_back(
     if HAS_END:
         at, inside = state_tile(d_end, i_nh.to(tl.int64), ck, cv, K, V)
         D += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    chunks = tl.cdiv(length, BT)
     for c in range(chunks):
         i = chunks - 1 - c
         t = i * BT + ot
@@ -93,17 +121,10 @@ def fused_back(
         keep_k = here[:, None] & (ck < K)[None, :]
         b_k = tile(k, t, k_t, ck, here, K)
         b_v = tile(v, t, v_t, cv, here, V).to(DT)
-        b_g = log_decay(g, t, g_t, ck, here, BT, K, GATE)
-        G = tl.cumsum(b_g, axis=0)
-        Gn = tl.sum(b_g, axis=0)[None, :]
+        G, Gn = decays(g, t, g_t, ck, here, BT, K, GATE)
         before, inside = state_tile(h, (slot + i) * H + head, ck, cv, K, V)
         b_h = tl.load(before, mask=inside, other=0.0)
-        held = tl.sum(b_h.to(tl.float32) * D, axis=1)
-        fades = tl.exp(Gn - G)
-        b_dv = tl.dot((b_k * fades).to(DT), D.to(DT), input_precision=PRECISION)
-        b_dk = tl.dot(b_v, tl.trans(D.to(DT)), input_precision=PRECISION) * fades
-        after = tl.exp(Gn) * held[None, :] + tl.sum(b_k * b_dk, axis=0)[None, :]
-        through = of_gate(-b_k * b_dk, GATE)
+        b_dk, b_dv, through, after = through_state(D, b_k, b_v, b_h, G, Gn, DT, GATE, PRECISION)
         D = D * tl.trans(tl.exp(Gn))
         # queries are not to be read before this: they would take registers until here
         tl.debug_barrier()

@@ -39,9 +39,9 @@ def kernels_of(
     if attentions:
         helpers += [window.near_tile]
     if recurrences:
-        helpers += [diagonal.sequence, diagonal.tile, diagonal.state_tile, diagonal.log_decay,
-                    diagonal.between, diagonal.scores, diagonal.faded,
-                    diagonal.read_chunk, diagonal.after_chunk,
+        helpers += [diagonal.sequence, diagonal.beginnings, diagonal.tile, diagonal.state_tile,
+                    diagonal.log_decay, diagonal.decays, diagonal.between, diagonal.scores,
+                    diagonal.faded, diagonal.read_chunk, diagonal.after_chunk,
                     step.softplus, step.decay_of]  # fmt: skip
     if any(site.fields["delta"] for site in recurrences):
         helpers += [delta.inverse]
