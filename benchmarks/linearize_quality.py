@@ -51,7 +51,9 @@ CONFIGURATIONS = {
     "window 64, 4 sinks": "window(size=64, sinks=4)",
     "masformer, full every 6th": "window(size=64, sinks=4, keep=6)",
 } | {
-    f"{mixer} {way}": f"linearize(mixer={mixer}{feature and f', feature_map={feature}'}, {text})"
+    f"{mixer} {way}": (
+        f"linearize(mixer={mixer}{feature and f', feature_map={feature}'}, rotary=true, {text})"
+    )
     for mixer, feature in FEATURES.items()
     for way, text in WAYS.items()
 }

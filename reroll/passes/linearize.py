@@ -48,9 +48,10 @@ class Linearize(LayerPass):
     """Let a token mixer with a state of constant size do the work of attention.
 
     The mixer reads the queries, keys and values that the attention reads: after norms, biases and
-    the rotary embedding, or before the latter with `rotary=false`. With `window`, softmax attention
-    stays for the last tokens and the first `sinks`, in the same layers; `combine` says how the two
-    come together:
+    the rotary embedding, or before the latter with `rotary=false`, which is the default with a
+    feature map, of the pass or of the mixer: it does not commute with a rotation. With `window`,
+    softmax attention stays for the last tokens and the first `sinks`, in the same layers; `combine`
+    says how the two come together:
 
     - `disjoint`: the mixer sees only what the window does not, so its tokens are delayed; it is
       added with a gain per head, a new weight that starts as `gain`. At gain 0 the model starts
@@ -81,7 +82,9 @@ class Linearize(LayerPass):
     mixer_options: dict[str, Value] = option({}, help="options of the mixer")
     gates: Gates = option("learned", help="where the mixer's gates come from")
     feature_map: Feature = option("none", help="what queries and keys go through first")
-    rotary: bool = option(True, help="whether they have their rotary embedding")
+    rotary: bool | None = option(
+        None, help="whether they have their rotary embedding; by default, without a feature map"
+    )
     window: int = option(64, help="how many of the last tokens softmax attention sees; 0 for none")
     sinks: int = option(4, help="how many of the first tokens it sees beside them")
     combine: Combine = option("disjoint", help="how the window and the mixer come together")
@@ -158,8 +161,12 @@ class Linearize(LayerPass):
         return edit.result()
 
     def _design(self) -> Design:
+        rotary = self.rotary
+        if rotary is None:
+            own = getattr(find(self.mixer).make(self.mixer_options), "feature_map", "none")
+            rotary = self.feature_map == own == "none"
         return Design(
-            self.mixer, self.mixer_options, self.gates, self.feature_map, self.rotary,
+            self.mixer, self.mixer_options, self.gates, self.feature_map, rotary,
             self.combine, self.mix, Reach(self.window, self.sinks if self.window else 0),
         )  # fmt: skip
 

@@ -50,6 +50,29 @@ def linear(name: str, text: str = DISJOINT) -> Program:
     return run_passes(captured(name), text, measure=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "rotated"),
+    [
+        ("", True),
+        ("feature_map=elu", False),
+        ("mixer=linear", False),
+        ("mixer=linear, mixer_options={feature_map: none}", True),
+        ("feature_map=elu, rotary=true", True),
+    ],
+)
+def test_a_feature_map_comes_before_the_rotary_embedding_by_default(
+    options: str, rotated: bool
+) -> None:
+    said = {True: "rotary=true", False: "rotary=false"}
+    plain = options.removesuffix(", rotary=true")
+    found, wanted, other = (
+        linear("llama", f"linearize({', '.join(filter(None, parts))})")
+        for parts in ((options,), (plain, said[rotated]), (plain, said[not rotated]))
+    )
+    assert same(found, wanted)
+    assert not same(found, other)
+
+
 @pytest.mark.parametrize("text", ALL.values(), ids=ALL)
 @torch.no_grad()
 def test_any_split_of_a_sequence_is_the_whole(text: str) -> None:
