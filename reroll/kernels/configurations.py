@@ -65,6 +65,28 @@ def tiles_for(
     return None
 
 
+def vocabulary_tiles(target: str, dtype: torch.dtype, precision: str) -> Any:
+    """The tile of `confidence`; None if there is none."""
+    return _tile("confidence", "confidence_part", target, dtype, precision, 1024)
+
+
+def depth_tiles(target: str, dtype: torch.dtype, precision: str, rank: int) -> Any:
+    """The tile of `depth_lora` with a low-rank term of up to `rank`; None if there is none."""
+    size = 16 if rank <= 16 else 64 if rank <= 64 else rank
+    return _tile("depth_lora", "depth_lora_tile", target, dtype, precision, size)
+
+
+def _tile(
+    family: str, kernel: str, target: str, dtype: torch.dtype, precision: str, size: int
+) -> Any:
+    # fp16 has the tiles of bf16, and fp64 none
+    kind = torch.bfloat16 if dtype == torch.float16 else dtype
+    if kind not in (torch.float32, torch.bfloat16):
+        return None
+    entry = manifest().get(key(family, target, number_name(kind, precision), 0, size, 16))
+    return None if entry is None else entry["tiles"][kernel]
+
+
 def linear_tiles(target: str, dtype: torch.dtype, gated: bool, rank: int) -> Any:
     """The tile of `linear_rows` with a low-rank term of up to `rank`; None if there is none."""
     size = 0 if rank == 0 else 16 if rank <= 16 else 64

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from reroll.kernels.diagonal import number_type
 
+# the most rows of a tile; a product of a tensor core has so many
+ROWS = 16
+
 
 def depth_lora_reference(
     x: Tensor, weight: Tensor, down: Tensor, up: Tensor, depth: Tensor
@@ -94,13 +97,14 @@ def tiles_by_depth(depth: Tensor, depths: int, size: int) -> tuple[Tensor, Tenso
 
 
 def depth_lora(
-    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, depth: Tensor, tiles: dict[str, Any],
-    precision: str = "ieee",
+    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, order: Tensor, table: Tensor,
+    tiles: dict[str, Any], precision: str = "ieee",
 ) -> Tensor:  # fmt: skip
-    """See `depth_lora_reference`; `tiles` has BM, BN, BK. A row at a depth below 0 is left out."""
+    """See `depth_lora_reference`; `order` and `table` are `tiles_by_depth` of at most BM rows,
+    `tiles` has BM, BN, BK. A row at a depth below 0 is left out.
+    """
     rows, (outputs, inputs), rank = x.shape[0], weight.shape, down.shape[1]
     y = x.new_empty(rows, outputs)
-    order, table = tiles_by_depth(depth, len(down), tiles["BM"])
     depth_lora_tile[(triton.cdiv(outputs, tiles["BN"]), len(table))](
         x, weight, down, up, y, order, table, x.stride(0), y.stride(0), outputs, inputs,
         R=rank, DT=number_type(x), BR=max(16, triton.next_power_of_2(rank)), PRECISION=precision,

@@ -1,4 +1,5 @@
-"""What runs a token mixer: a kernel of ours or of flash-linear-attention, or a form in PyTorch.
+"""What runs a token mixer: a kernel of ours or of flash-linear-attention, or a form in PyTorch; and
+whether a kernel of ours runs what is no mixer (`runs`).
 
 `chunk` and `step` do what the mixer's methods of these names do. By themselves they take, on a GPU,
 the first of `triton`, `fla` and `eager` that can do it, and `eager` elsewhere; why one was rejected
@@ -97,6 +98,25 @@ def step(
     return mixer.step(q, k, v, gates, state, padding, form=forms.step_form(mixer))
 
 
+def runs(kernel: Literal["depth_lora", "confidence"], x: Tensor, rank: int = 0) -> bool:
+    """Whether a kernel of `layers` runs on a tensor like `x`, or PyTorch's operations do; `rank` is
+    that of a low-rank term.
+    """
+    wanted = chosen()
+    if wanted not in ("auto", "triton") or (wanted == "auto" and x.device.type != "cuda"):
+        return False
+    reason = _missing("triton", x.device.type)
+    if not reason:
+        from reroll.kernels import layers
+
+        reason = layers.rejects(kernel, x, rank)
+    if reason and wanted == "triton":
+        raise _cannot(wanted, reason, f"kernel {kernel}")
+    if reason:
+        _say("triton", f"kernel {kernel}", reason)
+    return not reason
+
+
 def _chunk_form(name: str, mixer: Mixer) -> Callable[..., Any]:
     """What makes the kernel's form of a mixer, for packed sequences too."""
     if name == "triton":
@@ -117,11 +137,7 @@ def _pick(mixer: Mixer, k: Tensor, v: Tensor, trains: bool) -> str:
     if wanted != "auto":
         reason = _rejection(wanted, mixer, k, v, trains)
         if reason:
-            raise UsageError(
-                f"{wanted} cannot run it: {reason}",
-                where=f"mixer {mixer.name}",
-                hint=f"choose another backend with reroll.kernels.dispatch.use or {VARIABLE}",
-            )
+            raise _cannot(wanted, reason, f"mixer {mixer.name}")
         return wanted
     if k.device.type != "cuda":
         return "eager"
@@ -129,7 +145,7 @@ def _pick(mixer: Mixer, k: Tensor, v: Tensor, trains: bool) -> str:
         reason = _rejection(name, mixer, k, v, trains)
         if not reason:
             return name
-        _say(name, mixer.name, reason)
+        _say(name, f"mixer {mixer.name}", reason)
     return "eager"
 
 
@@ -171,9 +187,17 @@ def _missing(name: str, device: str) -> str:
     return ""
 
 
+def _cannot(backend: str, reason: str, where: str) -> UsageError:
+    return UsageError(
+        f"{backend} cannot run it: {reason}",
+        where=where,
+        hint=f"choose another backend with reroll.kernels.dispatch.use or {VARIABLE}",
+    )
+
+
 @cache
-def _say(name: str, mixer: str, reason: str) -> None:
-    log.info("mixer %s does not run on %s: %s", mixer, name, reason)
+def _say(name: str, what: str, reason: str) -> None:
+    log.info("%s does not run on %s: %s", what, name, reason)
 
 
 def _known(name: str) -> str:

@@ -21,7 +21,8 @@ def test_each_row_has_the_term_of_its_depth(rows: int, dtype: torch.dtype) -> No
     x = poisoned(torch.randn(rows, 72).to(dtype))
     weight, down, up = (t.to(dtype) for t in (weight, down, up))
     depth = torch.randint(0, 5, (rows,))
-    found = depth_lora(x, weight, down, up, depth, TILES)
+    order, table = tiles_by_depth(depth, 5, TILES["BM"])
+    found = depth_lora(x, weight, down, up, order, table, TILES)
     exact = dtype == torch.float32
     tolerance = tolerances.FORWARD_TRITON_FP32 if exact else tolerances.FORWARD[dtype]
     assert_close(found, depth_lora_reference(x, weight, down, up, depth), tolerance, "y")

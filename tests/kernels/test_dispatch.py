@@ -162,7 +162,7 @@ def test_names_of_backends() -> None:
 def test_a_rejection_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="reroll.kernels.dispatch"):
         for _ in range(3):
-            dispatch._say("triton", "some mixer", "a reason of this test")
+            dispatch._say("triton", "mixer some mixer", "a reason of this test")
     assert [r.message for r in caplog.records] == [
         "mixer some mixer does not run on triton: a reason of this test"
     ]

@@ -120,9 +120,9 @@ def _depth_lora(variant: Variant, tiles: Tiles) -> Any:
     rows, inputs, outputs, rank = 32, 576, 1536, variant.size
     shapes = (rows, inputs), (outputs, inputs), (8, rank, inputs), (8, outputs, rank)
     x, weight, down, up = (torch.empty(s, dtype=variant.dtype, device="meta") for s in shapes)
-    depth = torch.empty(rows, dtype=torch.int64, device="meta")
+    order, table = (torch.empty(n, dtype=torch.int32, device="meta") for n in (rows, (10, 3)))
     return depth_lora.depth_lora(
-        x, weight, down, up, depth, tiles["depth_lora_tile"], variant.precision
+        x, weight, down, up, order, table, tiles["depth_lora_tile"], variant.precision
     )
 
 
@@ -176,7 +176,7 @@ def _few_rows(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
 def _squares(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
     """Tiles of rows, columns and inputs: many rows in a prompt, few in a step of decoding."""
     prompt = kernel == "window_attention_tile"
-    for rows in (64, 32, 16) if prompt else (16, 32):
+    for rows in (64, 32, 16) if prompt else (depth_lora.ROWS,):
         for columns in (64, 32, 16):
             tile = {"BM": rows, "BN": columns, "num_warps": 4, "num_stages": 2}
             yield tile if prompt else tile | {"BK": 64}
@@ -262,8 +262,7 @@ def _step_variants() -> Iterator[Variant]:
 GROUPS = (1, 3)
 # low-rank terms up to these, or none
 RANKS = (0, 16, 64)
-# what tensor cores take
-NUMBERS = ("bf16", "tf32")
+NUMBERS = ("bf16", "tf32", "ieee")
 
 FAMILIES = {
     family.name: family
@@ -305,7 +304,7 @@ FAMILIES = {
             "window",
             lambda _: [("window_attention_tile",)],
             _squares,
-            tuple(Variant(n, 1, s, 16) for n in (*NUMBERS, "ieee") for s in (64, 128)),
+            tuple(Variant(n, 1, s, 16) for n in NUMBERS for s in (64, 128)),
             _window,
         ),
         Family(

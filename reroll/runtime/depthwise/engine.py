@@ -20,6 +20,7 @@ from reroll.rewrite.raising.matching import argument, shape
 from reroll.rewrite.rolling.exits import exits_of, is_open
 from reroll.runtime.caches import CACHE, cache_nodes
 from reroll.runtime.depthwise.frames import Frame, Row, frame_of, input_at
+from reroll.runtime.depthwise.fused import Depths
 from reroll.runtime.depthwise.plan import Batch, PerSegment, Plan
 from reroll.runtime.depthwise.pool import Places, Pool
 from reroll.runtime.exit_graphs import loop_exits, split_exits
@@ -78,6 +79,8 @@ class Engine:
         like = next(p for p in model.parameters() if p.dtype.is_floating_point)
         kinds = [[shape(argument(n, x)) for x in ("k", "v")] for n in caches]
         self.pool = Pool(kinds, self.trips, slots, length, like, self.absent)
+        self.device = like.device
+        self._stacks: dict[str, Tensor] = {}
         self.width = len(self.loop.carry)
         self.frame: Frame | None = None
 
@@ -90,9 +93,9 @@ class Engine:
 
     def start(self, slots: Sequence[int], tokens: Sequence[int]) -> list[Row]:
         """Rows in front of the first trip, for one new token of each slot."""
-        ids = torch.tensor(tokens)[:, None]
         lengths = [self.pool.lengths[s] for s in slots]
-        values = {"input_ids": ids, self.positions: torch.tensor(lengths)[:, None]}
+        ids, at = (torch.tensor(x, device=self.device)[:, None] for x in (tokens, lengths))
+        values = {"input_ids": ids, self.positions: at}
         given = [torch.ones_like(ids) if n in self.padding else values.get(n) for n in self.names]
         made = self.before.run(given, self.main.__getitem__, Batch((len(slots),)))
         known = dict(zip(self.given, made[self.width :], strict=True))
@@ -165,7 +168,7 @@ class Engine:
         order = sorted(set(trips))
         sizes = tuple(trips.count(trip) for trip in order)
         inputs = [input_at(value, order, sizes) for value in frame.inputs]
-        places = Places(trips, frame.places)
+        places = Places(trips, frame.places, self.device)
 
         def store(number: int, k: Tensor, v: Tensor) -> None:
             self.pool.store(number, places, k, v)
@@ -179,7 +182,13 @@ class Engine:
             cap, scale = argument(node, "softcap"), float(argument(node, "scale"))
             return self.pool.attend(number, places, q, scale, windows, cap)
 
-        return inputs, Batch(sizes, store, attend)
+        return inputs, Batch(sizes, store, attend, Depths(order, sizes, self._stacked))
+
+    def _stacked(self, name: str) -> Tensor:
+        """A weight of all trips, copied side by side when a kernel first asks for it."""
+        if name not in self._stacks:
+            self._stacks[name] = torch.stack(self.weights[name])
+        return self._stacks[name]
 
     def _weight(self, trips: Sequence[int]) -> Any:
         order = sorted(set(trips))

@@ -2,7 +2,8 @@
 
 Rows are sorted by trip, so that the rows of one trip are a segment. A weight that all trips in the
 batch share is used once for all rows; of a weight that differs, such as a norm or a low-rank
-factor, every segment gets its own.
+factor, every segment gets its own. Where the dispatcher takes kernels, a linear layer with its
+low-rank term is one launch for all segments.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from reroll.rewrite.program import ancestors
 from reroll.rewrite.raising.matching import argument
 from reroll.runtime.caches import ATTENTION, CACHE
+from reroll.runtime.depthwise.fused import Depths, sites_of
 from reroll.runtime.functions import BINARY, FUNCTIONS, METHODS, rms_norm
 
 NORM = torch.ops.reroll.rms_norm.default
@@ -35,12 +37,13 @@ class Batch:
     """The rows of one run: how many are in each segment, and where their caches are.
 
     `store(number, k, v)` takes new keys and values, `attend(number, q, node)` gives an attention's
-    result; `number` counts the caches of one trip.
+    result; `number` counts the caches of one trip. With `depths`, kernels may run.
     """
 
     sizes: tuple[int, ...]
     store: Callable[[int, Tensor, Tensor], None] | None = None
     attend: Callable[[int, Tensor, fx.Node], Tensor] | None = None
+    depths: Depths | None = None
 
 
 class Plan:
@@ -55,14 +58,23 @@ class Plan:
         self.places = [n for n in graph.nodes if n.op == "placeholder"]
         self.nodes = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
         self.calls = {n: _function(n) for n in self.nodes if n.op == "call_function"}
+        self.sites = sites_of(self.nodes, self.outputs)
 
     def run(
         self, given: Iterable[Any], weight: Callable[[str], Any], batch: Batch
     ) -> tuple[Any, ...]:
         """The outputs for the values of the placeholders; `weight` gives weights by name."""
         values: dict[fx.Node, Any] = dict(zip(self.places, given, strict=True))
+        depths = batch.depths
+        fused = {n: s for n, s in self.sites.items() if depths and s.runs(weight)}
+        inside = {n for site in fused.values() for n in site.inside}
         for node in self.nodes:
-            if node.op == "get_attr":
+            if node in inside:
+                continue
+            if node in fused:
+                assert depths is not None
+                values[node] = fused[node].run(values[fused[node].x], weight, depths)
+            elif node.op == "get_attr":
                 values[node] = weight(str(node.target))
             elif node in self.caches:
                 assert batch.store is not None
@@ -113,8 +125,9 @@ def _norm(
     x: Tensor, weight: PerSegment, sizes: tuple[int, ...], eps: float, offset: float = 0.0
 ) -> Tensor:
     """`rms_norm` of all rows at once, each with the weight of its segment."""
-    counts = torch.tensor(sizes)
-    own = torch.stack(weight.values).repeat_interleave(counts, 0).float() + offset
+    counts = torch.tensor(sizes, device=x.device)
+    every = torch.stack(weight.values)
+    own = every.repeat_interleave(counts, 0, output_size=sum(sizes)).float() + offset
     own = own.view(-1, *[1] * (x.dim() - 2), own.shape[-1])
     return (rms_norm(x.float(), None, eps) * own).to(x.dtype)
 

@@ -20,10 +20,13 @@ TOGETHER = 4096
 class Places:
     """Where the keys of the rows of a batch are: their trips, slots and positions there."""
 
-    def __init__(self, trips: Sequence[int], places: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, trips: Sequence[int], places: Sequence[tuple[int, int]], device: torch.device
+    ) -> None:
         self.trips = list(trips)
         self.slots, self.positions = ([p[i] for p in places] for i in (0, 1))
-        self.index = tuple(torch.tensor(x) for x in (self.trips, self.slots, self.positions))
+        numbers = self.trips, self.slots, self.positions
+        self.index = tuple(torch.tensor(x, device=device) for x in numbers)
         self.longest = max(self.positions) + 1
         self.masks: dict[tuple[int | None, ...], Tensor | None] = {}
 
@@ -31,12 +34,14 @@ class Places:
         """Which keys each row sees [rows, 1, 1, longest]; None if each sees all."""
         key = tuple(windows)
         if key not in self.masks:
-            last, keys = self.index[2][:, None], torch.arange(self.longest)
+            # on the host, which then need not wait to know whether there is anything to mask
+            last, keys = torch.tensor(self.positions)[:, None], torch.arange(self.longest)
             seen = keys <= last
             if any(window is not None for window in windows):
                 sizes = [self.longest if w is None else w for w in windows]
                 seen = seen & (keys > last - torch.tensor(sizes)[:, None])
-            self.masks[key] = None if bool(seen.all()) else seen[:, None, None]
+            whole = bool(seen.all())
+            self.masks[key] = None if whole else seen[:, None, None].to(self.index[0].device)
         return self.masks[key]
 
 

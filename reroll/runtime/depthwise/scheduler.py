@@ -106,6 +106,7 @@ class DepthScheduler:
                 hint="give the scheduler a larger length",
             )
         self._number += 1
+        ids = ids.to(self.engine.device)
         request = Request(self._number, ids, max_new_tokens, frozenset(stop))
         self._requests[request.number] = request
         self._waiting.append(request)
