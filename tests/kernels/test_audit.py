@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reroll.kernels.audit.__main__ import table
+from reroll.kernels.audit.__main__ import summary, table
 from reroll.kernels.audit.sweep import _registers
 from reroll.kernels.audit.workers import Worker
 from reroll.kernels.configurations import key, manifest
@@ -40,7 +40,9 @@ def test_a_spill_is_seen(worker: Worker) -> None:
     found = answer["found"]["scan"]
     assert found["spilled"] > 0
     assert "spilled" in found["problem"]
-    assert "spilled |" in table([{"configuration": "x", "kernel": "scan", **found}])
+    record = {"configuration": "diagonal/sm_80/bf16/gate1/64/64", "kernel": "scan", **found}
+    assert "spilled |" in table([record])
+    assert "| sm_80 | diagonal | 1 | 1 | 1 | 255 |" in summary([record])
 
 
 def test_what_does_not_compile_is_reported(worker: Worker) -> None:

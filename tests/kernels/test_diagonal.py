@@ -91,6 +91,18 @@ def test_query_heads_share_a_state(name: str, backward: str) -> None:
           torch.float32)  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+@pytest.mark.parametrize("name", list(MIXERS))
+def test_head_sizes_with_the_tiles_that_are_shipped(name: str, size: int) -> None:
+    mixer = MIXERS[name]
+    call = draw(mixer, 34, heads=1, d_k=size, d_v=size)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gates: Any, state: Tensor) -> Any:
+        return op(q, k, v, gates[0], state, None, SCALE, LIMIT[name], "tf32")
+
+    agree(with_gradients(run, call), with_gradients(reference(mixer), call), torch.float32)
+
+
 @pytest.mark.parametrize("name", list(MIXERS))
 def test_packed_sequences(name: str, backward: str) -> None:
     mixer, lengths = MIXERS[name], (1, 40, 64, 30)

@@ -25,8 +25,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "keywords"), CASES)
-def test_it_is_the_mixers_step(name: str, keywords: dict[str, Any]) -> None:
+def test_it_is_the_mixers_step(name: str, keywords: dict[str, Any], dtype: torch.dtype) -> None:
+    exact = dtype == torch.float32
+    tolerance = 1e-5 if exact else tolerances.FORWARD[dtype]
     torch.manual_seed(0)
     mixer = make(name, {"scale": 0.5})
     gates = mixer.gates(D_K, D_V)
@@ -35,7 +38,7 @@ def test_it_is_the_mixers_step(name: str, keywords: dict[str, Any]) -> None:
     state = pool[slots.long()]
     gain = torch.randn(HEADS * GROUPS)
     for _ in range(3):
-        q, k, v = (torch.randn(ROWS, 1, n, d).transpose(1, 2) for n, d in
+        q, k, v = (torch.randn(ROWS, 1, n, d).to(dtype).transpose(1, 2) for n, d in
                    ((HEADS * GROUPS, D_K), (HEADS, D_K), (HEADS, D_V)))  # fmt: skip
         raw = [10 * torch.randn(ROWS, HEADS, 1, *g.shape) for g in gates]
         made = [g.activation(r) for g, r in zip(gates, raw, strict=True)]
@@ -46,8 +49,8 @@ def test_it_is_the_mixers_step(name: str, keywords: dict[str, Any]) -> None:
             q[:, :, 0], k[:, :, 0], v[:, :, 0], decay, beta, pool, slots,
             scale=0.5, gain=gain, tiles=TILES, **keywords,
         )  # fmt: skip
-        assert_close(out, wanted[:, 0] * gain[:, None], 1e-5, "out")
-        assert_close(pool[slots.long()], state, 1e-5, "state")
+        assert_close(out, wanted[:, 0] * gain[:, None], tolerance, "out")
+        assert_close(pool[slots.long()], state, tolerance, "state")
     assert torch.equal(pool[[1, 3]], before[[1, 3]]), "states of others are left alone"
 
 

@@ -1,9 +1,11 @@
 """Compile what the manifest ships, print what came out, and fail on a spill.
 
-    python -m reroll.kernels.audit [--targets sm_90,...] [--families ...] [--sizes 64,...] [--json]
+    python -m reroll.kernels.audit [--targets sm_90,...] [--families ...] [--sizes 64,...]
+        [--summary | --json]
 
 Registers, spills, shared memory and matrix instructions are read from the binaries, which are built
-with no GPU. Exits with 1 if a shipped configuration spills, does not fit, or does not compile.
+with no GPU. `--summary` prints a line for each GPU and family. Exits with 1 if a shipped
+configuration spills, does not fit, or does not compile.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from reroll.kernels.audit.families import FAMILIES
 from reroll.kernels.audit.workers import Worker
 from reroll.kernels.configurations import TARGETS, manifest
 
+SUMMARY = ("GPU", "family", "configurations", "kernels", "spilled", "registers, the most",
+           "shared memory, the most, KiB", "matrix instr., the fewest")  # fmt: skip
 HEAD = ("configuration", "kernel", "registers", "spilled", "shared", "matrix instr.", "verdict")
 
 
@@ -46,7 +51,9 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--sizes", default="", help="head sizes; all if none")
-    parser.add_argument("--json", action="store_true")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--summary", action="store_true", help="a line for each GPU and family")
+    form.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     sizes = [s for s in chosen.sizes.split(",") if s]
     records = audit(chosen.targets.split(","), chosen.families.split(","), sizes)
@@ -54,7 +61,7 @@ def main() -> None:
     if chosen.json:
         sys.stdout.write(json.dumps(records, indent=1) + "\n")
     else:
-        sys.stdout.write(table(records))
+        sys.stdout.write(summary(records) if chosen.summary else table(records))
         sys.stdout.write(f"{len(records)} kernels, {len(bad)} that must not be shipped\n")
     # a selection that is empty shows nothing
     sys.exit(1 if bad or not records else 0)
@@ -62,11 +69,39 @@ def main() -> None:
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records as a Markdown table."""
-    lines = [HEAD, tuple("---" for _ in HEAD)]
+    lines = []
     for r in records:
         numbers = (r["registers"], r["spilled"], r["shared"], r["tensor_core"])
         lines.append((r["configuration"], r["kernel"], *map(str, numbers), r["problem"] or "ok"))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return _markdown(HEAD, lines)
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    """The records by GPU and family. Matrix instructions are counted in bf16 and tf32, where a
+    family has any; `spilled` counts kernels.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in records:
+        family, target, *_ = r["configuration"].split("/")
+        groups.setdefault((target, family), []).append(r)
+    lines = []
+    for (target, family), own in sorted(groups.items(), key=lambda g: TARGETS.index(g[0][0])):
+        narrow = [r["tensor_core"] for r in own if "/ieee/" not in r["configuration"]]
+        numbers = (
+            len({r["configuration"] for r in own}),
+            len(own),
+            sum(r["spilled"] > 0 for r in own),
+            max(r["registers"] for r in own),
+            -(-max(r["shared"] for r in own) // 1024),
+        )
+        fewest = str(min(narrow)) if any(narrow) else "none"
+        lines.append((target, family, *map(str, numbers), fewest))
+    return _markdown(SUMMARY, lines)
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 if __name__ == "__main__":
