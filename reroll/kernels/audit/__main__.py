@@ -4,8 +4,8 @@
         [--summary | --json]
 
 Registers, spills, shared memory and matrix instructions are read from the binaries, which are built
-with no GPU. `--summary` prints a line for each GPU and family. Exits with 1 if a shipped
-configuration spills, does not fit, or does not compile.
+with no GPU. `--summary` prints a line for each GPU and family, and what fails. Exits with 1 if a
+shipped configuration spills, does not fit, or does not compile.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def main() -> None:
         sys.stdout.write(json.dumps(records, indent=1) + "\n")
     else:
         sys.stdout.write(summary(records) if chosen.summary else table(records))
+        if chosen.summary and bad:
+            sys.stdout.write(f"\n{table(bad)}")
         sys.stdout.write(f"{len(records)} kernels, {len(bad)} that must not be shipped\n")
     # a selection that is empty shows nothing
     sys.exit(1 if bad or not records else 0)
