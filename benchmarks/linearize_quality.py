@@ -3,7 +3,7 @@
 Every line is the original after one pass, on the same tokens; contexts start afresh.
 
     python -m benchmarks.linearize_quality [--model DIR] [--contexts 512,2048] [--tokens 8192]
-        [--positions 8] [--only NAME;NAME] [--json FILE]
+        [--positions 8] [--copies 256,1024] [--only NAME;NAME] [--json FILE]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 import reroll
+from reroll.evaluate.suite import choose, evaluate
 from reroll.rewrite.passes.costs import state_bytes
 from reroll.rewrite.program import Program
 
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--positions", type=int, help="also by so many parts of a context")
+    parser.add_argument("--copies", help="also how much is copied over so many tokens")
     parser.add_argument("--only", help="names of configurations, or pipelines, separated by ;")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -117,9 +119,15 @@ def main() -> None:
             if options.positions:
                 parts = losses.split(context // options.positions, 1)
                 row[f"perplexity {context} by position"] = [p.mean().exp().item() for p in parts]
+        if options.copies:
+            measure = f"copying(lengths=[{options.copies}], passages=4)"
+            found = evaluate(after, None, choose(measure, "quick"), text=options.held_out)
+            for at in found["measures"]["copying"]["result"]["model"]["lengths"]:
+                row[f"copied over {at['length']}"] = at["again"]
+                row[f"first time, {at['length']}"] = at["first"]
         rows.append(row)
-        found = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
-        print(f"{name:44s} {found}  state {row['state']}", *remarks, sep="\n    ", flush=True)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
+        print(f"{name:44s} {shown}  state {row['state']}", *remarks, sep="\n    ", flush=True)
         for key in [k for k in row if k.endswith("by position")]:
             print(f"    {key}: " + ", ".join(f"{value:.4g}" for value in row[key]), flush=True)
     if options.json:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 import reroll
+from reroll.evaluate.suite import choose, evaluate
 from reroll.rewrite.passes.samples import sample_text
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,20 @@ def test_liger_gla(path: str, ids: Tensor, gates: str, divisor: float) -> None:
     close(whole, _published(path, ids, divisor))
     # in the released code, decoding computes something else than training
     close(stepwise(model, ids), whole)
+
+
+def test_the_layers_that_stay_are_those_that_copy(path: str) -> None:
+    """A passage for the second time, further back than the window: chosen layers predict it."""
+    program = reroll.capture(path, dtype="float32")
+    ask = choose("copying(lengths=[200], passages=2)", "quick")
+    copied = {}
+    for keep in ("4", '"auto:0.25"'):
+        after = reroll.run_passes(program, f"window(size=64, sinks=4, keep={keep})", measure=False)
+        found = evaluate(after, None, ask, text=sample_text())
+        copied[keep] = found["measures"]["copying"]["result"]["model"]["lengths"][0]["again"]
+    # 0.98 with attention everywhere, 0.4 where the passage is not seen
+    assert copied["4"] < 0.6
+    assert copied['"auto:0.25"'] > 0.85
 
 
 def _published(path: str, ids: Tensor, divisor: float) -> Tensor:

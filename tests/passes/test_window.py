@@ -147,7 +147,9 @@ def test_keeping_the_layers_that_matter_most() -> None:
     )
     after = run_passes(loud, 'window(size=2, sinks=0, keep="auto:0.25")', measure=False)
     remarks = after.origin.steps[-1].remarks
-    assert remarks[0].startswith("KL on random tokens of each layer alone: 2: ")
+    assert remarks[0].startswith(
+        "KL on random tokens, and the same again, of each layer alone: 2: "
+    )
     assert remarks[1].startswith("layers 2 stay (0 exchanged)")
     (layer,) = attention_layers(after)
     assert layer.values("window") == (2, 2, None, 2)

@@ -1,4 +1,8 @@
-"""Which layers stay as they are, by measurement: those whose rewriting changes the output most."""
+"""Which layers stay as they are, by measurement: those whose rewriting changes the output most.
+
+It is measured on text and the same text again. What a window or a state loses first is what stood
+far back, and plain text hardly asks for it: the layers that copy are not those that its KL names.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ from reroll.rewrite.passes.measure import measured_output
 from reroll.rewrite.passes.samples import token_input, token_inputs
 from reroll.rewrite.program import Program
 
-LENGTH = 512
+# tokens of the text, which then come again
+LENGTH = 256
 # layers that the remark names
 SHOWN = 8
 
@@ -27,7 +32,7 @@ def keep_by_measure(
     """The part of the layers that should stay as they are, and a remark with the ranking.
 
     `rewritten` gives the program with only some layers rewritten. Each layer is rewritten alone,
-    and ranked by the KL divergence of the output from the original's on the calibration text. Then,
+    and ranked by the KL divergence of the output from the original's on the text twice. Then,
     with all others rewritten, the last of those that stay is exchanged for the first of those that
     do not as long as that brings the output nearer.
     """
@@ -70,8 +75,10 @@ class _Distance:
     def __init__(self, program: Program, context: Context) -> None:
         if token_input(program) is None:
             raise PassError("only a model of tokens can be measured", hint="name the layers")
-        tokens, self.what = context.some_tokens(program, LENGTH // 8)
-        self.inputs: Mapping[str, Tensor] = token_inputs(program, tokens[None, :LENGTH])
+        tokens, what = context.some_tokens(program, LENGTH // 8)
+        self.what = f"{what}, and the same again,"
+        twice = tokens[None, :LENGTH].repeat(1, 2)
+        self.inputs: Mapping[str, Tensor] = token_inputs(program, twice)
         self.context = context
         self.original = self._log_probabilities(program)
 
