@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu [MODEL] [--json gpu.json] [--quick]
 
-1. self-test: every kernel against its reference on this device, forward and gradients
+1. self-test: kernels of mixers, with gradients, and of layers against their references on this
+   device; those of a bundle test themselves in 3
 2. kernels beside flash-linear-attention (if installed) and `scaled_dot_product_attention`
 3. with MODEL (a converted directory): a bundle is exported, tested and decodes, beside the torch
    module
@@ -30,7 +31,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reroll.kernels import configurations, dispatch, forms, interpreter, recurrence
+from reroll.kernels import (
+    confidence,
+    configurations,
+    depth_lora,
+    dispatch,
+    forms,
+    interpreter,
+    layers,
+    recurrence,
+)
 from reroll.mixers import make
 from reroll.rewrite.passes import tolerances
 
@@ -40,6 +50,7 @@ DEVICE = "cuda"
 # of the self-test
 TESTED = (2, 100, 3, 64)
 MIXERS = ("retention", "gla", "gated_deltanet")
+NUMBERS = (torch.float32, torch.bfloat16)
 
 
 def draw(mixer: Any, shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[Any]:
@@ -57,10 +68,10 @@ def draw(mixer: Any, shape: tuple[int, int, int, int], dtype: torch.dtype) -> li
 
 
 def selftest() -> list[dict[str, Any]]:
-    """Kernels against the mixers' definition: relative errors, and whether they are small."""
+    """Kernels against their definitions: relative errors, and whether they are small."""
     found = []
     for name in MIXERS:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in NUMBERS:
             mixer = make(name)
             trains = name != "gated_deltanet"
             q, k, v, gates = draw(mixer, TESTED, dtype)
@@ -79,13 +90,41 @@ def selftest() -> list[dict[str, Any]]:
                     with _only(family):
                         ours = torch.autograd.grad(out, leaves, seed, retain_graph=True)
                     errors[f"gradients, {family}"] = max(map(_far, ours, theirs))
-            # fp32 products may be in tf32 on a GPU
-            limit = tolerances.FORWARD_TRITON_FP32 if dtype == torch.float32 else 1e-2
-            found.append({
-                "mixer": name, "dtype": str(dtype), "errors": errors,
-                "ok": all(e <= limit for e in errors.values()),
-            })  # fmt: skip
-    return found
+            token = [t[:, :, :1].detach() for t in leaves]
+            with dispatch.use("triton"):
+                stepped = dispatch.step(mixer, *token[:3], token[3:], (state.detach(),))
+            again = mixer.step(*token[:3], token[3:], (state.detach(),))
+            errors |= {
+                "step": _far(stepped[0], again[0]),
+                "after": _far(stepped[1][0], again[1][0]),
+            }
+            found.append(_tested(name, dtype, errors))
+    return found + [_tested("layers", dtype, layers_far(dtype)) for dtype in NUMBERS]
+
+
+def layers_far(dtype: torch.dtype) -> dict[str, float]:
+    """Errors of the kernels of `reroll.kernels.layers`."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    x, weight, down, up = random(40, 72), random(200, 72), random(5, 6, 72), random(5, 200, 6)
+    depth = torch.arange(40, device=DEVICE) % 5
+    tables = depth_lora.tiles_by_depth(depth, 5, depth_lora.ROWS)
+    y = layers.depth_lora(x, weight, down, up, *tables, forms.precision())
+    wanted = depth_lora.depth_lora_reference(x, weight, down, up, depth)
+    sure = layers.confidence(x, weight, forms.precision())
+    theirs = confidence.confidence_reference(x, weight)
+    return {"depth_lora": _far(y, wanted)} | {
+        name: _far(a, b) for name, a, b in zip(theirs._fields, sure, theirs, strict=True)
+    }
+
+
+def _tested(name: str, dtype: torch.dtype, errors: dict[str, float]) -> dict[str, Any]:
+    # fp32 products may be in tf32 on a GPU
+    limit = tolerances.FORWARD_TRITON_FP32 if dtype == torch.float32 else 1e-2
+    ok = all(e <= limit for e in errors.values())
+    return {"of": name, "dtype": str(dtype), "errors": errors, "ok": ok}
 
 
 def speed(quick: bool) -> list[dict[str, Any]]:
