@@ -95,6 +95,8 @@ def prompts(vocabulary: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         "mixer=gated_deltanet, window=4, sinks=0",
         "mixer=mamba2, window=3, sinks=1",
         "mixer=linear, window=5, sinks=2",
+        "mixer=deltanet, window=0, sinks=0",
+        "mixer=kda, window=4, sinks=1",
     ],
 )
 def test_it_computes_what_the_module_computes(options: str, tmp_path: Path) -> None:
