@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,24 @@ def test_a_lowered_model_generates_through_kernels(mixer: str) -> None:
             )  # fmt: skip
         answers.append(torch.stack(done.logits))
     assert_close(answers[1], answers[0], tolerances.FORWARD_TRITON_FP32, "logits")
+
+
+@pytest.mark.slow
+def test_a_lowered_model_is_compiled_with_kernels_in_its_graphs() -> None:
+    module, found = linearized("mixer=retention, window=4, sinks=1").to_module(), set()
+
+    def backend(graph: Any, _: Any) -> Any:
+        found.update(str(n.target) for n in graph.graph.nodes)
+        return graph.forward
+
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8], [1, 2, 9, 8, 7, 6]])
+    with torch.no_grad():
+        wanted = module(input_ids=ids, use_cache=False).logits
+        with dispatch.use("triton"):
+            out = torch.compile(module.forward, backend=backend)(input_ids=ids, use_cache=False)
+    torch._dynamo.reset()
+    assert "reroll_kernels.diagonal.default" in found
+    assert_close(out.logits, wanted, tolerances.FORWARD_TRITON_FP32, "logits")
 
 
 def test_it_trains_through_a_kernel() -> None:
