@@ -110,6 +110,7 @@ def test_everything_stays_on_the_models_device():
 
 @interpreted
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_real_model(real_model, launched):
     """A trip of SmolLM2 for rows at three depths, and its exit."""
     program = reroll.run_passes(
