@@ -6,8 +6,8 @@ on. Models and results are kept in `--work`, and a run that was stopped goes on 
 that long comparisons can be made in pieces.
 
     python -m benchmarks.recovery recipes/A.yaml recipes/B.yaml --tokens 2M --work out/recovery
-        [--batch ROWS] [--train-only] [--model DIR] [--threads N]
-        [--data FILE ...] [--text FILE] [--measures TEXT]
+        [--batch ROWS] [--train-only] [--recovered-only] [--model DIR] [--threads N]
+        [--data FILE ...] [--text FILE] [--beside MEASURES] [--alone MEASURES]
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from reroll.evaluate.suite import choose, evaluate
 from reroll.recover import Recipe, load_recipe, recover
 
 DATA = [f"data/text/{name}.train.txt" for name in ("pydocs", "shakespeare", "gcide", "foldoc")]
-MEASURES = (
-    "agreement(contexts=[2048], tokens=8192), perplexity(contexts=[2048], tokens=8192), "
-    "recall(lengths=[512, 1024], depths=[0, 0.5], samples=4), generation(prompts=4, new=32)"
+# beside the original, and what needs no original
+BESIDE = "agreement(contexts=[2048], tokens=8192), generation(prompts=4, new=32)"
+ALONE = (
+    "perplexity(contexts=[1024, 2048], tokens=8192), copying(lengths=[256, 1024]), "
+    "recall(lengths=[512, 1024], depths=[0, 0.5], samples=4)"
 )
 
 
 def measured(model: Any, options: argparse.Namespace, file: Path) -> dict[str, Any]:
     """The headline of each measure; from the file if it is there."""
     if not file.is_file():
-        chosen = choose(options.measures, "quick")
-        found = evaluate(model, options.model, chosen, text=Path(options.text))
-        lines = {
-            label: value
-            for each in found["measures"].values()
-            for label, value in each.get("headline", {}).get("model", {}).items()
-        }
+        lines: dict[str, Any] = {}
+        for text, original in ((options.beside, options.model), (options.alone, None)):
+            found = evaluate(model, original, choose(text, "quick"), text=Path(options.text))
+            for each in found["measures"].values():
+                lines |= each.get("headline", {}).get("model", {})
         file.write_text(json.dumps(lines, indent=1), encoding="utf-8")
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
@@ -88,11 +88,14 @@ def trained(path: Path, options: argparse.Namespace) -> tuple[Path, Path]:
 def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What one recipe gives: after its passes, and after its recovery."""
     start, end = trained(path, options)
-    before = measured(str(start), options, start.with_suffix(".json"))
     after = measured(str(end), options, end.with_suffix(".json"))
     run = json.loads(end.with_suffix(".run.json").read_text(encoding="utf-8"))
     cost = {"tokens": run["tokens"], "seconds": round(run["seconds"])}
-    return {"passes only": before, "recovered": {**after, **cost}}
+    found = {"recovered": {**after, **cost}}
+    if not options.recovered_only:
+        before = measured(str(start), options, start.with_suffix(".json"))
+        found = {"passes only": before, **found}
+    return found
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -102,10 +105,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", default="data/text/wiki.val.txt")
     parser.add_argument("--tokens", default="500k", type=token_count)
     parser.add_argument("--work", type=Path, default=Path("out/recovery"))
-    parser.add_argument("--measures", default=MEASURES)
+    parser.add_argument("--beside", default=BESIDE, help="measures with the original beside")
+    parser.add_argument("--alone", default=ALONE, help="measures without it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, help="rows of a step, instead of the recipe's")
+    parser.add_argument("--recovered-only", action="store_true", help="not what passes alone give")
     parser.add_argument("--train-only", action="store_true", help="measure another time")
 
 
