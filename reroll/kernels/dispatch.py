@@ -98,20 +98,25 @@ def step(
     return mixer.step(q, k, v, gates, state, padding, form=forms.step_form(mixer))
 
 
+def considers_kernels(device: torch.device) -> bool:
+    """Whether `runs` can be true at all: kernels are forced, or these are tensors of a GPU."""
+    wanted = chosen()
+    return wanted == "triton" or (wanted == "auto" and device.type == "cuda")
+
+
 def runs(kernel: Literal["depth_lora", "confidence"], x: Tensor, rank: int = 0) -> bool:
     """Whether a kernel of `layers` runs on a tensor like `x`, or PyTorch's operations do; `rank` is
     that of a low-rank term.
     """
-    wanted = chosen()
-    if wanted not in ("auto", "triton") or (wanted == "auto" and x.device.type != "cuda"):
+    if not considers_kernels(x.device):
         return False
     reason = _missing("triton", x.device.type)
     if not reason:
         from reroll.kernels import layers
 
         reason = layers.rejects(kernel, x, rank)
-    if reason and wanted == "triton":
-        raise _cannot(wanted, reason, f"kernel {kernel}")
+    if reason and chosen() == "triton":
+        raise _cannot("triton", reason, f"kernel {kernel}")
     if reason:
         _say("triton", f"kernel {kernel}", reason)
     return not reason

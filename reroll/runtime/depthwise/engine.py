@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.errors import UsageError
+from reroll.kernels import dispatch
 from reroll.rewrite.program import Loop, weight_nodes
 from reroll.rewrite.raising.matching import argument, shape
 from reroll.rewrite.rolling.exits import exits_of, is_open
@@ -182,7 +183,10 @@ class Engine:
             cap, scale = argument(node, "softcap"), float(argument(node, "scale"))
             return self.pool.attend(number, places, q, scale, windows, cap)
 
-        return inputs, Batch(sizes, store, attend, Depths(order, sizes, self._stacked))
+        depths = None
+        if dispatch.considers_kernels(self.device):
+            depths = Depths(order, sizes, self._stacked)
+        return inputs, Batch(sizes, store, attend, depths)
 
     def _stacked(self, name: str) -> Tensor:
         """A weight of all trips, copied side by side when a kernel first asks for it."""

@@ -66,7 +66,8 @@ class Plan:
         """The outputs for the values of the placeholders; `weight` gives weights by name."""
         values: dict[fx.Node, Any] = dict(zip(self.places, given, strict=True))
         depths = batch.depths
-        fused = {n: s for n, s in self.sites.items() if depths and s.runs(weight)}
+        sites = {} if depths is None else self.sites
+        fused = {node: site for node, site in sites.items() if site.runs(weight)}
         inside = {n for site in fused.values() for n in site.inside}
         for node in self.nodes:
             if node in inside:
