@@ -220,7 +220,7 @@ def test_binaries_are_written_without_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-# half an hour on a core that others use too
+# seven minutes of processor time, most of an hour on a core that others use too
 @pytest.mark.timeout(3600)
 def test_a_real_model(real_model: Any, tmp_path: Path) -> None:
     """SmolLM2, tied and linearized with gains that let the mixer be heard."""
