@@ -7,7 +7,8 @@ its callback does. The softmax attention stays whole, so the state still grows w
     pip install tptt      # into an environment beside reroll's; it is no dependency of reroll
     python -m benchmarks.recovery_tptt --tokens 500k --work out/recovery
 
-`benchmarks.recovery` with the same `--work` and `--tokens` then has the row in its table.
+`benchmarks.recovery` with the same `--work` and `--tokens` then has the row in its table. With
+`--train-only` it says what so many tokens take, and keeps nothing.
 """
 
 from __future__ import annotations
@@ -69,6 +70,9 @@ def main() -> None:
             left = (steps - step - 1) * (time.perf_counter() - start) / (step + 1) / 60
             print(f"  tptt: step {step + 1}, loss {loss.item():.4g}, {left:.0f} minutes left")
     seconds = round(time.perf_counter() - start)
+    print(f"  tptt: {steps * LENGTH * BATCH:,} tokens in {seconds} seconds")
+    if options.train_only:
+        return
     trained = model.merge_and_unload().eval()
     file = options.work / f"tptt-{options.tokens}.json"
     found = measured(trained, options, file)

@@ -42,7 +42,7 @@ NAMES = {"align": "aligned, distilled", "distil": "distilled", "drop": "layers d
 
 def recipe(side: str) -> Recipe:
     """How one side is trained."""
-    shared = {"length": 512, "batch": 4, "micro": 2, "precision": "bf16", "held_rows": 8}
+    shared = {"length": 512, "batch": 2, "precision": "bf16", "held_rows": 8}
     return parse({"recover": {**shared, "stages": STAGES[side]}})
 
 
