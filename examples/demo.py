@@ -29,9 +29,13 @@ from reroll.evaluate.compare import compare
 from reroll.evaluate.generation import generate, open_generator
 from reroll.evaluate.inspect import inspect_model
 from reroll.evaluate.subjects import open_subject
+from reroll.rewrite.passes.costs import state_bytes
+from reroll.rewrite.passes.manager import Event
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
-RECIPES = ["exact", "tie10-relax64", "tie15-relax128"]
+RECIPES = ["exact", "linearize-quarter", "tie15-relax128"]
+# tokens of context whose state is counted
+CONTEXT = 32_768
 PROMPT = "What is the capital of France? Answer in one sentence."
 
 console = Console(highlight=False, width=None if Console().is_terminal else 120)
@@ -78,10 +82,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m-instruct")
     parser.add_argument("--text", type=Path, default=ROOT / "data" / "text" / "wiki.val.txt")
+    parser.add_argument(
+        "--calibrate-on", type=Path, default=ROOT / "data" / "text" / "wiki.train.txt"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the text to compare on")
     arguments = parser.parse_args()
-    for path in (arguments.model, arguments.text):
+    for path in (arguments.model, arguments.text, arguments.calibrate_on):
         if not path.exists():
             parser.error(f"{path} is missing: make models NAMES='smollm2-135m-instruct text:wiki'")
     text = arguments.text.read_text(encoding="utf-8")
@@ -99,7 +106,14 @@ def main() -> None:
         out = arguments.out / name
         recipe = ROOT / "recipes" / f"{name}.yaml"
         with step(f"converting by {recipe.relative_to(ROOT)}") as bars:
-            converted = reroll.run_passes(program, recipe, measure=False)
+
+            def tell(event: Event, bars: Bars = bars) -> None:
+                if event.kind == "progress":
+                    bars(event.done, event.total, event.what)
+
+            converted = reroll.run_passes(
+                program, recipe, text=arguments.calibrate_on, measure=False, on_event=tell
+            )
             # low-rank factors are computed here, when the weights are written
             converted.save(
                 str(out),
@@ -113,9 +127,12 @@ def main() -> None:
         with step("running it"):
             seen = examine(out, text)
         passes = ", ".join(str(s.text) for s in converted.origin.steps) or "none, only rolled"
-        rows.append({"recipe": name, "passes": passes, **seen, **found})
+        state = {"state_bytes": state_bytes(converted, CONTEXT)}
+        rows.append({"recipe": name, "passes": passes, **seen, **found, **state})
     first.update(
-        parameters={"b": rows[1]["parameters"]["a"]}, perplexity={"b": rows[1]["perplexity"]["a"]}
+        parameters={"b": rows[1]["parameters"]["a"]},
+        perplexity={"b": rows[1]["perplexity"]["a"]},
+        state_bytes=state_bytes(program, CONTEXT),
     )
 
     console.print(f"\n> {PROMPT}", markup=False)
@@ -135,8 +152,8 @@ def table(rows: list[dict[str, Any]], tokens: int) -> Table:
         box=box.SIMPLE_HEAD,
     )
     made.add_column("recipe")
-    names = "parameters ratio perplexity KL top-1 file decode"
-    for column in names.split():
+    names = f"parameters,ratio,perplexity,KL,top-1,file,state at {CONTEXT >> 10}k,decode"
+    for column in names.split(","):
         made.add_column(column, justify="right")
     whole = rows[0]["parameters"]["b"]
     for row in rows:
@@ -149,6 +166,7 @@ def table(rows: list[dict[str, Any]], tokens: int) -> Table:
             f"{row['kl']:.3g}" if apart else "-",
             f"{row['top1_agreement']:.1%}" if apart else "-",
             reports.size(row["file_bytes"]),
+            reports.size(row["state_bytes"]),
             f"{row['decode_tokens_per_second']:.1f}/s",
         )
     return made
