@@ -29,13 +29,14 @@ from reroll.recover.data import make_corpus, take
 
 # its published training: rank 8, learning rate 5e-4, the delta rule's share from 0.01 to 0.5
 RANK, ALPHA, RATE, SHARES = 8, 16, 5e-4, (0.01, 0.5)
-LENGTH, BATCH = 1024, 2
 
 
 def main() -> None:
     """Train, measure, and keep the measures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
+    parser.set_defaults(batch=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -47,18 +48,18 @@ def main() -> None:
         r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
     )
     model = get_peft_model(mixed, config).train()
-    steps = max(round(options.tokens / (LENGTH * BATCH)), 1)
+    steps = max(round(options.tokens / (options.length * options.batch)), 1)
     callback = LiZACallback(model, "gradual", *SHARES, transition_step=max(steps // 4, 1))
     corpus = make_corpus(
-        options.data, lambda text: plain_ids(tokenizer, text), length=LENGTH,
-        tokens=steps * LENGTH * BATCH, held_rows=8, pack="join",
+        options.data, lambda text: plain_ids(tokenizer, text), length=options.length,
+        tokens=steps * options.length * options.batch, held_rows=8, pack="join",
         before=special_ids(tokenizer)[0], end=tokenizer.eos_token_id, seed=options.seed,
     )  # fmt: skip
     wanted = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(wanted, lr=RATE, weight_decay=0.0)
     start = time.perf_counter()
     for step in range(steps):
-        rows = take(corpus.train, step * BATCH, BATCH).data
+        rows = take(corpus.train, step * options.batch, options.batch).data
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
@@ -70,14 +71,17 @@ def main() -> None:
             left = (steps - step - 1) * (time.perf_counter() - start) / (step + 1) / 60
             print(f"  tptt: step {step + 1}, loss {loss.item():.4g}, {left:.0f} minutes left")
     seconds = round(time.perf_counter() - start)
-    print(f"  tptt: {steps * LENGTH * BATCH:,} tokens in {seconds} seconds")
+    print(f"  tptt: {steps * options.length * options.batch:,} tokens in {seconds} seconds")
     if options.train_only:
         return
     trained = model.merge_and_unload().eval()
     file = options.work / f"tptt-{options.tokens}.json"
     found = measured(trained, options, file)
     file.write_text(
-        json.dumps({**found, "tokens": steps * LENGTH * BATCH, "seconds": seconds}, indent=1)
+        json.dumps(
+            {**found, "tokens": steps * options.length * options.batch, "seconds": seconds},
+            indent=1,
+        )
     )
 
 
