@@ -1,13 +1,14 @@
 """Relaxed recursive models before and after recovery, beside models cut by dropping layers.
 
-Layers are tied into blocks and relaxed at several ranks, and then trained on the same tokens, with
-the `align` stage (which begins with least squares, trip by trip) and without it. Beside each stands
+Layers are tied into blocks and relaxed at several ranks, and then trained on the same tokens: with
+the least squares, trip by trip, that the `align` stage begins with, with its steps as well, and
+with neither. Beside each stands
 the original without some of its layers, as many as make it the same size: those whose output is
 nearest to their input (block influence, Men et al., 2024, arXiv 2403.03853), and then distilled on
 the same tokens. Measured on text of another domain than was trained on.
 
     python -m benchmarks.relaxed_recovery [--blocks 15,10] [--ranks 32,64,128] [--tokens 16384]
-        [--sides align,distil,drop] [--threads N] [--work out/relaxed]
+        [--sides fit,align,distil,drop] [--threads N] [--work out/relaxed]
 
 Results are kept in `--work`: a run that was stopped goes on, and the table has all that is there.
 """
@@ -31,13 +32,22 @@ from reroll.recover.measure import held_out
 from reroll.recover.recipe import Recipe, parse
 from reroll.recover.stage import hooked
 
-ALIGN = {"share": 0.4, "start_tokens": 8192, "start_free": True, "lr": 1e-3, "train": "new"}
+START = {"start_tokens": 8192, "start_free": True, "train": "new"}
 STAGES: dict[str, list[dict[str, Any]]] = {
-    "align": [{"align": ALIGN}, {"distil": {"share": 0.6, "lr": 3e-4}}],
+    "fit": [{"align": {**START, "share": 0}}, {"distil": {"lr": 3e-4}}],
+    "align": [
+        {"align": {**START, "share": 0.4, "lr": 1e-3}},
+        {"distil": {"share": 0.6, "lr": 3e-4}},
+    ],
     "distil": [{"distil": {"lr": 3e-4}}],
     "drop": [{"distil": {"lr": 3e-4}}],
 }
-NAMES = {"align": "aligned, distilled", "distil": "distilled", "drop": "layers dropped, distilled"}
+NAMES = {
+    "fit": "fitted, distilled",
+    "align": "fitted, aligned, distilled",
+    "distil": "distilled",
+    "drop": "layers dropped, distilled",
+}
 
 
 def recipe(side: str) -> Recipe:

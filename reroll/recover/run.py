@@ -119,7 +119,11 @@ class _Run:
         seen = image_input(program)
         self.length = self.settings.length if seen is None else seen.positions
         self.steps = _steps(recipe, tokens / (self.settings.batch * self.length))
-        self.corpus = self._texts(program, data) if seen is None else self._images(seen, data)
+        # stages without steps may still begin with something
+        tokens = sum(self.steps) * self.settings.batch * self.length or tokens
+        self.corpus = (
+            self._texts(program, data, tokens) if seen is None else self._images(seen, data)
+        )
         device = self.accelerator.device
         self.module = program.to_module().to(device)
         self.teacher = None if teacher is None else _program(teacher).to_module().to(device).eval()
@@ -156,7 +160,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return report
 
-    def _texts(self, program: Program, data: Sequence[str | Path]) -> Corpus:
+    def _texts(self, program: Program, data: Sequence[str | Path], tokens: int) -> Corpus:
         tokenizer = tokenizer_of(program)
         if tokenizer is None:
             raise UsageError("the model has no tokenizer", where=program.origin.model)
@@ -164,7 +168,7 @@ class _Run:
             data,
             lambda text: plain_ids(tokenizer, text),
             length=self.length,
-            tokens=sum(self.steps) * self.settings.batch * self.length,
+            tokens=tokens,
             held_rows=self.settings.held_rows,
             pack=self.settings.pack,
             before=special_ids(tokenizer)[0],
@@ -216,8 +220,8 @@ class _Run:
                 )
                 left = sum(self.steps) - progress.steps
                 done = {
-                    "stage": stage.name,
                     **asdict(progress),
+                    "stage": stage.name,
                     **line,
                     "smooth": smooth,
                     "lr": lr,
@@ -372,9 +376,9 @@ def _name(model: str | Path | Program) -> str:
 
 
 def _steps(recipe: Recipe, total: float) -> list[int]:
-    """Steps of each stage, at least one, of so many in all."""
+    """Steps of each stage that has a share, at least one, of so many in all."""
     shares = sum(stage.share for stage in recipe.stages)
-    return [max(round(total * stage.share / shares), 1) for stage in recipe.stages]
+    return [max(round(total * s.share / shares), 1) if s.share else 0 for s in recipe.stages]
 
 
 def _restore(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -127,7 +127,9 @@ class Stage(Declared, ABC):
     what: ClassVar[str] = "stage"
     teaches: ClassVar[bool] = True
 
-    share: float = option(1.0, help="its share of the run's tokens, beside the other stages'")
+    share: float = option(
+        1.0, help="its share of the run's tokens, beside the other stages'; 0 for no step at all"
+    )
     lr: float = option(1e-4, help="the largest learning rate")
     schedule: Literal["cosine", "linear", "constant"] = option(
         "cosine", help="how the learning rate falls after the warmup"
@@ -151,8 +153,8 @@ class Stage(Declared, ABC):
 
     def check(self) -> None:
         place = f"stage {self.name}"
-        if self.share <= 0 or self.lr <= 0:
-            raise UsageError("share and lr are positive", where=place)
+        if self.share < 0 or self.lr <= 0:
+            raise UsageError("share is 0 or more, lr positive", where=place)
         if not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
             raise UsageError("warmup and final are shares from 0 to 1", where=place)
         if len(self.betas) != 2 or self.lora_rank < 1:

@@ -81,6 +81,31 @@ def test_stages_bring_a_model_nearer(tied: Path, text: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out.run").exists()
 
 
+def test_a_stage_without_a_share_only_starts(tied: Path, text: Path, tmp_path: Path) -> None:
+    """Least squares, and no step: what is saved is what they gave, alone or before other stages."""
+    start = {"align": {"share": 0, "start_tokens": 100}}
+    alone = recover(str(tied), tmp_path / "out", data=[text], recipe=recipe(start), tokens=TOKENS)
+    assert alone.tokens == 0
+    before, fitted, after = (line["kl"] for line in alone.measures)
+    assert fitted == after < before
+    changed = {n for n, t in _tensors(tied) if not torch.equal(t, _found(tmp_path / "out", n))}
+    assert changed
+    assert all("lora" in name for name in changed)
+    then = recover(
+        str(tied), tmp_path / "two", data=[text], recipe=recipe(start, "distil"), tokens=TOKENS
+    )
+    assert [line["before"] for line in then.measures] == [
+        "align", "the steps of align", "distil", ""
+    ]  # fmt: skip
+    assert {line["stage"] for line in log(tmp_path / "two")} == {"distil"}
+    assert len(log(tmp_path / "two")) == TOKENS // (4 * 16)
+
+
+def _found(path: Path, name: str) -> torch.Tensor:
+    found: torch.Tensor = dict(_tensors(path))[name]
+    return found
+
+
 def test_steps_are_written_for_tensorboard(tied: Path, text: Path, tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     board = tensorboard(tmp_path / "board")
