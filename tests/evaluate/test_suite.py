@@ -28,7 +28,8 @@ TEXT = (
     "perplexity(contexts=[32, 64], tokens=512), agreement(contexts=[64], tokens=256), cost, "
     "generation(prompts=2, prompt=8, new=8), speed(contexts=[16, 32], decode=1, rounds=1), "
     "recall(lengths=[120, 160], depths=[0, 1], pairs=[4], entries=[4], samples=1), "
-    "state_tracking(lengths=[2, 4], samples=2, shots=1), listops(symbols=[16], samples=2, shots=1)"
+    "state_tracking(lengths=[2, 4], samples=2, shots=1), copying(lengths=[20], passages=1), "
+    "listops(symbols=[16], samples=2, shots=1)"
 )
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 

@@ -392,7 +392,7 @@ def test_keeping_a_measured_part() -> None:
     after = linear("llama", 'linearize(window=3, sinks=0, gain=0.5, keep="auto:0.5")')
     ranking, kept, done = after.origin.steps[-1].remarks
     assert done.endswith("gates learned")
-    assert ranking.startswith("KL on random tokens of each layer alone")
+    assert ranking.startswith("KL on random tokens, and the same again, of each layer")
     (layer,) = attention_layers(after)
     assert layer.values("window").count(None) == 2
     assert kept.startswith("layers ")
