@@ -88,13 +88,12 @@ def trained(path: Path, options: argparse.Namespace) -> tuple[Path, Path]:
 def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What one recipe gives: after its passes, and after its recovery."""
     start, end = trained(path, options)
-    after = measured(str(end), options, end.with_suffix(".json"))
+    found: dict[str, dict[str, Any]] = {}
+    if not options.recovered_only:
+        found["passes only"] = measured(str(start), options, start.with_suffix(".json"))
     run = json.loads(end.with_suffix(".run.json").read_text(encoding="utf-8"))
     cost = {"tokens": run["tokens"], "seconds": round(run["seconds"])}
-    found = {"recovered": {**after, **cost}}
-    if not options.recovered_only:
-        before = measured(str(start), options, start.with_suffix(".json"))
-        found = {"passes only": before, **found}
+    found["recovered"] = measured(str(end), options, end.with_suffix(".json")) | cost
     return found
 
 
