@@ -7,18 +7,20 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from reroll.errors import PassError, UsageError
 from reroll.mixers.registry import find
+from reroll.passes.linearization.codebook import Codebook, measure_codebooks
 from reroll.passes.linearization.combining import confine
 from reroll.passes.linearization.design import Combine, Design, Gates
-from reroll.passes.linearization.features import Feature
+from reroll.passes.linearization.features import Feature, codebook_tensors
 from reroll.passes.linearization.gains import least_joint, least_squares, measure_gains
 from reroll.passes.linearization.gates import Projections, Start
 from reroll.passes.linearization.look_back import measure_starts
-from reroll.passes.linearization.observed import Reach, samples
+from reroll.passes.linearization.observed import Reach, observed, samples
 from reroll.passes.linearization.sites import Site, site_of
+from reroll.rewrite.checkpoint import ChainSource, MemorySource
 from reroll.rewrite.layers import Layer
 from reroll.rewrite.passes.base import Context, option
 from reroll.rewrite.passes.layerwise import LayerPass
@@ -35,11 +37,13 @@ Value = int | float | bool | str | None
 class Calibration:
     """What text says of each layer, by number.
 
-    `starts` is what its gates begin with, `gains` [heads] how loud its mixer is, and `explained`
-    how much of what the window leaves out of its attention that brings back.
+    `starts` is what its gates begin with, `codebooks` what its feature map does, `gains` [heads]
+    how loud its mixer is, and `explained` how much of what the window leaves out of its attention
+    that brings back.
     """
 
     starts: dict[int, Start] = field(default_factory=dict)
+    codebooks: dict[int, Codebook] = field(default_factory=dict)
     gains: dict[int, Tensor] = field(default_factory=dict)
     explained: dict[int, float] = field(default_factory=dict)
 
@@ -70,6 +74,10 @@ class Linearize(LayerPass):
     from what the attention does on the user's text (arXiv 2606.16429), and so do gains that are not
     given. State is kept per key-value head.
 
+    `feature_map=codebook` sorts queries and keys into `features` buckets, which are computed from
+    what attends to what on that text, given twice: for layers that copy
+    (`reroll.passes.linearization.codebook`). It takes `gates=calibrated` and `combine=joint`.
+
     Layers that see only a window already stay as they are unless `layers` names them. Nothing here
     is trained, and what comes out needs to be: a model in which too many layers are linearized
     gives words without sense before that.
@@ -85,6 +93,7 @@ class Linearize(LayerPass):
     rotary: bool | None = option(
         None, help="whether they have their rotary embedding; by default, without a feature map"
     )
+    features: int = option(256, help="buckets of a codebook")
     window: int = option(64, help="how many of the last tokens softmax attention sees; 0 for none")
     sinks: int = option(4, help="how many of the first tokens it sees beside them")
     combine: Combine = option("disjoint", help="how the window and the mixer come together")
@@ -96,11 +105,23 @@ class Linearize(LayerPass):
     samples: int = option(8, help="pieces of 512 tokens of the text to calibrate on")
 
     def check(self) -> None:
-        for name, least in (("window", 0), ("sinks", 0), ("rank", 1), ("samples", 1)):
+        for name, least in (
+            ("window", 0),
+            ("sinks", 0),
+            ("rank", 1),
+            ("samples", 1),
+            ("features", 1),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {least} or more", f"pass linearize, option {name}")
         if not 0 <= self.mix <= 1:
             raise UsageError("mix is from 0 to 1", "pass linearize, option mix")
+        if self.feature_map == "codebook" and self.gates != "calibrated":
+            raise UsageError(
+                "a codebook is computed from text",
+                "pass linearize, option feature_map",
+                "add gates=calibrated, and --text FILE",
+            )
         known = find(self.mixer).options()
         if self.combine == "joint" and self.feature_map == "none" and "normalise" not in known:
             raise UsageError(
@@ -128,23 +149,43 @@ class Linearize(LayerPass):
         """What gates and gains start from: for each layer, of the original's own attention."""
         if self.gates != "calibrated":
             return Calibration()
-        text = samples(program, context, self.samples)
+        book = self.feature_map == "codebook"
+        text = samples(program, context, self.samples, twice=book)
+        if text is None and book:
+            raise PassError(
+                "there is no text to compute a codebook from",
+                where="pass linearize, option feature_map",
+                hint="give a text file with --text; a model without tokens has none",
+            )
         if text is None:
             context.remark("no text to calibrate on: gates start as with gates=learned")
             return Calibration()
         program, design = program.edit(), self._design()
         layers, _ = self.chosen(program)
         starts = measure_starts(program, layers, text, design.reach, context)
+        codebooks: dict[int, Codebook] = {}
+        if book:
+            # the attentions are still the original's, and gains are zero: so are all inputs
+            exact, mixers = self._beside(program.edit(), design.bare, Projections(1, 0), chosen)
+            seen = observed(exact, self.chosen(exact)[0], text, context, mixers)
+            codebooks = measure_codebooks(seen, design.reach, self.features)
         if self.gain is not None or not design.has_gain:
-            return Calibration(starts)
-        # the attentions are still the original's, and gains are zero: so are all inputs
-        sites = self._sites(program, layers, chosen)
-        projections = Projections(self.rank, context.seed, starts)
-        mixers = {site.node: design.insert(site, projections) for site in sites}
-        exact = self._with_gains(sites, {}).result()
+            return Calibration(starts, codebooks)
+        projections = Projections(self.rank, context.seed, starts, codebooks)
+        exact, mixers = self._beside(program, design, projections, chosen)
+        layers, _ = self.chosen(exact)
         least = least_joint if self.combine == "joint" else least_squares
         measured = measure_gains(exact, mixers, layers, text, design.reach, context, least)
-        return Calibration(starts, *measured)
+        return Calibration(starts, codebooks, *measured)
+
+    def _beside(
+        self, program: Program, design: Design, projections: Projections, chosen: set[int]
+    ) -> tuple[Program, dict[fx.Node, fx.Node]]:
+        """The program with silent mixers, its graphs changed in place; each attention's mixer."""
+        layers, _ = self.chosen(program)
+        sites = self._sites(program, layers, chosen)
+        mixers = {site.node: design.insert(site, projections) for site in sites}
+        return _with_tensors(self._with_gains(sites, {}).result(), projections), mixers
 
     def _rewritten(
         self, program: Program, numbers: set[int], found: Calibration, context: Context
@@ -152,13 +193,13 @@ class Linearize(LayerPass):
         """The program with mixers in these layers; its graphs are changed in place."""
         layers, _ = self.chosen(program)
         sites, design = self._sites(program, layers, numbers), self._design()
-        projections = Projections(self.rank, context.seed, found.starts)
+        projections = Projections(self.rank, context.seed, found.starts, found.codebooks)
         for site in sites:
             design.insert(site, projections)
         edit = self._with_gains(sites, found.gains)
         for site in sites:
             confine(site, self.window, self.sinks)
-        return edit.result()
+        return _with_tensors(edit.result(), projections)
 
     def _design(self) -> Design:
         rotary = self.rotary
@@ -213,6 +254,14 @@ class Linearize(LayerPass):
                 site.gain, replace(edit.weights[site.gain], entries=tuple(entries))
             )
         return edit
+
+
+def _with_tensors(program: Program, projections: Projections) -> Program:
+    """The program with the tensors of codebooks beside those of its checkpoint."""
+    if not projections.codebooks:
+        return program
+    tensors = MemorySource(codebook_tensors(projections.codebooks))
+    return replace(program, source=ChainSource([tensors, program.source]))
 
 
 def _said(found: Calibration, layers: Sequence[int]) -> str:

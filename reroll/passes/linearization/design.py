@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -50,6 +50,13 @@ class Design:
             return True
         return (self.combine == "joint") == (self.reach.window > 0)
 
+    @property
+    def bare(self) -> Design:
+        """One whose mixer reads what this one's feature map does."""
+        return replace(
+            self, mixer="linear", mixer_options={}, feature_map="none", combine="disjoint"
+        )
+
     def insert(self, site: Site, projections: Projections) -> fx.Node:
         """Put a mixer beside an attention, and let their sum take its place; returns the mixer.
 
@@ -74,7 +81,8 @@ class Design:
         q, k = site.q, site.k
         if not self.rotary:
             q, k = before_rotary(q), before_rotary(k)
-        q, k = mapped(site, q, self.feature_map, "q"), mapped(site, k, self.feature_map, "k")
+        q = mapped(site, q, self.feature_map, "q", projections.codebooks)
+        k = mapped(site, k, self.feature_map, "k", projections.codebooks)
         mixer, v = self._mixer(site), site.v
         d_v = site.d_v + (self.combine == "joint")
         gates = self._gates(site, mixer, (int(shape(k)[3]), d_v), projections)

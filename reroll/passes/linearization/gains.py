@@ -122,7 +122,7 @@ def least_joint(seen: Seen, reach: Reach) -> Table:
     """What a mixer misses that shares one normalisation with the window."""
     assert seen.mixed is not None
     window, mass = (_windowed(op, seen, reach) for op in (ATTENTION, combining.MASS))
-    gains = torch.cat((torch.zeros(1), torch.logspace(-3, 3, 49)))
+    gains = torch.cat((torch.zeros(1), torch.logspace(-3, 6, 73)))
     errors = [
         (combining.joined(window, mass, seen.mixed, gain) - seen.out).square().sum((0, 1, 3))
         for gain in gains

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from reroll.errors import PassError
 from reroll.mixers import Gate, Mixer
+from reroll.passes.linearization.codebook import Codebook
 from reroll.passes.linearization.sites import LINEAR, Site, before_rotary
 from reroll.rewrite.inserting import insert
 from reroll.rewrite.program import TensorType
@@ -43,12 +44,13 @@ class Projections:
     """Low-rank projections of the layer's input with biases: raw = W2 (W1 x) + b.
 
     W1 is random and W2 zero, so that at the start a gate is what its bias says. `starts` gives that
-    for each layer number.
+    for each layer number, and `codebooks` what its feature map starts from.
     """
 
     rank: int
     seed: int
     starts: Mapping[int, Start] = field(default_factory=dict)
+    codebooks: Mapping[int, Codebook] = field(default_factory=dict)
 
     def gate(self, site: Site, gate: Gate) -> fx.Node:
         """The gate's values [batch, kv_heads, time, *shape]."""

@@ -6,7 +6,6 @@ distance, and its write strength follows from the entropy of its attention.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,13 +50,10 @@ def measure_starts(
 
 
 def _look_back(sums: _Sums, seen: Seen, reach: Reach) -> None:
-    q, k = seen.q, seen.k
+    q = seen.q
     time = q.shape[2]
     at = torch.arange(time)
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * seen.scale
-    if seen.causal:
-        scores = scores.masked_fill(at[None, :] > at[:, None], -math.inf)
-    weights, age = scores.softmax(-1), reach.ages(time, seen.causal)
+    weights, age = seen.weights(), reach.ages(time, seen.causal)
     old = weights.masked_fill(age < 0, 0.0)
     sums.distance = sums.distance + (old * age).sum((0, 2, 3))
     sums.mass = sums.mass + old.sum((0, 2, 3))

@@ -47,20 +47,31 @@ class Reach:
         return age.masked_fill((age < 0) | (at[None, :] < self.sinks), -1)
 
 
-def samples(program: Program, context: Context, count: int) -> list[Mapping[str, Tensor]] | None:
-    """Up to `count` pieces of the user's text as inputs; None if there is no text to be had."""
+def samples(
+    program: Program, context: Context, count: int, twice: bool = False
+) -> list[Mapping[str, Tensor]] | None:
+    """Up to `count` pieces of the user's text as inputs; None if there is no text to be had.
+
+    With `twice` the first half of each comes again in the place of the second: attention that looks
+    for what was there before shows itself only then.
+    """
     if context.is_large(program):
         return None
     tokens = context.tokens(program)
     if tokens is None or tokens.numel() < 2 * LENGTH // 4:
         return None
     pieces = [p for p in torch.split(tokens, LENGTH) if p.numel() >= LENGTH // 4][:count]
+    if twice:
+        pieces = [p[: len(p) // 2].repeat(2) for p in pieces]
     return [token_inputs(program, piece[None]) for piece in pieces]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attention got and gave for one input; `mixed` is what its mixer gave, if any."""
+    """What one attention got and gave for one input.
+
+    `read` are the queries and keys that its mixer got, if it has one, and `mixed` what that gave.
+    """
 
     number: int
     q: Tensor
@@ -69,12 +80,23 @@ class Seen:
     scale: float
     named: Mapping[str, Any]
     out: Tensor
-    mixed: Tensor | None
+    read: tuple[Tensor, Tensor] | None = None
+    mixed: Tensor | None = None
 
     @property
     def causal(self) -> bool:
         """Whether it looks back only."""
         return bool(self.named["causal"])
+
+    def weights(self) -> Tensor:
+        """The attention of all queries to all keys, [batch, heads, time, time]."""
+        time = self.q.shape[2]
+        k = self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], 1)
+        scores = self.q @ k.mT * self.scale
+        if self.causal:
+            at = torch.arange(time)
+            scores = scores.masked_fill(at[None, :] > at[:, None], -torch.inf)
+        return scores.softmax(-1)
 
 
 def observed(
@@ -93,7 +115,7 @@ def observed(
     for done, each in enumerate(inputs):
         context.progress(done, len(inputs), "calibrating")
         found: list[Seen] = []
-        beside: dict[fx.Node, Tensor] = {}
+        beside: dict[fx.Node, tuple[tuple[Tensor, Tensor], Tensor]] = {}
 
         def keep(
             name: str,
@@ -102,17 +124,17 @@ def observed(
             args: tuple[Any, ...],
             out: Any,
             found: list[Seen] = found,
-            beside: dict[fx.Node, Tensor] = beside,
+            beside: dict[fx.Node, tuple[tuple[Tensor, Tensor], Tensor]] = beside,
         ) -> None:
             del name
             if node in owner:
-                beside[owner[node]] = out
+                beside[owner[node]] = (args[0], args[1]), out
             elif node in numbers:
                 number = numbers[node][trip or 0]
                 q, k, v, scale = args[:4]
                 named = dict(zip(ARGUMENTS[4:], args[4:], strict=True))
-                mixed = beside.pop(node, None)
-                found.append(Seen(number, q, k, v, scale, named, out, mixed))
+                mixer = beside.pop(node, (None, None))
+                found.append(Seen(number, q, k, v, scale, named, out, *mixer))
 
         context.outputs(program, each, fast=False, observe=keep)
         yield from found
