@@ -97,6 +97,14 @@ def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
+def curve(end: Path, parts: int = 8) -> list[float]:
+    """The mean loss of a run in each of its parts, of as many steps each."""
+    lines = (json.loads(line) for line in (end / "recovery.jsonl").open(encoding="utf-8"))
+    losses = [line["loss"] for line in lines if "loss" in line]
+    size = max(len(losses) // parts, 1)
+    return [sum(losses[i : i + size]) / size for i in range(0, size * parts, size)]
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What all sides of the comparison have in common."""
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
@@ -125,12 +133,14 @@ def main() -> None:
         for path in options.recipes:
             trained(path, options)
         return
+    curves: dict[str, list[float]] = {}
     rows: dict[str, dict[str, Any]] = {
         "original": measured(options.model, options, options.work / "original.json")
     }
     for path in options.recipes:
         for what, found in row(path, options).items():
             rows[f"{path.stem}, {what}"] = found
+        curves[path.stem] = curve(trained(path, options)[1])
     peer = options.work / f"tptt-{options.tokens}.json"
     if peer.is_file():
         rows["TPTT, recovered"] = json.loads(peer.read_text(encoding="utf-8"))
@@ -140,6 +150,8 @@ def main() -> None:
     for name, found in rows.items():
         cells = [found.get(label, "") for label in labels]
         print(f"| {name} | " + " | ".join(_cell(value) for value in cells) + " |")
+    for name, losses in curves.items():
+        print(f"{name}, loss by eighths of the run: " + ", ".join(map(_cell, losses)))
 
 
 def _cell(value: Any) -> str:
