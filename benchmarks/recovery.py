@@ -102,7 +102,9 @@ def curve(end: Path, parts: int = 8) -> list[float]:
     lines = (json.loads(line) for line in (end / "recovery.jsonl").open(encoding="utf-8"))
     losses = [line["loss"] for line in lines if "loss" in line]
     size = max(len(losses) // parts, 1)
-    return [sum(losses[i : i + size]) / size for i in range(0, size * parts, size)]
+    return [
+        sum(losses[i : i + size]) / size for i in range(0, min(size * parts, len(losses)), size)
+    ]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
