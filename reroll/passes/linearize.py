@@ -149,26 +149,15 @@ class Linearize(LayerPass):
         """What gates and gains start from: for each layer, of the original's own attention."""
         if self.gates != "calibrated":
             return Calibration()
-        book = self.feature_map == "codebook"
-        text = samples(program, context, self.samples, twice=book)
-        if text is None and book:
-            raise PassError(
-                "there is no text to compute a codebook from",
-                where="pass linearize, option feature_map",
-                hint="give a text file with --text; a model without tokens has none",
-            )
+        text = self._text(program, context)
         if text is None:
             context.remark("no text to calibrate on: gates start as with gates=learned")
             return Calibration()
         program, design = program.edit(), self._design()
         layers, _ = self.chosen(program)
         starts = measure_starts(program, layers, text, design.reach, context)
-        codebooks: dict[int, Codebook] = {}
-        if book:
-            # the attentions are still the original's, and gains are zero: so are all inputs
-            exact, mixers = self._beside(program.edit(), design.bare, Projections(1, 0), chosen)
-            seen = observed(exact, self.chosen(exact)[0], text, context, mixers)
-            codebooks = measure_codebooks(seen, design.reach, self.features)
+        # the attentions are still the original's, and gains are zero: so are all inputs
+        codebooks = self._codebooks(program.edit(), chosen, text, context)
         if self.gain is not None or not design.has_gain:
             return Calibration(starts, codebooks)
         projections = Projections(self.rank, context.seed, starts, codebooks)
@@ -177,6 +166,34 @@ class Linearize(LayerPass):
         least = least_joint if self.combine == "joint" else least_squares
         measured = measure_gains(exact, mixers, layers, text, design.reach, context, least)
         return Calibration(starts, codebooks, *measured)
+
+    def _text(self, program: Program, context: Context) -> list[Mapping[str, Tensor]] | None:
+        """The text to calibrate on, if there is any; PassError if there has to be."""
+        book = self.feature_map == "codebook"
+        text = samples(program, context, self.samples, twice=book)
+        if text is None and book:
+            raise PassError(
+                "there is no text to compute a codebook from",
+                where="pass linearize, option feature_map",
+                hint="give a text file with --text; a model without tokens has none",
+            )
+        return text
+
+    def _codebooks(
+        self,
+        program: Program,
+        chosen: set[int],
+        text: Sequence[Mapping[str, Tensor]],
+        context: Context,
+    ) -> dict[int, Codebook]:
+        """The codebook of every chosen layer, if that is its feature map; changes the graphs."""
+        if self.feature_map != "codebook":
+            return {}
+        design = self._design()
+        exact, mixers = self._beside(program, design.bare, Projections(1, 0), chosen)
+        layers, _ = self.chosen(exact)
+        seen = observed(exact, layers, text, context, mixers)
+        return measure_codebooks(seen, design.reach, self.features)
 
     def _beside(
         self, program: Program, design: Design, projections: Projections, chosen: set[int]
