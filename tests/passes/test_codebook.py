@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import BertModel
 
 import reroll
 from reroll.errors import PassError, UsageError
@@ -114,6 +115,22 @@ def test_in_a_model(with_text: Program, tmp_path: Path) -> None:
         with torch.no_grad():
             again = reroll.load(out).to_module().eval()(ids, use_cache=False).logits
         torch.testing.assert_close(again, whole, rtol=0, atol=0)
+
+
+def test_in_an_encoder(tmp_path: Path) -> None:
+    """Padding changes nothing for a model that looks both ways."""
+    config = tiny.bert().config
+    config.max_position_embeddings = 512
+    made = tiny.save(BertModel(config).eval(), tmp_path / "bert", tiny.tokenizer())
+    after = run_passes(capture(str(made)), TEXT.format("").replace("16", "8"), measure=False)
+    assert "bring back" in after.origin.steps[-1].remarks[0]
+    model = after.to_module().eval()
+    ids = torch.randint(5, 60, (1, 40))
+    padded = F.pad(ids, (0, 5))
+    with torch.no_grad():
+        alone = model(ids, attention_mask=torch.ones_like(ids))[0]
+        beside = model(padded, attention_mask=(torch.arange(45) < 40).long()[None])[0]
+    torch.testing.assert_close(beside[:, :40], alone)
 
 
 @pytest.mark.parametrize(

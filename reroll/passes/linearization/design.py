@@ -54,7 +54,7 @@ class Design:
     def bare(self) -> Design:
         """One whose mixer reads what this one's feature map does."""
         return replace(
-            self, mixer="linear", mixer_options={}, feature_map="none", combine="disjoint"
+            self, mixer="retention", mixer_options={}, feature_map="none", combine="disjoint"
         )
 
     def insert(self, site: Site, projections: Projections) -> fx.Node:
