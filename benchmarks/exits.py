@@ -44,6 +44,7 @@ def plot(found: dict[str, list[dict[str, Any]]], trips: int, path: Path) -> None
             [p["depth"] for p in ordered] + [trips],
             [p["agreement"] for p in ordered] + [1.0],
             marker="o",
+            linestyle="--" if name.endswith("before") else "-",
             label=name,
         )
     axes.set_xlabel(f"mean depth of {trips} layers")
@@ -84,7 +85,8 @@ def main() -> None:
     expected = None
     found: dict[str, list[dict[str, Any]]] = {}
     if options.before:
-        found = json.loads(options.before.read_text())
+        earlier = json.loads(options.before.read_text())
+        found = {f"{name}, before": points for name, points in earlier.items()}
     states: ExitStates | None = None
     print("| criterion | " + " | ".join(f"quantile {q}" for q in LEVELS) + " |")
     print("| --- |" + " ---: |" * len(LEVELS))
