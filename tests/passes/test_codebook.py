@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,20 +150,3 @@ def test_what_is_refused(
 def test_without_text_it_says_so() -> None:
     with pytest.raises(PassError, match="no text to compute a codebook from"):
         run_passes(captured("llama"), TEXT.format(""), measure=False)
-
-
-def brought_back(program: Program, options: str) -> float:
-    text = (
-        f"linearize(mixer=linear, gates=calibrated, combine=joint, layers=[18], samples=2{options})"
-    )
-    after = run_passes(program, text, measure=False)
-    (remark,) = (r for r in after.origin.steps[-1].remarks if "bring back" in r)
-    return float(remark.split("bring back ")[1].split("%")[0])
-
-
-@pytest.mark.slow
-def test_a_layer_that_copies(real_model: Callable[[str], Path]) -> None:
-    """Of SmolLM2's layer 18 it brings back more than a Hedgehog map with as many features."""
-    program = reroll.capture(str(real_model("smollm2-135m-instruct")), dtype=torch.float32)
-    plain = brought_back(program, ", feature_map=hedgehog")
-    assert brought_back(program, ", feature_map=codebook, features=128") > plain + 10
