@@ -99,12 +99,9 @@ def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def curve(end: Path, parts: int = 8) -> list[float]:
     """The mean loss of a run in each of its parts, of as many steps each."""
-    lines = (json.loads(line) for line in (end / "recovery.jsonl").open(encoding="utf-8"))
-    losses = [line["loss"] for line in lines if "loss" in line]
-    size = max(len(losses) // parts, 1)
-    return [
-        sum(losses[i : i + size]) / size for i in range(0, min(size * parts, len(losses)), size)
-    ]
+    log = (end / "recovery.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]
+    return [part.mean().item() for part in torch.tensor(losses).chunk(parts)]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -49,10 +49,11 @@ def main() -> None:
     )
     model = get_peft_model(mixed, config).train()
     steps = max(round(options.tokens / (options.length * options.batch)), 1)
+    tokens = steps * options.length * options.batch
     callback = LiZACallback(model, "gradual", *SHARES, transition_step=max(steps // 4, 1))
     corpus = make_corpus(
         options.data, lambda text: plain_ids(tokenizer, text), length=options.length,
-        tokens=steps * options.length * options.batch, held_rows=8, pack="join",
+        tokens=tokens, held_rows=8, pack="join",
         before=special_ids(tokenizer)[0], end=tokenizer.eos_token_id, seed=options.seed,
     )  # fmt: skip
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -71,18 +72,13 @@ def main() -> None:
             left = (steps - step - 1) * (time.perf_counter() - start) / (step + 1) / 60
             print(f"  tptt: step {step + 1}, loss {loss.item():.4g}, {left:.0f} minutes left")
     seconds = round(time.perf_counter() - start)
-    print(f"  tptt: {steps * options.length * options.batch:,} tokens in {seconds} seconds")
+    print(f"  tptt: {tokens:,} tokens in {seconds} seconds")
     if options.train_only:
         return
     trained = model.merge_and_unload().eval()
     file = options.work / f"tptt-{options.tokens}.json"
     found = measured(trained, options, file)
-    file.write_text(
-        json.dumps(
-            {**found, "tokens": steps * options.length * options.batch, "seconds": seconds},
-            indent=1,
-        )
-    )
+    file.write_text(json.dumps({**found, "tokens": tokens, "seconds": seconds}, indent=1))
 
 
 if __name__ == "__main__":

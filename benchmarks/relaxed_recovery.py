@@ -2,10 +2,10 @@
 
 Layers are tied into blocks and relaxed at several ranks, and then trained on the same tokens: with
 the least squares, trip by trip, that the `align` stage begins with, with its steps as well, and
-with neither. Beside each stands
-the original without some of its layers, as many as make it the same size: those whose output is
-nearest to their input (block influence, Men et al., 2024, arXiv 2403.03853), and then distilled on
-the same tokens. Measured on text of another domain than was trained on.
+with neither. Beside each stands the original without some of its layers, as many as make it the
+same size: those whose output is nearest to their input (block influence, Men et al., 2024, arXiv
+2403.03853), and then distilled on the same tokens. Measured on text of another domain than was
+trained on.
 
     python -m benchmarks.relaxed_recovery [--blocks 15,10] [--ranks 32,64,128] [--tokens 16384]
         [--sides fit,align,distil,drop] [--threads N] [--work out/relaxed]

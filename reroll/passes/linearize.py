@@ -76,7 +76,8 @@ class Linearize(LayerPass):
 
     `feature_map=codebook` sorts queries and keys into `features` buckets, which are computed from
     what attends to what on that text, given twice: for layers that copy
-    (`reroll.passes.linearization.codebook`). It takes `gates=calibrated` and `combine=joint`.
+    (`reroll.passes.linearization.codebook`). It takes `gates=calibrated`, and was measured with
+    `combine=joint`.
 
     Layers that see only a window already stay as they are unless `layers` names them. Nothing here
     is trained, and what comes out needs to be: a model in which too many layers are linearized
