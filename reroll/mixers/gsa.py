@@ -14,9 +14,12 @@ from reroll.errors import UsageError
 from reroll.mixers import linear_form
 from reroll.mixers.base import Mixer, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size, products
-from reroll.mixers.gates import LIGER_NORMALISER, Gate, Map, decay_gate, log_sigmoid
+from reroll.mixers.gates import LIGER_NORMALISER, Gate, Map, decay_gate, log_sigmoid, wide
 from reroll.mixers.linear_form import chain, cut, joined
 from reroll.rewrite.passes.options import option
+
+# under a sum of weights that is 0 before the first token
+NOTHING = 1e-30
 
 
 class GSA(Mixer):
@@ -27,6 +30,9 @@ class GSA(Mixer):
     slots: int = option(64, help="slots of the state")
     floor: float = option(
         -2.5, help="log decays below are raised to it; with it goes how long a chunk may be"
+    )
+    log_mass: bool = option(
+        False, help="values end in a one, and what is read of it is the log of the weights' sum"
     )
 
     def check(self) -> None:
@@ -62,7 +68,7 @@ class GSA(Mixer):
         scores = scores + decay.from_start(products(q, state[0].mT))
         keys = decay.total.exp()[..., None] * state[0] + decay.to_end(s).mT @ k
         out, values = linear_form.stretch(scores.softmax(-1), s, v, decay, state[1])
-        return out, (keys, values)
+        return self.weighed(out, scores), (keys, values)
 
     def chunk_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
@@ -78,8 +84,8 @@ class GSA(Mixer):
         scores = seen * decay.rise.unsqueeze(-3)
         scores = scores + decay.from_start(products(rows, states.mT))
         weights = joined(scores.softmax(-1).to(dtype), time)
-        out, values = linear_form.chunks(weights, s, v, log_decay, FactoredDecay, state[1], size)
-        return out, (keys, values)
+        out, values = linear_form.chunks(weights, s, v, log_decay, lambda _: decay, state[1], size)
+        return self.weighed(out, joined(scores, time)), (keys, values)
 
     def step_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
@@ -87,4 +93,17 @@ class GSA(Mixer):
         kept, s = gates[0].exp()[..., None], -gates[0].expm1()[..., None]
         keys = kept * state[0] + s * k[..., None, :]
         values = kept * state[1] + s * v[..., None, :]
-        return (q @ keys.mT).softmax(-1) @ values, (keys, values)
+        scores = q @ keys.mT
+        return self.weighed(scores.softmax(-1) @ values, scores), (keys, values)
+
+    def weighed(self, out: Tensor, scores: Tensor) -> Tensor:
+        """With `log_mass`: the mean over what has been written, and the log of its weights' sum.
+
+        The last channel of `out` is how much of what was read had been written: slots that are
+        empty have a score, and nothing else.
+        """
+        if not self.log_mass:
+            return out
+        written = wide(out[..., -1:]).clamp(min=NOTHING)
+        mass = wide(scores).logsumexp(-1, keepdim=True) + written.log()
+        return torch.cat((wide(out[..., :-1]) / written, mass), -1)

@@ -217,6 +217,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, *_: object, **__: object) -
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
 
+def mass_of(scores: Tensor, log: bool) -> Tensor:
+    """`attention_mass` of scores [..., time, keys]: [..., time]."""
+    if log:
+        return scores.logsumexp(-1)
+    highest = scores.max(dim=-1, keepdim=True).values.detach()
+    return (scores - highest).exp().sum(-1)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::attention_mass", mutates_args=())
 def attention_mass(
     q: Tensor,
@@ -231,16 +239,17 @@ def attention_mass(
     padding: Tensor | None = None,
     blocks: Tensor | None = None,
     prefix: int | None = None,
+    log: bool = False,
 ) -> Tensor:
     """What the softmax of an attention divides by: the sum of exp(score - highest score).
 
-    The arguments are those of `attention`. Returns [batch, time, heads] in fp32.
+    The arguments are those of `attention`; with `log` it is the log of the sum of exp(score)
+    instead. Returns [batch, time, heads] in fp32.
     """
     scores = _scores(
         q, k, scale, causal, window, chunk, softcap, sinks, bias, padding, blocks, prefix
     ).float()
-    highest = scores.max(dim=-1, keepdim=True).values
-    return (scores - highest).exp().sum(-1).transpose(1, 2).contiguous()
+    return mass_of(scores, log).transpose(1, 2).contiguous()
 
 
 @attention_mass.register_fake

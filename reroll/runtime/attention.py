@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reroll.rewrite.ops import mass_of
 from reroll.runtime.bands import Band, attend_band, mass_band
 
 # the explicit path holds the scores of this many queries at a time
@@ -179,12 +180,13 @@ def mass(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    log: bool = False,
 ) -> Tensor:
     """`reroll.attention_mass` with the mask that `attend` takes: [batch, time, heads] in fp32."""
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     if isinstance(mask, Band):
         if softcap is None and sinks is None and bias is None:
-            return mass_band(q, k, scale, mask).transpose(1, 2)
+            return mass_band(q, k, scale, mask, log).transpose(1, 2)
         mask = mask.written_out(q.device)
     if mask is None and causal and length > 1:
         k, mask = k[:, :, :length], _causal(length, q.device)
@@ -197,6 +199,5 @@ def mass(
         rows = slice(start, start + _QUERY_BLOCK)
         part = [t[..., rows, :] if t is not None and t.shape[-2] > 1 else t for t in (mask, bias)]
         scores = _scores(q[:, :, rows], k, scale, part[0], softcap, sinks, part[1]).float()
-        highest = scores.max(dim=-1, keepdim=True).values.detach()
-        parts.append((scores - highest).exp().sum(-1))
+        parts.append(mass_of(scores, log))
     return torch.cat(parts, dim=2).transpose(1, 2)

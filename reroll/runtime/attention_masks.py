@@ -223,4 +223,4 @@ def _set_mask(node: fx.Node, mask: fx.Node | None) -> None:
     tensors = [get[name] for name in ("q", "k", "v") if name in get]
     node.target = attend if node.target is ATTENTION else masses
     node.args = (*tensors, get["scale"], get["causal"], mask, *extra)
-    node.kwargs = {}
+    node.kwargs = {"log": True} if get.get("log") else {}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.mixers.gates import wide
-from reroll.rewrite.ops import visible
+from reroll.rewrite.ops import mass_of, visible
 
 # fewer queries than this make matrices that are too small
 _SMALLEST_BLOCK = 32
@@ -94,7 +94,7 @@ def attend_band(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> Te
     return _joined(out.to(dtype), band, batch)
 
 
-def mass_band(q: Tensor, k: Tensor, scale: float, band: Band) -> Tensor:
+def mass_band(q: Tensor, k: Tensor, scale: float, band: Band, log: bool) -> Tensor:
     """`mass` where `band` is the mask: [batch, heads, time] in fp32."""
     batch, groups = q.shape[0], q.shape[1] // k.shape[1]
     # the queries of one KV head are rows of one matrix
@@ -102,8 +102,7 @@ def mass_band(q: Tensor, k: Tensor, scale: float, band: Band) -> Tensor:
     scores = (rows @ _reached(k, band).mT[:, :, None]) * scale
     mask = band.masks(q.device).repeat(batch, 1, 1, 1)
     scores = scores.float().masked_fill(~mask[:, :, None], -torch.inf)
-    highest = scores.max(-1, keepdim=True).values.detach()
-    return _joined((scores - highest).exp().sum(-1).flatten(1, 2), band, batch)
+    return _joined(mass_of(scores, log).flatten(1, 2), band, batch)
 
 
 def _blocks(x: Tensor, band: Band) -> Tensor:

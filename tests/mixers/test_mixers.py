@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -33,6 +34,30 @@ def test_a_delta_rule_overwrites() -> None:
     v = torch.tensor([[5.0], [7.0]])[None, None]
     _, (state,) = make("deltanet", {"scale": 1.0}).chunk(k, k, v, (torch.ones(1, 1, 2),))
     assert_close(state[0, 0], torch.tensor([[7.0], [0.0]]), 1e-5, "the second value alone is left")
+
+
+def test_slots_that_tokens_overwrite_are_attention() -> None:
+    """To the last token of each slot, with the log of what its softmax divides by."""
+    time, slots, gone = 40, 6, -40.0
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, time, 8, dtype=torch.float64) for n in (4, 2, 2))
+    chosen = torch.randint(slots, (2, 2, time))
+    gate = gone * torch.nn.functional.one_hot(chosen, slots).double()
+    mixer = make("gsa", {"slots": slots, "floor": gone, "log_mass": True})
+    ones = torch.nn.functional.pad(v, (0, 1), value=1.0)
+    told = [form(q, k, ones, (gate,)) for form in (mixer.parallel, mixer.chunk, mixer.recur)]
+    # the last token of each slot, up to each token
+    seen = torch.zeros(2, 2, time, time, dtype=torch.bool)
+    for i, j, t in itertools.product(range(2), range(2), range(time)):
+        seen[
+            i, j, t, list({int(slot): n for n, slot in enumerate(chosen[i, j, : t + 1])}.values())
+        ] = True
+    scores = q @ k.repeat_interleave(2, 1).mT
+    scores = scores.masked_fill(~seen.repeat_interleave(2, 1), -torch.inf)
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    for out, _ in told:
+        assert_close(out[..., :-1].transpose(1, 2), expected, 1e-10, "the mean of values")
+        assert_close(out[..., -1].transpose(1, 2), scores.logsumexp(-1), 1e-10, "the log mass")
 
 
 def test_a_write_of_two_flips_the_state() -> None:

@@ -88,11 +88,15 @@ def attention_mass(
     padding: Any = None,
     blocks: Any = None,
     prefix: Any = None,
+    log: bool = False,
 ) -> Value:
     """What a softmax divides by; see `reroll.rewrite.ops.attention_mass`. [batch, time, heads]."""
     mask, *_ = _mask(g, node, FLOAT, k, causal, window, chunk, bias, padding, blocks, prefix)
     q, k = (g.tensor(x, FLOAT) for x in (q, k))
     scores = _scores(g, node, q, k, scale, mask, softcap, sinks)
+    if log:
+        mass = g.op("ReduceLogSumExp", scores, g.ints(-1), keepdims=0)
+        return g.op("Transpose", mass, perm=[0, 2, 1])
     highest = g.op("ReduceMax", scores, g.ints(-1), keepdims=1)
     mass = g.op("ReduceSum", g.op("Exp", g.op("Sub", scores, highest)), g.ints(-1), keepdims=0)
     return g.op("Transpose", mass, perm=[0, 2, 1])

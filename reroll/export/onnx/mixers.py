@@ -30,6 +30,7 @@ from reroll.export.onnx.mixer_parts import (
 from reroll.export.onnx.recurrence import Tokens
 from reroll.export.onnx.states import CONV
 from reroll.export.onnx.translate import TARGET
+from reroll.mixers.gsa import NOTHING
 from reroll.mixers.mlstm import EPS
 from reroll.rewrite.lowerings import lowering
 
@@ -138,7 +139,16 @@ def gsa(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
     weights = g.op("Transpose", g.op("Softmax", scores, axis=3), perm=[0, 2, 4, 1, 3])
     weights = g.op("Reshape", weights, g.shape(["b", x.heads, "s", slots]))
     values = replace(x, q=weights, k=s, d_k=slots, scale=1.0)
-    return linear_attention(g, node, values, "gated", decay)
+    out = linear_attention(g, node, values, "gated", decay)
+    if not mixer.log_mass:
+        return out
+    # the last channel is how much of what was read had been written
+    means, written = split_counted(g, out, replace(x, d_v=x.d_v - 1))
+    written = g.op("Max", written, g.number(NOTHING, FLOAT))
+    mass = g.op("ReduceLogSumExp", scores, g.ints(3), keepdims=0)
+    mass = g.op("Reshape", mass, g.ints(0, 0, x.heads, 1))
+    mass = g.op("Add", mass, g.op("Log", written))
+    return g.op("Concat", g.op("Div", means, written), mass, axis=3)
 
 
 @lowering(TARGET, "recurrence:deltanet")
