@@ -74,6 +74,14 @@ class Origin:
     files: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the configuration allows; None if it does not say."""
+        for name in ("max_position_embeddings", "n_positions"):
+            if isinstance(found := self.config.get(name), int) and found > 0:
+                return found
+        return None
+
 
 @dataclass(frozen=True)
 class Body:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from reroll.errors import PassError
 from reroll.mixers import make
 from reroll.passes.linearization.look_back import measure_starts
 from reroll.passes.linearization.observed import Reach, observed
+from reroll.rewrite.capture.export import capture
 from reroll.rewrite.layers import attention_layers
 from reroll.rewrite.ops import bidirectional
 from reroll.rewrite.passes.context import Context
@@ -19,6 +21,7 @@ from reroll.rewrite.passes.costs import state_bytes
 from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.program import Program
+from tests import tiny
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
 from tests.passes.sequences import prompts
@@ -155,3 +158,22 @@ def test_look_back_in_both_directions() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(PassError, match="both directions"):
         linear("bert", "linearize(mixer=linear, window=0)")
+
+
+def test_calibrated_with_few_positions(tmp_path: Path) -> None:
+    """The pieces of text are no longer than the model takes, also where layers are chosen by it."""
+    made = tiny.save(tiny.bert(), tmp_path / "bert", tiny.tokenizer())
+    program = capture(str(made))
+    assert program.origin.positions == 128
+    text = "linearize(window=8, feature_map=elu, gates=calibrated, samples=2, keep='auto:0.5')"
+    after = run_passes(program, text, measure=False)
+    assert any("bring back" in remark for remark in after.origin.steps[-1].remarks)
+
+
+def test_slots_under_one_softmax_look_back_only(tmp_path: Path) -> None:
+    made = tiny.save(tiny.bert(), tmp_path / "bert", tiny.tokenizer())
+    text = (
+        "linearize(mixer=gsa, mixer_options={slots: 8}, gates=clustered, window=8, combine=joint)"
+    )
+    with pytest.raises(PassError, match="divides each direction by a sum of its own"):
+        run_passes(capture(str(made)), text, measure=False)

@@ -152,9 +152,8 @@ def round_weights(module: Any, program: Program, settings: Settings) -> None:
 
 def _room(program: Program) -> int:
     """How many tokens fit behind a prompt."""
-    config = program.origin.config
-    length = config.get("max_position_embeddings") or config.get("n_positions")
-    return int(length) - PROMPT if isinstance(length, int) else STEPS
+    length = program.origin.positions
+    return STEPS if length is None else length - PROMPT
 
 
 Compared = Iterator[tuple[str, Tensor, Tensor]]

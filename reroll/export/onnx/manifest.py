@@ -141,7 +141,7 @@ def _genai_config(
     if pad is None:
         pad = end[0] if isinstance(end, list) else end
     heads = int(config.get("num_attention_heads", key[1]))
-    context = int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+    context = program.origin.positions or 2048
     given = {i.name: i.name for i in program.inputs}
     return {
         "model": {

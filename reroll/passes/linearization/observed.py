@@ -47,22 +47,14 @@ class Reach:
         return age.masked_fill((age < 0) | (at[None, :] < self.sinks), -1)
 
 
-def samples(
-    program: Program, context: Context, count: int, twice: bool = False
-) -> list[Mapping[str, Tensor]] | None:
-    """Up to `count` pieces of the user's text as inputs; None if there is no text to be had.
-
-    With `twice` the first half of each comes again in the place of the second: attention that looks
-    for what was there before shows itself only then.
-    """
+def samples(program: Program, context: Context, count: int) -> list[Mapping[str, Tensor]] | None:
+    """Up to `count` pieces of the user's text as inputs; None if there is no text to be had."""
     if context.is_large(program):
         return None
-    tokens = context.tokens(program)
-    if tokens is None or tokens.numel() < 2 * LENGTH // 4:
+    tokens, length = context.tokens(program), min(LENGTH, program.origin.positions or LENGTH)
+    if tokens is None or tokens.numel() < 2 * length // 4:
         return None
-    pieces = [p for p in torch.split(tokens, LENGTH) if p.numel() >= LENGTH // 4][:count]
-    if twice:
-        pieces = [p[: len(p) // 2].repeat(2) for p in pieces]
+    pieces = [p for p in torch.split(tokens, length) if p.numel() >= length // 4][:count]
     return [token_inputs(program, piece[None]) for piece in pieces]
 
 

@@ -77,7 +77,8 @@ class _Distance:
             raise PassError("only a model of tokens can be measured", hint="name the layers")
         tokens, what = context.some_tokens(program, LENGTH // 8)
         self.what = f"{what}, and the same again,"
-        twice = tokens[None, :LENGTH].repeat(1, 2)
+        length = min(LENGTH, (program.origin.positions or 2 * LENGTH) // 2)
+        twice = tokens[None, :length].repeat(1, 2)
         self.inputs: Mapping[str, Tensor] = token_inputs(program, twice)
         self.context = context
         self.original = self._log_probabilities(program)
