@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, fx
 
 from reroll.errors import PassError, UsageError
 from reroll.mixers.registry import find
-from reroll.passes.linearization.codebook import Codebook, measure_codebooks
+from reroll.passes.linearization.clusters import Clusters, measure_clusters
 from reroll.passes.linearization.combining import confine
 from reroll.passes.linearization.design import Combine, Design, Gates
-from reroll.passes.linearization.features import Feature, codebook_tensors
+from reroll.passes.linearization.features import Feature
 from reroll.passes.linearization.gains import least_joint, least_squares, measure_gains
 from reroll.passes.linearization.gates import Projections, Start
 from reroll.passes.linearization.look_back import measure_starts
@@ -37,13 +38,13 @@ Value = int | float | bool | str | None
 class Calibration:
     """What text says of each layer, by number.
 
-    `starts` is what its gates begin with, `codebooks` what its feature map does, `gains` [heads]
-    how loud its mixer is, and `explained` how much of what the window leaves out of its attention
-    that brings back.
+    `starts` is what its gates begin with, or `clusters` which keys its slots are for; `gains`
+    [heads] is how loud its mixer is, and `explained` how much of what the window leaves out of its
+    attention that brings back.
     """
 
     starts: dict[int, Start] = field(default_factory=dict)
-    codebooks: dict[int, Codebook] = field(default_factory=dict)
+    clusters: dict[int, Clusters] = field(default_factory=dict)
     gains: dict[int, Tensor] = field(default_factory=dict)
     explained: dict[int, float] = field(default_factory=dict)
 
@@ -72,12 +73,9 @@ class Linearize(LayerPass):
     `liger-code` as its released code does; `learned` makes them by low-rank projections of the
     layer's input, at the start constant for each head; `calibrated` are learned ones that start
     from what the attention does on the user's text (arXiv 2606.16429), and so do gains that are not
-    given. State is kept per key-value head.
-
-    `feature_map=codebook` sorts queries and keys into `features` buckets, which are computed from
-    what attends to what on that text, given twice: for layers that copy
-    (`reroll.passes.linearization.codebook`). It takes `gates=calibrated`, and was measured with
-    `combine=joint`.
+    given; `clustered` sort keys into the slots of `mixer=gsa` by clusters of that text's keys, and
+    with `combine=joint` that is attention to the window and to the last key of every cluster
+    (`reroll.passes.linearization.clusters`). State is kept per key-value head.
 
     Layers that see only a window already stay as they are unless `layers` names them. Nothing here
     is trained, and what comes out needs to be: a model in which too many layers are linearized
@@ -94,7 +92,6 @@ class Linearize(LayerPass):
     rotary: bool | None = option(
         None, help="whether they have their rotary embedding; by default, without a feature map"
     )
-    features: int = option(256, help="buckets of a codebook")
     window: int = option(64, help="how many of the last tokens softmax attention sees; 0 for none")
     sinks: int = option(4, help="how many of the first tokens it sees beside them")
     combine: Combine = option("disjoint", help="how the window and the mixer come together")
@@ -111,20 +108,20 @@ class Linearize(LayerPass):
             ("sinks", 0),
             ("rank", 1),
             ("samples", 1),
-            ("features", 1),
         ):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {least} or more", f"pass linearize, option {name}")
         if not 0 <= self.mix <= 1:
             raise UsageError("mix is from 0 to 1", "pass linearize, option mix")
-        if self.feature_map == "codebook" and self.gates != "calibrated":
+        known = set(find(self.mixer).options())
+        if self.gates == "clustered" and "slots" not in known:
             raise UsageError(
-                "a codebook is computed from text",
-                "pass linearize, option feature_map",
-                "add gates=calibrated, and --text FILE",
+                f"{self.mixer} has no slots for clusters of keys",
+                "pass linearize, option gates",
+                "use mixer=gsa with gates=clustered",
             )
-        known = find(self.mixer).options()
-        if self.combine == "joint" and self.feature_map == "none" and "normalise" not in known:
+        own = {"normalise", "log_mass"} & known
+        if self.combine == "joint" and self.feature_map == "none" and not own:
             raise UsageError(
                 "one normalisation takes features that are not negative",
                 "pass linearize, option combine",
@@ -148,53 +145,53 @@ class Linearize(LayerPass):
 
     def _calibrated(self, program: Program, chosen: set[int], context: Context) -> Calibration:
         """What gates and gains start from: for each layer, of the original's own attention."""
-        if self.gates != "calibrated":
+        if self.gates not in ("calibrated", "clustered"):
             return Calibration()
         text = self._text(program, context)
         if text is None:
             context.remark("no text to calibrate on: gates start as with gates=learned")
             return Calibration()
         program, design = program.edit(), self._design()
-        layers, _ = self.chosen(program)
-        starts = measure_starts(program, layers, text, design.reach, context)
         # the attentions are still the original's, and gains are zero: so are all inputs
-        codebooks = self._codebooks(program.edit(), chosen, text, context)
+        starts, clusters = {}, {}
+        if self.gates == "clustered":
+            clusters = self._clusters(program.edit(), chosen, text, context)
+        else:
+            layers, _ = self.chosen(program)
+            starts = measure_starts(program, layers, text, design.reach, context)
         if self.gain is not None or not design.has_gain:
-            return Calibration(starts, codebooks)
-        projections = Projections(self.rank, context.seed, starts, codebooks)
+            return Calibration(starts, clusters)
+        projections = Projections(self.rank, context.seed, starts, clusters)
         exact, mixers = self._beside(program, design, projections, chosen)
         layers, _ = self.chosen(exact)
-        least = least_joint if self.combine == "joint" else least_squares
+        joint = partial(least_joint, logs=design.logs)
+        least = joint if self.combine == "joint" else least_squares
         measured = measure_gains(exact, mixers, layers, text, design.reach, context, least)
-        return Calibration(starts, codebooks, *measured)
+        return Calibration(starts, clusters, *measured)
 
     def _text(self, program: Program, context: Context) -> list[Mapping[str, Tensor]] | None:
         """The text to calibrate on, if there is any; PassError if there has to be."""
-        book = self.feature_map == "codebook"
-        text = samples(program, context, self.samples, twice=book)
-        if text is None and book:
+        text = samples(program, context, self.samples)
+        if text is None and self.gates == "clustered":
             raise PassError(
-                "there is no text to compute a codebook from",
-                where="pass linearize, option feature_map",
+                "there is no text whose keys could be clustered",
+                where="pass linearize, option gates",
                 hint="give a text file with --text; a model without tokens has none",
             )
         return text
 
-    def _codebooks(
+    def _clusters(
         self,
         program: Program,
         chosen: set[int],
         text: Sequence[Mapping[str, Tensor]],
         context: Context,
-    ) -> dict[int, Codebook]:
-        """The codebook of every chosen layer, if that is its feature map; changes the graphs."""
-        if self.feature_map != "codebook":
-            return {}
+    ) -> dict[int, Clusters]:
+        """The clusters of every chosen layer's keys; changes the graphs."""
         design = self._design()
-        exact, mixers = self._beside(program, design.bare, Projections(1, 0), chosen)
+        exact, mixers = self._beside(program, design.before_rotary, Projections(1, 0), chosen)
         layers, _ = self.chosen(exact)
-        seen = observed(exact, layers, text, context, mixers)
-        return measure_codebooks(seen, design.reach, self.features)
+        return measure_clusters(observed(exact, layers, text, context, mixers), design.slots)
 
     def _beside(
         self, program: Program, design: Design, projections: Projections, chosen: set[int]
@@ -211,7 +208,7 @@ class Linearize(LayerPass):
         """The program with mixers in these layers; its graphs are changed in place."""
         layers, _ = self.chosen(program)
         sites, design = self._sites(program, layers, numbers), self._design()
-        projections = Projections(self.rank, context.seed, found.starts, found.codebooks)
+        projections = Projections(self.rank, context.seed, found.starts, found.clusters)
         for site in sites:
             design.insert(site, projections)
         edit = self._with_gains(sites, found.gains)
@@ -275,18 +272,21 @@ class Linearize(LayerPass):
 
 
 def _with_tensors(program: Program, projections: Projections) -> Program:
-    """The program with the tensors of codebooks beside those of its checkpoint."""
-    if not projections.codebooks:
+    """The program with what was measured beside the tensors of its checkpoint."""
+    if not projections.clusters:
         return program
-    tensors = MemorySource(codebook_tensors(projections.codebooks))
+    tensors = MemorySource(projections.tensors())
     return replace(program, source=ChainSource([tensors, program.source]))
 
 
 def _said(found: Calibration, layers: Sequence[int]) -> str:
-    lives = sorted(life for n in layers for life in found.starts[n].half_life)
     shares = [found.explained[n] for n in layers]
-    return (
-        f"half-lives from {lives[0]:.0f} to {lives[-1]:.0f} tokens, median {median(lives):.0f}; "
+    said = (
         f"mixers bring back {sum(shares) / len(shares):.0%} of what is left out, "
         f"from {min(shares):.0%} to {max(shares):.0%} by layer"
     )
+    if not found.starts:
+        return said
+    lives = sorted(life for n in layers for life in found.starts[n].half_life)
+    lived = f"half-lives from {lives[0]:.0f} to {lives[-1]:.0f} tokens"
+    return f"{lived}, median {median(lives):.0f}; {said}"

@@ -19,6 +19,7 @@ from reroll.rewrite import lowerings
 from reroll.rewrite.passes import tolerances
 from reroll.rewrite.program import Program
 from reroll.rewrite.weights import full
+from tests import tiny
 from tests.captured import captured
 from tests.export.prompted import check_pieces, check_reference, inputs
 
@@ -87,6 +88,22 @@ def test_feature_maps(features, tmp_path):
 def test_joint_normalisation(mixer, tmp_path):
     options = f"mixer={mixer}, window=6, sinks=2, combine=joint, feature_map=hedgehog"
     exported(linearized(options, gain=20.0), tmp_path)
+
+
+SLOTS = "mixer=gsa, mixer_options={slots: 5}, window=6, sinks=2, combine=joint"
+
+
+def test_slots_and_a_window_under_one_softmax(tmp_path):
+    exported(linearized(SLOTS, gain=20.0), tmp_path)
+
+
+def test_slots_by_clusters(tmp_path):
+    tiny.save(tiny.llama(2), tmp_path / "tiny", tiny.tokenizer())
+    text = f"linearize({SLOTS}, gates=clustered, samples=1)"
+    program = reroll.run_passes(reroll.capture(str(tmp_path / "tiny")), text, measure=False)
+    out = tmp_path / "out"
+    out.mkdir()
+    exported(program, out, graphs=("loop",))
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])

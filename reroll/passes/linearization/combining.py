@@ -4,6 +4,7 @@ With o the window's output, m what its softmax divides by, y the mixer's output 
 
     disjoint   o + g y
     joint      (m o + g y) / (m + g z), where z is the sum of the mixer's weights
+               or w o + (1 - w) y, w = m / (m + g z), with a mixer that divides by z and gives log z
     sum        (1 - mix) o + mix y
 
 and without a window g y, or y / z.
@@ -38,6 +39,17 @@ def joined(window: Tensor, mass: Tensor, mixed: Tensor, gain: Tensor) -> Tensor:
     return ((window.float() * mass + values) / (mass + weights)).to(window.dtype)
 
 
+def merged(window: Tensor, log_mass: Tensor, mixed: Tensor, gain: Tensor) -> Tensor:
+    """The same of two means over keys, by the logs of what each divides by.
+
+    `log_mass` [batch, time, heads] is the window's; the last channel of `mixed` is the mixer's.
+    """
+    mine = mixed[..., -1:].float() + gain.float().clamp(min=FLOOR).log().unsqueeze(-1)
+    part = (log_mass.unsqueeze(-1) - mine).sigmoid()
+    values = mixed[..., :-1].float()
+    return (values + part * (window.float() - values)).to(window.dtype)
+
+
 def normalised(mixed: Tensor) -> Tensor:
     """What a mixer alone gives, divided by the sum of its weights, which is its last channel."""
     wide = mixed.float()
@@ -59,13 +71,14 @@ def disjoint(site: Site, mixed: fx.Node) -> fx.Node:
     return site.after(site.node, ADD, (site.node, gained))
 
 
-def joint(site: Site, mixed: fx.Node) -> fx.Node:
-    """Both under one normalisation."""
+def joint(site: Site, mixed: fx.Node, logs: bool) -> fx.Node:
+    """Both under one normalisation; `logs` says that the mixer gives the log of its mass."""
     with site.graph.inserting_before(site.node):
         gain = _gain(site)
-    site.mass = _mass(site)
+    site.mass = _mass(site, logs)
     with site.graph.inserting_before(site.mass.next):
-        return insert(site.graph, joined, [site.node, site.mass, mixed, gain])
+        unite = merged if logs else joined
+        return insert(site.graph, unite, [site.node, site.mass, mixed, gain])
 
 
 def alone(site: Site, mixed: fx.Node) -> fx.Node:
@@ -106,10 +119,10 @@ def _gain(site: Site) -> fx.Node:
     return gain
 
 
-def _mass(site: Site) -> fx.Node:
-    """The node of what an attention divides by, behind it."""
+def _mass(site: Site, log: bool) -> fx.Node:
+    """The node of what an attention divides by, behind it, or of its log."""
     with site.graph.inserting_after(site.node):
-        node = site.graph.call_function(MASS)
+        node = site.graph.call_function(MASS, kwargs={"log": True} if log else {})
     _look_alike(node, site.node)
     kind = site.node.meta["type"]
     node.meta["type"] = TensorType(torch.float32, kind.shape[:-1])
@@ -119,4 +132,5 @@ def _mass(site: Site) -> fx.Node:
 def _look_alike(mass: fx.Node, attention: fx.Node) -> None:
     """Give the mass the arguments that the attention has."""
     q, k, _, scale = attention.args[:4]
-    mass.args, mass.kwargs = (q, k, scale), dict(attention.kwargs)
+    log = {name: value for name, value in mass.kwargs.items() if name == "log"}
+    mass.args, mass.kwargs = (q, k, scale), dict(attention.kwargs) | log

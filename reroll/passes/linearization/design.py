@@ -27,7 +27,7 @@ RECURRENCE = torch.ops.reroll.recurrence.default
 BIDIRECTIONAL = torch.ops.reroll.bidirectional.default
 
 Combine = Literal["disjoint", "joint", "sum"]
-Gates = Literal["learned", "calibrated", "liger", "liger-code"]
+Gates = Literal["learned", "calibrated", "clustered", "liger", "liger-code"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,23 @@ class Design:
         return (self.combine == "joint") == (self.reach.window > 0)
 
     @property
-    def bare(self) -> Design:
-        """One whose mixer reads what this one's feature map does."""
+    def before_rotary(self) -> Design:
+        """One whose mixer, of no use else, reads keys before their rotary embedding."""
         return replace(
-            self, mixer="retention", mixer_options={}, feature_map="none", combine="disjoint"
-        )
+            self, mixer="retention", mixer_options={}, gates="learned", feature_map="none",
+            rotary=False, combine="disjoint",
+        )  # fmt: skip
+
+    @property
+    def logs(self) -> bool:
+        """Whether the mixer gives the log of what it divides by, and shares that with a window."""
+        shared = self.combine == "joint" and self.reach.window > 0
+        return shared and "log_mass" in find(self.mixer).options()
+
+    @property
+    def slots(self) -> int:
+        """Slots of the mixer's state; 0 if it has none."""
+        return int(getattr(make(self.mixer, self.mixer_options), "slots", 0))
 
     def insert(self, site: Site, projections: Projections) -> fx.Node:
         """Put a mixer beside an attention, and let their sum take its place; returns the mixer.
@@ -66,8 +78,10 @@ class Design:
         with site.graph.inserting_before(old):
             mixed = self._recurrence(site, projections)
         if self.combine == "joint":
-            combined = combining.joint if self.reach.window else combining.alone
-            result = combined(site, mixed)
+            if self.reach.window:
+                result = combining.joint(site, mixed, self.logs)
+            else:
+                result = combining.alone(site, mixed)
         elif self.combine == "sum" and self.reach.window:
             result = combining.weighted(site, mixed, self.mix)
         else:
@@ -81,8 +95,8 @@ class Design:
         q, k = site.q, site.k
         if not self.rotary:
             q, k = before_rotary(q), before_rotary(k)
-        q = mapped(site, q, self.feature_map, "q", projections.codebooks)
-        k = mapped(site, k, self.feature_map, "k", projections.codebooks)
+        q = mapped(site, q, self.feature_map, "q")
+        k = mapped(site, k, self.feature_map, "k")
         mixer, v = self._mixer(site), site.v
         d_v = site.d_v + (self.combine == "joint")
         gates = self._gates(site, mixer, (int(shape(k)[3]), d_v), projections)
@@ -108,6 +122,14 @@ class Design:
     def _mixer(self, site: Site) -> Mixer:
         options, known = dict(self.mixer_options), find(self.mixer).options()
         own = "normalise" in known
+        if self.logs:
+            options["log_mass"] = True
+            if not site.causal:
+                raise PassError(
+                    f"{self.mixer} divides each direction by a sum of its own",
+                    where=site.node.name,
+                    hint="use combine=disjoint",
+                )
         if self.feature_map == "none" and not own:
             options.setdefault("scale", float(argument(site.node, "scale")))
         else:
@@ -132,6 +154,8 @@ class Design:
         for gate in mixer.gates(*sizes):
             if self.gates in ("learned", "calibrated"):
                 made.append(projections.gate(site, gate))
+            elif self.gates == "clustered":
+                made.append(projections.clustered(site, gate))
             else:
                 variant = "paper" if self.gates == "liger" else "code"
                 made.append(liger_gate(site, mixer, gate, variant))

@@ -118,22 +118,24 @@ def least_squares(seen: Seen, reach: Reach) -> Quadratic:
     )
 
 
-def least_joint(seen: Seen, reach: Reach) -> Table:
-    """What a mixer misses that shares one normalisation with the window."""
+def least_joint(seen: Seen, reach: Reach, logs: bool) -> Table:
+    """What a mixer misses that shares one normalisation with the window; `logs` as there."""
     assert seen.mixed is not None
-    window, mass = (_windowed(op, seen, reach) for op in (ATTENTION, combining.MASS))
+    window, mass = _windowed(ATTENTION, seen, reach), _windowed(combining.MASS, seen, reach, logs)
+    unite = combining.merged if logs else combining.joined
     gains = torch.cat((torch.zeros(1), torch.logspace(-3, 6, 73)))
     errors = [
-        (combining.joined(window, mass, seen.mixed, gain) - seen.out).square().sum((0, 1, 3))
-        for gain in gains
+        (unite(window, mass, seen.mixed, gain) - seen.out).square().sum((0, 1, 3)) for gain in gains
     ]
     return Table(gains, torch.stack(errors))
 
 
-def _windowed(op: Any, seen: Seen, reach: Reach) -> Tensor:
+def _windowed(op: Any, seen: Seen, reach: Reach, log: bool = False) -> Tensor:
     """What the attention would give, or divide by, over the window and the first tokens."""
     named = {**seen.named, "window": reach.window, "prefix": reach.sinks or None}
     tensors = (seen.q, seen.k, seen.v) if op is ATTENTION else (seen.q, seen.k)
+    if log:
+        named["log"] = True
     with torch.no_grad():
         out: Tensor = op(*tensors, seen.scale, **named)
     return out

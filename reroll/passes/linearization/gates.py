@@ -11,11 +11,13 @@ from torch import Tensor, fx
 
 from reroll.errors import PassError
 from reroll.mixers import Gate, Mixer
-from reroll.passes.linearization.codebook import Codebook
+from reroll.mixers.gates import wide
+from reroll.passes.linearization.clusters import Clusters
 from reroll.passes.linearization.sites import LINEAR, Site, before_rotary
 from reroll.rewrite.inserting import insert
 from reroll.rewrite.program import TensorType
-from reroll.rewrite.weights import Expr, cast, concat, full, normal, zeros
+from reroll.rewrite.weights import Expr, Source, cast, concat, full, normal, zeros
+from reroll.rewrite.weights.expressions import meta_of
 
 # without any measurement: half-lives of heads, in tokens, from the first to the last
 SHORTEST, LONGEST = 32.0, 512.0
@@ -44,13 +46,13 @@ class Projections:
     """Low-rank projections of the layer's input with biases: raw = W2 (W1 x) + b.
 
     W1 is random and W2 zero, so that at the start a gate is what its bias says. `starts` gives that
-    for each layer number, and `codebooks` what its feature map starts from.
+    for each layer number, and `clusters` the keys that slots are for.
     """
 
     rank: int
     seed: int
     starts: Mapping[int, Start] = field(default_factory=dict)
-    codebooks: Mapping[int, Codebook] = field(default_factory=dict)
+    clusters: Mapping[int, Clusters] = field(default_factory=dict)
 
     def gate(self, site: Site, gate: Gate) -> fx.Node:
         """The gate's values [batch, kv_heads, time, *shape]."""
@@ -90,6 +92,37 @@ class Projections:
             return gate.activation(torch.unflatten(raw, -1, (heads, *gate.shape)).transpose(1, 2))
 
         return insert(graph, values, [raw])
+
+    def clustered(self, site: Site, gate: Gate) -> fx.Node:
+        """A decay of slots [batch, kv_heads, time, slots]: a token's own slot lets go.
+
+        It keeps 1 - p of what it holds, and e^floor at least.
+        """
+        k = before_rotary(site.k)
+        found = self.clusters[site.chosen[0]]
+
+        def measured(part: str, like: Tensor) -> fx.Node:
+            def start(layer: int) -> Expr:
+                name = f"linearize.clusters.{layer}.{part}"
+                return cast(Source(name, meta_of(like)), site.dtype)
+
+            return site.new_weight(f"slots.{part}", tuple(like.shape), start)
+
+        def values(k: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            near = wide(k) @ wide(weight).transpose(1, 2) + wide(bias).unsqueeze(1)
+            return (near.softmax(-1) * -most + 1.0).log()
+
+        most = 1.0 if gate.floor is None else -math.expm1(gate.floor)
+        parts = [measured("weight", found.weight), measured("bias", found.bias)]
+        return insert(site.graph, values, [k, *parts])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was measured, by the names that weights read it by."""
+        return {
+            f"linearize.clusters.{layer}.{part}": tensor
+            for layer, found in self.clusters.items()
+            for part, tensor in vars(found).items()
+        }
 
 
 def liger_gate(site: Site, mixer: Mixer, gate: Gate, variant: str) -> fx.Node:
