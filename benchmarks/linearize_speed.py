@@ -25,6 +25,10 @@ from reroll.rewrite.passes.costs import state_bytes
 PIPELINES = {
     "window": "window(size=64, sinks=4)",
     "linear": "linearize(mixer=retention, feature_map=softmax, gain=0.1)",
+    "slots": (
+        "linearize(mixer=gsa, mixer_options={slots: 256, floor: -5.0}, gates=clustered, "
+        "combine=joint)"
+    ),
     "linear alone": "linearize(mixer=retention, feature_map=softmax, window=0)",
 }
 PROMPT = 160

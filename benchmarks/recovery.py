@@ -1,9 +1,9 @@
 """What recipes bring back: each converts the same model, and trains on the same tokens.
 
 A recipe is a YAML file with `passes` and `recover`. For each, the model is measured after its
-passes and after its recovery, beside the original, on text of another domain than it was trained
-on. Models and results are kept in `--work`, and a run that was stopped goes on where it was, so
-that long comparisons can be made in pieces.
+passes and, if it has a recovery, after that, beside the original, on text of another domain than it
+was trained on. Models and results are kept in `--work`, and a run that was stopped goes on where it
+was, so that long comparisons can be made in pieces.
 
     python -m benchmarks.recovery recipes/A.yaml recipes/B.yaml --tokens 2M --work out/recovery
         [--batch ROWS] [--train-only] [--recovered-only] [--model DIR] [--threads N]
@@ -24,6 +24,7 @@ import reroll
 from reroll.cli.recovery import token_count
 from reroll.evaluate.suite import choose, evaluate
 from reroll.recover import Recipe, load_recipe, recover
+from reroll.rewrite.passes.pipeline import read_yaml
 
 DATA = [f"data/text/{name}.train.txt" for name in ("pydocs", "shakespeare", "gcide", "foldoc")]
 # beside the original, and what needs no original
@@ -46,18 +47,29 @@ def measured(model: Any, options: argparse.Namespace, file: Path) -> dict[str, A
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def trained(path: Path, options: argparse.Namespace) -> tuple[Path, Path]:
-    """The model after a recipe's passes, and after its recovery: made if they are not there."""
-    work: Path = options.work
-    start, end = work / f"{path.stem}-start", work / f"{path.stem}-{options.tokens}"
+def started(path: Path, options: argparse.Namespace) -> Path:
+    """The model after a recipe's passes: made if it is not there."""
+    start: Path = options.work / f"{path.stem}-start"
     if not start.is_dir():
         program = reroll.capture(options.model, dtype=torch.float32)
         converted = reroll.run_passes(
             program, path, text=Path(options.data[0]), measure=False, seed=options.seed
         )
         converted.save(str(start))
+    return start
+
+
+def recovers(path: Path) -> bool:
+    """Whether a recipe has more than passes."""
+    return "recover" in dict(read_yaml(path))  # type: ignore[call-overload]
+
+
+def trained(path: Path, options: argparse.Namespace) -> Path:
+    """The model after a recipe's recovery: made if it is not there."""
+    end: Path = options.work / f"{path.stem}-{options.tokens}"
     if end.is_dir():
-        return start, end
+        return end
+    start = started(path, options)
 
     def show(step: Any) -> None:
         if step["steps"] % 10 == 0:
@@ -82,15 +94,18 @@ def trained(path: Path, options: argparse.Namespace) -> tuple[Path, Path]:
         on_step=show,
     )
     end.with_suffix(".run.json").write_text(json.dumps(vars(report), indent=1), encoding="utf-8")
-    return start, end
+    return end
 
 
 def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What one recipe gives: after its passes, and after its recovery."""
-    start, end = trained(path, options)
     found: dict[str, dict[str, Any]] = {}
-    if not options.recovered_only:
+    if not (options.recovered_only and recovers(path)):
+        start = started(path, options)
         found["passes only"] = measured(str(start), options, start.with_suffix(".json"))
+    if not recovers(path):
+        return found
+    end = trained(path, options)
     run = json.loads(end.with_suffix(".run.json").read_text(encoding="utf-8"))
     cost = {"tokens": run["tokens"], "seconds": round(run["seconds"])}
     found["recovered"] = measured(str(end), options, end.with_suffix(".json")) | cost
@@ -129,7 +144,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
     if options.train_only:
-        for path in options.recipes:
+        for path in filter(recovers, options.recipes):
             trained(path, options)
         return
     curves: dict[str, list[float]] = {}
@@ -139,7 +154,8 @@ def main() -> None:
     for path in options.recipes:
         for what, found in row(path, options).items():
             rows[f"{path.stem}, {what}"] = found
-        curves[path.stem] = curve(trained(path, options)[1])
+        if recovers(path):
+            curves[path.stem] = curve(trained(path, options))
     peer = options.work / f"tptt-{options.tokens}.json"
     if peer.is_file():
         rows["TPTT, recovered"] = json.loads(peer.read_text(encoding="utf-8"))
