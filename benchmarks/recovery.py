@@ -39,7 +39,9 @@ def measured(model: Any, options: argparse.Namespace, file: Path) -> dict[str, A
     """The headline of each measure; from the file if it is there."""
     if not file.is_file():
         lines: dict[str, Any] = {}
-        for text, original in ((options.beside, options.model), (options.alone, None)):
+        # a model that is no directory has no tokenizer but the original's
+        alone = None if isinstance(model, str) else options.model
+        for text, original in ((options.beside, options.model), (options.alone, alone)):
             found = evaluate(model, original, choose(text, "quick"), text=Path(options.text))
             for each in found["measures"].values():
                 lines |= each.get("headline", {}).get("model", {})
