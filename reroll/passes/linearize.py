@@ -19,7 +19,7 @@ from reroll.passes.linearization.features import Feature
 from reroll.passes.linearization.gains import least_joint, least_squares, measure_gains
 from reroll.passes.linearization.gates import Projections, Start
 from reroll.passes.linearization.look_back import measure_starts
-from reroll.passes.linearization.observed import Reach, observed, samples
+from reroll.passes.linearization.observed import Reach, samples
 from reroll.passes.linearization.sites import Site, site_of
 from reroll.rewrite.checkpoint import ChainSource, MemorySource
 from reroll.rewrite.layers import Layer
@@ -152,13 +152,14 @@ class Linearize(LayerPass):
             context.remark("no text to calibrate on: gates start as with gates=learned")
             return Calibration()
         program, design = program.edit(), self._design()
-        # the attentions are still the original's, and gains are zero: so are all inputs
+        layers, _ = self.chosen(program)
         starts, clusters = {}, {}
         if self.gates == "clustered":
-            clusters = self._clusters(program.edit(), chosen, text, context)
+            sites = self._sites(program, layers, chosen)
+            clusters = measure_clusters(program, sites, text, context, design.slots)
         else:
-            layers, _ = self.chosen(program)
             starts = measure_starts(program, layers, text, design.reach, context)
+        # the attentions are still the original's, and gains are zero: so are all inputs
         if self.gain is not None or not design.has_gain:
             return Calibration(starts, clusters)
         projections = Projections(self.rank, context.seed, starts, clusters)
@@ -179,19 +180,6 @@ class Linearize(LayerPass):
                 hint="give a text file with --text; a model without tokens has none",
             )
         return text
-
-    def _clusters(
-        self,
-        program: Program,
-        chosen: set[int],
-        text: Sequence[Mapping[str, Tensor]],
-        context: Context,
-    ) -> dict[int, Clusters]:
-        """The clusters of every chosen layer's keys; changes the graphs."""
-        design = self._design()
-        exact, mixers = self._beside(program, design.before_rotary, Projections(1, 0), chosen)
-        layers, _ = self.chosen(exact)
-        return measure_clusters(observed(exact, layers, text, context, mixers), design.slots)
 
     def _beside(
         self, program: Program, design: Design, projections: Projections, chosen: set[int]

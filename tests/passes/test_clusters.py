@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import reroll
 from reroll.errors import PassError, UsageError
-from reroll.passes.linearization.clusters import measure_clusters
-from reroll.passes.linearization.observed import Seen
+from reroll.passes.linearization.clusters import clusters_of
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.manager import run_passes
@@ -24,19 +22,13 @@ TEXT = "linearize(mixer=gsa, mixer_options={{slots: 24}}, gates=clustered, sampl
 JOINT = TEXT.format("window=16, combine=joint")
 
 
-def read(keys: Tensor) -> Seen:
-    """A mixer's keys [batch, kv_heads, time, d_k]."""
-    empty = torch.empty(0)
-    return Seen(0, empty, empty, empty, 1.0, {"causal": True}, empty, read=(empty, keys))
-
-
 def test_clusters_are_where_keys_are() -> None:
     """In each head its own; all keys of all inputs count."""
     torch.manual_seed(0)
     # six places, far apart; as many keys at each in one input as in the other
     middles = 10 * torch.randn(2, 6, 8)
     keys = middles.repeat(1, 40, 1) + 0.1 * torch.randn(2, 240, 8)
-    found = measure_clusters([read(keys[None, :, :120]), read(keys[None, :, 120:])], 24)[0]
+    found = clusters_of([keys[None, :, :120], keys[None, :, 120:]], 24)
     assert found.weight.shape == (2, 24, 8)
     assert found.bias.shape == (2, 24)
     near = keys @ found.weight.mT + found.bias[:, None]
@@ -48,7 +40,7 @@ def test_clusters_are_where_keys_are() -> None:
             assert len(place[slot[head] == each].unique()) == 1
     # keys are in a slot, and not between two; in other units as well
     assert (near.softmax(-1).max(-1).values > 0.9).float().mean() > 0.8
-    other = measure_clusters([read(128 * keys[None])], 24)[0]
+    other = clusters_of([128 * keys[None]], 24)
     torch.testing.assert_close(128 * keys @ other.weight.mT + other.bias[:, None], near)
 
 
@@ -96,7 +88,7 @@ def test_padding_takes_no_slot(with_text: Program) -> None:
 
 
 def test_nearer_than_the_window(with_text: Program) -> None:
-    """With one slot for each kind of key of the first layer, that layer is nearly the original."""
+    """What slots hold brings the model nearer to the original than the window alone does."""
     ids = torch.randint(3, 64, (1, 120))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

@@ -14,14 +14,17 @@ whose control is a clustering, in the recurrence of gated slot attention (`rerol
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from reroll.errors import PassError
-from reroll.passes.linearization.observed import Seen
+from reroll.passes.linearization.sites import Site, before_rotary
+from reroll.rewrite.passes.base import Context
+from reroll.rewrite.program import Program
 
 # of k-means, and how sharp the choice of a slot is
 ROUNDS, SHARPNESS = 8, 64.0
@@ -38,27 +41,46 @@ class Clusters:
     bias: Tensor
 
 
-def measure_clusters(seen: Iterable[Seen], slots: int) -> dict[int, Clusters]:
-    """Those of every layer's keys, from what mixers have read.
+def measure_clusters(
+    program: Program,
+    sites: Sequence[Site],
+    inputs: Sequence[Mapping[str, Tensor]],
+    context: Context,
+    slots: int,
+) -> dict[int, Clusters]:
+    """Those of the keys of every chosen layer of the sites.
 
-    Raises PassError if the text has fewer tokens than there are slots.
+    Raises PassError if the inputs have fewer tokens than there are slots.
     """
+    owner = {before_rotary(site.k): site for site in sites}
     keys: dict[int, list[Tensor]] = {}
-    for each in seen:
-        assert each.read is not None
-        keys.setdefault(each.number, []).append(each.read[1].transpose(0, 1).flatten(1, 2))
-    found = {}
-    for number, parts in keys.items():
-        points = torch.cat(parts, 1).float()
-        if points.shape[1] < slots:
-            raise PassError(
-                f"{points.shape[1]} tokens of text cannot be sorted into {slots} slots",
-                where="pass linearize, option gates",
-                hint="give more text, raise samples, or lower the mixer's slots",
-            )
-        heads = [_clustered(head, slots) for head in points]
-        found[number] = Clusters(*(torch.stack(parts) for parts in zip(*heads, strict=True)))
-    return found
+
+    def keep(name: str, trip: int | None, node: fx.Node, args: tuple[Any, ...], out: Any) -> None:
+        del name, args
+        site = owner.get(node)
+        if site is not None and (number := site.layer.numbers[trip or 0]) in site.chosen:
+            keys.setdefault(number, []).append(out)
+
+    for done, each in enumerate(inputs):
+        context.progress(done, len(inputs), "clustering")
+        context.outputs(program, each, fast=False, observe=keep)
+    return {number: clusters_of(parts, slots) for number, parts in keys.items()}
+
+
+def clusters_of(keys: Sequence[Tensor], slots: int) -> Clusters:
+    """The clusters of all keys [batch, kv_heads, time, d_k] of one layer, as many as slots.
+
+    Raises PassError if there are fewer keys.
+    """
+    points = torch.cat([each.transpose(0, 1).flatten(1, 2) for each in keys], 1).float()
+    if points.shape[1] < slots:
+        raise PassError(
+            f"{points.shape[1]} tokens of text cannot be sorted into {slots} slots",
+            where="pass linearize, option gates",
+            hint="give more text, raise samples, or lower the mixer's slots",
+        )
+    heads = [_clustered(head, slots) for head in points]
+    return Clusters(*(torch.stack(parts) for parts in zip(*heads, strict=True)))
 
 
 def _clustered(points: Tensor, count: int) -> tuple[Tensor, Tensor]:

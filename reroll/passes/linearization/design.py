@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -49,14 +49,6 @@ class Design:
         if self.combine == "disjoint":
             return True
         return (self.combine == "joint") == (self.reach.window > 0)
-
-    @property
-    def before_rotary(self) -> Design:
-        """One whose mixer, of no use else, reads keys before their rotary embedding."""
-        return replace(
-            self, mixer="retention", mixer_options={}, gates="learned", feature_map="none",
-            rotary=False, combine="disjoint",
-        )  # fmt: skip
 
     @property
     def logs(self) -> bool:

@@ -60,10 +60,7 @@ def samples(program: Program, context: Context, count: int) -> list[Mapping[str,
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attention got and gave for one input.
-
-    `read` are the queries and keys that its mixer got, if it has one, and `mixed` what that gave.
-    """
+    """What one attention got and gave for one input, and `mixed` what its mixer gave, if any."""
 
     number: int
     q: Tensor
@@ -72,7 +69,6 @@ class Seen:
     scale: float
     named: Mapping[str, Any]
     out: Tensor
-    read: tuple[Tensor, Tensor] | None = None
     mixed: Tensor | None = None
 
     @property
@@ -107,7 +103,7 @@ def observed(
     for done, each in enumerate(inputs):
         context.progress(done, len(inputs), "calibrating")
         found: list[Seen] = []
-        beside: dict[fx.Node, tuple[tuple[Tensor, Tensor], Tensor]] = {}
+        beside: dict[fx.Node, Tensor] = {}
 
         def keep(
             name: str,
@@ -116,17 +112,17 @@ def observed(
             args: tuple[Any, ...],
             out: Any,
             found: list[Seen] = found,
-            beside: dict[fx.Node, tuple[tuple[Tensor, Tensor], Tensor]] = beside,
+            beside: dict[fx.Node, Tensor] = beside,
         ) -> None:
             del name
             if node in owner:
-                beside[owner[node]] = (args[0], args[1]), out
+                beside[owner[node]] = out
             elif node in numbers:
                 number = numbers[node][trip or 0]
                 q, k, v, scale = args[:4]
                 named = dict(zip(ARGUMENTS[4:], args[4:], strict=True))
-                mixer = beside.pop(node, (None, None))
-                found.append(Seen(number, q, k, v, scale, named, out, *mixer))
+                mixed = beside.pop(node, None)
+                found.append(Seen(number, q, k, v, scale, named, out, mixed))
 
         context.outputs(program, each, fast=False, observe=keep)
         yield from found
