@@ -79,6 +79,7 @@ class Conversion:
                 for p in after.loops
             ],
             "passes": [_step(s) for s in after.origin.steps[len(before.origin.steps) :]],
+            "remarks": list(after.origin.remarks),
             "files": {
                 str(f.relative_to(self.out)): f.stat().st_size
                 for f in sorted(self.out.rglob("*"))

@@ -71,6 +71,7 @@ def inspected(found: Found) -> None:
     else:
         lines.append("no loop was found: no two regions of the graph are alike")
     lines.append(_exactness(found))
+    lines += found["remarks"]
     _print("\n".join(lines))
     if loops:
         table = new_table(

@@ -98,6 +98,7 @@ def inspect_model(
         "outputs": list(rolled.outputs),
         "outside_loops": {"ops": _count(rolled.graph)},
         "passes": [step.text for step in rolled.origin.steps],
+        "remarks": list(rolled.origin.remarks),
         "output": measured_output(rolled),
         "check": errors,
         "seconds": {"capture": captured, "roll": seconds - captured, "total": seconds},

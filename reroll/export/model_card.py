@@ -43,6 +43,9 @@ def _body(program: Program) -> Iterator[str]:
     yield f'model = transformers.{origin.auto_class}.from_pretrained("path/or/id")'
     yield "```"
     yield ""
+    if origin.remarks:
+        yield from (f"- {_inline(remark)}" for remark in origin.remarks)
+        yield ""
     yield "## Recipe"
     yield ""
     if not origin.steps:

@@ -63,7 +63,8 @@ class Origin:
 
     `config` is the original model's configuration as JSON data; `files` are the side files
     (tokenizer, generation config, preprocessor) that are saved again unchanged, name to path;
-    `auto_class` names the transformers auto class that loads the saved model.
+    `auto_class` names the transformers auto class that loads the saved model; `remarks` say what of
+    the original the capture left out.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Origin:
     config: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def positions(self) -> int | None:

@@ -160,7 +160,9 @@ class TestModelCard:
 
     def test_remarks_cannot_become_markup(self) -> None:
         remark = "x</script>\n# heading [a](javascript:b) | `c`"
-        card = self.card(steps=(Step("a | `b`\n---", 0.0, (remark,), {"k|": "v|"}),))
+        step = Step("a | `b`\n---", 0.0, (remark,), {"k|": "v|"})
+        card = self.card(steps=(step,), remarks=(remark,))
+        assert card.count("heading") == 2
         assert "\n# heading" not in card
         assert "<" not in card.replace("\\<", "")
         assert "](" not in card.replace("\\]", "")

@@ -109,6 +109,12 @@ def test_an_origin_becomes_plain_data():
     assert origin_to_json(origin_from_json(data)) == data
 
 
+def test_what_a_capture_left_out_is_kept_and_older_files_lack_it():
+    origin = Origin("m", remarks=("the input pixel_values is left out",))
+    assert origin_from_json(origin_to_json(origin)) == origin
+    assert "remarks" not in origin_to_json(Origin("m"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -125,6 +131,7 @@ def test_an_origin_becomes_plain_data():
         ("steps", [{}], r"steps\[0\]"),
         ("steps", [{"text": "", "seconds": "1", "remarks": [], "measured": {}}], "seconds"),
         ("steps", [{"text": "", "seconds": 1, "remarks": [1], "measured": {}}], "remarks"),
+        ("remarks", [1], "remarks"),
         ("extra", 1, "unknown key 'extra'"),
     ],
 )

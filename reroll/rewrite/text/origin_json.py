@@ -33,13 +33,14 @@ def origin_to_json(origin: Origin) -> dict[str, Any]:
             }
             for i, step in enumerate(origin.steps)
         ],
+        **({"remarks": list(origin.remarks)} if origin.remarks else {}),
     }
 
 
 def origin_from_json(data: object) -> Origin:
     """The Origin that `origin_to_json` wrote; ProgramError naming the place if it is not valid."""
     wanted = "model revision architecture auto_class config files steps"
-    fields = _object(data, wanted.split())
+    fields = _object(data, wanted.split(), optional={"remarks": []})
     revision = fields["revision"]
     with located("files"):
         files = _is(fields["files"], dict)
@@ -54,6 +55,7 @@ def origin_from_json(data: object) -> Origin:
         config=_plain(_member(fields, "config", dict), "config"),
         files=files,
         steps=tuple(_step(i, s) for i, s in enumerate(_member(fields, "steps", list))),
+        remarks=_texts(_member(fields, "remarks", list)),
     )
 
 
@@ -101,11 +103,15 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     raise ProgramError(f"a {type(value).__name__} is not JSON data", where=where)
 
 
-def _object(data: object, keys: list[str]) -> dict[str, Any]:
-    fields = _is(data, dict)
+def _object(
+    data: object, keys: list[str], optional: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A JSON object with these keys, and the optional ones by their defaults."""
+    fields = {**(optional or {}), **_is(data, dict)}
     for key in keys:
         if key not in fields:
             raise ProgramError(f"{key!r} is missing")
+    keys = [*keys, *(optional or {})]
     unknown = [key for key in fields if key not in keys]
     if unknown:
         raise ProgramError(f"unknown key {unknown[0]!r:.80}", hint=f"known: {', '.join(keys)}")
