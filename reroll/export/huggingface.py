@@ -29,7 +29,7 @@ from reroll.rewrite.text.serialize import program_to_json
 from reroll.rewrite.weights import WeightTable, stored_name
 from reroll.rewrite.weights.evaluation import Output
 from reroll.rewrite.weights.expressions import Source
-from reroll.runtime.modules import slot_key
+from reroll.runtime.modules import slot_key, stored_outputs
 from reroll.runtime.pretrained import PROGRAM_FILE, load_program
 
 _OWN_FILES = {"config.json", PROGRAM_FILE, "readme.md", "model.safetensors.index.json"}
@@ -84,11 +84,10 @@ def _write_config(program: Program, directory: Path) -> None:
 
 def with_saved_weights(program: Program, directory: Path, progress: Progress | None) -> Program:
     """Write every distinct weight once; returns the Program over the tensors in the files."""
-    saved: dict[Any, Output] = {}
-    for name, weight in program.weights.items():
-        for entry, expr in enumerate(weight.entries):
-            key = slot_key(program, name, entry)
-            saved.setdefault(key, Output(stored_name(name, entry), 0, expr))
+    saved = {
+        key: Output(stored_name(name, entry), 0, expr)
+        for key, (name, entry, expr) in stored_outputs(program).items()
+    }
     save_outputs(list(saved.values()), program.source, directory, progress)
 
     def source(name: str, entry: int) -> Source:

@@ -119,13 +119,16 @@ def _map(weight: Weight, function: Callable[[Expr], Expr]) -> Weight:
 def _combined(parts: list[Weight], function: Callable[..., Expr]) -> Weight:
     trips = next((p.trips for p in parts if p.trips is not None), None)
     dtype = parts[0].meta.dtype
-    made = [
-        cast(function(*(_wide(p.for_trip(trip)) for p in parts)), dtype)
-        for trip in range(trips or 1)
-    ]
-    entries = tuple(dict.fromkeys(made))
-    index = None if trips is None else tuple(entries.index(e) for e in made)
-    return Weight(entries, index, any(p.trainable for p in parts))
+    # trips share what they shared in all parts; equal constants of different trips stay apart
+    made: dict[tuple[int, ...], Expr] = {}
+    index = []
+    for trip in range(trips or 1):
+        used = tuple(p.index[trip] for p in parts if p.index is not None)
+        if used not in made:
+            made[used] = cast(function(*(_wide(p.for_trip(trip)) for p in parts)), dtype)
+        index.append(list(made).index(used))
+    own = None if trips is None else tuple(index)
+    return Weight(tuple(made.values()), own, any(p.trainable for p in parts))
 
 
 def _wide(expr: Expr) -> Expr:

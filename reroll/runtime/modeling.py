@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from reroll.errors import UsageError
 from reroll.rewrite.program import Input, Program
-from reroll.rewrite.weights import evaluate
+from reroll.rewrite.weights.evaluation import evaluate_outputs
 from reroll.runtime.assembly import Assembly, assemble
 from reroll.runtime.caches import layers_of
 from reroll.runtime.config import RerollConfig
 from reroll.runtime.generation import generation_config
 from reroll.runtime.loops import State
-from reroll.runtime.modules import slot_key, tied_names
+from reroll.runtime.modules import stored_outputs, tied_names
 from reroll.runtime.recapture import from_stored, program_of
 from reroll.runtime.trips import set_trips
 
@@ -61,13 +61,11 @@ class RerollPreTrainedModel(PreTrainedModel):
 
     def load_weights(self, device: torch.device | str | None = None) -> None:
         """Compute the Program's weights and put them in place."""
-        filled = set()
-        for name, entry, tensor in evaluate(self.program.weights, self.program.source):
-            key = slot_key(self.program, name, entry)
-            slot = self._assembly.tree.slots.get(key)
-            if slot is not None and key not in filled:
-                slot.fill(tensor.to(device) if device is not None else tensor)
-                filled.add(key)
+        slots = self._assembly.tree.slots
+        outputs = {key: o for key, o in stored_outputs(self.program).items() if key in slots}
+        slot_of = {(o.name, o.entry): slots[key] for key, o in outputs.items()}
+        for name, entry, tensor in evaluate_outputs([*outputs.values()], self.program.source):
+            slot_of[name, entry].fill(tensor.to(device) if device is not None else tensor)
 
     def code(self) -> Mapping[str, str]:
         """The generated Python source: "main", and one function per loop."""

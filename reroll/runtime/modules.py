@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reroll.rewrite.program import Loop, Program, weight_nodes
+from reroll.rewrite.weights.evaluation import Output
 from reroll.rewrite.weights.expressions import Meta, Source, walk
 from reroll.runtime.placement import Path, Place, path_of, places
 
@@ -100,6 +101,16 @@ def slot_key(program: Program, name: str, entry: int) -> Any:
     """
     expr = program.weights[name].entries[entry]
     return expr if any(isinstance(e, Source) for e in walk([expr])) else (name, entry)
+
+
+def stored_outputs(program: Program) -> dict[Any, Output]:
+    """The stored tensors of a Program, each once, by `slot_key`."""
+    outputs: dict[Any, Output] = {}
+    for name, weight in program.weights.items():
+        for entry, expr in enumerate(weight.entries):
+            key = slot_key(program, name, entry)
+            outputs.setdefault(key, Output(name, entry, expr))
+    return outputs
 
 
 class _Builder:

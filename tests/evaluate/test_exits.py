@@ -83,6 +83,9 @@ def test_classifiers_learn_from_cached_states(criterion):
     labels = {t: agreement(model, out.hidden_states[t], last) for t in (1, 2)}
     for trips, agree in labels.items():
         assert accuracy[trips] > max(agree, 1 - agree)
+    # each exit on its own
+    one, two = (model.get_parameter(f"model.layers.{n}.exit.score.weight") for n in (0, 1))
+    assert not torch.equal(one, two)
     # and what was learned is in the program
     stored, found = calibrate(model.to_program(), TOKENS, risk=0.5, levels=(0.9, 0.5))
     assert found.depth < 4

@@ -184,6 +184,29 @@ class TestEvaluation:
         for name, entry, tensor in w.evaluate(table, MemorySource(SOURCES)):
             assert torch.equal(tensor, evaluate_one(table[name].entries[entry]))
 
+    @given(tables())
+    def test_no_two_results_share_memory(self, table: w.WeightTable) -> None:
+        got = [t for _, _, t in w.evaluate(table, MemorySource(SOURCES)) if t.numel()]
+        assert len({t.untyped_storage().data_ptr() for t in got}) == len(got)
+
+    @pytest.mark.parametrize(
+        "views",
+        [
+            lambda a: (a, w.reshape(a, (4, 1)), w.transpose(w.reshape(a, (4, 1)))),
+            lambda a: (w.reshape(a, (2, 2)), w.reshape(a, (2, 2)), w.cast(a, torch.float64)),
+            lambda a: (a, w.scale(a, 1.0), w.mean([a]), w.concat(0, [a]), w.slice_(a, 0, 0, 4)),
+            lambda a: (a, w.build("cast", a, "f32"), w.copy(a, 0), w.copy(a, 1)),
+            lambda a: (w.full((4,), 1.0, torch.float32),) * 3,
+        ],
+    )
+    def test_writing_to_one_result_leaves_the_others(self, views) -> None:
+        exprs = views(leaf("a", 4))
+        table = w.WeightTable({str(i): w.Weight((e,)) for i, e in enumerate(exprs)})
+        source = {"a": torch.arange(1.0, 5.0)}
+        for name, _, tensor in w.evaluate(table, MemorySource(source)):
+            assert torch.equal(tensor, evaluate_one(exprs[int(name)], source))
+            tensor.zero_()
+
     def test_some_names(self) -> None:
         table = w.WeightTable({n: w.Weight((leaf(n, 2),)) for n in "abc"})
         source = MemorySource({"b": torch.ones(2)})

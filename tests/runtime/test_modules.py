@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import reroll
 from reroll.errors import ProgramError, UsageError
+from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.program import Program
 from reroll.rewrite.weights import Weight, WeightTable, full
 from reroll.runtime import untie
@@ -71,8 +73,33 @@ def test_equal_constants_are_not_tied() -> None:
     ones = full(program.weights[name].meta.shape, 1.0, torch.float32)
     weight = Weight((ones,) * 4, (0, 1, 2, 3))
     model = lower(program.with_weights(program.weights.with_weight(name, weight)))
-    norms = {id(model.get_parameter(name.replace("*", str(t)))) for t in range(4)}
-    assert len(norms) == 4
+    norms = [model.get_parameter(name.replace("*", str(t))) for t in range(4)]
+    assert len({id(n) for n in norms}) == 4
+    with torch.no_grad():
+        norms[0].zero_()
+    assert all(torch.equal(n, torch.ones_like(n)) for n in norms[1:])
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "linearize(mixer=gated_deltanet, window=8, sinks=2, gain=0.5)",
+        "linearize(mixer=gla, feature_map=hedgehog, window=4, sinks=1)",
+        "insert_exits(at=[1, 2, 3], criterion=gated)",
+        "tie(blocks=2, scaling=true)",
+        "tie(blocks=2), relax(rank=2, init=zero)",
+        "loop_core(prelude=1, core=[1, 2], coda=1, trips=3)",
+        "fold_norms",
+    ],
+)
+def test_parameters_have_memory_of_their_own(passes: str, tmp_path: Path) -> None:
+    program = run_passes(captured.captured("llama"), passes, measure=False)
+    program.save(tmp_path / "out")
+    for model in (program.to_module(), reroll.load(tmp_path / "out").to_module()):
+        storages = [p.untyped_storage().data_ptr() for p in model.parameters()]
+        assert len(set(storages)) == len(storages)
+        # nor is a parameter a view of few numbers
+        assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
 
 
 def test_a_weight_without_a_trip_is_one_parameter_for_all() -> None:

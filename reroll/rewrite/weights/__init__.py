@@ -105,7 +105,8 @@ def evaluate(
     """Compute the weights, or those in ``names``, yielding (name, entry, tensor) once each.
 
     The order keeps few tensors alive and is not the table's order. An expression under two names
-    is computed once and yielded for each, as the same tensor. ``observe`` is called during the
+    is computed once and yielded for each, as a tensor of its own: the caller may write to one of
+    them and not to the other. ``observe`` is called during the
     computation with the bytes of all tensors held. Raises CheckpointError if a source tensor is
     missing or has another shape.
     """

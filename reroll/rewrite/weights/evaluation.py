@@ -51,7 +51,10 @@ def evaluate_outputs(
     source: TensorSource,
     observe: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield (name, entry, tensor) of every output; see `reroll.rewrite.weights.evaluate`."""
+    """Yield (name, entry, tensor) of every output, no two of which share memory.
+
+    See `reroll.rewrite.weights.evaluate`.
+    """
     groups = _grouped(outputs)
     steps = _schedule(list(groups))
     drops = _last_uses(steps)
@@ -78,8 +81,12 @@ def evaluate_outputs(
         if observe is not None:
             observe(sum(t.nbytes for held in (live, sums) for t in held.values()))
         if step.kind == "emit":
-            for output in groups[step.expr]:
-                yield output.name, output.entry, live[step.expr]
+            *others, last = groups[step.expr]
+            for output in others:
+                yield output.name, output.entry, live[step.expr].clone()
+            # what a later step reads is not given away
+            given = live[step.expr] if step.expr in dropped else live[step.expr].clone()
+            yield last.name, last.entry, given
         for expr in dropped:
             live.pop(expr, None)
 
@@ -218,7 +225,9 @@ def _compute(expr: Apply, tensors: list[Tensor]) -> Tensor:
     with torch.no_grad():
         result = function.compute(*args).to(expr.meta.dtype)
     assert tuple(result.shape) == expr.meta.shape, f"{expr.op} gave {meta_of(result)}"
-    return result
+    # a function may return its argument or a view of it, which another output may be as well
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    return result.clone() if result.untyped_storage().data_ptr() in storages else result
 
 
 def _accumulate(sums: dict[Expr, Tensor], expr: Expr, tensor: Tensor) -> None:
