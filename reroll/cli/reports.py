@@ -148,6 +148,7 @@ def converted(found: Found, timing: bool) -> None:
                     times.add_row(escape(f"  {step['pass']}"), f"{step['seconds']:.2f}")
         times.add_row("total", f"{found['seconds']['total']:.2f}")
         _print(times)
+    _print(*found["remarks"])
     _print(f"wrote {found['out']}: {size(sum(found['files'].values()))}")
 
 

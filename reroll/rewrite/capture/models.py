@@ -112,7 +112,7 @@ def _open_directory(
 ) -> OpenModel:
     import transformers
 
-    from reroll.rewrite.checkpoint import hf_source
+    from reroll.rewrite.checkpoint import fit_to_checkpoint, hf_source
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust)
@@ -133,14 +133,16 @@ def _open_directory(
         )
     else:
         model = _build(lambda: model_class._from_config(config, **_eager()), config, dtype)
-    origin = replace(describe(model, name, path), revision=revision)
-    return OpenModel(model, hf_source(path, model), origin)
+    source = hf_source(path, model)
+    remarks = fit_to_checkpoint(model, source)
+    origin = replace(describe(model, name, path), revision=revision, remarks=remarks)
+    return OpenModel(model, source, origin)
 
 
 def _open_gguf(path: Path, dtype: torch.dtype | None) -> OpenModel:
     import transformers
 
-    from reroll.rewrite.checkpoint import GgufSource
+    from reroll.rewrite.checkpoint import GgufSource, fit_to_checkpoint
     from reroll.rewrite.checkpoint.gguf_file import GgufFile
 
     if not path.is_file():
@@ -152,8 +154,10 @@ def _open_gguf(path: Path, dtype: torch.dtype | None) -> OpenModel:
         raise CheckpointError(f"cannot read the GGUF header: {error}", where=str(path)) from error
     auto = transformers.AutoModelForCausalLM
     model = _build(lambda: auto.from_config(config, **_eager()), config, dtype or torch.float32)
-    origin = replace(describe(model, str(path)), files=_gguf_tokenizer(path))
-    return OpenModel(model, GgufSource(path, model), origin)
+    source = GgufSource(path, model)
+    remarks = fit_to_checkpoint(model, source)
+    origin = replace(describe(model, str(path)), files=_gguf_tokenizer(path), remarks=remarks)
+    return OpenModel(model, source, origin)
 
 
 def _gguf_tokenizer(path: Path) -> dict[str, str]:

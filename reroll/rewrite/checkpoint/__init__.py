@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reroll.rewrite.checkpoint.contents import fit_to_checkpoint
 from reroll.rewrite.checkpoint.gguf_source import GgufSource
 from reroll.rewrite.checkpoint.hf_source import hf_source
 from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource, save_tensors
@@ -14,6 +15,7 @@ __all__ = [
     "MemorySource",
     "SafetensorsSource",
     "TensorSource",
+    "fit_to_checkpoint",
     "hf_source",
     "missing_tensor",
     "save_tensors",

@@ -8,7 +8,8 @@ tensor at a time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -51,14 +52,29 @@ class GgufSource:
             ) from error
         # several tensors of the file may make one of the model: gate and up of merged experts
         self._parts: dict[str, list[str]] = {}
+        self.unread: list[str] = []
         for stored in self._file.tensors:
-            name = self._hf_names.get(stored) or self._hf_names.get(stored.removesuffix(".weight"))
-            if name is not None and name in self._names:
+            name = self._name(stored)
+            if name is None:
+                self.unread.append(stored)
+            else:
                 self._parts.setdefault(name, []).append(stored)
+        first = [re.sub(r"(?<=\.)\d+(?=\.)", "0", stored) for stored in self.unread]
+        self.beyond = [n for n, zero in zip(self.unread, first, strict=True) if self._name(zero)]
 
     def names(self) -> Iterable[str]:
         """The model's tensors that the file has, by their names in memory."""
         return self._names.available(self._parts)
+
+    @property
+    def held(self) -> Collection[str]:
+        """The model's tensors that are stored under their own names, not under a tied one."""
+        return self._parts.keys()
+
+    def _name(self, stored: str) -> str | None:
+        """The model's name of a tensor of the file."""
+        name = self._hf_names.get(stored) or self._hf_names.get(stored.removesuffix(".weight"))
+        return name if name is not None and name in self._names else None
 
     def meta(self, name: str) -> Meta:
         """Shape and dtype (fp32) of one tensor; CheckpointError if missing."""

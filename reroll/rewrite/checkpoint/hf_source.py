@@ -8,7 +8,7 @@ tensors they give, and of which shapes, without reading anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,7 +71,9 @@ class HfSource:
         self._metas: dict[str, Meta] = {}
         # the other results of the last rule that gave several, for whoever asks next
         self._spare: dict[str, Tensor] = {}
-        for conversion in _conversions(files, model):
+        conversions, self.unread = _conversions(files, model)
+        self.beyond = [n for n, renamed in self.unread.items() if self._names.is_beyond(renamed)]
+        for conversion in conversions:
             made = self._run(conversion, self._file_on_meta)
             for name, tensor in made.items():
                 self._conversion[name] = conversion
@@ -81,6 +83,11 @@ class HfSource:
     def names(self) -> Iterable[str]:
         """The model's tensors that the checkpoint has, by their names in memory."""
         return self._names.available(self._metas)
+
+    @property
+    def held(self) -> Collection[str]:
+        """The model's tensors that are stored under their own names, not under a tied one."""
+        return self._metas.keys()
 
     def meta(self, name: str) -> Meta:
         """Shape and stored dtype of one tensor; CheckpointError if missing."""
@@ -111,8 +118,13 @@ class HfSource:
             ) from error
 
 
-def _conversions(files: TensorSource, model: PreTrainedModel) -> Iterable[Conversion]:
-    """The uses of rules that fill the model, found as transformers does when it loads."""
+def _conversions(
+    files: TensorSource, model: PreTrainedModel
+) -> tuple[Iterable[Conversion], dict[str, str]]:
+    """The uses of rules that fill the model, found as transformers does when it loads.
+
+    Beside them, the tensors of the file that fill nothing, and the names that the rules give them.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -128,12 +140,14 @@ def _conversions(files: TensorSource, model: PreTrainedModel) -> Iterable[Conver
     wanted: Mapping[str, Tensor] = model.state_dict()
     prefix = model.base_model_prefix
     conversions: dict[str, Conversion] = {}
+    unread: dict[str, str] = {}
     # some rules depend on the order: a list of experts is merged in the order of its numbers
     for stored in sorted(files.names(), key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
         if name not in wanted and stored in wanted:
             name, pattern = rename_source_key(stored, [], [], prefix, wanted)
         if name not in wanted:
+            unread[stored] = name
             continue
         if pattern is None:
             conversion = Conversion(WeightRenaming(stored, name))
@@ -141,4 +155,4 @@ def _conversions(files: TensorSource, model: PreTrainedModel) -> Iterable[Conver
             conversion = Conversion(by_pattern[pattern])
         conversion = conversions.setdefault(name, conversion)
         conversion.takes.append((name, stored, pattern or stored))
-    return conversions.values()
+    return conversions.values(), unread

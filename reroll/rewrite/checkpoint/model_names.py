@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,11 @@ class ModelNames:
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
+
+    def is_beyond(self, name: str) -> bool:
+        """Whether `name` would be a tensor of the model if one of its numbers were 0."""
+        numbers = re.finditer(r"(?<=\.)\d+(?=\.)", name)
+        return any(f"{name[: m.start()]}0{name[m.end() :]}" in self for m in numbers)
 
     def available(self, found: Container[str]) -> list[str]:
         """The model's names that a checkpoint with the names ``found`` can fill."""
