@@ -1,11 +1,15 @@
-"""How many model types capture, exactly, and how much of each rolls into loops.
+"""Which model types convert exactly, by every door and called in every way.
 
-Every model is tiny and random (see `tiny_models`) and is measured in a process of its own with a
-time limit, so one that crashes or hangs costs only its own row. A Program is run here by the
-reference of each op, not by the lowered module: what is compared with the original is the graph.
+Every model is tiny and random (see `tiny_models`). A row is a type and a door: the model as an
+object, a directory that transformers saved, or that directory in bf16. It holds a cell for each
+call and measure (see `calls`), in the process that captured and, from the saved model, in a fresh
+one, and for each ONNX graph that was exported and run. A row is measured in a process of its own
+with a time limit, so one that crashes or hangs costs only itself. Rows that a results file has are
+not measured again.
 
-    python -m benchmarks.coverage --kind causal
-    python -m benchmarks.coverage --types llama,gemma3_text --json rows.json
+    python -m benchmarks.coverage --kind causal --json docs/results/coverage.json
+    python -m benchmarks.coverage --types llama,gemma3_text --doors object
+    python -m benchmarks.coverage --json docs/results/coverage.json --table docs/results/coverage.md
 """
 
 from __future__ import annotations
@@ -15,41 +19,51 @@ import dataclasses
 import json
 import logging
 import multiprocessing
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+import transformers
 
 from benchmarks import tiny_models
+from benchmarks.calls import compare, expected_of, make_calls, passed, run_call
+from benchmarks.coverage_table import line, totals, write_table
+from reroll.export.onnx import Onnx
 from reroll.rewrite.capture import capture
 from reroll.rewrite.passes.interpret import complete, run
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising import raise_idioms
 from reroll.rewrite.rolling import roll_loops
 
+Door = Literal["object", "directory", "bf16"]
+DOORS: tuple[Door, ...] = get_args(Door)
+
 # relative to the largest logit: what reordering a sum changes in fp32
 TOLERANCE = 1e-5
-# not the sizes that a model is captured with, so a size that was baked in shows
 BATCH, LENGTH = 2, 24
 
 
 @dataclass
 class Row:
-    """What happened to one model type; a field is None where the step before it failed.
+    """What happened to one model type by one door; a field is None where a step before it failed.
 
-    `error` and `rolled_error` are the largest differences from the original's outputs, `scale` the
-    largest output. `loops` lists each loop as trips x layers per trip, `rolled` adds them up.
-    `attentions` counts the attention calls of the flat graph that are one node.
+    `error` is the largest difference of the flat program, run by the reference of each op, from the
+    original's outputs, `scale` the largest output. `loops` lists each loop as trips x layers per
+    trip, `rolled` adds them up. `cells` are by "call.measure", "opened.call.measure" and
+    "export.graph"; "save", "open" or "export" holds the refusal of the whole step.
     """
 
     type: str
     kind: tiny_models.Kind
+    door: Door = "object"
     layers: int | None = None
     mixing: str | None = None
     nodes: int | None = None
@@ -59,6 +73,7 @@ class Row:
     loops: str | None = None
     rolled: int | None = None
     rolled_error: float | None = None
+    cells: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     failed: str | None = None
     reason: str | None = None
@@ -69,71 +84,172 @@ class Row:
         return self.error == 0.0
 
     @property
-    def close(self) -> bool:
-        """Whether the flat program computes the original's outputs up to rounding."""
-        return self.error is not None and self.error <= TOLERANCE * max(self.scale or 0.0, 1.0)
+    def right(self) -> bool:
+        """Whether every step succeeded and no cell is wrong or refused."""
+        return self.failed is None and all(map(passed, self.cells.values()))
 
 
-def measure(row: Row, report: Callable[[Row], None]) -> None:
+Report = Callable[[Row], None]
+Work = dict[str, Any]
+
+
+def measure(row: Row, report: Report, steps: tuple[str, ...] = ()) -> None:
     """Fill `row` step by step and report after each, so that a crash keeps what was found."""
-    found: dict[str, Any] = {}
-    steps: dict[str, Callable[[Row, dict[str, Any]], None]]
-    steps = {"build": _build, "flat": _flat, "roll": _roll}
-    for name, step in steps.items():
-        row.failed = name
-        report(row)
-        try:
-            step(row, found)
-        except Exception as error:  # the table is the report of what fails
-            first = str(error).strip().split("\n")[0]
-            row.reason = f"{type(error).__name__}: {first[:200]}"
+    known: dict[str, Callable[[Row, Work, Report], None]]
+    known = {"build": _build, "graph": _graph, "roll": _roll}
+    known |= {"calls": _calls, "save": _save, "open": _open, "export": _export}
+    with tempfile.TemporaryDirectory(prefix="coverage-") as folder:
+        work: Work = {"folder": Path(folder)}
+        for name in steps or known:
+            row.failed = name
             report(row)
-            return
+            try:
+                known[name](row, work, report)
+            except Exception as error:  # the table is the report of what fails
+                if name in ("save", "open", "export"):  # a cell; the others may still be right
+                    row.cells[name] = f"refused: {_told(error)}"
+                    continue
+                row.reason = _told(error)
+                report(row)
+                return
     row.failed = None
     report(row)
 
 
-def _build(row: Row, found: dict[str, Any]) -> None:
-    model = tiny_models.build(row.type, kind=row.kind)
-    inputs = tiny_models.example_inputs(model, BATCH, LENGTH)
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+
+
+def _build(row: Row, work: Work, report: Report) -> None:
+    """Make the original, as the door has it."""
+    model: Any = tiny_models.build(row.type, kind=row.kind)
     row.layers, row.mixing = tiny_models.layer_count(model), tiny_models.token_mixing(model)
-    found.update(model=model, inputs=inputs)
-    tiny_models.run_eager(model, inputs)
+    work["given"] = model
+    if row.door != "object":
+        dtype = torch.bfloat16 if row.door == "bf16" else torch.float32
+        work["given"] = str(work["folder"] / "original")
+        model.to(dtype).save_pretrained(work["given"])
+        # what transformers makes of the directory is the original
+        opened = type(model).from_pretrained(
+            work["given"], attn_implementation="eager", dtype="auto"
+        )
+        model = opened.eval()
+    work["original"] = model
+    tiny_models.run_eager(model, tiny_models.example_inputs(model, BATCH, LENGTH))
 
 
-def _flat(row: Row, found: dict[str, Any]) -> None:
-    program = found["flat"] = capture(found["model"], roll=False)
-    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+def _graph(row: Row, work: Work, report: Report) -> None:
+    """Capture, and compare the flat graph with the original op by op."""
+    flat = work["flat"] = capture(work["given"], roll=False)
+    calls = [node for node in flat.graph.nodes if node.op == "call_function"]
     row.nodes = len(calls)
     row.attentions = sum("reroll.attention" in str(node.target) for node in calls)
-    row.error, row.scale = _difference(program, found)
+    row.error, row.scale = _difference(flat, work["original"])
 
 
-def _roll(row: Row, found: dict[str, Any]) -> None:
-    program = roll_loops(raise_idioms(found["flat"]))
+def _roll(row: Row, work: Work, report: Report) -> None:
+    """Roll it, as `reroll.capture` does."""
+    program = work["program"] = roll_loops(raise_idioms(work["flat"]))
     row.loops = " ".join(f"{each.trips}x{each.period}" for each in program.loops) or "none"
     row.rolled = sum(each.layers for each in program.loops)
-    row.rolled_error, _ = _difference(program, found)
+    row.rolled_error, _ = _difference(program, work["original"])
 
 
-def _difference(program: Program, found: Mapping[str, Any]) -> tuple[float, float]:
+def _difference(program: Program, original: Any) -> tuple[float, float]:
     """Largest difference from the original's outputs, and the largest output, where not padded."""
+    given = tiny_models.example_inputs(original, BATCH, LENGTH)
+    given = {n: t.to(original.dtype) if t.is_floating_point() else t for n, t in given.items()}
     names = {each.name for each in program.inputs}
-    given = {name: tensor for name, tensor in found["inputs"].items() if name in names}
-    inputs = complete(program, given)
+    inputs = complete(program, {name: t for name, t in given.items() if name in names})
     actual = tiny_models.primary_output(SimpleNamespace(**run(program, inputs)))
     actual = tiny_models.valid_outputs(actual, inputs)
-    expected = tiny_models.valid_outputs(tiny_models.run_eager(found["model"], inputs), inputs)
+    expected = tiny_models.valid_outputs(tiny_models.run_eager(original, given), inputs)
     if actual.shape != expected.shape:
         raise ValueError(f"outputs are {list(actual.shape)}, not {list(expected.shape)}")
     return float((actual - expected).abs().max()), float(expected.abs().max())
 
 
-def _child(row: Row, sender: Connection) -> None:
-    """Measure in a process of its own and send the row after each step."""
+def _calls(row: Row, work: Work, report: Report) -> None:
+    """Call the original and the lowered module in every way."""
+    original = work["original"]
+    work["calls"] = make_calls(original)
+    work["expected"] = expected_of(original, work["calls"])
+    module = work["program"].to_module()
+    _compare_calls(row.cells, "", module, work["calls"], work["expected"], original.dtype)
+
+
+def _compare_calls(
+    cells: dict[str, str],
+    prefix: str,
+    module: Any,
+    calls: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    for name, given in calls.items():
+        compared = compare(run_call(module, given), expected[name], given, dtype)
+        cells.update({f"{prefix}{name}.{measured}": cell for measured, cell in compared.items()})
+
+
+def _save(row: Row, work: Work, report: Report) -> None:
+    work["program"].save(str(work["folder"] / "converted"))
+    whole = {name: work[name] for name in ("calls", "expected")}
+    whole["dtype"] = work["original"].dtype
+    torch.save(whole, work["folder"] / "expected.pt")
+
+
+def _open(row: Row, work: Work, report: Report) -> None:
+    """Open what was saved in a process that has imported reroll and captured nothing."""
+    if not (work["folder"] / "converted").exists():
+        return
+    auto_class = work["program"].origin.auto_class
+    receiver, sender = _fresh().Pipe(duplex=False)
+    process = _fresh().Process(target=_opened, args=(work["folder"], auto_class, sender))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        found = {"open": f"refused: the process died with {process.exitcode}"}
+    process.join()
+    row.cells.update(found)
+
+
+def _fresh() -> Any:
+    return multiprocessing.get_context("forkserver")
+
+
+def _opened(folder: Path, auto_class: str, sender: Connection) -> None:
+    """Answer every call from the saved model."""
+    _quiet()
+    cells: dict[str, str] = {}
+    try:
+        whole = torch.load(folder / "expected.pt", weights_only=False)
+        module = getattr(transformers, auto_class).from_pretrained(folder / "converted")
+        _compare_calls(cells, "opened.", module, whole["calls"], whole["expected"], whole["dtype"])
+    except Exception as error:
+        cells["open"] = f"refused: {_told(error)}"
+    sender.send(cells)
+
+
+def _export(row: Row, work: Work, report: Report) -> None:
+    """Export to ONNX with `--check`: each graph runs in ONNX Runtime beside the torch module."""
+    directory = work["folder"] / "onnx"
+    directory.mkdir()
+    found = Onnx.make({"check": True}).write(work["program"], directory)
+    for kind, graph in found["graphs"].items():
+        row.cells[f"export.{kind}"] = f"{graph['check']['relative_rms_error']:.1e}"
+
+
+def _quiet() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+
+
+def _child(row: Row, sender: Connection) -> None:
+    """Measure in a process of its own and send the row after each step."""
+    _quiet()
     measure(row, sender.send)
     sender.close()
 
@@ -157,71 +273,82 @@ def measured(row: Row, limit: float) -> Row:
         if row.failed and not row.reason:
             row.reason = f"Crash: exit status {process.exitcode}"
     process.join()
-    row.seconds = time.perf_counter() - started
+    row.seconds = round(time.perf_counter() - started, 1)
     return row
 
 
-def line(row: Row) -> str:
-    """One row as text."""
-    error = "-" if row.error is None else "0" if row.exact else f"{row.error:.1e}"
-    rolled = "-" if row.rolled is None else f"{row.rolled}/{row.layers}"
-    rolled_error = "-" if row.rolled_error is None else f"{row.rolled_error:.1e}"
-    reason = f"{row.failed}: {row.reason}" if row.failed else ""
-    columns = [
-        f"{row.type:28s} {row.layers or '-':>3} {row.mixing or '-':9s} {row.nodes or '-':>5}",
-        f"{'-' if row.attentions is None else row.attentions:>4} {error:>8s}",
-        f"{rolled:>6s} {row.loops or '-':12s} {rolled_error:>8s} {row.seconds:5.1f}s {reason}",
-    ]
-    return " ".join(columns).rstrip()
+class Results:
+    """The rows of a file, which is written anew after each."""
 
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, str], Row] = {}
+        if path is not None and path.exists():
+            for data in json.loads(path.read_text()):
+                self.add(Row(**data))
 
-HEADER = (
-    f"{'type':28s} {'lay':>3s} {'mixing':9s} {'nodes':>5s} {'attn':>4s} {'error':>8s} "
-    f"{'rolled':>6s} {'loops':12s} {'error':>8s} {'time':>6s} reason"
-)
+    def add(self, row: Row) -> None:
+        """Keep a row, in the place of an older one."""
+        self.rows[row.type, row.door] = row
 
-
-def totals(rows: Sequence[Row]) -> str:
-    """How far all rows got, as text."""
-    whole = [row for row in rows if row.rolled and row.layers and row.rolled >= row.layers]
-    counts = {
-        "types": len(rows),
-        "built": sum(row.failed != "build" for row in rows),
-        "captured": sum(row.nodes is not None for row in rows),
-        "attention as one op": sum(bool(row.attentions) for row in rows),
-        "bit-identical": sum(row.exact for row in rows),
-        f"within {TOLERANCE:.0e}": sum(row.close for row in rows),
-        "rolled": sum(bool(row.rolled) for row in rows),
-        "rolled whole": len(whole),
-    }
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+    def write(self) -> None:
+        """Write the file whole."""
+        if self.path is None:
+            return
+        data = [dataclasses.asdict(row) for _, row in sorted(self.rows.items())]
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(data, indent=1) + "\n")
+        new.replace(self.path)
 
 
 def main() -> None:
-    """Print the table, and the totals over all rows."""
+    """Measure the rows that are missing, print each, and the totals over all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--types", help="comma-separated model types; all of the kind by default")
     parser.add_argument("--kind", choices=["causal", "encoder", "all"], default="all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds per model type")
+    parser.add_argument("--doors", default=",".join(DOORS), help="comma-separated")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in FILE")
+    parser.add_argument("--table", type=Path, metavar="PAGE", help="write the table into PAGE")
+    parser.add_argument("--again", choices=["failed", "all"], help="measure such rows again")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds per row")
+    parser.add_argument("--minutes", type=float, default=40.0, help="start no row after that")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     arguments = parser.parse_args()
+    results = Results(arguments.json)
+    if arguments.table:
+        write_table(arguments.table, list(results.rows.values()))
+        return
     chosen = arguments.types.split(",") if arguments.types else None
     known: dict[tiny_models.Kind, list[str]]
     known = {"causal": tiny_models.causal_types(), "encoder": tiny_models.encoder_types()}
     wanted = [
-        Row(each, kind)
+        Row(each, kind, door)
         for kind, types in known.items()
         for each in types
-        if arguments.kind in (kind, "all") and (chosen is None or each in chosen)
+        for door in DOORS
+        if arguments.kind in (kind, "all")
+        and (chosen is None or each in chosen)
+        and door in arguments.doors.split(",")
+        and _due(results.rows.get((each, door)), arguments.again)
     ]
-    rows = []
-    print(HEADER)
-    for row in wanted:
-        rows.append(measured(row, arguments.limit))
-        print(line(rows[-1]), flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
-    print(totals(rows))
+    end = time.perf_counter() + 60 * arguments.minutes
+    # started before any other thread, and with nothing in it but what a user imports
+    _fresh().set_forkserver_preload(["transformers", "reroll"])
+
+    def run_one(row: Row) -> None:
+        if time.perf_counter() < end:
+            row = measured(row, arguments.limit)
+            results.add(row)
+            results.write()
+            print(line(row), flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(run_one, wanted))
+    print(totals(list(results.rows.values())))
+
+
+def _due(row: Row | None, again: str | None) -> bool:
+    return row is None or again == "all" or (again == "failed" and not row.right)
 
 
 if __name__ == "__main__":
