@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import reroll
-from reroll.export.directories import new_directory
 from reroll.export.onnx import Onnx
+from reroll.writing import new_directory
 
 TIED = "tie(blocks=10), relax(rank=16)"
 PASSES = {

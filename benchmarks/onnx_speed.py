@@ -68,8 +68,8 @@ def export(options: argparse.Namespace, name: str, precision: str, blocks: str) 
 
 def export_only(options: argparse.Namespace) -> None:
     """Export one model, and say how long it took and how much memory."""
-    from reroll.export.directories import new_directory
     from reroll.export.onnx import Onnx
+    from reroll.writing import new_directory
 
     start = time.perf_counter()
     program = reroll.capture(options.model, dtype="float32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -368,6 +369,35 @@ def test_outputs_that_cannot_be(model: Path, out: Path, tmp_path: Path) -> None:
     refused("convert", model, "/proc/out")
     assert file.read_text() == "kept"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_outputs_are_refused_before_any_work(
+    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work began")
+
+    copied = tmp_path / "model"
+    shutil.copytree(model, copied)
+    (tmp_path / "link").symlink_to(copied)
+    monkeypatch.setattr("reroll.capture", begun)
+    monkeypatch.chdir(tmp_path)
+    for out in (copied, "model/../model", "link", ".", tmp_path, "model/out", "n" * 300):
+        said = refused(command, copied, out, "--overwrite")
+        assert "where:" in said
+        assert "hint:" in said
+    assert sorted(p.name for p in copied.iterdir()) == sorted(p.name for p in model.iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "model"]
+
+
+def test_the_original_of_what_is_converted_is_not_replaced(model: Path, tmp_path: Path) -> None:
+    original, out = tmp_path / "original", tmp_path / "out"
+    shutil.copytree(model, original)
+    data("convert", original, out)
+    assert "it is read from there" in refused("convert", out, original, "--overwrite")
+    assert "model.safetensors" in [p.name for p in original.iterdir()]
+    assert not (original / "program.json").exists()
 
 
 def test_overwrite_replaces(model: Path, tmp_path: Path) -> None:

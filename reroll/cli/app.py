@@ -145,7 +145,8 @@ def convert(
     """
     from reroll.cli.conversion import Conversion
 
-    conversion = Conversion(out, overwrite=overwrite)
+    read = [f for f in (recipe, text, *(load or ())) if f is not None]
+    conversion = Conversion(out, overwrite=overwrite, sources=[model, *read])
     chosen = _pipeline(passes, recipe, load)
     content = None if text is None else _text(text)
     watch = Stopwatch()
@@ -155,6 +156,7 @@ def convert(
             program = reroll.capture(
                 model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
             )
+            conversion.check(program.origin.paths)
         with watch.step("passes"):
             rewritten = reroll.run_passes(
                 program,
@@ -240,10 +242,10 @@ def export_command(
     """
     from reroll.cli.exporting import Export, exported
 
-    export = Export(directory, target, ctx.args, overwrite=overwrite, load=load)
+    export = Export(model, directory, target, ctx.args, overwrite=overwrite, load=load)
     with Bars() as bars:
         found = export.run(
-            model, bars, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+            bars, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
     write_json(found) if json_ else exported(found)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reroll.errors import ExportError, UsageError
 from reroll.rewrite.passes.measure import size
 from reroll.rewrite.program import Program, Step
+from reroll.writing import Paths, check_directory
 
 Progress = Callable[[int, int, str], None]
 
@@ -18,30 +16,17 @@ Progress = Callable[[int, int, str], None]
 class Conversion:
     """A directory to be written; whether it can be is checked at once, before hours of work.
 
-    Raises UsageError if the directory exists and may not be replaced, or cannot be made.
+    `sources` are what it is made from. Raises UsageError as `check_directory` does.
     """
 
-    def __init__(self, out: str | Path, *, overwrite: bool = False) -> None:
+    def __init__(self, out: str | Path, *, overwrite: bool = False, sources: Paths = ()) -> None:
         self.out = Path(out)
         self.overwrite = overwrite
-        if os.path.lexists(self.out):
-            if not self.out.is_dir():
-                raise UsageError("this is a file, not a directory", where=str(out))
-            if not overwrite and any(self.out.iterdir()):
-                raise UsageError(
-                    "the directory exists and is not empty",
-                    where=str(out),
-                    hint="name another one, or give --overwrite",
-                )
-        # permissions alone do not say whether a file system can be written to
-        place = next(p for p in self.out.absolute().parents if p.exists())
-        try:
-            with tempfile.TemporaryDirectory(dir=place, prefix=".reroll-"):
-                pass
-        except OSError as error:
-            raise UsageError(
-                f"cannot write in {place}: {error.strerror}", where=str(out)
-            ) from error
+        self.check(sources)
+
+    def check(self, sources: Paths) -> None:
+        """Raise UsageError unless the directory can be written, and is apart from `sources`."""
+        check_directory(self.out, overwrite=self.overwrite, sources=sources)
 
     def save(self, program: Program, on_progress: Progress | None = None) -> None:
         """Write the directory; it is absent or as it was if that fails."""
@@ -50,11 +35,7 @@ class Conversion:
             if on_progress is not None:
                 on_progress(done, total, f"writing {self.out}")
 
-        try:
-            program.save(str(self.out), overwrite=self.overwrite, progress=report)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ExportError(f"cannot be written: {reason}", where=str(self.out)) from error
+        program.save(str(self.out), overwrite=self.overwrite, progress=report)
 
     def summary(
         self, model: str, before: Program, after: Program, seconds: Mapping[str, float]

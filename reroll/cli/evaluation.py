@@ -56,7 +56,8 @@ def evaluate_command(
     if tasks and measures is None:
         chosen = ()
     if html is not None:
-        report.check_page(html)
+        read = [p for p in (model, against, text) if p is not None]
+        report.check_page(html, read)
     with Bars() as bars:
         found = evaluate(
             model,

@@ -8,25 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import reroll
-from reroll.cli.conversion import Conversion
 from reroll.cli.reports import new_table, number, size
 from reroll.cli.terminal import results, write
-from reroll.errors import ExportError
-from reroll.export.directories import new_directory
 from reroll.export.targets import find
 from reroll.rewrite.passes.registry import load_file
+from reroll.writing import check_directory, new_directory
 
 Progress = Callable[[int, int, str], None]
 
 
 class Export:
-    """A directory to be written by a target with the options of a command line.
+    """A model, and a directory to be written by a target with the options of a command line.
 
     Raises UsageError if there is no such target or option, or the directory cannot be written.
     """
 
     def __init__(
         self,
+        model: str,
         directory: Path,
         target: str,
         words: Sequence[str],
@@ -35,23 +34,20 @@ class Export:
         load: Sequence[Path] | None = None,
     ) -> None:
         self.target = find(target).parse(words)
-        self.directory, self.overwrite = directory, overwrite
-        Conversion(directory, overwrite=overwrite)
+        self.model, self.directory, self.overwrite = model, directory, overwrite
+        check_directory(directory, overwrite=overwrite, sources=[model, *(load or ())])
         for file in load or ():
             load_file(file)
 
-    def run(self, model: str, on_progress: Progress, **options: Any) -> dict[str, Any]:
+    def run(self, on_progress: Progress, **options: Any) -> dict[str, Any]:
         """Capture the model and write the directory; returns what was written, as JSON data."""
         start = time.perf_counter()
         on_progress(0, 0, "capturing")
-        program = reroll.capture(model, **options)
+        program = reroll.capture(self.model, **options)
         captured = time.perf_counter() - start
-        try:
-            with new_directory(self.directory, overwrite=self.overwrite) as temporary:
-                found = self.target.write(program, temporary, on_progress)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ExportError(f"cannot be written: {reason}", str(self.directory)) from error
+        sources = program.origin.paths
+        with new_directory(self.directory, overwrite=self.overwrite, sources=sources) as temporary:
+            found = self.target.write(program, temporary, on_progress)
         files = {
             str(f.relative_to(self.directory)): f.stat().st_size
             for f in sorted(self.directory.rglob("*"))
@@ -59,7 +55,7 @@ class Export:
         }
         seconds = {"capture": captured, **found.pop("seconds", {})}
         return {
-            "source": model,
+            "source": self.model,
             "out": str(self.directory),
             "target": self.target.name,
             **found,

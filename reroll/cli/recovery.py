@@ -14,6 +14,7 @@ from reroll.cli import reports
 from reroll.cli.app import Debug, Json, Model, app
 from reroll.cli.terminal import Bars, command, write, write_json
 from reroll.errors import UsageError
+from reroll.writing import check_file, new_file
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -104,8 +105,7 @@ def sample(
     """Write text that a model samples itself, as data to recover a rewritten model on."""
     if out.suffix != ".jsonl":
         raise UsageError("texts are written as .jsonl", where=str(out), hint=f"{out}.jsonl")
-    if out.exists() and not overwrite:
-        raise UsageError("it exists", where=str(out), hint="choose another, or --overwrite")
+    check_file(out, overwrite=overwrite, sources=[model])
     if length < 1 or batch < 1:
         raise UsageError("length and batch are 1 or more")
     count = token_count(tokens)
@@ -117,17 +117,15 @@ def sample(
         subject = open_subject(model, Opening(attention="sdpa"))
         if not subject.generates or subject.tokenizer is None:
             raise UsageError("it is no language model with a tokenizer", where=model)
-        part = out.with_name(f".{out.name}.part")
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                for text in sampled_texts(
-                    subject.model, subject.tokenizer, tokens=count, length=length, batch=batch,
-                    start=start, seed=seed, on_progress=lambda n, of: bars(n, of, "tokens"),
-                ):  # fmt: skip
-                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            part.rename(out)
-        finally:
-            part.unlink(missing_ok=True)
+        with (
+            new_file(out, overwrite=overwrite, sources=[model]) as part,
+            part.open("w", encoding="utf-8") as file,
+        ):
+            for text in sampled_texts(
+                subject.model, subject.tokenizer, tokens=count, length=length, batch=batch,
+                start=start, seed=seed, on_progress=lambda n, of: bars(n, of, "tokens"),
+            ):  # fmt: skip
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     write(f"{out}")
 
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reroll.errors import UsageError
+from reroll.writing import Paths, check_file, new_file
 
 Found = Mapping[str, Any]
 Number = float | int | None
@@ -80,32 +78,21 @@ figcaption, .note { color: #555; } pre { overflow: auto; background: #f6f6f6; pa
 """
 
 
-def check_page(path: Path) -> None:
-    """Raise UsageError if a page cannot be drawn or written, before anything takes long."""
+def check_page(path: Path, sources: Paths = ()) -> None:
+    """Raise UsageError if a page cannot be drawn or written, before anything takes long.
+
+    `sources` are what is read, which it must not replace.
+    """
     from reroll.evaluate import plots
 
     plots.need_matplotlib()
-    if path.is_dir():
-        raise UsageError("this is a directory, not a file", where=str(path))
-    if not path.absolute().parent.is_dir():
-        raise UsageError("there is no such directory", where=str(path.absolute().parent))
+    check_file(path, overwrite=True, sources=sources)
 
 
 def write_page(found: Found, path: Path) -> None:
     """Write the page; the file is whole, or as it was before."""
-    content = page(found)
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=".reroll-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        # a file made by mkstemp can be read by nobody else
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with new_file(path, overwrite=True) as file:
+        file.write_text(page(found), encoding="utf-8")
 
 
 def page(found: Found) -> str:

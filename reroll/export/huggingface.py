@@ -11,16 +11,13 @@ tokenizer.json, ...      the original's side files, unchanged
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from reroll.errors import ExportError, UsageError
-from reroll.export.directories import new_directory
 from reroll.export.model_card import model_card
 from reroll.export.shards import Progress, save_outputs
 from reroll.rewrite.checkpoint import SafetensorsSource
@@ -31,6 +28,7 @@ from reroll.rewrite.weights.evaluation import Output
 from reroll.rewrite.weights.expressions import Source
 from reroll.runtime.modules import slot_key, stored_outputs
 from reroll.runtime.pretrained import PROGRAM_FILE, load_program
+from reroll.writing import filled_directory, new_directory
 
 _OWN_FILES = {"config.json", PROGRAM_FILE, "readme.md", "model.safetensors.index.json"}
 
@@ -48,13 +46,27 @@ def save(
     and in all. With `overwrite`, a directory that exists is replaced; with "files", only its files
     of the same names are. Loading what was saved and saving it again gives the same bytes.
 
-    Raises UsageError if the directory exists, and ExportError if a side file is missing or its name
-    leads out of the directory.
+    Raises UsageError if the directory exists or cannot be written, or if the Program was captured
+    from it; and ExportError if the disk is full, or if a side file is missing or its name leads out
+    of the directory.
     """
-    if overwrite == "files" and Path(directory).is_dir():
-        _into(program, Path(directory), progress)
+    place = Path(directory).resolve()
+    read = [Path(p).resolve() for p in program.origin.paths if Path(p).exists()]
+    # what reroll saved may be saved again where it is, since it is whole without what it replaces
+    if (place / PROGRAM_FILE).is_file():
+        read = [p for p in read if p not in (place, *place.parents)]
+    if overwrite != "files":
+        with new_directory(directory, overwrite=overwrite, sources=read) as temporary:
+            _write(program, temporary, progress)
         return
-    with new_directory(directory, overwrite=bool(overwrite)) as temporary:
+    if place in read:
+        raise UsageError(
+            "the model was captured from there, and its files would be replaced",
+            where=str(directory),
+            hint="name another directory",
+        )
+    write_to = filled_directory if place.is_dir() else new_directory
+    with write_to(place) as temporary:
         _write(program, temporary, progress)
 
 
@@ -134,18 +146,3 @@ def checked_file(name: str) -> str:
 def _write_json(path: Path, data: Any, sort_keys: bool = False) -> None:
     text = json.dumps(data, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n"
     path.write_text(text, encoding="utf-8")
-
-
-def _into(program: Program, directory: Path, progress: Progress | None) -> None:
-    """Replace the files of a model in a directory that has others too, each at once."""
-    if not os.access(directory, os.W_OK):
-        raise UsageError("the directory cannot be written", where=str(directory))
-    temporary = Path(tempfile.mkdtemp(prefix=".reroll-", dir=directory))
-    try:
-        _write(program, temporary, progress)
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            target = directory / path.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -5,27 +5,34 @@ A run's directory holds
 - `stage-I/model.safetensors`: the weights with which stage I began, if it is not the first;
 - `step-N/`: what stage I has trained since, and its optimizer, after N steps of the run;
 - `run.json`: the settings, which a run that goes on must share;
-- `log.jsonl`: a line per step.
+- `log.jsonl`: a line per step;
+- `lock`: which process is at work here.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reroll.errors import CheckpointError, UsageError
+from reroll.rewrite.checkpoint import write_file
 
 log = logging.getLogger(__name__)
 
+LOCK = "lock"
 # the last one, and the one before it should the last one be damaged by the machine
 KEPT = 2
 
@@ -50,11 +57,42 @@ class Directory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the directory; UsageError if one is at work in it.
+
+        The lock is the system's, so that it ends with its process, however that ends.
+        """
+        lock = self._locked()
+        try:
+            yield
+        finally:
+            if [p.name for p in self.path.glob("*")] == [LOCK]:
+                shutil.rmtree(self.path)
+            lock.close()
+
+    def _locked(self) -> TextIO:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = (self.path / LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UsageError(
+                f"another run is writing there: process {lock.read() or '?'}",
+                where=str(self.path),
+                hint="wait until it is done, or name another OUT",
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        return lock
+
     def open(self, settings: Mapping[str, Any], resume: bool) -> None:
         """Begin a run, or go on with one of the same settings; UsageError for other settings."""
         file = self.path / "run.json"
-        if self.path.exists() and not resume:
-            shutil.rmtree(self.path)
+        if not resume:
+            self.clear()
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))
             changed = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
@@ -74,7 +112,7 @@ class Directory:
         def write(folder: Path) -> None:
             folder.mkdir()
             whole = {n: t.detach().contiguous().clone() for n, t in tensors.items()}
-            save_file(whole, folder / "model.safetensors")
+            write_file(whole, folder / "model.safetensors")
 
         _write(self.path / f"stage-{number}", write)
 
@@ -94,8 +132,8 @@ class Directory:
         def write(folder: Path) -> None:
             folder.mkdir()
             whole = {n: t.detach().contiguous().clone() for n, t in tensors.items()}
-            save_file(whole, folder / "trained.safetensors")
-            torch.save(optimizer, folder / "optimizer.pt")
+            write_file(whole, folder / "trained.safetensors")
+            _write_state(optimizer, folder / "optimizer.pt")
             (folder / "progress.json").write_text(json.dumps(vars(progress)), encoding="utf-8")
 
         _write(self.path / f"step-{progress.steps:09d}", write)
@@ -148,15 +186,32 @@ class Directory:
         _write(file, lambda p: p.write_text("".join(kept), encoding="utf-8"))
         return measures
 
-    def finish(self, out: Path) -> None:
-        """Move the log to the finished model, and drop the rest."""
+    def copy_log(self, file: Path) -> None:
+        """Copy the log, if anything has been logged."""
         log = self.path / "log.jsonl"
         if log.is_file():
-            log.replace(out / "recovery.jsonl")
-        shutil.rmtree(self.path)
+            shutil.copyfile(log, file)
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        for path in self.path.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in self.path.glob("step-*") if p.suffix != ".part")
+
+
+def _write_state(state: Any, file: Path) -> None:
+    """Pickle an optimizer's state; OSError if the disk does not take it."""
+    with file.open("wb") as handle:
+        try:
+            torch.save(state, handle)
+        except RuntimeError as error:
+            # torch hides what the disk said behind an error of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _write(target: Path, write: Callable[[Path], Any]) -> None:

@@ -26,6 +26,7 @@ from reroll.rewrite.capture.export import capture
 from reroll.rewrite.passes.pipeline import call_to_text
 from reroll.rewrite.program import Program, Step
 from reroll.runtime.recapture import stored_tensors
+from reroll.writing import check_directory, new_directory
 
 OnStep = Callable[[Mapping[str, Any]], None]
 
@@ -75,19 +76,24 @@ def recover(
     Raises UsageError for wrong arguments, RecoveryError if a loss is not finite, CheckpointError
     if a checkpoint cannot be written; in the last two cases the last checkpoint remains.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise UsageError("it exists", where=str(out), hint="choose another, or --overwrite")
-    run = _Run(
-        recipe, student, teacher, data, int(tokens), Directory(out.with_name(f"{out.name}.run"))
-    )
-    return run.all(out, restart, overwrite, on_step or (lambda _: None))
+    directory = Directory(out.with_name(f"{out.name}.run"))
+    read = [m for m in (student, teacher) if m is not None and not isinstance(m, Program)]
+    read += [*data, *([] if isinstance(recipe, Recipe) else [recipe])]
+    check_directory(out, overwrite=overwrite, sources=read)
+    check_directory(directory.path, overwrite=True, sources=read)
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    accelerator = _accelerator()
+    with directory.held() if accelerator.is_main_process else nullcontext():
+        run = _Run(accelerator, recipe, student, teacher, data, int(tokens), directory)
+        check_directory(out, overwrite=overwrite, sources=run.sources)
+        return run.all(out, restart, overwrite, on_step or (lambda _: None))
 
 
 class _Run:
     def __init__(
         self,
+        accelerator: Any,
         recipe: Recipe,
         student: str | Path | Program,
         teacher: str | Path | Program | None,
@@ -96,7 +102,7 @@ class _Run:
         directory: Directory,
     ) -> None:
         self.recipe, self.settings, self.directory = recipe, recipe.settings, directory
-        self.accelerator = _accelerator()
+        self.accelerator = accelerator
         self.world = int(self.accelerator.num_processes)
         self.main = bool(self.accelerator.is_main_process)
         if self.settings.batch % self.world:
@@ -107,8 +113,11 @@ class _Run:
         if not data:
             raise UsageError("there is nothing to train on", hint="give files or directories")
         program = _program(student)
+        self.sources = program.origin.paths
+        original = None if teacher is None else _program(teacher)
         if teacher is None and any(s.teaches for s in recipe.stages):
             teacher = program.origin.model
+            original = _recorded(program)
         self.identity = {
             "student": _name(student),
             "teacher": None if teacher is None else _name(teacher),
@@ -126,7 +135,7 @@ class _Run:
         )
         device = self.accelerator.device
         self.module = program.to_module().to(device)
-        self.teacher = None if teacher is None else _program(teacher).to_module().to(device).eval()
+        self.teacher = None if original is None else original.to_module().to(device).eval()
         if self.teacher is not None:
             self.teacher.requires_grad_(False)
         if self.settings.checkpointing:
@@ -339,8 +348,10 @@ class _Run:
         text = call_to_text("recover", {"stages": names})
         record = Step(text, report.seconds, (), measured)
         origin = replace(program.origin, steps=(*program.origin.steps, record))
-        replace(program, origin=origin).save(str(out), overwrite=overwrite)
-        self.directory.finish(out)
+        with new_directory(out, overwrite=overwrite) as temporary:
+            replace(program, origin=origin).save(str(temporary), overwrite="files")
+            self.directory.copy_log(temporary / "recovery.jsonl")
+        self.directory.clear()
 
 
 class _Objective(nn.Module):
@@ -369,6 +380,18 @@ def _program(model: str | Path | Program) -> Program:
     if isinstance(model, Program):
         return model
     return capture(str(model), dtype=torch.float32)
+
+
+def _recorded(program: Program) -> Program:
+    """The original that a Program says it was made from."""
+    try:
+        return _program(program.origin.model)
+    except UsageError as error:
+        raise UsageError(
+            f"the original is not where it was when the model was made from it: {error.message}",
+            where=program.origin.model,
+            hint="say where it is now: --teacher, in Python teacher=",
+        ) from error
 
 
 def _name(model: str | Path | Program) -> str:

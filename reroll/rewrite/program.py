@@ -77,6 +77,12 @@ class Origin:
     remarks: tuple[str, ...] = ()
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """Where the original and the side files lie; the original may be a hub id."""
+        folders = [path.removesuffix(name) for name, path in self.files.items()]
+        return tuple(dict.fromkeys([self.model, *folders]))
+
+    @property
     def positions(self) -> int | None:
         """How many tokens the configuration allows; None if it does not say."""
         for name in ("max_position_embeddings", "n_positions"):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reroll
-from reroll.errors import ExportError
+from reroll.errors import ExportError, UsageError
 from reroll.export import shards
 from reroll.export.huggingface import save
 from reroll.export.model_card import model_card
@@ -178,3 +178,25 @@ def test_the_configuration_says_what_transformers_asks(tmp_path: Path) -> None:
     assert config["sliding_window"] == 8
     assert config["vocab_size"] == 64
     assert config["original_model_type"] == "gemma3_text"
+
+
+def test_a_model_is_not_saved_over_what_it_was_captured_from(tmp_path: Path) -> None:
+    original = tiny.save(tiny.llama(), tmp_path / "original")
+    before = contents(original)
+    program = reroll.capture(str(original))
+    for directory in (original, tmp_path, original / "out"):
+        with pytest.raises(UsageError):
+            program.save(str(directory), overwrite=True)
+    model = program.to_module()
+    with pytest.raises(UsageError, match="captured from there"):
+        model.save_pretrained(original)
+    model.save_pretrained(original / "checkpoint-1")
+    assert {k: v for k, v in contents(original).items() if "checkpoint-1" not in k} == before
+    # what reroll saved may be saved where it is: training writes its results there
+    saved = AutoModelForCausalLM.from_pretrained(original / "checkpoint-1")
+    with torch.no_grad():
+        saved.lm_head.weight.mul_(2)
+    saved.save_pretrained(original / "checkpoint-1")
+    reroll.load(original / "checkpoint-1").save(str(original / "checkpoint-1"), overwrite=True)
+    again = AutoModelForCausalLM.from_pretrained(original / "checkpoint-1")
+    assert torch.equal(saved(IDS).logits, again(IDS).logits)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ import reroll
 from reroll.errors import CheckpointError, RecoveryError, UsageError
 from reroll.recover import Recipe, recover, tensorboard
 from reroll.recover import recipe as recipes
-from reroll.recover.checkpoints import Directory
+from reroll.recover.checkpoints import Directory, _write_state
+from reroll.rewrite.checkpoint import write_file
 from reroll.rewrite.passes.samples import sample_text
 from tests import tiny
 
@@ -244,6 +247,67 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     found = Directory(tmp_path / "out.run").last()
     assert found is not None
     assert found[0].steps == 3
+
+
+@pytest.mark.parametrize("write", [write_file, _write_state])
+def test_what_the_system_says_is_told(tmp_path: Path, write: Any) -> None:
+    """safetensors and torch both hide it behind errors of their own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write({"a": torch.zeros(100_000)}, tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_two_runs_on_one_output(tied: Path, text: Path, tmp_path: Path) -> None:
+    arguments: Any = {"data": [text], "recipe": recipe("tune"), "tokens": TOKENS}
+
+    def again(step: Any) -> None:
+        if step["steps"] == 1:
+            with pytest.raises(UsageError, match=f"another run .* process {os.getpid()}"):
+                recover(str(tied), tmp_path / "out", **arguments)
+
+    recover(str(tied), tmp_path / "out", **arguments, on_step=again)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert len(log(tmp_path / "out")) == 12
+
+
+def test_a_lock_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:
+    directory = Directory(tmp_path / "out.run")
+    directory.path.mkdir()
+    (directory.path / "lock").write_text("1 on elsewhere")
+    with directory.held():
+        assert (directory.path / "lock").read_text().startswith(f"{os.getpid()} on ")
+        (directory.path / "run.json").write_text("{}")
+    with directory.held():
+        pass
+    assert (directory.path / "run.json").is_file()
+
+
+def test_an_original_that_has_moved(
+    original: Path, tied: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    program = reroll.load(tied)
+    gone = replace(program, origin=replace(program.origin, model=str(tmp_path / "gone")))
+    arguments: Any = {"data": [text], "recipe": recipe("distil"), "tokens": 64}
+    with pytest.raises(UsageError, match="gone: the original is not where it was") as told:
+        recover(gone, tmp_path / "out", **arguments)
+    assert "--teacher" in str(told.value.hint)
+    assert list(tmp_path.iterdir()) == []
+    recover(gone, tmp_path / "out", **arguments, teacher=str(original))
+
+
+def test_outputs_that_would_replace_what_is_read(original: Path, tied: Path, text: Path) -> None:
+    arguments: Any = {"data": [text], "recipe": recipe("distil"), "tokens": 64, "overwrite": True}
+    before = sorted(original.parent.rglob("*"))
+    # the student, its original, what holds all, and a place inside of the student
+    for out in (tied, original, original.parent, tied / "out"):
+        with pytest.raises(UsageError):
+            recover(str(tied), out, **arguments)
+    assert sorted(original.parent.rglob("*")) == before
 
 
 @pytest.mark.parametrize("pack", ["join", "separate"])

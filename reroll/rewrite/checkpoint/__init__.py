@@ -5,7 +5,7 @@ from __future__ import annotations
 from reroll.rewrite.checkpoint.contents import fit_to_checkpoint
 from reroll.rewrite.checkpoint.gguf_source import GgufSource
 from reroll.rewrite.checkpoint.hf_source import hf_source
-from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource, save_tensors
+from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource, save_tensors, write_file
 from reroll.rewrite.checkpoint.sources import ChainSource, MemorySource, missing_tensor
 from reroll.rewrite.weights.expressions import TensorSource
 
@@ -19,4 +19,5 @@ __all__ = [
     "hf_source",
     "missing_tensor",
     "save_tensors",
+    "write_file",
 ]

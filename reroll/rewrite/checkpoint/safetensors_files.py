@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,18 @@ def _check_shards(file_of: Mapping[str, Path], headers: Mapping[Path, Mapping[st
 # ---- writing
 
 
+def write_file(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors to one file; OSError if the disk does not take them."""
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # the library tells the number of the system's error in its text alone
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 def save_tensors(
     directory: str | Path,
     items: Iterable[tuple[str, Tensor]],
@@ -124,7 +138,7 @@ def save_tensors(
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = dict(_announced(stream, shard, metas))
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        write_file(tensors, directory / file)
         weight_map.update(dict.fromkeys(shard, file))
         del tensors
     for name, _ in stream:
