@@ -64,6 +64,16 @@ def bloom() -> Any:
     return transformers.BloomForCausalLM(config)
 
 
+def lfm2() -> Any:
+    # its convolutions have a state that no cache of attention holds
+    config = transformers.Lfm2Config(
+        **TEXT, **SPECIAL, intermediate_size=48, num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv", "conv"],
+        block_auto_adjust_ff_dim=False,
+    )  # fmt: skip
+    return transformers.Lfm2ForCausalLM(config)
+
+
 def bert() -> Any:
     return transformers.BertModel(transformers.BertConfig(**TEXT, intermediate_size=64))
 
@@ -102,8 +112,10 @@ def whisper() -> Any:
 
 MODELS: dict[str, Callable[[], Any]] = {
     f.__name__: f
-    for f in (llama, qwen2, gemma3, smollm3, gpt2, gpt_neox, bloom, bert, dinov2, vit, t5, whisper)
-}
+    for f in (
+        llama, qwen2, gemma3, smollm3, gpt2, gpt_neox, bloom, lfm2, bert, dinov2, vit, t5, whisper,
+    )
+}  # fmt: skip
 
 
 @cache

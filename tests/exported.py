@@ -43,7 +43,7 @@ def export(
         for name, tensor in zip(names, inputs, strict=True)
     ]
     named = _Named(module.eval())
-    exported = _export(named, examples, False, "eager")
+    exported, _ = _export(named, examples, False, "eager")
     return _to_program(named, exported, examples, None, Origin(type(module).__name__))
 
 

@@ -134,7 +134,7 @@ class Runner:
         accepts = self.subject.accepts
         options: dict[str, Any] = {}
         if "use_cache" in accepts:
-            options["use_cache"] = use_cache
+            options["use_cache"] = use_cache and getattr(self.subject.model, "keeps_cache", True)
         if cache is not None:
             options["past_key_values"] = cache
         if "logits_to_keep" in accepts:

@@ -24,6 +24,9 @@ from reroll.rewrite.weights import WeightTable
 
 Dim = int | str
 
+# how the remark begins that a Program has lost the state of its original
+NO_CACHE = "captured without a cache"
+
 
 @dataclass(frozen=True)
 class TensorType:
@@ -39,12 +42,18 @@ class Input:
 
     `role` says what the lowered module supplies when a caller leaves the input out: "data"
     (nothing: it is required), "padding" (ones over past and present tokens), "positions" (counted
-    from the past), or "zeros".
+    from the past; where they begin anew, so does a document), "offsets" (counted from the past, and
+    nothing else depends on them), or "zeros".
     """
 
     name: str
     type: TensorType
     role: str = "data"
+
+    @property
+    def counts(self) -> bool:
+        """Whether it numbers the tokens from the first on."""
+        return self.role in ("positions", "offsets")
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,16 @@ class Program:
             for node in self.graph.nodes
             if node.op == "call_function" and node.target is ops.loop
         )
+
+    @property
+    def has_past(self) -> bool:
+        """Whether the graph goes on from tokens before its input: it was captured with a cache.
+
+        Then padding masks are over more tokens than the input has.
+        """
+        lengths = {i.type.shape[-1] for i in self.inputs if i.role == "data" and i.type.shape}
+        masks = [i.type.shape[-1] for i in self.inputs if i.role == "padding"]
+        return not masks or any(length not in lengths for length in masks)
 
     def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
         """The main graph, under the name "main", and each loop's body under the loop's name."""

@@ -112,12 +112,19 @@ def scan(
     delay: int,
     skip: int,
     idle: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
-    """A mixer over a whole sequence; the arguments are those of `recurrence`."""
+    """A mixer over a whole sequence; the arguments are those of `recurrence`.
+
+    `documents` [batch, time]: a number for each token; where it changes, a document begins, which
+    nothing of those before it reaches. `run` has to begin with a new state there.
+    """
     writes = None if padding is None else padding.bool()
     if skip:
-        writes = after_first(writes, k, skip)
+        writes = after_first(writes, k, skip, documents)
     writes = without_idle(writes, idle)
+    if documents is not None and delay:
+        writes = _inside(writes, documents, delay)
     k, v, *gates, writes = delayed([k, v, *gates], writes, delay)
     return run(q, k, v, gates, writes)
 
@@ -148,11 +155,28 @@ def _rule(rule: str, options: str) -> Run:
     return lambda q, k, v, gates, writes: found.run(q, k, v, gates, options, writes)
 
 
-def after_first(writes: Tensor | None, k: Tensor, skip: int) -> Tensor:
-    """Which tokens [batch, time] write, without the first `skip` of those that do."""
+def after_first(
+    writes: Tensor | None, k: Tensor, skip: int, documents: Tensor | None = None
+) -> Tensor:
+    """Which tokens [batch, time] write, without the first `skip` of those that do, of each
+    document.
+    """
     if writes is None:
         writes = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
-    return writes & (writes.long().cumsum(-1) > skip)
+    number = writes.long().cumsum(-1)
+    if documents is not None:
+        # counted from the last token of the document before
+        begins = F.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
+        before = torch.where(begins, number - writes.long(), 0)
+        number = number - before.cummax(-1).values
+    return writes & (number > skip)
+
+
+def _inside(writes: Tensor | None, documents: Tensor, delay: int) -> Tensor:
+    """Which tokens write [batch, time], without those whose turn comes in another document."""
+    later = F.pad(documents, (0, delay), value=-1)[:, delay:]
+    inside = documents == later
+    return inside if writes is None else writes & inside
 
 
 def without_idle(writes: Tensor | None, idle: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from reroll.rewrite.mixing import other_mixing
 from reroll.rewrite.program import Program
 from reroll.rewrite.rolling.exits import exits_of
 from reroll.runtime.attention_masks import place_masks
@@ -47,7 +48,8 @@ class Assembly:
     `main` takes the module, the Program's inputs in order and a `State`, and returns the outputs.
     `masks` are the padding inputs that it needs as tensors; the others may be None. `keeps` says
     whether it applies `logits_to_keep` itself. `embeddings` and `head` are the paths of the modules
-    that look up the tokens and make the logits. `sources` is the generated code by graph.
+    that look up the tokens and make the logits. `sources` is the generated code by graph. `mixing`
+    names what mixes tokens and knows nothing of documents.
     """
 
     main: Callable[..., tuple[Any, ...]]
@@ -59,6 +61,7 @@ class Assembly:
     embeddings: str | None
     head: str | None
     sources: dict[str, str]
+    mixing: str | None = None
     halves: HalfFunctions | None = None
 
 
@@ -69,8 +72,9 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     tree = build_tree(model, program)
     plan = cache_layers(program)
     program = hoist_invariants(program)
-    masks = read_padding(program)
+    mixing = other_mixing(program)
     layers, state = _cache_inputs(program)
+    masks = read_padding(program, state)
     readings = tree.readings["main"]
     head = head_path(program, readings)
     embeddings = take_embeddings(program, readings, state)
@@ -117,6 +121,7 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
         embeddings,
         head,
         sources,
+        mixing,
     )
     if any(is_decoder_input(i.name) for i in program.inputs):
         assembly.halves = _halves(graph, program, sources)

@@ -28,6 +28,7 @@ from reroll.runtime.caches import (
 )
 from reroll.runtime.hoisting import outer_values, placeholders
 from reroll.runtime.masks import kept_bias, make_mask, visible_tokens
+from reroll.runtime.padding import READERS
 
 _VALUES = ("padding", "blocks", "causal", "window", "chunk", "prefix")
 _UNKNOWN = object()
@@ -195,7 +196,7 @@ def _make(
     graph: fx.Graph, layer: Any, values: dict[str, Any], like: Any, length: Any, keys: Any
 ) -> fx.Node:
     padding = values["padding"]
-    if isinstance(padding, fx.Node) and padding.target is not visible_tokens:
+    if isinstance(padding, fx.Node) and padding.target not in READERS:
         padding = graph.call_function(visible_tokens, (padding,))
     rest = tuple(values[name] for name in ("causal", "window", "chunk", "prefix"))
     return graph.call_function(

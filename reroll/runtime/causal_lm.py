@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from reroll.errors import UsageError
 from reroll.runtime.exits import DepthReport, depth_report
+from reroll.runtime.generation import RerollGenerationMixin, without_cache
 from reroll.runtime.loops import keep_positions
 from reroll.runtime.modeling import RerollPreTrainedModel
 
 log = logging.getLogger(__name__)
 
 
-class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
+class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
     """A lowered causal language model: `generate`, losses and caches as in transformers."""
 
     def forward(
@@ -38,14 +38,16 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
     ) -> Any:
         """Logits [batch, time, vocabulary] of the next token.
 
-        `attention_mask` [batch, past + time] is 0 at padding. `inputs_embeds` [batch, time, width]
-        stand in for the embeddings of `input_ids`. `labels` are the input ids, -100 where they do
-        not count. `logits_to_keep`: only the last so many positions, or those of a
-        tensor. With `output_hidden_states`, what the depth loop carries before each trip, and the
-        last hidden state.
+        `attention_mask` [batch, past + time] is 0 at padding. Without it and without a cache,
+        `position_ids` that begin anew within a row are separate documents, as in transformers.
+        `inputs_embeds` [batch, time, width] stand in for the embeddings of `input_ids`. `labels`
+        are the input ids, -100 where they do not count. `logits_to_keep`: only the last so many
+        positions, or those of a tensor. With `output_hidden_states`, what the depth loop carries
+        before each trip, and the last hidden state.
         """
         refuse_attentions(kwargs)
         input_ids = self._tokens(input_ids, inputs_embeds)
+        asked, past = use_cache, past_key_values
         use_cache = wants_cache(self, use_cache, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -66,6 +68,7 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
             keep=logits_to_keep,
             hidden=[] if wanted else None,
             embeddings=inputs_embeds,
+            documents=self.documents(given, asked, past),
         )
         logits = outputs.pop("logits")
         if not self._assembly.keeps:
@@ -114,16 +117,21 @@ class RerollForCausalLM(RerollPreTrainedModel, GenerationMixin):
             raise UsageError(f"forward cannot take {why}", where=type(self).__name__)
         return torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
 
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The padding mask as it is: the model makes its own masks, also for static caches."""
-        del kwargs
-        return attention_mask
-
 
 def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> bool:
-    """Whether a forward keeps its keys and values: as asked, and by default when not training."""
-    if not model._assembly.layers or (model.training and model.is_gradient_checkpointing):
+    """Whether a forward keeps its keys and values: as asked, and by default when not training.
+
+    Raises UsageError if a model that keeps none is asked to.
+    """
+    if not model.keeps_cache:
+        if asked or past is not None:
+            raise without_cache(
+                model,
+                "a forward returns none and takes none",
+                "leave use_cache out; give all tokens",
+            )
+        return False
+    if model.training and model.is_gradient_checkpointing:
         return False
     if asked is None:
         asked = past is not None or (not model.training and model.config.use_cache)

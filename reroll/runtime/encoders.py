@@ -68,7 +68,8 @@ class RerollModel(RerollPreTrainedModel):
             if output_hidden_states is None
             else output_hidden_states
         )
-        outputs, state = self.run_program(given, hidden=[] if wanted else None)
+        documents = self.documents(given, kwargs.get("use_cache"), None)
+        outputs, state = self.run_program(given, hidden=[] if wanted else None, documents=documents)
         loss = None
         if labels is not None or "start_positions" in kwargs:
             loss = self.loss(outputs, labels, kwargs)

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reroll.errors import UsageError
 from reroll.rewrite.ops import ABSENT, activate
+from reroll.runtime.documents import Documents
 
 aten = torch.ops.aten
 reroll = torch.ops.reroll
@@ -126,7 +128,22 @@ def exit_linear(
     return out
 
 
+def mask(padding: Tensor | Documents | None, *args: Any, **kwargs: Any) -> Tensor:
+    """`reroll.mask` for attention that is written out, with padding as attentions read it."""
+    if not isinstance(padding, Documents):
+        return reroll.mask(padding, *args, **kwargs)  # type: ignore[no-any-return]
+    names = [a.name for a in reroll.mask.default._schema.arguments[1:]]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if not given["causal"]:
+        return reroll.mask(None, *args, **kwargs)  # type: ignore[no-any-return]
+    if given["blocks"] is not None:
+        raise UsageError("blocks of tokens in packed rows need an attention that is one op")
+    seen = padding.seen(given["window"], given["chunk"], given.get("prefix"))
+    return torch.where(seen, 0.0, torch.finfo(given["dtype"]).min).to(given["dtype"])
+
+
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    reroll.mask.default: mask,
     reroll.exit.default: exit_,
     reroll.hold.default: hold,
     reroll.mark_keys.default: mark_keys,

@@ -1,13 +1,17 @@
-"""The generation settings of a lowered model."""
+"""Generation by a lowered model: the original's settings, and what there is instead of a cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from reroll.rewrite.program import Program
+from reroll.errors import UsageError
+from reroll.rewrite.program import NO_CACHE, Program
 
 FILE = "generation_config.json"
 
@@ -23,3 +27,54 @@ def generation_config(program: Program) -> GenerationConfig | None:
     except (KeyError, TypeError, ValueError):
         return None
     return GenerationConfig.from_model_config(config)
+
+
+class RerollGenerationMixin(GenerationMixin):
+    """transformers' `generate` for lowered models, with a cache or without.
+
+    A model that was captured without a cache reads all tokens again for each new one.
+    """
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether a cache can hold what new tokens need of those before."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self.keeps_cache:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, *rest, **kwargs
+            )
+        drafts = generation_config.is_assistant
+        if drafts or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            role = "draft for another model" if drafts else "check what a draft model proposes"
+            raise without_cache(self, f"it cannot {role}", "generate without an assistant")
+        if model_kwargs.get("past_key_values") is not None:
+            raise without_cache(self, "past_key_values mean nothing to it", "give it all tokens")
+        if model_kwargs.get("inputs_embeds") is not None:
+            hint = "give it input_ids"
+            raise without_cache(self, "it cannot go on from embeddings, which it reads once", hint)
+        generation_config.use_cache, generation_config.cache_implementation = False, None
+        return None
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The padding mask as it is: the model makes its own masks, also for static caches."""
+        del kwargs
+        return attention_mask
+
+
+def without_cache(model: Any, consequence: str, hint: str) -> UsageError:
+    """The error of a caller who wants a cache of a model that was captured without one."""
+    remarks = model.program.origin.remarks
+    why = "".join(f" ({remark})" for remark in remarks if remark.startswith(NO_CACHE))
+    return UsageError(
+        f"the model keeps no cache, so {consequence}{why}", where=type(model).__name__, hint=hint
+    )

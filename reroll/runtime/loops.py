@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reroll.errors import UsageError
 from reroll.rewrite.rolling.exits import is_open
+from reroll.runtime.documents import Documents
 from reroll.runtime.exit_graphs import LoopExits
 from reroll.runtime.exits import can_compact, run_compacted
 
@@ -45,7 +46,8 @@ class State:
     """What one forward carries along: cache layers, loops, and what the caller wants of it.
 
     `keep` is `logits_to_keep`: how many of the last positions, or which, 0 for all. `hidden`
-    collects the value that the loops carry, if the caller asked for it.
+    collects the value that the loops carry, if the caller asked for it. `documents` are those of
+    packed rows.
     """
 
     loops: Mapping[str, Trips]
@@ -53,6 +55,7 @@ class State:
     keep: int | Tensor = 0
     hidden: list[Tensor] | None = None
     embeddings: Tensor | None = None
+    documents: Documents | None = None
 
 
 def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reroll.rewrite.ops import in_prefix, visible
 from reroll.runtime.bands import Band
+from reroll.runtime.documents import Documents
 
 
 def visible_tokens(mask: Tensor | None) -> Tensor | None:
@@ -33,7 +34,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 def make_mask(
     layer: Any,
-    padding: Tensor | None,
+    padding: Tensor | Documents | None,
     blocks: Tensor | None,
     like: Tensor | None,
     length: int | None,
@@ -45,12 +46,17 @@ def make_mask(
 ) -> Tensor | Band | None:
     """The mask of an attention of `length` queries, before its cache `layer` is updated.
 
-    `padding` [batch, tokens] is False at keys that nobody sees; the other arguments are those of
-    the attention op. `layer` is None without a cache, when there are `keys` keys. `like` has the
-    device. Returns None if every query sees all that causality allows, otherwise booleans [batch or
-    1, 1, queries or 1, keys]; without any columns if nothing is seen at all. A window over a much
-    longer sequence is a `Band`.
+    `padding` [batch, tokens] is False at keys that nobody sees, or says which documents the rows
+    pack; the other arguments are those of the attention op. `layer` is None without a cache, when
+    there are `keys` keys. `like` has the device. Returns None if every query sees all that
+    causality allows, otherwise booleans [batch or 1, 1, queries or 1, keys]; without any columns if
+    nothing is seen at all. A window over a much longer sequence is a `Band`.
     """
+    if isinstance(padding, Documents):
+        if causal and (prefix or window != 0):
+            return _packed(padding, blocks, window, chunk, prefix)
+        # transformers lets attention that is not causal see all documents
+        padding = None
     if padding is not None and padding.dim() == 4:
         return padding
     if not causal and window is None and chunk is None and blocks is None:
@@ -93,6 +99,21 @@ def make_mask(
     if kept:
         seen = _with_kept(seen, padding, start, kept)
     return seen
+
+
+def _packed(
+    documents: Documents,
+    blocks: Tensor | None,
+    window: int | None,
+    chunk: int | None,
+    prefix: int | None,
+) -> Tensor:
+    """The causal mask over packed rows, which have no padding and no past."""
+    seen = documents.seen(window, chunk, prefix)
+    if blocks is None:
+        return seen
+    place = torch.arange(seen.shape[-1], device=seen.device)
+    return seen | _same_block(blocks, place, place)
 
 
 def _band(

@@ -15,6 +15,7 @@ from reroll.rewrite.weights.evaluation import evaluate_outputs
 from reroll.runtime.assembly import Assembly, assemble
 from reroll.runtime.caches import layers_of
 from reroll.runtime.config import RerollConfig
+from reroll.runtime.documents import Documents, documents_of
 from reroll.runtime.generation import generation_config
 from reroll.runtime.loops import State
 from reroll.runtime.modules import stored_outputs, tied_names
@@ -58,6 +59,15 @@ class RerollPreTrainedModel(PreTrainedModel):
     def program(self) -> Program:
         """The Program that this model runs, with the weights that it was made from."""
         return self._program.value
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether a cache holds all that new tokens need of those before, so they are read alone.
+
+        A model that was captured without a cache keeps none, even if a pass has put recurrences
+        into it: what else mixes its tokens has no state.
+        """
+        return bool(self._assembly.layers) and self.program.has_past
 
     def load_weights(self, device: torch.device | str | None = None) -> None:
         """Compute the Program's weights and put them in place."""
@@ -121,6 +131,19 @@ class RerollPreTrainedModel(PreTrainedModel):
 
     # ---- running
 
+    def documents(
+        self, given: Mapping[str, Tensor | None], use_cache: bool | None, past: Any
+    ) -> Documents | None:
+        """The documents of packed rows, where the original would keep them apart: without a cache.
+
+        `use_cache` is what the caller asked for.
+        """
+        caches = self.config.use_cache if use_cache is None else use_cache
+        trains = self.training and self.is_gradient_checkpointing
+        if past is not None or (caches and not trains):
+            return None
+        return documents_of(self.program.inputs, given, self._assembly.mixing)
+
     def run_program(
         self, given: Mapping[str, Tensor | None], past: Any = None, **wishes: Any
     ) -> tuple[dict[str, Tensor], State]:
@@ -151,7 +174,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         if item.role == "padding" and item.name not in self._assembly.masks:
             return None
         batch, length, device = self._sizes(item, values)
-        if item.role == "positions":
+        if item.counts:
             positions = torch.arange(length, device=device) + past
             return positions.expand(batch, -1)
         if item.role == "padding":

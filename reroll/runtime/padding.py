@@ -2,44 +2,61 @@
 
 A caller need not give a padding mask, and one that hides nothing costs as much as any other. So the
 attentions of a Program read one boolean mask per input, or None, and the input itself is made up
-only where something else depends on it, such as positions that are counted from it.
+only where something else depends on it, such as positions that are counted from it. Where a row
+packs several documents, what they read in place of the mask is which.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import fx
+from typing import Any
 
+import torch
+from torch import Tensor, fx
+
+from reroll.rewrite.mixing import mask_beside
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import argument
 from reroll.runtime.caches import MASKED, RECURRENCE
+from reroll.runtime.documents import Documents
 from reroll.runtime.hoisting import placeholders
 from reroll.runtime.masks import visible_tokens
 
 TO = torch.ops.aten.to.dtype
+MASK = torch.ops.reroll.mask.default
 
 
-def read_padding(program: Program) -> frozenset[str]:
-    """Let attentions read padding through `visible_tokens`, changing the graphs in place.
+def valid_tokens(mask: Tensor | None, state: Any) -> Tensor | Documents | None:
+    """A padding mask as `visible_tokens` has it, or the documents of a forward over packed rows."""
+    return visible_tokens(mask) if state.documents is None else state.documents
 
-    Returns the names of the padding inputs that are still needed as tensors.
+
+# what makes the padding that attentions read
+READERS = (visible_tokens, valid_tokens)
+
+
+def read_padding(program: Program, state: fx.Node) -> frozenset[str]:
+    """Let attentions read padding through one of `READERS`, changing the graphs in place.
+
+    `state` is the main graph's running state. Returns the names of the padding inputs that are
+    still needed as tensors.
     """
     nodes = {str(n.target): n for n in placeholders(program.graph)}
     inputs = [nodes[i.name] for i in program.inputs if i.role == "padding"]
+    packed = {mask_beside(i) for i in program.inputs if i.role == "positions"}
     for node in inputs:
-        _read(program, node)
-    program.graph.eliminate_dead_code()
-    return frozenset(
-        str(n.target) for n in inputs if any(u.target is not visible_tokens for u in n.users)
-    )
+        _read(program, node, state if str(node.target) in packed else None)
+    return frozenset(str(n.target) for n in inputs if any(u.target not in READERS for u in n.users))
 
 
-def _read(program: Program, given: fx.Node) -> None:
+def _read(program: Program, given: fx.Node, state: fx.Node | None) -> None:
     same = [given]
     for node in same:
         same.extend(u for u in node.users if u.target is TO)
-    with program.graph.inserting_after(given):
-        checked = program.graph.call_function(visible_tokens, (given,))
+    with program.graph.inserting_after(state or given):
+        if state is None:
+            checked = program.graph.call_function(visible_tokens, (given,))
+        else:
+            checked = program.graph.call_function(valid_tokens, (given, state))
     loops = {loop.node: loop for loop in program.loops}
     for node in same:
         for user in list(node.users):
@@ -55,6 +72,9 @@ def _read(program: Program, given: fx.Node) -> None:
                         for value, place in zip(loop.inputs, inner, strict=True)
                     ),
                 )
+    for node in reversed(same[1:]):
+        if not node.users:
+            program.graph.erase_node(node)
 
 
 def _is_padding_only(node: fx.Node) -> bool:
@@ -63,5 +83,5 @@ def _is_padding_only(node: fx.Node) -> bool:
 
 def _hides(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node takes another one as padding."""
-    takes = user.target in (*MASKED, RECURRENCE)
+    takes = user.target in (*MASKED, RECURRENCE, MASK)
     return takes and argument(user, "padding") is node

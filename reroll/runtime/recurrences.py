@@ -18,6 +18,7 @@ from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.mixers import Mixer, make
 from reroll.rewrite.recurrence import after_first, scan, without_idle
+from reroll.runtime.documents import Documents
 from reroll.runtime.masks import visible_tokens
 from reroll.runtime.states import Rewinding
 
@@ -31,7 +32,7 @@ def recur(
     gates: list[Tensor],
     rule: str,
     options: str,
-    padding: Tensor | None = None,
+    padding: Tensor | Documents | None = None,
     delay: int = 0,
     skip: int = 0,
     active: bool = True,
@@ -39,8 +40,11 @@ def recur(
 ) -> Tensor:
     """`reroll.recurrence` onto the state of a cache layer, or from the zero state without one.
 
-    `padding` is over all tokens, past and new.
+    `padding` is over all tokens, past and new, or says which documents a row packs.
     """
+    documents = None
+    if isinstance(padding, Documents):
+        documents, padding = padding.number, None
     if padding is not None and padding.dtype != torch.bool:
         padding = visible_tokens(padding)
     if padding is not None and padding.dim() != 2:
@@ -61,9 +65,9 @@ def recur(
         padding = padding[:, -q.shape[2] :]
 
     def run(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], writes: Tensor | None) -> Tensor:
-        return dispatch.chunk(mixer, q, k, v, gates, padding=writes)[0]
+        return dispatch.chunk(mixer, q, k, v, gates, padding=writes, segments=documents)[0]
 
-    return scan(run, q, k, v, gates, padding, delay, skip, idle)
+    return scan(run, q, k, v, gates, padding, delay, skip, idle, documents)
 
 
 class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):

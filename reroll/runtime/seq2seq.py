@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from reroll.errors import UsageError
 from reroll.runtime.assembly import HalfFunctions
 from reroll.runtime.caches import layers_of
 from reroll.runtime.causal_lm import refuse_attentions, wants_cache
+from reroll.runtime.generation import RerollGenerationMixin
 from reroll.runtime.loops import State, keep_positions
 from reroll.runtime.modeling import RerollPreTrainedModel
 
 
-class RerollForSeq2SeqLM(RerollPreTrainedModel, GenerationMixin):
+class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
     """A lowered encoder-decoder model. In generation, the encoder runs once."""
 
     def forward(
@@ -49,6 +49,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, GenerationMixin):
         refuse_attentions(kwargs)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self._shifted(labels)
+        asked, past = use_cache, past_key_values
         use_cache = wants_cache(self, use_cache, past_key_values)
         if use_cache and past_key_values is None:
             own, cross = (DynamicCache(config=self.config) for _ in range(2))
@@ -72,6 +73,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, GenerationMixin):
             self._assembly.loops,
             layers_of(_self_attention(past_key_values), self._assembly.layers),
             keep=logits_to_keep,
+            documents=self.documents(given, asked, past),
         )
         outputs = self._decode(given, encoder_outputs, state)
         logits = outputs["logits"]
@@ -159,12 +161,6 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, GenerationMixin):
         """The encoder as something to call with the encoder's inputs."""
         del modality
         return Encoder(self)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The padding mask as it is: the model makes its own masks, also for static caches."""
-        del kwargs
-        return attention_mask
 
 
 class RerollForSpeechSeq2Seq(RerollForSeq2SeqLM):

@@ -15,6 +15,7 @@ from reroll.rewrite.capture.export import capture
 from reroll.rewrite.checkpoint import GgufSource, SafetensorsSource
 from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.samples import random_inputs
+from reroll.rewrite.text.parser import parse
 from tests.captured import SPECIAL, TEXT, flat, llama, model
 
 TEXTS = ["llama", "gpt2", "gemma3", "gpt_neox", "bloom", "bert"]
@@ -259,6 +260,12 @@ def test_a_model_that_branches_on_its_past_is_captured_without_one(caplog):
     assert "reroll.cache.default" not in targets(program)
     inputs = random_inputs(program, padded=True)
     assert torch.equal(run(program, inputs)["logits"], eager(made, inputs).logits)
+    # it is told without being asked for, and stays with the Program
+    (remark,) = program.origin.remarks
+    assert "something else for other lengths" in remark
+    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [f"Branching: {remark}"] == told
+    assert parse(str(program), source=program).origin.remarks == (remark,)
 
 
 class Changed(transformers.BertModel):

@@ -30,6 +30,7 @@ from reroll.export.onnx.step import step_graphs
 from reroll.export.onnx.translate import Translator
 from reroll.export.onnx.weights import WeightFile
 from reroll.rewrite.program import Program
+from reroll.runtime.caches import cache_layers
 
 if TYPE_CHECKING:
     from reroll.export.onnx import Onnx
@@ -51,6 +52,12 @@ def write(
     whole, program = program, exported_part(program)
     if program is not whole:
         log.warning("%s: only the encoder is exported, the decoder is not", whole.origin.model)
+    if "logits" in program.outputs and cache_layers(program) and not program.has_past:
+        raise ExportError(
+            "a pass gave recurrences to a program that was captured without a cache: their state "
+            "would go on from token to token, and what else mixes tokens would not",
+            hint="export the model without that pass",
+        )
     settings = Settings(target.precision, target.opset, target.block, target.runtime)
     weights = WeightFile(program)
     files: dict[str, str] = {}

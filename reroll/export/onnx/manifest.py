@@ -48,6 +48,7 @@ def write_manifest(
         "model": program.origin.model,
         "part": part,
         "passes": [step.text for step in program.origin.steps],
+        "remarks": list(program.origin.remarks),
         "precision": settings.precision,
         "opset": settings.opset,
         "runtime": settings.runtime,

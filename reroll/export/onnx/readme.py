@@ -75,6 +75,7 @@ def readme(manifest: dict[str, Any], has_genai: bool) -> str:
         + f"; precision {manifest['precision']}, opset {manifest['opset']}.",
         "",
         *_PARTS.get(manifest["part"], ()),
+        *(line for remark in manifest["remarks"] for line in (f"Of the capture: {remark}.", "")),
         "| file | bytes | nodes | largest error against torch |",
         "| --- | --- | --- | --- |",
     ]

@@ -117,7 +117,8 @@ class GraphWriter:
         for place, item in zip(places, self.program.inputs, strict=True):
             if place not in live:
                 continue
-            value = {"data": "input_ids", "positions": "run.position"}.get(item.role)
+            value = {"data": "input_ids"}.get(item.role)
+            value = "run.position" if item.counts else value
             if value is None or (item.role == "data" and item.name != "input_ids"):
                 raise ExportError(f"a bundle has nothing for the input {item.name}")
             if place.name != value:

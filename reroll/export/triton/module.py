@@ -80,6 +80,11 @@ def module_text(program: Program, archs: tuple[str, ...]) -> str:
             "a bundle is a causal language model, and the program has no logits",
             hint="the onnx target exports encoders",
         )
+    if not program.has_past:
+        raise ExportError(
+            "a bundle reads new tokens alone, and the program was captured without a cache",
+            hint="the onnx target exports it, to be run on all tokens",
+        )
     if program.dtype not in NUMBERS:
         raise ExportError(f"a bundle computes in fp32, fp16 or bf16, not {program.dtype}")
     # what nothing needs has no state

@@ -11,6 +11,7 @@ import io
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.branches import check_branches
 from reroll.rewrite.capture.models import describe, open_model
 from reroll.rewrite.capture.signature import Example, default_examples, given_examples, has_state
-from reroll.rewrite.capture.tracing import IMPLEMENTATION, make_cache, tracing
+from reroll.rewrite.capture.tracing import IMPLEMENTATION, Traced, make_cache, tracing
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
-from reroll.rewrite.program import Input, Origin, Program, TensorType
+from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType
 from reroll.rewrite.weights import Meta, Source, Weight, WeightTable
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def capture_module(
     """
     stateful = inputs is None and has_state(model)
     first: RerollError | None = None
+    uncached: RerollError | None = None
     # in order of preference: one attention op before the model's own, with a cache before without
     for implementation in (IMPLEMENTATION, "eager"):
         for with_state in (True, False) if stateful else (False,):
@@ -94,16 +96,21 @@ def capture_module(
                     if inputs is None
                     else given_examples(inputs)
                 )
-                exported = _export(model, examples, with_state, implementation)
+                exported, traced = _export(model, examples, with_state, implementation)
+                examples = _with_roles(examples, traced)
                 check_branches(exported, examples, getattr(model, "config", None))
                 program = _to_program(model, exported, examples, source, origin)
             except RerollError as error:
                 log.info("not captured with %s, cache=%s: %s", implementation, with_state, error)
                 first = first or error
+                uncached = uncached or (error if with_state else None)
                 continue
             if implementation == IMPLEMENTATION and not _has(program.graph, "attention"):
                 log.info("%s calls no attention function of transformers", type(model).__name__)
                 break
+            if stateful and not with_state:
+                assert uncached is not None
+                return _without_cache(program, uncached)
             return program
     name = type(model).__name__
     if first is not None and getattr(model, "_is_stateful", False):
@@ -112,6 +119,17 @@ def capture_module(
             where=name,
         ) from first
     raise first or CaptureError("no attention was found", where=name)
+
+
+def _without_cache(program: Program, reason: RerollError) -> Program:
+    """The Program with a remark, also in the log, that the model lost its cache, and why."""
+    remark = (
+        f"{NO_CACHE}: all tokens are read again for each new one, because the capture with a "
+        f"cache failed: {reason.message}"
+    )
+    log.warning("%s: %s", program.origin.architecture, remark)
+    origin = replace(program.origin, remarks=(*program.origin.remarks, remark))
+    return replace(program, origin=origin)
 
 
 class _Wrapper(nn.Module):
@@ -149,7 +167,7 @@ def _parameters(model: Any) -> set[str]:
 
 def _export(
     model: Any, examples: list[Example], stateful: bool, implementation: str
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, Traced]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = getattr(model, "dtype", torch.float32)
     tensors = {
@@ -161,14 +179,16 @@ def _export(
         e.name: {i: auto for i, dim in enumerate(e.dims) if isinstance(dim, str)} for e in examples
     }
     try:
-        with torch.no_grad(), _quiet(), _buffers_on(model, device), tracing(model, implementation):
-            return torch.export.export(
-                _Wrapper(model, stateful),
-                (tensors,),
-                dynamic_shapes=(shapes,),
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
+        with torch.no_grad(), _quiet(), _buffers_on(model, device):
+            with tracing(model, implementation) as traced:
+                exported = torch.export.export(
+                    _Wrapper(model, stateful),
+                    (tensors,),
+                    dynamic_shapes=(shapes,),
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+            return exported, traced
     except RerollError:
         raise
     except Exception as error:
@@ -176,6 +196,14 @@ def _export(
         raise CaptureError(
             f"torch.export failed: {type(error).__name__}: {reason}", where=type(model).__name__
         ) from error
+
+
+def _with_roles(examples: list[Example], traced: Traced) -> list[Example]:
+    """The inputs, with positions that tell no documents apart where masks ignore them."""
+    return [
+        replace(e, role="offsets") if e.role == "positions" and not traced.packs else e
+        for e in examples
+    ]
 
 
 @contextmanager

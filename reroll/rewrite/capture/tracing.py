@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -137,13 +139,24 @@ def make_cache(past: int, total: int, layers: int, cross: bool) -> Any:
     return EncoderDecoderCache(traced, Cache(layers=[CrossLayer() for _ in range(layers)]))
 
 
+@dataclass
+class Traced:
+    """What came up while a model was traced.
+
+    `packs`: it tells its masks the positions, so that transformers keeps packed documents apart.
+    """
+
+    packs: bool = False
+
+
 @contextmanager
-def tracing(model: nn.Module, implementation: str) -> Iterator[None]:
+def tracing(model: nn.Module, implementation: str) -> Iterator[Traced]:
     """Let `model` find our functions; leave it and transformers as they were afterwards.
 
     `implementation` is the name under which the model looks attention up: "reroll", or "eager" for
     a model that brings its own attention and takes only the mask from transformers.
     """
+    from transformers import masking_utils
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
@@ -156,15 +169,24 @@ def tracing(model: nn.Module, implementation: str) -> Iterator[None]:
         AttentionMaskInterface._global_mapping,
     ]
     saved = [dict(table) for table in tables]
+    traced, prepare = Traced(), masking_utils._preprocess_mask_arguments
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        given = signature(prepare).bind(*args, **kwargs).arguments
+        traced.packs |= given.get("position_ids") is not None
+        return prepare(*args, **kwargs)
+
     try:
+        masking_utils._preprocess_mask_arguments = prepared
         if implementation == IMPLEMENTATION:
             tables[0][IMPLEMENTATION] = attention_interface
         tables[1][implementation] = mask_interface
         for config in configs:
             config._attn_implementation_internal = implementation
         model.eval()
-        yield
+        yield traced
     finally:
+        masking_utils._preprocess_mask_arguments = prepare
         for table, before in zip(tables, saved, strict=True):
             table.clear()
             table.update(before)

@@ -115,7 +115,7 @@ def _default(item: Input, sizes: Mapping[str, int]) -> Tensor:
         shape = [concrete(dim, {**present, **sizes}) for dim in item.type.shape]
     except KeyError as error:
         raise ProgramError(f"nothing says how large {error} is", where=item.name) from None
-    if item.role == "positions":
+    if item.counts:
         return torch.arange(shape[-1]).expand(shape).to(item.type.dtype)
     fill = torch.ones if item.role == "padding" else torch.zeros
     return fill(shape, dtype=item.type.dtype)

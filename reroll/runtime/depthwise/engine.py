@@ -38,7 +38,9 @@ class Engine:
             raise _refused(f"it has {len(program.loops)} loops, not one")
         (self.loop,) = program.loops
         body = self.loop.body.graph
-        self.positions = next((i.name for i in program.inputs if i.role == "positions"), None)
+        if not program.has_past:
+            raise _refused("it was captured without a cache")
+        self.positions = next((i.name for i in program.inputs if i.counts), None)
         if self.positions is None or any(cache_nodes(program.graph)):
             raise _refused("its positions are no input, or a layer outside the loop has a cache")
         if any(n.target is not CACHE for n in cache_nodes(body)):
