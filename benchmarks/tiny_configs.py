@@ -55,6 +55,8 @@ LAYER_COUNT = re.compile(
     r"(num|n)?_?(hidden|encoder|decoder)?_?layers?|num_blocks|depth|num_layers_per_stack"
 )
 
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+
 # what the rules cannot know, by model type
 OVERRIDES: dict[str, dict[str, Any]] = {
     # types whose defaults name no experts, adapters, or layer kinds at all
@@ -124,6 +126,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, -1, 4, 4], "num_hidden_layers": 4},
     "audio-spectrogram-transformer": {"max_length": 64},
     "yolos": {"num_detection_tokens": 8},
+    # three parts of half a head of 16
+    "qwen2_vl.text_config": {"rope_parameters": _MROPE},
+    "qwen2_5_vl.text_config": {"rope_parameters": _MROPE},
     # fields that the modelling file reads and the configuration class does not declare
     "dbrx.attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
 }

@@ -91,7 +91,7 @@ def build(model_type: str, seed: int = 0, kind: Kind | None = None) -> PreTraine
     model = model_class._from_config(
         config, attn_implementation="eager", dtype=torch.float32
     ).eval()
-    _perturb(model, seed)
+    perturb(model, seed)
     return model
 
 
@@ -242,7 +242,7 @@ def _part_of_class(
     return next((part for part in parts if isinstance(part, part_class)), config)
 
 
-def _perturb(model: PreTrainedModel, seed: int) -> None:
+def perturb(model: PreTrainedModel, seed: int) -> None:
     """Add noise to every parameter, and to every routing bias that starts at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -47,6 +47,10 @@ class UsageError(RerollError):
     """An option or argument given by the user is wrong."""
 
 
+class UntrustedCodeError(UsageError):
+    """A model is Python code that comes with it, and nobody has said to run that."""
+
+
 class ExportError(RerollError):
     """A program cannot be written for an export target."""
 

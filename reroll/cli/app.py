@@ -415,17 +415,20 @@ def diff_command(
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     context: Annotated[int, typer.Option(min=0, help="Lines around each change.")] = 3,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
     """Say how the program of B differs from that of A. Exits with 1 if it does, as diff does."""
     from reroll.rewrite.text.compare import diff
 
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with Bars() as bars:
         bars(0, 2, f"opening {a}")
-        before = _program(a)
+        before = _program(a, **options)
         bars(1, 2, f"opening {b}")
-        after = _program(b)
+        after = _program(b, **options)
     text = diff(before, after, context=context)
     if json_:
         write_json({"a": a, "b": b, "same": not text, "diff": text.splitlines()})

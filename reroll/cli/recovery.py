@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from reroll.cli import reports
-from reroll.cli.app import Debug, Json, Model, app
+from reroll.cli.app import Debug, Json, Model, Revision, Trust, app
 from reroll.cli.terminal import Bars, command, write, write_json
 from reroll.errors import UsageError
 from reroll.writing import check_file, new_file
@@ -42,6 +42,7 @@ def recover(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
+    trust_remote_code: Trust = False,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -78,6 +79,7 @@ def recover(
             teacher=teacher,
             restart=restart,
             overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
             on_step=show,
         )
     if report.main:
@@ -100,6 +102,8 @@ def sample(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Write text that a model samples itself, as data to recover a rewritten model on."""
@@ -114,7 +118,8 @@ def sample(
 
     with Bars() as bars:
         bars(0, 0, "opening the model")
-        subject = open_subject(model, Opening(attention="sdpa"))
+        opening = Opening(None, "sdpa", revision, trust_remote_code)
+        subject = open_subject(model, opening)
         if not subject.generates or subject.tokenizer is None:
             raise UsageError("it is no language model with a tokenizer", where=model)
         with (

@@ -40,14 +40,17 @@ def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any
     return module, tokenizer
 
 
-def _class_name(name: str, opening: Opening) -> str | None:
-    """The class of transformers that loads a model; None for one that brings its own code.
+def _class_name(name: str, opening: Opening) -> str:
+    """The class or auto class that loads a model.
 
     Reports a model that is not there more plainly than transformers does.
     """
-    if opening.trust_remote_code:
-        return None
-    opened = open_model(name, dtype=opening.dtype, revision=opening.revision)
+    opened = open_model(
+        name,
+        dtype=opening.dtype,
+        revision=opening.revision,
+        trust_remote_code=opening.trust_remote_code,
+    )
     if isinstance(opened, Program):
         return opened.origin.auto_class
     return opened.origin.architecture

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from reroll.errors import CheckpointError, RerollError, UsageError
 from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
 from reroll.rewrite.capture.export import capture
+from reroll.rewrite.capture.models import class_of
+from reroll.rewrite.capture.signature import is_decoder
 from reroll.rewrite.passes.costs import flops_per_token, keeps_state, state_bytes
 from reroll.rewrite.program import Program
 
@@ -29,7 +31,10 @@ Attention = Literal["eager", "sdpa"]
 
 @dataclass(frozen=True)
 class Opening:
-    """How models are opened: in which dtype, with which attention, and whether code is trusted."""
+    """How models are opened: in which dtype, with which attention, and whether code is trusted.
+
+    A model without SDPA attention runs with eager attention instead.
+    """
 
     dtype: torch.dtype | str | None = None
     attention: Attention = "eager"
@@ -73,7 +78,7 @@ class Subject:
     def generates(self) -> bool:
         """Whether this is a decoder that predicts the next token of a text."""
         if self.program is None:
-            return type(self.model).__name__.endswith("ForCausalLM")
+            return is_decoder(self.model)
         data = [i.name for i in self.program.inputs if i.role == "data"]
         return data == ["input_ids"] and self.keeps_state
 
@@ -186,7 +191,8 @@ def _named(name: str, opening: Opening) -> Subject:
         revision=opening.revision,
         trust_remote_code=opening.trust_remote_code,
     )
-    model = open_original(name, opening, None if program is None else program.origin.architecture)
+    architecture = None if program is None else program.origin.architecture
+    model = open_original(name, opening, architecture)
     return Subject(name, model, program, False, name, opening)
 
 
@@ -204,8 +210,10 @@ def _captured(model: Any, **options: Any) -> Program | None:
         return None
 
 
-def open_original(name: str, opening: Opening, architecture: str | None = None) -> Any:
+def open_original(name: str, opening: Opening, class_name: str | None = None) -> Any:
     """A model as transformers itself loads and runs it, in eval mode.
+
+    `class_name` is the class or auto class that loads it, if that is known.
 
     Raises CheckpointError if transformers cannot load it.
     """
@@ -223,11 +231,13 @@ def open_original(name: str, opening: Opening, architecture: str | None = None) 
     elif not path.exists():
         options["revision"] = opening.revision
     with _quiet():
-        cls = getattr(transformers, str(architecture), None)
-        if cls is None:
+        cls = getattr(transformers, str(class_name), None)
+        # trusted code may have a class of the same name
+        custom = opening.trust_remote_code and not str(class_name).startswith("Auto")
+        if cls is None or custom:
             cls = _class_of(where, options)
         try:
-            model = cls.from_pretrained(where, **options)
+            model = _load(cls, where, options)
         # transformers raises whatever the files bring it to raise
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
@@ -235,6 +245,16 @@ def open_original(name: str, opening: Opening, architecture: str | None = None) 
                 f"transformers cannot load the model: {type(error).__name__}: {reason}", where=name
             ) from error
     return model.eval()
+
+
+def _load(cls: Any, where: str, options: dict[str, Any]) -> Any:
+    try:
+        return cls.from_pretrained(where, **options)
+    except ValueError:
+        if options["attn_implementation"] == "eager":
+            raise
+        # not every class has the attention that was asked for
+        return cls.from_pretrained(where, **{**options, "attn_implementation": "eager"})
 
 
 def _class_of(name: str, options: Mapping[str, Any]) -> Any:
@@ -248,11 +268,7 @@ def _class_of(name: str, options: Mapping[str, Any]) -> Any:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"cannot read the configuration: {reason}", where=name) from error
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    if architecture and hasattr(transformers, architecture):
-        return getattr(transformers, architecture)
-    causal = transformers.AutoModelForCausalLM
-    return causal if type(config) in causal._model_mapping else transformers.AutoModel
+    return class_of(config, bool(options.get("trust_remote_code")))
 
 
 @contextmanager

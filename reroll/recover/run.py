@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reroll.errors import RecoveryError, UsageError
+from reroll.errors import RecoveryError, UntrustedCodeError, UsageError
 from reroll.evaluate.tokenizing import plain_ids, special_ids, tokenizer_of
 from reroll.recover.checkpoints import Directory, Progress
 from reroll.recover.data import Corpus, make_corpus, take
@@ -60,14 +60,16 @@ def recover(
     teacher: str | Path | Program | None = None,
     restart: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     on_step: OnStep | None = None,
 ) -> Report:
     """Train a rewritten model against its original, and save it to the directory `out`.
 
-    `teacher` is the original; by default what the student says it was made from. `data` are text
-    files, directories, or names of Hugging Face datasets; for a model of images, directories of
-    images. `tokens`, of which an image has one per position of the model, are shared among the
-    recipe's stages by their `share`. Weights are kept, trained and saved in fp32.
+    `teacher` is the original; by default what the student says it was made from.
+    `trust_remote_code` runs Python code that comes with it. `data` are text files, directories, or
+    names of Hugging Face datasets; for a model of images, directories of images. `tokens`, of which
+    an image has one per position of the model, are shared among the recipe's stages by their
+    `share`. Weights are kept, trained and saved in fp32.
 
     While it runs, checkpoints are in `out` + ".run"; the same call goes on from them, with the same
     losses as if it had not been interrupted, and `restart` begins anew. Under `accelerate launch`,
@@ -84,8 +86,9 @@ def recover(
     check_directory(directory.path, overwrite=True, sources=read)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     accelerator = _accelerator()
+    trust = trust_remote_code
     with directory.held() if accelerator.is_main_process else nullcontext():
-        run = _Run(accelerator, recipe, student, teacher, data, int(tokens), directory)
+        run = _Run(accelerator, recipe, student, teacher, data, int(tokens), directory, trust)
         check_directory(out, overwrite=overwrite, sources=run.sources)
         return run.all(out, restart, overwrite, on_step or (lambda _: None))
 
@@ -100,6 +103,7 @@ class _Run:
         data: Sequence[str | Path],
         tokens: int,
         directory: Directory,
+        trust: bool = False,
     ) -> None:
         self.recipe, self.settings, self.directory = recipe, recipe.settings, directory
         self.accelerator = accelerator
@@ -112,12 +116,12 @@ class _Run:
             )
         if not data:
             raise UsageError("there is nothing to train on", hint="give files or directories")
-        program = _program(student)
+        program = _program(student, trust)
         self.sources = program.origin.paths
-        original = None if teacher is None else _program(teacher)
+        original = None if teacher is None else _program(teacher, trust)
         if teacher is None and any(s.teaches for s in recipe.stages):
             teacher = program.origin.model
-            original = _recorded(program)
+            original = _recorded(program, trust)
         self.identity = {
             "student": _name(student),
             "teacher": None if teacher is None else _name(teacher),
@@ -376,16 +380,19 @@ def _accelerator() -> Any:
     return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
 
 
-def _program(model: str | Path | Program) -> Program:
+def _program(model: str | Path | Program, trust: bool, revision: str | None = None) -> Program:
     if isinstance(model, Program):
         return model
-    return capture(str(model), dtype=torch.float32)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
+    return capture(str(model), dtype=torch.float32, **options)
 
 
-def _recorded(program: Program) -> Program:
+def _recorded(program: Program, trust: bool) -> Program:
     """The original that a Program says it was made from."""
     try:
-        return _program(program.origin.model)
+        return _program(program.origin.model, trust, program.origin.revision)
+    except UntrustedCodeError:
+        raise
     except UsageError as error:
         raise UsageError(
             f"the original is not where it was when the model was made from it: {error.message}",

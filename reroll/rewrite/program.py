@@ -94,9 +94,11 @@ class Origin:
     @property
     def positions(self) -> int | None:
         """How many tokens the configuration allows; None if it does not say."""
-        for name in ("max_position_embeddings", "n_positions"):
-            if isinstance(found := self.config.get(name), int) and found > 0:
-                return found
+        nested = self.config.get("text_config")
+        for config in (self.config, nested if isinstance(nested, Mapping) else {}):
+            for name in ("max_position_embeddings", "n_positions"):
+                if isinstance(found := config.get(name), int) and found > 0:
+                    return found
         return None
 
 

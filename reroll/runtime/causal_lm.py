@@ -46,6 +46,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         before each trip, and the last hidden state.
         """
         refuse_attentions(kwargs)
+        self.refuse_unread(kwargs)
         input_ids = self._tokens(input_ids, inputs_embeds)
         asked, past = use_cache, past_key_values
         use_cache = wants_cache(self, use_cache, past_key_values)

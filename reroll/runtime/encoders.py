@@ -91,11 +91,7 @@ class RerollModel(RerollPreTrainedModel):
                 continue
             if name == "token_type_ids" and not value.any():
                 continue
-            raise UsageError(
-                f"the model has no input {name}",
-                where=type(self).__name__,
-                hint=f"it was captured with {', '.join(sorted(self._input_names))}",
-            )
+            raise self.unread_input(name)
 
 
 class RerollForMaskedLM(RerollModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ from reroll.runtime.loops import State
 from reroll.runtime.modules import stored_outputs, tied_names
 from reroll.runtime.recapture import from_stored, program_of
 from reroll.runtime.trips import set_trips
+
+# tensors that transformers passes to any model
+_GRANTED = {"cache_position", "num_items_in_batch", "logits_to_keep"}
 
 
 class RerollPreTrainedModel(PreTrainedModel):
@@ -168,6 +172,29 @@ class RerollPreTrainedModel(PreTrainedModel):
                 values[item.name] = self._default(item, values, past)
         return list(values.values())
 
+    def refuse_unread(self, given: Mapping[str, Any]) -> None:
+        """Raise UsageError for a tensor that the Program has no input for.
+
+        Indices of the cache and token types of nothing but zero are what it takes for granted.
+        """
+        for name, value in given.items():
+            tensors = [t for t in _flat(value) if isinstance(t, Tensor)]
+            if not tensors or name in self._input_names or name in _GRANTED:
+                continue
+            if name.endswith("token_type_ids") and not any(t.any() for t in tensors):
+                continue
+            raise self.unread_input(name)
+
+    def unread_input(self, name: str) -> UsageError:
+        """The error of an input that the Program does not have."""
+        remarks = self.program.origin.remarks
+        captured = f"it was captured with {', '.join(sorted(self._input_names))}"
+        return UsageError(
+            f"the model has no input {name}",
+            where=type(self).__name__,
+            hint=next((remark for remark in remarks if name in remark), captured),
+        )
+
     def _default(
         self, item: Input, values: Mapping[str, Tensor | None], past: Any
     ) -> Tensor | None:
@@ -194,6 +221,19 @@ class RerollPreTrainedModel(PreTrainedModel):
         raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
 
     # ---- what transformers asks of its models
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Refuse what `generate` was given and the Program does not read, before transformers
+        does.
+        """
+        named = inspect.signature(self.forward).parameters
+        self.refuse_unread({k: v for k, v in model_kwargs.items() if k not in named})
+        rest = {
+            name: value
+            for name, value in model_kwargs.items()
+            if name not in self._input_names and not name.endswith("token_type_ids")
+        }
+        super()._validate_model_kwargs(rest)
 
     def get_input_embeddings(self) -> nn.Module:
         reading = self._embedding_path()
@@ -236,6 +276,10 @@ class RerollPreTrainedModel(PreTrainedModel):
             "a lowered model has the vocabulary of its Program",
             hint="resize the original model, and convert that",
         )
+
+
+def _flat(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 class _Shared:

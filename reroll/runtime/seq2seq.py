@@ -47,6 +47,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         count; without `decoder_input_ids`, those are the labels moved one to the right.
         """
         refuse_attentions(kwargs)
+        self.refuse_unread(kwargs)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self._shifted(labels)
         asked, past = use_cache, past_key_values

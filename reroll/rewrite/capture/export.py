@@ -21,7 +21,14 @@ from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.branches import check_branches
 from reroll.rewrite.capture.models import describe, open_model
-from reroll.rewrite.capture.signature import Example, default_examples, given_examples, has_state
+from reroll.rewrite.capture.omissions import omissions
+from reroll.rewrite.capture.signature import (
+    Example,
+    can_generate,
+    default_examples,
+    given_examples,
+    has_state,
+)
 from reroll.rewrite.capture.tracing import IMPLEMENTATION, Traced, make_cache, tracing
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
 from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType
@@ -108,6 +115,8 @@ def capture_module(
             if implementation == IMPLEMENTATION and not _has(program.graph, "attention"):
                 log.info("%s calls no attention function of transformers", type(model).__name__)
                 break
+            for remark in program.origin.remarks:
+                log.warning("%s: %s", type(model).__name__, remark)
             if stateful and not with_state:
                 assert uncached is not None
                 return _without_cache(program, uncached)
@@ -266,6 +275,13 @@ def _to_program(
             )
     sources = [MemorySource(literals)] + ([source] if source is not None else [])
     used = {str(n.target) for n in flat.graph.nodes if n.op == "get_attr"}
+    if unknown := sorted(used - weights.keys()):
+        raise CaptureError(f"the constant {unknown[0]} is of complex numbers")
+    read = used | {name for name, target in aliases.items() if target in used}
+    origin = origin or describe(model)
+    if origin.auto_class == "AutoModel":
+        origin = replace(origin, auto_class=_generative_class(model, inputs, flat.outputs))
+    remarks = (*origin.remarks, *omissions(model, [i.name for i in inputs], read))
     return Program(
         graph=flat.graph,
         bodies={},
@@ -274,8 +290,22 @@ def _to_program(
         inputs=inputs,
         outputs=flat.outputs,
         dtype=getattr(model, "dtype", torch.float32),
-        origin=origin or describe(model),
+        origin=replace(origin, remarks=remarks),
     )
+
+
+def _generative_class(model: Any, inputs: tuple[Input, ...], outputs: tuple[str, ...]) -> str:
+    """The auto class of a model whose class no table has: by what it takes and gives."""
+    if "logits" not in outputs or not can_generate(model):
+        return "AutoModel"
+    match [i.name for i in inputs if i.role == "data"]:
+        case ["input_ids"]:
+            return "AutoModelForCausalLM"
+        case ["input_ids", "decoder_input_ids"]:
+            return "AutoModelForSeq2SeqLM"
+        case ["input_features" | "input_values", "decoder_input_ids"]:
+            return "AutoModelForSpeechSeq2Seq"
+    return "AutoModel"
 
 
 def _weight_table(
@@ -298,6 +328,9 @@ def _weight_table(
             if tensor.device.type == "meta":
                 raise CaptureError(f"the constant {name} has no value outside the checkpoint")
             literals[name] = tensor.detach()
+        # which a part may have that is not read
+        if tensor.dtype.is_complex:
+            continue
         meta = Meta(tuple(tensor.shape), tensor.dtype)
         weights.setdefault(name, Weight((Source(name, meta),), trainable=False))
     return weights, literals

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from reroll.errors import CaptureError, CheckpointError, UsageError
+from reroll.errors import CaptureError, CheckpointError, UntrustedCodeError, UsageError
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.program import Origin, Program, _service
 
@@ -80,7 +81,10 @@ def open_model(
 
 
 def describe(model: Any, name: str | None = None, path: Path | None = None) -> Origin:
-    """The Origin of a model object, or of one opened from `path`."""
+    """The Origin of a model object, or of one opened from `path`.
+
+    Its auto class is the one that names the model's class; "AutoModel" if none does.
+    """
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     files: dict[str, str] = {}
     for pattern in SIDE_FILES if path is not None else ():
@@ -91,20 +95,53 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
     return Origin(
         model=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
         architecture=type(model).__name__,
-        auto_class=_auto_class(type(model).__name__),
+        auto_class=_auto_class(type(model).__name__, model.config),
         config=config,
         files=files,
     )
 
 
-def _auto_class(architecture: str) -> str:
+def _auto_class(architecture: str, config: Any) -> str:
     from transformers.models.auto import modeling_auto
 
+    custom = _custom_classes(config)
     for auto, table in _AUTO_CLASSES.items():
+        if custom.get(auto) == architecture:
+            return auto
         for known in getattr(modeling_auto, table).values():
             if architecture in ((known,) if isinstance(known, str) else known):
                 return auto
     return "AutoModel"
+
+
+def class_of(config: Any, trust_remote_code: bool) -> Any:
+    """The class of transformers that opens a checkpoint: the one that it names, or an auto class.
+
+    With `trust_remote_code`, Python code that comes with the checkpoint is preferred, as in
+    transformers.
+    """
+    import transformers
+
+    architecture = (getattr(config, "architectures", None) or [None])[0]
+    custom = _custom_classes(config) if trust_remote_code else {}
+    for auto, name in custom.items():
+        if name == architecture or architecture is None:
+            return getattr(transformers, auto)
+    if not custom and hasattr(transformers, str(architecture)):
+        return getattr(transformers, str(architecture))
+    causal = transformers.AutoModelForCausalLM
+    known = type(config) in causal._model_mapping or causal.__name__ in custom
+    return causal if known else transformers.AutoModel
+
+
+def _custom_classes(config: Any) -> dict[str, str]:
+    """The classes in code that comes with a checkpoint, by auto class, the most specific first."""
+    references = getattr(config, "auto_map", None) or {}
+    return {
+        auto: str(references[auto]).rpartition(".")[2]
+        for auto in (*_AUTO_CLASSES, "AutoModel")
+        if auto in references
+    }
 
 
 def _open_directory(
@@ -114,29 +151,56 @@ def _open_directory(
 
     from reroll.rewrite.checkpoint import fit_to_checkpoint, hf_source
 
+    if not trust:
+        _refuse_code(path, name)
     try:
         config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust)
-    except (ValueError, KeyError, OSError) as error:
+    # code that comes with the model raises what it likes
+    except Exception as error:
         raise CheckpointError(f"cannot read the configuration: {error}", where=name) from error
     if getattr(config, "quantization_config", None):
         raise CaptureError(
             "the checkpoint is quantised", where=name, hint="give the unquantised model"
         )
-    architecture = (getattr(config, "architectures", None) or [None])[0]
-    model_class = getattr(transformers, str(architecture), None)
-    if model_class is None:
-        auto = transformers.AutoModelForCausalLM
-        known = type(config) in auto._model_mapping
-        auto = auto if known or trust else transformers.AutoModel
-        model = _build(
-            lambda: auto.from_config(config, trust_remote_code=trust, **_eager()), config, dtype
-        )
+    model_class = class_of(config, trust)
+    if hasattr(model_class, "_from_config"):
+        make = partial(model_class._from_config, config, **_eager())
     else:
-        model = _build(lambda: model_class._from_config(config, **_eager()), config, dtype)
+        make = partial(model_class.from_config, config, trust_remote_code=trust, **_eager())
+    try:
+        model = _build(make, config, dtype)
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot make the model: {error}", where=name) from error
     source = hf_source(path, model)
-    remarks = fit_to_checkpoint(model, source)
+    remarks = (*_untrusted(config, model, trust), *fit_to_checkpoint(model, source))
     origin = replace(describe(model, name, path), revision=revision, remarks=remarks)
     return OpenModel(model, source, origin)
+
+
+def _untrusted(config: Any, model: Any, trust: bool) -> tuple[str, ...]:
+    """A remark on code that comes with a model and is not run, as transformers has the type too."""
+    architectures = set(getattr(config, "architectures", None) or ())
+    own = type(model).__name__
+    custom = architectures & set(_custom_classes(config).values()) - {own}
+    if trust or not custom:
+        return ()
+    return (f"the code of {min(custom)} that comes with the model is not run: {own} stands for it",)
+
+
+def _refuse_code(path: Path, name: str) -> None:
+    """Raise UntrustedCodeError for a model that only Python code beside it can run."""
+    import transformers
+
+    config = _read_json(path / "config.json")
+    architectures = config.get("architectures") or [""]
+    known = config.get("model_type") in transformers.CONFIG_MAPPING
+    if config.get("auto_map") and not (known or hasattr(transformers, str(architectures[0]))):
+        raise UntrustedCodeError(
+            "the model is Python code that comes with it, and that is not run unasked",
+            where=name,
+            hint="read the code; if you trust it, give --trust-remote-code "
+            "(in Python: trust_remote_code=True)",
+        )
 
 
 def _open_gguf(path: Path, dtype: torch.dtype | None) -> OpenModel:

@@ -32,10 +32,22 @@ class Example:
 
 def has_state(model: Any) -> bool:
     """Whether the model's forward takes a key/value cache and generates with it."""
-    return "past_key_values" in _arguments(model) and bool(
-        getattr(model.config, "is_encoder_decoder", False)
-        or (hasattr(model, "can_generate") and model.can_generate())
+    return "past_key_values" in _arguments(model) and (
+        bool(getattr(model.config, "is_encoder_decoder", False)) or can_generate(model)
     )
+
+
+def can_generate(model: Any) -> bool:
+    """Whether a model predicts tokens: it says so, or it has a head over its vocabulary."""
+    if hasattr(model, "can_generate") and model.can_generate():
+        return True
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def is_decoder(model: Any) -> bool:
+    """Whether a model continues texts: it takes tokens, generates, and has no encoder."""
+    encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return can_generate(model) and model.main_input_name == "input_ids" and not encoder
 
 
 def default_examples(model: Any, stateful: bool) -> list[Example]:
