@@ -58,6 +58,7 @@ def write_manifest(
         ],
         "graphs": graphs,
         "states": states,
+        "decoding": _decoding(program, states),
         "weights": {
             "file": FILE,
             "bytes": (directory / FILE).stat().st_size,
@@ -73,6 +74,13 @@ def write_manifest(
     found["files"] = {name: _digest(directory / name) for name in others}
     _write_json(directory / MANIFEST, found)
     return found
+
+
+def _decoding(program: Program, states: list[dict[str, Any]]) -> str | None:
+    """What a run of a causal model takes: new tokens with "states", or the "whole" sequence."""
+    if states:
+        return "states"
+    return "whole" if program.origin.auto_class == "AutoModelForCausalLM" else None
 
 
 def _graph(path: Path) -> dict[str, Any]:

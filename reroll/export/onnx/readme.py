@@ -37,6 +37,21 @@ for _ in range(20):
 The first run is the prompt, of any length; each further run may bring any number of tokens.
 """
 
+_WHOLE = """```python
+import numpy as np, onnxruntime as ort
+
+session = ort.InferenceSession("{file}")
+tokens = np.array([[1, 2, 3]])             # [batch, time], from the tokenizer
+for _ in range(20):
+    seen = np.ones_like(tokens)            # 0 where a batch is padded, on the left
+    logits = session.run(["logits"], {{{feed}}})[0]
+    tokens = np.concatenate([tokens, logits[:, -1:].argmax(-1)], 1)
+    print(tokens[:, -1:])
+```
+
+The model keeps no state: each run takes the whole sequence, and reads all of it again.
+"""
+
 _GENAI = """
 With onnxruntime-genai (`genai_config.json` names {file}):
 
@@ -87,14 +102,15 @@ def readme(manifest: dict[str, Any], has_genai: bool) -> str:
     lines.append(f"| {weights['file']} | {weights['bytes']:,} | | |")
     lines += ["", "All graphs read the one weight file: keep it beside them.", ""]
     names = [i["name"] for i in graph["inputs"] if not i["name"].startswith("past_key_values")]
-    if manifest["states"]:
+    if manifest["decoding"]:
         feed = {
             "input_ids": "tokens",
             "attention_mask": "seen",
             "position_ids": "(seen.cumsum(1) - 1).clip(0)[:, -tokens.shape[1]:]",
         }
         given = ", ".join(f'"{n}": {feed[n]}' for n in names if n in feed)
-        lines.append(_CAUSAL.format(file=graph["file"], feed=given))
+        text = _CAUSAL if manifest["states"] else _WHOLE
+        lines.append(text.format(file=graph["file"], feed=given))
     else:
         shapes = {i["name"]: i["shape"] for i in graph["inputs"]}
         given = ", ".join(f'"{n}": ...  # {shapes[n]}' for n in names)
