@@ -17,10 +17,14 @@ from reroll.export.onnx import (  # noqa: F401 - lowerings
     aten,
     attention,
     check,
+    complex_numbers,
     exits,
+    experts,
     idioms,
+    indexing,
     mixers,
     recurrence,
+    shapes,
 )
 from reroll.export.onnx.graph import Graph, nodes_of
 from reroll.export.onnx.manifest import write_manifest

@@ -28,7 +28,7 @@ def linear(g: Translator, node: fx.Node, x: Any, weight: Any, bias: Any = None) 
     """X times the transposed weight [outputs, inputs], plus a bias."""
     dtype, rank = g.dtype(node), len(node.meta["type"].shape)
     x = g.tensor(x, dtype)
-    if not isinstance(weight, Parameter):
+    if not isinstance(weight, Parameter) or weight.is_transposed:
         made = g.op("MatMul", x, g.op("Transpose", g.tensor(weight, dtype), perm=[1, 0]))
     elif quantise.applies(g, weight):
         made = g.cast(quantise.matmul(g, x, weight), dtype)
@@ -58,6 +58,13 @@ def _hint(weight: Parameter) -> str:
 def matmul(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
     """A product of matrices."""
     return g.op("MatMul", g.tensor(a, g.dtype(node)), g.tensor(b, g.dtype(node)))
+
+
+@lowering(TARGET, "aten::einsum.default")
+def einsum(g: Translator, node: fx.Node, equation: str, operands: Sequence[Any], **_: Any) -> Value:
+    """A sum of products over the indices that an equation names."""
+    values = [g.tensor(v, g.dtype(node)) for v in operands]
+    return g.op("Einsum", *values, equation=equation.replace(" ", ""))
 
 
 @lowering(TARGET, "aten::addmm.default", "aten::baddbmm.default")
@@ -166,6 +173,32 @@ def layer_norm(
     scale = g.tensor(weight, x.dtype) if weight is not None else _ones(g, shape, x.dtype)
     shift = g.tensor(bias, x.dtype) if bias is not None else None
     return g.op("LayerNormalization", x, scale, shift, axis=axis, epsilon=eps)
+
+
+@lowering(TARGET, "aten::group_norm.default")
+def group_norm(
+    g: Translator,
+    node: fx.Node,
+    x: Any,
+    groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Value:
+    """Each group of channels of [batch, channels, ...] by its own mean and variance, in fp32."""
+    dims, dtype = node.meta["type"].shape, g.dtype(node)
+    x = g.op("Reshape", g.tensor(x, torch.float32), g.ints(0, groups, -1))
+    # a norm over the last dimension is one over all positions of a group
+    centred = g.op("Sub", x, g.op("ReduceMean", x, g.ints(2), keepdims=1))
+    variance = g.op("ReduceMean", g.op("Mul", centred, centred), g.ints(2), keepdims=1)
+    scale = g.op("Sqrt", g.op("Add", variance, g.number(eps, torch.float32)))
+    made = g.cast(g.op("Reshape", g.op("Div", centred, scale), g.shape(dims)), dtype)
+    for kind, value in (("Mul", weight), ("Add", bias)):
+        if value is not None:
+            by_channel = g.op("Reshape", g.tensor(value, dtype), g.ints(-1, *[1] * (len(dims) - 2)))
+            made = g.op(kind, made, by_channel)
+    return made
 
 
 def _ones(g: Translator, shape: Sequence[int], dtype: torch.dtype) -> Value:

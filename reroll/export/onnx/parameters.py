@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,12 @@ class Parameter:
     name: str
     weight: Weight
     trip: Trip | None
+    # whether the last two dimensions are exchanged
+    is_transposed: bool = False
+
+    def transposed(self) -> Parameter:
+        """The weight with its last two dimensions exchanged, as it is then written."""
+        return replace(self, is_transposed=not self.is_transposed)
 
     @cached_property
     def entries(self) -> tuple[int, ...]:
@@ -195,7 +201,13 @@ class Parameter:
                 "row by row",
                 hint="export this model with --graphs loop,unrolled",
             )
-        return self.as_(forms.plain(self.meta, self.dtype), rank)
+        return self.as_(self.form, rank)
+
+    @property
+    def form(self) -> Form:
+        """How the weight is written where it goes into an op as it is."""
+        form = forms.transposed if self.is_transposed else forms.plain
+        return form(self.meta, self.dtype)
 
     def as_(
         self, form: Form, rank: int | None = None, view: tuple[int, ...] | None = None
@@ -211,6 +223,22 @@ class Parameter:
         if self.by_rows and rank is not None and rank > len(form.shape) + 1:
             made = g.op("Unsqueeze", made, g.ints(*range(1, rank - len(form.shape))))
         return made
+
+    def slice(self, position: Value) -> Value:
+        """One index of the first dimension, given at run time; the others are not read."""
+        g, form, entries = self.g, self.form, self.entries
+        if len(set(entries)) == 1:
+            return g.op("Gather", self.as_(form), position, axis=0, hint=_short(self.name))
+        assert self.trip is not None
+        if self.by_rows:
+            raise ExportError(
+                f"{self.name} differs from round to round, and its experts cannot be taken by rows",
+                hint="export this model with --graphs loop,unrolled",
+            )
+        stack = g.graph.stored(*g.weights.stack(self.name, form), form.dtype)
+        where = (select(g, entries, self.trip), position)
+        both = g.op("Concat", *(g.op("Unsqueeze", v, g.ints(0)) for v in where), axis=0)
+        return g.op("GatherND", stack, both, hint=_short(self.name))
 
 
 def is_looked_up(program: Program, name: str) -> bool:

@@ -111,9 +111,23 @@ class Translator:
                 result: Any = fx.node.map_arg(node.args[0], values.__getitem__)
                 return tuple(result) if isinstance(result, tuple | list) else (result,)
             else:
-                with located(f"{name}, {node.name}"):
+                try:
                     values[node] = self._call(node, values)
+                except RerollError:
+                    with located(f"{name}, {node.name}{self._origin(node)}"):
+                        raise
         return ()
+
+    def _origin(self, node: fx.Node) -> str:
+        """Which module of the original a node comes after: that of the nearest weight before it."""
+        front, seen = [node], {node}
+        while front and node not in self.loops:
+            for each in front:
+                if each.op == "get_attr":
+                    return f" (after {str(each.target).rpartition('.')[0]})"
+            front = [n for n in dict.fromkeys(_inputs(front)) if n not in seen]
+            seen.update(front)
+        return ""
 
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         args: Any = fx.node.map_arg(node.args, values.__getitem__)
@@ -123,6 +137,8 @@ class Translator:
         if node.target is ops.loop:
             return emit_loop(self, self.loops[node], args[1], args[2])
         function = find_lowering(TARGET, node.target)
+        if function is None and self._is_constant(node):
+            return self.number(node.target(*node.args, **node.kwargs), self.dtype(node))
         if function is None:
             name = op_name(node.target)
             raise ExportError(
@@ -137,6 +153,12 @@ class Translator:
             raise ExportError(
                 f"lowering {op_name(node.target)}: {type(error).__name__}: {error}"
             ) from error
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether an op makes the same tensor always, such as `linspace` of numbers."""
+        tags = getattr(node.target, "tags", ())
+        is_random = torch.Tag.nondeterministic_seeded in tags
+        return not is_random and not node.all_input_nodes and "type" in node.meta
 
     # ---- nodes
 
@@ -179,7 +201,9 @@ class Translator:
         return repeated(made, value.repeated)
 
     def real(self, dtype: torch.dtype, node: fx.Node | None = None) -> torch.dtype:
-        """The dtype to compute in where the Program has `dtype`."""
+        """The dtype to compute in where the Program has `dtype`; of complex ones, their parts'."""
+        if dtype.is_complex:
+            return torch.float32
         if not dtype.is_floating_point or dtype == torch.float64:
             return dtype
         return torch.float32 if node is not None and node in self.wide else self.settings.dtype
@@ -244,6 +268,10 @@ def repeated(value: Value, is_repeated: bool) -> Value:
     if value.repeated == is_repeated:
         return value
     return Value(value.name, value.dtype, value.scope, is_repeated)
+
+
+def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    return [n for node in nodes for n in node.all_input_nodes]
 
 
 def _returned(graph: fx.Graph) -> tuple[Any, ...]:

@@ -56,9 +56,10 @@ def plain(meta: Meta, dtype: torch.dtype) -> Form:
 
 
 def transposed(meta: Meta, dtype: torch.dtype) -> Form:
-    """A matrix [outputs, inputs] as [inputs, outputs], which is what MatMul takes."""
-    rows, columns = meta.shape
-    return Form("transposed", dtype, (columns, rows), lambda t: t.to(dtype).t())
+    """A matrix [outputs, inputs] as [inputs, outputs], which is what MatMul takes; or several."""
+    *several, rows, columns = meta.shape
+    shape = (*several, columns, rows)
+    return Form("transposed", dtype, shape, lambda t: t.to(dtype).transpose(-2, -1))
 
 
 def offset(meta: Meta, dtype: torch.dtype, amount: float) -> Form:

@@ -1,0 +1,296 @@
+"""The lowering of ATen operators that look up, sort and scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from reroll.errors import ExportError
+from reroll.export.onnx.aten import together
+from reroll.export.onnx.complex_numbers import by_parts
+from reroll.export.onnx.graph import Value
+from reroll.export.onnx.translate import TARGET
+from reroll.rewrite.lowerings import lowering, op_name
+from reroll.rewrite.raising.matching import shape
+
+if TYPE_CHECKING:
+    from reroll.export.onnx.translate import Translator
+
+INT = torch.int64
+
+
+@lowering(TARGET, "aten::index.Tensor")
+def index(g: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Value:
+    """Indexing with tensors of indices, which are broadcast together."""
+    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    where = _indices(g, [i for _, i in given])
+    if len(given) == 1:
+        return g.op("Gather", g.tensor(x), where[0], axis=given[0][0])
+    axes = [axis for axis, _ in given]
+    x_rank, rank = len(shape(node.args[0])), len(shape(node))
+    others = [i for i in range(x_rank) if i not in axes]
+    made = g.op("GatherND", _turned(g, g.tensor(x), [*axes, *others]), _stacked(g, node, where))
+    if axes != list(range(axes[0], axes[0] + len(axes))):
+        return made
+    # indices that stand together are where they were, else in front
+    new = rank - len(others)
+    order = [*range(new, new + axes[0]), *range(new), *range(new + axes[0], rank)]
+    return _turned(g, made, order)
+
+
+def _turned(g: Translator, x: Value, order: Sequence[int]) -> Value:
+    order = list(order)
+    return x if order == sorted(order) else g.op("Transpose", x, perm=order)
+
+
+def _indices(g: Translator, values: Sequence[Any]) -> list[Value]:
+    made = [g.tensor(value) for value in values]
+    if any(value.dtype == torch.bool for value in made):
+        raise ExportError(
+            "indexing by a mask makes a tensor whose size depends on the data",
+            hint="a torch.where in its place keeps the size",
+        )
+    return [g.cast(value, INT) for value in made]
+
+
+def _stacked(g: Translator, node: fx.Node, indices: Sequence[Value]) -> Value:
+    """Indices of several dimensions, broadcast, as GatherND wants them: [..., dimensions]."""
+    if len(indices) > 1:
+        size: Value | None = None
+        for value in indices:
+            # a sum of zeros of all shapes has the shape of them all
+            zero = g.op("Mul", value, g.number(0, INT))
+            size = zero if size is None else g.op("Add", size, zero)
+        assert size is not None
+        indices = [g.op("Add", value, size) for value in indices]
+    return g.op("Concat", *(g.op("Unsqueeze", v, g.ints(-1)) for v in indices), axis=-1)
+
+
+@lowering(TARGET, "aten::index_put.default")
+def index_put(
+    g: Translator,
+    node: fx.Node,
+    x: Any,
+    indices: Sequence[Any],
+    values: Any,
+    accumulate: bool = False,
+) -> Value:
+    """A tensor with other elements at the places that tensors of indices say."""
+    dtype = g.dtype(node)
+    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
+    if len(given) == 1 and g.tensor(given[0][1]).dtype == torch.bool:
+        return _put_by_mask(g, node, x, given[0], values, accumulate)
+    axes, rank = [axis for axis, _ in given], len(shape(node))
+    order = [*axes, *(i for i in range(rank) if i not in axes)]
+    if order != sorted(order):
+        raise ExportError(
+            "index_put behind a dimension that has no indices has no lowering to ONNX",
+            hint="move the dimensions that have indices to the front",
+        )
+    x, where = g.tensor(x, dtype), _stacked(g, node, _indices(g, [i for _, i in given]))
+    size = g.op("Shape", where, start=0, end=-1, dtype=INT)
+    if len(axes) < rank:
+        rest = g.op("Shape", x, start=len(axes), end=rank, dtype=INT)
+        size = g.op("Concat", size, rest, axis=0)
+    updates = g.op("Expand", g.tensor(values, dtype), size)
+    return g.op("ScatterND", x, where, updates, reduction="add" if accumulate else None)
+
+
+def _put_by_mask(
+    g: Translator, node: fx.Node, x: Any, given: tuple[int, Any], values: Any, accumulate: bool
+) -> Value:
+    """One number at all places where a mask is true."""
+    axis, mask = given
+    source: Any = node.args[2]
+    if axis or accumulate or (isinstance(source, fx.Node) and len(shape(source)) > 0):
+        raise ExportError(
+            "index_put by a mask of anything but one number has no lowering to ONNX",
+            hint="a torch.where in its place can be exported",
+        )
+    dtype, mask = g.dtype(node), g.tensor(mask)
+    places: Any = node.args[1]
+    missing = len(shape(node)) - len(shape(places[0]))
+    if missing:
+        rank = len(shape(node))
+        mask = g.op("Unsqueeze", mask, g.ints(*range(rank - missing, rank)))
+    return g.op("Where", mask, g.tensor(values, dtype), g.tensor(x, dtype), dtype=dtype)
+
+
+@lowering(TARGET, "aten::index_select.default")
+@by_parts
+def index_select(g: Translator, node: fx.Node, x: Any, dim: int, indices: Any) -> Value:
+    """Some indices of a dimension."""
+    return g.op("Gather", g.tensor(x), g.tensor(indices), axis=dim)
+
+
+@lowering(TARGET, "aten::gather.default")
+def gather(g: Translator, node: fx.Node, x: Any, dim: int, indices: Any, **_: Any) -> Value:
+    """Elements by an index for each."""
+    x, indices = g.tensor(x), g.tensor(indices, INT)
+    rank = len(shape(node))
+    # torch reads the first rows of what has more of them than the indices have
+    others = [i for i in range(rank) if i != dim % rank]
+    if any(shape(node)[i] != shape(node.args[0])[i] for i in others):
+        ends = g.op("Gather", g.op("Shape", indices, dtype=INT), g.ints(*others), axis=0)
+        x = g.op("Slice", x, g.ints(*[0] * len(others)), ends, g.ints(*others))
+    return g.op("GatherElements", x, indices, axis=dim)
+
+
+_SCATTER = {
+    "aten::scatter.src": None,
+    "aten::scatter.value": None,
+    "aten::scatter_add.default": "add",
+    "aten::scatter.reduce": None,
+    "aten::scatter.value_reduce": None,
+    "aten::scatter_reduce.two": None,
+}
+_REDUCTIONS = {
+    "sum": "add",
+    "add": "add",
+    "prod": "mul",
+    "multiply": "mul",
+    "amax": "max",
+    "amin": "min",
+}
+
+
+@lowering(TARGET, *_SCATTER)
+def scatter(
+    g: Translator,
+    node: fx.Node,
+    x: Any,
+    dim: int,
+    indices: Any,
+    source: Any,
+    reduce: str | None = None,
+    *,
+    include_self: bool = True,
+) -> Value:
+    """A tensor with other elements at the index of each."""
+    dtype, reduction = g.dtype(node), _SCATTER[op_name(node.target)]
+    if reduce is not None:
+        reduction = _REDUCTIONS.get(reduce)
+        if reduction is None or not include_self:
+            raise ExportError(f"scatter with {reduce!r} of what is new has no lowering to ONNX")
+    x, indices = g.tensor(x, dtype), g.tensor(indices, INT)
+    size = g.op("Shape", indices, dtype=INT)
+    if isinstance(node.args[3], fx.Node) and len(shape(node.args[3])):
+        rank = len(shape(node))
+        # torch takes no more elements than there are indices
+        updates = g.op("Slice", g.tensor(source, dtype), g.ints(*[0] * rank), size)
+    else:
+        updates = g.op("Expand", g.tensor(source, dtype), size)
+    return g.op("ScatterElements", x, indices, updates, axis=dim, reduction=reduction)
+
+
+@lowering(TARGET, "aten::index_add.default")
+def index_add(
+    g: Translator, node: fx.Node, x: Any, dim: int, indices: Any, source: Any, *, alpha: Any = 1
+) -> Value:
+    """A tensor with slices added at some indices of a dimension."""
+    dtype, rank = g.dtype(node), len(shape(node))
+    x, source = g.tensor(x, dtype), g.tensor(source, dtype)
+    if alpha != 1:
+        source = g.op("Mul", source, g.number(alpha, dtype))
+    places = g.tensor(indices, INT)
+    if others := [i for i in range(rank) if i != dim % rank]:
+        places = g.op("Unsqueeze", places, g.ints(*others))
+    places = g.op("Expand", places, g.op("Shape", source, dtype=INT))
+    return g.op("ScatterElements", x, places, source, axis=dim, reduction="add")
+
+
+# ---- sorting and counting
+
+
+@lowering(TARGET, "aten::topk.default")
+def topk(
+    g: Translator,
+    node: fx.Node,
+    x: Any,
+    count: Any,
+    dim: int = -1,
+    largest: bool = True,
+    sorted_: bool = True,
+    **_: Any,
+) -> tuple[Value, Value]:
+    """The largest or smallest elements of a dimension, and where they are."""
+    return _top(g, g.tensor(x), g.shape([count]), dim, largest)
+
+
+@lowering(TARGET, "aten::sort.default", "aten::sort.stable", "aten::argsort.default")
+def sort(
+    g: Translator,
+    node: fx.Node,
+    x: Any,
+    dim: int = -1,
+    descending: bool = False,
+    stable: bool | None = None,
+) -> Any:
+    """A dimension in order, equal elements as they were; and where each was."""
+    x = g.tensor(x)
+    size = g.op("Gather", g.op("Shape", x, dtype=INT), g.ints(dim), axis=0)
+    made = _top(g, x, size, dim, descending)
+    return made[1] if "argsort" in op_name(node.target) else made
+
+
+def _top(g: Translator, x: Value, count: Value, dim: int, largest: bool) -> tuple[Value, Value]:
+    """TopK, in a dtype that has a kernel."""
+    kind = x.dtype
+    if kind not in (torch.float32, torch.float64, torch.int32, INT):
+        x = g.cast(x, torch.float32 if kind.is_floating_point else INT)
+    values, places = g.graph.ops(
+        "TopK", x, count, hints=("values", "places"), axis=dim, largest=int(largest)
+    )
+    return g.cast(values, kind), replace(places, dtype=INT)
+
+
+@lowering(TARGET, "aten::one_hot.default")
+def one_hot(g: Translator, node: fx.Node, x: Any, classes: int = -1) -> Value:
+    """A column for each class, 1 in that of the element."""
+    x = g.op("Unsqueeze", g.tensor(x, INT), g.ints(-1))
+    columns = g.number(list(range(shape(node)[-1])), INT)
+    return g.cast(g.op("Equal", x, columns, dtype=torch.bool), INT)
+
+
+@lowering(TARGET, "aten::searchsorted.Tensor", "aten::bucketize.Tensor")
+def searchsorted(
+    g: Translator, node: fx.Node, a: Any, b: Any, *, right: bool = False, **_: Any
+) -> Value:
+    """How many of the sorted numbers are smaller than each value, or as large."""
+    numbers, values = (a, b) if "searchsorted" in op_name(node.target) else (b, a)
+    left, of = together(g, numbers, values)
+    left = g.op("Unsqueeze", left, g.ints(-2)) if len(_shape_of(node, 0)) > 1 else left
+    of = g.op("Unsqueeze", of, g.ints(-1))
+    before = g.op("LessOrEqual" if right else "Less", left, of, dtype=torch.bool)
+    counts = g.op("ReduceSum", g.cast(before, INT), g.ints(-1), keepdims=0)
+    return g.cast(counts, g.dtype(node))
+
+
+def _shape_of(node: fx.Node, position: int) -> tuple[Any, ...]:
+    """The shape of the sorted numbers: the first argument of one op, the second of the other."""
+    place = position if "searchsorted" in op_name(node.target) else 1 - position
+    source: Any = node.args[place]
+    return shape(source)
+
+
+@lowering(TARGET, "aten::histc.default")
+def histc(
+    g: Translator, node: fx.Node, x: Any, bins: int = 100, low: float = 0, high: float = 0
+) -> Value:
+    """How many elements lie in each of some equal intervals."""
+    if low == high:
+        raise ExportError("histc between the bounds of its data has no lowering to ONNX")
+    dtype = g.dtype(node)
+    x = g.op("Reshape", g.tensor(x, dtype), g.ints(-1, 1))
+    lowest, highest = g.number(low, dtype), g.number(high, dtype)
+    scaled = g.op("Mul", g.op("Sub", x, lowest), g.number(bins, dtype))
+    place = g.op("Floor", g.op("Div", scaled, g.number(high - low, dtype)))
+    # the last interval has its upper end
+    last = g.op("Equal", x, highest, dtype=torch.bool)
+    place = g.op("Where", last, g.number(bins - 1, dtype), place, dtype=dtype)
+    hits = g.op("Equal", place, g.number([list(range(bins))], dtype), dtype=torch.bool)
+    return g.op("ReduceSum", g.cast(hits, dtype), g.ints(0), keepdims=0)
