@@ -64,6 +64,29 @@ def test_groups_of_any_size(grouped, sizes, rest):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+class Halves(nn.Module):
+    """The same in bfloat16, for which PyTorch has an operator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, 8, 16, dtype=torch.bfloat16))
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        return nn.functional.grouped_mm(rows.bfloat16(), self.weight.transpose(-2, -1), offs=ends)
+
+
+def test_bfloat16_experts_are_computed_in_fp32(tmp_path: Path):
+    torch.manual_seed(0)
+    module = Halves()
+    rows, ends = torch.randn(6, 16), torch.tensor([1, 2, 2, 6], dtype=torch.int32)
+    program = export(module, rows, ends, dims={"rows": ("b", 16), "ends": (EXPERTS,)})
+    Onnx(graphs=("unrolled",)).write(program, tmp_path)
+    actual = Session(tmp_path / "unrolled.onnx").run({"rows": rows, "ends": ends})["out0"]
+    parts = zip(rows.tensor_split(ends[:-1].long()), module.weight.float(), strict=True)
+    expected = torch.cat([part @ matrix.T for part, matrix in parts])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 @cache
 def mixtral() -> Program:
     torch.manual_seed(0)

@@ -98,6 +98,7 @@ FLOATS: dict[str, Callable[..., Tensor]] = {
     "aten::min.default": lambda x, y, n, m: x.min() + x,
     "aten::cumsum.default": lambda x, y, n, m: x.cumsum(1),
     "aten::einsum.default": lambda x, y, n, m: torch.einsum("b s i, b t i -> b t s", x, x),
+    "aten::layer_norm.default": lambda x, y, n, m: F.layer_norm(x.tanh() + x, (6,), y),
     "aten::group_norm.default": lambda x, y, n, m: F.group_norm(x.transpose(1, 2), 2, y, y),
 }
 WHOLES: dict[str, Callable[..., Tensor]] = {
@@ -142,6 +143,7 @@ MOVES: dict[str, Callable[..., Tensor]] = {
     "aten::arange.start_step": lambda x, y, n, m: x[..., :4] + torch.arange(0.5, 2.5, 0.5),
     "aten::linspace.default": lambda x, y, n, m: x + torch.linspace(0.0, 1.0, 6),
     "aten::concat.default": lambda x, y, n, m: torch.concat((x, x * y), -1),
+    "aten::cat.default": lambda x, y, n, m: torch.cat((torch.tensor([]), x, x), -2),
     "aten::slice_scatter.default": lambda x, y, n, m: x.slice_scatter(
         y[:2].expand(*n.shape, 2), 2, 1, 5, 2
     ),

@@ -13,6 +13,7 @@ import torch
 from onnx import helper
 from torch import fx
 
+from reroll.errors import ExportError
 from reroll.export.onnx.graph import ELEMENT, Graph, Value
 from reroll.export.onnx.parameters import Parameter
 from reroll.export.onnx.translate import TARGET
@@ -27,13 +28,28 @@ BOOL, INT = torch.bool, torch.int64
 
 @lowering(TARGET, "transformers::grouped_mm_fallback.default", "aten::_grouped_mm.default")
 def grouped_mm(
-    g: Translator, node: fx.Node, rows: Any, weight: Any, ends: Any = None, *_: Any, **__: Any
+    g: Translator,
+    node: fx.Node,
+    rows: Any,
+    weight: Any,
+    ends: Any = None,
+    *,
+    offs: Any = None,
+    bias: Any = None,
+    out_dtype: Any = None,
 ) -> Value:
     """Rows [n, inputs], sorted by expert, times weight [experts, inputs, outputs].
 
     Expert i has the rows before `ends[i]` that are no other's; rows behind the last are zero.
     """
     dtype, outputs = g.dtype(node), shape(node)[-1]
+    ends = offs if ends is None else ends
+    if ends is None or bias is not None or len(shape(node)) != 2:
+        raise ExportError(
+            "only [rows, inputs] by [experts, inputs, outputs] in groups, without a bias, has a "
+            "lowering to ONNX",
+            hint="add the bias behind it, or use matmul where every matrix has as many rows",
+        )
     rows, ends = g.tensor(rows, dtype), g.tensor(ends, INT)
     first = g.op("Slice", ends, g.ints(0), g.ints(-1), g.ints(0))
     starts = g.op("Concat", g.ints(0), first, axis=0)

@@ -240,9 +240,19 @@ def pad(
 def cat(g: Translator, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> Value:
     """Tensors one after the other."""
     rank, dtype = len(shape(node)), g.dtype(node)
-    values = [g.tensor(v, dtype, rank) for v in parts]
+    sources: Any = node.args[0]
+    # torch lets an empty vector stand beside tensors of any rank
+    values = [
+        g.tensor(v, dtype, rank)
+        for v, source in zip(parts, sources, strict=True)
+        if rank == 1 or _shape_of(v, source) != (0,)
+    ]
     twice = len(values) == 2 and values[0].name == values[1].name and dim % rank == rank - 1
     return repeated(g.op("Concat", *values, axis=dim), twice)
+
+
+def _shape_of(value: Any, source: fx.Node) -> tuple[Any, ...]:
+    return value.meta.shape if isinstance(value, Parameter) else shape(source)
 
 
 @lowering(TARGET, "aten::stack.default")
