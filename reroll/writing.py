@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -82,10 +82,11 @@ def new_directory(
 
 
 @contextmanager
-def filled_directory(target: str | Path) -> Iterator[Path]:
+def filled_directory(target: str | Path, *, without: Sequence[str] = ()) -> Iterator[Path]:
     """A directory to write to; its files then replace those of the same names in `target`.
 
-    Each is replaced at once, after all have been written. Raises as `new_directory` does.
+    Each is replaced at once, after all have been written; then files of the target that match the
+    patterns `without` and were not written are removed. Raises as `new_directory` does.
     """
     target = Path(target)
     if not os.access(target, os.W_OK):
@@ -93,10 +94,16 @@ def filled_directory(target: str | Path) -> Iterator[Path]:
     with _told(target), _temporary(target, "reroll") as temporary:
         yield temporary
         _sync(temporary)
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            goal = target / path.relative_to(temporary)
+        goals = {
+            path: target / path.relative_to(temporary)
+            for path in sorted(p for p in temporary.rglob("*") if p.is_file())
+        }
+        old = {path for pattern in without for path in target.glob(pattern)}
+        for path, goal in goals.items():
             goal.parent.mkdir(parents=True, exist_ok=True)
             path.replace(goal)
+        for path in old - set(goals.values()):
+            path.unlink()
         _sync_one(target)
 
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from reroll.errors import ExportError, UsageError
 from reroll.export.model_card import model_card
@@ -30,6 +31,12 @@ from reroll.runtime.modules import slot_key, stored_outputs
 from reroll.runtime.pretrained import PROGRAM_FILE, load_program
 from reroll.writing import filled_directory, new_directory
 
+if TYPE_CHECKING:
+    from reroll.runtime.config import RerollConfig
+
+_WEIGHT_FILES = (
+    "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"
+)  # fmt: skip
 _OWN_FILES = {"config.json", PROGRAM_FILE, "readme.md", "model.safetensors.index.json"}
 
 
@@ -39,12 +46,14 @@ def save(
     *,
     overwrite: bool | Literal["files"] = False,
     progress: Progress | None = None,
+    config: RerollConfig | None = None,
 ) -> None:
     """Write a Program to a directory that is there whole or not at all.
 
     Weights are computed and written one shard at a time; `progress` is called with the bytes done
     and in all. With `overwrite`, a directory that exists is replaced; with "files", only its files
-    of the same names are. Loading what was saved and saving it again gives the same bytes.
+    of the same names are, and weights that it had. Loading what was saved and saving it again gives
+    the same bytes. `config` is the configuration to write, by default the Program's own.
 
     Raises UsageError if the directory exists or cannot be written, or if the Program was captured
     from it; and ExportError if the disk is full, or if a side file is missing or its name leads out
@@ -57,7 +66,7 @@ def save(
         read = [p for p in read if p not in (place, *place.parents)]
     if overwrite != "files":
         with new_directory(directory, overwrite=overwrite, sources=read) as temporary:
-            _write(program, temporary, progress)
+            _write(program, temporary, progress, config)
         return
     if place in read:
         raise UsageError(
@@ -65,9 +74,10 @@ def save(
             where=str(directory),
             hint="name another directory",
         )
-    write_to = filled_directory if place.is_dir() else new_directory
-    with write_to(place) as temporary:
-        _write(program, temporary, progress)
+    # weights of an earlier save would be read instead of, or beside, what is written
+    filled = filled_directory(place, without=_WEIGHT_FILES)
+    with filled if place.is_dir() else new_directory(place) as temporary:
+        _write(program, temporary, progress, config)
 
 
 def load(directory: str | Path) -> Program:
@@ -75,20 +85,23 @@ def load(directory: str | Path) -> Program:
     return load_program(directory)
 
 
-def _write(program: Program, directory: Path, progress: Progress | None) -> None:
+def _write(
+    program: Program, directory: Path, progress: Progress | None, config: RerollConfig | None
+) -> None:
     files = _copy_files(program, directory)
     stored = with_saved_weights(program, directory, progress)
     stored = replace(stored, origin=replace(program.origin, files={name: name for name in files}))
     _write_json(directory / PROGRAM_FILE, program_to_json(stored))
-    _write_config(stored, directory)
+    _write_config(stored, directory, config)
     (directory / "README.md").write_text(model_card(stored), encoding="utf-8")
 
 
-def _write_config(program: Program, directory: Path) -> None:
+def _write_config(program: Program, directory: Path, given: RerollConfig | None) -> None:
     from reroll.runtime.auto import model_class
     from reroll.runtime.config import RerollConfig
 
-    config = RerollConfig.from_program(program)
+    config = RerollConfig.from_program(program) if given is None else deepcopy(given)
+    config.dtype = program.dtype
     config.architectures = [model_class(program.origin.auto_class).__name__]
     config.program_file = PROGRAM_FILE
     _write_json(directory / "config.json", json.loads(config.to_json_string()), sort_keys=True)

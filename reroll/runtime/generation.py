@@ -11,14 +11,13 @@ from transformers.generation import GenerationMixin, GenerationMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reroll.errors import UsageError
+from reroll.rewrite.capture.side_files import GENERATION_FILE
 from reroll.rewrite.program import NO_CACHE, Program
-
-FILE = "generation_config.json"
 
 
 def generation_config(program: Program) -> GenerationConfig | None:
     """The original model's settings: its file of them, else what its configuration says."""
-    path = program.origin.files.get(FILE)
+    path = program.origin.files.get(GENERATION_FILE)
     if path is not None and Path(path).is_file():
         return GenerationConfig.from_pretrained(Path(path).parent, Path(path).name)
     original = dict(program.origin.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from reroll.runtime.auto import MODELS, model_class
 from reroll.runtime.config import RerollConfig
 from reroll.runtime.dtypes import retype
 from reroll.runtime.pretrained import find_directory, load_program
+from reroll.runtime.saving import ADAPTER_FILES
 
 
 def load_model(
@@ -24,6 +26,7 @@ def load_model(
     torch_dtype: Any = None,
     device_map: Any = None,
     subfolder: str = "",
+    adapter_kwargs: dict[str, Any] | None = None,
     output_loading_info: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -39,6 +42,7 @@ def load_model(
         key: kwargs.pop(key, None) for key in ("revision", "cache_dir", "token", "local_files_only")
     }
     directory = find_directory(str(name), **hub) / (subfolder or "")
+    directory, adapter = _base_and_adapter(directory, adapter_kwargs)
     program = load_program(directory)
     fitting = MODELS.get(program.origin.auto_class, MODELS["AutoModel"])[1]
     if cls.__name__ not in (fitting, "RerollPreTrainedModel"):
@@ -48,9 +52,11 @@ def load_model(
             hint=f"use {program.origin.auto_class}.from_pretrained",
         )
     program = retype(program, torch_dtype if dtype is None else dtype)
-    own = _config(directory, program, config, kwargs)
+    own = _config(directory, str(name), program, config, kwargs)
     model = model_class(program.origin.auto_class)(own, program)
     model.load_weights(_device(device_map))
+    if adapter is not None:
+        model.load_adapter(str(adapter))
     model.eval()
     if not output_loading_info:
         return model
@@ -60,28 +66,49 @@ def load_model(
     return model, {**empty, "error_msgs": []}
 
 
+def _base_and_adapter(
+    directory: Path, adapter_kwargs: dict[str, Any] | None
+) -> tuple[Path, Path | None]:
+    """The directory of the model, and that of the adapter to put on it: see `runtime.saving`."""
+    asked = (adapter_kwargs or {}).get("_adapter_model_path")
+    if asked is not None:
+        return directory, find_directory(str(asked))
+    file = directory / ADAPTER_FILES[0]
+    if not file.is_file():
+        return directory, None
+    if (directory / "config.json").is_file():
+        return directory, directory
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return find_directory(str(base)), directory
+
+
 # arguments of from_pretrained that choose between ways of loading which are all the same here
 _NO_EFFECT = {
     "low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "force_download",
-    "attn_implementation", "adapter_kwargs", "_from_auto", "_commit_hash", "code_revision",
+    "attn_implementation", "_from_auto", "_commit_hash", "code_revision",
     "resume_download", "proxies", "use_auth_token", "ignore_mismatched_sizes",
 }  # fmt: skip
 
 
-def _config(directory: Path, program: Program, config: Any, kwargs: dict[str, Any]) -> RerollConfig:
+def _config(
+    directory: Path, name: str, program: Program, config: Any, kwargs: dict[str, Any]
+) -> RerollConfig:
     """The configuration in a directory, changed by keyword; what the Program fixes stays."""
     kwargs = {k: v for k, v in kwargs.items() if k not in _NO_EFFECT}
     own = config if isinstance(config, RerollConfig) else RerollConfig.from_pretrained(directory)
-    for name, value in kwargs.items():
-        if not hasattr(own, name):
+    for option, value in kwargs.items():
+        if not hasattr(own, option):
             # callers such as lm-eval pass None for what they do not ask for
             if value is None:
                 continue
             raise UsageError(
-                f"a lowered model has no option {name!r}", hint="convert the model it was made from"
+                f"a lowered model has no option {option!r}",
+                hint="convert the model it was made from",
             )
-        setattr(own, name, value)
+        setattr(own, option, value)
     own.dtype = program.dtype
+    # what peft writes down as the model below an adapter
+    own.name_or_path = name
     return own
 
 

@@ -121,13 +121,28 @@ class RerollPreTrainedModel(PreTrainedModel):
         """The Program with the weights that the model has now."""
         return program_of(self)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as `Program.save` does, with the weights that the model has now.
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as `Program.save` does, with the weights and the configurations of now.
 
-        A directory that exists is kept, and its files are replaced. Arguments that say how
-        transformers lays out its own checkpoints have no effect.
+        See `reroll.runtime.saving`. A directory that exists is kept, and its files are replaced.
+        Arguments that say how transformers lays out its own checkpoints have no effect.
         """
-        self.to_program().save(str(save_directory), overwrite="files")
+        from reroll.runtime.saving import save_model
+
+        if push_to_hub:
+            raise UsageError(
+                "a lowered model is not pushed by save_pretrained",
+                hint="save it, and upload the directory: hf upload REPOSITORY DIRECTORY",
+            )
+        if is_main_process:
+            save_model(self, str(save_directory), state_dict, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a state dict of this model, or the tensors of a file that it saved."""

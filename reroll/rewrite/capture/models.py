@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +16,7 @@ import torch
 from torch import nn
 
 from reroll.errors import CaptureError, CheckpointError, UntrustedCodeError, UsageError
+from reroll.rewrite.capture.side_files import GENERATION_FILE, generation_file, temporary_folder
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.program import Origin, Program, _service
 
@@ -75,6 +73,12 @@ def open_model(
             f"{name} has no config.json",
             hint="name a hub id, a directory written by save_pretrained, or a .gguf file",
         )
+    if (path / "adapter_config.json").is_file():
+        raise CaptureError(
+            "there is an adapter (adapter_config.json) beside the model, which is not captured",
+            where=name,
+            hint="merge it with peft (merge_and_unload) and save the result, or delete its files",
+        )
     if _read_json(path / "config.json").get("model_type") == "reroll":
         return _service("load")(str(path))  # type: ignore[no-any-return]
     return _open_directory(path, name, _dtype(dtype), revision, trust_remote_code)
@@ -92,6 +96,8 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
         for file in sorted(path.glob(pattern)):
             if file.is_file():
                 files[file.relative_to(path).as_posix()] = str(file)
+    if path is None and (settings := _own_settings(model)) is not None:
+        files[GENERATION_FILE] = generation_file(settings)
     return Origin(
         model=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
         architecture=type(model).__name__,
@@ -99,6 +105,17 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
         config=config,
         files=files,
     )
+
+
+def _own_settings(model: Any) -> Any:
+    """The generation settings of a model object, if they are not what its configuration says."""
+    from transformers import GenerationConfig
+
+    settings = getattr(model, "generation_config", None)
+    if settings is None or not model.can_generate():
+        return None
+    same = settings.to_dict() == GenerationConfig.from_model_config(model.config).to_dict()
+    return None if same else settings
 
 
 def _auto_class(architecture: str, config: Any) -> str:
@@ -232,8 +249,7 @@ def _gguf_tokenizer(path: Path) -> dict[str, str]:
     """
     import transformers
 
-    folder = Path(tempfile.mkdtemp(prefix="reroll-tokenizer-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = temporary_folder("tokenizer")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(path.parent), gguf_file=path.name
