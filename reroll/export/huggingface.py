@@ -5,7 +5,7 @@ config.json              what transformers asks a configuration for
 program.json             the Program: graphs, weight table, recipe; no code
 model.safetensors        every distinct weight once, or shards of them with an index
 README.md                the model card
-tokenizer.json, ...      the original's side files, unchanged
+tokenizer.json, ...      the original's side files, unchanged but for the class that they name
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from reroll.errors import ExportError, UsageError
 from reroll.export.model_card import model_card
+from reroll.export.processing_classes import KINDS, name_classes, processing_classes
 from reroll.export.shards import Progress, save_outputs
 from reroll.rewrite.checkpoint import SafetensorsSource
 from reroll.rewrite.program import Program
@@ -90,10 +91,23 @@ def _write(
 ) -> None:
     files = _copy_files(program, directory)
     stored = with_saved_weights(program, directory, progress)
-    stored = replace(stored, origin=replace(program.origin, files={name: name for name in files}))
+    origin = replace(program.origin, files={name: name for name in files})
+    _write_config(replace(stored, origin=origin), directory, config)
+    classes = name_classes(directory, _classes(program))
+    stored = replace(stored, origin=replace(origin, config={**origin.config, **classes}))
     _write_json(directory / PROGRAM_FILE, program_to_json(stored))
-    _write_config(stored, directory, config)
     (directory / "README.md").write_text(model_card(stored), encoding="utf-8")
+
+
+def _classes(program: Program) -> dict[str, str]:
+    """The classes of tokenizer and processors that the original's directory gives."""
+    names = {file for kind in KINDS.values() for file in kind.files}
+    files = {name: path for name, path in program.origin.files.items() if name in names}
+    folders = dict.fromkeys(Path(path).parent for path in files.values())
+    found: dict[str, str] = {}
+    for folder in folders:
+        found = {**processing_classes(folder), **found}
+    return found
 
 
 def _write_config(program: Program, directory: Path, given: RerollConfig | None) -> None:
@@ -151,7 +165,9 @@ def checked_file(name: str) -> str:
     bad = not parts or PurePosixPath(name).is_absolute() or {"..", "."} & {*parts, *name.split("/")}
     if bad or re.search(r'[\\:\0"]', name):
         raise ExportError(f"the side file {name!r:.80} would not be in the directory")
-    if name.lower() in _OWN_FILES or name.lower().endswith(".safetensors"):
+    # in a folder they are weights of a module behind the model
+    own_weights = len(parts) == 1 and name.lower().endswith(".safetensors")
+    if name.lower() in _OWN_FILES or own_weights:
         raise ExportError(f"the side file {name!r:.80} would replace a file of the model")
     return name
 

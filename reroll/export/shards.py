@@ -16,6 +16,8 @@ Progress = Callable[[int, int], None]
 
 # what is held while it fills
 SHARD_BYTES = 2**29
+# no side file is in a folder of such a name
+_UNFINISHED = ".shard"
 
 
 def save_outputs(
@@ -46,10 +48,10 @@ def save_outputs(
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(shard, source, directory / "shard", report)
-        (directory / "shard" / "model.safetensors").rename(directory / file)
+        _save(shard, source, directory / _UNFINISHED, report)
+        (directory / _UNFINISHED / "model.safetensors").rename(directory / file)
         weight_map.update({o.name: file for o in shard})
-    (directory / "shard").rmdir()
+    (directory / _UNFINISHED).rmdir()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -63,6 +63,8 @@ def write(
             hint="export the model without that pass",
         )
     settings = Settings(target.precision, target.opset, target.block, target.runtime)
+    # first, so that none of them replaces what is written here
+    _copy_files(program, directory)
     weights = WeightFile(program)
     files: dict[str, str] = {}
     for kind in dict.fromkeys(target.graphs):
@@ -77,7 +79,6 @@ def write(
             progress(done, total, "writing weights")
 
     weights.write(directory, report)
-    _copy_files(program, directory)
     seconds = {"write": time.perf_counter() - start}
     checked = {}
     if target.check:

@@ -43,13 +43,14 @@ def write(
         if progress is not None:
             progress(done, total, "writing weights")
 
-    text = module_text(program, target.arch)
-    (directory / MODULE).write_text(text, encoding="utf-8")
-    stored = with_saved_weights(program, directory, report)
+    # first, so that none of them replaces what is written here
     for name, path in program.origin.files.items():
         goal = directory / checked_file(name)
         goal.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, goal)
+    text = module_text(program, target.arch)
+    (directory / MODULE).write_text(text, encoding="utf-8")
+    stored = with_saved_weights(program, directory, report)
     found: dict[str, Any] = {
         "format": 1,
         "producer": {"reroll": reroll.__version__, "triton": triton.__version__},

@@ -16,18 +16,20 @@ import torch
 from torch import nn
 
 from reroll.errors import CaptureError, CheckpointError, UntrustedCodeError, UsageError
-from reroll.rewrite.capture.side_files import GENERATION_FILE, generation_file, temporary_folder
+from reroll.rewrite.capture.side_files import (
+    GENERATION_FILE,
+    MODULES_FILE,
+    generation_file,
+    module_folders,
+    side_files,
+    side_names,
+    temporary_folder,
+    weight_names,
+)
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.program import Origin, Program, _service
 
 log = logging.getLogger(__name__)
-
-# what a converted model keeps of the original's directory, unchanged
-SIDE_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template*",
-    "*.tiktoken", "1_Pooling/*", "modules.json", "sentence_bert_config.json",
-)  # fmt: skip
 
 # the auto classes, the most specific first, with the name of their table in transformers
 _AUTO_CLASSES = {
@@ -90,12 +92,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
     Its auto class is the one that names the model's class; "AutoModel" if none does.
     """
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
-    files: dict[str, str] = {}
-    for pattern in SIDE_FILES if path is not None else ():
-        assert path is not None
-        for file in sorted(path.glob(pattern)):
-            if file.is_file():
-                files[file.relative_to(path).as_posix()] = str(file)
+    files = {} if path is None else side_files(path)
     if path is None and (settings := _own_settings(model)) is not None:
         files[GENERATION_FILE] = generation_file(settings)
     return Origin(
@@ -310,8 +307,8 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES]
     try:
+        patterns = _files_to_download(name, revision)
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UsageError(f"{name} is neither a path nor a hub id") from error
@@ -320,6 +317,21 @@ def _download(name: str, revision: str | None) -> Path:
             f"cannot get the model {name}: {type(error).__name__}",
             hint="is it a local path that does not exist, or is the hub out of reach?",
         ) from error
+
+
+def _files_to_download(name: str, revision: str | None) -> list[str] | None:
+    """The weights and the side files of a repository; None, for all, if it cannot be listed."""
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    try:
+        names = list_repo_files(name, revision=revision)
+    # offline, what was downloaded once is used; other reasons come up again in the download
+    except Exception:
+        return None
+    modules: set[str] = set()
+    if MODULES_FILE in names:
+        modules = module_folders(Path(hf_hub_download(name, MODULES_FILE, revision=revision)))
+    return ["config.json", *weight_names(names), *side_names(names, modules)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

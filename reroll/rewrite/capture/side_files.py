@@ -1,14 +1,103 @@
-"""The files beside a model that a converted one keeps: tokenizer, processor, settings."""
+"""The files beside a model that a converted one keeps: tokenizer, processor, prompts, settings.
+
+Everything in a model's directory is kept, except weights, code, and what reroll writes itself. A
+subfolder that holds weights is another model or this one in another format, and is left out, unless
+`modules.json` says that it is a module of sentence-transformers: then its weights are kept too.
+"""
 
 from __future__ import annotations
 
 import atexit
+import json
+import os
+import re
 import shutil
 import tempfile
-from pathlib import Path
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 GENERATION_FILE = "generation_config.json"
+MODULES_FILE = "modules.json"
+
+# what is no side file: more and larger ones than a model needs, which are data
+MAX_FILES = 2000
+MAX_BYTES = 2**30
+
+_WEIGHTS = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.keras",
+    "*.msgpack", "*.ot", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite",
+    "*.mlmodel", "*.nemo", "*.pdparams", "*.engine", "*.index.json",
+)  # fmt: skip
+_CODE = ("*.py", "*.py[cod]", "*.so", "*.dll", "*.dylib", "*.exe", "*.sh", "*.bat", "*.ps1")
+_OWN = ("config.json", "program.json", "readme.md", "adapter_config.json")
+
+
+def side_files(directory: Path) -> dict[str, str]:
+    """The side files of a model's directory: the path of each by its name there."""
+    names = []
+    for folder, folders, files in os.walk(directory):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        place = Path(folder).relative_to(directory)
+        names += [(place / file).as_posix() for file in sorted(files)]
+        if len(names) > MAX_FILES:
+            # the model lies in a directory of other things
+            names = [name for name in names if "/" not in name]
+            break
+    modules = module_folders(directory / MODULES_FILE)
+    kept = {name: directory / name for name in side_names(names, modules)}
+    return {
+        name: str(path)
+        for name, path in kept.items()
+        if path.is_file() and path.stat().st_size <= MAX_BYTES
+    }
+
+
+def side_names(names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Those of a directory's files that are side files; `modules` are folders of modules."""
+    names = list(names)
+    formats = {
+        folder
+        for name in names
+        if _is_weight(name) and (folder := name.partition("/")[0]) != name
+        if folder not in modules
+    }
+    return [name for name in names if _is_side_file(name, formats, modules)]
+
+
+def weight_names(names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that may hold the weights that transformers loads."""
+    ends = (".safetensors", ".safetensors.index.json")
+    # Mistral's own format holds the same weights again
+    return [
+        n for n in names if n.endswith(ends) and not n.startswith("consolidated") and "/" not in n
+    ]
+
+
+def module_folders(file: Path) -> set[str]:
+    """The folders of the modules that sentence-transformers runs behind the model."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        folders = {str(entry["path"]).strip("/") for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+    return folders - {"", "."}
+
+
+def _is_side_file(name: str, formats: Collection[str], modules: Collection[str]) -> bool:
+    parts = PurePosixPath(name).parts
+    if any(part.startswith(".") for part in parts) or re.search(r'[\\:\0"]', name):
+        return False
+    if any(fnmatch(parts[-1].lower(), pattern) for pattern in _CODE):
+        return False
+    if len(parts) == 1:
+        return parts[0].lower() not in _OWN and not _is_weight(name)
+    return parts[0] in modules or parts[0] not in formats
+
+
+def _is_weight(name: str) -> bool:
+    return any(fnmatch(PurePosixPath(name).name.lower(), pattern) for pattern in _WEIGHTS)
 
 
 def generation_file(settings: Any) -> str:
