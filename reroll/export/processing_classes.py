@@ -126,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _change(path: Path, entries: Mapping[str, str]) -> None:
-    data = _read(path) | entries
+    data = {**_read(path), **entries}
     indent = 1 if path.name == "config.json" else 2
     text = json.dumps(data, indent=indent, ensure_ascii=False, sort_keys=path.name == "config.json")
     path.write_text(text + "\n", encoding="utf-8")

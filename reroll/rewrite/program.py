@@ -71,7 +71,7 @@ class Origin:
     """What a Program was made from, and the passes that it has been through.
 
     `config` is the original model's configuration as JSON data; `files` are the side files
-    (tokenizer, generation config, preprocessor) that are saved again unchanged, name to path;
+    (see `reroll.rewrite.capture.side_files`) that are saved again, name to path;
     `auto_class` names the transformers auto class that loads the saved model; `remarks` say what of
     the original the capture left out.
     """

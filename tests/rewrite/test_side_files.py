@@ -63,14 +63,17 @@ def test_the_same_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     filled(tmp_path)
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: KEPT + LEFT)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name, **__: tmp_path / name)
-    asked = {}
+    asked: list[list[str]] = []
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
-        lambda _, allow_patterns, **__: asked.update(dict.fromkeys(allow_patterns)) or tmp_path,
+        lambda _, allow_patterns, **__: asked.append(allow_patterns) or tmp_path,
     )
-    assert models._download("org/model", None) == tmp_path
+    for trust in (False, True):
+        assert models._download("org/model", None, trust) == tmp_path
+    plain, trusted = map(set, asked)
     weights = {"model.safetensors", "model.safetensors.index.json"}
-    assert set(asked) == {"config.json", *weights, *KEPT}
+    assert plain == {"config.json", *weights, *KEPT}
+    assert trusted - plain == {"modeling.py"}
 
 
 def test_names_alone_say_which(tmp_path: Path) -> None:

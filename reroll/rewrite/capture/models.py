@@ -69,7 +69,7 @@ def open_model(
     if path.suffix == ".gguf":
         return _open_gguf(path, _dtype(dtype))
     if not path.exists():
-        path = _download(name, revision)
+        path = _download(name, revision, trust_remote_code)
     if not (path / "config.json").is_file():
         raise UsageError(
             f"{name} has no config.json",
@@ -303,12 +303,12 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, trust: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = _files_to_download(name, revision)
+        patterns = _files_to_download(name, revision, trust)
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise UsageError(f"{name} is neither a path nor a hub id") from error
@@ -319,8 +319,11 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _files_to_download(name: str, revision: str | None) -> list[str] | None:
-    """The weights and the side files of a repository; None, for all, if it cannot be listed."""
+def _files_to_download(name: str, revision: str | None, trust: bool) -> list[str] | None:
+    """The weights and the side files of a repository, and its Python code if that is trusted.
+
+    None, for all files, if the repository cannot be listed.
+    """
     from huggingface_hub import hf_hub_download, list_repo_files
 
     try:
@@ -331,7 +334,8 @@ def _files_to_download(name: str, revision: str | None) -> list[str] | None:
     modules: set[str] = set()
     if MODULES_FILE in names:
         modules = module_folders(Path(hf_hub_download(name, MODULES_FILE, revision=revision)))
-    return ["config.json", *weight_names(names), *side_names(names, modules)]
+    code = [n for n in names if trust and n.endswith(".py")]
+    return ["config.json", *code, *weight_names(names), *side_names(names, modules)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
