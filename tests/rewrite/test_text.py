@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -263,3 +265,10 @@ def test_every_name_resolves_to_its_function():
     for name, function in op_names.FUNCTIONS.items():
         assert op_names.op_name(function) == name
         assert op_names.resolve(name) is function
+
+
+def test_operators_of_transformers_are_there_in_a_fresh_process():
+    name = "transformers.grouped_mm_fallback"
+    code = f"from reroll.rewrite.text import op_names as o; print(o.op_name(o.resolve({name!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == name

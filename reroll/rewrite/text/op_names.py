@@ -8,6 +8,7 @@ An operator that changes its arguments, or that reaches beyond tensors, has no n
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 import operator
 from collections.abc import Callable
@@ -42,8 +43,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 
-# transformers' own operators, which its models call, are there once its modules are imported
 _namespaces = {"aten", ops.NAMESPACE, "transformers"}
+# the module whose import registers the operators of a namespace, where no module of ours does
+_PROVIDERS = {"transformers": "transformers.integrations.moe"}
 
 # ATen's private operators check little of what they are given, and some none of it: only these,
 # which a captured model can hold, have names
@@ -97,6 +99,8 @@ def resolve(name: str) -> Callable[..., Any]:
     overload = "" if overload == "default" else overload
     qualified = f"{namespace}::{op}.{overload}" if overload else f"{namespace}::{op}"
     reason = _refusal(namespace, op)
+    if namespace in _PROVIDERS:
+        importlib.import_module(_PROVIDERS[namespace])
     # operators of TorchScript alone, such as aten::save, are not among the dispatcher's
     if reason is None and qualified in _dispatcher_names():
         found = getattr(getattr(getattr(torch.ops, namespace), op), overload or "default")
