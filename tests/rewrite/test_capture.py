@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,52 @@ def test_capture_from_a_directory_reads_no_tensor(tmp_path, monkeypatch, roll):
         with pytest.raises(AssertionError):
             run(program, random_inputs(program))
     assert run(program, random_inputs(program))["logits"].isfinite().all()
+
+
+def mixtral():
+    config = transformers.MixtralConfig(
+        **{**TEXT, "num_hidden_layers": 1}, **SPECIAL, intermediate_size=24, num_key_value_heads=2,
+        num_local_experts=3,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+def gpt_neo():
+    config = transformers.GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], window_size=8, **SPECIAL,
+    )  # fmt: skip
+    return transformers.GPTNeoForCausalLM(config)
+
+
+# which ask for the device of their tensors, or make tensors in their forward
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(mixtral, torch.float32), (mixtral, torch.bfloat16), (gpt_neo, torch.float32)],
+)
+def test_a_directory_gives_the_graph_of_its_model(tmp_path, make, dtype):
+    made = make().to(dtype).eval()
+    made.save_pretrained(tmp_path)
+    from_object, from_directory = capture(made, roll=False), capture(str(tmp_path), roll=False)
+    assert str(replace(from_directory, origin=from_object.origin)) == str(from_object)
+    for name in from_object.weights:
+        stored = from_directory.source.load(name)
+        assert torch.equal(stored, from_object.source.load(name)), name
+    inputs = random_inputs(from_directory, padded=True)
+    logits = run(from_directory, inputs)["logits"]
+    assert torch.equal(logits, run(from_object, inputs)["logits"])
+    assert torch.equal(logits, eager(made, inputs).logits)
+
+
+@pytest.mark.parametrize("of", ["everything", "a part"])
+def test_the_device_of_a_model_is_no_matter(of):
+    made = mixtral().eval()
+    expected = str(capture(made, roll=False))
+    part = made if of == "everything" else made.model.layers[0].mlp
+    part.to("meta")
+    program = capture(made, roll=False)
+    assert str(program) == expected
+    assert all(p.device.type == "meta" for p in part.parameters())
 
 
 def write_without_data(directory: Path, made: transformers.PreTrainedModel) -> int:

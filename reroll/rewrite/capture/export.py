@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
@@ -177,10 +178,9 @@ def _parameters(model: Any) -> set[str]:
 def _export(
     model: Any, examples: list[Example], stateful: bool, implementation: str
 ) -> tuple[torch.export.ExportedProgram, Traced]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = getattr(model, "dtype", torch.float32)
     tensors = {
-        e.name: e.tensor.to(device, dtype if e.tensor.is_floating_point() else None)
+        e.name: e.tensor.to("cpu", dtype if e.tensor.is_floating_point() else None)
         for e in examples
     }
     auto = torch.export.Dim.AUTO
@@ -188,16 +188,20 @@ def _export(
         e.name: {i: auto for i, dim in enumerate(e.dims) if isinstance(dim, str)} for e in examples
     }
     try:
-        with torch.no_grad(), _quiet(), _buffers_on(model, device):
-            with tracing(model, implementation) as traced:
-                exported = torch.export.export(
-                    _Wrapper(model, stateful),
-                    (tensors,),
-                    dynamic_shapes=(shapes,),
-                    strict=False,
-                    prefer_deferred_runtime_asserts_over_guards=True,
-                )
-            return exported, traced
+        with (
+            torch.no_grad(),
+            _quiet(),
+            _on_cpu(model),
+            tracing(model, implementation) as traced,
+        ):
+            exported = torch.export.export(
+                _Wrapper(model, stateful),
+                (tensors,),
+                dynamic_shapes=(shapes,),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+        return exported, traced
     except RerollError:
         raise
     except Exception as error:
@@ -216,19 +220,40 @@ def _with_roles(examples: list[Example], traced: Traced) -> list[Example]:
 
 
 @contextmanager
-def _buffers_on(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Buffers beside the parameters while exporting: export needs shapes, not values."""
-    saved = []
+def _on_cpu(model: nn.Module) -> Iterator[None]:
+    """Show parameters and buffers as CPU tensors while exporting, wherever they are.
+
+    A model asks for the device of its tensors, makes constants there, and chooses kernels by it, so
+    every device would give a graph of its own. Parameters, which may be on the meta device and
+    larger than the memory, are replaced by fake tensors, for export needs their shapes alone.
+    """
+    stand_ins: dict[int, Tensor] = {}
+    tables: list[tuple[Any, dict[str, Any]]] = []
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                saved.append((module, name, buffer))
-                module._buffers[name] = buffer.to(device)
+        for table in (module._parameters, module._buffers):
+            if table:
+                tables.append((table, dict(table)))
     try:
+        for table, before in tables:
+            for name, tensor in before.items():
+                if tensor is not None:
+                    # one stand-in for each tensor, so tied ones stay tied
+                    table[name] = stand_ins.setdefault(id(tensor), _stand_in(tensor))
         yield
     finally:
-        for module, name, buffer in saved:
-            module._buffers[name] = buffer
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, nn.Parameter) and tensor.device.type != "meta":
+        return tensor.to("cpu")
+    with FakeTensorMode():
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake
 
 
 @contextmanager
@@ -326,7 +351,11 @@ def _weight_table(
     for name, tensor in others.items():
         if name not in known:
             if tensor.device.type == "meta":
-                raise CaptureError(f"the constant {name} has no value outside the checkpoint")
+                raise CaptureError(
+                    f"the constant {name} has no value outside the checkpoint",
+                    hint="the model computes it from its weights when it is made: load the model "
+                    "with from_pretrained, and capture that object",
+                )
             literals[name] = tensor.detach()
         # which a part may have that is not read
         if tensor.dtype.is_complex:
