@@ -23,6 +23,7 @@ from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.branches import check_branches
 from reroll.rewrite.capture.models import describe, open_model
 from reroll.rewrite.capture.omissions import omissions
+from reroll.rewrite.capture.rotary import frequencies_by_position
 from reroll.rewrite.capture.signature import (
     Example,
     can_generate,
@@ -192,6 +193,7 @@ def _export(
             torch.no_grad(),
             _quiet(),
             _on_cpu(model),
+            frequencies_by_position(model),
             tracing(model, implementation) as traced,
         ):
             exported = torch.export.export(
