@@ -136,8 +136,9 @@ def gpt_neo():
     [(mixtral, torch.float32), (mixtral, torch.bfloat16), (gpt_neo, torch.float32)],
 )
 def test_a_directory_gives_the_graph_of_its_model(tmp_path, make, dtype):
-    made = make().to(dtype).eval()
-    made.save_pretrained(tmp_path)
+    make().to(dtype).save_pretrained(tmp_path)
+    # not what was saved: `to` narrows the rotary frequencies as well, and loading does not
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     from_object, from_directory = capture(made, roll=False), capture(str(tmp_path), roll=False)
     assert str(replace(from_directory, origin=from_object.origin)) == str(from_object)
     for name in from_object.weights:
