@@ -73,7 +73,8 @@ class Origin:
     `config` is the original model's configuration as JSON data; `files` are the side files
     (see `reroll.rewrite.capture.side_files`) that are saved again, name to path;
     `auto_class` names the transformers auto class that loads the saved model; `remarks` say what of
-    the original the capture left out.
+    the original the capture left out. `rereads_at` is the length at which the original's generation
+    drops its cache and reads the text anew, because its rotary frequencies change there.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Origin:
     files: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     remarks: tuple[str, ...] = ()
+    rereads_at: int | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -63,6 +63,18 @@ class RerollGenerationMixin(GenerationMixin):
         generation_config.use_cache, generation_config.cache_implementation = False, None
         return None
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; where the original drops its cache at some length, so does this."""
+        limit = self.program.origin.rereads_at
+        crossed = limit is not None and input_ids.shape[1] >= limit
+        if crossed and past_key_values and past_key_values.get_seq_length() < limit:
+            past_key_values = kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """The padding mask as it is: the model makes its own masks, also for static caches."""

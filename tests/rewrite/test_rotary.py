@@ -45,11 +45,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5}
     },
 }  # fmt: skip
+# of another class: its generation drops its cache where the frequencies change
+PHI3 = "phi3"
 BY_LENGTH = ["longrope", "dynamic"]
 
 
 def make(kind: str) -> Any:
-    """A Llama, which has seen no text yet."""
+    """A Llama, or a Phi-3, which has seen no text yet."""
+    if kind == PHI3:
+        longrope = {**KINDS["longrope"], "original_max_position_embeddings": ORIGINAL}
+        config = transformers.Phi3Config(**{**SIZES, **SPECIAL, **longrope})
+        return noisy(transformers.Phi3ForCausalLM(config))
     return noisy(transformers.LlamaForCausalLM(llama_config(kind)))
 
 
@@ -120,7 +126,7 @@ def test_the_longest_row_of_a_batch_decides(kind, longest):
     assert_exact(kind, mask)
 
 
-@pytest.mark.parametrize("kind", BY_LENGTH)
+@pytest.mark.parametrize("kind", [*BY_LENGTH, PHI3])
 @pytest.mark.parametrize("length", [ORIGINAL - 4, ORIGINAL, ORIGINAL + 3])
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}])
 def test_generation_across_the_original_length(kind, length, options):
@@ -129,6 +135,17 @@ def test_generation_across_the_original_length(kind, length, options):
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **options}
     expected = make(kind).generate(ids, attention_mask=mask, **options)
     assert torch.equal(module(kind).generate(ids, attention_mask=mask, **options), expected)
+
+
+def test_the_length_of_reading_anew_is_saved(tmp_path):
+    assert flat(PHI3).origin.rereads_at == ORIGINAL + 1
+    assert flat("longrope").origin.rereads_at is None
+    rolled(PHI3).save(tmp_path / "saved")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    ids = tokens(ORIGINAL - 4)
+    expected = make(PHI3).generate(ids, **options)
+    assert torch.equal(loaded.generate(ids, **options), expected)
 
 
 @pytest.mark.parametrize("kind", BY_LENGTH)

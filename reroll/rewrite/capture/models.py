@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from reroll.errors import CaptureError, CheckpointError, UntrustedCodeError, UsageError
+from reroll.rewrite.capture.rotary import rereading_length
 from reroll.rewrite.capture.side_files import (
     GENERATION_FILE,
     MODULES_FILE,
@@ -101,6 +102,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
         auto_class=_auto_class(type(model).__name__, model.config),
         config=config,
         files=files,
+        rereads_at=rereading_length(model),
     )
 
 

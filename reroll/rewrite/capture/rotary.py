@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reroll.rewrite.capture.tracing import make_cache
+
 
 @contextmanager
 def frequencies_by_position(model: nn.Module) -> Iterator[None]:
@@ -37,6 +39,32 @@ def frequencies_by_position(model: nn.Module) -> Iterator[None]:
         for module, before in saved:
             vars(module).clear()
             vars(module).update(before)
+
+
+def rereading_length(model: Any) -> int | None:
+    """The length at which a model's generation drops its cache; None if no LongRoPE makes it so.
+
+    Keys that were cached with the frequencies of short texts do not fit those of long ones. Some
+    models go on all the same, others read the text anew: their generation is asked.
+    """
+    lengths = [
+        _parameters(module, layer_type)["original_max_position_embeddings"]
+        for module in model.modules()
+        if _undecorated(type(module).forward) is not None
+        for layer_type, rope_type in _rope_types(module).items()
+        if rope_type == "longrope"
+    ]
+    if not lengths or not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    full = min(lengths)
+    ids = torch.ones(1, full + 1, dtype=torch.long)
+    prepared = model.prepare_inputs_for_generation(
+        ids,
+        past_key_values=make_cache(full, full + 1, layers=1, cross=False),
+        attention_mask=ids,
+        next_sequence_length=1,
+    )
+    return full + 1 if prepared.get("past_key_values") is None else None
 
 
 def _undecorated(forward: Any) -> Callable[..., Any] | None:

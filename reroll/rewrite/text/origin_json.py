@@ -34,14 +34,15 @@ def origin_to_json(origin: Origin) -> dict[str, Any]:
             for i, step in enumerate(origin.steps)
         ],
         **({"remarks": list(origin.remarks)} if origin.remarks else {}),
+        **({} if origin.rereads_at is None else {"rereads_at": origin.rereads_at}),
     }
 
 
 def origin_from_json(data: object) -> Origin:
     """The Origin that `origin_to_json` wrote; ProgramError naming the place if it is not valid."""
     wanted = "model revision architecture auto_class config files steps"
-    fields = _object(data, wanted.split(), optional={"remarks": []})
-    revision = fields["revision"]
+    fields = _object(data, wanted.split(), optional={"remarks": [], "rereads_at": None})
+    revision, rereads_at = fields["revision"], fields["rereads_at"]
     with located("files"):
         files = _is(fields["files"], dict)
         for name, path in files.items():
@@ -56,6 +57,7 @@ def origin_from_json(data: object) -> Origin:
         files=files,
         steps=tuple(_step(i, s) for i, s in enumerate(_member(fields, "steps", list))),
         remarks=_texts(_member(fields, "remarks", list)),
+        rereads_at=None if rereads_at is None else _member(fields, "rereads_at", int),
     )
 
 
