@@ -67,6 +67,7 @@ FLOATS: dict[str, Callable[..., Tensor]] = {
     "aten::square.default": lambda x, y, n, m: torch.square(x),
     "aten::exp2.default": lambda x, y, n, m: torch.exp2(x),
     "aten::log2.default": lambda x, y, n, m: torch.log2(x.abs()),
+    "aten::erfinv.default": lambda x, y, n, m: torch.erfinv((x / 3).clamp(-0.999, 0.999)),
     "aten::round.default": lambda x, y, n, m: torch.round(x * 2),
     "aten::ceil.default": lambda x, y, n, m: torch.ceil(x),
     "aten::trunc.default": lambda x, y, n, m: torch.trunc(x * 2),
@@ -136,12 +137,17 @@ MOVES: dict[str, Callable[..., Tensor]] = {
     "aten::tril.default": lambda x, y, n, m: (x > 0).tril(-1),
     "aten::unfold.default": lambda x, y, n, m: x.unfold(2, 3, 2),
     "aten::squeeze.dims": lambda x, y, n, m: x[:, :, None, :, None].squeeze((2, 4)),
+    "aten::mT.default": lambda x, y, n, m: x.mT,
     "aten::movedim.int": lambda x, y, n, m: x.movedim(-1, 0),
     "aten::narrow.default": lambda x, y, n, m: x.narrow(2, 1, 3),
     "aten::expand_as.default": lambda x, y, n, m: y.expand_as(x),
     "aten::new_ones.default": lambda x, y, n, m: x.new_ones(x.shape[0], 3) + x[:, :1, 0],
     "aten::arange.start_step": lambda x, y, n, m: x[..., :4] + torch.arange(0.5, 2.5, 0.5),
     "aten::linspace.default": lambda x, y, n, m: x + torch.linspace(0.0, 1.0, 6),
+    "aten::broadcast_tensors.default": lambda x, y, n, m: torch.broadcast_tensors(
+        n[..., None], y, x[:, :1]
+    )[1],
+    "aten::meshgrid.indexing": lambda x, y, n, m: torch.meshgrid(y, n[0] * 0.5, indexing="xy")[1],
     "aten::concat.default": lambda x, y, n, m: torch.concat((x, x * y), -1),
     "aten::cat.default": lambda x, y, n, m: torch.cat((torch.tensor([]), x, x), -2),
     "aten::slice_scatter.default": lambda x, y, n, m: x.slice_scatter(
@@ -169,12 +175,39 @@ LOOKS: dict[str, Callable[..., Tensor]] = {
     "aten::polar.default": lambda x, y, n, m: torch.view_as_real(
         torch.view_as_complex(x.unflatten(-1, (3, 2))) * torch.polar(torch.ones(3), y[:3])
     ).flatten(-2),
+    "aten::fft_fftn.default": lambda x, y, n, m: torch.fft.fftn(x, dim=(1, 2)).real,
+    "aten::scaled_dot_product_attention.default": lambda x, y, n, m: F.scaled_dot_product_attention(
+        x[:, None], x[:, None] * 2, x[:, None], m[:, None, None, :] | (n[:, None, None, :] > -9)
+    ),
     "aten::_conj.default": lambda x, y, n, m: torch.view_as_real(
         torch.view_as_complex(x.unflatten(-1, (3, 2)))[:, :, None]
         .transpose(1, 2)
         .conj()
         .resolve_conj()
     ),
+}
+K3 = torch.linspace(-1, 1, 6 * 2 * 3).reshape(6, 2, 3)
+K33 = torch.linspace(-1, 1, 2 * 9).reshape(2, 1, 3, 3)
+IMAGES: dict[str, Callable[..., Tensor]] = {
+    "aten::conv1d.padding": lambda x, y, n, m: F.conv1d(x.mT, K3, y, padding="same", groups=3),
+    "aten::conv2d.default": lambda x, y, n, m: F.conv2d(x[:, None], K33, stride=2, padding=1),
+    "aten::conv_transpose1d.default": lambda x, y, n, m: F.conv_transpose1d(
+        x.mT, K3, stride=2, padding=1, output_padding=1
+    ),
+    "aten::max_pool2d.default": lambda x, y, n, m: F.max_pool2d(x[:, None], 2, padding=1),
+    "aten::avg_pool1d.default": lambda x, y, n, m: F.avg_pool1d(x, 3, stride=2, padding=1),
+    "aten::adaptive_avg_pool1d.default": lambda x, y, n, m: F.adaptive_avg_pool1d(x, 3),
+    "aten::adaptive_avg_pool2d.default": lambda x, y, n, m: F.adaptive_avg_pool2d(x[:, None], 1),
+    "aten::im2col.default": lambda x, y, n, m: F.unfold(x[:, None], (3, 2), padding=(1, 0)),
+    "aten::upsample_nearest2d.vec": lambda x, y, n, m: F.interpolate(x[:, None], (7, 9)),
+    "aten::upsample_bilinear2d.vec": lambda x, y, n, m: F.interpolate(
+        x[:, None], (7, 9), mode="bilinear"
+    ),
+    "aten::upsample_bicubic2d.vec": lambda x, y, n, m: F.interpolate(
+        x[:, None], (7, 9), mode="bicubic", align_corners=True
+    ),
+    "aten::glu.default": lambda x, y, n, m: F.glu(x),
+    "aten::_weight_norm.default": lambda x, y, n, m: torch._weight_norm(x, x.mean((1, 2), True), 0),
 }
 
 
@@ -204,7 +237,9 @@ DIMS = {"x": ("b", "s", 6), "y": (6,), "n": ("b", "s"), "m": ("b", "s")}
 
 
 @pytest.mark.parametrize(
-    "table", [FLOATS, WHOLES, MOVES, LOOKS], ids=["floats", "wholes", "moves", "looks"]
+    "table",
+    [FLOATS, WHOLES, MOVES, LOOKS, IMAGES],
+    ids=["floats", "wholes", "moves", "looks", "images"],
 )
 def test_operators_compute_what_torch_does(table, tmp_path):
     module = Table(list(table.values()))
@@ -220,7 +255,9 @@ def test_operators_compute_what_torch_does(table, tmp_path):
             actual = found[f"out{number}"]
             assert actual.shape == expected.shape, name
             if expected.dtype.is_floating_point:
-                assert tolerances.relative_rms(actual, expected) < 1e-6, name
+                assert (
+                    tolerances.relative_rms(actual, expected) <= tolerances.FORWARD[torch.float32]
+                ), name
             else:
                 assert torch.equal(actual, expected), name
 

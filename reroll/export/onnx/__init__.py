@@ -5,7 +5,7 @@ weights.py                  the weight file that all graphs share
 translate.py                from a Program's graphs to ONNX nodes
 segments.py, loops.py       which trips become one Loop
 aten.py, shapes.py, indexing.py, complex_numbers.py   the lowering of ATen's operators
-idioms.py, attention.py, experts.py   and of what layers are made of
+idioms.py, attention.py, experts.py, convolutions.py   and of what layers are made of
 states.py, windows.py       state as inputs and outputs; caches that do not grow
 recurrence.py, linear_attention.py   token mixers: their op, and the operator that they become
 mixers.py, mixer_parts.py   what each mixer does around the operator

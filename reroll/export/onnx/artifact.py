@@ -18,6 +18,7 @@ from reroll.export.onnx import (  # noqa: F401 - lowerings
     attention,
     check,
     complex_numbers,
+    convolutions,
     exits,
     experts,
     idioms,

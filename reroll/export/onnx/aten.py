@@ -251,6 +251,8 @@ _UNARY = {
     "aten::erf.default": "Erf",
     "aten::tan.default": "Tan",
     "aten::atan.default": "Atan",
+    "aten::acos.default": "Acos",
+    "aten::asin.default": "Asin",
     "aten::sinh.default": "Sinh",
     "aten::cosh.default": "Cosh",
     "aten::hardswish.default": "HardSwish",
@@ -335,6 +337,39 @@ def base_two(g: Translator, node: fx.Node, x: Any) -> Value:
     if "exp" in op_name(node.target):
         return g.op("Pow", g.number(2.0, dtype), x)
     return g.op("Div", g.op("Log", x), g.number(math.log(2), dtype))
+
+
+# of Giles, "Approximating the erfinv function" (2012), in single precision: highest power first
+_ERFINV_CENTRE = (
+    2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087,
+    -0.00125372503, -0.00417768164, 0.246640727, 1.50140941,
+)  # fmt: skip
+_ERFINV_TAIL = (
+    -0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773,
+    -0.0076224613, 0.00943887047, 1.00167406, 2.83297682,
+)  # fmt: skip
+
+
+@lowering(TARGET, "aten::erfinv.default")
+def erfinv(g: Translator, node: fx.Node, x: Any) -> Value:
+    """The inverse of erf, by two polynomials: one for the centre, one for the tails."""
+    kind = torch.float32
+    x, one = g.tensor(x, kind), g.number(1.0, kind)
+    rest = g.op("Mul", g.op("Sub", one, x), g.op("Add", one, x))
+    w = g.op("Neg", g.op("Log", rest))
+    centre = _polynomial(g, g.op("Sub", w, g.number(2.5, kind)), _ERFINV_CENTRE)
+    tail = _polynomial(g, g.op("Sub", g.op("Sqrt", w), g.number(3.0, kind)), _ERFINV_TAIL)
+    near = g.op("Less", w, g.number(5.0, kind), dtype=torch.bool)
+    made = g.op("Mul", g.op("Where", near, centre, tail, dtype=kind), x)
+    return g.cast(made, g.dtype(node))
+
+
+def _polynomial(g: Translator, x: Value, factors: tuple[float, ...]) -> Value:
+    """Horner's rule, the factor of the highest power first."""
+    made = g.number(factors[0], x.dtype)
+    for factor in factors[1:]:
+        made = g.op("Add", g.op("Mul", made, x), g.number(factor, x.dtype))
+    return made
 
 
 @lowering(TARGET, "aten::rsqrt.default")
@@ -524,7 +559,15 @@ def axes(g: Translator, node: fx.Node, dim: Any) -> Value:
     return g.ints(*(dim or range(rank)))
 
 
-@lowering(TARGET, "aten::any.default", "aten::any.dim", "aten::all.default", "aten::all.dim")
+@lowering(
+    TARGET,
+    "aten::any.default",
+    "aten::any.dim",
+    "aten::all.default",
+    "aten::all.dim",
+    "aten::_is_any_true.default",
+    "aten::_is_all_true.default",
+)
 def any_all(g: Translator, node: fx.Node, x: Any, dim: Any = (), keepdim: bool = False) -> Value:
     """Whether one, or each, of the elements along some dimensions is not zero."""
     kind = "ReduceMax" if "any" in op_name(node.target) else "ReduceMin"

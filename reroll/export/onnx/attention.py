@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from reroll.errors import ExportError
 from reroll.export.onnx import grouped, masks, windows
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.parameters import Varying
@@ -70,6 +71,36 @@ def _if_any(g: Translator, made: Value, window: Any, prefix: Any) -> Value:
         return made
     sees = g.op("Greater", masks.reach(g, window), g.number(0, INT), dtype=BOOL)
     return g.op("Where", sees, made, g.number(0.0, made.dtype), dtype=made.dtype)
+
+
+@lowering(TARGET, "aten::scaled_dot_product_attention.default")
+def scaled_dot_product_attention(
+    g: Translator,
+    node: fx.Node,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Value:
+    """Attention as a model calls it beside its layers: [batch, heads, time, d] in and out."""
+    dtype = g.dtype(node)
+    if len(shape(node)) != 4:
+        raise ExportError(
+            "scaled_dot_product_attention of anything but [batch, heads, time, d] has no lowering",
+            hint="give it a batch and heads",
+        )
+    if mask is not None:
+        mask = g.tensor(mask)
+        mask = mask if mask.dtype == BOOL else g.cast(mask, dtype)
+        queries, keys = shape(argument(node, "query"))[2], shape(argument(node, "key"))[2]
+        mask = g.op("Expand", mask, g.shape([1, 1, queries, keys]))
+    q, k, v = (g.tensor(x, dtype) for x in (q, k, v))
+    return g.op("Attention", q, k, v, mask, scale=scale, is_causal=int(is_causal))
 
 
 @lowering(TARGET, "reroll::attention_mass.default")

@@ -86,6 +86,28 @@ def conjugate(g: Translator, node: fx.Node, x: Complex) -> Complex:
     return Complex(x.real, g.op("Neg", x.imaginary))
 
 
+@lowering(TARGET, "aten::fft_fft.default", "aten::fft_fftn.default")
+def fourier(
+    g: Translator, node: fx.Node, x: Any, size: Any = None, dim: Any = None, norm: Any = None
+) -> Complex:
+    """The Fourier transform along one dimension or several."""
+    rank = len(node.meta["type"].shape)
+    if size is not None or norm not in (None, "backward"):
+        raise ExportError(
+            f"{op_name(node.target)} with a size or a norm has no lowering to ONNX",
+            hint="pad and scale by hand",
+        )
+    if dim is None:
+        dim = -1 if "fftn" not in op_name(node.target) else range(rank)
+    if isinstance(x, Complex):
+        made = view_as_real(g, node, x)
+    else:
+        made = g.op("Unsqueeze", g.tensor(x), g.ints(-1))
+    for axis in [dim] if isinstance(dim, int) else dim:
+        made = g.op("DFT", made, None, g.number(axis % rank, torch.int64))
+    return view_as_complex(g, node, made)
+
+
 def complex_binary(g: Translator, node: fx.Node, kind: str, a: Any, b: Any) -> Complex:
     """Arithmetic in which one operand at least is complex."""
     if kind == "Mul":

@@ -80,41 +80,6 @@ def addmm(g: Translator, node: fx.Node, c: Any, a: Any, b: Any, **factors: Any) 
     return g.op("Add", left, right)
 
 
-@lowering(TARGET, "aten::conv1d.default", "aten::conv2d.default")
-def conv(
-    g: Translator,
-    node: fx.Node,
-    x: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Sequence[int] = (),
-    padding: Any = (),
-    dilation: Sequence[int] = (),
-    groups: int = 1,
-) -> Value:
-    """A convolution over one or two dimensions."""
-    dims = len(node.meta["type"].shape) - 2
-    if isinstance(padding, str):
-        raise ExportError(f"a convolution padded by {padding!r}")
-    dtype = g.dtype(node)
-    pads = [*_each(padding, dims, 0)] * 2
-    return g.op(
-        "Conv",
-        g.tensor(x, dtype),
-        g.tensor(weight, dtype),
-        None if bias is None else g.tensor(bias, dtype),
-        strides=_each(stride, dims, 1),
-        pads=pads,
-        dilations=_each(dilation, dims, 1),
-        group=groups,
-    )
-
-
-def _each(values: Any, dims: int, default: int) -> list[int]:
-    values = [values] if isinstance(values, int) else list(values) or [default]
-    return values * dims if len(values) == 1 else values
-
-
 @lowering(TARGET, "aten::embedding.default")
 def embedding(g: Translator, node: fx.Node, table: Any, ids: Any, *_: Any) -> Value:
     """Rows of a table."""
@@ -173,6 +138,16 @@ def layer_norm(
     scale = g.tensor(weight, x.dtype) if weight is not None else _ones(g, shape, x.dtype)
     shift = g.tensor(bias, x.dtype) if bias is not None else None
     return g.op("LayerNormalization", x, scale, shift, axis=axis, epsilon=eps)
+
+
+@lowering(TARGET, "aten::_weight_norm.default")
+def weight_norm(g: Translator, node: fx.Node, v: Any, size: Any, dim: int = 0) -> Value:
+    """A weight whose slices along one dimension have given lengths."""
+    rank, dtype = len(node.meta["type"].shape), g.dtype(node)
+    v, size = g.tensor(v, dtype), g.tensor(size, dtype)
+    others = [i for i in range(rank) if i != dim % rank]
+    length = g.op("ReduceL2", v, g.ints(*others), keepdims=1)
+    return g.op("Mul", v, g.op("Div", size, length))
 
 
 @lowering(TARGET, "aten::group_norm.default")
@@ -259,6 +234,13 @@ def _interleaved(g: Translator, node: fx.Node, x: Value, size: int) -> Value:
     axis = g.ints(len(shape))
     pairs = [g.op("Unsqueeze", v, axis) for v in (g.op("Neg", parts[0]), parts[1])]
     return g.op("Reshape", g.op("Concat", *pairs, axis=-1), g.shape([*shape[:-1], size]))
+
+
+@lowering(TARGET, "aten::glu.default")
+def halves(g: Translator, node: fx.Node, x: Any, dim: int = -1) -> Value:
+    """One half of a dimension times the sigmoid of the other."""
+    parts = g.graph.ops("Split", g.tensor(x), hints=("up", "gate"), axis=dim, num_outputs=2)
+    return g.op("Mul", parts[0], g.op("Sigmoid", parts[1]))
 
 
 @lowering(TARGET, "reroll::glu.default")

@@ -74,11 +74,14 @@ def reshape(g: Translator, node: fx.Node, x: Any, *_: Any) -> Value:
     "aten::swapaxes.default",
     "aten::swapdims.default",
     "aten::t.default",
+    "aten::mT.default",
 )
 @by_parts
 def transpose(g: Translator, node: fx.Node, x: Any, a: int = 0, b: int = 1) -> Any:
     """Two dimensions exchanged; those of a weight's matrices in the file."""
     order = list(range(len(shape(node))))
+    if op_name(node.target) == "aten::mT.default":
+        a, b = -2, -1
     order[a], order[b] = order[b], order[a]
     if isinstance(x, Parameter) and order[:-2] == sorted(order[:-2]) and order[-2] > order[-1]:
         return x.transposed()
@@ -126,6 +129,35 @@ def expand(g: Translator, node: fx.Node, x: Any, sizes: Sequence[Any], **_: Any)
 def expand_as(g: Translator, node: fx.Node, x: Any, _: Any) -> Value:
     """Dimensions of size one repeated."""
     return g.op("Expand", g.tensor(x), g.shape(shape(node)))
+
+
+@lowering(TARGET, "aten::broadcast_tensors.default")
+def broadcast_tensors(g: Translator, node: fx.Node, parts: Sequence[Any]) -> tuple[Value, ...]:
+    """All in the shape that they have together."""
+    values = [g.tensor(part) for part in parts]
+    whole: Value | None = None
+    for value in values:
+        ones = g.op("Expand", g.number(1, INT), g.op("Shape", value, dtype=INT))
+        whole = ones if whole is None else g.op("Mul", whole, ones)
+    assert whole is not None
+    size = g.op("Shape", whole, dtype=INT)
+    return tuple(g.op("Expand", value, size) for value in values)
+
+
+@lowering(TARGET, "aten::meshgrid.default", "aten::meshgrid.indexing")
+def meshgrid(
+    g: Translator, node: fx.Node, parts: Sequence[Any], *, indexing: str = "ij"
+) -> tuple[Value, ...]:
+    """The coordinates of a grid, one tensor for each dimension."""
+    order = list(range(len(parts)))
+    if indexing == "xy" and len(order) > 1:
+        order[0], order[1] = 1, 0
+    lifted = []
+    for part, axis in zip(parts, order, strict=True):
+        others = [i for i in range(len(parts)) if i != axis]
+        vector = g.op("Reshape", g.tensor(part), g.ints(-1))
+        lifted.append(g.op("Unsqueeze", vector, g.ints(*others)) if others else vector)
+    return broadcast_tensors(g, node, lifted)
 
 
 @lowering(TARGET, "aten::repeat.default", "aten::tile.default")
