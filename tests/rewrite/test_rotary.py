@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.rotary import frequencies_by_position
 from reroll.rewrite.passes.interpret import run
+from reroll.rewrite.passes.tolerances import FORWARD, relative_rms
 from reroll.rewrite.raising import raise_idioms
 from reroll.rewrite.rolling import roll_loops
 from reroll.rewrite.text.parser import parse
@@ -132,9 +134,19 @@ def test_the_longest_row_of_a_batch_decides(kind, longest):
 def test_generation_across_the_original_length(kind, length, options):
     ids, mask = tokens(length), torch.ones(2, length, dtype=torch.long)
     mask[1, :3] = 0
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **options}
-    expected = make(kind).generate(ids, attention_mask=mask, **options)
-    assert torch.equal(module(kind).generate(ids, attention_mask=mask, **options), expected)
+    expected = generated(make(kind), ids, attention_mask=mask, **options)
+    actual = generated(module(kind), ids, attention_mask=mask, **options)
+    assert torch.equal(actual.sequences, expected.sequences)
+    # random models may agree on tokens whatever their frequencies are
+    error = relative_rms(torch.stack(actual.logits), torch.stack(expected.logits))
+    assert error < FORWARD[torch.float32]
+
+
+def generated(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+    return model.generate(
+        ids, max_new_tokens=8, do_sample=False, eos_token_id=None, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
 
 
 def test_the_length_of_reading_anew_is_saved(tmp_path):
@@ -142,10 +154,15 @@ def test_the_length_of_reading_anew_is_saved(tmp_path):
     assert flat("longrope").origin.rereads_at is None
     rolled(PHI3).save(tmp_path / "saved")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     ids = tokens(ORIGINAL - 4)
-    expected = make(PHI3).generate(ids, **options)
-    assert torch.equal(loaded.generate(ids, **options), expected)
+    expected = torch.stack(generated(make(PHI3), ids).logits)
+    actual = torch.stack(generated(loaded, ids).logits)
+    assert relative_rms(actual, expected) < FORWARD[torch.float32]
+    # the others go on with the keys of short texts
+    program = loaded.to_program()
+    program = replace(program, origin=replace(program.origin, rereads_at=None))
+    going_on = torch.stack(generated(program.to_module(), ids).logits)
+    assert relative_rms(going_on, expected) > 1e-2
 
 
 @pytest.mark.parametrize("kind", BY_LENGTH)
