@@ -28,7 +28,6 @@ from reroll.rewrite.text.serialize import program_to_json
 from reroll.rewrite.weights import WeightTable, stored_name
 from reroll.rewrite.weights.evaluation import Output
 from reroll.rewrite.weights.expressions import Source
-from reroll.runtime.modules import slot_key, stored_outputs
 from reroll.runtime.pretrained import PROGRAM_FILE, load_program
 from reroll.writing import filled_directory, new_directory
 
@@ -124,13 +123,13 @@ def _write_config(program: Program, directory: Path, given: RerollConfig | None)
 def with_saved_weights(program: Program, directory: Path, progress: Progress | None) -> Program:
     """Write every distinct weight once; returns the Program over the tensors in the files."""
     saved = {
-        key: Output(stored_name(name, entry), 0, expr)
-        for key, (name, entry, expr) in stored_outputs(program).items()
+        key: Output(stored_name(name, entry), 0, program.weights[name].entries[entry])
+        for key, (name, entry) in program.weights.distinct().items()
     }
     save_outputs(list(saved.values()), program.source, directory, progress)
 
     def source(name: str, entry: int) -> Source:
-        output = saved[slot_key(program, name, entry)]
+        output = saved[program.weights.identity(name, entry)]
         return Source(output.name, output.expr.meta)
 
     table = {

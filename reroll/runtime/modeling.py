@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from reroll.errors import UsageError
 from reroll.rewrite.program import Input, Program
-from reroll.rewrite.weights.evaluation import evaluate_outputs
+from reroll.rewrite.weights.evaluation import Output, evaluate_outputs
 from reroll.runtime.assembly import Assembly, assemble
 from reroll.runtime.caches import layers_of
 from reroll.runtime.config import RerollConfig
 from reroll.runtime.documents import Documents, documents_of
 from reroll.runtime.generation import generation_config
 from reroll.runtime.loops import State
-from reroll.runtime.modules import stored_outputs, tied_names
+from reroll.runtime.modules import tied_names
 from reroll.runtime.recapture import from_stored, program_of
 from reroll.runtime.trips import set_trips
 
@@ -76,9 +76,10 @@ class RerollPreTrainedModel(PreTrainedModel):
     def load_weights(self, device: torch.device | str | None = None) -> None:
         """Compute the Program's weights and put them in place."""
         slots = self._assembly.tree.slots
-        outputs = {key: o for key, o in stored_outputs(self.program).items() if key in slots}
-        slot_of = {(o.name, o.entry): slots[key] for key, o in outputs.items()}
-        for name, entry, tensor in evaluate_outputs([*outputs.values()], self.program.source):
+        table = self.program.weights
+        slot_of = {at: slots[key] for key, at in table.distinct().items() if key in slots}
+        outputs = [Output(name, entry, table[name].entries[entry]) for name, entry in slot_of]
+        for name, entry, tensor in evaluate_outputs(outputs, self.program.source):
             slot_of[name, entry].fill(tensor.to(device) if device is not None else tensor)
 
     def code(self) -> Mapping[str, str]:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reroll.rewrite.program import Loop, Program, weight_nodes
-from reroll.rewrite.weights.evaluation import Output
-from reroll.rewrite.weights.expressions import Meta, Source, walk
+from reroll.rewrite.weights.expressions import Meta
 from reroll.runtime.placement import Path, Place, path_of, places
 
 
@@ -94,25 +93,6 @@ def build_tree(model: nn.Module, program: Program) -> Tree:
     return builder.tree
 
 
-def slot_key(program: Program, name: str, entry: int) -> Any:
-    """What identifies a stored tensor: weights of one key are one Parameter.
-
-    Equal expressions over checkpoint tensors are tied; equal constants are not.
-    """
-    expr = program.weights[name].entries[entry]
-    return expr if any(isinstance(e, Source) for e in walk([expr])) else (name, entry)
-
-
-def stored_outputs(program: Program) -> dict[Any, Output]:
-    """The stored tensors of a Program, each once, by `slot_key`."""
-    outputs: dict[Any, Output] = {}
-    for name, weight in program.weights.items():
-        for entry, expr in enumerate(weight.entries):
-            key = slot_key(program, name, entry)
-            outputs.setdefault(key, Output(name, entry, expr))
-    return outputs
-
-
 class _Builder:
     def __init__(self, model: nn.Module, program: Program) -> None:
         self.model, self.program = model, program
@@ -155,7 +135,7 @@ class _Builder:
             holders.append((module, place.leaf))
         if not holders:
             holders.append((self._module(place.owner, Scope), place.leaf))
-        key = slot_key(self.program, name, 0 if weight.index is None else weight.index[trip])
+        key = self.program.weights.identity(name, 0 if weight.index is None else weight.index[trip])
         slot = self.tree.slots.setdefault(key, Slot(weight.meta, weight.trainable))
         slot.holders.extend(holder for holder in holders if holder not in slot.holders)
         return Reading(

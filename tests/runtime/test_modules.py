@@ -100,6 +100,8 @@ def test_parameters_have_memory_of_their_own(passes: str, tmp_path: Path) -> Non
         assert len(set(storages)) == len(storages)
         # nor is a parameter a view of few numbers
         assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+        # and each has its place in the program
+        assert model.to_program().parameters() == program.parameters()
 
 
 def test_a_weight_without_a_trip_is_one_parameter_for_all() -> None:

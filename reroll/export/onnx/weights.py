@@ -24,7 +24,6 @@ from reroll.rewrite.program import Program
 from reroll.rewrite.weights import stored_name
 from reroll.rewrite.weights.evaluation import Output, evaluate_outputs
 from reroll.rewrite.weights.expressions import Meta
-from reroll.runtime.modules import slot_key
 
 FILE = "weights.bin"
 
@@ -110,7 +109,7 @@ class WeightFile:
     def _region(self, weight: str, form: Form) -> Region:
         """A weight's place, given out when it is first asked for. Tied weights share theirs."""
         count = len(self.program.weights[weight].entries)
-        key = (tuple(slot_key(self.program, weight, i) for i in range(count)), form)
+        key = (tuple(self.program.weights.identity(weight, i) for i in range(count)), form)
         if key not in self.regions:
             self.size += -self.size % _ALIGNMENT
             self.regions[key] = Region(weight, form, self.size, count)

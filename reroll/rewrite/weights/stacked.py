@@ -7,7 +7,7 @@ number are tied. In the name of a stacked weight, ``*`` stands for the entry num
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from reroll.errors import ProgramError
@@ -141,11 +141,27 @@ class WeightTable(Mapping[str, Weight]):
         roots = (entry for weight in self.values() for entry in weight.entries)
         return {expr.name for expr in walk(roots) if isinstance(expr, Source)}
 
+    def identity(self, name: str, entry: int) -> Hashable:
+        """What identifies a stored tensor: entries of one identity are one Parameter.
+
+        Equal expressions over checkpoint tensors are tied; equal constants are not.
+        """
+        expr = self[name].entries[entry]
+        return expr if any(isinstance(e, Source) for e in walk([expr])) else (name, entry)
+
+    def distinct(self) -> dict[Hashable, tuple[str, int]]:
+        """(weight name, entry) of each stored tensor, those that are tied once."""
+        found: dict[Hashable, tuple[str, int]] = {}
+        for name, weight in self.items():
+            for entry in range(len(weight.entries)):
+                found.setdefault(self.identity(name, entry), (name, entry))
+        return found
+
     def parameters(self) -> int:
-        """Number of stored trainable scalars; an expression used twice counts once."""
-        distinct = {e for w in self.values() if w.trainable for e in w.entries}
-        return sum(expr.meta.elements for expr in distinct)
+        """Number of stored trainable scalars; what is tied counts once."""
+        names = [name for name, _ in self.distinct().values() if self[name].trainable]
+        return sum(self[name].meta.elements for name in names)
 
     def bytes(self) -> int:
-        """Stored size of everything; an expression used twice counts once."""
-        return sum(e.meta.bytes for e in {e for w in self.values() for e in w.entries})
+        """Stored size of everything; what is tied counts once."""
+        return sum(self[name].meta.bytes for name, _ in self.distinct().values())
