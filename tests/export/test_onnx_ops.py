@@ -283,10 +283,16 @@ def test_a_refusal_names_the_op_the_node_and_the_module(tmp_path):
     assert "@lowering" in str(refused.value.hint)
 
 
-def test_one_number_at_the_places_of_a_mask(tmp_path):
-    module = Table([lambda x, y, n, m: x.index_put((n > 0,), y[0] * 2)])
+def test_masks_that_choose_elements(tmp_path):
+    """As many as the data have; one number at all their places is a choice between two tensors."""
+    functions = {
+        "chosen": lambda x, y, n, m: x[m] * 2,
+        "written": lambda x, y, n, m: x.index_put((m,), x[m] * y),
+        "one": lambda x, y, n, m: x.index_put((n > 0,), y[0]),
+    }
+    module = Table(list(functions.values()))
     program = export(module, *operands(2, 5).values(), dims=DIMS)
-    # one number at all places is a choice between two tensors
     Onnx(graphs=("unrolled",)).write(program, tmp_path)
-    found = Session(tmp_path / "unrolled.onnx").run(operands(3, 7))["out0"]
-    torch.testing.assert_close(found, module(**operands(3, 7))[0])
+    found = Session(tmp_path / "unrolled.onnx").run(operands(3, 7))
+    for number, expected in enumerate(module(**operands(3, 7))):
+        torch.testing.assert_close(found[f"out{number}"], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,21 +26,52 @@ INT = torch.int64
 
 @lowering(TARGET, "aten::index.Tensor")
 def index(g: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Value:
-    """Indexing with tensors of indices, which are broadcast together."""
-    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
-    where = _indices(g, [i for _, i in given])
-    if len(given) == 1:
-        return g.op("Gather", g.tensor(x), where[0], axis=given[0][0])
-    axes = [axis for axis, _ in given]
+    """Indexing with tensors of indices, which are broadcast together, or with masks."""
+    axes, places = _by_axis(g, node, indices)
     x_rank, rank = len(shape(node.args[0])), len(shape(node))
-    others = [i for i in range(x_rank) if i not in axes]
-    made = g.op("GatherND", _turned(g, g.tensor(x), [*axes, *others]), _stacked(g, node, where))
-    if axes != list(range(axes[0], axes[0] + len(axes))):
-        return made
-    # indices that stand together are where they were, else in front
-    new = rank - len(others)
-    order = [*range(new, new + axes[0]), *range(new), *range(new + axes[0], rank)]
-    return _turned(g, made, order)
+    if len(axes) == 1:
+        made = g.op("Gather", g.tensor(x), places[0], axis=axes[0])
+    else:
+        others = [i for i in range(x_rank) if i not in axes]
+        turned = _turned(g, g.tensor(x), [*axes, *others])
+        made = g.op("GatherND", turned, _stacked(g, places))
+        if axes == list(range(axes[0], axes[0] + len(axes))):
+            # indices that stand together are where they were, else in front
+            new = rank - len(others)
+            order = [*range(new, new + axes[0]), *range(new), *range(new + axes[0], rank)]
+            made = _turned(g, made, order)
+    _remember_sizes(g, node, made)
+    return made
+
+
+def _by_axis(g: Translator, node: fx.Node, indices: Sequence[Any]) -> tuple[list[int], list[Value]]:
+    """Which dimensions are indexed, and by what; a mask is the indices of its true elements."""
+    sources: Any = node.args[1]
+    axes: list[int] = []
+    places: list[Value] = []
+    axis = 0
+    for value, source in zip(indices, sources, strict=True):
+        if value is None:
+            axis += 1
+            continue
+        found = g.tensor(value)
+        if found.dtype == torch.bool:
+            where = g.op("NonZero", found, dtype=INT)
+            rank = len(shape(source))
+            places += [g.op("Gather", where, g.number(i, INT), axis=0) for i in range(rank)]
+        else:
+            rank = 1
+            places.append(g.cast(found, INT))
+        axes += range(axis, axis + rank)
+        axis += rank
+    return axes, places
+
+
+def _remember_sizes(g: Translator, node: fx.Node, made: Value) -> None:
+    """How many elements a mask has let through, which every trip finds anew."""
+    for axis, dim in enumerate(shape(node)):
+        if isinstance(dim, str) and re.fullmatch(r"u\d+", dim):
+            g.sizes[dim] = g.op("Shape", made, start=axis, end=axis + 1, dtype=INT)
 
 
 def _turned(g: Translator, x: Value, order: Sequence[int]) -> Value:
@@ -47,17 +79,7 @@ def _turned(g: Translator, x: Value, order: Sequence[int]) -> Value:
     return x if order == sorted(order) else g.op("Transpose", x, perm=order)
 
 
-def _indices(g: Translator, values: Sequence[Any]) -> list[Value]:
-    made = [g.tensor(value) for value in values]
-    if any(value.dtype == torch.bool for value in made):
-        raise ExportError(
-            "indexing by a mask makes a tensor whose size depends on the data",
-            hint="a torch.where in its place keeps the size",
-        )
-    return [g.cast(value, INT) for value in made]
-
-
-def _stacked(g: Translator, node: fx.Node, indices: Sequence[Value]) -> Value:
+def _stacked(g: Translator, indices: Sequence[Value]) -> Value:
     """Indices of several dimensions, broadcast, as GatherND wants them: [..., dimensions]."""
     if len(indices) > 1:
         size: Value | None = None
@@ -79,19 +101,22 @@ def index_put(
     values: Any,
     accumulate: bool = False,
 ) -> Value:
-    """A tensor with other elements at the places that tensors of indices say."""
-    dtype = g.dtype(node)
-    given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
-    if len(given) == 1 and g.tensor(given[0][1]).dtype == torch.bool:
-        return _put_by_mask(g, node, x, given[0], values, accumulate)
-    axes, rank = [axis for axis, _ in given], len(shape(node))
+    """A tensor with other elements at the places that tensors of indices, or masks, say."""
+    dtype, rank = g.dtype(node), len(shape(node))
+    x, source = g.tensor(x, dtype), node.args[2]
+    if _is_one_mask(g, indices) and not accumulate and not shape(source):  # type: ignore[arg-type]
+        mask, missing = g.tensor(indices[0]), rank - len(shape(node.args[1][0]))  # type: ignore
+        if missing:
+            mask = g.op("Unsqueeze", mask, g.ints(*range(rank - missing, rank)))
+        return g.op("Where", mask, g.tensor(values, dtype), x, dtype=dtype)
+    axes, places = _by_axis(g, node, indices)
     order = [*axes, *(i for i in range(rank) if i not in axes)]
     if order != sorted(order):
         raise ExportError(
             "index_put behind a dimension that has no indices has no lowering to ONNX",
             hint="move the dimensions that have indices to the front",
         )
-    x, where = g.tensor(x, dtype), _stacked(g, node, _indices(g, [i for _, i in given]))
+    where = _stacked(g, places)
     size = g.op("Shape", where, start=0, end=-1, dtype=INT)
     if len(axes) < rank:
         rest = g.op("Shape", x, start=len(axes), end=rank, dtype=INT)
@@ -100,24 +125,8 @@ def index_put(
     return g.op("ScatterND", x, where, updates, reduction="add" if accumulate else None)
 
 
-def _put_by_mask(
-    g: Translator, node: fx.Node, x: Any, given: tuple[int, Any], values: Any, accumulate: bool
-) -> Value:
-    """One number at all places where a mask is true."""
-    axis, mask = given
-    source: Any = node.args[2]
-    if axis or accumulate or (isinstance(source, fx.Node) and len(shape(source)) > 0):
-        raise ExportError(
-            "index_put by a mask of anything but one number has no lowering to ONNX",
-            hint="a torch.where in its place can be exported",
-        )
-    dtype, mask = g.dtype(node), g.tensor(mask)
-    places: Any = node.args[1]
-    missing = len(shape(node)) - len(shape(places[0]))
-    if missing:
-        rank = len(shape(node))
-        mask = g.op("Unsqueeze", mask, g.ints(*range(rank - missing, rank)))
-    return g.op("Where", mask, g.tensor(values, dtype), g.tensor(x, dtype), dtype=dtype)
+def _is_one_mask(g: Translator, indices: Sequence[Any]) -> bool:
+    return len(indices) == 1 and g.tensor(indices[0]).dtype == torch.bool
 
 
 @lowering(TARGET, "aten::index_select.default")
