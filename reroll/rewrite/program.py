@@ -40,15 +40,18 @@ class TensorType:
 class Input:
     """One input of a Program.
 
-    `role` says what the lowered module supplies when a caller leaves the input out: "data"
-    (nothing: it is required), "padding" (ones over past and present tokens), "positions" (counted
-    from the past; where they begin anew, so does a document), "offsets" (counted from the past, and
-    nothing else depends on them), or "zeros".
+    `role` says what stands in its place when a caller leaves the input out: "data" (nothing: it is
+    required), "padding" (ones over past and present tokens), "positions" (counted from the past;
+    where they begin anew, so does a document), "offsets" (counted from the past, and nothing else
+    depends on them), or "zeros". Where the model computes something else from the inputs before it,
+    `default` is the graph of that: its placeholders are inputs by name, and it returns one value.
     """
 
     name: str
     type: TensorType
     role: str = "data"
+    # graphs have no equality of their own: `text.compare` compares them
+    default: fx.Graph | None = field(default=None, compare=False)
 
     @property
     def counts(self) -> bool:

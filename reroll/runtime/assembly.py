@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from reroll.rewrite.defaults import looks_into, reads
 from reroll.rewrite.mixing import other_mixing
 from reroll.rewrite.program import Program
 from reroll.rewrite.rolling.exits import exits_of
@@ -41,6 +42,18 @@ class HalfFunctions:
     decode: Callable[..., tuple[Any, ...]]
 
 
+@dataclass(frozen=True)
+class Default:
+    """What stands for an input that is left out: a function of the module and of other inputs.
+
+    Of those in `reads` that are not in `looks_into`, it takes the sizes only.
+    """
+
+    function: Callable[..., tuple[Any, ...]]
+    reads: tuple[str, ...]
+    looks_into: frozenset[str]
+
+
 @dataclass
 class Assembly:
     """A Program in a form that runs.
@@ -48,8 +61,10 @@ class Assembly:
     `main` takes the module, the Program's inputs in order and a `State`, and returns the outputs.
     `masks` are the padding inputs that it needs as tensors; the others may be None. `keeps` says
     whether it applies `logits_to_keep` itself. `embeddings` and `head` are the paths of the modules
-    that look up the tokens and make the logits. `sources` is the generated code by graph. `mixing`
-    names what mixes tokens and knows nothing of documents.
+    that look up the tokens and make the logits. `sources` is the generated code by graph.
+    `defaults` make the inputs that are left out and do not follow from sizes alone.
+    `takes_embeddings`: embeddings can be given instead of tokens. `mixing` names what mixes tokens
+    and knows nothing of documents.
     """
 
     main: Callable[..., tuple[Any, ...]]
@@ -61,6 +76,8 @@ class Assembly:
     embeddings: str | None
     head: str | None
     sources: dict[str, str]
+    defaults: dict[str, Default]
+    takes_embeddings: bool
     mixing: str | None = None
     halves: HalfFunctions | None = None
 
@@ -77,7 +94,7 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     masks = read_padding(program, state)
     readings = tree.readings["main"]
     head = head_path(program, readings)
-    embeddings = take_embeddings(program, readings, state)
+    embeddings, takes_embeddings = take_embeddings(program, readings, state)
     keeps = keep_before_head(program, state)
     statics = split_statics(program, state)
     numbers = numbering(program)
@@ -121,11 +138,24 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
         embeddings,
         head,
         sources,
+        _defaults(program, sources),
+        takes_embeddings,
         mixing,
     )
     if any(is_decoder_input(i.name) for i in program.inputs):
         assembly.halves = _halves(graph, program, sources)
     return assembly
+
+
+def _defaults(program: Program, sources: dict[str, str]) -> dict[str, Default]:
+    """The functions of inputs that may be left out."""
+    functions = {}
+    for item in program.inputs:
+        if item.default is not None:
+            name = f"default {item.name}"
+            function, sources[name] = compile_graph(runnable(item.default, {}), name)
+            functions[item.name] = Default(function, reads(item), looks_into(item))
+    return functions
 
 
 def _halves(graph: fx.Graph, program: Program, sources: dict[str, str]) -> HalfFunctions:

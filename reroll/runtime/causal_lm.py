@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -17,6 +16,9 @@ from reroll.runtime.loops import keep_positions
 from reroll.runtime.modeling import RerollPreTrainedModel
 
 log = logging.getLogger(__name__)
+
+# what the loss function takes beside logits and labels
+_LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
 
 
 class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
@@ -45,8 +47,8 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         positions, or those of a tensor. With `output_hidden_states`, what the depth loop carries
         before each trip, and the last hidden state.
         """
-        refuse_attentions(kwargs)
-        self.refuse_unread(kwargs)
+        refuse_attentions(self, kwargs)
+        self.refuse_unread({"position_ids": position_ids, **kwargs}, _LOSS_OPTIONS)
         input_ids = self._tokens(input_ids, inputs_embeds)
         asked, past = use_cache, past_key_values
         use_cache = wants_cache(self, use_cache, past_key_values)
@@ -76,7 +78,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             logits = keep_positions(logits, state)
         loss = None
         if labels is not None:
-            extra = {k: v for k, v in kwargs.items() if k not in self._input_names}
+            extra = {k: v for k, v in kwargs.items() if k in _LOSS_OPTIONS}
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], **extra
             )
@@ -109,14 +111,12 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             self._depths = None
         return result
 
-    def _tokens(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
-        """The token ids; beside embeddings only their size matters."""
-        if embeddings is None:
-            return ids
-        if ids is not None or self._assembly.embeddings is None:
-            why = "both tokens and embeddings" if ids is not None else "embeddings for this model"
-            raise UsageError(f"forward cannot take {why}", where=type(self).__name__)
-        return torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "position_ids" not in self._input_names:
+            # transformers makes them for every forward that names them
+            inputs.pop("position_ids", None)
+        return inputs
 
 
 def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> bool:
@@ -139,7 +139,12 @@ def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> 
     return bool(asked)
 
 
-def refuse_attentions(wishes: dict[str, Any]) -> None:
-    """Attention weights are never formed, so nobody can have them."""
-    if wishes.pop("output_attentions", None):
-        raise UsageError("a lowered model does not return attention weights")
+def refuse_attentions(model: RerollPreTrainedModel, wishes: dict[str, Any]) -> None:
+    """Attention weights are never formed, so nobody can have them: UsageError if one asks."""
+    asked = wishes.pop("output_attentions", None)
+    if getattr(model.config, "output_attentions", False) if asked is None else asked:
+        raise UsageError(
+            "a lowered model does not form attention weights, and so returns none",
+            where="output_attentions" if asked else "output_attentions in the configuration",
+            hint="the original returns them: from_pretrained(..., attn_implementation='eager')",
+        )

@@ -13,13 +13,8 @@ from reroll.runtime.config import RerollConfig
 from reroll.runtime.modeling import RerollPreTrainedModel
 from reroll.runtime.outputs import output_class
 
-# what a caller may ask of any model, and what trainers pass to losses
-_WISHES = {
-    "use_cache",
-    "return_loss",
-    "num_items_in_batch",
-    "interpolate_pos_encoding",
-}
+# what a loss needs to know where an answer is
+_LOSS_INPUTS = frozenset({"start_positions", "end_positions"})
 
 
 class RerollModel(RerollPreTrainedModel):
@@ -42,14 +37,16 @@ class RerollModel(RerollPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The Program's outputs as a `ModelOutput`, with `loss` first if there are `labels`.
 
-        The main input may be given by position whatever its name. With `output_hidden_states`, what
+        The main input may be given by position whatever its name, and `inputs_embeds` [batch, time,
+        width] stand in for the embeddings of `input_ids`. With `output_hidden_states`, what
         the depth loop carries before each trip.
         """
-        refuse_attentions(kwargs)
+        refuse_attentions(self, kwargs)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -62,14 +59,21 @@ class RerollModel(RerollPreTrainedModel):
         }
         if self.main_input_name != "input_ids" and given.get(self.main_input_name) is None:
             given[self.main_input_name] = given.pop("input_ids")
-        self._check(given)
+        self.refuse_unread(given, _LOSS_INPUTS)
+        if inputs_embeds is not None:
+            given[self.main_input_name] = self._tokens(given[self.main_input_name], inputs_embeds)
         wanted = (
             self.config.output_hidden_states
             if output_hidden_states is None
             else output_hidden_states
         )
         documents = self.documents(given, kwargs.get("use_cache"), None)
-        outputs, state = self.run_program(given, hidden=[] if wanted else None, documents=documents)
+        outputs, state = self.run_program(
+            given,
+            hidden=[] if wanted else None,
+            embeddings=inputs_embeds,
+            documents=documents,
+        )
         loss = None
         if labels is not None or "start_positions" in kwargs:
             loss = self.loss(outputs, labels, kwargs)
@@ -82,16 +86,6 @@ class RerollModel(RerollPreTrainedModel):
     ) -> Tensor:
         """The loss of the model's task."""
         raise UsageError(f"{type(self).__name__} has no loss", hint="compute one from its outputs")
-
-    def _check(self, given: dict[str, Any]) -> None:
-        """Refuse what the Program does not read, unless it is what it takes for granted."""
-        for name, value in given.items():
-            known = name in self._input_names or name in _WISHES or name.endswith("_positions")
-            if value is None or known:
-                continue
-            if name == "token_type_ids" and not value.any():
-                continue
-            raise self.unread_input(name)
 
 
 class RerollForMaskedLM(RerollModel):

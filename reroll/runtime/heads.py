@@ -15,6 +15,15 @@ from reroll.runtime.modules import Reading
 aten = torch.ops.aten
 EXIT_LINEAR = torch.ops.reroll.exit_linear.default
 
+# what says of tokens only which of them are padding, or makes something of their size
+_COMPARISONS = {
+    aten.ne.Scalar, aten.eq.Scalar, aten.ne.Tensor, aten.eq.Tensor, aten.ones_like.default,
+    aten.zeros_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+    aten.full_like.default,
+}  # fmt: skip
+# what gives the same tokens in another form
+_ALIKE = {aten.reshape.default, aten.to.dtype, aten.contiguous.default, aten.unsqueeze.default}
+
 # what may stand between the last matrix and the logits: one tensor in, position by position
 _POINTWISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,
@@ -68,16 +77,39 @@ def head_path(program: Program, readings: Mapping[str, Reading]) -> str | None:
 
 def take_embeddings(
     program: Program, readings: Mapping[str, Reading], state: fx.Node
-) -> str | None:
-    """Let a caller give embeddings instead of tokens, in place; returns the tokens' module."""
+) -> tuple[str | None, bool]:
+    """Let a caller give embeddings instead of tokens, in place.
+
+    Returns the tokens' module, and whether embeddings can stand for the tokens: not where these are
+    read for something else as well.
+    """
+    main = next(i.name for i in program.inputs if i.role == "data")
     for node in program.graph.nodes:
         if node.target is not aten.embedding.default:
             continue
         table, ids = node.args[:2]
-        if table.op != "get_attr" or ids.op != "placeholder":
+        if table.op != "get_attr" or ids.op != "placeholder" or ids.target != main:
             continue
         path = readings[str(table.target)].lookup
         if path is not None:
             node.target, node.args, node.kwargs = look_up, (table, ids, state), {}
-        return path
-    return None
+        return path, path is not None and not _is_read(ids, node)
+    return None, False
+
+
+def _is_read(ids: fx.Node, lookup: fx.Node) -> bool:
+    """Whether token ids are used beside one lookup, for more than their size or a comparison."""
+    stack = [ids]
+    for node in stack:
+        for user in node.users:
+            if user is lookup or user.target in _COMPARISONS or _is_size(user):
+                continue
+            if user.target not in _ALIKE:
+                return True
+            stack.append(user)
+    return False
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a size of its argument, or its device."""
+    return node.target in (aten.sym_size.int, getattr, "size")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reroll.errors import UsageError
+from reroll.rewrite.defaults import fitted, ordinary_token
 from reroll.rewrite.program import Input, Program
 from reroll.rewrite.weights.evaluation import Output, evaluate_outputs
-from reroll.runtime.assembly import Assembly, assemble
+from reroll.runtime.assembly import Assembly, Default, assemble
 from reroll.runtime.caches import layers_of
 from reroll.runtime.config import RerollConfig
 from reroll.runtime.documents import Documents, documents_of
@@ -23,8 +24,17 @@ from reroll.runtime.modules import tied_names
 from reroll.runtime.recapture import from_stored, program_of
 from reroll.runtime.trips import set_trips
 
-# tensors that transformers passes to any model
-_GRANTED = {"cache_position", "num_items_in_batch", "logits_to_keep"}
+# what callers pass to any model of transformers, and what changes no output of any
+_NO_EFFECT = frozenset(
+    {
+        "use_cache",
+        "cache_position",
+        "logits_to_keep",
+        "return_loss",
+        "num_items_in_batch",
+        "interpolate_pos_encoding",
+    }
+)
 
 
 class RerollPreTrainedModel(PreTrainedModel):
@@ -53,6 +63,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         self._program = _Shared(program)
         self._assembly: Assembly = assemble(self, program)
         self._input_names = frozenset(i.name for i in program.inputs)
+        self._ordinary = ordinary_token(program)
         self.main_input_name = next(i.name for i in program.inputs if i.role == "data")
         self._tied_weights_keys = dict(tied_names(self))
         self._no_split_modules = sorted({type(t).__name__ for t in self.trip_modules()})
@@ -170,33 +181,42 @@ class RerollPreTrainedModel(PreTrainedModel):
         """The outputs of the Program by name. `past` is a transformers cache; see `State` for
         wishes.
         """
+        if wishes.get("embeddings") is not None:
+            self._refuse_derived(given)
         layers = layers_of(past, self._assembly.layers)
         state = State(self._assembly.loops, layers, **wishes)
         outputs = self._assembly.main(self, *self._arguments(given, layers), state)
         return dict(zip(self.program.outputs, outputs, strict=True)), state
 
     def _arguments(self, given: Mapping[str, Tensor | None], layers: Any) -> list[Tensor | None]:
-        """The Program's inputs in order; those that were left out as their roles say."""
-        inputs = self.program.inputs
-        values: dict[str, Tensor | None] = {i.name: given.get(i.name) for i in inputs}
-        missing = [i.name for i in inputs if i.role == "data" and values[i.name] is None]
-        if missing:
-            raise UsageError(f"the input {missing[0]} is missing", where=type(self).__name__)
+        """The Program's inputs in order; those that were left out as the original has them."""
+        values = {i.name: given.get(i.name) for i in self.program.inputs}
         past = 0 if layers is None else layers[0].get_seq_length()
-        for item in inputs:
-            if values[item.name] is None:
+        return self._completed(values, self.program.inputs, past)
+
+    def _completed(
+        self, values: dict[str, Tensor | None], items: Iterable[Input], past: Any
+    ) -> list[Tensor | None]:
+        """All values, those of `items` that were left out computed; one row stands for a batch."""
+        for item in items:
+            value = values[item.name]
+            if value is None:
                 values[item.name] = self._default(item, values, past)
+            elif item.role != "data" and value.shape[0] == 1:
+                values[item.name] = fitted(item, value, self._sizes(item, values)[0])
         return list(values.values())
 
-    def refuse_unread(self, given: Mapping[str, Any]) -> None:
-        """Raise UsageError for a tensor that the Program has no input for.
+    def refuse_unread(self, given: Mapping[str, Any], taken: Collection[str] = ()) -> None:
+        """Raise UsageError for what the Program has no input for.
 
-        Indices of the cache and token types of nothing but zero are what it takes for granted.
+        `taken` are names that the caller makes use of itself. Token types of nothing but zero are
+        what a Program without them takes for granted.
         """
         for name, value in given.items():
-            tensors = [t for t in _flat(value) if isinstance(t, Tensor)]
-            if not tensors or name in self._input_names or name in _GRANTED:
+            known = name in self._input_names or name in _NO_EFFECT or name in taken
+            if known or value is None or value is False:
                 continue
+            tensors = [t for t in _flat(value) if isinstance(t, Tensor)]
             if name.endswith("token_type_ids") and not any(t.any() for t in tensors):
                 continue
             raise self.unread_input(name)
@@ -214,8 +234,41 @@ class RerollPreTrainedModel(PreTrainedModel):
     def _default(
         self, item: Input, values: Mapping[str, Tensor | None], past: Any
     ) -> Tensor | None:
+        """What stands for an input that was left out."""
+        own = self._assembly.defaults.get(item.name)
+        # without the past, a mask that is made of tokens covers too little, and none hides nothing
+        if own is not None and (item.role != "padding" or _is_zero(past)):
+            return self._computed(item, own, values, past)
+        if item.role == "data":
+            raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
         if item.role == "padding" and item.name not in self._assembly.masks:
             return None
+        return self._counted(item, values, past)
+
+    def _computed(
+        self, item: Input, own: Default, values: Mapping[str, Tensor | None], past: Any
+    ) -> Tensor:
+        """A default that is a function of the inputs before it."""
+        given = []
+        for other in self.program.inputs:
+            if other.name not in own.reads:
+                continue
+            value = values[other.name]
+            unread = other.name not in own.looks_into
+            if other.role == "padding" and (value is None or unread):
+                value = self._counted(other, values, past)
+            elif value is None or (other.role == "padding" and value.dim() != 2):
+                raise UsageError(
+                    f"{item.name} is missing, and follows from {other.name} [batch, tokens] only",
+                    where=type(self).__name__,
+                )
+            given.append(value)
+        value = own.function(self, *given)[0].to(item.type.dtype)
+        batch = value.shape[0] if item.role == "data" else self._sizes(item, values)[0]
+        return fitted(item, value, batch)
+
+    def _counted(self, item: Input, values: Mapping[str, Tensor | None], past: Any) -> Tensor:
+        """A default that follows from sizes, as the input's role says."""
         batch, length, device = self._sizes(item, values)
         if item.counts:
             positions = torch.arange(length, device=device) + past
@@ -235,6 +288,26 @@ class RerollPreTrainedModel(PreTrainedModel):
                 assert value is not None
                 return value.shape[0], value.shape[1], value.device
         raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
+
+    def _tokens(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
+        """The token ids; beside embeddings, ids of which only the size matters."""
+        if embeddings is None:
+            return ids
+        if ids is not None or not self._assembly.takes_embeddings:
+            why = "both tokens and embeddings" if ids is not None else "embeddings for this model"
+            raise UsageError(f"forward cannot take {why}", where=type(self).__name__)
+        return torch.full(
+            embeddings.shape[:2], self._ordinary, dtype=torch.long, device=embeddings.device
+        )
+
+    def _refuse_derived(self, given: Mapping[str, Tensor | None]) -> None:
+        """Refuse embeddings where other tokens would have to be made of the tokens."""
+        for item in self.program.inputs:
+            if item.role == "data" and item.default is not None and given.get(item.name) is None:
+                raise UsageError(
+                    f"the input {item.name} is missing, and does not follow from embeddings",
+                    where=type(self).__name__,
+                )
 
     # ---- what transformers asks of its models
 
@@ -306,3 +379,8 @@ class _Shared:
 
     def __deepcopy__(self, memo: Any) -> _Shared:
         return self
+
+
+def _is_zero(past: Any) -> bool:
+    # the length of a static cache is a tensor, and is not looked into while compiling
+    return isinstance(past, int) and past == 0

@@ -46,7 +46,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         encoder's last hidden state. `labels` are the decoder's tokens, -100 where they do not
         count; without `decoder_input_ids`, those are the labels moved one to the right.
         """
-        refuse_attentions(kwargs)
+        refuse_attentions(self, kwargs)
         self.refuse_unread(kwargs)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self._shifted(labels)
@@ -127,14 +127,10 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         if state is not None and state.layers is not None:
             past = state.layers[0].get_seq_length()
         values: dict[str, Tensor | None] = {i.name: given.get(i.name) for i in self.program.inputs}
-        for item in self.program.inputs:
-            if item.name.startswith("decoder_") != (half == "decoder"):
-                continue
-            if values[item.name] is None:
-                if item.role == "data":
-                    raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
-                values[item.name] = self._default(item, values, past)
-        return list(values.values())
+        own = [
+            i for i in self.program.inputs if i.name.startswith("decoder_") == (half == "decoder")
+        ]
+        return self._completed(values, own, past)
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """Labels moved one to the right, after the token that decoding starts with."""

@@ -198,7 +198,7 @@ def _decoded(program: Program, module: Any, session: Session, steps: int) -> Com
         for step in range(steps + 1):
             inputs = {"input_ids": tokens, "attention_mask": seen}
             positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            if any(i.name == "position_ids" for i in program.inputs):
+            if "position_ids" in session.inputs:
                 inputs["position_ids"] = positions
             out = module(**inputs, past_key_values=past, use_cache=True)
             past = out.past_key_values

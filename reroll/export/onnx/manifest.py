@@ -19,6 +19,7 @@ import reroll
 from reroll.export.onnx.parameters import Settings
 from reroll.export.onnx.readme import readme
 from reroll.export.onnx.states import CONV, PAST, PRESENT, RECURRENT
+from reroll.export.onnx.translate import computed_inputs
 from reroll.export.onnx.weights import FILE, WeightFile
 from reroll.rewrite.program import Program
 
@@ -57,6 +58,7 @@ def write_manifest(
             for p in program.loops
         ],
         "graphs": graphs,
+        "computed_inputs": computed_inputs(program),
         "states": states,
         "decoding": _decoding(program, states),
         "weights": {
@@ -151,7 +153,8 @@ def _genai_config(
         pad = end[0] if isinstance(end, list) else end
     heads = int(config.get("num_attention_heads", key[1]))
     context = program.origin.positions or 2048
-    given = {i.name: i.name for i in program.inputs}
+    computed = computed_inputs(program)
+    given = {i.name: i.name for i in program.inputs if i.name not in computed}
     return {
         "model": {
             "type": "decoder",

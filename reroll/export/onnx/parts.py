@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from reroll.errors import ExportError
+from reroll.rewrite.defaults import needed_inputs
 from reroll.rewrite.program import Program, weight_nodes
 from reroll.rewrite.weights import WeightTable
 
@@ -39,8 +40,9 @@ def only(program: Program, outputs: list[str], names: dict[str, str]) -> Program
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("output", "placeholder"))
     inputs = []
     places = [n for n in graph.nodes if n.op == "placeholder"]
+    needed = needed_inputs(program, [str(p.target) for p in places if p.users])
     for place, item in zip(places, program.inputs, strict=True):
-        if place.users:
+        if item.name in needed:
             inputs.append(item)
         else:
             graph.erase_node(place)

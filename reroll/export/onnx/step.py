@@ -80,8 +80,7 @@ class _Part(Translator):
 
     def begin(self, places: list[fx.Node]) -> dict[fx.Node, Any]:
         """The Program's inputs that are needed."""
-        known = {item.name: item for item in self.program.inputs}
-        return {p: self._input(str(p.target), known[str(p.target)].type) for p in places}
+        return {p: self.given(str(p.target)) for p in places}
 
     def hidden(self, shape: Any, name: str) -> Value:
         """The carried value as an input."""

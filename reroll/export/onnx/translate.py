@@ -22,8 +22,10 @@ from reroll.export.onnx.parameters import Parameter, Settings, Size, Trip, Varyi
 from reroll.export.onnx.states import States
 from reroll.export.onnx.weights import WeightFile
 from reroll.rewrite import ops
+from reroll.rewrite.defaults import reads
 from reroll.rewrite.lowerings import find_lowering, op_name
-from reroll.rewrite.program import Dim, Loop, Program, TensorType
+from reroll.rewrite.program import Dim, Input, Loop, Program, TensorType
+from reroll.runtime.caches import numbering
 
 TARGET = "onnx"
 INT = torch.int64
@@ -52,13 +54,14 @@ class Translator:
         self.loops: dict[fx.Node, Loop] = {loop.node: loop for loop in program.loops}
         self.wide = settings.wide_nodes(program)
         self.states = States(program)
+        self._given: dict[str, Value] = {}
 
     # ---- the walk
 
     def run(self) -> Graph:
         """Translate the whole Program."""
         self.graph.reserve(self.program.outputs)
-        inputs = [self._input(item.name, item.type) for item in self.program.inputs]
+        inputs = [self.given(item.name) for item in self.program.inputs]
         self.states.add_inputs(self)
         results = self.walk("main", self.program.graph, inputs)
         for name, node, value in zip(
@@ -75,6 +78,27 @@ class Translator:
             made = self.cast(made, torch.float32)
         shape = node.meta["type"].shape if isinstance(node, fx.Node) else ()
         self.graph.root.output(made, name, self.settings.axes(shape))
+
+    def given(self, name: str) -> Value:
+        """An input of the Program by name: one of the graph, or what stands for it."""
+        if name not in self._given:
+            item = next(i for i in self.program.inputs if i.name == name)
+            computed = name in computed_inputs(self.program)
+            self._given[name] = self._stand_in(item) if computed else self._input(name, item.type)
+        return self._given[name]
+
+    def _stand_in(self, item: Input) -> Value:
+        """What the model has in the place of an input that its caller leaves out."""
+        shape = item.type.shape
+        if item.default is not None:
+            arguments = [self.given(name) for name in reads(item)]
+            value = self.tensor(self.walk(f"default {item.name}", item.default, arguments)[0])
+        elif item.counts:
+            length = self.tensor(self.size(shape[-1]))
+            value = self.op("Range", self.number(0, INT), length, self.number(1, INT))
+        else:
+            value = self.number(0, INT)
+        return self.op("Expand", self.cast(value, item.type.dtype), self.shape(shape))
 
     def _input(self, name: str, kind: TensorType) -> Value:
         dtype = kind.dtype
@@ -261,6 +285,20 @@ class Translator:
         if len(open_) == 1:
             target[open_[0]] = -1
         return self.op("Reshape", x, self.shape(target))
+
+
+def computed_inputs(program: Program) -> list[str]:
+    """The Program's inputs that its graphs compute by themselves, as the model does without them.
+
+    These are the inputs with a default of their own; positions where there is no past to count
+    from; and token types of a decoder, which runtimes of decoders do not know.
+    """
+    stateful = bool(numbering(program))
+    return [
+        i.name
+        for i in program.inputs
+        if i.default is not None or (i.role == "zeros" if stateful else i.counts)
+    ]
 
 
 def repeated(value: Value, is_repeated: bool) -> Value:

@@ -19,6 +19,7 @@ from reroll.errors import ExportError
 from reroll.export.triton.linears import Fused, kinds_of
 from reroll.export.triton.sites import ATTENTION, CACHE, RECURRENCE, Site, argument, behind_cache
 from reroll.rewrite import ops
+from reroll.rewrite.defaults import counts_from_zero
 from reroll.rewrite.program import Program
 from reroll.runtime.functions import BINARY, METHODS, makes_tensor_from_nothing
 
@@ -118,7 +119,7 @@ class GraphWriter:
             if place not in live:
                 continue
             value = {"data": "input_ids"}.get(item.role)
-            value = "run.position" if item.counts else value
+            value = "run.position" if counts_from_zero(item) else value
             if value is None or (item.role == "data" and item.name != "input_ids"):
                 raise ExportError(f"a bundle has nothing for the input {item.name}")
             if place.name != value:

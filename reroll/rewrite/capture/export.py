@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.branches import check_branches
+from reroll.rewrite.capture.left_out import TracedGraph, with_defaults
 from reroll.rewrite.capture.models import describe, open_model
 from reroll.rewrite.capture.omissions import omissions
 from reroll.rewrite.capture.rotary import frequencies_by_position
@@ -31,7 +32,14 @@ from reroll.rewrite.capture.signature import (
     given_examples,
     has_state,
 )
-from reroll.rewrite.capture.tracing import IMPLEMENTATION, Traced, make_cache, tracing
+from reroll.rewrite.capture.tracing import (
+    IMPLEMENTATION,
+    Halt,
+    Halted,
+    Traced,
+    make_cache,
+    tracing,
+)
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
 from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType
 from reroll.rewrite.weights import Meta, Source, Weight, WeightTable
@@ -119,6 +127,7 @@ def capture_module(
                 break
             for remark in program.origin.remarks:
                 log.warning("%s: %s", type(model).__name__, remark)
+            program = _with_defaults(model, program, examples, with_state, implementation, source)
             if stateful and not with_state:
                 assert uncached is not None
                 return _without_cache(program, uncached)
@@ -146,28 +155,47 @@ def _without_cache(program: Program, reason: RerollError) -> Program:
 class _Wrapper(nn.Module):
     """Calls the model by keyword, with a tracing cache if it keeps state; returns its tensors."""
 
-    def __init__(self, model: Any, stateful: bool) -> None:
+    def __init__(self, model: Any, stateful: bool, halt: Halt | None, at_cache: bool) -> None:
         super().__init__()
         self.model = model
         self.stateful = stateful
+        self.halt, self.at_cache = halt, at_cache
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         keywords: dict[str, Any] = dict(inputs, return_dict=True)
         if self.stateful:
-            cross = "decoder_input_ids" in inputs
-            tokens = inputs["decoder_input_ids" if cross else "input_ids"].shape[1]
-            mask = inputs["decoder_attention_mask" if cross else "attention_mask"]
+            cross = bool(getattr(self.model.config, "is_encoder_decoder", False))
+            main = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+            assert main is not None
+            tokens = main.shape[1]
+            # without a mask, there is nothing before the tokens
+            mask = inputs.get("decoder_attention_mask" if cross else "attention_mask", main)
             total = mask.shape[1]
             layers = 2 + max(
                 int(getattr(self.model.config.get_text_config(), name, None) or 0)
                 for name in ("num_hidden_layers", "decoder_layers", "num_layers")
             )
-            cache = make_cache(total - tokens, total, layers, cross)
+            halt = self.halt if self.at_cache else None
+            cache = make_cache(total - tokens, total, layers, cross, halt)
             keywords.update(past_key_values=cache, use_cache=True)
         elif "use_cache" in _parameters(self.model):
             keywords["use_cache"] = False
-        out = self.model(**keywords)
+        depth = len(_module_stack())
+        try:
+            out = self.model(**keywords)
+        except Halted as halted:
+            # the tracer does not unwind by itself
+            while len(_module_stack()) > depth:
+                _module_stack().popitem()
+            return halted.tensors
         return {name: value for name, value in out.items() if isinstance(value, Tensor)}
+
+
+def _module_stack() -> dict[str, Any]:
+    """The modules whose forward is being traced."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", {})
 
 
 def _parameters(model: Any) -> set[str]:
@@ -177,8 +205,16 @@ def _parameters(model: Any) -> set[str]:
 
 
 def _export(
-    model: Any, examples: list[Example], stateful: bool, implementation: str
+    model: Any,
+    examples: list[Example],
+    stateful: bool,
+    implementation: str,
+    halt: Halt | None = None,
 ) -> tuple[torch.export.ExportedProgram, Traced]:
+    """Trace a model; with `halt` no further than to an attention.
+
+    Where the model brings attention of its own, `halt` counts the updates of the cache.
+    """
     dtype = getattr(model, "dtype", torch.float32)
     tensors = {
         e.name: e.tensor.to("cpu", dtype if e.tensor.is_floating_point() else None)
@@ -189,15 +225,16 @@ def _export(
         e.name: {i: auto for i, dim in enumerate(e.dims) if isinstance(dim, str)} for e in examples
     }
     try:
+        own = implementation != IMPLEMENTATION
         with (
             torch.no_grad(),
             _quiet(),
             _on_cpu(model),
             frequencies_by_position(model),
-            tracing(model, implementation) as traced,
+            tracing(model, implementation, None if own else halt) as traced,
         ):
             exported = torch.export.export(
-                _Wrapper(model, stateful),
+                _Wrapper(model, stateful, halt, own),
                 (tensors,),
                 dynamic_shapes=(shapes,),
                 strict=False,
@@ -333,6 +370,29 @@ def _generative_class(model: Any, inputs: tuple[Input, ...], outputs: tuple[str,
         case ["input_features" | "input_values", "decoder_input_ids"]:
             return "AutoModelForSpeechSeq2Seq"
     return "AutoModel"
+
+
+def _with_defaults(
+    model: Any,
+    program: Program,
+    examples: list[Example],
+    stateful: bool,
+    implementation: str,
+    source: TensorSource | None,
+) -> Program:
+    """The Program with what the model computes for inputs that are left out."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def trace(kept: Sequence[Example], halt: Halt | None) -> TracedGraph:
+        exported, _ = _export(model, list(kept), stateful, implementation, halt)
+        _, literals = _weight_table(model, exported, source)
+        dims = {e.name: e.dims for e in kept}
+        flat = clean.flatten(exported, dims, _aliases(model, literals))
+        constants = {n: t for n, t in literals.items() if n not in parameters}
+        return TracedGraph(flat.graph, flat.outputs, constants)
+
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return with_defaults(program, examples, stateful, buffers, trace)
 
 
 def _weight_table(

@@ -94,10 +94,10 @@ def _text(config: Any, main: str, arguments: set[str], total: str, tokens: str) 
     examples = [_tokens(main, tokens)]
     if "attention_mask" in arguments:
         examples.append(_ones("attention_mask", total))
-    if total != tokens or "past_key_values" in arguments:
-        if "position_ids" in arguments:
-            examples.append(_positions("position_ids", total != tokens))
-    elif "token_type_ids" in arguments and getattr(config, "type_vocab_size", None):
+    if "position_ids" in arguments:
+        examples.append(_positions("position_ids", total != tokens))
+    # of one type, there is nothing to give
+    if "token_type_ids" in arguments and (getattr(config, "type_vocab_size", None) or 0) > 1:
         zeros = torch.zeros(_SIZES["b"], _SIZES[tokens], dtype=torch.long)
         examples.append(Example("token_type_ids", zeros, ("b", tokens), "zeros"))
     return examples

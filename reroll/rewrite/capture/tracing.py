@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -30,6 +31,31 @@ _NO_EFFECT = frozenset(
     "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
     "deterministic target_dtype layer_idx dropout training logits_to_keep head_mask".split()
 )
+
+
+class Halted(BaseException):
+    """Ends a trace in the middle of the model's forward, with the tensors that it came to.
+
+    Not an `Exception`, so that no model handles it.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+
+@dataclass
+class Halt:
+    """Where to end a trace: at the attention, or the cache update, of this number from one on."""
+
+    at: int
+    passed: int = 0
+
+    def pass_by(self, **tensors: Tensor | None) -> None:
+        """Count one; raise Halted with the tensors that are there if it is the one to end at."""
+        self.passed += 1
+        if self.passed == self.at:
+            raise Halted({name: t for name, t in tensors.items() if t is not None})
 
 
 def mask_interface(
@@ -64,12 +90,13 @@ def attention_interface(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    halt: Halt | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: one `reroll::attention` node.
 
     `query` [batch, heads, time, head_dim], `key` and `value` per key/value head. Raises
-    CaptureError for a keyword whose meaning the op does not model.
+    CaptureError for a keyword whose meaning the op does not model, and Halted where `halt` says.
     """
     unknown = [
         name
@@ -89,6 +116,8 @@ def attention_interface(
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         low = torch.finfo(query.dtype).min
         attention_mask = torch.where(attention_mask, 0.0, low).to(query.dtype)
+    if halt is not None:
+        halt.pass_by(q=query, k=key, bias=attention_mask)
     out = torch.ops.reroll.attention(
         query,
         key,
@@ -101,10 +130,11 @@ def attention_interface(
     return out, None
 
 
-def make_cache(past: int, total: int, layers: int, cross: bool) -> Any:
+def make_cache(past: int, total: int, layers: int, cross: bool, halt: Halt | None = None) -> Any:
     """A cache to capture with: `past` tokens are in it, `total` will be after the forward.
 
-    With `cross`, one for an encoder-decoder model, whose cross attention keeps nothing.
+    With `cross`, one for an encoder-decoder model, whose cross attention keeps nothing. `halt` ends
+    the trace at an update.
     """
     from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
@@ -115,6 +145,8 @@ def make_cache(past: int, total: int, layers: int, cross: bool) -> Any:
             self.is_initialized = True
 
         def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            if halt is not None:
+                halt.pass_by(k=k, v=v)
             return torch.ops.reroll.cache(k, v, total)  # type: ignore[no-any-return]
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -150,11 +182,12 @@ class Traced:
 
 
 @contextmanager
-def tracing(model: nn.Module, implementation: str) -> Iterator[Traced]:
+def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> Iterator[Traced]:
     """Let `model` find our functions; leave it and transformers as they were afterwards.
 
     `implementation` is the name under which the model looks attention up: "reroll", or "eager" for
-    a model that brings its own attention and takes only the mask from transformers.
+    a model that brings its own attention and takes only the mask from transformers. `halt` ends the
+    trace at an attention.
     """
     from transformers import masking_utils
     from transformers.masking_utils import AttentionMaskInterface
@@ -179,7 +212,7 @@ def tracing(model: nn.Module, implementation: str) -> Iterator[Traced]:
     try:
         masking_utils._preprocess_mask_arguments = prepared
         if implementation == IMPLEMENTATION:
-            tables[0][IMPLEMENTATION] = attention_interface
+            tables[0][IMPLEMENTATION] = partial(attention_interface, halt=halt)
         tables[1][implementation] = mask_interface
         for config in configs:
             config._attn_implementation_internal = implementation

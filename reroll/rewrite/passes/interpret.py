@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from reroll.errors import ProgramError, RerollError
+from reroll.rewrite.defaults import fitted, run_default
 from reroll.rewrite.program import Input, Program
 from reroll.rewrite.raising.shapes import concrete
 from reroll.rewrite.weights import WeightTable, evaluate
@@ -81,20 +82,33 @@ def complete(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
     for name in inputs:
         if name not in known:
             raise ProgramError(f"there is no input {name!r}", hint=f"there are {sorted(known)}")
+    # data first: one row of another input stands for the whole batch
+    order = sorted(program.inputs, key=lambda item: item.role != "data")
     sizes: dict[str, int] = {}
-    for item in program.inputs:
+    for item in order:
         if item.name in inputs:
-            _bind(item, inputs[item.name], sizes)
+            _bind(item, fitted(item, inputs[item.name], sizes.get("b", 1)), sizes)
     device = next((t.device for t in inputs.values()), torch.device("cpu"))
-    given = {}
-    for item in program.inputs:
-        if item.name in inputs:
-            given[item.name] = inputs[item.name].to(device)
-        elif item.role == "data":
-            raise ProgramError(f"the input {item.name!r} is missing")
-        else:
-            given[item.name] = _default(item, sizes).to(device)
+    given: dict[str, Tensor] = {}
+    with device:
+        for item in program.inputs:
+            given[item.name] = _completed(item, inputs, given, sizes).to(device)
+            _bind(item, given[item.name], sizes)
     return given
+
+
+def _completed(
+    item: Input, inputs: Mapping[str, Tensor], given: Mapping[str, Tensor], sizes: dict[str, int]
+) -> Tensor:
+    """One input: what is given for it, else its default, computed from those before it."""
+    batch = sizes.get("b", 1)
+    if item.name in inputs:
+        return fitted(item, inputs[item.name], batch)
+    if item.default is not None:
+        return fitted(item, run_default(item, given).to(item.type.dtype), batch)
+    if item.role == "data":
+        raise ProgramError(f"the input {item.name!r} is missing")
+    return _default(item, sizes)
 
 
 def _bind(item: Input, tensor: Tensor, sizes: dict[str, int]) -> None:

@@ -36,6 +36,9 @@ def fingerprint(program: Program) -> str:
 def canonical(program: Program) -> list[str]:
     """What `same` compares, as lines."""
     lines = list(_interface(program))
+    for name, graph in sorted(_defaults(program).items()):
+        reads = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+        lines += ["", f"{bare(name)} of {', '.join(map(bare, reads))}", *_renumbered(graph)]
     for name, graph in sorted(program.graphs()):
         period = "" if name == MAIN else f" period={program.bodies[name].period}"
         lines += ["", f"{bare(name)}{period}", *_renumbered(graph)]
@@ -45,7 +48,7 @@ def canonical(program: Program) -> list[str]:
 def diff(a: Program, b: Program, context: int = 3) -> str:
     """What changed from `a` to `b`, for a person: like `diff -u`, graph by graph; "" if nothing."""
     parts = list(_unified("program", list(_interface(a)), list(_interface(b)), context))
-    graphs_a, graphs_b = dict(a.graphs()), dict(b.graphs())
+    graphs_a, graphs_b = ({**_defaults(p), **dict(p.graphs())} for p in (a, b))
     for name in dict.fromkeys((*graphs_a, *graphs_b)):
         before, after = graphs_a.get(name, fx.Graph()), graphs_b.get(name, fx.Graph())
         parts += _unified(name, *_aligned(before, after), context)
@@ -62,6 +65,11 @@ def _interface(program: Program) -> Iterator[str]:
     yield from (f"output {bare(name)}" for name in program.outputs)
     for name, body in sorted(program.bodies.items()):
         yield f"body {bare(name)} period={body.period}"
+
+
+def _defaults(program: Program) -> dict[str, fx.Graph]:
+    """The graphs of what stands for inputs that are left out."""
+    return {f"default {i.name}": i.default for i in program.inputs if i.default is not None}
 
 
 # ---- graphs

@@ -8,7 +8,7 @@ from reroll.errors import ProgramError, located
 from reroll.rewrite.checkpoint import MemorySource, TensorSource
 from reroll.rewrite.program import Program, TensorType, weight_nodes
 from reroll.rewrite.text.sections import Draft, read
-from reroll.rewrite.text.verify import MAIN, Problem, check_sources, problems
+from reroll.rewrite.text.verify import Problem, check_sources, problems
 
 MAX_CHARACTERS = 2**27
 
@@ -72,5 +72,5 @@ def _required(value: T | None, what: str) -> T:
 def _line(draft: Draft, problem: Problem) -> int:
     if problem.node in draft.lines:
         return draft.lines[problem.node]
-    section = MAIN if problem.graph == MAIN else f"body {problem.graph}"
-    return draft.opened.get(section, 1)
+    named = problem.graph if problem.graph in draft.opened else f"body {problem.graph}"
+    return draft.opened.get(named, 1)

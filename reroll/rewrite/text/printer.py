@@ -5,6 +5,7 @@ The grammar; every construct stands on a line of its own, and `#` starts a line 
     program     'program dtype=' DTYPE 'model=' STRING, then the lines and sections below
     input       'input' NAME ':' type 'role=' NAME
     output      'output' NAME
+    default     'default' NAME '(' %input ':' type, ... ') {' statements '}'
     graph       'graph main(' %x, ... ') {' statements '}'
     body        'body' NAME '(' %x ':' type, ... ') period=' INT '{' statements '}'
     weights     'weights {' the lines of `table_to_text` '}'
@@ -57,19 +58,24 @@ def to_text(program: Program) -> str:
 
 
 def graph_lines(program: Program) -> Iterator[str]:
-    """The inputs, outputs, graph and bodies of a Program."""
+    """The inputs with their defaults, outputs, graph and bodies of a Program."""
     for item in program.inputs:
         yield f"input {bare(item.name)} : {type_to_text(item.type)} role={bare(item.role)}"
     for name in program.outputs:
         yield f"output {bare(name)}"
+    for item in program.inputs:
+        if item.default is not None:
+            yield from ("", f"default {bare(item.name)}({_placeholders(item.default)}) {{")
+            yield from (*statements(item.default), "}")
     placeholders = ", ".join(f"%{n.name}" for n in program.graph.nodes if n.op == "placeholder")
     yield from ("", f"graph main({placeholders}) {{", *statements(program.graph), "}")
     for name, body in program.bodies.items():
-        placeholders = ", ".join(
-            f"%{n.name}{_type(n)}" for n in body.graph.nodes if n.op == "placeholder"
-        )
-        yield from ("", f"body {bare(name)}({placeholders}) period={body.period} {{")
+        yield from ("", f"body {bare(name)}({_placeholders(body.graph)}) period={body.period} {{")
         yield from (*statements(body.graph), "}")
+
+
+def _placeholders(graph: fx.Graph) -> str:
+    return ", ".join(f"%{n.name}{_type(n)}" for n in graph.nodes if n.op == "placeholder")
 
 
 def _table(section: str, table: WeightTable) -> list[str]:

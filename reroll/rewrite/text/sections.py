@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -141,6 +141,24 @@ def _graph(draft: Draft, number: int, lines: Sequence[str]) -> None:
     draft.lines.update(nodes)
 
 
+def _default(draft: Draft, number: int, lines: Sequence[str]) -> None:
+    with located(f"line {number}"):
+        cursor = Cursor(lines[0])
+        cursor.expect("default")
+        name = cursor.name()
+        _open(draft, f"default {name}", number)
+        placeholders = _placeholders(cursor)
+        cursor.expect("{")
+        cursor.end()
+        at = next((i for i, item in enumerate(draft.inputs) if item.name == name), None)
+        if at is None:
+            raise ProgramError(f"there is no input {name!r:.80} before its default")
+    statements = list(_statements(number, lines))
+    graph, nodes = build_graph(placeholders, statements, number, number + len(lines) - 1)
+    draft.inputs[at] = replace(draft.inputs[at], default=graph)
+    draft.lines.update(nodes)
+
+
 def _body(draft: Draft, number: int, lines: Sequence[str]) -> None:
     with located(f"line {number}"):
         cursor = Cursor(lines[0])
@@ -232,6 +250,7 @@ def _heading(line: str, name: str) -> None:
 
 
 _SECTIONS: dict[str, Callable[[Draft, int, Sequence[str]], None]] = {
+    "default": _default,
     "graph": _graph,
     "body": _body,
     "weights": _weights,

@@ -51,6 +51,7 @@ def problems(program: Program) -> Iterator[Problem]:
     for graph_name, graph in program.graphs():
         yield from _graph_problems(graph_name, graph)
     yield from _interface_problems(program)
+    yield from _default_problems(program)
     trips: dict[str, set[int]] = {MAIN: set()}
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target is ops.loop:
@@ -137,6 +138,28 @@ def _interface_problems(program: Program) -> Iterator[Problem]:
         for name, count in Counter(names).items():
             if count > 1:
                 yield Problem(f"two {kind} are called {name!r}")
+
+
+def _default_problems(program: Program) -> Iterator[Problem]:
+    """What is wrong with the graphs of inputs that may be left out."""
+    before: dict[str, TensorType] = {}
+    for item in program.inputs:
+        name = f"default {item.name}"
+        for node in item.default.nodes if item.default is not None else ():
+            if node.op == "get_attr":
+                yield Problem("the default of an input reads no weights", name, node)
+            if node.op != "placeholder":
+                continue
+            if node.target not in before:
+                message = f"it reads {node.target!r}, which is no input before {item.name!r}"
+                yield Problem(message, name, node)
+            elif not fitting(node, before[str(node.target)]):
+                yield Problem(f"the input {node.target!r} has another type", name, node)
+        if item.default is not None:
+            yield from _graph_problems(name, item.default)
+            if len(_returned(item.default)) != 1:
+                yield Problem("the default of an input is one value", name)
+        before[item.name] = item.type
 
 
 def _returned(graph: fx.Graph) -> tuple[object, ...]:

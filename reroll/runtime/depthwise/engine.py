@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
+from reroll.rewrite.defaults import counts_from_zero
 from reroll.rewrite.program import Loop, weight_nodes
 from reroll.rewrite.raising.matching import argument, shape
 from reroll.rewrite.rolling.exits import exits_of, is_open
@@ -40,7 +41,7 @@ class Engine:
         body = self.loop.body.graph
         if not program.has_past:
             raise _refused("it was captured without a cache")
-        self.positions = next((i.name for i in program.inputs if i.counts), None)
+        self.positions = next((i.name for i in program.inputs if counts_from_zero(i)), None)
         if self.positions is None or any(cache_nodes(program.graph)):
             raise _refused("its positions are no input, or a layer outside the loop has a cache")
         if any(n.target is not CACHE for n in cache_nodes(body)):

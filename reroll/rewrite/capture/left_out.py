@@ -1,0 +1,278 @@
+"""What a model computes for the inputs that a caller leaves out, found by tracing it without them.
+
+The graph of a capture has every input as a placeholder. A second trace, with some of them left out,
+has in the place of each what the model computes instead. Both graphs are walked in step, from an
+attention upwards: where one has the placeholder, the other has the default. A second trace ends at
+the first attention that depends on all of the inputs in question, so it costs little.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reroll.errors import RerollError
+from reroll.rewrite.capture.signature import Example
+from reroll.rewrite.capture.tracing import Halt
+from reroll.rewrite.defaults import evaluate, extract, fitted, numbers
+from reroll.rewrite.program import Input, Program, ancestors
+from reroll.rewrite.raising.matching import argument
+from reroll.rewrite.raising.shapes import concrete
+
+log = logging.getLogger(__name__)
+
+ATTENTION = torch.ops.reroll.attention.default
+CACHE = torch.ops.reroll.cache.default
+_ANCHORS = {ATTENTION: ("q", "k", "bias"), CACHE: ("k", "v")}
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """A flat graph with its outputs by name, and the values of the constants that it reads."""
+
+    graph: fx.Graph
+    outputs: tuple[str, ...]
+    constants: Mapping[str, Tensor]
+
+    def returned(self) -> dict[str, Any]:
+        """What the graph returns, by name."""
+        values: Any = self.graph.output_node().args[0]
+        return dict(zip(self.outputs, values, strict=True))
+
+
+# a trace with these inputs alone, no further than to an attention
+Trace = Callable[[Sequence[Example], Halt | None], TracedGraph]
+
+
+def with_defaults(
+    program: Program,
+    examples: Sequence[Example],
+    stateful: bool,
+    constants: Mapping[str, Tensor],
+    trace: Trace,
+) -> Program:
+    """The Program whose inputs know what stands in their place when a caller leaves them out."""
+    whole = TracedGraph(program.graph, program.outputs, constants)
+    counted = {e.name for e in examples if e.role in ("positions", "offsets", "zeros")}
+    hidden = {e.name for e in examples if e.role == "padding"}
+    shifted = {e.name for e in examples if e.name == "decoder_input_ids"}
+    found: dict[str, fx.Graph] = {}
+    # what is counted may depend on the padding mask, so it is left out alone first
+    plans = [(counted, counted), (hidden | shifted, counted | hidden | shifted)]
+    for wanted, left_out in plans:
+        used = {str(n.target) for n in program.graph.nodes if n.op == "placeholder" and n.users}
+        if not wanted & used:
+            continue
+        halt, anchors = _anchors(whole, left_out & used)
+        kept = [e for e in examples if e.name not in left_out]
+        try:
+            without = trace(kept, halt)
+        except RerollError as error:
+            log.debug("not traced without %s: %s", ", ".join(sorted(left_out)), error)
+            continue
+        search = _Search(program, whole, without, left_out)
+        search.walk(anchors, without.returned())
+        for name in wanted & used:
+            graph = search.default_of(name, stateful and not hidden & left_out)
+            if graph is not None:
+                found[name] = graph
+    inputs = tuple(replace(i, default=found.get(i.name)) for i in program.inputs)
+    return replace(program, inputs=inputs)
+
+
+def _anchors(whole: TracedGraph, left_out: set[str]) -> tuple[Halt | None, dict[str, Any]]:
+    """Where a trace may end, and the values of the whole graph that it ends with.
+
+    That is the first attention such that all of the inputs left out have been read; the outputs if
+    there is none.
+    """
+    nodes = list(whole.graph.nodes)
+    kind = ATTENTION if any(n.target is ATTENTION for n in nodes) else CACHE
+    read: set[str] = set()
+    for number, node in enumerate((n for n in nodes if n.target is kind), 1):
+        anchors = {name: argument(node, name) for name in _ANCHORS[kind]}
+        anchors = {name: value for name, value in anchors.items() if value is not None}
+        read |= {str(n.target) for n in ancestors(anchors.values()) if n.op == "placeholder"}
+        if left_out <= read:
+            return Halt(number), anchors
+    return None, whole.returned()
+
+
+@dataclass
+class _Search:
+    """A walk over the graph of a capture and one without some inputs, in step."""
+
+    program: Program
+    whole: TracedGraph
+    without: TracedGraph
+    left_out: set[str]
+    found: dict[str, list[Any]] = field(default_factory=dict)
+    differ: list[tuple[fx.Node, Any]] = field(default_factory=list)
+
+    def walk(self, whole: Mapping[str, Any], without: Mapping[str, Any]) -> None:
+        """Pair the values of two graphs and all that they depend on."""
+        stack = [(value, without.get(name)) for name, value in whole.items()]
+        seen: set[tuple[Any, Any]] = set()
+        while stack:
+            pair = tuple(map(_uncached, stack.pop()))
+            if pair in seen or not isinstance(pair[0], fx.Node):
+                continue
+            seen.add(pair)
+            a, b = pair
+            if a.op == "placeholder" and str(a.target) in self.left_out:
+                self.found.setdefault(str(a.target), []).append(b)
+                continue
+            inner = _operands(a, b)
+            if inner is None:
+                self.differ.append((a, b))
+            else:
+                stack += inner
+
+    def default_of(self, name: str, with_past: bool) -> fx.Graph | None:
+        """The default of an input that was left out; None if its role says it already."""
+        item = next(i for i in self.program.inputs if i.name == name)
+        nodes = [n for n in dict.fromkeys(self.found.get(name, ())) if isinstance(n, fx.Node)]
+        special = [n for n in nodes if not self._is_plain(item, n, with_past)]
+        if not special:
+            self._tell_unknown(item, bool(nodes), with_past)
+            return None
+        order = [i.name for i in self.program.inputs]
+        graph = extract(special[0], order)
+        before = order[: order.index(name)]
+        places = [str(n.target) for n in graph.nodes if n.op == "placeholder"]
+        if any(n.op == "get_attr" for n in graph.nodes) or not set(places) <= set(before):
+            log.info("the default of %s is more than a function of inputs before it", name)
+            return None
+        return graph
+
+    def _is_plain(self, item: Input, node: fx.Node, with_past: bool) -> bool:
+        """Whether a default is what the role of its input says, tried on many inputs."""
+        if item.role == "data":
+            return False
+        for given in self._trials(numbers(node.graph), with_past):
+            plain = _plain(item, given)
+            try:
+                value = fitted(item, evaluate(node, given, self.without.constants), len(plain))
+            except Exception as error:
+                log.debug("the default of %s does not run: %s", item.name, error)
+                return False
+            if value.shape != plain.shape or not bool((value == plain).all()):
+                return False
+        return True
+
+    def _tell_unknown(self, item: Input, known: bool, with_past: bool) -> None:
+        """Say where the two graphs differ in another way than by an input that was left out."""
+        if known or item.role == "padding":
+            return
+        for a, b in self.differ:
+            names = {str(n.target) for n in ancestors([a]) if n.op == "placeholder"}
+            if item.name in names and not self._agree(a, b, with_past):
+                log.info("%s: it is not known what the model does without it", item.name)
+                return
+
+    def _agree(self, a: fx.Node, b: Any, with_past: bool) -> bool:
+        """Whether two values are equal if all that was left out is what its role says."""
+        if not isinstance(b, fx.Node):
+            return False
+        for given in self._trials(numbers(b.graph), with_past):
+            all_given = dict(given)
+            for item in self.program.inputs:
+                if item.name in self.left_out:
+                    all_given[item.name] = _plain(item, given)
+            try:
+                expected = evaluate(b, given, self.without.constants)
+                actual = evaluate(a, all_given, self.whole.constants)
+                if not bool((expected == actual).all()):
+                    return False
+            except Exception:
+                return False
+        return True
+
+    def _trials(self, special: set[int], with_past: bool) -> Iterator[dict[str, Tensor]]:
+        """Values for the inputs that were given: lengths, masks and ids that can make a
+        difference.
+        """
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.tensor(sorted({*range(40)} | {n for n in special if 0 <= n < 2**20}))
+        for length, past in ((7, 4 if with_past else 0), (6, 0)):
+            sizes = {"b": 4, "s": length, "t": length + past, "e": 9, "l": 160}
+            given = {}
+            for item in self.program.inputs:
+                if item.name in self.left_out:
+                    continue
+                shape = [concrete(dim, sizes) for dim in item.type.shape]
+                if item.type.dtype.is_floating_point:
+                    given[item.name] = torch.randn(shape, generator=generator)
+                elif item.role == "padding":
+                    given[item.name] = _masks(*shape).to(item.type.dtype)
+                else:
+                    at = torch.randint(0, len(ids), shape, generator=generator)
+                    given[item.name] = ids[at].to(item.type.dtype)
+            yield given
+
+
+def _uncached(value: Any) -> Any:
+    """What went into a cache, for what came out of it."""
+    if isinstance(value, fx.Node) and value.target is operator.getitem:
+        source, number = value.args
+        if isinstance(source, fx.Node) and source.target is CACHE:
+            return source.args[number]  # type: ignore[index]
+    return value
+
+
+def _operands(a: fx.Node, b: Any) -> list[tuple[Any, Any]] | None:
+    """The arguments of two nodes in pairs; None if they are different nodes."""
+    if not isinstance(b, fx.Node) or a.op != b.op or a.target != b.target:
+        return None
+    if a.op != "call_function":
+        return []
+    pairs: list[tuple[Any, Any]] = []
+    stack: list[tuple[Any, Any]] = [(a.args, b.args), (a.kwargs, b.kwargs)]
+    while stack:
+        x, y = stack.pop()
+        if _is_size(x) and _is_size(y):
+            continue
+        if isinstance(x, Mapping) and isinstance(y, Mapping) and x.keys() == y.keys():
+            stack += [(x[key], y[key]) for key in x]
+        elif isinstance(x, tuple | list) and isinstance(y, tuple | list) and len(x) == len(y):
+            stack += zip(x, y, strict=True)
+        elif isinstance(x, fx.Node):
+            pairs.append((x, y))
+        elif isinstance(y, fx.Node) or x != y:
+            return None
+    return pairs
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a size: sizes of one thing are written in many ways."""
+    if isinstance(value, fx.Node):
+        return value.op == "call_function" and value.meta.get("type") is None
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain(item: Input, given: Mapping[str, Tensor]) -> Tensor:
+    """What the role of an input says, beside these other inputs."""
+    decoder = item.name.startswith("decoder_")
+    pairs = [(n, t) for n, t in given.items() if n.startswith("decoder_") == decoder]
+    tokens = next(t for n, t in pairs if "mask" not in n)
+    mask = next((t for n, t in pairs if "mask" in n), tokens)
+    batch, length = tokens.shape[:2]
+    if item.counts:
+        past = mask.shape[1] - length
+        return torch.arange(past, past + length).expand(batch, -1)
+    if item.role == "padding":
+        return torch.ones(batch, length)
+    return torch.zeros(batch, length)
+
+
+def _masks(rows: int, length: int) -> Tensor:
+    """Masks without padding, with some on the left, with some on the right, and with a hole."""
+    at = torch.arange(length)
+    kinds = [at >= 0, at >= 2, at < length - 3, at != length // 2]
+    return torch.stack([kinds[row % 4] for row in range(rows)])
