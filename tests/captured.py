@@ -78,6 +78,38 @@ def bert() -> Any:
     return transformers.BertModel(transformers.BertConfig(**TEXT, intermediate_size=64))
 
 
+def xlm_roberta() -> Any:
+    # positions count from behind the padding token
+    config = transformers.XLMRobertaConfig(
+        **TEXT, intermediate_size=64, pad_token_id=1, max_position_embeddings=64
+    )
+    return transformers.XLMRobertaModel(config)
+
+
+def roberta_decoder() -> Any:
+    config = transformers.RobertaConfig(
+        **TEXT, intermediate_size=64, pad_token_id=1, max_position_embeddings=64, is_decoder=True
+    )
+    return transformers.RobertaForCausalLM(config)
+
+
+def opt() -> Any:
+    # positions are counted from the padding mask
+    config = transformers.OPTConfig(
+        **TEXT, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=1
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def bart() -> Any:
+    config = transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=1,
+        bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.BartModel(config)
+
+
 def dinov2() -> Any:
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=14
@@ -113,7 +145,8 @@ def whisper() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
-        llama, qwen2, gemma3, smollm3, gpt2, gpt_neox, bloom, lfm2, bert, dinov2, vit, t5, whisper,
+        llama, qwen2, gemma3, smollm3, gpt2, gpt_neox, bloom, lfm2, opt, roberta_decoder, bert,
+        xlm_roberta, bart, dinov2, vit, t5, whisper,
     )
 }  # fmt: skip
 
