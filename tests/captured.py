@@ -81,7 +81,7 @@ def bert() -> Any:
 def xlm_roberta() -> Any:
     # positions count from behind the padding token
     config = transformers.XLMRobertaConfig(
-        **TEXT, intermediate_size=64, pad_token_id=1, max_position_embeddings=64
+        **TEXT, intermediate_size=64, pad_token_id=1, max_position_embeddings=64, type_vocab_size=1
     )
     return transformers.XLMRobertaModel(config)
 

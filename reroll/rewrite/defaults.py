@@ -104,19 +104,23 @@ def numbers(graph: fx.Graph) -> set[int]:
     return found
 
 
-def counts_from_zero(item: Input) -> bool:
-    """Whether an input holds positions that are 0, 1, 2, ... wherever nothing is padded."""
-    if item.role != "positions":
-        return False
-    if item.default is None:
-        return True
+def first_position(item: Input) -> int | None:
+    """Where positions begin if they count the tokens wherever nothing is padded, else None."""
+    if item.role != "positions" or item.default is None:
+        return 0 if item.role == "positions" else None
     special = numbers(item.default)
     ids = torch.full((1, 5), next(i for i in _IDS if i not in special))
-    seen = torch.ones(1, 7, dtype=torch.long)
     names = reads(item)
-    given: dict[str, Any] = {name: seen if "mask" in name else ids for name in names}
     past = 2 if any("mask" in name for name in names) else 0
-    return bool((run_default(item, given) == torch.arange(5) + past).all())
+    seen = torch.ones(1, 5 + past, dtype=torch.long)
+    positions = run_default(item, {name: seen if "mask" in name else ids for name in names})
+    first = int(positions[0, 0]) - past
+    return first if bool((positions == torch.arange(5) + past + first).all()) else None
+
+
+def counts_from_zero(item: Input) -> bool:
+    """Whether an input holds positions that are 0, 1, 2, ... wherever nothing is padded."""
+    return first_position(item) == 0
 
 
 def extract(node: fx.Node, order: Collection[str]) -> fx.Graph:

@@ -19,6 +19,7 @@ from reroll.export.onnx.graph import nodes_of
 from reroll.export.onnx.parameters import Settings
 from reroll.export.onnx.quantise import bits_of, dequantised
 from reroll.export.onnx.session import Session
+from reroll.rewrite.defaults import first_position
 from reroll.rewrite.passes.samples import (
     default_tokenizer,
     random_inputs,
@@ -153,7 +154,9 @@ def round_weights(module: Any, program: Program, settings: Settings) -> None:
 def _room(program: Program) -> int:
     """How many tokens fit behind a prompt."""
     length = program.origin.positions
-    return STEPS if length is None else length - PROMPT
+    # a model may keep its first positions for padding
+    first = max((first_position(i) or 0 for i in program.inputs), default=0)
+    return STEPS if length is None else length - first - PROMPT
 
 
 Compared = Iterator[tuple[str, Tensor, Tensor]]
