@@ -106,8 +106,8 @@ def numbers(graph: fx.Graph) -> set[int]:
 
 def first_position(item: Input) -> int | None:
     """Where positions begin if they count the tokens wherever nothing is padded, else None."""
-    if item.role != "positions" or item.default is None:
-        return 0 if item.role == "positions" else None
+    if not item.counts or item.default is None:
+        return 0 if item.counts else None
     special = numbers(item.default)
     ids = torch.full((1, 5), next(i for i in _IDS if i not in special))
     names = reads(item)
