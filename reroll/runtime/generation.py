@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ from reroll.errors import UsageError
 from reroll.rewrite.capture.side_files import GENERATION_FILE
 from reroll.rewrite.program import NO_CACHE, Program
 
+log = logging.getLogger(__name__)
+
 
 def generation_config(program: Program) -> GenerationConfig | None:
     """The original model's settings: its file of them, else what its configuration says."""
     path = program.origin.files.get(GENERATION_FILE)
     if path is not None and Path(path).is_file():
-        return GenerationConfig.from_pretrained(Path(path).parent, Path(path).name)
+        try:
+            return GenerationConfig.from_pretrained(Path(path).parent, Path(path).name)
+        # transformers, too, then goes by the configuration
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("%s cannot be read, and is passed over: %s", path, error)
     original = dict(program.origin.config)
     try:
         config = CONFIG_MAPPING[original.get("model_type")].from_dict(original)

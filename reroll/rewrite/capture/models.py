@@ -72,10 +72,7 @@ def open_model(
     if not path.exists():
         path = _download(name, revision, trust_remote_code)
     if not (path / "config.json").is_file():
-        raise UsageError(
-            f"{name} has no config.json",
-            hint="name a hub id, a directory written by save_pretrained, or a .gguf file",
-        )
+        raise _no_model(path, name)
     if (path / "adapter_config.json").is_file():
         raise CaptureError(
             "there is an adapter (adapter_config.json) beside the model, which is not captured",
@@ -85,6 +82,21 @@ def open_model(
     if _read_json(path / "config.json").get("model_type") == "reroll":
         return _service("load")(str(path))  # type: ignore[no-any-return]
     return _open_directory(path, name, _dtype(dtype), revision, trust_remote_code)
+
+
+def _no_model(path: Path, name: str) -> UsageError:
+    """The error for a path that is no model, with what else may have been meant."""
+    hint = "name a hub id, a directory written by save_pretrained, or a .gguf file"
+    if not path.is_dir():
+        return UsageError("this is a file, and no .gguf file", where=name, hint=hint)
+    files = sorted(path.glob("*.gguf"))
+    if (path / "adapter_config.json").is_file():
+        base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        hint = f"merge it into its model, {base}, with peft (merge_and_unload), and save that"
+        return UsageError("this is an adapter without its model", where=name, hint=hint)
+    if files:
+        hint = f"name the file itself: {' or '.join(map(str, files))}"
+    return UsageError("there is no config.json", where=name, hint=hint)
 
 
 def describe(model: Any, name: str | None = None, path: Path | None = None) -> Origin:
@@ -143,8 +155,14 @@ def class_of(config: Any, trust_remote_code: bool) -> Any:
     for auto, name in custom.items():
         if name == architecture or architecture is None:
             return getattr(transformers, auto)
-    if not custom and hasattr(transformers, str(architecture)):
-        return getattr(transformers, str(architecture))
+    own = getattr(transformers, str(architecture), None)
+    # a class of another type is a wrong label, which transformers does not look at
+    if (
+        not custom
+        and own is not None
+        and isinstance(config, getattr(own, "config_class", None) or ())
+    ):
+        return own
     causal = transformers.AutoModelForCausalLM
     known = type(config) in causal._model_mapping or causal.__name__ in custom
     return causal if known else transformers.AutoModel
@@ -166,6 +184,7 @@ def _open_directory(
     import transformers
 
     from reroll.rewrite.checkpoint import fit_to_checkpoint, hf_source
+    from reroll.rewrite.checkpoint.hf_source import UNQUANTISED, quantisation
 
     if not trust:
         _refuse_code(path, name)
@@ -173,10 +192,15 @@ def _open_directory(
         config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust)
     # code that comes with the model raises what it likes
     except Exception as error:
-        raise CheckpointError(f"cannot read the configuration: {error}", where=name) from error
-    if getattr(config, "quantization_config", None):
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"transformers cannot read the configuration: {reason}",
+            where=str(path / "config.json"),
+            hint="take the model's own configuration, or a transformers that knows the model",
+        ) from error
+    if (method := quantisation(config)) is not None:
         raise CaptureError(
-            "the checkpoint is quantised", where=name, hint="give the unquantised model"
+            f"the checkpoint is quantised by {method}, as its config.json says", name, UNQUANTISED
         )
     model_class = class_of(config, trust)
     if hasattr(model_class, "_from_config"):
@@ -185,8 +209,13 @@ def _open_directory(
         make = partial(model_class.from_config, config, trust_remote_code=trust, **_eager())
     try:
         model = _build(make, config, dtype)
-    except (ValueError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot make the model: {error}", where=name) from error
+    # what a configuration that does not fit makes a class raise has no common type
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot make the model: {type(error).__name__}: {error}",
+            where=str(path / "config.json"),
+            hint="take the model's own configuration",
+        ) from error
     source = hf_source(path, model)
     remarks = (*_untrusted(config, model, trust), *fit_to_checkpoint(model, source))
     origin = replace(describe(model, name, path), revision=revision, remarks=remarks)
@@ -342,9 +371,10 @@ def _files_to_download(name: str, revision: str | None, trust: bool) -> list[str
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        hint = "download it again, or save it as JSON in UTF-8 without a byte order mark"
+        raise CheckpointError(f"cannot be read: {error}", str(path), hint) from error
     if not isinstance(data, dict):
-        raise CheckpointError("is not a JSON object", where=str(path))
+        raise CheckpointError("is not a JSON object", str(path), "download it again")
     return data

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from reroll.errors import CheckpointError
 from reroll.rewrite.checkpoint.model_names import ModelNames
-from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource
+from reroll.rewrite.checkpoint.pickled_files import PickledSource
+from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource, has_safetensors
 from reroll.rewrite.weights.expressions import Meta, TensorSource, meta_of
 
 if TYPE_CHECKING:
@@ -35,11 +36,36 @@ def hf_source(directory: str | Path, model: PreTrainedModel) -> HfSource:
     way round. Raises CheckpointError if the checkpoint is damaged, quantized, or has a tensor of
     another shape; for a tensor that it lacks, when that tensor is asked for.
     """
-    if getattr(model.config, "quantization_config", None) is not None:
+    method = quantisation(model.config)
+    if method is not None:
         raise CheckpointError(
-            "the checkpoint is quantized", str(directory), "use the full-precision checkpoint"
+            f"the checkpoint is quantised by {method}", str(directory), UNQUANTISED
         )
-    return HfSource(SafetensorsSource(directory), model, str(directory))
+    files: TensorSource
+    try:
+        files = SafetensorsSource(directory)
+    except CheckpointError:
+        # transformers, too, prefers safetensors
+        if has_safetensors(Path(directory)) or not PickledSource.is_in(directory):
+            raise
+        files = PickledSource(directory)
+    return HfSource(files, model, str(directory))
+
+
+UNQUANTISED = "give the unquantised model, or one that was dequantised and saved"
+
+
+def quantisation(config: Any) -> str | None:
+    """How a checkpoint is quantised, by its configuration; None if it is read as it is."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    data = found if isinstance(found, dict) else found.to_dict()
+    if not AutoHfQuantizer.supports_quant_method(data):
+        return None
+    return str(data.get("quant_method") or "bitsandbytes")
 
 
 @dataclass

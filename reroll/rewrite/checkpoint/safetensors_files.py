@@ -33,12 +33,13 @@ class SafetensorsSource:
     def __init__(self, path: str | Path) -> None:
         file = _checkpoint_file(Path(path))
         if file.name == INDEX_FILE:
-            self._file_of = read_index(file)
-            headers = {shard: read_header(shard) for shard in set(self._file_of.values())}
-            _check_shards(self._file_of, headers)
+            index = read_index(file)
+            headers = {shard: read_header(shard) for shard in sorted(set(index.values()))}
+            _check_shards(index, headers)
         else:
             headers = {file: read_header(file)}
-            self._file_of = dict.fromkeys(headers[file], file)
+        # the shards say what they hold, whatever the index says
+        self._file_of = {name: shard for shard, header in headers.items() for name in header}
         self._entries = {name: headers[file][name] for name, file in self._file_of.items()}
         self._where = str(path)
 
@@ -68,6 +69,11 @@ class SafetensorsSource:
             ) from error
 
 
+def has_safetensors(directory: Path) -> bool:
+    """Whether a directory has a safetensors checkpoint, whole or not."""
+    return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+
+
 def _checkpoint_file(path: Path) -> Path:
     """The one safetensors file of a checkpoint, or the index of several."""
     if path.suffix == ".safetensors" and path.is_file():
@@ -82,9 +88,10 @@ def _checkpoint_file(path: Path) -> Path:
 
 
 def _check_shards(file_of: Mapping[str, Path], headers: Mapping[Path, Mapping[str, Any]]) -> None:
-    for name, file in file_of.items():
+    names = {name: file for file, header in headers.items() for name in header}
+    for name, file in {**names, **file_of}.items():
         holders = [f for f, header in headers.items() if name in header]
-        if holders != [file]:
+        if len(holders) != 1:
             found = " and ".join(f.name for f in holders) or "no shard"
             raise CheckpointError(
                 f"the index puts tensor {name!r} in {file.name}, but it is in {found}",

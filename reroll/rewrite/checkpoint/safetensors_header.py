@@ -55,7 +55,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     return {name: _entry(name, value, size - 8 - length, file) for name, value in header.items()}
 
 
-def read_index(file: Path) -> dict[str, Path]:
+def read_index(file: Path, suffix: str = ".safetensors") -> dict[str, Path]:
     """The file of each tensor of a sharded checkpoint; CheckpointError if the index is wrong."""
     try:
         weight_map = _json_object(file.read_bytes(), file).get("weight_map")
@@ -66,9 +66,9 @@ def read_index(file: Path) -> dict[str, Path]:
     for shard in set(map(str, weight_map.values())):
         # a name like ../x or /etc/x would read outside the checkpoint
         plain = shard == Path(shard).name and "\\" not in shard and "\0" not in shard
-        if not plain or not shard.endswith(".safetensors"):
+        if not plain or not shard.endswith(suffix):
             raise CheckpointError(
-                f"{shard!r} is not the plain name of a safetensors file",
+                f"{shard!r} is not the plain name of a {suffix} file",
                 where=str(file),
                 hint="do not use a checkpoint from a source that you do not trust",
             )

@@ -14,7 +14,8 @@ from reroll.rewrite.weights.expressions import Meta, TensorSource, meta_of
 def missing_tensor(name: str, names: Iterable[str], where: str) -> CheckpointError:
     """The error for a tensor that is not there, naming the nearest one that is."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    hint = f"the nearest name is {near[0]!r}" if near else None
+    remedy = "take the whole checkpoint, and the configuration that belongs to it"
+    hint = f"the nearest name is {near[0]!r}; {remedy}" if near else remedy
     return CheckpointError(f"there is no tensor {name!r}", where=where, hint=hint)
 
 

@@ -1,0 +1,83 @@
+"""Checkpoints as pickled files of torch (`pytorch_model.bin`), read as data: none of it runs."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import CheckpointError
+from reroll.rewrite.checkpoint.safetensors_header import DOWNLOAD_AGAIN, read_index
+from reroll.rewrite.checkpoint.sources import missing_tensor
+from reroll.rewrite.weights.expressions import Meta, meta_of
+
+SINGLE_FILE = "pytorch_model.bin"
+INDEX_FILE = "pytorch_model.bin.index.json"
+
+
+class PickledSource:
+    """The tensors of `pytorch_model.bin` or its shards, mapped from the files where these allow it.
+
+    Raises CheckpointError if a file is missing or damaged, or holds more than tensors.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._where = str(directory)
+        index = Path(directory) / INDEX_FILE
+        single = Path(directory) / SINGLE_FILE
+        files = [single] if single.is_file() else sorted(set(read_index(index, ".bin").values()))
+        self._tensors: dict[str, Tensor] = {}
+        for file in files:
+            self._tensors.update(_read(file))
+
+    @staticmethod
+    def is_in(directory: str | Path) -> bool:
+        """Whether a directory has such files."""
+        return any((Path(directory) / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._tensors.keys()
+
+    def meta(self, name: str) -> Meta:
+        """Shape and dtype of one tensor; CheckpointError if missing."""
+        return meta_of(self._get(name))
+
+    def load(self, name: str) -> Tensor:
+        """A copy of one tensor; CheckpointError if missing."""
+        return self._get(name).detach().clone()
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise missing_tensor(name, self._tensors, self._where)
+        return self._tensors[name]
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        found = _load(file)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            "it is damaged, or holds more than tensors, which could be code",
+            where=str(file),
+            hint="download it again, or get the model's safetensors files",
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"it cannot be read ({reason})", str(file), DOWNLOAD_AGAIN) from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise CheckpointError("it is not a table of tensors", str(file), DOWNLOAD_AGAIN)
+    return found
+
+
+def _load(file: Path) -> Any:
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        return torch.load(file, mmap=True, **options)
+    except RuntimeError:
+        # files of before torch 1.6 cannot be mapped
+        return torch.load(file, **options)

@@ -1,0 +1,34 @@
+"""A whole GGUF file of a tiny Llama, as transformers opens it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import torch
+
+
+def write_gguf(file: Path, *, width: int = 32, layers: int = 2, words: int = 64) -> None:
+    """Write one with random weights; it has no tokenizer."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(words)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"token_embd": (words, width), "output": (words, width), "output_norm": (width,)}
+    for n in range(layers):
+        parts = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (width, width))
+        parts |= {"ffn_gate": (2 * width, width), "ffn_up": (2 * width, width)}
+        parts |= {"ffn_down": (width, 2 * width), "attn_norm": (width,), "ffn_norm": (width,)}
+        shapes |= {f"blk.{n}.{name}": shape for name, shape in parts.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape, generator=generator).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
