@@ -195,7 +195,7 @@ def _check_writable(target: Path) -> None:
     try:
         # permissions alone do not say whether a file system can be written to
         place = next(p for p in target.absolute().parents if p.exists())
-        with tempfile.TemporaryDirectory(dir=place, prefix=".reroll-"):
+        with tempfile.TemporaryDirectory(_SUFFIX, _prefix(target.name), place):
             pass
     except OSError as error:
         raise _unwritable(target, error) from error

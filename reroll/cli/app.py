@@ -271,7 +271,14 @@ def compare_command(
     a: Annotated[str, typer.Argument(metavar="MODEL", help="The original. " + MODEL_HELP)],
     b: Annotated[str, typer.Argument(metavar="OUT", help="What it became, or any other model.")],
     text: Text = None,
-    length: Annotated[int, typer.Option(min=8, help="Tokens in one window of the text.")] = 512,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            help="Tokens in one window of the text.",
+            show_default="512, or as many as the models have positions for",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=0, help="No more tokens of the text than this; 0 for all.")
     ] = 8192,

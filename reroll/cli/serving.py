@@ -36,9 +36,14 @@ def serve_bench(
 
     from reroll.evaluate.serving import compare_serving
     from reroll.evaluate.tokenizing import plain_ids, read_text, tokenizer_of
+    from reroll.rewrite.reach import check_length
 
     torch.set_num_threads(threads)
     program = reroll.load(model)
+    check_length(
+        program, prompt_tokens + max_new_tokens, "--prompt-tokens and --max-new-tokens",
+        "give at most {limit} together",
+    )  # fmt: skip
     tokenizer = tokenizer_of(program)
     if tokenizer is None:
         raise UsageError("the model has no tokenizer", where=model)

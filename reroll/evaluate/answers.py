@@ -35,6 +35,11 @@ class Question:
     candidates: list[list[int]]
     truth: int = 0
 
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest candidate."""
+        return len(self.prompt) + max(map(len, self.candidates))
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -19,6 +19,7 @@ from reroll.evaluate.tokenizing import make_windows, read_text
 from reroll.rewrite.passes.measure import measured_output
 from reroll.rewrite.passes.samples import random_inputs, vocabulary
 from reroll.rewrite.program import Input
+from reroll.rewrite.reach import check_length, longest
 
 LENGTH = 512
 MAX_TOKENS = 8192
@@ -37,7 +38,7 @@ def compare(
     b: Any,
     text: str | Path | None = None,
     *,
-    length: int = LENGTH,
+    length: int | None = None,
     max_tokens: int | None = MAX_TOKENS,
     batch: int = 4,
     dtype: torch.dtype | str | None = None,
@@ -55,7 +56,8 @@ def compare(
         a: the original: a path, a hub id, a Program or a module. Runs through transformers itself.
         b: what it became: as `a`; what reroll converted runs through its lowered module.
         text: text, or a file with text (`Path`), to run on; a sample ships.
-        length: tokens in each window of the text.
+        length: tokens in each window of the text; by default 512, or as many as the models have
+            positions for.
         max_tokens: no more tokens of the text than this; None for all of it.
         batch: windows that run at once, fewer where the logits would take too much memory.
         dtype: compute both in this dtype; in their own by default.
@@ -80,6 +82,9 @@ def compare(
         report(number, 2, "opening models")
         subjects.append(open_subject(item, opening))
     pair = _Pair(subjects[0], subjects[1])
+    length = _fitting(pair) if length is None else length
+    for program in pair.programs:
+        check_length(program, length, "--length", "give at most {limit}")
     sample = _sample(pair, content, length, max_tokens, batch, tokenizer, seed)
     distance = Distance(pair.logits)
     seconds = [0.0, 0.0]
@@ -105,6 +110,12 @@ def compare(
     return _result(pair, distance, sample, contexts, seconds, text)
 
 
+def _fitting(pair: _Pair) -> int:
+    """The usual length of a window, or what the models' tables of positions allow."""
+    limits = [limit for p in pair.programs if (limit := longest(p)) is not None]
+    return min([LENGTH, *limits])
+
+
 class _Pair:
     """The two models, and the output that they have in common."""
 
@@ -114,7 +125,7 @@ class _Pair:
         outputs = [
             subject.program.outputs for subject in (a, b) if subject.program is not None
         ] or [("logits",)]
-        programs = [s.program for s in (b, a) if s.program is not None]
+        programs = self.programs = [s.program for s in (b, a) if s.program is not None]
         wanted = measured_output(programs[0]) if programs else "logits"
         common = [name for name in outputs[0] if all(name in other for other in outputs)]
         if not common:

@@ -13,6 +13,7 @@ from torch import Tensor
 from reroll.errors import UsageError
 from reroll.rewrite.passes.interpret import materialise, run
 from reroll.rewrite.program import Program, Step
+from reroll.rewrite.reach import longest
 from reroll.rewrite.rolling.exits import Exits, exit_loop, is_open, with_thresholds
 
 LENGTH = 256
@@ -99,10 +100,11 @@ def calibrate(
     if not (0 < risk < 1 and 0 < confidence < 1):
         raise UsageError("risk and confidence are between 0 and 1")
     tokens = torch.as_tensor(tokens, dtype=torch.long)
-    rows = [r for r in torch.split(tokens, LENGTH) if len(r) == LENGTH]  # type: ignore[no-untyped-call]
+    length = min(LENGTH, longest(program) or LENGTH)
+    rows = [r for r in torch.split(tokens, length) if len(r) == length]  # type: ignore[no-untyped-call]
     if len(rows) < 2:
         raise UsageError(
-            f"{len(tokens)} tokens are too few to calibrate on", hint=f"give {4 * LENGTH} or more"
+            f"{len(tokens)} tokens are too few to calibrate on", hint=f"give {4 * length} or more"
         )
     at = exit_trips(program, exits)
     split = max(1, len(rows) // 4)

@@ -10,9 +10,10 @@ import torch
 
 from reroll.errors import UsageError
 from reroll.evaluate.subjects import Opening, open_original
-from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
+from reroll.evaluate.tokenizing import check_utf8, open_tokenizer, tokenizer_of
 from reroll.rewrite.capture.models import open_model
 from reroll.rewrite.program import Program
+from reroll.rewrite.reach import position_limits
 
 
 def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any]:
@@ -99,16 +100,20 @@ def generate(
             "top_k": top_k or 0,
             "top_p": 1.0 if top_p is None else top_p,
         }
+    check_room(model, batch["input_ids"].shape[1], max_new_tokens)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    with torch.no_grad():
-        found = model.generate(
-            **batch,
-            **options,
-            num_beams=beams,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    try:
+        with torch.no_grad():
+            found = model.generate(
+                **batch,
+                **options,
+                num_beams=beams,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+    except IndexError as error:
+        raise _out_of_range(model, batch["input_ids"]) from error
     seconds = time.perf_counter() - start
     # an encoder-decoder's output starts with one token that says so
     given = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
@@ -138,6 +143,8 @@ def _check(
     top_p: float | None,
     beams: int,
 ) -> None:
+    for prompt in prompts:
+        check_utf8(prompt, "--prompt")
     problems = {
         "there is no prompt": not prompts,
         "a prompt is empty": not all(prompts),
@@ -150,6 +157,48 @@ def _check(
     for problem, applies in problems.items():
         if applies:
             raise UsageError(problem, where="generate")
+
+
+def check_room(model: Any, given: int, new: int) -> None:
+    """Raise UsageError if `given` tokens and `new` ones are more than a model has positions for.
+
+    Says nothing of a model that reroll has not lowered, and of one without a table of positions.
+    """
+    program = getattr(model, "program", None)
+    if not isinstance(program, Program):
+        return
+    limits, reads = position_limits(program), model.main_input_name
+    writes = "decoder_input_ids" if model.config.is_encoder_decoder else reads
+    # the last new token is not read again
+    counts = {reads: given, writes: new if writes != reads else given + new - 1}
+    for name, count in counts.items():
+        if count > limits.get(name, count):
+            raise UsageError(
+                f"{given} tokens of the prompt and {new} new ones are more than the model has "
+                f"positions for, {limits[name]}",
+                where="generate",
+                hint="give a shorter prompt, or a lower --max-new-tokens",
+            )
+
+
+def _out_of_range(model: Any, ids: torch.Tensor) -> UsageError:
+    """Why an original found no row of a table: a token or a position that it does not have."""
+    config = model.config.get_text_config()
+    size, top = getattr(config, "vocab_size", None), int(ids.max())
+    if isinstance(size, int) and top >= size:
+        return UsageError(
+            f"there is no token {top} in a vocabulary of {size}",
+            where="generate",
+            hint="the tokenizer is not that of the model",
+        )
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    limit = next((n for name in names if (n := getattr(config, name, None))), "its")
+    return UsageError(
+        f"the {ids.shape[1]} tokens of the prompt with the new ones are more than the model has "
+        f"positions for, {limit}",
+        where="generate",
+        hint="give a shorter prompt, or a lower --max-new-tokens",
+    )
 
 
 def _as_chat(tokenizer: Any, prompt: str) -> str:

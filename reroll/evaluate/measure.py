@@ -101,7 +101,15 @@ def find(name: str) -> type[Measure]:
     return look_up(measures(), name, "measure", "--measures")
 
 
-def within(contexts: list[int], runner: Runner, most: int | None = None) -> list[int]:
-    """The contexts that the model's configuration allows, and that are not above `most`."""
-    bounds = [b for b in (runner.limit, most) if b is not None]
-    return [c for c in contexts if all(c <= b for b in bounds)]
+def within(
+    contexts: list[int], runner: Runner, most: int | None = None, *, behind: int = 0
+) -> list[int]:
+    """The contexts that the model takes, with `behind` tokens more, and that are not above `most`.
+
+    Where the model takes none of them, the longest that it does.
+    """
+    limit = None if runner.limit is None else runner.limit - behind
+    fitting = [c for c in contexts if limit is None or c <= limit]
+    if not fitting and limit is not None and limit > 0:
+        fitting = [limit]
+    return [c for c in fitting if most is None or c <= most]

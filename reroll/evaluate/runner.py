@@ -12,6 +12,7 @@ from torch import Tensor
 from reroll.evaluate.measure import NotApplicable
 from reroll.evaluate.subjects import Subject
 from reroll.evaluate.tokenizing import special_ids
+from reroll.rewrite.reach import longest
 
 # elements of the logits that one forward may make: 256 MB in fp32
 BUDGET = 2**26
@@ -62,7 +63,13 @@ class Runner:
 
     @cached_property
     def limit(self) -> int | None:
-        """The longest context that the model's configuration allows; None if it says nothing."""
+        """The longest context that the model's positions or its configuration allow.
+
+        None if nothing says.
+        """
+        program = self.subject.program
+        if program is not None and (learned := longest(program)) is not None:
+            return learned
         config = getattr(self.subject.model, "config", None)
         for name in ("max_position_embeddings", "n_positions"):
             value = getattr(config, name, None)
@@ -141,8 +148,11 @@ class Runner:
             none = isinstance(keep, Tensor) and not len(keep)
             # no position at all cannot be asked for
             options["logits_to_keep"] = 1 if none else keep
-        with torch.inference_mode():
-            return self.subject.model(input_ids=ids.to(self.device), **options)
+        try:
+            with torch.inference_mode():
+                return self.subject.model(input_ids=ids.to(self.device), **options)
+        except (IndexError, RuntimeError) as error:
+            raise self.subject.unreachable({"input_ids": ids}) or error from error
 
     def greedy(self, ids: Tensor, count: int) -> Tensor:
         """The `count` likeliest next tokens [rows, count], one after the other, no end heeded."""

@@ -23,6 +23,7 @@ from reroll.rewrite.capture.models import class_of
 from reroll.rewrite.capture.signature import is_decoder
 from reroll.rewrite.passes.costs import flops_per_token, keeps_state, state_bytes
 from reroll.rewrite.program import Program
+from reroll.rewrite.reach import out_of_reach
 
 log = logging.getLogger(__name__)
 
@@ -117,12 +118,19 @@ class Subject:
             options["use_cache"] = False
         if keep is not None:
             options["logits_to_keep"] = keep
-        with torch.no_grad():
-            found = self.model(**self._in_own_dtype(inputs), **options)
+        try:
+            with torch.no_grad():
+                found = self.model(**self._in_own_dtype(inputs), **options)
+        except (IndexError, RuntimeError) as error:
+            raise self.unreachable(inputs) or error from error
         value = found.get(output)
         if not isinstance(value, Tensor):
             raise UsageError(f"the model gives no {output!r}", where=self.name)
         return value
+
+    def unreachable(self, inputs: Mapping[str, Tensor]) -> UsageError | None:
+        """Why the model has no row of a table for some inputs; None if that cannot be told."""
+        return None if self.program is None else out_of_reach(self.program, inputs)
 
     def _in_own_dtype(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {

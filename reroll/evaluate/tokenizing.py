@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +91,7 @@ def read_text(source: str | Path | None) -> str:
     try:
         text = source.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError("the file is not UTF-8 text", where=str(source)) from error
+        raise not_utf8(source) from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"the text cannot be read: {reason}", where=str(source)) from error
@@ -97,6 +100,38 @@ def read_text(source: str | Path | None) -> str:
     if not text.strip():
         raise UsageError("the text is empty", where=str(source))
     return text
+
+
+def not_utf8(file: Path) -> UsageError:
+    """The error for a file that is not UTF-8: where it stops being so."""
+    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
+    with file.open("rb") as stream, suppress(UnicodeDecodeError):
+        while piece := stream.read(2**20):
+            waiting = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece)
+            except UnicodeDecodeError as error:
+                place += error.start - waiting
+                raise
+            place += len(piece)
+    return UsageError(
+        f"the file is not UTF-8 text: byte {place} is none of it",
+        where=str(file),
+        hint="convert it: iconv -f LATIN1 -t UTF-8, or from whatever it is in",
+    )
+
+
+def check_utf8(text: str, where: str) -> None:
+    """Raise UsageError for text from a command line that was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = len(os.fsencode(text[: error.start]))
+        raise UsageError(
+            f"the text is not UTF-8: byte {place} is none of it",
+            where=where,
+            hint="set the terminal, or whatever writes the text, to UTF-8",
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
+from reroll.evaluate.tokenizing import not_utf8
 
 # with `pack=separate`, a shorter rest of a document is left out
 SHORTEST = 16
@@ -92,7 +93,7 @@ def _in_file(path: Path) -> Iterator[str]:
                 return
             yield from (part for part in file.read().split("\f") if part.strip())
     except UnicodeDecodeError as error:
-        raise UsageError("the file is not UTF-8 text", where=str(path)) from error
+        raise not_utf8(path) from error
     except OSError as error:
         raise UsageError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
 

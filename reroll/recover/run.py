@@ -25,6 +25,7 @@ from reroll.recover.trainable import new_names, training
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.passes.pipeline import call_to_text
 from reroll.rewrite.program import Program, Step
+from reroll.rewrite.reach import check_length
 from reroll.runtime.recapture import stored_tensors
 from reroll.writing import check_directory, new_directory
 
@@ -131,6 +132,11 @@ class _Run:
         }
         seen = image_input(program)
         self.length = self.settings.length if seen is None else seen.positions
+        for each in (program, original):
+            if each is not None and seen is None:
+                check_length(
+                    each, self.length, "recipe recover, option length", "give at most {limit}"
+                )
         self.steps = _steps(recipe, tokens / (self.settings.batch * self.length))
         # stages without steps may still begin with something
         tokens = sum(self.steps) * self.settings.batch * self.length or tokens

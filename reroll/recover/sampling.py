@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.evaluate.generation import check_room
+from reroll.evaluate.tokenizing import check_utf8
+
 
 def sampled_texts(
     model: Any,
@@ -37,7 +40,9 @@ def sampled_texts(
         first = tokenizer.bos_token_id
         ids = [ends if first is None else first]
     else:
+        check_utf8(start, "--start")
         ids = list(tokenizer(start, add_special_tokens=False).input_ids)
+    check_room(model, len(ids), length)
     prompt = torch.tensor([ids] * batch, device=model.device)
     done, round_ = 0, 0
     while done < tokens:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from reroll.errors import UsageError
 from reroll.rewrite.defaults import fitted, ordinary_token
 from reroll.rewrite.program import Input, Program
+from reroll.rewrite.reach import out_of_reach
 from reroll.rewrite.weights.evaluation import Output, evaluate_outputs
 from reroll.runtime.assembly import Assembly, Default, assemble
 from reroll.runtime.caches import layers_of
@@ -185,8 +186,18 @@ class RerollPreTrainedModel(PreTrainedModel):
             self._refuse_derived(given)
         layers = layers_of(past, self._assembly.layers)
         state = State(self._assembly.loops, layers, **wishes)
-        outputs = self._assembly.main(self, *self._arguments(given, layers), state)
+        try:
+            outputs = self._assembly.main(self, *self._arguments(given, layers), state)
+        except (IndexError, RuntimeError) as error:
+            raise self.explained(error, given, layers) from error
         return dict(zip(self.program.outputs, outputs, strict=True)), state
+
+    def explained(
+        self, error: Exception, given: Mapping[str, Tensor | None], layers: Any
+    ) -> Exception:
+        """The reason of an error in terms of the inputs, if these are at fault; else the error."""
+        past = 0 if layers is None else int(layers[0].get_seq_length())
+        return out_of_reach(self.program, given, past) or error
 
     def _arguments(self, given: Mapping[str, Tensor | None], layers: Any) -> list[Tensor | None]:
         """The Program's inputs in order; those that were left out as the original has them."""

@@ -95,7 +95,10 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         """The encoder's last hidden state, and whatever else the decoder computes from it alone."""
         values = self._half_arguments(given, "encoder")
         state = State(self._assembly.loops)
-        (hidden,) = self._halves.encode(self, *values, state)
+        try:
+            (hidden,) = self._halves.encode(self, *values, state)
+        except (IndexError, RuntimeError) as error:
+            raise self.explained(error, given, None) from error
         output = BaseModelOutput(last_hidden_state=hidden)
         for number, value in enumerate(self._halves.extend(self, hidden, *values, state)):
             output[f"for_decoder_{number}"] = value
@@ -111,7 +114,11 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
             rest = [v for k, v in encoded.items() if k.startswith("for_decoder_")]
         if not rest:
             rest = list(self._halves.extend(self, hidden, *values, state))
-        outputs = self._halves.decode(self, hidden, *rest, *values, state)
+        try:
+            outputs = self._halves.decode(self, hidden, *rest, *values, state)
+        except (IndexError, RuntimeError) as error:
+            reads = {k: v for k, v in given.items() if k.startswith("decoder_")}
+            raise self.explained(error, reads, state.layers) from error
         return dict(zip(self.program.outputs, outputs, strict=True))
 
     @property

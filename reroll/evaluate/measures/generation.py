@@ -44,30 +44,40 @@ class Generation(Measure):
     def run(self, bench: Bench) -> dict[str, Any]:
         bench.model.need_generation()
         text = Text(bench.model, bench.text, 0)
-        length = self.prompt + self.new
+        prompt, new = self._fitting(bench)
+        length = prompt + new
         count = min(self.prompts, len(text.ids) // length)
         if not count:
             raise NotApplicable(f"the text has {len(text.ids)} tokens, fewer than {length}")
         # the prompts are spread evenly over the text
         step = (len(text.ids) - length) // max(count - 1, 1)
         starts = [n * step for n in range(count)]
-        prompts = torch.tensor([bench.model.prefix + text.ids[s : s + self.prompt] for s in starts])
+        prompts = torch.tensor([bench.model.prefix + text.ids[s : s + prompt] for s in starts])
         made: dict[str, list[list[int]]] = {}
         for side, runner in bench.sides.items():
             made[side] = []
             for number, part in enumerate(prompts.split(BATCH)):
                 bench.progress(number * BATCH, count, f"{side}, continuing")
-                made[side] += runner.greedy(part, self.new).tolist()
-        made["text"] = [text.ids[s + self.prompt : s + length] for s in starts]
+                made[side] += runner.greedy(part, new).tolist()
+        made["text"] = [text.ids[s + prompt : s + length] for s in starts]
         found = {side: style(rows) for side, rows in made.items()}
         if bench.original is not None:
             pairs = zip(made["model"], made["original"], strict=True)
             lengths = [agreement(a, b) for a, b in pairs]
             found["model"] |= {
                 "agreement_tokens": sum(lengths) / count,
-                "identical": sum(n == self.new for n in lengths) / count,
+                "identical": sum(n == new for n in lengths) / count,
             }
-        return {**found, "new": self.new, "prompts": count}
+        return {**found, "new": new, "prompts": count}
+
+    def _fitting(self, bench: Bench) -> tuple[int, int]:
+        """Tokens of a prompt and new ones, less of both where the models do not take so many."""
+        limits = [r.limit - len(r.prefix) for r in bench.sides.values() if r.limit]
+        room = min(limits, default=self.prompt + self.new)
+        if self.prompt + self.new <= room:
+            return self.prompt, self.new
+        prompt = max(room * self.prompt // (self.prompt + self.new), 1)
+        return prompt, max(room - prompt, 1)
 
     def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {}

@@ -84,7 +84,7 @@ class ListOps(Measure):
             text = "".join(f"{write(t)} = {value(t)}\n" for t in shots) + f"{write(asked)} ="
             digits = [f" {d}" for d in range(10)]
             questions.append(encode(runner, text, digits, value(asked)))
-        if runner.limit and max(len(q.prompt) for q in questions) >= runner.limit:
+        if runner.limit and max(q.length for q in questions) > runner.limit:
             return None
         return cell(ask(runner, questions), 0.1, symbols=most)
 

@@ -139,7 +139,7 @@ class Recall(Measure):
 def _asked(
     runner: Runner, questions: Sequence[tuple[Question, int]], place: dict[str, Any], tell: Any
 ) -> list[_Result]:
-    too_long = [q for q, _ in questions if runner.limit and len(q.prompt) >= runner.limit]
+    too_long = [q for q, _ in questions if runner.limit and q.length > runner.limit]
     if too_long:
         return []
     answers = ask(runner, [question for question, _ in questions], tell)

@@ -119,8 +119,11 @@ def phonebook(bench: Bench, runner: Runner, entries: int, sample: int) -> tuple[
 
 
 def mqar(bench: Bench, runner: Runner, pairs: int, samples: int) -> Iterator[tuple[Answer, int]]:
-    """Answers to every query of some rows of pairs, with their distances."""
+    """Answers to every query of some rows of pairs, with distances; none if it is too long."""
     words = _words(runner)
+    # every pair is said twice
+    if runner.limit and len(runner.prefix) + 4 * pairs > runner.limit:
+        return
     if len(words) < 2 * pairs:
         raise NotApplicable(f"the tokenizer has {len(words)} words, too few for {pairs} pairs")
     rows, distances = [], []

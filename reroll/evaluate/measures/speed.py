@@ -42,7 +42,7 @@ class Speed(Measure):
 
     def run(self, bench: Bench) -> dict[str, Any]:
         bench.model.need_generation()
-        contexts = within(self.contexts, bench.model)
+        contexts = within(self.contexts, bench.model, behind=self.decode)
         if not contexts:
             raise NotApplicable("no context fits into the model's")
         found: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": self.rounds}

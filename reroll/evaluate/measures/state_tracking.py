@@ -103,7 +103,7 @@ class StateTracking(Measure):
             truth = asked.candidates.index(asked.answer)
             questions.append(encode(runner, text, [f" {c}" for c in asked.candidates], truth))
             items += len(plain_ids(runner.tokenizer, asked.items))
-        if runner.limit and max(len(q.prompt) for q in questions) >= runner.limit:
+        if runner.limit and max(q.length for q in questions) > runner.limit:
             return None
         answers = ask(runner, questions)
         chance = sum(1 / len(q.candidates) for q in questions) / len(questions)
