@@ -25,6 +25,7 @@ from reroll.rewrite.passes.samples import random_inputs
 from reroll.rewrite.program import Program
 from tests import tiny
 from tests.captured import captured, flat
+from tests.captured import model as original
 from tests.conformance.target_suite import TargetSuite
 from tests.export.prompted import check_pieces, check_reference, inputs
 from tests.programs import call, typed
@@ -210,6 +211,28 @@ def test_shared_weights_are_not_gathered(tmp_path):
 def model(tmp_path_factory) -> Path:
     """A tiny llama with a tokenizer, as a directory."""
     return tiny.save(tiny.llama(), tmp_path_factory.mktemp("model"), tiny.tokenizer())
+
+
+def test_positions_that_the_model_computes_are_computed_by_the_graph(tmp_path):
+    found = exported(captured("xlm_roberta"), tmp_path, graphs=("loop",), check=True)
+    names = [i["name"] for i in found["graphs"]["loop"]["inputs"]]
+    assert names == ["input_ids", "attention_mask"]
+    assert found["computed_inputs"] == ["position_ids"]
+    ids = torch.tensor([[5, 9, 1, 7, 1, 1], [1, 3, 8, 8, 30, 2]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected = original("xlm_roberta")(**given).last_hidden_state
+    actual = Session(tmp_path / "loop.onnx").run(given)["last_hidden_state"]
+    assert tolerances.relative_rms(actual, expected) < 1e-5
+
+
+def test_positions_of_a_decoder_follow_from_its_mask(tmp_path):
+    found = exported(captured("opt"), tmp_path, graphs=("loop",), check=True)
+    names = [i["name"] for i in found["graphs"]["loop"]["inputs"]]
+    assert names[:2] == ["input_ids", "attention_mask"]
+    assert "position_ids" not in names
+    config = json.loads((tmp_path / "genai_config.json").read_text())
+    assert "position_ids" not in config["model"]["decoder"]["inputs"]
 
 
 def test_names_and_manifest(model, tmp_path):
