@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import fx
 
 import reroll
@@ -136,3 +137,20 @@ def test_the_text_of_a_default_names_an_input():
 def test_positions_that_a_default_does_not_make_are_plain():
     assert counts_from_zero(Input("p", TensorType(torch.long, ("b", "s")), "positions"))
     assert not counts_from_zero(Input("p", TensorType(torch.long, ("b", "s")), "zeros"))
+
+
+class WithoutPositions(transformers.BertModel):
+    """A model whose forward names an input that it does not take."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **options):
+        if position_ids is not None:
+            raise ValueError("positions are not supported")
+        return super().forward(input_ids, attention_mask, **options)
+
+
+def test_an_encoder_that_takes_no_positions_is_captured_without():
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    program = reroll.capture(WithoutPositions(config).eval(), roll=False)
+    assert [i.name for i in program.inputs] == ["input_ids", "attention_mask"]

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -104,34 +105,41 @@ def capture_module(
     stateful = inputs is None and has_state(model)
     first: RerollError | None = None
     uncached: RerollError | None = None
-    # in order of preference: one attention op before the model's own, with a cache before without
-    for implementation in (IMPLEMENTATION, "eager"):
-        for with_state in (True, False) if stateful else (False,):
-            try:
-                examples = (
-                    default_examples(model, with_state)
-                    if inputs is None
-                    else given_examples(inputs)
-                )
-                exported, traced = _export(model, examples, with_state, implementation)
-                examples = _with_roles(examples, traced)
-                check_branches(exported, examples, getattr(model, "config", None))
-                program = _to_program(model, exported, examples, source, origin)
-            except RerollError as error:
-                log.info("not captured with %s, cache=%s: %s", implementation, with_state, error)
-                first = first or error
-                uncached = uncached or (error if with_state else None)
+    own_attention = False
+    # in order of preference: one attention op before the model's own, with a cache before without,
+    # and an encoder with its positions and token types before one without
+    caches = (True, False) if stateful else (False,)
+    optional = (True, False) if inputs is None and not stateful else (True,)
+    for implementation, with_state, whole in product((IMPLEMENTATION, "eager"), caches, optional):
+        if implementation == IMPLEMENTATION and own_attention:
+            continue
+        try:
+            examples = (
+                default_examples(model, with_state) if inputs is None else given_examples(inputs)
+            )
+            kept = [e for e in examples if whole or e.role in ("data", "padding")]
+            if not whole and len(kept) == len(examples):
                 continue
-            if implementation == IMPLEMENTATION and not _has(program.graph, "attention"):
-                log.info("%s calls no attention function of transformers", type(model).__name__)
-                break
-            for remark in program.origin.remarks:
-                log.warning("%s: %s", type(model).__name__, remark)
-            program = _with_defaults(model, program, examples, with_state, implementation, source)
-            if stateful and not with_state:
-                assert uncached is not None
-                return _without_cache(program, uncached)
-            return program
+            exported, traced = _export(model, kept, with_state, implementation)
+            kept = _with_roles(kept, traced)
+            check_branches(exported, kept, getattr(model, "config", None))
+            program = _to_program(model, exported, kept, source, origin)
+        except RerollError as error:
+            log.info("not captured with %s, cache=%s: %s", implementation, with_state, error)
+            first = first or error
+            uncached = uncached or (error if with_state else None)
+            continue
+        if implementation == IMPLEMENTATION and not _has(program.graph, "attention"):
+            log.info("%s calls no attention function of transformers", type(model).__name__)
+            own_attention = True
+            continue
+        for remark in program.origin.remarks:
+            log.warning("%s: %s", type(model).__name__, remark)
+        program = _with_defaults(model, program, kept, with_state, implementation, source)
+        if stateful and not with_state:
+            assert uncached is not None
+            return _without_cache(program, uncached)
+        return program
     name = type(model).__name__
     if first is not None and getattr(model, "_is_stateful", False):
         raise CaptureError(
