@@ -4,7 +4,8 @@ graph.py                    building ONNX graphs: values, scopes, hoisting, dead
 weights.py                  the weight file that all graphs share
 translate.py                from a Program's graphs to ONNX nodes
 segments.py, loops.py       which trips become one Loop
-aten.py, shapes.py, indexing.py, complex_numbers.py   the lowering of ATen's operators
+aten.py, pointwise.py, reductions.py    the lowering of ATen's operators: arithmetic
+shapes.py, indexing.py, sorting.py, making.py, complex_numbers.py   and the others
 idioms.py, attention.py, experts.py, convolutions.py   and of what layers are made of
 states.py, windows.py       state as inputs and outputs; caches that do not grow
 recurrence.py, linear_attention.py   token mixers: their op, and the operator that they become

@@ -23,9 +23,13 @@ from reroll.export.onnx import (  # noqa: F401 - lowerings
     experts,
     idioms,
     indexing,
+    making,
     mixers,
+    pointwise,
     recurrence,
+    reductions,
     shapes,
+    sorting,
 )
 from reroll.export.onnx.graph import Graph, nodes_of
 from reroll.export.onnx.manifest import write_manifest
