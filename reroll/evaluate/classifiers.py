@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +51,33 @@ def exit_states(model: Any, tokens: Tensor | Sequence[int]) -> ExitStates:
     labels: dict[int, list[Tensor]] = {trip: [] for trip in trips}
     with torch.no_grad():
         for row in rows:
-            out = model(row[None], output_hidden_states=True, use_cache=False)
+            carried: dict[int, Tensor] = {}
+            with _recorded(model, trips, carried):
+                out = model(row[None], use_cache=False)
             last = out.logits[0].argmax(-1)
             for trip in trips:
-                hidden = out.hidden_states[trip + 1]
+                hidden = carried[trip]
                 states[trip].append(F.rms_norm(hidden[0].float(), hidden.shape[-1:], eps=1e-6))
                 early = read_out(model, hidden, trip + 1, input_ids=row[None], use_cache=False)
                 labels[trip].append(early[0].argmax(-1) == last)
     return ExitStates(states, {trip: torch.cat(each) for trip, each in labels.items()})
+
+
+@contextmanager
+def _recorded(model: Any, trips: Iterable[int], carried: dict[int, Tensor]) -> Iterator[None]:
+    """Keep the hidden state that each of these trips returns."""
+    modules = model._assembly.loops[model.program.loops[-1].name].modules
+    handles = [
+        modules[trip].register_forward_hook(
+            lambda _module, _args, out, trip=trip: carried.__setitem__(trip, out[0])
+        )
+        for trip in trips
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def fit_exits(

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError
+from reroll.rewrite.hidden import drop_marks, named
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.patterns import Miss, nearest
 from reroll.rewrite.program import Program, TensorType
@@ -78,7 +79,11 @@ class FoldNorms(Pass):
                 hint="only streams that nothing but norms read, as in pre-norm models, can",
             )
         context.remark(f"{len(done)} of {len(norms)} LayerNorm nodes are RMSNorm now")
-        return folder.edit.result()
+        result = folder.edit.result()
+        if any(named(result)):
+            drop_marks(result)
+            context.remark("hidden states are centred now, so the model does not give them")
+        return result
 
 
 class _Folder:

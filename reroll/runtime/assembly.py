@@ -26,6 +26,7 @@ from reroll.runtime.codegen import compile_graph, runnable
 from reroll.runtime.exit_graphs import loop_exits, split_exits
 from reroll.runtime.halves import cut
 from reroll.runtime.heads import head_path, keep_before_head, take_embeddings
+from reroll.runtime.hidden import note_in_main, observed, states_of
 from reroll.runtime.hoisting import OWN_INPUTS, hoist_invariants
 from reroll.runtime.loops import Trips
 from reroll.runtime.modules import Tree, Trip, build_tree
@@ -102,10 +103,11 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     for node in numbers:
         tell_padding(node)
     place_masks(program, layers)
+    note_in_main(program, state)
     loops, sources = {}, {}
     for loop in program.loops:
-        name, inner = loop.name, cache_nodes(loop.body.graph)
-        own = {node: (updates[node], number) for number, node in enumerate(inner)}
+        name, caches = loop.name, cache_nodes(loop.body.graph)
+        own = {node: (updates[node], number) for number, node in enumerate(caches)}
         exits = exits_of(loop)
         running = None if exits is None else loop_exits(loop, exits)
         graphs = {}
@@ -117,14 +119,22 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
             filled = split.filled[layers[name]]
             graphs["fill"] = runnable(split.fill, tree.readings[name], filled, own_fill)
         graphs["forward"] = runnable(loop.body.graph, tree.readings[name], layers[name], own)
+        hidden, inner = states_of(loop)
+        if inner:
+            seen = observed(loop.body.graph, inner)
+            # a copy has the nodes of the original in their order
+            copies = dict(zip(loop.body.graph.nodes, seen.nodes, strict=True))
+            own_seen = {copies[node]: update for node, update in own.items()}
+            seen_layers = copies[layers[name]]
+            graphs["observed"] = runnable(seen, tree.readings[name], seen_layers, own_seen)
         if name in statics:
             graphs["static"] = runnable(statics[name], tree.readings[name])
         trip_type = _trip_type(name, graphs)
         for trip in tree.trips[name]:
             trip.__class__ = trip_type
         sources[name] = trip_type.source
-        first = numbers[inner[0]][0] if inner else 0
-        loops[name] = Trips(tree.trips[name], first, len(inner), exits=running)
+        first = numbers[caches[0]][0] if caches else 0
+        loops[name] = Trips(tree.trips[name], first, len(caches), exits=running, hidden=hidden)
     own = {n: (updates[n], numbers[n][0]) for n in cache_nodes(program.graph)}
     graph = runnable(program.graph, readings, layers["main"], own, state)
     main, sources["main"] = compile_graph(graph, "main")
@@ -174,8 +184,19 @@ def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[Trip]:
     for method, graph in graphs.items():
         members[method], source = compile_graph(graph, f"{name} {method}")
         members["source"] += source
+    if "observed" in members:
+        members["forward"] = _either(members["forward"], members["observed"])
     title = "".join(part.capitalize() for part in re.split(r"\W|_", name, flags=re.ASCII))
     return type(f"{title}Trip", (Trip,), members)
+
+
+def _either(plain: Callable[..., Any], observed: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a trip that returns its hidden states as well if it is asked to."""
+
+    def forward(self: Trip, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
+        return (observed if observe else plain)(self, *args, **kwargs)
+
+    return forward
 
 
 def _cache_inputs(program: Program) -> tuple[dict[str, fx.Node], fx.Node]:

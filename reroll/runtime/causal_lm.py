@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from reroll.errors import UsageError
 from reroll.runtime.exits import DepthReport, depth_report
 from reroll.runtime.generation import RerollGenerationMixin, without_cache
+from reroll.runtime.hidden import Wish, hidden_states
 from reroll.runtime.loops import keep_positions
 from reroll.runtime.modeling import RerollPreTrainedModel
 
@@ -34,7 +35,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: Wish = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -44,8 +45,8 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         `position_ids` that begin anew within a row are separate documents, as in transformers.
         `inputs_embeds` [batch, time, width] stand in for the embeddings of `input_ids`. `labels`
         are the input ids, -100 where they do not count. `logits_to_keep`: only the last so many
-        positions, or those of a tensor. With `output_hidden_states`, what the depth loop carries
-        before each trip, and the last hidden state.
+        positions, or those of a tensor. `output_hidden_states`: those of the original, all or by
+        number.
         """
         refuse_attentions(self, kwargs)
         self.refuse_unread({"position_ids": position_ids, **kwargs}, _LOSS_OPTIONS)
@@ -60,16 +61,12 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             "position_ids": position_ids,
             **{k: v for k, v in kwargs.items() if k in self._input_names},
         }
-        wanted = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        )
+        hidden, wish = hidden_states(self, output_hidden_states)
         outputs, state = self.run_program(
             given,
             past_key_values,
             keep=logits_to_keep,
-            hidden=[] if wanted else None,
+            hidden=hidden,
             embeddings=inputs_embeds,
             documents=self.documents(given, asked, past),
         )
@@ -86,7 +83,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(state.hidden) if state.hidden is not None else None,
+            hidden_states=None if hidden is None else hidden.chosen("hidden_states", wish),
         )
         for name, value in outputs.items():
             result[name] = value

@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from reroll.errors import UsageError
+from reroll.rewrite.hidden import named
 from reroll.rewrite.program import Program
 from reroll.runtime.causal_lm import refuse_attentions
 from reroll.runtime.config import RerollConfig
+from reroll.runtime.hidden import Wish, hidden_states
 from reroll.runtime.modeling import RerollPreTrainedModel
 from reroll.runtime.outputs import output_class
 
@@ -23,7 +25,7 @@ class RerollModel(RerollPreTrainedModel):
     def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
         super().__init__(config, program)
         # made here, because compiled code cannot make a class
-        self._output_class = output_class(("loss", *self.program.outputs, "hidden_states"))
+        self._output_class = output_class(("loss", *self.program.outputs, *named(self.program)))
 
     def forward(
         self,
@@ -35,7 +37,7 @@ class RerollModel(RerollPreTrainedModel):
         input_features: Tensor | None = None,
         input_values: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: Wish = None,
         return_dict: bool | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
@@ -43,8 +45,8 @@ class RerollModel(RerollPreTrainedModel):
         """The Program's outputs as a `ModelOutput`, with `loss` first if there are `labels`.
 
         The main input may be given by position whatever its name, and `inputs_embeds` [batch, time,
-        width] stand in for the embeddings of `input_ids`. With `output_hidden_states`, what
-        the depth loop carries before each trip.
+        width] stand in for the embeddings of `input_ids`. `output_hidden_states`: those of the
+        original, all or by number.
         """
         refuse_attentions(self, kwargs)
         given = {
@@ -62,23 +64,16 @@ class RerollModel(RerollPreTrainedModel):
         self.refuse_unread(given, _LOSS_INPUTS)
         if inputs_embeds is not None:
             given[self.main_input_name] = self._tokens(given[self.main_input_name], inputs_embeds)
-        wanted = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        )
+        hidden, wish = hidden_states(self, output_hidden_states)
         documents = self.documents(given, kwargs.get("use_cache"), None)
-        outputs, state = self.run_program(
-            given,
-            hidden=[] if wanted else None,
-            embeddings=inputs_embeds,
-            documents=documents,
+        outputs, _ = self.run_program(
+            given, hidden=hidden, embeddings=inputs_embeds, documents=documents
         )
         loss = None
         if labels is not None or "start_positions" in kwargs:
             loss = self.loss(outputs, labels, kwargs)
-        hidden = tuple(state.hidden) if state.hidden is not None else None
-        result = self._output_class(loss=loss, **outputs, hidden_states=hidden)
+        states = {} if hidden is None else {n: hidden.chosen(n, wish) for n in hidden.entries}
+        result = self._output_class(loss=loss, **outputs, **states)
         return result if return_dict is not False else result.to_tuple()
 
     def loss(

@@ -9,7 +9,7 @@ from torch import fx
 
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import shape
-from reroll.runtime.loops import keep_positions, kept_positions, look_up
+from reroll.runtime.loops import keep_positions, look_up
 from reroll.runtime.modules import Reading
 
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ def keep_before_head(program: Program, state: fx.Node) -> bool:
     with program.graph.inserting_before(head):
         kept = program.graph.call_function(keep_positions, (hidden, state))
         if head.target is EXIT_LINEAR:
-            depth = program.graph.call_function(kept_positions, (head.args[1], state))
+            depth = program.graph.call_function(keep_positions, (head.args[1], state))
             head.update_arg(1, depth)
     head.update_arg(0, kept)
     return True

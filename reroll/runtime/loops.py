@@ -14,6 +14,7 @@ from reroll.rewrite.rolling.exits import is_open
 from reroll.runtime.documents import Documents
 from reroll.runtime.exit_graphs import LoopExits
 from reroll.runtime.exits import can_compact, run_compacted
+from reroll.runtime.hidden import NO_STATES, HiddenStates, TripStates, run_observed
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Trips:
     count: int | None = None
     backprop: int | None = None
     exits: LoopExits | None = None
+    hidden: TripStates = NO_STATES
 
     def schedule(self, layers: Sequence[Any] | None) -> Sequence[nn.Module]:
         """The modules to run, in order."""
@@ -46,14 +48,14 @@ class State:
     """What one forward carries along: cache layers, loops, and what the caller wants of it.
 
     `keep` is `logits_to_keep`: how many of the last positions, or which, 0 for all. `hidden`
-    collects the value that the loops carry, if the caller asked for it. `documents` are those of
+    collects hidden states, if the caller asked for them. `documents` are those of
     packed rows.
     """
 
     loops: Mapping[str, Trips]
     layers: Sequence[Any] | None = None
     keep: int | Tensor = 0
-    hidden: list[Tensor] | None = None
+    hidden: HiddenStates | None = None
     embeddings: Tensor | None = None
     documents: Documents | None = None
 
@@ -66,14 +68,15 @@ def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any,
     frozen = 0 if trips.backprop is None else len(schedule) - trips.backprop
     for number, trip in enumerate(schedule):
         values = [v[number] if isinstance(v, tuple) else v for v in inputs]
-        if state.hidden is not None:
-            state.hidden.append(carry[0])
         own = None
         if layers is not None and count:
             own = layers[start : start + count]
             start += count
         old = carry
-        if number < frozen:
+        if state.hidden is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number >= frozen):
+                carry = run_observed(trip, trips.hidden, state.hidden, carry, values, own)
+        elif number < frozen:
             with torch.no_grad():
                 carry = trip(*carry, *values, past_key_values=own)
         elif exits is not None and own is not None and can_compact(exits, carry, own):
@@ -144,15 +147,8 @@ def look_up(table: nn.Module, ids: Tensor, state: State) -> Tensor:
     return table(ids) if state.embeddings is None else state.embeddings  # type: ignore[no-any-return]
 
 
-def keep_positions(hidden: Tensor, state: State) -> Tensor:
+def keep_positions(values: Tensor, state: State) -> Tensor:
     """The positions of [batch, time, ...] whose outputs the caller wants."""
-    if state.hidden is not None:
-        state.hidden.append(hidden)
-    return kept_positions(hidden, state)
-
-
-def kept_positions(values: Tensor, state: State) -> Tensor:
-    """The positions of [batch, time, ...] that the caller wants."""
     if isinstance(state.keep, Tensor):
         return values[:, state.keep]
     return values[:, -state.keep :] if state.keep else values

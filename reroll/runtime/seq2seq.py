@@ -16,6 +16,7 @@ from reroll.runtime.assembly import HalfFunctions
 from reroll.runtime.caches import layers_of
 from reroll.runtime.causal_lm import refuse_attentions, wants_cache
 from reroll.runtime.generation import RerollGenerationMixin
+from reroll.runtime.hidden import Wish, hidden_states
 from reroll.runtime.loops import State, keep_positions
 from reroll.runtime.modeling import RerollPreTrainedModel
 
@@ -37,6 +38,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         decoder_position_ids: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: Wish = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -69,11 +71,13 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
             # by position, the main input comes first whatever its name
             given[self.main_input_name] = input_ids
         if encoder_outputs is None:
-            encoder_outputs = self.encode(given)
+            encoder_outputs = self.encode(given, output_hidden_states)
+        hidden, wish = hidden_states(self, output_hidden_states)
         state = State(
             self._assembly.loops,
             layers_of(_self_attention(past_key_values), self._assembly.layers),
             keep=logits_to_keep,
+            hidden=hidden,
             documents=self.documents(given, asked, past),
         )
         outputs = self._decode(given, encoder_outputs, state)
@@ -88,18 +92,27 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
         )
+        if hidden is not None:
+            result["decoder_hidden_states"] = hidden.chosen("decoder_hidden_states", wish)
         return result if return_dict is not False else result.to_tuple()
 
-    def encode(self, given: Mapping[str, Tensor | None]) -> BaseModelOutput:
+    def encode(
+        self, given: Mapping[str, Tensor | None], output_hidden_states: Wish = None
+    ) -> BaseModelOutput:
         """The encoder's last hidden state, and whatever else the decoder computes from it alone."""
         values = self._half_arguments(given, "encoder")
-        state = State(self._assembly.loops)
+        states, wish = hidden_states(self, output_hidden_states)
+        state = State(self._assembly.loops, hidden=states)
         try:
             (hidden,) = self._halves.encode(self, *values, state)
         except (IndexError, RuntimeError) as error:
             raise self.explained(error, given, None) from error
         output = BaseModelOutput(last_hidden_state=hidden)
+        if states is not None:
+            output["hidden_states"] = states.chosen("encoder_hidden_states", wish)
+        state = State(self._assembly.loops)
         for number, value in enumerate(self._halves.extend(self, hidden, *values, state)):
             output[f"for_decoder_{number}"] = value
         return output
@@ -197,9 +210,10 @@ class Encoder:
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         """The output for the encoder's inputs, the main one by position or all by keyword."""
         given = dict(kwargs)
+        wish = given.pop("output_hidden_states", None)
         if args:
             given[self.main_input_name] = args[0]
-        return self.model.encode(given)
+        return self.model.encode(given, wish)
 
     __call__ = forward
 

@@ -42,6 +42,7 @@ from reroll.rewrite.capture.tracing import (
     tracing,
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
+from reroll.rewrite.hidden import NAMES, take_marks
 from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType
 from reroll.rewrite.weights import Meta, Source, Weight, WeightTable
 
@@ -120,7 +121,8 @@ def capture_module(
             kept = [e for e in examples if whole or e.role in ("data", "padding")]
             if not whole and len(kept) == len(examples):
                 continue
-            exported, traced = _export(model, kept, with_state, implementation)
+            hidden = _tells_hidden_states(model)
+            exported, traced = _export(model, kept, with_state, implementation, hidden=hidden)
             kept = _with_roles(kept, traced)
             check_branches(exported, kept, getattr(model, "config", None))
             program = _to_program(model, exported, kept, source, origin)
@@ -163,11 +165,14 @@ def _without_cache(program: Program, reason: RerollError) -> Program:
 class _Wrapper(nn.Module):
     """Calls the model by keyword, with a tracing cache if it keeps state; returns its tensors."""
 
-    def __init__(self, model: Any, stateful: bool, halt: Halt | None, at_cache: bool) -> None:
+    def __init__(
+        self, model: Any, stateful: bool, halt: Halt | None, at_cache: bool, hidden: bool
+    ) -> None:
         super().__init__()
         self.model = model
         self.stateful = stateful
         self.halt, self.at_cache = halt, at_cache
+        self.hidden = hidden
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         keywords: dict[str, Any] = dict(inputs, return_dict=True)
@@ -188,6 +193,8 @@ class _Wrapper(nn.Module):
             keywords.update(past_key_values=cache, use_cache=True)
         elif "use_cache" in _parameters(self.model):
             keywords["use_cache"] = False
+        if self.hidden:
+            keywords["output_hidden_states"] = True
         depth = len(_module_stack())
         try:
             out = self.model(**keywords)
@@ -196,7 +203,12 @@ class _Wrapper(nn.Module):
             while len(_module_stack()) > depth:
                 _module_stack().popitem()
             return halted.tensors
-        return {name: value for name, value in out.items() if isinstance(value, Tensor)}
+        found = {name: value for name, value in out.items() if isinstance(value, Tensor)}
+        for name in NAMES if self.hidden else ():
+            states = out.get(name) or ()
+            if all(isinstance(value, Tensor) for value in states):
+                found.update((f"{name}.{number}", value) for number, value in enumerate(states))
+        return found
 
 
 def _module_stack() -> dict[str, Any]:
@@ -218,10 +230,12 @@ def _export(
     stateful: bool,
     implementation: str,
     halt: Halt | None = None,
+    hidden: bool = False,
 ) -> tuple[torch.export.ExportedProgram, Traced]:
     """Trace a model; with `halt` no further than to an attention.
 
-    Where the model brings attention of its own, `halt` counts the updates of the cache.
+    Where the model brings attention of its own, `halt` counts the updates of the cache. `hidden`:
+    with its hidden states among the outputs, unless it fails to give them.
     """
     dtype = getattr(model, "dtype", torch.float32)
     tensors = {
@@ -232,8 +246,9 @@ def _export(
     shapes = {
         e.name: {i: auto for i, dim in enumerate(e.dims) if isinstance(dim, str)} for e in examples
     }
-    try:
-        own = implementation != IMPLEMENTATION
+    own = implementation != IMPLEMENTATION
+
+    def export(hidden: bool) -> tuple[torch.export.ExportedProgram, Traced]:
         with (
             torch.no_grad(),
             _quiet(),
@@ -242,13 +257,24 @@ def _export(
             tracing(model, implementation, None if own else halt) as traced,
         ):
             exported = torch.export.export(
-                _Wrapper(model, stateful, halt, own),
+                _Wrapper(model, stateful, halt, own, hidden),
                 (tensors,),
                 dynamic_shapes=(shapes,),
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
         return exported, traced
+
+    try:
+        if not hidden:
+            return export(False)
+        try:
+            return export(True)
+        except RerollError:
+            raise
+        except Exception as error:
+            log.info("%s: not exported with hidden states: %s", type(model).__name__, error)
+            return export(False)
     except RerollError:
         raise
     except Exception as error:
@@ -256,6 +282,15 @@ def _export(
         raise CaptureError(
             f"torch.export failed: {type(error).__name__}: {reason}", where=type(model).__name__
         ) from error
+
+
+def _tells_hidden_states(model: Any) -> bool:
+    """Whether a model can be asked for its hidden states."""
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters.values()
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters) and hasattr(model, "config")
+    return open_ended or "output_hidden_states" in _parameters(model)
 
 
 def _with_roles(examples: list[Example], traced: Traced) -> list[Example]:
@@ -345,6 +380,7 @@ def _to_program(
                 f"to {list(given.type.shape)}",
                 where=type(model).__name__,
             )
+    outputs = take_marks(flat.graph, flat.outputs)
     sources = [MemorySource(literals)] + ([source] if source is not None else [])
     used = {str(n.target) for n in flat.graph.nodes if n.op == "get_attr"}
     if unknown := sorted(used - weights.keys()):
@@ -360,7 +396,7 @@ def _to_program(
         weights=WeightTable({name: w for name, w in weights.items() if name in used}),
         source=ChainSource(sources),
         inputs=inputs,
-        outputs=flat.outputs,
+        outputs=outputs,
         dtype=getattr(model, "dtype", torch.float32),
         origin=replace(origin, remarks=remarks),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reroll.errors import PassError, RerollError, UsageError
+from reroll.rewrite.hidden import keep_complete
 from reroll.rewrite.passes.base import Pass
 from reroll.rewrite.passes.context import LARGE, Context
 from reroll.rewrite.passes.measure import Judge, Violation, difference, size
@@ -142,6 +143,7 @@ class _Runner:
         )
         start = time.perf_counter()
         after = _guarded(each, program, self.context)
+        keep_complete(after, program)
         seconds = time.perf_counter() - start
         measured = {**_changes(size(program), size(after)), **self.judged(each, program, after)}
         step = Step(text, seconds, tuple(self.context.remarks), measured)

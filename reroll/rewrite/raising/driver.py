@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.rewrite import weights as lazy
+from reroll.rewrite.hidden import keep_complete, stand_in, unmark
 from reroll.rewrite.patterns import Match, Miss, nearest
 from reroll.rewrite.program import Program, TensorType
 from reroll.rewrite.raising.attention import ATTENTION_RULES, absorb_masks
@@ -28,7 +29,7 @@ _SIZES = {"b": 2, "s": 3, "t": 3, "e": 4, "l": 5}
 
 def raise_idioms(program: Program) -> Program:
     """A Program whose idioms are single ops. Regions that match nothing stay as they are."""
-    program = raise_linears(program.edit())
+    before, program = program, raise_linears(program.edit())
     graph = program.graph
     drop_copies(graph)
     tidy_shapes(graph)
@@ -38,6 +39,7 @@ def raise_idioms(program: Program) -> Program:
     absorb_masks(graph)
     tidy_shapes(graph)
     graph.lint()
+    keep_complete(program, before)
     used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     unused = [name for name in program.weights if name not in used]
     return program.with_weights(program.weights.without(*unused))
@@ -66,7 +68,8 @@ def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
             )
             _erase(graph, new, node)
             continue
-        node.replace_all_uses_with(new)
+        unmark(new)
+        stand_in(node, new)
         # an op that may drop out counts as impure: no use is not enough for it to go
         graph.erase_node(node)
         done += 1

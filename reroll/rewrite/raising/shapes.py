@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reroll.rewrite.hidden import stand_in
 from reroll.rewrite.program import Dim
 
 aten = torch.ops.aten
@@ -63,7 +64,7 @@ def drop_copies(graph: fx.Graph) -> None:
     """Take out the copies to another memory layout, which keep a flat program bit-identical."""
     for node in graph.nodes:
         if node.target is aten.contiguous.default:
-            node.replace_all_uses_with(node.args[0])
+            stand_in(node, node.args[0])
             graph.erase_node(node)
 
 
@@ -103,7 +104,7 @@ def _tidy_reshape(graph: fx.Graph, node: fx.Node) -> int:
     if before is None or after is None:
         return 0
     if before == after:
-        node.replace_all_uses_with(inner)
+        stand_in(node, inner)
         return 1
     head = 0
     while head < min(len(before), len(after)) and before[head] == after[head]:
@@ -131,7 +132,7 @@ def _tidy_expand(node: fx.Node) -> int:
     if before is None or after is None:
         return 0
     if before == after:
-        node.replace_all_uses_with(inner)
+        stand_in(node, inner)
         return 1
     added = len(after) - len(before)
     sizes = [
@@ -158,7 +159,7 @@ def _undo_flatten(node: fx.Node) -> int:
         return 0
     if _shape(node) is None or _shape(inner.args[0]) != _shape(node):
         return 0
-    node.replace_all_uses_with(inner.args[0])
+    stand_in(node, inner.args[0])
     return 1
 
 
@@ -171,5 +172,5 @@ def _cancel_transpose(node: fx.Node) -> int:
     dims = [{d % rank for d in pair} for pair in pairs]
     if dims[0] != dims[1]:
         return 0
-    node.replace_all_uses_with(inner.args[0])
+    stand_in(node, inner.args[0])
     return 1

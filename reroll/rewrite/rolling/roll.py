@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from reroll.rewrite import ops
+from reroll.rewrite.hidden import drop_marks, stand_in, unmark
 from reroll.rewrite.patterns import Miss, nearest
 from reroll.rewrite.program import Body, Program, weight_nodes
 from reroll.rewrite.rolling.naming import Names, layers_per_trip
@@ -65,7 +66,7 @@ def merge_equal(graph: fx.Graph) -> None:
             continue
         key = (node.target, _freeze(node.args), _freeze(node.kwargs))
         if key in seen:
-            node.replace_all_uses_with(seen[key])
+            stand_in(node, seen[key])
             graph.erase_node(node)
         else:
             seen[key] = node
@@ -227,6 +228,8 @@ def insert_loop(program: Program, found: Unifier) -> Program:
         index = tuple(unique.index(entry) for entry in entries)
         table[new] = Weight(tuple(unique), index, weights[sources[0]].trainable)
     body = found.build(names.renamed)
+    if not found.mark(body):
+        drop_marks(replace(program, bodies={**program.bodies, names.loop: Body(body)}))
     last = found.regions[-1].nodes[-1]
     with graph.inserting_after(last):
         node = graph.call_function(
@@ -239,6 +242,7 @@ def insert_loop(program: Program, found: Unifier) -> Program:
         with graph.inserting_after(after):
             after = graph.call_function(operator.getitem, (node, position))
         after.meta.update(last.meta)
+        unmark(after)
         last.replace_all_uses_with(after, delete_user_cb=lambda user: user not in inside)
     graph.eliminate_dead_code()
     bodies = {**program.bodies, names.loop: Body(body, names.period)}

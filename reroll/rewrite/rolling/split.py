@@ -20,6 +20,7 @@ from torch import fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite import ops
+from reroll.rewrite.hidden import mark, marks, unmark
 from reroll.rewrite.program import Body, Loop, Program, weight_nodes
 from reroll.rewrite.weights import Weight, WeightTable
 
@@ -85,6 +86,8 @@ def split_loop(program: Program, loop: Loop, at: Sequence[int]) -> tuple[Program
             with graph.inserting_after(after):
                 after = graph.call_function(operator.getitem, (node, position))
             after.meta.update(value.meta)
+            # what comes next is marked where it is taken in
+            unmark(after)
             items.append(after)
         carry = tuple(items)
     for node, position in results.items():
@@ -137,6 +140,9 @@ def pack_trips(program: Program, loop: Loop, count: int) -> tuple[Program, Loop]
             row.append(graph.node_copy(place))
             inputs.append(_same(value, range(i, loop.trips, count)))
     for i in range(count):
+        if i:
+            for place, node in zip(old_places[:width], carry, strict=True):
+                mark(node, marks(place))
         values = dict(zip(old_places, [*carry, *given[i]], strict=True))
         carry = list(inline(graph, loop.body.graph, values, names[i].get))
     graph.output(tuple(carry))

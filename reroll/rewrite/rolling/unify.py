@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reroll.rewrite.hidden import mark, marks, unmark
 from reroll.rewrite.patterns import Miss
 
 aten = torch.ops.aten
@@ -285,7 +286,35 @@ class Unifier:
         for node, (args, kwargs) in zip(first.nodes, self.body, strict=True):
             values.append(make(node, args, kwargs))
         graph.output(tuple(values[place] for place in self.carry))
+        self._built = values
         return graph
+
+    def mark(self, body: fx.Graph) -> bool:
+        """Mark the hidden states of the trips in the body that was built; False if they differ.
+
+        What a trip returns and the last one does not count is what a trip is given: the value
+        before the first trip is marked, and has its mark there no longer.
+        """
+        places = body.find_nodes(op="placeholder")
+        given: list[tuple[int, tuple[str, ...]]] = []
+        for place, node in enumerate(self._built):
+            found = [marks(region.nodes[place]) for region in self.regions]
+            if not any(found):
+                continue
+            if len(set(found)) == 1:
+                mark(node, found[0])
+                continue
+            position = self.carry.index(place) if place in self.carry else None
+            if position is None or found[-1] or len({*found[:-1]}) != 1:
+                return False
+            if marks(self.initial[position])[-len(found[0]) :] != found[0]:
+                return False
+            given.append((position, found[0]))
+        for position, names in given:
+            start = unmark(self.initial[position])
+            mark(self.initial[position], start[: -len(names)])
+            mark(places[position], names)
+        return True
 
 
 def _has_constants_unlike(a: fx.Node, b: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from torch import fx
 
 from reroll.errors import ProgramError, located
 from reroll.rewrite import ops
+from reroll.rewrite.hidden import NAMES, mark
 from reroll.rewrite.program import TensorType
 from reroll.rewrite.text.cursor import Cursor, NodeRef, WeightRef
 from reroll.rewrite.text.op_names import LOOP, resolve
@@ -23,6 +24,7 @@ class Placeholder:
     name: str
     target: str
     type: TensorType | None
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Statement:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     type: TensorType | None = None
+    hidden: tuple[str, ...] = ()
 
 
 def read_statement(number: int, text: str) -> Statement:
@@ -55,9 +58,26 @@ def read_statement(number: int, text: str) -> Statement:
     else:
         target = resolve(cursor.take("word", "the name of an op"))
         args, kwargs = _arguments(cursor)
-    kind = cursor.tensor_type() if cursor.accept(":") else None
+    kind, hidden = read_type(cursor)
     cursor.end()
-    return Statement(number, name, target, args, kwargs, kind)
+    return Statement(number, name, target, args, kwargs, kind, hidden)
+
+
+def read_type(cursor: Cursor) -> tuple[TensorType | None, tuple[str, ...]]:
+    """The type behind a value, if there is one, and the outputs that the value is an entry of."""
+    if not cursor.accept(":"):
+        return None, ()
+    kind, names = cursor.tensor_type(), []
+    if cursor.accept("hidden"):
+        cursor.expect("(")
+        while True:
+            names.append(cursor.name())
+            if names[-1] not in NAMES:
+                raise ProgramError(f"hidden states are entries of {', '.join(NAMES)}")
+            if cursor.accept(")"):
+                break
+            cursor.expect(",")
+    return kind, tuple(names)
 
 
 def _loop(cursor: Cursor) -> tuple[Any, ...]:
@@ -105,18 +125,19 @@ def build_graph(
     nodes: dict[str, fx.Node] = {}
     lines: dict[fx.Node, int] = {}
 
-    def define(name: str, line: int, node: fx.Node, kind: TensorType | None) -> None:
+    def define(name: str, line: int, node: fx.Node, value: Placeholder | Statement) -> None:
         if name in nodes:
             before = lines[nodes[name]]
             with located(f"line {line}"):
                 raise ProgramError(f"%{name} is defined twice, first in line {before}")
         nodes[name], lines[node] = node, line
-        if kind is not None:
-            node.meta["type"] = kind
+        if value.type is not None:
+            node.meta["type"] = value.type
+        mark(node, value.hidden)
 
     for given in placeholders:
         node = graph.create_node("placeholder", given.target, name=given.name)
-        define(given.name, first, node, given.type)
+        define(given.name, first, node, given)
     # all nodes first, without arguments, so that the names in the text are taken before `get_attr`
     # nodes need names
     for i, statement in enumerate(statements, 1):
@@ -127,7 +148,7 @@ def build_graph(
             break
         assert statement.target is not None
         node = graph.create_node("call_function", statement.target, name=statement.name)
-        define(statement.name, statement.line, node, statement.type)
+        define(statement.name, statement.line, node, statement)
     else:
         raise ProgramError("a graph must end with a return", where=f"line {last}")
     _bind(graph, statements, nodes, lines, {p.name for p in placeholders})

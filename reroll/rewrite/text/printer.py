@@ -19,7 +19,8 @@ The grammar; every construct stands on a line of its own, and `#` starts a line 
                 `op_names.FUNCTIONS`
     value       %x, @weight, 1, 1.0, -inf, nan, true, none, "text", [value, ...], (value, ...),
                 a dtype (f32, complex64), a layout or a memory format, device("cpu")
-    type        DTYPE '[' 2, b, "2*s", ... ']'
+    type        DTYPE '[' 2, b, "2*s", ... ']' ['hidden(' NAME, ... ')'], the outputs that the value
+                is an entry of
 
     NAME        letters, digits and _ . * - /, or a JSON string
 
@@ -36,6 +37,7 @@ from typing import Any
 from torch import fx
 
 from reroll.rewrite import ops
+from reroll.rewrite.hidden import marks
 from reroll.rewrite.program import Program, TensorType
 from reroll.rewrite.text.literals import Namer, bare, node_name, type_to_text, value_to_text
 from reroll.rewrite.text.op_names import op_name
@@ -122,7 +124,10 @@ def _values(values: Any, name: Namer) -> str:
 
 def _type(node: fx.Node) -> str:
     kind = node.meta.get("type")
-    return f" : {type_to_text(kind)}" if isinstance(kind, TensorType) else ""
+    if not isinstance(kind, TensorType):
+        return ""
+    hidden = f" hidden({', '.join(marks(node))})" if marks(node) else ""
+    return f" : {type_to_text(kind)}{hidden}"
 
 
 def _dtype(program: Program) -> str:

@@ -16,7 +16,13 @@ from torch import fx
 from reroll.errors import ProgramError, located
 from reroll.rewrite.program import Body, Input, Origin
 from reroll.rewrite.text.cursor import Cursor
-from reroll.rewrite.text.graph_parser import Placeholder, Statement, build_graph, read_statement
+from reroll.rewrite.text.graph_parser import (
+    Placeholder,
+    Statement,
+    build_graph,
+    read_statement,
+    read_type,
+)
 from reroll.rewrite.text.literals import WORDS
 from reroll.rewrite.text.origin_json import origin_from_json
 from reroll.rewrite.text.verify import MAIN
@@ -188,8 +194,7 @@ def _placeholders(cursor: Cursor) -> list[Placeholder]:
     cursor.expect("(")
     while not cursor.accept(")"):
         name = cursor.node()
-        kind = cursor.tensor_type() if cursor.accept(":") else None
-        found.append(Placeholder(name, name, kind))
+        found.append(Placeholder(name, name, *read_type(cursor)))
         if cursor.token != ")":
             cursor.expect(",")
     return found
