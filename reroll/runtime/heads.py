@@ -15,11 +15,10 @@ from reroll.runtime.modules import Reading
 aten = torch.ops.aten
 EXIT_LINEAR = torch.ops.reroll.exit_linear.default
 
-# what says of tokens only which of them are padding, or makes something of their size
-_COMPARISONS = {
-    aten.ne.Scalar, aten.eq.Scalar, aten.ne.Tensor, aten.eq.Tensor, aten.ones_like.default,
-    aten.zeros_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
-    aten.full_like.default,
+# what makes something of the size of the tokens
+_SIZED = {
+    aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.new_ones.default,
+    aten.new_zeros.default, aten.new_full.default,
 }  # fmt: skip
 # what gives the same tokens in another form
 _ALIKE = {aten.reshape.default, aten.to.dtype, aten.contiguous.default, aten.unsqueeze.default}
@@ -98,11 +97,14 @@ def take_embeddings(
 
 
 def _is_read(ids: fx.Node, lookup: fx.Node) -> bool:
-    """Whether token ids are used beside one lookup, for more than their size or a comparison."""
+    """Whether token ids are used beside one lookup, for more than their size.
+
+    Even a comparison counts: a model that looks for a token does something else without tokens.
+    """
     stack = [ids]
     for node in stack:
         for user in node.users:
-            if user is lookup or user.target in _COMPARISONS or _is_size(user):
+            if user is lookup or user.target in _SIZED or _is_size(user):
                 continue
             if user.target not in _ALIKE:
                 return True

@@ -11,6 +11,7 @@ from torch import Tensor
 from reroll.errors import UsageError
 from reroll.rewrite.passes import tolerances
 from reroll.rewrite.passes.tolerances import relative_rms
+from reroll.rewrite.program import TensorType
 from reroll.runtime.lower import lower
 from tests import captured
 
@@ -105,6 +106,24 @@ def test_embeddings_in_the_place_of_tokens(name):
     embeddings = captured.model(name).get_input_embeddings()(padded(RIGHT)["input_ids"]).detach()
     check(name, {"inputs_embeds": embeddings})
     check(name, {"inputs_embeds": embeddings, "attention_mask": RIGHT}, RIGHT)
+
+
+def test_embeddings_do_not_stand_for_tokens_that_are_compared():
+    program = captured.captured("gpt2").edit()
+    ids = next(n for n in program.graph.nodes if n.target == "input_ids")
+    lookup = next(n for n in program.graph.nodes if n.target is torch.ops.aten.embedding.default)
+    with program.graph.inserting_after(lookup):
+        scaled = program.graph.call_function(torch.ops.aten.mul.Tensor, (lookup, 1.0))
+        scaled.meta.update(lookup.meta)
+    lookup.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    with program.graph.inserting_before(scaled):
+        absent = program.graph.call_function(torch.ops.aten.ne.Scalar, (ids, 5))
+        column = program.graph.call_function(torch.ops.aten.unsqueeze.default, (absent, -1))
+        for node, shape in ((absent, ("b", "s")), (column, ("b", "s", 1))):
+            node.meta["type"] = TensorType(torch.bool, shape)
+    scaled.update_arg(1, column)
+    with pytest.raises(UsageError, match="embeddings for this model"):
+        lower(program)(inputs_embeds=torch.zeros(ROWS, LENGTH, 32))
 
 
 def test_tokens_that_are_made_of_tokens_do_not_follow_from_embeddings():
