@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import reroll
 from benchmarks.tiny_configs import tiny_config
 from benchmarks.tiny_models import perturb
-from reroll.errors import UsageError
+from reroll.errors import CaptureError, UsageError
 from reroll.evaluate.inspect import inspect_model
 
 QUICK = ["llava", "qwen2_vl", "mllama"]
@@ -85,3 +85,48 @@ def test_towers_that_are_not_read_are_named_and_not_saved(tmp_path):
     unread = found["remarks"][1]
     assert "model.vision_tower" in unread
     assert "model.multi_modal_projector" in unread
+
+
+def seen(kind: str) -> tuple[Any, Any, dict[str, Any]]:
+    """A model, the Program that reads its pictures, and a prompt with one picture, padded."""
+    model = composite(kind)
+    program = reroll.capture(model, pictures=True)
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        features = model.model.get_image_features(pixels, return_dict=True).pooler_output
+    count = sum(f.shape[-2] for f in features)
+    ids = torch.randint(10, 190, (1, count + 6))
+    ids[:, 2 : 2 + count] = model.config.image_token_id
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    return model, program, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("kind", ["internvl", pytest.param("llava", marks=pytest.mark.slow)])
+def test_pictures_are_read_where_the_graph_allows_it(kind, tmp_path):
+    model, program, prompt = seen(kind)
+    assert program.origin.auto_class == "AutoModelForImageTextToText"
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1, "pad_token_id": 10}
+    expected = model.generate(**prompt, **options)
+    module = program.to_module()
+    assert torch.equal(module.generate(**prompt, **options), expected)
+    assert torch.equal(generated(module), generated(model))
+    other = {**prompt, "pixel_values": -3 * prompt["pixel_values"]}
+    with torch.no_grad():
+        assert not torch.equal(module(**other).logits, module(**prompt).logits)
+        error = (module(**other).logits - model(**other).logits)[:, 1:].abs().max()
+    assert error < 1e-4
+    program.save(str(tmp_path / "out"))
+    for auto in (transformers.AutoModelForImageTextToText, AutoModelForCausalLM):
+        opened: Any = auto.from_pretrained(tmp_path / "out")
+        assert torch.equal(opened.generate(**prompt, **options), expected)
+    with pytest.raises(UsageError, match="0 places for pictures"):
+        module(input_ids=torch.tensor([[5, 6]]), pixel_values=prompt["pixel_values"])
+    with pytest.raises(UsageError, match="captured with"):
+        module(input_ids=prompt["input_ids"], pixel_values=torch.zeros(1, 3, 16, 16))
+
+
+def test_pictures_that_depend_on_the_data_are_refused_and_the_language_part_is_offered():
+    with pytest.raises(CaptureError, match=r"pictures cannot be captured.*\n.*leave the pictures"):
+        reroll.capture(composite("qwen2_vl"), pictures=True)

@@ -134,6 +134,9 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
     seed: Annotated[int, typer.Option(help="For passes that use random numbers.")] = 0,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Convert what a vision-language model sees too.")
+    ] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
@@ -154,7 +157,11 @@ def convert(
         with watch.step("capture"):
             bars(0, 0, "capturing")
             program = reroll.capture(
-                model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+                model,
+                dtype=dtype,
+                pictures=pictures,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
             )
             conversion.check(program.origin.paths)
         with watch.step("passes"):

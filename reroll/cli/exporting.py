@@ -10,8 +10,10 @@ from typing import Any
 import reroll
 from reroll.cli.reports import new_table, number, size
 from reroll.cli.terminal import results, write
+from reroll.errors import ExportError
 from reroll.export.targets import find
 from reroll.rewrite.passes.registry import load_file
+from reroll.rewrite.pictures import picture_inputs
 from reroll.writing import check_directory, new_directory
 
 Progress = Callable[[int, int, str], None]
@@ -45,6 +47,12 @@ class Export:
         on_progress(0, 0, "capturing")
         program = reroll.capture(self.model, **options)
         captured = time.perf_counter() - start
+        if pictures := picture_inputs(program.inputs):
+            raise ExportError(
+                f"{pictures[0]} cannot be exported",
+                where=self.model,
+                hint="convert the original without its pictures, and export that",
+            )
         sources = program.origin.paths
         with new_directory(self.directory, overwrite=self.overwrite, sources=sources) as temporary:
             found = self.target.write(program, temporary, on_progress)

@@ -43,8 +43,9 @@ class Input:
     `role` says what stands in its place when a caller leaves the input out: "data" (nothing: it is
     required), "padding" (ones over past and present tokens), "positions" (counted from the past;
     where they begin anew, so does a document), "offsets" (counted from the past, and nothing else
-    depends on them), or "zeros". Where the model computes something else from the inputs before it,
-    `default` is the graph of that: its placeholders are inputs by name, and it returns one value.
+    depends on them), "pictures" (nothing: the text is read without), or "zeros". Where the model
+    computes something else from the inputs before it, `default` is the graph of that: its
+    placeholders are inputs by name, and it returns one value.
     """
 
     name: str

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from reroll.rewrite.defaults import looks_into, reads
 from reroll.rewrite.mixing import other_mixing
+from reroll.rewrite.pictures import picture_inputs, text_part
 from reroll.rewrite.program import Program
 from reroll.rewrite.rolling.exits import exits_of
 from reroll.runtime.attention_masks import place_masks
@@ -31,6 +32,7 @@ from reroll.runtime.hoisting import OWN_INPUTS, hoist_invariants
 from reroll.runtime.loops import Trips
 from reroll.runtime.modules import Tree, Trip, build_tree
 from reroll.runtime.padding import read_padding
+from reroll.runtime.pictures import count_places, put_pictures, with_pictures
 from reroll.runtime.statics import is_decoder_input, split_statics
 
 
@@ -97,6 +99,8 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     head = head_path(program, readings)
     embeddings, takes_embeddings = take_embeddings(program, readings, state)
     keeps = keep_before_head(program, state)
+    if pictures := picture_inputs(program.inputs):
+        count_places(program)
     statics = split_statics(program, state)
     numbers = numbering(program)
     updates = {node: update_function(node) for node in numbers}
@@ -138,6 +142,10 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     own = {n: (updates[n], numbers[n][0]) for n in cache_nodes(program.graph)}
     graph = runnable(program.graph, readings, layers["main"], own, state)
     main, sources["main"] = compile_graph(graph, "main")
+    if pictures:
+        part = text_part(graph, pictures, program.outputs, put_pictures)
+        text, sources["text"] = compile_graph(part, "text")
+        main = with_pictures(main, text, program.inputs)
     assembly = Assembly(
         main,
         loops,

@@ -10,6 +10,7 @@ from typing import Any
 MODELS = {
     "AutoModel": ("encoders", "RerollModel"),
     "AutoModelForCausalLM": ("causal_lm", "RerollForCausalLM"),
+    "AutoModelForImageTextToText": ("causal_lm", "RerollForConditionalGeneration"),
     "AutoModelForMaskedLM": ("encoders", "RerollForMaskedLM"),
     "AutoModelForSequenceClassification": ("encoders", "RerollForSequenceClassification"),
     "AutoModelForTokenClassification": ("encoders", "RerollForTokenClassification"),

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from reroll.errors import UsageError
+from reroll.rewrite.pictures import picture_inputs
 from reroll.runtime.exits import DepthReport, depth_report
 from reroll.runtime.generation import RerollGenerationMixin, without_cache
 from reroll.runtime.hidden import Wish, hidden_states
@@ -113,6 +114,18 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         if "position_ids" not in self._input_names:
             # transformers makes them for every forward that names them
             inputs.pop("position_ids", None)
+        return inputs
+
+
+class RerollForConditionalGeneration(RerollForCausalLM):
+    """A lowered language model that reads pictures in the prompt, and text without any as well."""
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache"):
+            # which are in the cache by now
+            for name in picture_inputs(self.program.inputs):
+                inputs.pop(name, None)
         return inputs
 
 

@@ -45,7 +45,9 @@ def load_model(
     directory, adapter = _base_and_adapter(directory, adapter_kwargs)
     program = load_program(directory)
     fitting = MODELS.get(program.origin.auto_class, MODELS["AutoModel"])[1]
-    if cls.__name__ not in (fitting, "RerollPreTrainedModel"):
+    # what reads pictures is a language model as well
+    reads_text = cls.__name__ == "RerollForCausalLM" and fitting == "RerollForConditionalGeneration"
+    if cls.__name__ not in (fitting, "RerollPreTrainedModel") and not reads_text:
         raise UsageError(
             f"{cls.__name__} does not run this model",
             where=str(name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from reroll.errors import UsageError
 from reroll.rewrite.defaults import fitted, ordinary_token
+from reroll.rewrite.pictures import ROLE
 from reroll.rewrite.program import Input, Program
 from reroll.rewrite.reach import out_of_reach
 from reroll.rewrite.weights.evaluation import Output, evaluate_outputs
@@ -190,7 +192,8 @@ class RerollPreTrainedModel(PreTrainedModel):
             outputs = self._assembly.main(self, *self._arguments(given, layers), state)
         except (IndexError, RuntimeError) as error:
             raise self.explained(error, given, layers) from error
-        return dict(zip(self.program.outputs, outputs, strict=True)), state
+        named = zip(self.program.outputs, outputs, strict=True)
+        return {name: value for name, value in named if value is not None}, state
 
     def explained(
         self, error: Exception, given: Mapping[str, Tensor | None], layers: Any
@@ -221,26 +224,31 @@ class RerollPreTrainedModel(PreTrainedModel):
         """Raise UsageError for what the Program has no input for.
 
         `taken` are names that the caller makes use of itself. Token types of nothing but zero are
-        what a Program without them takes for granted.
+        what a Program without them takes for granted, unless the capture left them out.
         """
         for name, value in given.items():
             known = name in self._input_names or name in _NO_EFFECT or name in taken
             if known or value is None or value is False:
                 continue
             tensors = [t for t in _flat(value) if isinstance(t, Tensor)]
-            if name.endswith("token_type_ids") and not any(t.any() for t in tensors):
+            types = name.endswith("token_type_ids") and self._left_out(name) is None
+            if types and not any(t.any() for t in tensors):
                 continue
             raise self.unread_input(name)
 
     def unread_input(self, name: str) -> UsageError:
         """The error of an input that the Program does not have."""
-        remarks = self.program.origin.remarks
         captured = f"it was captured with {', '.join(sorted(self._input_names))}"
         return UsageError(
             f"the model has no input {name}",
             where=type(self).__name__,
-            hint=next((remark for remark in remarks if name in remark), captured),
+            hint=self._left_out(name) or captured,
         )
+
+    def _left_out(self, name: str) -> str | None:
+        """The remark on an input that the capture left out."""
+        word = re.compile(rf"\b{re.escape(name)}\b")
+        return next((r for r in self.program.origin.remarks if word.search(r)), None)
 
     def _default(
         self, item: Input, values: Mapping[str, Tensor | None], past: Any
@@ -252,7 +260,7 @@ class RerollPreTrainedModel(PreTrainedModel):
             return self._computed(item, own, values, past)
         if item.role == "data":
             raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
-        if item.role == "padding" and item.name not in self._assembly.masks:
+        if item.role == ROLE or (item.role == "padding" and item.name not in self._assembly.masks):
             return None
         return self._counted(item, values, past)
 

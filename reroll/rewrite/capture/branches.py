@@ -44,7 +44,7 @@ def check_branches(
         each.expr for held in environment.deferred_runtime_asserts.values() for each in held
     ]
     for held in {environment.replace(expression) for expression in asserted}:
-        answers = [held.subs({s: c[name] for s, name in sizes.items()}) for c in tried]
+        answers = [held.subs({s: c.get(name, c["b"]) for s, name in sizes.items()}) for c in tried]
         if any(answer == False for answer in answers):  # noqa: E712  (sympy's own False)
             raise _differs(_named(str(held), sizes))
 

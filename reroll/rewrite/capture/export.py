@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +34,7 @@ from reroll.rewrite.capture.signature import (
     default_examples,
     given_examples,
     has_state,
+    picture_examples,
 )
 from reroll.rewrite.capture.tracing import (
     IMPLEMENTATION,
@@ -43,6 +46,7 @@ from reroll.rewrite.capture.tracing import (
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
 from reroll.rewrite.hidden import NAMES, take_marks
+from reroll.rewrite.pictures import same_text, text_part
 from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType
 from reroll.rewrite.weights import Meta, Source, Weight, WeightTable
 
@@ -55,6 +59,7 @@ def capture(
     dtype: torch.dtype | str | None = None,
     roll: bool = True,
     inputs: Mapping[str, Tensor] | None = None,
+    pictures: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Program:
@@ -64,7 +69,8 @@ def capture(
     no weight is loaded: the graph comes from the configuration and the Program's weights refer to
     the checkpoint's tensors. `dtype` is the dtype to compute in (the checkpoint's own if None; for
     a model object it cannot be chosen). `inputs` are example tensors for a model whose inputs are
-    unusual. `roll=False` stops at the flat graph.
+    unusual. `pictures` captures the pictures of a vision-language model as well, as an input that
+    may be left out. `roll=False` stops at the flat graph.
 
     Raises CaptureError when the model does something that the graph cannot hold; the model object
     that was given is left as it was in any case.
@@ -74,22 +80,33 @@ def capture(
             raise CaptureError(
                 "dtype cannot be chosen for a model object", hint="convert it: model.to(dtype)"
             )
-        program = capture_module(model, inputs=inputs)
+        program = _captured(model, inputs, pictures)
     else:
         opened = open_model(
             str(model), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
         if isinstance(opened, Program):
             return opened
-        program = capture_module(
-            opened.model, inputs=inputs, source=opened.source, origin=opened.origin
-        )
+        program = _captured(opened.model, inputs, pictures, opened.source, opened.origin)
+    for remark in program.origin.remarks:
+        log.warning("%s: %s", program.origin.architecture, remark)
     if not roll:
         return program
     from reroll.rewrite.raising.driver import raise_idioms
     from reroll.rewrite.rolling.roll import roll_loops
 
     return roll_loops(raise_idioms(program))
+
+
+def _captured(
+    model: Any,
+    inputs: Mapping[str, Tensor] | None,
+    pictures: bool,
+    source: TensorSource | None = None,
+    origin: Origin | None = None,
+) -> Program:
+    program = capture_module(model, inputs=inputs, source=source, origin=origin)
+    return _with_pictures(model, program, source, origin) if pictures else program
 
 
 def capture_module(
@@ -135,8 +152,6 @@ def capture_module(
             log.info("%s calls no attention function of transformers", type(model).__name__)
             own_attention = True
             continue
-        for remark in program.origin.remarks:
-            log.warning("%s: %s", type(model).__name__, remark)
         program = _with_defaults(model, program, kept, with_state, implementation, source)
         if stateful and not with_state:
             assert uncached is not None
@@ -151,13 +166,55 @@ def capture_module(
     raise first or CaptureError("no attention was found", where=name)
 
 
+def _with_pictures(
+    model: Any, text: Program, source: TensorSource | None, origin: Origin | None
+) -> Program:
+    """The flat Program that reads pictures too, any number or one; `text` reads text alone.
+
+    Raises CaptureError unless both read text alone alike.
+    """
+    first: RerollError | None = None
+    try:
+        for pictures in picture_examples(model):
+            try:
+                program = _seeing(model, pictures, source, origin)
+            except RerollError as error:
+                first = first or error
+                continue
+            part = text_part(program.graph, [pictures.name], program.outputs)
+            if not same_text(part, text.graph):
+                raise CaptureError("it reads text otherwise where it is given pictures")
+            return replace(program, inputs=(*text.inputs, program.inputs[-1]))
+        assert first is not None
+        raise first
+    except RerollError as error:
+        raise CaptureError(
+            f"its pictures cannot be captured: {error.message}",
+            where=error.where or type(model).__name__,
+            hint="its language part can: leave the pictures out",
+        ) from error
+
+
+def _seeing(
+    model: Any, pictures: Example, source: TensorSource | None, origin: Origin | None
+) -> Program:
+    examples = [*default_examples(model, True), pictures]
+    # places for pictures are counted when they are filled
+    with mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"):
+        exported, traced = _export(model, examples, True, IMPLEMENTATION)
+    examples = _with_roles(examples, traced)
+    check_branches(exported, examples, model.config)
+    program = _to_program(model, exported, examples, source, origin)
+    origin = replace(program.origin, auto_class="AutoModelForImageTextToText")
+    return replace(program, origin=origin)
+
+
 def _without_cache(program: Program, reason: RerollError) -> Program:
-    """The Program with a remark, also in the log, that the model lost its cache, and why."""
+    """The Program with a remark that the model lost its cache, and why."""
     remark = (
         f"{NO_CACHE}: all tokens are read again for each new one, because the capture with a "
         f"cache failed: {reason.message}"
     )
-    log.warning("%s: %s", program.origin.architecture, remark)
     origin = replace(program.origin, remarks=(*program.origin.remarks, remark))
     return replace(program, origin=origin)
 

@@ -31,10 +31,14 @@ def omissions(model: Any, inputs: Collection[str], weights: Collection[str]) -> 
 
 
 def _percepts(model: Any) -> Iterator[str]:
-    """The arguments of a model's forward that hold pictures, films or sound."""
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if _PERCEPTS.search(name) and "Tensor" in str(parameter.annotation):
-            yield name
+    """The arguments of a model's forward that hold pictures, films or sound, and that tell them
+    from text.
+    """
+    arguments = inspect.signature(model.forward).parameters
+    found = [n for n, a in arguments.items() if _PERCEPTS.search(n) and "Tensor" in str(a)]
+    yield from found
+    if found:
+        yield from (name for name in arguments if name == "token_type_ids")
 
 
 def _unread(module: nn.Module, path: str, read: set[str]) -> Iterator[tuple[str, int]]:

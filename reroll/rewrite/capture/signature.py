@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,19 @@ def default_examples(model: Any, stateful: bool) -> list[Example]:
     if "decoder_position_ids" in arguments:
         examples.append(_positions("decoder_position_ids", stateful))
     return examples
+
+
+def picture_examples(model: Any) -> list[Example]:
+    """The pictures of a model that reads text as well: any number of them, and one.
+
+    Raises CaptureError if it takes none.
+    """
+    if "pixel_values" not in _arguments(model):
+        raise CaptureError("the model takes no pictures", where=type(model).__name__)
+    (example,) = _image(model.config, "pixel_values", set())
+    # as many as the text has places for, which need not be one for each row
+    some = replace(example, dims=("p", *example.dims[1:]), role="pictures")
+    return [some, replace(some, tensor=some.tensor[:1], dims=(1, *some.dims[1:]))]
 
 
 def given_examples(inputs: Mapping[str, Tensor]) -> list[Example]:

@@ -126,7 +126,8 @@ def _bind(item: Input, tensor: Tensor, sizes: dict[str, int]) -> None:
 def _default(item: Input, sizes: Mapping[str, int]) -> Tensor:
     present = {total: sizes[now] for total, now in _PRESENT_OF.items() if now in sizes}
     try:
-        shape = [concrete(dim, {**present, **sizes}) for dim in item.type.shape]
+        # one picture that no token stands for, where there is none
+        shape = [concrete(dim, {"p": 1, **present, **sizes}) for dim in item.type.shape]
     except KeyError as error:
         raise ProgramError(f"nothing says how large {error} is", where=item.name) from None
     if item.counts:

@@ -84,7 +84,7 @@ def random_inputs(
     `padded` gives a left-padded mask as well: every row but the first begins with padding.
     """
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"b": rows, "s": length, "t": length, "e": length + 3, "l": 16 * length}
+    sizes = {"b": rows, "s": length, "t": length, "e": length + 3, "l": 16 * length, "p": 1}
     inputs = {}
     for item in program.inputs:
         shape = [concrete(d, sizes) for d in item.type.shape]
