@@ -313,7 +313,7 @@ def test_a_model_that_branches_on_its_past_is_captured_without_one(caplog):
     assert "something else for other lengths" in remark
     told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert [f"Branching: {remark}"] == told
-    assert parse(str(program), source=program).origin.remarks == (remark,)
+    assert parse(str(program), source=program.source).origin.remarks == (remark,)
 
 
 class Changed(transformers.BertModel):
