@@ -10,7 +10,7 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import Value
-from reroll.export.onnx.translate import TARGET
+from reroll.export.onnx.translate import TARGET, shape_of
 from reroll.rewrite.lowerings import lowering, op_name
 from reroll.rewrite.raising.matching import shape
 
@@ -41,7 +41,7 @@ def conv(
     """A convolution."""
     dims, dtype = len(shape(node)) - 2, g.dtype(node)
     dilations = _each(dilation, dims, 1)
-    kernel = shape(node.args[1])[2:]  # type: ignore[arg-type]
+    kernel = shape_of(node, 1)[2:]
     pads = _same(kernel, dilations) if padding == "same" else [*_pads(padding, dims)] * 2
     return g.op(
         "Conv",
@@ -172,7 +172,7 @@ def _pooled(g: Translator, kind: str, node: fx.Node, x: Any, **options: Any) -> 
 def adaptive_avg_pool(g: Translator, node: fx.Node, x: Any, sizes: Sequence[int]) -> Value:
     """The means of equal parts, so many along each dimension."""
     dims = 1 if "1d" in op_name(node.target) else 2
-    before = shape(node.args[0])[-dims:]  # type: ignore[arg-type]
+    before = shape_of(node)[-dims:]
     wanted = _each(sizes, dims, 1)
     if all(size == 1 for size in wanted):
         axes = g.ints(*range(-dims, 0))
@@ -199,7 +199,7 @@ def im2col(
 ) -> Value:
     """All patches under a kernel, as columns: a convolution with kernels of a single one."""
     high, wide = _each(kernel, 2, 1)
-    channels, dtype = shape(node.args[0])[1], g.dtype(node)  # type: ignore[arg-type]
+    channels, dtype = shape_of(node)[1], g.dtype(node)
     picks = torch.eye(high * wide).reshape(high * wide, 1, high, wide).repeat(channels, 1, 1, 1)
     made = g.op(
         "Conv",

@@ -12,7 +12,7 @@ from torch import fx
 from reroll.errors import ExportError
 from reroll.export.onnx.complex_numbers import by_parts
 from reroll.export.onnx.graph import Value
-from reroll.export.onnx.translate import TARGET
+from reroll.export.onnx.translate import TARGET, shape_of
 from reroll.rewrite.lowerings import lowering, op_name
 from reroll.rewrite.raising.matching import shape
 
@@ -26,7 +26,7 @@ INT = torch.int64
 def index(g: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Value:
     """Indexing with tensors of indices, which are broadcast together, or with masks."""
     axes, places = _by_axis(g, node, indices)
-    x_rank, rank = len(shape(node.args[0])), len(shape(node))
+    x_rank, rank = len(shape_of(node)), len(shape(node))
     if len(axes) == 1:
         made = g.op("Gather", g.tensor(x), places[0], axis=axes[0])
     else:
@@ -101,9 +101,10 @@ def index_put(
 ) -> Value:
     """A tensor with other elements at the places that tensors of indices, or masks, say."""
     dtype, rank = g.dtype(node), len(shape(node))
-    x, source = g.tensor(x, dtype), node.args[2]
-    if _is_one_mask(g, indices) and not accumulate and not shape(source):  # type: ignore[arg-type]
-        mask, missing = g.tensor(indices[0]), rank - len(shape(node.args[1][0]))  # type: ignore
+    x = g.tensor(x, dtype)
+    if _is_one_mask(g, indices) and not accumulate and not shape_of(node, 2):
+        sources: Any = node.args[1]
+        mask, missing = g.tensor(indices[0]), rank - len(shape(sources[0]))
         if missing:
             mask = g.op("Unsqueeze", mask, g.ints(*range(rank - missing, rank)))
         return g.op("Where", mask, g.tensor(values, dtype), x, dtype=dtype)
@@ -141,7 +142,7 @@ def gather(g: Translator, node: fx.Node, x: Any, dim: int, indices: Any, **_: An
     rank = len(shape(node))
     # torch reads the first rows of what has more of them than the indices have
     others = [i for i in range(rank) if i != dim % rank]
-    if any(shape(node)[i] != shape(node.args[0])[i] for i in others):
+    if any(shape(node)[i] != shape_of(node)[i] for i in others):
         ends = g.op("Gather", g.op("Shape", indices, dtype=INT), g.ints(*others), axis=0)
         x = g.op("Slice", x, g.ints(*[0] * len(others)), ends, g.ints(*others))
     return g.op("GatherElements", x, indices, axis=dim)
@@ -185,7 +186,7 @@ def scatter(
             raise ExportError(f"scatter with {reduce!r} of what is new has no lowering to ONNX")
     x, indices = g.tensor(x, dtype), g.tensor(indices, INT)
     size = g.op("Shape", indices, dtype=INT)
-    if isinstance(node.args[3], fx.Node) and len(shape(node.args[3])):
+    if isinstance(node.args[3], fx.Node) and len(shape_of(node, 3)):
         rank = len(shape(node))
         # torch takes no more elements than there are indices
         updates = g.op("Slice", g.tensor(source, dtype), g.ints(*[0] * rank), size)

@@ -10,7 +10,7 @@ from torch import fx
 
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.parameters import Size
-from reroll.export.onnx.translate import TARGET
+from reroll.export.onnx.translate import TARGET, shape_of
 from reroll.rewrite.lowerings import lowering, op_name
 from reroll.rewrite.raising.matching import shape
 
@@ -23,7 +23,7 @@ INT = torch.int64
 @lowering(TARGET, "aten::sym_size.int")
 def sym_size(g: Translator, node: fx.Node, x: Any, dim: int) -> Any:
     """The size of a dimension."""
-    return g.size(shape(node.args[0])[dim])
+    return g.size(shape_of(node)[dim])
 
 
 _SIZE_ARITHMETIC = {
@@ -90,7 +90,8 @@ _FULL["aten::empty.memory_format"] = 0
 @lowering(TARGET, *_FULL)
 def full(g: Translator, node: fx.Node, *args: Any, **_: Any) -> Value:
     """A tensor of one value, in the shape of the result."""
-    value, dtype = _FULL[op_name(node.target)], g.dtype(node)
+    value: Any = _FULL[op_name(node.target)]
+    dtype = g.dtype(node)
     if value is None:
         # the last of those that are given by position
         value = args[-1]

@@ -10,7 +10,7 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import Value
-from reroll.export.onnx.translate import TARGET
+from reroll.export.onnx.translate import TARGET, shape_of
 from reroll.rewrite.lowerings import lowering, op_name
 from reroll.rewrite.raising.matching import shape
 
@@ -45,7 +45,7 @@ def reduce(
 
 def axes(g: Translator, node: fx.Node, dim: Any) -> Value:
     """The dimensions that a reduction goes over."""
-    rank = len(shape(node.args[0]))  # type: ignore[arg-type]
+    rank = len(shape_of(node))
     if isinstance(dim, int):
         dim = [dim]
     return g.ints(*(dim or range(rank)))

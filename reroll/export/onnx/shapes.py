@@ -14,7 +14,7 @@ from reroll.export.onnx import heads
 from reroll.export.onnx.complex_numbers import by_parts
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.parameters import Parameter
-from reroll.export.onnx.translate import TARGET, repeated
+from reroll.export.onnx.translate import TARGET, repeated, shape_of
 from reroll.rewrite.lowerings import lowering, op_name
 from reroll.rewrite.raising.matching import shape
 
@@ -38,7 +38,7 @@ def unsqueeze(g: Translator, node: fx.Node, x: Any, dim: int) -> Value:
 @by_parts
 def squeeze(g: Translator, node: fx.Node, x: Any, dim: int) -> Value:
     """Without a dimension of size one."""
-    if len(shape(node.args[0])) == len(shape(node)):
+    if len(shape_of(node)) == len(shape(node)):
         return g.tensor(x)
     return g.op("Squeeze", g.tensor(x), g.ints(dim))
 
@@ -47,7 +47,7 @@ def squeeze(g: Translator, node: fx.Node, x: Any, dim: int) -> Value:
 @by_parts
 def squeeze_all(g: Translator, node: fx.Node, x: Any, dims: Sequence[int] = ()) -> Value:
     """Without those dimensions of size one that are meant, or all of them."""
-    return g.reshape(g.tensor(x), shape(node.args[0]), shape(node))
+    return g.reshape(g.tensor(x), shape_of(node), shape(node))
 
 
 @lowering(
@@ -63,7 +63,7 @@ def squeeze_all(g: Translator, node: fx.Node, x: Any, dims: Sequence[int] = ()) 
 @by_parts
 def reshape(g: Translator, node: fx.Node, x: Any, *_: Any) -> Value:
     """All that only gives elements other indices, from the shapes before and after."""
-    return heads.reshape(g, g.tensor(x), shape(node.args[0]), shape(node))
+    return heads.reshape(g, g.tensor(x), shape_of(node), shape(node))
 
 
 @lowering(
@@ -114,7 +114,7 @@ def movedim(g: Translator, node: fx.Node, x: Any, before: Any, after: Any) -> Va
 @by_parts
 def expand(g: Translator, node: fx.Node, x: Any, sizes: Sequence[Any], **_: Any) -> Value:
     """Dimensions of size one repeated; the shape is the result's."""
-    dims = shape(node)
+    dims: Sequence[Any] = shape(node)
     if any(isinstance(s, int) and s == -1 for s in sizes):
         dims = [
             1 if isinstance(s, int) and s == -1 else d for s, d in zip(sizes, dims, strict=True)
@@ -163,7 +163,7 @@ def meshgrid(
 def repeat(g: Translator, node: fx.Node, x: Any, counts: Sequence[Any]) -> Value:
     """The whole tensor so many times along each dimension."""
     x, rank, counts = g.tensor(x), len(shape(node)), list(counts)
-    missing = rank - len(shape(node.args[0]))
+    missing = rank - len(shape_of(node))
     if missing:
         x = g.op("Unsqueeze", x, g.ints(*range(missing)))
     return g.op("Tile", x, g.shape([1] * (rank - len(counts)) + counts))
@@ -188,7 +188,7 @@ def repeat_interleave(
 @by_parts
 def unbind(g: Translator, node: fx.Node, x: Any, dim: int = 0) -> tuple[Value, ...]:
     """The slices along a dimension, which goes."""
-    x, count = g.tensor(x), shape(node.args[0])[dim]
+    x, count = g.tensor(x), shape_of(node)[dim]
     return tuple(g.op("Gather", x, g.number(i, INT), axis=dim) for i in range(count))
 
 
@@ -374,7 +374,7 @@ def select(g: Translator, node: fx.Node, x: Any, dim: int, index: Any) -> Value:
 @by_parts
 def split(g: Translator, node: fx.Node, x: Any, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
     """Consecutive pieces of a dimension."""
-    whole = shape(node.args[0])[dim]
+    whole = shape_of(node)[dim]
     if isinstance(sizes, int) and isinstance(whole, str):
         raise ExportError(
             f"{op_name(node.target)} of a dimension whose size is known at run time only",

@@ -25,6 +25,7 @@ from reroll.rewrite import ops
 from reroll.rewrite.defaults import reads
 from reroll.rewrite.lowerings import find_lowering, op_name
 from reroll.rewrite.program import Dim, Input, Loop, Program, TensorType
+from reroll.rewrite.raising.matching import shape
 from reroll.runtime.caches import numbering
 
 TARGET = "onnx"
@@ -162,7 +163,8 @@ class Translator:
             return emit_loop(self, self.loops[node], args[1], args[2])
         function = find_lowering(TARGET, node.target)
         if function is None and self._is_constant(node):
-            return self.number(node.target(*node.args, **node.kwargs), self.dtype(node))
+            make: Any = node.target
+            return self.number(make(*node.args, **node.kwargs), self.dtype(node))
         if function is None:
             name = op_name(node.target)
             raise ExportError(
@@ -299,6 +301,12 @@ def computed_inputs(program: Program) -> list[str]:
         for i in program.inputs
         if i.default is not None or (i.role == "zeros" if stateful else i.counts)
     ]
+
+
+def shape_of(node: fx.Node, argument: int = 0) -> tuple[Any, ...]:
+    """The shape of one of a node's arguments; empty if that is a number."""
+    source: Any = node.args[argument]
+    return shape(source) if isinstance(source, fx.Node) else ()
 
 
 def repeated(value: Value, is_repeated: bool) -> Value:
