@@ -229,8 +229,6 @@ class _Run:
                     earlier + seconds,
                 )
                 last = step + 1 == steps
-                if progress.steps % self.settings.save_every == 0 or last:
-                    self._save_step(progress, trained, optimizer)
                 speed = (progress.tokens - before) / seconds
                 smooth = (
                     line["loss"]
@@ -248,9 +246,12 @@ class _Run:
                     "tokens_per_second": speed,
                     "seconds_left": left * seconds / (progress.steps - first),
                 }
+                # before the checkpoint: what the log says beyond that is cut when a run goes on
+                if self.main and (progress.steps % self.settings.log_every == 0 or last):
+                    self.directory.log(done)
+                if progress.steps % self.settings.save_every == 0 or last:
+                    self._save_step(progress, trained, optimizer)
                 if self.main:
-                    if progress.steps % self.settings.log_every == 0 or last:
-                        self.directory.log(done)
                     on_step(done)
         self.accelerator.free_memory()
         self.module.requires_grad_(True)
