@@ -209,6 +209,25 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
         assert torch.equal(a, b), name
 
 
+def test_what_a_checkpoint_has_is_in_the_log(
+    tied: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a run is killed as soon as the checkpoint is written."""
+    save_step = Directory.save_step
+
+    def stopping(self: Directory, progress: Any, *rest: Any) -> None:
+        save_step(self, progress, *rest)
+        if progress.steps == 2:
+            raise Stopped
+
+    arguments: Any = {"data": [text], "tokens": TOKENS // 3, "recipe": recipe("tune", save_every=1)}
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(Directory, "save_step", stopping)
+        recover(str(tied), tmp_path / "out", **arguments)
+    recover(str(tied), tmp_path / "out", **arguments)
+    assert [s["steps"] for s in log(tmp_path / "out")] == [1, 2, 3, 4]
+
+
 def test_other_settings_do_not_go_on(tied: Path, text: Path, tmp_path: Path) -> None:
     def stopping(_: Any) -> None:
         raise Stopped
