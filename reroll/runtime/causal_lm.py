@@ -109,8 +109,12 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             self._depths = None
         return result
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        # transformers reads in the signature whether embeddings are taken
+        kwargs["inputs_embeds"] = inputs_embeds
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if "position_ids" not in self._input_names:
             # transformers makes them for every forward that names them
             inputs.pop("position_ids", None)
@@ -120,8 +124,11 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
 class RerollForConditionalGeneration(RerollForCausalLM):
     """A lowered language model that reads pictures in the prompt, and text without any as well."""
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        kwargs["inputs_embeds"] = inputs_embeds
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if not kwargs.get("is_first_iteration") and kwargs.get("use_cache"):
             # which are in the cache by now
             for name in picture_inputs(self.program.inputs):

@@ -23,11 +23,16 @@ SURE = 20.0
 class FakeForCausalLM(nn.Module):
     """Finds one token likeliest at each position: what `rule` says of the tokens up to there."""
 
+    main_input_name = "input_ids"
+
     def __init__(self, rule: Callable[[list[int]], int | None], sure: float = SURE) -> None:
         super().__init__()
         self.rule = rule
         self.sure = sure
         self.config = SimpleNamespace(vocab_size=tiny.WORDS)
+
+    def can_generate(self) -> bool:
+        return True
 
     def forward(self, input_ids: Tensor, logits_to_keep: Tensor | int = 0) -> dict[str, Tensor]:
         positions = torch.arange(input_ids.shape[1])

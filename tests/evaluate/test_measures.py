@@ -154,8 +154,11 @@ def test_bytes_are_those_of_the_text() -> None:
 def test_contexts_that_do_not_fit_are_left_out() -> None:
     found = run("perplexity", fakes.bench(tiny.llama()), contexts=[64, 2048])
     assert found["model"]["left_out"] == [2048]
+    # where the model takes none of them, the longest that it does
+    found = run("perplexity", fakes.bench(tiny.llama()), contexts=[2048])
+    assert [c["context"] for c in found["model"]["contexts"]] == [512]
     with pytest.raises(NotApplicable, match="no context fits"):
-        run("perplexity", fakes.bench(tiny.llama()), contexts=[2048])
+        run("perplexity", fakes.bench(tiny.llama(), text="too short"), contexts=[128])
 
 
 # ---- agreement and generation

@@ -95,8 +95,8 @@ class Graph:
         **attributes: Any,
     ) -> tuple[Value, ...]:
         """One node with an output for each hint. Absent inputs are None."""
-        # fusions of ONNX Runtime crash on an empty name at the end
-        while inputs and inputs[-1] is None:
+        # fusions of ONNX Runtime crash on an empty name at the end; a function counts its inputs
+        while not domain and inputs and inputs[-1] is None:
             inputs = inputs[:-1]
         given = [v for v in inputs if v is not None]
         place = max((v.scope for v in given), key=lambda g: g.depth, default=self.root)

@@ -513,7 +513,7 @@ def _weight_table(
             others.setdefault(name.removeprefix("model."), constant)
     for name, tensor in others.items():
         if name not in known:
-            if tensor.device.type == "meta":
+            if source is not None and tensor.device.type == "meta":
                 raise CaptureError(
                     f"the constant {name} has no value outside the checkpoint",
                     hint="the model computes it from its weights when it is made: load the model "
@@ -538,6 +538,8 @@ def _aliases(model: nn.Module, literals: dict[str, Tensor]) -> dict[str, str]:
         aliases[name] = first.setdefault(key if parameter.numel() else name, name)
     constants = [(n, t) for n, t in literals.items() if n not in aliases and t.numel() < 2**20]
     for name, tensor in constants:
+        if tensor.device.type == "meta":
+            continue
         content = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         aliases[name] = first.setdefault((tensor.dtype, tensor.shape, content), name)
     return {name: target for name, target in aliases.items() if name != target}

@@ -31,13 +31,13 @@ def omissions(model: Any, inputs: Collection[str], weights: Collection[str]) -> 
 
 
 def _percepts(model: Any) -> Iterator[str]:
-    """The arguments of a model's forward that hold pictures, films or sound, and that tell them
-    from text.
+    """The arguments of a model's forward that hold pictures, films or sound, and token types that
+    tell these from text, or that are looked up among the tokens (where no table of types is).
     """
     arguments = inspect.signature(model.forward).parameters
     found = [n for n, a in arguments.items() if _PERCEPTS.search(n) and "Tensor" in str(a)]
     yield from found
-    if found:
+    if found or not getattr(model.config, "type_vocab_size", None):
         yield from (name for name in arguments if name == "token_type_ids")
 
 
