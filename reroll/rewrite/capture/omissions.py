@@ -37,7 +37,7 @@ def _percepts(model: Any) -> Iterator[str]:
     arguments = inspect.signature(model.forward).parameters
     found = [n for n, a in arguments.items() if _PERCEPTS.search(n) and "Tensor" in str(a)]
     yield from found
-    if found or not getattr(model.config, "type_vocab_size", None):
+    if found or not getattr(getattr(model, "config", None), "type_vocab_size", None):
         yield from (name for name in arguments if name == "token_type_ids")
 
 
