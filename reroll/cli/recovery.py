@@ -43,6 +43,13 @@ def recover(
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
     trust_remote_code: Trust = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Save in this dtype: float32, bfloat16, float16; training is in fp32.",
+            show_default="the model's own",
+        ),
+    ] = None,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -80,6 +87,7 @@ def recover(
             restart=restart,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            dtype=dtype,
             on_step=show,
         )
     if report.main:

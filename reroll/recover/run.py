@@ -23,6 +23,7 @@ from reroll.recover.recipe import Recipe, load_recipe
 from reroll.recover.stage import Batch, Loss, Models, Stage, batch_of
 from reroll.recover.trainable import new_names, training
 from reroll.rewrite.capture.export import capture
+from reroll.rewrite.dtypes import HALVES, dtype_of, retype
 from reroll.rewrite.passes.pipeline import call_to_text
 from reroll.rewrite.program import Program, Step
 from reroll.rewrite.reach import check_length
@@ -62,6 +63,7 @@ def recover(
     restart: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    dtype: torch.dtype | str | None = None,
     on_step: OnStep | None = None,
 ) -> Report:
     """Train a rewritten model against its original, and save it to the directory `out`.
@@ -70,7 +72,7 @@ def recover(
     `trust_remote_code` runs Python code that comes with it. `data` are text files, directories, or
     names of Hugging Face datasets; for a model of images, directories of images. `tokens`, of which
     an image has one per position of the model, are shared among the recipe's stages by their
-    `share`. Weights are kept, trained and saved in fp32.
+    `share`. Weights are kept and trained in fp32, and saved in `dtype`: the student's own if None.
 
     While it runs, checkpoints are in `out` + ".run"; the same call goes on from them, with the same
     losses as if it had not been interrupted, and `restart` begins anew. Under `accelerate launch`,
@@ -89,7 +91,9 @@ def recover(
     accelerator = _accelerator()
     trust = trust_remote_code
     with directory.held() if accelerator.is_main_process else nullcontext():
-        run = _Run(accelerator, recipe, student, teacher, data, int(tokens), directory, trust)
+        run = _Run(
+            accelerator, recipe, student, teacher, data, int(tokens), directory, trust, dtype
+        )
         check_directory(out, overwrite=overwrite, sources=run.sources)
         return run.all(out, restart, overwrite, on_step or (lambda _: None))
 
@@ -105,6 +109,7 @@ class _Run:
         tokens: int,
         directory: Directory,
         trust: bool = False,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         self.recipe, self.settings, self.directory = recipe, recipe.settings, directory
         self.accelerator = accelerator
@@ -117,7 +122,13 @@ class _Run:
             )
         if not data:
             raise UsageError("there is nothing to train on", hint="give files or directories")
-        program = _program(student, trust)
+        if not isinstance(student, Program):
+            opened = capture(str(student), trust_remote_code=trust)
+        else:
+            opened = student
+        program, self.dtype = _program(opened, trust), dtype_of(dtype, opened.dtype)
+        # refused before anything is trained, should it not be known how
+        retype(program, self.dtype)
         self.sources = program.origin.paths
         original = None if teacher is None else _program(teacher, trust)
         if teacher is None and any(s.teaches for s in recipe.stages):
@@ -129,6 +140,7 @@ class _Run:
             "data": [str(d) for d in data],
             "tokens": tokens,
             "recipe": recipe.to_data(),
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
         seen = image_input(program)
         self.length = self.settings.length if seen is None else seen.positions
@@ -349,7 +361,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _save(self, out: Path, report: Report, overwrite: bool) -> None:
-        program = self.module.to_program()
+        program = retype(self.module.to_program(), self.dtype)
         names = [stage.name for stage in self.recipe.stages]
         measured = {
             "tokens": report.tokens,
@@ -388,8 +400,9 @@ def _accelerator() -> Any:
 
 
 def _program(model: str | Path | Program, trust: bool, revision: str | None = None) -> Program:
+    """A model in fp32."""
     if isinstance(model, Program):
-        return model
+        return retype(model, torch.float32) if model.dtype in HALVES else model
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
     return capture(str(model), dtype=torch.float32, **options)
 

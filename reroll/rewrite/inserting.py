@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from reroll.errors import ProgramError
+from reroll.rewrite.dtypes import HALVES, widen_node
 from reroll.rewrite.program import Dim, TensorType
 from reroll.rewrite.text.op_names import op_name
 
@@ -25,6 +26,10 @@ def insert(graph: fx.Graph, function: Callable[..., Tensor], inputs: Sequence[fx
     """
     names: dict[str, int] = {}
     examples = [_example(node, names) for node in inputs]
+    # in half precision it is to be seen where the function asks for fp32 itself
+    widens = all(e.dtype not in HALVES for e in examples)
+    if widens:
+        examples = [e.to(torch.bfloat16) if e.dtype == torch.float32 else e for e in examples]
 
     def called(*tensors: Tensor) -> Tensor:
         # tracing would take optional arguments of the function itself for inputs
@@ -41,6 +46,8 @@ def insert(graph: fx.Graph, function: Callable[..., Tensor], inputs: Sequence[fx
             return made[node.args[0]]  # type: ignore[no-any-return]
         else:
             made[node] = _copy(graph, node, made, sizes)
+            if widens:
+                widen_node(made[node], torch.bfloat16)
     raise ProgramError("the function returns nothing")
 
 

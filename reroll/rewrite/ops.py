@@ -257,6 +257,21 @@ def _(q: Tensor, k: Tensor, scale: float, *_: object, **__: object) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::widen", mutates_args=())
+def widen(x: Tensor) -> Tensor:
+    """`x` in fp32, whatever the dtype of the program.
+
+    Stands where a model asks for fp32 itself. In a program in fp32 it says which conversions to
+    fp32 are of this kind; the others are to the dtype of the program.
+    """
+    return x.to(torch.float32, copy=True)
+
+
+@widen.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """RMS norm: x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension, in fp32.

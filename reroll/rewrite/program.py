@@ -191,7 +191,10 @@ class Loop:
 
 @dataclass(frozen=True)
 class Program:
-    """A model as a graph with rolled loops and lazy weights. Passes map one Program to another."""
+    """A model as a graph with rolled loops and lazy weights. Passes map one Program to another.
+
+    `halves` are the half precisions that it can be brought to: see `reroll.rewrite.dtypes`.
+    """
 
     graph: fx.Graph
     bodies: Mapping[str, Body]
@@ -203,6 +206,7 @@ class Program:
     origin: Origin
     # tied weights as they were before they were tied, for passes that build residuals from them
     reference: WeightTable = field(default_factory=WeightTable)
+    halves: tuple[torch.dtype, ...] = ()
 
     @property
     def loops(self) -> tuple[Loop, ...]:

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 # ops that give every token's channels as they are, times a constant at most
 _ADD = aten.add.Tensor
 _SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
-_CASTS = (aten.to.dtype, aten._to_copy.default)
+_CASTS = (aten.to.dtype, aten._to_copy.default, torch.ops.reroll.widen.default)
 _MOVES = (
     aten.slice.Tensor,
     aten.select.int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -174,6 +174,16 @@ def _defaults(program: Program, sources: dict[str, str]) -> dict[str, Default]:
             function, sources[name] = compile_graph(runnable(item.default, {}), name)
             functions[item.name] = Default(function, reads(item), looks_into(item))
     return functions
+
+
+def reassemble(model: Any, program: Program) -> Assembly:
+    """The code of a Program for a model that has its modules: one that differs in dtypes alone."""
+    own: Assembly = model._assembly
+    new = assemble(nn.Module(), program)
+    for name, trips in new.tree.trips.items():
+        for trip, source in zip(own.tree.trips[name], trips, strict=True):
+            trip.__class__ = type(source)
+    return replace(new, loops=own.loops, tree=own.tree)
 
 
 def _halves(graph: fx.Graph, program: Program, sources: dict[str, str]) -> HalfFunctions:

@@ -34,9 +34,11 @@ def register_models() -> None:
 
     from reroll.runtime.config import RerollConfig
 
-    for auto_class in MODELS:
+    for auto_class, (_, name) in MODELS.items():
         mapping = getattr(modeling_auto, auto_class)._model_mapping
         mapping.register(RerollConfig, _LazyModel(auto_class), exist_ok=True)
+        # Trainer and pipelines look the names of classes up, such as for whether labels are shifted
+        mapping._model_mapping.setdefault(RerollConfig.model_type, name)
 
 
 class _LazyModel:

@@ -201,6 +201,7 @@ METHODS: dict[Any, str] = {
     aten.select.int: "select",
     aten.sym_size.int: "size",
     aten.to.dtype: "to",
+    reroll.widen.default: "float",
     aten.t.default: "t",
 }
 

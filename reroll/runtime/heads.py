@@ -27,6 +27,7 @@ _ALIKE = {aten.reshape.default, aten.to.dtype, aten.contiguous.default, aten.uns
 _POINTWISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,
     aten.add.Scalar, aten.tanh.default, aten.to.dtype, aten.neg.default,
+    torch.ops.reroll.widen.default,
 }  # fmt: skip
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from reroll.errors import UsageError
+from reroll.rewrite.dtypes import retype
 from reroll.rewrite.program import Program
 from reroll.runtime.auto import MODELS, model_class
 from reroll.runtime.config import RerollConfig
-from reroll.runtime.dtypes import retype
 from reroll.runtime.pretrained import find_directory, load_program
 from reroll.runtime.saving import ADAPTER_FILES
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from reroll.rewrite.dtypes import retype
 from reroll.rewrite.program import Program
 from reroll.runtime.config import RerollConfig
-from reroll.runtime.dtypes import retype
 
 
 def lower(

@@ -13,18 +13,19 @@ from transformers import PreTrainedModel
 
 from reroll.errors import UsageError
 from reroll.rewrite.defaults import fitted, ordinary_token
+from reroll.rewrite.dtypes import retype
 from reroll.rewrite.pictures import ROLE
 from reroll.rewrite.program import Input, Program
 from reroll.rewrite.reach import out_of_reach
 from reroll.rewrite.weights.evaluation import Output, evaluate_outputs
-from reroll.runtime.assembly import Assembly, Default, assemble
+from reroll.runtime.assembly import Assembly, Default, assemble, reassemble
 from reroll.runtime.caches import layers_of
 from reroll.runtime.config import RerollConfig
 from reroll.runtime.documents import Documents, documents_of
 from reroll.runtime.generation import generation_config
 from reroll.runtime.loops import State
 from reroll.runtime.modules import tied_names
-from reroll.runtime.recapture import from_stored, program_of
+from reroll.runtime.recapture import from_stored, kept_tensors, program_of
 from reroll.runtime.trips import set_trips
 
 # what callers pass to any model of transformers, and what changes no output of any
@@ -162,6 +163,27 @@ class RerollPreTrainedModel(PreTrainedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a state dict of this model, or the tensors of a file that it saved."""
         return super().load_state_dict(from_stored(self, state_dict), *args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the model, or bring it to another dtype: `to`, `half` and others end here.
+
+        Another dtype is another Program. What that keeps in fp32, as the frequencies of rotary
+        embeddings, stays in fp32. Raises UsageError where it does not run in the dtype.
+        """
+        if "_assembly" not in self.__dict__:
+            return super()._apply(fn, recurse)
+        dtype = fn(torch.empty(0, dtype=self.program.dtype)).dtype
+        if dtype == self.program.dtype:
+            return super()._apply(fn, recurse)
+        program = retype(self.program, dtype)
+        kept = {id(t) for t in kept_tensors(self, program)}
+        super()._apply(
+            lambda t: t.to(fn(t.new_empty(0)).device) if id(t) in kept else fn(t), recurse
+        )
+        self._program = _Shared(program)
+        self._assembly = reassemble(self, program)
+        self.config.dtype = dtype
+        return self
 
     # ---- running
 

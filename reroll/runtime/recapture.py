@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +64,16 @@ def from_stored(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     return {n: state[stored] for stored, tensor in tensors.items() for n in names[id(tensor)]}
+
+
+def kept_tensors(model: Any, program: Program) -> Iterator[Tensor]:
+    """The tensors of a lowered model that have the dtype that they have in another Program."""
+    found = places(program)
+    for name, weight in program.weights.items():
+        if weight.meta.dtype == model.program.weights[name].meta.dtype:
+            for trip in range(1 if weight.index is None else len(weight.index)):
+                place = found[name].at(trip)
+                yield getattr(_holder(model, _paths(place)[0])[0], place.leaf)
 
 
 def untie(model: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
+import torch
 from onnx import helper
 
 import reroll
@@ -38,6 +39,7 @@ from reroll.export.onnx.parts import exported_part
 from reroll.export.onnx.step import step_graphs
 from reroll.export.onnx.translate import Translator
 from reroll.export.onnx.weights import WeightFile
+from reroll.rewrite.dtypes import HALVES, retype
 from reroll.rewrite.program import Program
 from reroll.runtime.caches import cache_layers
 
@@ -141,6 +143,8 @@ def _checked(
     files: dict[str, str],
     progress: Progress | None,
 ) -> dict[str, Any]:
+    # the graph computes in fp32 where it is not asked for less: so does what it is compared with
+    program = retype(program, torch.float32) if program.dtype in HALVES else program
     module = program.to_module().eval()
     results: dict[str, Any] = {}
     measured = None

@@ -290,6 +290,7 @@ def _finite(g: Translator, value: Any, dtype: torch.dtype) -> Any:
     "aten::to.dtype_layout",
     "aten::_to_copy.default",
     "aten::type_as.default",
+    "reroll::widen.default",
 )
 def to(g: Translator, node: fx.Node, x: Any, dtype: Any = None, *_: Any, **__: Any) -> Any:
     """A conversion; where the Program widens a half precision, there may be nothing to do."""

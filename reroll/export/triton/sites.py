@@ -84,7 +84,7 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def _plain(node: fx.Node) -> bool:
-    return str(node.target).split(".")[1] in ("rms_norm", "rope", "glu")
+    return str(node.target).split(".")[1] in ("rms_norm", "rope", "glu", "widen")
 
 
 def _check_cache(node: fx.Node) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from reroll.errors import CaptureError
+from reroll.rewrite.hidden import stand_in
 from reroll.rewrite.program import Dim, TensorType
 
 aten = torch.ops.aten
 
 _WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
-_LAYOUTS = {aten.contiguous.default, aten.clone.default}
-_COPIES = {
+LAYOUTS = {aten.contiguous.default, aten.clone.default}
+COPIES = {
     aten.alias.default,
     aten.detach.default,
     aten.detach_.default,
@@ -25,7 +26,7 @@ _COPIES = {
     aten.lift_fresh.default,
 }
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
-_CASTS = ("aten.to.", "aten._to_copy")
+CASTS = ("aten.to.", "aten._to_copy", "aten.type_as.")
 _PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
 
 
@@ -44,17 +45,17 @@ def flatten(
     dims: dict[str, tuple[Dim, ...]],
     aliases: dict[str, str],
 ) -> Flat:
-    """Rewrite an exported program.
+    """Rewrite an exported program; every conversion of a dtype is still in it (see `drop_casts`).
 
     `dims` names the dynamic dimensions of each input, `aliases` the one name to use for each weight
     that has several.
 
     Raises CaptureError if the graph writes to a buffer or to a tensor in place.
     """
-    if _mutates(exported.graph):
+    if mutates(exported.graph):
         # functionalises without decomposing anything
         exported = exported.run_decompositions({})
-        if _mutates(exported.graph):
+        if mutates(exported.graph):
             raise CaptureError("the model changes a tensor in place in a way that export keeps")
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
@@ -85,10 +86,24 @@ def flatten(
     return Flat(graph, outputs, shapes, dtypes)
 
 
-def _mutates(graph: fx.Graph) -> bool:
+def drop_casts(graph: fx.Graph) -> None:
+    """Take out the conversions of tensors to the dtype that they have."""
+    for node in list(graph.nodes):
+        if node.target is not aten.to.dtype:
+            continue
+        source: Any = node.args[0]
+        kind = source.meta.get("type")
+        if kind is not None and kind.dtype == node.args[1]:
+            stand_in(node, source)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def mutates(graph: fx.Graph) -> bool:
+    """Whether a graph writes to tensors in place."""
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and node.target not in _COPIES:
+        if schema is not None and schema.is_mutable and node.target not in COPIES:
             return True
     return False
 
@@ -174,7 +189,7 @@ def _copy_nodes(
         if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
             values[node] = args[0][args[1]]
             continue
-        if _is_noop(node):
+        if is_noop(node):
             values[node] = args[0]
             continue
         values[node] = _append(graph, node, args, kwargs, symbols)
@@ -210,12 +225,12 @@ def _inline(
     return _copy_nodes(inner.graph, inner, graph, values, weights, symbols)
 
 
-def _is_noop(node: fx.Node) -> bool:
+def is_noop(node: fx.Node) -> bool:
     """Whether a node returns its first argument unchanged, in eval mode and whatever the device."""
     args: tuple[Any, ...] = node.args
     if node.target in _DROPOUTS:
         return bool(args[1] == 0) or args[2] is False
-    if node.target in _COPIES:
+    if node.target in COPIES:
         return True
     first = args[0] if args else None
     if not isinstance(first, fx.Node):
@@ -223,13 +238,10 @@ def _is_noop(node: fx.Node) -> bool:
     before, after = first.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
-    if node.target in _LAYOUTS:
+    if node.target in LAYOUTS:
         # products of the same numbers in another layout may round differently
         return str(before.stride()) == str(after.stride())
-    name = str(node.target)
-    if name.startswith((*_CASTS, "aten.type_as.")):
-        return before.dtype == after.dtype
-    if name == "aten.slice.Tensor":
+    if str(node.target) == "aten.slice.Tensor":
         start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])[2:]
         return start in (0, None) and end in (None, 2**63 - 1) and bool(step == 1)
     return False
@@ -242,11 +254,11 @@ def _append(
     kwargs = {k: v for k, v in kwargs.items() if k not in _PLACEMENT}
     name = str(target)
     value = node.meta.get("val")
-    if name.startswith(_CASTS) and isinstance(value, Tensor):
+    if name.startswith(CASTS) and isinstance(value, Tensor):
         target, args, kwargs = aten.to.dtype, (args[0], value.dtype), {}
     elif name == "reroll.cache.default":
         args = args[:2]
-    elif target in _LAYOUTS:
+    elif target in LAYOUTS:
         target, args = aten.contiguous.default, args[:1]
     elif target in (aten.view.default, aten._unsafe_view.default):
         # without the copies that were dropped, strides no longer promise that a view is possible

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.branches import check_branches
+from reroll.rewrite.capture.halves import in_half, keeps_parameters, trace, with_dtypes_of
 from reroll.rewrite.capture.left_out import TracedGraph, with_defaults
 from reroll.rewrite.capture.models import describe, open_model
 from reroll.rewrite.capture.omissions import omissions
@@ -45,9 +46,12 @@ from reroll.rewrite.capture.tracing import (
     tracing,
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
-from reroll.rewrite.hidden import NAMES, take_marks
+from reroll.rewrite.dtypes import HALVES, dtype_of, retype, retype_graphs, without_casts
+from reroll.rewrite.hidden import NAMES, count, take_marks
+from reroll.rewrite.patterns import Miss
 from reroll.rewrite.pictures import same_text, text_part
-from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType
+from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType, copy
+from reroll.rewrite.text.compare import same
 from reroll.rewrite.weights import Meta, Source, Weight, WeightTable
 
 log = logging.getLogger(__name__)
@@ -68,9 +72,10 @@ def capture(
     `model` is a transformers model, or a hub id, a local directory or a `.gguf` file, in which case
     no weight is loaded: the graph comes from the configuration and the Program's weights refer to
     the checkpoint's tensors. `dtype` is the dtype to compute in (the checkpoint's own if None; for
-    a model object it cannot be chosen). `inputs` are example tensors for a model whose inputs are
-    unusual. `pictures` captures the pictures of a vision-language model as well, as an input that
-    may be left out. `roll=False` stops at the flat graph.
+    a model object it cannot be chosen); what reroll wrote is brought to it. `inputs` are example
+    tensors for a model whose inputs are unusual. `pictures` captures the pictures of a
+    vision-language model as well, as an input that may be left out. `roll=False` stops at the flat
+    graph.
 
     Raises CaptureError when the model does something that the graph cannot hold; the model object
     that was given is left as it was in any case.
@@ -80,18 +85,24 @@ def capture(
             raise CaptureError(
                 "dtype cannot be chosen for a model object", hint="convert it: model.to(dtype)"
             )
-        program = _captured(model, inputs, pictures)
+        captured = _captured(model, inputs, pictures, halves=roll)
     else:
+        dtype = dtype_of(dtype)
         opened = open_model(
             str(model), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
         if isinstance(opened, Program):
-            return opened
-        program = _captured(opened.model, inputs, pictures, opened.source, opened.origin)
-    for remark in program.origin.remarks:
-        log.warning("%s: %s", program.origin.architecture, remark)
-    if not roll:
-        return program
+            return retype(opened, dtype)
+        captured = _captured(
+            opened.model, inputs, pictures, opened.source, opened.origin, halves=roll
+        )
+    for remark in captured.program.origin.remarks:
+        log.warning("%s: %s", captured.program.origin.architecture, remark)
+    return _with_halves(captured) if roll else captured.program
+
+
+def rolled(program: Program) -> Program:
+    """A flat Program with its idioms raised and its layers in loops."""
     from reroll.rewrite.raising.driver import raise_idioms
     from reroll.rewrite.rolling.roll import roll_loops
 
@@ -104,9 +115,12 @@ def _captured(
     pictures: bool,
     source: TensorSource | None = None,
     origin: Origin | None = None,
-) -> Program:
-    program = capture_module(model, inputs=inputs, source=source, origin=origin)
-    return _with_pictures(model, program, source, origin) if pictures else program
+    halves: bool = False,
+) -> _Captured:
+    captured = _capture(model, inputs, source, origin, halves=halves and not pictures)
+    if not pictures:
+        return captured
+    return _Captured(_with_pictures(model, captured.program, source, origin), None, ())
 
 
 def capture_module(
@@ -120,6 +134,45 @@ def capture_module(
 
     `source` has the tensors behind the model's parameters (the model's own if None).
     """
+    return _capture(model, inputs, source, origin).program
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A flat Program, what it is in half precision, and the half precisions that are known."""
+
+    program: Program
+    in_half: Program | None
+    halves: tuple[torch.dtype, ...]
+
+
+def _with_halves(captured: _Captured) -> Program:
+    """The rolled Program of a capture, with the conversions of half precision in it.
+
+    Without them where the same model in half precision would become other ops.
+    """
+    program = rolled(captured.program)
+    if captured.in_half is None:
+        return replace(program, halves=captured.halves)
+    try:
+        wide = retype_graphs(rolled(captured.in_half), program.dtype)
+        wide = replace(wide, inputs=program.inputs)
+    except RerollError as error:
+        log.info("not known in half precision: %s", error)
+        return program
+    if not same(without_casts(program), without_casts(wide)):
+        log.info("not known in half precision: its idioms are others")
+        return program
+    return replace(wide, origin=program.origin, halves=captured.halves)
+
+
+def _capture(
+    model: Any,
+    inputs: Mapping[str, Tensor] | None = None,
+    source: TensorSource | None = None,
+    origin: Origin | None = None,
+    halves: bool = False,
+) -> _Captured:
     stateful = inputs is None and has_state(model)
     first: RerollError | None = None
     uncached: RerollError | None = None
@@ -142,7 +195,8 @@ def capture_module(
             exported, traced = _export(model, kept, with_state, implementation, hidden=hidden)
             kept = _with_roles(kept, traced)
             check_branches(exported, kept, getattr(model, "config", None))
-            program = _to_program(model, exported, kept, source, origin)
+            with_casts = _to_program(model, exported, kept, source, origin)
+            program = _without_casts(with_casts)
         except RerollError as error:
             log.info("not captured with %s, cache=%s: %s", implementation, with_state, error)
             first = first or error
@@ -155,8 +209,11 @@ def capture_module(
         program = _with_defaults(model, program, kept, with_state, implementation, source)
         if stateful and not with_state:
             assert uncached is not None
-            return _without_cache(program, uncached)
-        return program
+            program = _without_cache(program, uncached)
+        if not halves:
+            return _Captured(program, None, ())
+        tracer = _Tracer(model, kept, with_state, implementation, count(program.graph) > 0)
+        return _Captured(program, *tracer.halves_of(with_casts, exported))
     name = type(model).__name__
     if first is not None and getattr(model, "_is_stateful", False):
         raise CaptureError(
@@ -204,9 +261,16 @@ def _seeing(
         exported, traced = _export(model, examples, True, IMPLEMENTATION)
     examples = _with_roles(examples, traced)
     check_branches(exported, examples, model.config)
-    program = _to_program(model, exported, examples, source, origin)
+    program = _without_casts(_to_program(model, exported, examples, source, origin))
     origin = replace(program.origin, auto_class="AutoModelForImageTextToText")
     return replace(program, origin=origin)
+
+
+def _without_casts(program: Program) -> Program:
+    """A flat Program without its conversions of tensors to the dtype that they have."""
+    graph = copy(program.graph)
+    clean.drop_casts(graph)
+    return replace(program, graph=graph)
 
 
 def _without_cache(program: Program, reason: RerollError) -> Program:
@@ -275,6 +339,58 @@ def _module_stack() -> dict[str, Any]:
     return getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", {})
 
 
+@dataclass(frozen=True)
+class _Tracer:
+    """How a model was captured, to trace it once more in half precision."""
+
+    model: Any
+    examples: list[Example]
+    stateful: bool
+    implementation: str
+    hidden: bool
+
+    def halves_of(
+        self, program: Program, exported: torch.export.ExportedProgram
+    ) -> tuple[Program | None, tuple[torch.dtype, ...]]:
+        """A flat Program with its conversions in half precision, if it is in fp32; what is known.
+
+        fp16 is tried first: models that treat it as bf16 are known in both then.
+        """
+        if program.dtype == torch.float16:
+            return None, HALVES
+        in_bf16 = program.dtype == torch.bfloat16
+        for half in (torch.float16,) if in_bf16 else (torch.float16, torch.bfloat16):
+            found = self.in_half(program, exported, half)
+            if isinstance(found, Program):
+                halves = HALVES if half == torch.float16 else (half,)
+                return (None if in_bf16 else found), halves
+            log.info("not known in %s: %s", half, found.reason)
+        return None, ((torch.bfloat16,) if in_bf16 else ())
+
+    def in_half(
+        self, program: Program, exported: torch.export.ExportedProgram, half: torch.dtype
+    ) -> Program | Miss:
+        """A flat Program with its conversions in half precision, or why that is not known."""
+        if clean.mutates(exported.graph):
+            return Miss("it changes tensors in place, for which captures have other ops")
+        if keeps_parameters(self.model, half):
+            return Miss("parameters are kept in fp32")
+        wrapper = _Wrapper(self.model, self.stateful, None, False, self.hidden)
+        try:
+            with (
+                in_half(self.model, half),
+                torch.no_grad(),
+                _quiet(),
+                frequencies_by_position(self.model),
+                tracing(self.model, self.implementation),
+            ):
+                traced = trace(wrapper, _example_tensors(self.model, self.examples))
+        # what does not run in half precision fails in whatever way the model's code brings about
+        except Exception as error:
+            return Miss(f"{type(error).__name__}: {error}")
+        return with_dtypes_of(program, traced, half)
+
+
 def _parameters(model: Any) -> set[str]:
     import inspect
 
@@ -294,11 +410,7 @@ def _export(
     Where the model brings attention of its own, `halt` counts the updates of the cache. `hidden`:
     with its hidden states among the outputs, unless it fails to give them.
     """
-    dtype = getattr(model, "dtype", torch.float32)
-    tensors = {
-        e.name: e.tensor.to("cpu", dtype if e.tensor.is_floating_point() else None)
-        for e in examples
-    }
+    tensors = _example_tensors(model, examples)
     auto = torch.export.Dim.AUTO
     shapes = {
         e.name: {i: auto for i, dim in enumerate(e.dims) if isinstance(dim, str)} for e in examples
@@ -356,6 +468,15 @@ def _with_roles(examples: list[Example], traced: Traced) -> list[Example]:
         replace(e, role="offsets") if e.role == "positions" and not traced.packs else e
         for e in examples
     ]
+
+
+def _example_tensors(model: Any, examples: list[Example]) -> dict[str, Tensor]:
+    """The examples, in the model's dtype if they are floating."""
+    dtype = getattr(model, "dtype", torch.float32)
+    return {
+        e.name: e.tensor.to("cpu", dtype if e.tensor.is_floating_point() else None)
+        for e in examples
+    }
 
 
 @contextmanager
@@ -489,6 +610,7 @@ def _with_defaults(
         _, literals = _weight_table(model, exported, source)
         dims = {e.name: e.dims for e in kept}
         flat = clean.flatten(exported, dims, _aliases(model, literals))
+        clean.drop_casts(flat.graph)
         constants = {n: t for n, t in literals.items() if n not in parameters}
         return TracedGraph(flat.graph, flat.outputs, constants)
 

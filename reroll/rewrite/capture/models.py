@@ -28,6 +28,7 @@ from reroll.rewrite.capture.side_files import (
     weight_names,
 )
 from reroll.rewrite.checkpoint import TensorSource
+from reroll.rewrite.dtypes import DTYPES, dtype_of
 from reroll.rewrite.program import Origin, Program, _service
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def open_model(
     """
     path = Path(name)
     if path.suffix == ".gguf":
-        return _open_gguf(path, _dtype(dtype))
+        return _open_gguf(path, dtype_of(dtype))
     if not path.exists():
         path = _download(name, revision, trust_remote_code)
     if not (path / "config.json").is_file():
@@ -81,7 +82,7 @@ def open_model(
         )
     if _read_json(path / "config.json").get("model_type") == "reroll":
         return _service("load")(str(path))  # type: ignore[no-any-return]
-    return _open_directory(path, name, _dtype(dtype), revision, trust_remote_code)
+    return _open_directory(path, name, dtype_of(dtype), revision, trust_remote_code)
 
 
 def _no_model(path: Path, name: str) -> UsageError:
@@ -208,7 +209,7 @@ def _open_directory(
     else:
         make = partial(model_class.from_config, config, trust_remote_code=trust, **_eager())
     try:
-        model = _build(make, config, dtype)
+        model = _build(make, config, dtype or _stored_dtype(path, config))
     # what a configuration that does not fit makes a class raise has no common type
     except Exception as error:
         raise CheckpointError(
@@ -292,6 +293,19 @@ def _eager() -> dict[str, str]:
     return {"attn_implementation": "eager"}
 
 
+def _stored_dtype(path: Path, config: Any) -> torch.dtype | None:
+    """The dtype of a checkpoint whose configuration names none: that of its first floating tensor,
+    as transformers decides.
+    """
+    from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource
+
+    if getattr(config, "dtype", None) is not None:
+        return None
+    source = SafetensorsSource(path)
+    dtypes = (source.meta(name).dtype for name in source.names())
+    return next((dtype for dtype in dtypes if dtype in DTYPES.values()), None)
+
+
 def _build(make: Any, config: Any, dtype: torch.dtype | None) -> Any:
     """Build a model whose parameters are on the meta device and whose buffers are real."""
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
@@ -321,17 +335,6 @@ def _meta_parameters() -> Iterator[None]:
 
     with mock.patch.object(nn.Module, "register_parameter", on_meta):
         yield
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UsageError(
-            f"{dtype!r} is not a floating dtype", hint="use float32, bfloat16 or float16"
-        )
-    return found
 
 
 def _download(name: str, revision: str | None, trust: bool = False) -> Path:

@@ -43,6 +43,7 @@ def assemble(draft: Draft, source: TensorSource | None) -> Program:
         dtype=dtype,
         origin=origin,
         reference=draft.reference,
+        halves=draft.halves,
     )
     _type_weights(program)
     for problem in problems(program):

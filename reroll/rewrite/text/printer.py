@@ -2,7 +2,8 @@
 
 The grammar; every construct stands on a line of its own, and `#` starts a line of comment:
 
-    program     'program dtype=' DTYPE 'model=' STRING, then the lines and sections below
+    program     'program dtype=' DTYPE ['halves=[' DTYPE, ... ']'] 'model=' STRING, then the lines
+                and sections below
     input       'input' NAME ':' type 'role=' NAME
     output      'output' NAME
     default     'default' NAME '(' %input ':' type, ... ') {' statements '}'
@@ -53,7 +54,9 @@ def to_text(program: Program) -> str:
     origin = origin_to_json(program.origin)
     # the model stands in the first line
     model = origin.pop("model")
-    lines = [f"program dtype={_dtype(program)} model={json.dumps(model)}", *graph_lines(program)]
+    halves = f" halves={value_to_text(list(program.halves))}" if program.halves else ""
+    head = f"program dtype={_dtype(program)}{halves} model={json.dumps(model)}"
+    lines = [head, *graph_lines(program)]
     lines += _table("weights", program.weights)
     lines += _table("reference", program.reference) if program.reference else []
     return "\n".join([*lines, "", f"origin {json.dumps(origin, indent=2)}", ""])

@@ -36,6 +36,7 @@ class Draft:
     """What has been read so far, and the lines at which it stood."""
 
     dtype: torch.dtype | None = None
+    halves: tuple[torch.dtype, ...] = ()
     model: str = ""
     inputs: list[Input] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
@@ -91,6 +92,13 @@ def _program(draft: Draft, line: str) -> None:
     dtype = WORDS.get(cursor.take("word", "a dtype"))
     if not isinstance(dtype, torch.dtype):
         raise ProgramError("the program's dtype is not a dtype", hint="such as f32 or bf16")
+    if cursor.accept("halves"):
+        cursor.expect("=")
+        cursor.expect("[")
+        halves, _ = cursor.values("]")
+        if not all(isinstance(half, torch.dtype) for half in halves):
+            raise ProgramError("the program's halves are not dtypes", hint="such as [bf16, f16]")
+        draft.halves = tuple(halves)
     cursor.expect("model")
     cursor.expect("=")
     draft.dtype, draft.model = dtype, cursor.string()

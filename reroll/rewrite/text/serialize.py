@@ -31,6 +31,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "dtype": value_to_text(program.dtype),
+        "halves": [value_to_text(half) for half in program.halves],
         "graphs": list(graph_lines(program)),
         "weights": table_to_json(program.weights),
         "reference": table_to_json(program.reference),
@@ -47,18 +48,21 @@ def program_from_json(data: object, source: TensorSource | None = None) -> Progr
     if not isinstance(data, dict):
         raise ProgramError(f"a program is a JSON object, not a {type(data).__name__}")
     _check_format(data.get("format"))
-    wanted = {"format", "dtype", "graphs", "weights", "reference", "origin"}
+    wanted = {"format", "dtype", "halves", "graphs", "weights", "reference", "origin"}
+    # earlier versions did not write it
+    data = {"halves": [], **data}
     for key in sorted(wanted ^ set(data)):
         raise ProgramError(f"the key {key!r:.80} is {'missing' if key in wanted else 'unknown'}")
-    dtype = WORDS.get(data["dtype"]) if isinstance(data["dtype"], str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise ProgramError(f"{data['dtype']!r:.80} is not a dtype", where="dtype")
+    dtype = _dtype(data["dtype"], "dtype")
+    if not isinstance(data["halves"], list):
+        raise ProgramError(f"{data['halves']!r:.80} is not a list", where="halves")
+    halves = tuple(_dtype(half, "halves") for half in data["halves"])
     lines = data["graphs"]
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ProgramError("the graphs are a list of lines", where="graphs")
     with located("graphs"):
         draft = read(lines)
-    draft.dtype = dtype
+    draft.dtype, draft.halves = dtype, halves
     with located("weights"):
         draft.weights = table_from_json(data["weights"])
     with located("reference"):
@@ -67,6 +71,13 @@ def program_from_json(data: object, source: TensorSource | None = None) -> Progr
         draft.origin = origin_from_json(data["origin"])
     with located("graphs"):
         return assemble(draft, source)
+
+
+def _dtype(value: object, where: str) -> torch.dtype:
+    dtype = WORDS.get(value) if isinstance(value, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ProgramError(f"{value!r:.80} is not a dtype", where=where)
+    return dtype
 
 
 def _check_format(version: object) -> None:

@@ -1,0 +1,297 @@
+"""What a captured graph would be if the model were in half precision.
+
+A model in fp32 does not show where it asks for fp32 and where for its own dtype. So it is traced a
+second time, cheaply: without data, for one size, with parameters in half precision. That trace runs
+through the same ops in the same order, and says which dtype each of them has there.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from reroll.rewrite.capture import clean
+from reroll.rewrite.dtypes import follow_limits
+from reroll.rewrite.hidden import NAMES
+from reroll.rewrite.patterns import Miss
+from reroll.rewrite.program import Program, TensorType, copy
+
+aten = torch.ops.aten
+
+TO = aten.to.dtype
+# the parameters that transformers keeps in fp32, in both half precisions and in fp16
+_KEPT, _KEPT_IN_FP16 = "_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
+# ---- the model in half precision
+
+
+@contextmanager
+def in_half(model: nn.Module, half: torch.dtype) -> Iterator[None]:
+    """Put tensors without data in half precision in the place of a model's parameters.
+
+    Buffers have the dtype that they have in a model that is made in half precision. The tensors
+    seem to be on the CPU, since a model's code may depend on the device.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made = _buffer_dtypes(model, half)
+    saved = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    twins: dict[int, nn.Parameter] = {}
+
+    def twin(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        dtype = dtype if tensor.is_floating_point() else tensor.dtype
+        with mode:
+            return torch.empty(tensor.shape, dtype=dtype)
+
+    try:
+        for path, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in twins:
+                    twins[id(parameter)] = nn.Parameter(twin(parameter, half), False)
+                module._parameters[name] = None if parameter is None else twins[id(parameter)]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    dtype = made.get(f"{path}.{name}".removeprefix("."), buffer.dtype)
+                    module._buffers[name] = twin(buffer, dtype)
+        yield
+    finally:
+        for module, parameters, buffers in saved:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+def _buffer_dtypes(model: nn.Module, half: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes of the buffers of a model that its configuration makes in half precision."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(half)
+        with torch.device("meta"):
+            made = type(model)(deepcopy(model.config))  # type: ignore[call-arg]
+    # code that is not ours may want more than a configuration: buffers then stay as they are
+    except Exception:
+        return {}
+    finally:
+        torch.set_default_dtype(before)
+    return {name: buffer.dtype for name, buffer in made.named_buffers()}
+
+
+def keeps_parameters(model: nn.Module, half: torch.dtype) -> bool:
+    """Whether transformers keeps some of a model's parameters in fp32 beside those in `half`."""
+    attributes = (_KEPT, _KEPT_IN_FP16) if half == torch.float16 else (_KEPT,)
+    kept = {str(part) for a in attributes for part in getattr(model, a, None) or ()}
+    return any(part in name for name, _ in model.named_parameters() for part in kept)
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.Graph:
+    """The ops that a model `in_half` runs on these inputs, as one graph without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mode: FakeTensorMode = next(model.parameters()).fake_mode  # type: ignore[attr-defined]
+    examples = {name: mode.from_tensor(tensor.cpu()) for name, tensor in inputs.items()}
+    traced = make_fx(
+        lambda given: {n: v for n, v in model(given).items() if n.split(".")[0] not in NAMES},
+        tracing_mode="fake",
+        pre_dispatch=True,
+        _allow_non_fake_inputs=True,
+    )(examples)
+    traced.graph.eliminate_dead_code()
+    return traced.graph
+
+
+# ---- the captured graph with the dtypes of the trace
+
+
+def with_dtypes_of(program: Program, traced: fx.Graph, half: torch.dtype) -> Program | Miss:
+    """A flat Program that has its conversions, in the dtypes of a trace in half precision.
+
+    Its weights stay as they are. A Miss says where the two do something else.
+    """
+    graph, wide = copy(program.graph), program.dtype
+    for node in graph.find_nodes(op="placeholder"):
+        if _dtype(node) == wide:
+            _set_type(node, half)
+    miss = _Alignment(graph, traced, wide).run()
+    if miss is not None:
+        return miss
+    _read_frozen(graph, program, half)
+    follow_limits(graph, wide, half)
+    clean.drop_casts(graph)
+    inputs = tuple(
+        replace(i, type=replace(i.type, dtype=half)) if i.type.dtype == wide else i
+        for i in program.inputs
+    )
+    return replace(program, graph=graph, inputs=inputs, dtype=half)
+
+
+def _read_frozen(graph: fx.Graph, program: Program, half: torch.dtype) -> None:
+    """Convert what is not trained where it is read: it stays in fp32 in every Program."""
+    for node in graph.find_nodes(op="get_attr"):
+        weight = program.weights[str(node.target)]
+        if _dtype(node) == half and not weight.trainable:
+            users = list(node.users)
+            with graph.inserting_after(node):
+                cast = graph.call_function(TO, (node, half))
+            cast.meta["type"] = node.meta["type"]
+            for user in users:
+                user.replace_input_with(node, cast)
+            _set_type(node, weight.meta.dtype)
+
+
+class _Alignment:
+    """Walks through a captured graph and a trace together, and gives the first the dtypes of the
+    second.
+    """
+
+    def __init__(self, graph: fx.Graph, traced: fx.Graph, wide: torch.dtype) -> None:
+        self.graph, self.wide = graph, wide
+        self.ours = [n for n in graph.nodes if _counts(n)]
+        self.theirs = [n for n in traced.nodes if _counts(n)]
+        # the node of ours for each of theirs, and for the conversions that only they have
+        self.node: dict[fx.Node, fx.Node] = {}
+        # conversions that do nothing in ours
+        self.nothing = {n for n in self.ours if _key(n) is TO and _dtype(n.args[0]) == _dtype(n)}
+
+    def run(self) -> Miss | None:
+        """Align all; the Miss of the first pair that differs."""
+        mine, theirs = iter(self.ours), iter(self.theirs)
+        a, b = next(mine, None), next(theirs, None)
+        while a is not None or b is not None:
+            if a is not None and b is not None and _key(a) == _key(b):
+                if not self.pair(a, b):
+                    return Miss("it computes with other numbers", (a.name, b.name))
+                a, b = next(mine, None), next(theirs, None)
+            elif b is not None and _key(b) is TO and self.add(b):
+                b = next(theirs, None)
+            elif a is not None and _key(a) is TO:
+                # a conversion that half precision does without
+                _set_type(a, _dtype(a.args[0]))
+                a.update_arg(1, _dtype(a.args[0]))
+                a = next(mine, None)
+            else:
+                return Miss(f"{a and a.target} is {b and b.target} in half precision")
+        return None
+
+    def add(self, b: fx.Node) -> bool:
+        """Insert a conversion that only the trace has."""
+        source, dtype = self.node.get(_origin(b.args[0])), _dtype(b)
+        if source is None or dtype is None:
+            return False
+        with self.graph.inserting_after(source):
+            cast = self.graph.call_function(TO, (source, dtype))
+        cast.meta["type"] = source.meta["type"]
+        _set_type(cast, dtype)
+        self.node[b] = cast
+        self.nothing.add(cast)
+        return True
+
+    def pair(self, a: fx.Node, b: fx.Node) -> bool:
+        """Give a node the dtypes of the other; False if their numbers differ."""
+        self.node[b] = a
+        _set_type(a, _dtype(b))
+        for user in a.users:
+            if user.target is operator.getitem:
+                _set_type(user, _dtype(b, user.args[1]))
+        try:
+            if _key(a) is TO:
+                a.args = (self.argument(a.args[0], b.args[0]), _dtype(b))
+                return True
+            a.args = self.argument(a.args, b.args)
+            a.kwargs = {k: self.argument(v, b.kwargs.get(k, v)) for k, v in a.kwargs.items()}
+        except _Differs:
+            return False
+        return True
+
+    def argument(self, mine: Any, theirs: Any) -> Any:
+        """An argument of ours with the dtypes and the conversions of theirs."""
+        if isinstance(mine, (tuple, list)) and isinstance(theirs, (tuple, list)):
+            inner = [self.argument(x, y) for x, y in zip(mine, theirs, strict=False)]
+            return type(mine)((*inner, *mine[len(inner) :]))
+        if isinstance(mine, torch.dtype) and isinstance(theirs, torch.dtype):
+            return theirs
+        if isinstance(mine, fx.Node) and isinstance(theirs, fx.Node):
+            return self.operand(mine, theirs)
+        if isinstance(mine, float) and isinstance(theirs, float):
+            limits = (getattr(torch.finfo(self.wide), n) for n in ("min", "max"))
+            if mine != theirs and mine not in limits:
+                raise _Differs
+        return mine
+
+    def operand(self, mine: fx.Node, theirs: fx.Node) -> fx.Node:
+        """The node of ours that the trace reads here.
+
+        A conversion that does nothing gives the tensor itself, so that a capture in fp32 has it in
+        the way of all later uses; where it stands is to be seen in the trace alone.
+        """
+        value, theirs = self.unconverted(mine), _origin(theirs)
+        operand = self.node.get(theirs, value)
+        if self.unconverted(operand) is not value:
+            raise _Differs
+        if value.op == "get_attr" or value.target is aten.scalar_tensor.default:
+            if operand is value:
+                _set_type(value, _dtype(theirs))
+            if value.op != "get_attr":
+                value.kwargs = {**value.kwargs, "dtype": _dtype(value)}
+        return operand
+
+    def unconverted(self, node: fx.Node) -> fx.Node:
+        """A node of ours without the conversions around it that do nothing in fp32."""
+        while node in self.nothing:
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+
+class _Differs(Exception):
+    """Two ops that correspond have other numbers."""
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node computes something: no size, no copy, no switch of a context."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name = str(node.target)
+    left_out = (*clean.LAYOUTS, aten.scalar_tensor.default)
+    return not (
+        "_assert" in name or "sym_" in name or node.target in left_out or clean.is_noop(node)
+    )
+
+
+def _key(node: fx.Node) -> Any:
+    """What has to be the same op."""
+    if str(node.target).startswith(clean.CASTS):
+        return TO
+    return aten.reshape.default if node.target in _VIEWS else node.target
+
+
+def _origin(node: Any) -> Any:
+    """The node that another one is a copy of."""
+    while isinstance(node, fx.Node) and node.target in (*clean.COPIES, *clean.LAYOUTS):
+        node = node.args[0]
+    return node
+
+
+def _dtype(node: Any, part: int | None = None) -> torch.dtype | None:
+    """The dtype of what a node makes, or of one part of it."""
+    value = node.meta.get("type", node.meta.get("val"))
+    if part is not None and value is not None:
+        value = value[part]
+    if part is not None and value is None:
+        parts = [u for u in node.users if u.target is operator.getitem and u.args[1] == part]
+        return _dtype(parts[0]) if parts else None
+    return value.dtype if isinstance(value, (TensorType, Tensor)) else None
+
+
+def _set_type(node: fx.Node, dtype: torch.dtype | None) -> None:
+    kind = node.meta.get("type")
+    if dtype is not None and isinstance(kind, TensorType):
+        node.meta["type"] = TensorType(dtype, kind.shape)
