@@ -192,8 +192,8 @@ def _module(model: nn.Module, opening: Opening) -> Subject:
 
 def _named(name: str, opening: Opening) -> Subject:
     if is_converted(name, opening.revision):
-        program = capture(name, dtype=opening.dtype, revision=opening.revision)
-        return _converted(name, program, opening)
+        converted = capture(name, dtype=opening.dtype, revision=opening.revision)
+        return _converted(name, converted, opening)
     program = _captured(
         name,
         dtype=opening.dtype,

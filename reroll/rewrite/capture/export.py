@@ -163,6 +163,10 @@ def _with_halves(captured: _Captured) -> Program:
     if not same(without_casts(program), without_casts(wide)):
         log.info("not known in half precision: its idioms are others")
         return program
+    if [count(g) for _, g in program.graphs()] != [count(g) for _, g in wide.graphs()]:
+        # its hidden states are worth more than its conversions
+        log.info("not known in half precision: rolling it loses hidden states")
+        return program
     return replace(wide, origin=program.origin, halves=captured.halves)
 
 
