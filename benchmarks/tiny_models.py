@@ -62,7 +62,8 @@ ENCODER_TYPES: list[str] = [
 
 def causal_types() -> list[str]:
     """Model types that have a causal language model in the installed transformers."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    # reroll registers a type of its own, which has no model to build
+    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name != "reroll"]
 
 
 def encoder_types() -> list[str]:

@@ -76,7 +76,7 @@ def _buffer_dtypes(model: nn.Module, half: torch.dtype) -> dict[str, torch.dtype
     try:
         torch.set_default_dtype(half)
         with torch.device("meta"):
-            made = type(model)(deepcopy(model.config)) 
+            made = type(model)(deepcopy(model.config))
     # code that is not ours may want more than a configuration: buffers then stay as they are
     except Exception:
         return {}
