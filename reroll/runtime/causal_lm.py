@@ -110,11 +110,16 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         return result
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        # transformers reads in the signature whether embeddings are taken
-        kwargs["inputs_embeds"] = inputs_embeds
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        # in the signature, transformers reads whether embeddings are taken
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
         if "position_ids" not in self._input_names:
             # transformers makes them for every forward that names them
             inputs.pop("position_ids", None)
@@ -125,10 +130,15 @@ class RerollForConditionalGeneration(RerollForCausalLM):
     """A lowered language model that reads pictures in the prompt, and text without any as well."""
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        kwargs["inputs_embeds"] = inputs_embeds
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values, inputs_embeds, **kwargs
+        )
         if not kwargs.get("is_first_iteration") and kwargs.get("use_cache"):
             # which are in the cache by now
             for name in picture_inputs(self.program.inputs):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reroll.rewrite.dtypes import WIDEN
 from reroll.rewrite.program import Dim, TensorType
 
 aten = torch.ops.aten
@@ -36,9 +37,9 @@ class Nodes:
         return TensorType(dtype, self.tokens)
 
     def wide(self, node: fx.Node) -> fx.Node:
-        """A value in fp32."""
+        """A value in fp32, also where the Program is narrowed later."""
         kind = node.meta["type"]
         if kind.dtype == torch.float32:
-            return node
+            return node if node.target is WIDEN else self.call(WIDEN, (node,), kind)
         wide = TensorType(torch.float32, kind.shape)
         return self.call(aten.to.dtype, (node, torch.float32), wide)

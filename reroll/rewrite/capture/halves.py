@@ -201,7 +201,7 @@ class _Alignment:
         _set_type(a, _dtype(b))
         for user in a.users:
             if user.target is operator.getitem:
-                _set_type(user, _dtype(b, user.args[1]))
+                _set_type(user, _dtype(b, int(user.args[1])))  # type: ignore[arg-type]
         try:
             if _key(a) is TO:
                 a.args = (self.argument(a.args[0], b.args[0]), _dtype(b))
