@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from reroll.rewrite.capture import clean
 from reroll.rewrite.dtypes import follow_limits
-from reroll.rewrite.hidden import NAMES
+from reroll.rewrite.hidden import NAMES, mark, marks, unmark
 from reroll.rewrite.patterns import Miss
 from reroll.rewrite.program import Program, TensorType, copy
 
@@ -124,6 +124,7 @@ def with_dtypes_of(program: Program, traced: fx.Graph, half: torch.dtype) -> Pro
     miss = _Alignment(graph, traced, wide).run()
     if miss is not None:
         return miss
+    _move_marks(graph, half)
     _read_frozen(graph, program, half)
     follow_limits(graph, wide, half)
     clean.drop_casts(graph)
@@ -132,6 +133,22 @@ def with_dtypes_of(program: Program, traced: fx.Graph, half: torch.dtype) -> Pro
         for i in program.inputs
     )
     return replace(program, graph=graph, inputs=inputs, dtype=half)
+
+
+def _move_marks(graph: fx.Graph, half: torch.dtype) -> None:
+    """Mark the hidden states in half precision: in fp32, a conversion of one is the same value."""
+    for node in graph.nodes:
+        if not marks(node) or _dtype(node) == half:
+            continue
+        narrowed = (u for u in node.users if _key(u) is TO and _dtype(u) == half)
+        source = node.args[0] if _key(node) is TO else None
+        new = source if _is_in(source, half) else next(narrowed, None)
+        if new is not None:
+            mark(new, unmark(node))
+
+
+def _is_in(node: Any, dtype: torch.dtype) -> bool:
+    return isinstance(node, fx.Node) and _dtype(node) == dtype
 
 
 def _read_frozen(graph: fx.Graph, program: Program, half: torch.dtype) -> None:
