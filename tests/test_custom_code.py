@@ -89,6 +89,7 @@ def test_every_command_runs_trusted_code(model, out, tmp_path):
     assert run("diff", model, out, TRUST).exit_code in (0, 1)
 
 
+@pytest.mark.slow
 def test_export_sample_and_recover_run_trusted_code(model, out, tmp_path):
     exported = run("export", model, tmp_path / "onnx", TRUST)
     assert exported.exit_code == 0, exported.stderr

@@ -133,7 +133,11 @@ def gpt_neo():
 # which ask for the device of their tensors, or make tensors in their forward
 @pytest.mark.parametrize(
     ("make", "dtype"),
-    [(mixtral, torch.float32), (mixtral, torch.bfloat16), (gpt_neo, torch.float32)],
+    [
+        (mixtral, torch.float32),
+        pytest.param(mixtral, torch.bfloat16, marks=pytest.mark.slow),
+        (gpt_neo, torch.float32),
+    ],
 )
 def test_a_directory_gives_the_graph_of_its_model(tmp_path, make, dtype):
     make().to(dtype).save_pretrained(tmp_path)

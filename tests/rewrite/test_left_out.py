@@ -30,7 +30,9 @@ def item(program: Program, name: str) -> Input:
     return next(i for i in program.inputs if i.name == name)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "bert", pytest.param("t5", marks=pytest.mark.slow)]
+)
 def test_what_the_roles_say_needs_no_graph(name):
     assert [i.name for i in captured.flat(name).inputs if i.default is not None] == []
 
