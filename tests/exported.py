@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from reroll.rewrite.capture.export import _export, _to_program
+from reroll.rewrite.capture.export import _export, _to_program, _without_casts
 from reroll.rewrite.capture.signature import Example
 from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.program import Origin, Program
@@ -44,7 +44,9 @@ def export(
     ]
     named = _Named(module.eval())
     exported, _ = _export(named, examples, False, "eager")
-    return _to_program(named, exported, examples, None, Origin(type(module).__name__))
+    return _without_casts(
+        _to_program(named, exported, examples, None, Origin(type(module).__name__))
+    )
 
 
 def calls(graph: fx.Graph) -> list[str]:

@@ -73,7 +73,7 @@ def _reads(node: fx.Node, loop: Loop | None, mask: str) -> bool:
     """Whether the padding of a node is the input of this name, but for its dtype."""
     value = argument(node, "padding")
     while isinstance(value, fx.Node):
-        if value.target is aten.to.dtype:
+        if value.target in (aten.to.dtype, own.widen.default):
             value = value.args[0]
         elif value.op == "placeholder" and loop is not None:
             value, loop = loop.resolve(value, 0), None

@@ -21,7 +21,7 @@ from reroll.runtime.documents import Documents
 from reroll.runtime.hoisting import placeholders
 from reroll.runtime.masks import visible_tokens
 
-TO = torch.ops.aten.to.dtype
+CONVERSIONS = (torch.ops.aten.to.dtype, torch.ops.reroll.widen.default)
 MASK = torch.ops.reroll.mask.default
 
 
@@ -51,7 +51,7 @@ def read_padding(program: Program, state: fx.Node) -> frozenset[str]:
 def _read(program: Program, given: fx.Node, state: fx.Node | None) -> None:
     same = [given]
     for node in same:
-        same.extend(u for u in node.users if u.target is TO)
+        same.extend(u for u in node.users if u.target in CONVERSIONS)
     with program.graph.inserting_after(state or given):
         if state is None:
             checked = program.graph.call_function(visible_tokens, (given,))

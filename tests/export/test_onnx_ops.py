@@ -121,7 +121,7 @@ WHOLES: dict[str, Callable[..., Tensor]] = {
     "aten::searchsorted.Tensor": lambda x, y, n, m: torch.searchsorted(
         x.sort(-1).values, n.float()[..., None]
     ),
-    "aten::type_as.default": lambda x, y, n, m: x[..., 0].type_as(n) + n,
+    "aten::to.dtype": lambda x, y, n, m: x[..., 0].type_as(n) + n,
     "aten::argsort.default": lambda x, y, n, m: x.argsort(-1, descending=True),
     "aten::scatter.value": lambda x, y, n, m: torch.zeros_like(n).scatter(1, n.abs() % 3, 1),
     "aten::item.default": lambda x, y, n, m: n.sum().item() + n,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.kernels import dispatch
+from reroll.rewrite.dtypes import WIDEN
 
 aten: Any = torch.ops.aten
 
@@ -171,7 +172,7 @@ def _entropy(node: fx.Node) -> Score | None:
 
 def _score(node: fx.Node, criterion: str, p: Any, inside: tuple[Any, ...]) -> Score | None:
     logits = _of(p, aten.softmax.int, -1)
-    wide = None if logits is None else _of(logits, aten.to.dtype, torch.float32)
+    wide = _of(logits, aten.to.dtype, torch.float32) or _of(logits, WIDEN)
     if wide is not None:
         inside, logits = (*inside, logits), wide
     head = _linear(logits)
