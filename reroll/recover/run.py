@@ -122,10 +122,11 @@ class _Run:
             )
         if not data:
             raise UsageError("there is nothing to train on", hint="give files or directories")
-        if not isinstance(student, Program):
-            opened = capture(str(student), trust_remote_code=trust)
-        else:
-            opened = student
+        opened = (
+            student
+            if isinstance(student, Program)
+            else capture(str(student), trust_remote_code=trust)
+        )
         program, self.dtype = _program(opened, trust), dtype_of(dtype, opened.dtype)
         # refused before anything is trained, should it not be known how
         retype(program, self.dtype)

@@ -23,6 +23,8 @@ from reroll.rewrite.weights import Weight, WeightTable, cast
 
 aten = torch.ops.aten
 WIDEN = torch.ops.reroll.widen.default
+# the ops that give a value in another dtype and change nothing else
+CONVERSIONS = (aten.to.dtype, WIDEN)
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

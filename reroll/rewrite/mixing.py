@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from reroll.rewrite import ops
+from reroll.rewrite.dtypes import CONVERSIONS
 from reroll.rewrite.program import Input, Loop, Program
 from reroll.rewrite.raising.matching import argument, shape
 from reroll.rewrite.rolling.roll import data_nodes
@@ -73,7 +74,7 @@ def _reads(node: fx.Node, loop: Loop | None, mask: str) -> bool:
     """Whether the padding of a node is the input of this name, but for its dtype."""
     value = argument(node, "padding")
     while isinstance(value, fx.Node):
-        if value.target in (aten.to.dtype, own.widen.default):
+        if value.target in CONVERSIONS:
             value = value.args[0]
         elif value.op == "placeholder" and loop is not None:
             value, loop = loop.resolve(value, 0), None

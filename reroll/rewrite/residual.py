@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reroll.rewrite.dtypes import CONVERSIONS
 from reroll.rewrite.patterns import Miss
 from reroll.rewrite.program import Loop, Program, TensorType
 from reroll.rewrite.raising.matching import argument
@@ -23,7 +24,7 @@ aten = torch.ops.aten
 # ops that give every token's channels as they are, times a constant at most
 _ADD = aten.add.Tensor
 _SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
-_CASTS = (aten.to.dtype, aten._to_copy.default, torch.ops.reroll.widen.default)
+_CASTS = (*CONVERSIONS, aten._to_copy.default)
 _MOVES = (
     aten.slice.Tensor,
     aten.select.int,

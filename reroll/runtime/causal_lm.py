@@ -123,27 +123,15 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         if "position_ids" not in self._input_names:
             # transformers makes them for every forward that names them
             inputs.pop("position_ids", None)
-        return inputs
-
-
-class RerollForConditionalGeneration(RerollForCausalLM):
-    """A lowered language model that reads pictures in the prompt, and text without any as well."""
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values, inputs_embeds, **kwargs
-        )
         if not kwargs.get("is_first_iteration") and kwargs.get("use_cache"):
             # which are in the cache by now
             for name in picture_inputs(self.program.inputs):
                 inputs.pop(name, None)
         return inputs
+
+
+class RerollForConditionalGeneration(RerollForCausalLM):
+    """A lowered language model that reads pictures in the prompt, and text without any as well."""
 
 
 def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> bool:

@@ -71,10 +71,7 @@ class RerollGenerationMixin(GenerationMixin):
         return None
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
     ) -> Any:
         """As in transformers; where the original drops its cache at some length, so does this."""
         limit = self.program.origin.rereads_at

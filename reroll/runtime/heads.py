@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+from reroll.rewrite.dtypes import CONVERSIONS
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import shape
 from reroll.runtime.loops import keep_positions, look_up
@@ -26,8 +27,7 @@ _ALIKE = {aten.reshape.default, aten.to.dtype, aten.contiguous.default, aten.uns
 # what may stand between the last matrix and the logits: one tensor in, position by position
 _POINTWISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,
-    aten.add.Scalar, aten.tanh.default, aten.to.dtype, aten.neg.default,
-    torch.ops.reroll.widen.default,
+    aten.add.Scalar, aten.tanh.default, aten.neg.default, *CONVERSIONS,
 }  # fmt: skip
 
 

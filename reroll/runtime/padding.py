@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from reroll.rewrite.dtypes import CONVERSIONS
 from reroll.rewrite.mixing import mask_beside
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising.matching import argument
@@ -21,7 +22,6 @@ from reroll.runtime.documents import Documents
 from reroll.runtime.hoisting import placeholders
 from reroll.runtime.masks import visible_tokens
 
-CONVERSIONS = (torch.ops.aten.to.dtype, torch.ops.reroll.widen.default)
 MASK = torch.ops.reroll.mask.default
 
 

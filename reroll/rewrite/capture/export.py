@@ -46,7 +46,7 @@ from reroll.rewrite.capture.tracing import (
     tracing,
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
-from reroll.rewrite.dtypes import HALVES, dtype_of, retype, retype_graphs, without_casts
+from reroll.rewrite.dtypes import DTYPES, HALVES, dtype_of, retype, retype_graphs, without_casts
 from reroll.rewrite.hidden import NAMES, count, take_marks
 from reroll.rewrite.patterns import Miss
 from reroll.rewrite.pictures import same_text, text_part
@@ -360,6 +360,8 @@ class _Tracer:
 
         fp16 is tried first: models that treat it as bf16 are known in both then.
         """
+        if program.dtype not in DTYPES.values():
+            return None, ()
         if program.dtype == torch.float16:
             return None, HALVES
         in_bf16 = program.dtype == torch.bfloat16
