@@ -254,17 +254,20 @@ def _open_gguf(path: Path, dtype: torch.dtype | None) -> OpenModel:
 
     from reroll.rewrite.checkpoint import GgufSource, fit_to_checkpoint
     from reroll.rewrite.checkpoint.gguf_file import GgufFile
+    from reroll.rewrite.checkpoint.gguf_metadata import check_metadata, check_tensors
 
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
-    GgufFile(path)  # raises if the header is damaged, before transformers reads it
+    file = GgufFile(path)  # raises if the header is damaged, before transformers reads it
     try:
         config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:
         raise CheckpointError(f"cannot read the GGUF header: {error}", where=str(path)) from error
+    check_metadata(file, config)
     auto = transformers.AutoModelForCausalLM
     model = _build(lambda: auto.from_config(config, **_eager()), config, dtype or torch.float32)
     source = GgufSource(path, model)
+    check_tensors(file, [name for name in source.unread if name not in source.beyond])
     remarks = fit_to_checkpoint(model, source)
     origin = replace(describe(model, str(path)), files=_gguf_tokenizer(path), remarks=remarks)
     return OpenModel(model, source, origin)

@@ -26,6 +26,8 @@ MAX_NESTING = 4
 # sizes of the scalar value types by their number; 8 is a string, 9 an array
 _FORMATS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"])) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# arrays of numbers up to this length are kept: one number for each layer, not one for each token
+KEPT_ITEMS = 1024
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """The metadata (scalars and strings) and the tensors of a GGUF file.
+    """The metadata (scalars, strings, short arrays of numbers) and the tensors of a GGUF file.
 
     Raises CheckpointError if the file is not one, is damaged, or is cut short.
     """
@@ -131,7 +133,7 @@ class GgufFile:
         return name, Meta(shape, torch.float32), quantization, self._scalar("Q")
 
     def _value(self, kind: int, depth: int) -> Any:
-        """A scalar or a string; arrays are stepped over, and give None."""
+        """A scalar, a string, or a tuple of numbers; other arrays are stepped over: None."""
         if kind == _STRING:
             return self._string()
         if kind in _FORMATS:
@@ -140,11 +142,11 @@ class GgufFile:
             raise _Damage(f"a field has the unknown type {kind}")
         item, count = self._scalar("I"), self._scalar("Q")
         if item in _FORMATS:
-            self._take(count * struct.calcsize(_FORMATS[item]))
-        else:
-            # every item takes some bytes, so the end of the file ends the loop
-            for _ in range(count):
-                self._value(item, depth + 1)
+            raw = self._take(count * struct.calcsize(_FORMATS[item]))
+            return struct.unpack(f"<{count}{_FORMATS[item]}", raw) if count <= KEPT_ITEMS else None
+        # every item takes some bytes, so the end of the file ends the loop
+        for _ in range(count):
+            self._value(item, depth + 1)
         return None
 
     def _string(self) -> str:
