@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.weights import WeightTable
 
 Dim = int | str
+Loss = Literal["shifted", "aligned"]
 
 # how the remark begins that a Program has lost the state of its original
 NO_CACHE = "captured without a cache"
@@ -78,7 +79,9 @@ class Origin:
     (see `reroll.rewrite.capture.side_files`) that are saved again, name to path;
     `auto_class` names the transformers auto class that loads the saved model; `remarks` say what of
     the original the capture left out. `rereads_at` is the length at which the original's generation
-    drops its cache and reads the text anew, because its rotary frequencies change there.
+    drops its cache and reads the text anew, because its rotary frequencies change there. `loss` is
+    what a language model computes from labels: the cross entropy of each position with the next
+    label ("shifted") or with its own ("aligned"); None if it is another, or none.
     """
 
     model: str
@@ -90,6 +93,7 @@ class Origin:
     steps: tuple[Step, ...] = ()
     remarks: tuple[str, ...] = ()
     rereads_at: int | None = None
+    loss: Loss | None = "shifted"
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ from reroll.runtime.exits import DepthReport, depth_report
 from reroll.runtime.generation import RerollGenerationMixin, without_cache
 from reroll.runtime.hidden import Wish, hidden_states
 from reroll.runtime.loops import keep_positions
+from reroll.runtime.losses import language_loss
 from reroll.runtime.modeling import RerollPreTrainedModel
 
 log = logging.getLogger(__name__)
 
-# what the loss function takes beside logits and labels
+# what a loss takes beside logits and labels
 _LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
 
 
@@ -77,9 +78,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         loss = None
         if labels is not None:
             extra = {k: v for k, v in kwargs.items() if k in _LOSS_OPTIONS}
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=logits.shape[-1], **extra
-            )
+            loss = language_loss(self, logits, labels, **extra)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
@@ -18,6 +17,7 @@ from reroll.runtime.causal_lm import refuse_attentions, wants_cache
 from reroll.runtime.generation import RerollGenerationMixin
 from reroll.runtime.hidden import Wish, hidden_states
 from reroll.runtime.loops import State, keep_positions
+from reroll.runtime.losses import language_loss
 from reroll.runtime.modeling import RerollPreTrainedModel
 
 
@@ -86,7 +86,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
             logits = keep_positions(logits, state)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))
+            loss = language_loss(self, logits, labels)
         result = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,

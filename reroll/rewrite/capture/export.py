@@ -24,8 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.branches import check_branches
-from reroll.rewrite.capture.halves import in_half, keeps_parameters, trace, with_dtypes_of
+from reroll.rewrite.capture.halves import keeps_parameters, trace, with_dtypes_of, without_data
 from reroll.rewrite.capture.left_out import TracedGraph, with_defaults
+from reroll.rewrite.capture.losses import loss_of
 from reroll.rewrite.capture.models import describe, open_model
 from reroll.rewrite.capture.omissions import omissions
 from reroll.rewrite.capture.rotary import frequencies_by_position
@@ -211,6 +212,7 @@ def _capture(
             own_attention = True
             continue
         program = _with_defaults(model, program, kept, with_state, implementation, source)
+        program = _with_loss(model, program, kept)
         if stateful and not with_state:
             assert uncached is not None
             program = _without_cache(program, uncached)
@@ -384,7 +386,7 @@ class _Tracer:
         wrapper = _Wrapper(self.model, self.stateful, None, False, self.hidden)
         try:
             with (
-                in_half(self.model, half),
+                without_data(self.model, half),
                 torch.no_grad(),
                 _quiet(),
                 frequencies_by_position(self.model),
@@ -598,6 +600,15 @@ def _generative_class(model: Any, inputs: tuple[Input, ...], outputs: tuple[str,
         case ["input_features" | "input_values", "decoder_input_ids"]:
             return "AutoModelForSpeechSeq2Seq"
     return "AutoModel"
+
+
+def _with_loss(model: Any, program: Program, examples: list[Example]) -> Program:
+    """The Program with what the model computes from labels."""
+    if "logits" not in program.outputs:
+        return program
+    with _quiet():
+        loss = loss_of(model, _example_tensors(model, examples))
+    return replace(program, origin=replace(program.origin, loss=loss))
 
 
 def _with_defaults(

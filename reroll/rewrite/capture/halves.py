@@ -35,16 +35,16 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 @contextmanager
-def in_half(model: nn.Module, half: torch.dtype) -> Iterator[None]:
-    """Put tensors without data in half precision in the place of a model's parameters.
+def without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Put tensors without data, of a dtype, in the place of a model's parameters and buffers.
 
-    Buffers have the dtype that they have in a model that is made in half precision. The tensors
-    seem to be on the CPU, since a model's code may depend on the device.
+    Buffers have the dtype that they have in a model that is made in it. The tensors seem to be on
+    the CPU, since a model's code may depend on the device.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made = _buffer_dtypes(model, half)
+    made = {} if dtype == getattr(model, "dtype", None) else _buffer_dtypes(model, dtype)
     saved = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     twins: dict[int, nn.Parameter] = {}
 
@@ -57,12 +57,12 @@ def in_half(model: nn.Module, half: torch.dtype) -> Iterator[None]:
         for path, module in model.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in twins:
-                    twins[id(parameter)] = nn.Parameter(twin(parameter, half), False)
+                    twins[id(parameter)] = nn.Parameter(twin(parameter, dtype), False)
                 module._parameters[name] = None if parameter is None else twins[id(parameter)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    dtype = made.get(f"{path}.{name}".removeprefix("."), buffer.dtype)
-                    module._buffers[name] = twin(buffer, dtype)
+                    own = made.get(f"{path}.{name}".removeprefix("."), buffer.dtype)
+                    module._buffers[name] = twin(buffer, own)
         yield
     finally:
         for module, parameters, buffers in saved:
@@ -70,11 +70,11 @@ def in_half(model: nn.Module, half: torch.dtype) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def _buffer_dtypes(model: nn.Module, half: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtypes of the buffers of a model that its configuration makes in half precision."""
+def _buffer_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes of the buffers of a model that its configuration makes in a dtype."""
     before = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(half)
+        torch.set_default_dtype(dtype)
         with torch.device("meta"):
             made = type(model)(deepcopy(model.config))
     # code that is not ours may want more than a configuration: buffers then stay as they are
@@ -93,7 +93,7 @@ def keeps_parameters(model: nn.Module, half: torch.dtype) -> bool:
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.Graph:
-    """The ops that a model `in_half` runs on these inputs, as one graph without data."""
+    """The ops that a model `without_data` runs on these inputs, as one graph without data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 

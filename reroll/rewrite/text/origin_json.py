@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from reroll.errors import ProgramError, located
-from reroll.rewrite.program import Origin, Step
+from reroll.rewrite.program import Loss, Origin, Step
 
 MAX_DEPTH = 64
 
@@ -35,13 +35,15 @@ def origin_to_json(origin: Origin) -> dict[str, Any]:
         ],
         **({"remarks": list(origin.remarks)} if origin.remarks else {}),
         **({} if origin.rereads_at is None else {"rereads_at": origin.rereads_at}),
+        **({} if origin.loss == "shifted" else {"loss": origin.loss}),
     }
 
 
 def origin_from_json(data: object) -> Origin:
     """The Origin that `origin_to_json` wrote; ProgramError naming the place if it is not valid."""
     wanted = "model revision architecture auto_class config files steps"
-    fields = _object(data, wanted.split(), optional={"remarks": [], "rereads_at": None})
+    optional: dict[str, Any] = {"remarks": [], "rereads_at": None, "loss": "shifted"}
+    fields = _object(data, wanted.split(), optional)
     revision, rereads_at = fields["revision"], fields["rereads_at"]
     with located("files"):
         files = _is(fields["files"], dict)
@@ -58,6 +60,7 @@ def origin_from_json(data: object) -> Origin:
         steps=tuple(_step(i, s) for i, s in enumerate(_member(fields, "steps", list))),
         remarks=_texts(_member(fields, "remarks", list)),
         rereads_at=None if rereads_at is None else _member(fields, "rereads_at", int),
+        loss=_loss(fields["loss"]),
     )
 
 
@@ -90,6 +93,12 @@ def _auto_class(name: str) -> str:
     if not re.fullmatch(r"Auto\w+", name, re.ASCII):
         raise ProgramError(f"{name!r:.80} is not an auto class of transformers", where="auto_class")
     return name
+
+
+def _loss(name: object) -> Loss | None:
+    if name not in (*get_args(Loss), None):
+        raise ProgramError(f"{name!r:.80} is not a loss", where="loss")
+    return name  # type: ignore[return-value]
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
