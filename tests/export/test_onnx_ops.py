@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from reroll.errors import ExportError
@@ -296,3 +297,24 @@ def test_masks_that_choose_elements(tmp_path):
     found = Session(tmp_path / "unrolled.onnx").run(operands(3, 7))
     for number, expected in enumerate(module(**operands(3, 7))):
         torch.testing.assert_close(found[f"out{number}"], expected)
+
+
+class Picked(nn.Module):
+    """Takes one of several heads by a list of indices, as Falcon takes its keys, and repeats it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (3, 2))
+        key = heads[:, :, [-2]]
+        return (heads[:, :, :-2] + key.expand(-1, -1, 1, -1)).flatten(2)
+
+
+def test_a_list_of_indices_is_known_to_shape_inference(tmp_path):
+    program = export(Picked(), torch.randn(2, 5, 6), dims={"x": ("b", "s", 6)})
+    Onnx(graphs=("unrolled",)).write(program, tmp_path)
+    stored = onnx.load(str(tmp_path / "unrolled.onnx"), load_external_data=False)
+    integers = [each for each in stored.graph.initializer if each.data_type == TensorProto.INT64]
+    assert integers
+    assert all(each.data_location == TensorProto.DEFAULT for each in integers)
+    x = torch.randn(3, 7, 6)
+    found = Session(tmp_path / "unrolled.onnx").run({"x": x})
+    torch.testing.assert_close(found["out0"], Picked()(x))

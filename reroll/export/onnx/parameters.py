@@ -21,6 +21,9 @@ from reroll.rewrite.weights.expressions import Meta
 if TYPE_CHECKING:
     from reroll.export.onnx.translate import Translator
 
+# bytes of indices that stand in the graph, where shape inference can read them
+_INLINE = 1024
+
 AXES = {
     "b": "batch_size",
     "s": "sequence_length",
@@ -216,6 +219,9 @@ class Parameter:
         g = self.g
         file, entries = g.weights, self.entries
         if len(set(entries)) == 1:
+            if form.dtype == torch.int64 and form.bytes <= _INLINE:
+                value = form.make(file.value(self.name, entries[0]))
+                return g.graph.constant(value.reshape(view or form.shape), form.dtype)
             return g.graph.stored(*file.entry(self.name, entries[0], form, view), form.dtype)
         assert self.trip is not None
         stack = g.graph.stored(*file.stack(self.name, form), form.dtype)

@@ -106,6 +106,12 @@ class WeightFile:
         shape = (region.entries, *form.shape)
         return self._tensor(name, form, shape, region.offset, region.bytes)
 
+    def value(self, weight: str, entry: int) -> Tensor:
+        """One entry as it is."""
+        output = Output(weight, entry, self.program.weights[weight].entries[entry])
+        ((_, _, tensor),) = evaluate_outputs([output], self.program.source)
+        return tensor
+
     def _region(self, weight: str, form: Form) -> Region:
         """A weight's place, given out when it is first asked for. Tied weights share theirs."""
         count = len(self.program.weights[weight].entries)
