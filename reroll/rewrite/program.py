@@ -27,6 +27,8 @@ Loss = Literal["shifted", "aligned"]
 
 # how the remark begins that a Program has lost the state of its original
 NO_CACHE = "captured without a cache"
+# and that the original's generation differs by whether it keeps one
+CACHE_MATTERS = "with a cache, the model computes something else"
 
 
 @dataclass(frozen=True)

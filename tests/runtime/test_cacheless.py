@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
 
 import reroll
 from reroll.errors import CaptureError, ExportError, UsageError
@@ -76,6 +76,34 @@ def test_recurrences_of_a_pass_are_not_all_of_its_state(tmp_path: Any) -> None:
     assert torch.equal(made.generate(IDS, **{**WISHES, "max_new_tokens": 4}), expected)
     with pytest.raises(ExportError, match="captured without a cache"):
         Onnx().write(program, tmp_path)
+
+
+class Forgetful(LlamaForCausalLM):
+    """Sees no padding once it has a past."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            attention_mask = torch.ones_like(attention_mask)
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+
+
+def test_what_is_another_computation_with_a_past_generates_without_one_only() -> None:
+    original = Forgetful(model("llama").config).eval()
+    lowered = capture(original).to_module()
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    with pytest.raises(UsageError, match="does not generate as the original does") as refused:
+        lowered.generate(IDS, attention_mask=mask, **WISHES)
+    assert "use_cache=False" in str(refused.value.hint)
+    wishes = {**WISHES, "attention_mask": mask, "use_cache": False}
+    assert torch.equal(lowered.generate(IDS, **wishes), original.generate(IDS, **wishes))
 
 
 def test_a_bundle_of_kernels_needs_a_cache() -> None:

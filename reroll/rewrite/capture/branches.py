@@ -24,12 +24,16 @@ _LIMITS = (
 )  # fmt: skip
 
 
+class BranchError(CaptureError):
+    """The model computes something else for other lengths, batch sizes or pasts."""
+
+
 def check_branches(
     exported: torch.export.ExportedProgram, examples: list[Example], config: Any
 ) -> None:
     """Refuse a capture that is right for some lengths or batch sizes only.
 
-    Lengths beyond what the configuration allows do not count. Raises CaptureError with the
+    Lengths beyond what the configuration allows do not count. Raises BranchError with the
     comparison that the model makes.
     """
     sizes, environment = _sizes(exported, examples)
@@ -49,8 +53,8 @@ def check_branches(
             raise _differs(_named(str(held), sizes))
 
 
-def _differs(test: str) -> CaptureError:
-    return CaptureError(
+def _differs(test: str) -> BranchError:
+    return BranchError(
         "the model computes something else for other lengths, batch sizes or pasts",
         hint=f"it was captured with {test if len(test) < 200 else test[:200] + '...'}",
     )

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
-from reroll.rewrite.capture.branches import check_branches
+from reroll.rewrite.capture.branches import BranchError, check_branches
 from reroll.rewrite.capture.halves import keeps_parameters, trace, with_dtypes_of, without_data
 from reroll.rewrite.capture.left_out import TracedGraph, with_defaults
 from reroll.rewrite.capture.losses import loss_of
@@ -51,7 +51,7 @@ from reroll.rewrite.dtypes import DTYPES, HALVES, dtype_of, retype, retype_graph
 from reroll.rewrite.hidden import NAMES, count, take_marks
 from reroll.rewrite.patterns import Miss
 from reroll.rewrite.pictures import same_text, text_part
-from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType, copy
+from reroll.rewrite.program import CACHE_MATTERS, NO_CACHE, Input, Origin, Program, TensorType, copy
 from reroll.rewrite.text.compare import same
 from reroll.rewrite.weights import Meta, Source, Weight, WeightTable
 
@@ -281,11 +281,13 @@ def _without_casts(program: Program) -> Program:
 
 def _without_cache(program: Program, reason: RerollError) -> Program:
     """The Program with a remark that the model lost its cache, and why."""
-    remark = (
+    remarks = [
         f"{NO_CACHE}: all tokens are read again for each new one, because the capture with a "
         f"cache failed: {reason.message}"
-    )
-    origin = replace(program.origin, remarks=(*program.origin.remarks, remark))
+    ]
+    if isinstance(reason, BranchError):
+        remarks.append(f"{CACHE_MATTERS}: generate takes use_cache=False only")
+    origin = replace(program.origin, remarks=(*program.origin.remarks, *remarks))
     return replace(program, origin=origin)
 
 
