@@ -73,6 +73,7 @@ def test_a_saved_model_holds_no_code_and_loads_without_trust(model, out):
     assert json.loads(result.stdout.splitlines()[-1]) == expected.tolist()
 
 
+@pytest.mark.slow
 def test_every_command_runs_trusted_code(model, out, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("One two three four five. " * 40)

@@ -179,6 +179,7 @@ def test_a_failed_measure_is_seen_in_the_exit_status(
     assert "cost failed: no way" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_side_without_a_tokenizer_takes_the_others(original: Path) -> None:
     chosen = suite.choose("perplexity(contexts=[32], tokens=64)", "quick")
     done = suite.evaluate(tiny.llama(), str(original), chosen)["measures"]["perplexity"]

@@ -90,12 +90,12 @@ def prompts(vocabulary: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     "options",
     [
-        "mixer=retention, window=5, sinks=2",
-        "mixer=gla, window=0, sinks=0",
+        pytest.param("mixer=retention, window=5, sinks=2", marks=pytest.mark.slow),
+        pytest.param("mixer=gla, window=0, sinks=0", marks=pytest.mark.slow),
         "mixer=gated_deltanet, window=4, sinks=0",
         "mixer=mamba2, window=3, sinks=1",
-        "mixer=linear, window=5, sinks=2",
-        "mixer=deltanet, window=0, sinks=0",
+        pytest.param("mixer=linear, window=5, sinks=2", marks=pytest.mark.slow),
+        pytest.param("mixer=deltanet, window=0, sinks=0", marks=pytest.mark.slow),
         "mixer=kda, window=4, sinks=1",
     ],
 )

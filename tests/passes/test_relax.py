@@ -53,7 +53,16 @@ def logits(program):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "gemma3", "smollm3", "gpt2", "gpt_neox", "bloom"]
+    "name",
+    [
+        "llama",
+        "gemma3",
+        "gpt2",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("qwen2", "smollm3", "gpt_neox", "bloom")
+        ),
+    ],
 )
 @pytest.mark.parametrize("rank", ["full", "10000"])
 @pytest.mark.parametrize("tie", ["blocks=1, norms=true", "blocks=2, init=stepwise"])

@@ -84,6 +84,7 @@ def test_stages_bring_a_model_nearer(tied: Path, text: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out.run").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_without_a_share_only_starts(tied: Path, text: Path, tmp_path: Path) -> None:
     """Least squares, and no step: what is saved is what they gave, alone or before other stages."""
     start = {"align": {"share": 0, "start_tokens": 100}}
@@ -186,7 +187,7 @@ MEASURED = [
 
 
 # within a stage, after one's last step, and before the next one's first checkpoint
-@pytest.mark.parametrize("stop", [2, 5, 8])
+@pytest.mark.parametrize("stop", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
 def test_a_run_goes_on_as_if_it_had_not_stopped(
     tied: Path, text: Path, whole: Path, tmp_path: Path, stop: int
 ) -> None:
@@ -329,7 +330,7 @@ def test_outputs_that_would_replace_what_is_read(original: Path, tied: Path, tex
     assert sorted(original.parent.rglob("*")) == before
 
 
-@pytest.mark.parametrize("pack", ["join", "separate"])
+@pytest.mark.parametrize("pack", ["join", pytest.param("separate", marks=pytest.mark.slow)])
 def test_micro_batches_give_the_same_steps(tied: Path, tmp_path: Path, pack: str) -> None:
     data = tmp_path / "text.jsonl"
     parts = sample_text().split(".")
@@ -356,6 +357,7 @@ def _arguments(tied: Path, text: Path, out: Path, folder: Path, **settings: Any)
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(
     tied: Path, text: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -390,6 +392,7 @@ def test_kill_and_go_on(tied: Path, text: Path, whole: Path, tmp_path: Path) -> 
     assert [s["loss"] for s in log(out)] == [s["loss"] for s in log(whole)]
 
 
+@pytest.mark.slow
 def test_a_linearized_model_learns_what_its_window_hides(
     original: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -42,7 +42,10 @@ def in_half(name: str, half: torch.dtype) -> Any:
     return made.eval()
 
 
-@pytest.mark.parametrize(("name", "half"), [("llama", BF16), ("llama", F16), ("gemma3", BF16)])
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [("llama", BF16), ("llama", F16), pytest.param("gemma3", BF16, marks=pytest.mark.slow)],
+)
 def test_narrowed_is_captured_in_half_precision(name: str, half: torch.dtype) -> None:
     narrow, own = retype(wide(name), half), reroll.capture(in_half(name, half))
     bare = [p.with_weights(WeightTable()) for p in (own, narrow)]
