@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import reroll
+from reroll.bounds import BETWEEN, COUNT, COUNT_OR_NONE, POSITIVE, SEED, TOP_P, WINDOW
 from reroll.cli import reports
+from reroll.cli.options import Commands, integer, number
 from reroll.cli.terminal import Bars, Stopwatch, command, notes, write, write_json
 from reroll.errors import UsageError
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from reroll.rewrite.program import Program
 
 app = typer.Typer(
+    cls=Commands,
     name="reroll",
     help="Rewrite a pretrained transformer into the loops that it is.",
     no_args_is_help=True,
@@ -133,7 +136,7 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="For passes that use random numbers.")] = 0,
+    seed: Annotated[int, integer(SEED, "For passes that use random numbers.")] = 0,
     pictures: Annotated[
         bool, typer.Option("--pictures", help="Convert what a vision-language model sees too.")
     ] = False,
@@ -280,16 +283,16 @@ def compare_command(
     text: Text = None,
     length: Annotated[
         int | None,
-        typer.Option(
-            min=8,
-            help="Tokens in one window of the text.",
+        integer(
+            WINDOW,
+            "Tokens in one window of the text.",
             show_default="512, or as many as the models have positions for",
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=0, help="No more tokens of the text than this; 0 for all.")
+        int, integer(COUNT_OR_NONE, "No more tokens of the text than this, 0 for all.")
     ] = 8192,
-    batch: Annotated[int, typer.Option(min=1, help="Windows that run at once.")] = 4,
+    batch: Annotated[int, integer(COUNT, "Windows that run at once.")] = 4,
     dtype: Dtype = None,
     attention: Attention = "eager",
     revision: Revision = None,
@@ -322,14 +325,12 @@ def compare_command(
 def generate_command(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model, or any other.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue. Repeatable: a batch.")],
-    max_new_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 64,
-    temperature: Annotated[float | None, typer.Option(help="Sample, at this temperature.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from this share of likelihood.")
-    ] = None,
-    beams: Annotated[int, typer.Option(help="Beams of a beam search.")] = 1,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    max_new_tokens: Annotated[int, integer(COUNT, "At most this many new tokens.")] = 64,
+    temperature: Annotated[float | None, number(POSITIVE, "Sample, at this temperature.")] = None,
+    top_k: Annotated[int | None, integer(COUNT, "Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, number(TOP_P, "Sample from this share of likelihood.")] = None,
+    beams: Annotated[int, integer(COUNT, "Beams of a beam search.")] = 1,
+    seed: Annotated[int, integer(SEED, "For sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
     read_twice: Annotated[
         bool,
@@ -375,10 +376,10 @@ def calibrate_command(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model with exits.")],
     text: Annotated[Path, typer.Option(help="A file with text to calibrate on.")],
     risk: Annotated[
-        float, typer.Option(help="The part of tokens that may differ from the full depth.")
+        float, number(BETWEEN, "The part of tokens that may differ from the full depth.")
     ] = 0.05,
-    confidence: Annotated[float, typer.Option(help="With which that has to hold.")] = 0.95,
-    max_tokens: Annotated[int, typer.Option(help="Use at most so many tokens.")] = 4096,
+    confidence: Annotated[float, number(BETWEEN, "With which that has to hold.")] = 0.95,
+    max_tokens: Annotated[int, integer(COUNT, "Use at most so many tokens.")] = 4096,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -428,7 +429,7 @@ def diff_command(
         str, typer.Argument(metavar="A", help="A model, or a file with a program's text.")
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
-    context: Annotated[int, typer.Option(min=0, help="Lines around each change.")] = 3,
+    context: Annotated[int, integer(COUNT_OR_NONE, "Lines around each change.")] = 3,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,

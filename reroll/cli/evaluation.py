@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from reroll.bounds import COUNT, SEED
 from reroll.cli import reports
 from reroll.cli.app import Attention, Debug, Dtype, Json, Model, Revision, Text, Trust, app
+from reroll.cli.options import integer
 from reroll.cli.terminal import Bars, command, write_json
 
 
@@ -31,10 +33,10 @@ def evaluate_command(
         typer.Option(metavar="TASKS", help="Tasks of lm-eval, with commas between them."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="With --lm-eval: questions of each task at most.")
+        int | None, integer(COUNT, "With --lm-eval: questions of each task at most.")
     ] = None,
     attention: Attention = "sdpa",
-    seed: Annotated[int, typer.Option(help="Of all random questions.")] = 0,
+    seed: Annotated[int, integer(SEED, "Of all random questions.")] = 0,
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,

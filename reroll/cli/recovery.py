@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from reroll.bounds import COUNT, SEED, TOKENS
 from reroll.cli import reports
 from reroll.cli.app import Debug, Json, Model, Revision, Trust, app
+from reroll.cli.options import integer
 from reroll.cli.terminal import Bars, command, write, write_json
 from reroll.errors import UsageError
 from reroll.writing import check_file, new_file
@@ -100,13 +102,13 @@ def sample(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")],
     tokens: Annotated[str, typer.Option(help="Tokens to write, such as 500k or 2M.")],
-    length: Annotated[int, typer.Option(help="The most tokens of a text.")] = 1024,
-    batch: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 32,
+    length: Annotated[int, integer(COUNT, "The most tokens of a text.")] = 1024,
+    batch: Annotated[int, integer(COUNT, "Texts that are written at a time.")] = 32,
     start: Annotated[
         str | None,
         typer.Option(help="What texts begin behind.", show_default="the tokenizer's first token"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
+    seed: Annotated[int, integer(SEED, "Of the random choices.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
@@ -118,8 +120,6 @@ def sample(
     if out.suffix != ".jsonl":
         raise UsageError("texts are written as .jsonl", where=str(out), hint=f"{out}.jsonl")
     check_file(out, overwrite=overwrite, sources=[model])
-    if length < 1 or batch < 1:
-        raise UsageError("length and batch are 1 or more")
     count = token_count(tokens)
     from reroll.evaluate.subjects import Opening, open_subject
     from reroll.recover.sampling import sampled_texts
@@ -145,8 +145,9 @@ def sample(
 def token_count(text: str) -> int:
     """A number such as 500k or 2M; UsageError if it is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbKMB]?)", text.strip())
-    if found is None or not float(found[1]):
+    count = 0.0 if found is None else float(found[1]) * UNITS[found[2].lower()]
+    if count not in TOKENS:
         raise UsageError(
-            f"{text!r} is not a number of tokens", where="--tokens", hint="such as 500k or 2M"
+            f"{text!r:.40} is not a number of tokens", where="--tokens", hint="such as 500k or 2M"
         )
-    return int(float(found[1]) * UNITS[found[2].lower()])
+    return int(count)

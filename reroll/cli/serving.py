@@ -8,10 +8,16 @@ from typing import Annotated
 import typer
 
 import reroll
+from reroll.bounds import COUNT, LARGEST, Range
 from reroll.cli import reports
 from reroll.cli.app import Debug, Json, app
+from reroll.cli.options import integer
 from reroll.cli.terminal import Bars, command, write_json
 from reroll.errors import UsageError
+
+# the first new token comes with the prompt, and what is timed is behind it
+NEW_TOKENS = Range(least=2, most=LARGEST)
+THREADS = Range(least=1, most=1024)
 
 
 @app.command("serve-bench")
@@ -19,12 +25,12 @@ from reroll.errors import UsageError
 def serve_bench(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model with exits.")],
     text: Annotated[Path, typer.Option(help="A file; passages of it are the prompts.")],
-    slots: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 16,
-    queue: Annotated[int, typer.Option(min=1, help="Requests for each slot in all.")] = 2,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="New tokens of a request.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="How often all sides run.")] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="Of the processor.")] = 1,
+    slots: Annotated[int, integer(COUNT, "Requests that run at once.")] = 16,
+    queue: Annotated[int, integer(COUNT, "Requests for each slot in all.")] = 2,
+    prompt_tokens: Annotated[int, integer(COUNT, "Tokens of a prompt.")] = 16,
+    max_new_tokens: Annotated[int, integer(NEW_TOKENS, "New tokens of a request.")] = 32,
+    rounds: Annotated[int, integer(COUNT, "How often all sides run.")] = 3,
+    threads: Annotated[int, integer(THREADS, "Of the processor.")] = 1,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:

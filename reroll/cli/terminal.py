@@ -89,12 +89,12 @@ def command(function: F) -> F:
             try:
                 function(*args, **kwargs)
             except RerollError as error:
-                _report(error.message, error.where, error.hint, debug)
+                report_error(error.message, error.where, error.hint, debug)
                 raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
             except (typer.Exit, typer.Abort):
                 raise
             except KeyboardInterrupt:
-                _report("interrupted", None, None, debug)
+                report_error("interrupted", None, None, debug)
                 raise typer.Exit(130) from None
             except BrokenPipeError:
                 raise typer.Exit(1) from None
@@ -102,13 +102,14 @@ def command(function: F) -> F:
                 reason = str(error).strip().partition("\n")[0]
                 what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
                 hint = None if debug else "rerun with --debug for a traceback"
-                _report(what, None, hint, debug)
+                report_error(what, None, hint, debug)
                 raise typer.Exit(1) from None
 
     return guarded  # type: ignore[return-value]
 
 
-def _report(what: str, where: str | None, hint: str | None, debug: bool) -> None:
+def report_error(what: str, where: str | None, hint: str | None, debug: bool = False) -> None:
+    """Tell an error in up to three lines."""
     if debug:
         traceback.print_exc(file=sys.stderr)
     console = notes()

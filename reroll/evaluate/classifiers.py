@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reroll.bounds import COUNT, NOT_NEGATIVE, check_number
 from reroll.errors import UsageError
 from reroll.evaluate.exits import LENGTH, exit_trips
 from reroll.passes.exiting import classifiers
@@ -94,6 +95,8 @@ def fit_exits(
     `model.save_pretrained` or `model.to_program()` keeps them. Raises UsageError for a model whose
     exits have no classifiers, or are open.
     """
+    check_number("steps", steps, COUNT, "fit_exits")
+    check_number("decay", decay, NOT_NEGATIVE, "fit_exits", integer=False)
     found = exit_loop(model.program)
     if found is None or not any(".exit.score.weight" in n for n in model.program.weights):
         raise UsageError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.bounds import COUNT, SEED, WINDOW, check_number
 from reroll.errors import UsageError
 from reroll.evaluate.distance import Distance
 from reroll.evaluate.subjects import Attention, Opening, Subject, open_subject
@@ -74,6 +75,14 @@ def compare(
 
     Raises UsageError if the two cannot be compared, and CheckpointError if one cannot be loaded.
     """
+    if length is not None:
+        check_number("length", length, WINDOW, "compare")
+    if max_tokens is not None:
+        check_number("max_tokens", max_tokens, COUNT, "compare")
+    check_number("batch", batch, COUNT, "compare")
+    check_number("seed", seed, SEED, "compare")
+    for context in contexts:
+        check_number("contexts", context, COUNT, "compare")
     report = on_progress or (lambda done, total, what: None)
     content = read_text(text)
     opening = Opening(dtype, attention, revision, trust_remote_code)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.bounds import BETWEEN, check_number
 from reroll.errors import UsageError
 from reroll.rewrite.passes.interpret import materialise, run
 from reroll.rewrite.program import Program, Step
@@ -93,12 +94,12 @@ def calibrate(
     `tokens` [n] are of the calibration text: the first quarter sets quantiles, the rest tests them.
     Raises UsageError if the program has no exits, or the text has too few tokens.
     """
+    check_number("risk", risk, BETWEEN, "calibrate", integer=False)
+    check_number("confidence", confidence, BETWEEN, "calibrate", integer=False)
     found = exit_loop(program)
     if found is None:
         raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
     loop, exits = found
-    if not (0 < risk < 1 and 0 < confidence < 1):
-        raise UsageError("risk and confidence are between 0 and 1")
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     length = min(LENGTH, longest(program) or LENGTH)
     rows = [r for r in torch.split(tokens, length) if len(r) == length]  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from reroll.bounds import COUNT, POSITIVE, SEED, TOP_P, check_number
 from reroll.errors import UsageError
 from reroll.evaluate.subjects import Opening, open_original
 from reroll.evaluate.tokenizing import check_utf8, open_tokenizer, tokenizer_of
@@ -80,7 +81,7 @@ def generate(
 
     Raises UsageError if there is no prompt, no chat template, or an option is out of range.
     """
-    _check(prompts, max_new_tokens, temperature, top_k, top_p, beams)
+    _check(prompts, max_new_tokens, temperature, top_k, top_p, beams, seed)
     read = [f"{prompt}\n\n{prompt}" if read_twice else prompt for prompt in prompts]
     texts = [_as_chat(tokenizer, prompt) if chat else prompt for prompt in read]
     # the template has written the special tokens already
@@ -142,21 +143,21 @@ def _check(
     top_k: int | None,
     top_p: float | None,
     beams: int,
+    seed: int,
 ) -> None:
     for prompt in prompts:
         check_utf8(prompt, "--prompt")
-    problems = {
-        "there is no prompt": not prompts,
-        "a prompt is empty": not all(prompts),
-        "max_new_tokens must be 1 or more": max_new_tokens < 1,
-        "temperature must be above 0": temperature is not None and temperature <= 0,
-        "top_k must be 1 or more": top_k is not None and top_k < 1,
-        "top_p must be above 0 and at most 1": top_p is not None and not 0 < top_p <= 1,
-        "beams must be 1 or more": beams < 1,
-    }
-    for problem, applies in problems.items():
-        if applies:
-            raise UsageError(problem, where="generate")
+    if not prompts or not all(prompts):
+        raise UsageError("a prompt is empty" if prompts else "there is no prompt", where="generate")
+    check_number("max_new_tokens", max_new_tokens, COUNT, "generate")
+    check_number("beams", beams, COUNT, "generate")
+    check_number("seed", seed, SEED, "generate")
+    if temperature is not None:
+        check_number("temperature", temperature, POSITIVE, "generate", integer=False)
+    if top_k is not None:
+        check_number("top_k", top_k, COUNT, "generate")
+    if top_p is not None:
+        check_number("top_p", top_p, TOP_P, "generate", integer=False)
 
 
 def check_room(model: Any, given: int, new: int) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reroll.bounds import COUNT_OR_NONE
 from reroll.errors import RerollError, UsageError
 from reroll.evaluate.measure import Bench, Measure
 from reroll.evaluate.subjects import Subject
@@ -36,7 +37,7 @@ class Harness(Measure):
     name = "lm_eval"
 
     tasks: list[str] = option(help="lm-eval's names")
-    limit: int = option(0, help="the most questions of each; 0 for all")
+    limit: int = option(0, within=COUNT_OR_NONE, help="the most questions of each; 0 for all")
 
     def run(self, bench: Bench) -> dict[str, Any]:
         return {

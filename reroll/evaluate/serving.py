@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from reroll.bounds import COUNT, check_number
 from reroll.errors import UsageError
 from reroll.evaluate.exits import with_open
 from reroll.rewrite.program import Program
@@ -81,6 +82,8 @@ def compare_serving(
     Raises UsageError for a model without open exits, and AssertionError if two sides with exits
     give different tokens.
     """
+    for name, count in (("slots", slots), ("tokens", tokens), ("rounds", rounds)):
+        check_number(name, count, COUNT, "compare_serving")
     found = exit_loop(model.program)
     if found is None or not any(map(is_open, found[1].thresholds)):
         raise UsageError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from reroll.bounds import COUNT, SEED, check_number
 from reroll.errors import RerollError, UsageError
 from reroll.evaluate.harness import Harness
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, Progress, Suite, find, measures
@@ -69,6 +70,9 @@ def evaluate(
 
     Raises UsageError and CheckpointError if a model or the text cannot be opened.
     """
+    check_number("seed", seed, SEED, "evaluate")
+    if limit is not None:
+        check_number("limit", limit, COUNT, "evaluate")
     report = on_progress or (lambda done, total, what: None)
     chosen = choose(None, suite) if measures is None else tuple(measures)
     content = read_text(text)

@@ -41,6 +41,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from reroll.bounds import COUNT, FINITE
 from reroll.errors import UsageError
 from reroll.mixers import packing
 from reroll.mixers.gates import Gate, wide
@@ -60,13 +61,12 @@ class Mixer(Declared, ABC):
     # whether the chunk form multiplies in fp32 whatever its inputs are
     chunks_wide: ClassVar[bool] = False
 
-    chunk_size: int = option(64, help="tokens that one chunk handles by matrix products")
-    scale: float | None = option(None, help="factor on the queries; the mixer's own if none")
-
-    def check(self) -> None:
-        """Raise UsageError if the options do not fit together."""
-        if self.chunk_size < 1:
-            raise UsageError("chunk_size must be positive", where=f"mixer {self.name}")
+    chunk_size: int = option(
+        64, within=COUNT, help="tokens that one chunk handles by matrix products"
+    )
+    scale: float | None = option(
+        None, within=FINITE, help="factor on the queries; the mixer's own if none"
+    )
 
     # ---- what a mixer declares
 

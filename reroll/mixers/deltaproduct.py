@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.bounds import LARGEST, Range
 from reroll.mixers import delta_form
 from reroll.mixers.base import Result, State
 from reroll.mixers.decay import HeadDecay
@@ -28,16 +28,11 @@ class DeltaProduct(delta_form.Delta):
     negative: bool = option(
         True, help="let beta reach 2, so that a write can flip what it overwrites"
     )
-    steps: int = option(2, help="overwrites for each token")
-
-    def check(self) -> None:
-        super().check()
-        if self.steps < 2:
-            raise UsageError(
-                "steps must be at least 2",
-                where=f"mixer {self.name}",
-                hint="one overwrite for each token is the mixer gated_deltanet",
-            )
+    steps: int = option(
+        2,
+        within=Range(least=2, most=LARGEST),
+        help="overwrites for each token; one is gated_deltanet",
+    )
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         more = self.steps - 1

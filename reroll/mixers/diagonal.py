@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.bounds import Range
 from reroll.mixers import linear_form
 from reroll.mixers.base import Mixer, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, HeadDecay, bounded_size
@@ -58,13 +58,10 @@ class ChannelDiagonal(Diagonal):
     """A linear recurrence whose decay is a vector over the channels of the keys."""
 
     floor: float = option(
-        -2.5, help="log decays below are raised to it; with it goes how long a chunk may be"
+        -2.5,
+        within=Range(below=0),
+        help="log decays below are raised to it; with it goes how long a chunk may be",
     )
-
-    def check(self) -> None:
-        super().check()
-        if self.floor >= 0:
-            raise UsageError("floor must be below 0", where=f"mixer {self.name}")
 
     @property
     def size(self) -> int:

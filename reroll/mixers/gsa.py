@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.bounds import COUNT, Range
 from reroll.mixers import linear_form
 from reroll.mixers.base import Mixer, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size, products
@@ -27,18 +27,15 @@ class GSA(Mixer):
 
     name = "gsa"
 
-    slots: int = option(64, help="slots of the state")
+    slots: int = option(64, within=COUNT, help="slots of the state")
     floor: float = option(
-        -2.5, help="log decays below are raised to it; with it goes how long a chunk may be"
+        -2.5,
+        within=Range(below=0),
+        help="log decays below are raised to it; with it goes how long a chunk may be",
     )
     log_mass: bool = option(
         False, help="values end in a one, and what is read of it is the log of the weights' sum"
     )
-
-    def check(self) -> None:
-        super().check()
-        if self.floor >= 0 or self.slots < 1:
-            raise UsageError("floor must be below 0 and slots above", where=f"mixer {self.name}")
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         liger: dict[str, Map] = {

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.bounds import Range
 from reroll.mixers.diagonal import ChannelDiagonal
 from reroll.mixers.gates import Gate, log_sigmoid, logit
 from reroll.rewrite.passes.options import option
@@ -21,13 +21,12 @@ class HGRN2(ChannelDiagonal):
 
     name = "hgrn2"
 
-    floor: float = option(-5.0, help="log decays below are raised to it")
-    lower_bound: float = option(0.0, help="the least that a channel keeps when its gate is made")
-
-    def check(self) -> None:
-        super().check()
-        if not 0 <= self.lower_bound < 1:
-            raise UsageError("lower_bound must be in [0, 1)", where=f"mixer {self.name}")
+    floor: float = option(-5.0, within=Range(below=0), help="log decays below are raised to it")
+    lower_bound: float = option(
+        0.0,
+        within=Range(least=0, below=1),
+        help="the least that a channel keeps when its gate is made",
+    )
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         gate = Gate(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.bounds import Range
 from reroll.mixers import delta_form
 from reroll.mixers.base import Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size
@@ -21,12 +21,11 @@ class KDA(delta_form.Delta):
 
     name = "kda"
 
-    floor: float = option(-5.0, help="the lowest log decay; with it goes how long a chunk may be")
-
-    def check(self) -> None:
-        super().check()
-        if self.floor >= 0:
-            raise UsageError("floor must be below 0", where=f"mixer {self.name}")
+    floor: float = option(
+        -5.0,
+        within=Range(below=0),
+        help="the lowest log decay; with it goes how long a chunk may be",
+    )
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         decay = Gate(

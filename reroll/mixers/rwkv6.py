@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from reroll.bounds import Range
 from reroll.mixers import linear_form
 from reroll.mixers.base import Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay
@@ -25,7 +26,7 @@ class RWKV6(ChannelDiagonal):
 
     name = "rwkv6"
 
-    floor: float = option(-5.0, help="log decays below are raised to it")
+    floor: float = option(-5.0, within=Range(below=0), help="log decays below are raised to it")
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         size = self.features(d_k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from reroll.bounds import COUNT, SHARE
 from reroll.errors import PassError
 from reroll.rewrite.passes import tolerances
 from reroll.rewrite.passes.base import Context, Pass, option
@@ -50,8 +51,10 @@ class FindPhases(Pass):
     name = "find_phases"
     contract = "exact"
 
-    most: int = option(8, help="the largest number of phases to try")
-    gain: float = option(0.05, help="the part of all distance that one phase more has to explain")
+    most: int = option(8, within=COUNT, help="the largest number of phases to try")
+    gain: float = option(
+        0.05, within=SHARE, help="the part of all distance that one phase more has to explain"
+    )
     skips: bool = option(True, help="leave out each layer once, and measure what that does")
     loop: str | None = option(None, help="the loop's name; the longest one by default")
 

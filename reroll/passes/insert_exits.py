@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from reroll.bounds import COUNT
 from reroll.errors import PassError, UsageError
 from reroll.passes.exiting.absence import leave_out
 from reroll.passes.exiting.heads import add_heads, copy_path, path_to_logits
@@ -68,7 +69,7 @@ class InsertExits(Pass):
     name = "insert_exits"
     contract = "approximate"
 
-    at: list[int] = option(help="after how many trips tokens may leave")
+    at: list[int] = option(within=COUNT, help="after how many trips tokens may leave")
     criterion: Criterion = option("margin", help="what says that a token is sure")
     threshold: float | list[float] = option(
         math.inf, help="the score above which a token leaves: one, or one for each exit"
@@ -77,13 +78,13 @@ class InsertExits(Pass):
     head: Literal["shared", "norm", "own"] = option(
         "shared", help="what each exit has of its own to make logits"
     )
-    width: int = option(32, help="hidden units of the classifiers `mlp` and `gated`")
+    width: int = option(32, within=COUNT, help="hidden units of the classifiers `mlp` and `gated`")
     loop: str | None = option(None, help="the loop's name; the longest one by default")
 
     def check(self) -> None:
-        if not self.at or sorted(set(self.at)) != self.at or self.at[0] < 1:
+        if sorted(set(self.at)) != self.at:
             raise UsageError(
-                "`at` is an ascending list of numbers of trips, from 1",
+                "`at` is an ascending list of numbers of trips",
                 where="pass insert_exits, option at",
             )
         if isinstance(self.threshold, list) and len(self.threshold) != len(self.at):

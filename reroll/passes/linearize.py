@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, fx
 
+from reroll.bounds import COUNT, COUNT_OR_NONE, FINITE, SHARE
 from reroll.errors import PassError, UsageError
 from reroll.mixers.registry import find
 from reroll.passes.linearization.clusters import Clusters, measure_clusters
@@ -92,27 +93,27 @@ class Linearize(LayerPass):
     rotary: bool | None = option(
         None, help="whether they have their rotary embedding; by default, without a feature map"
     )
-    window: int = option(64, help="how many of the last tokens softmax attention sees; 0 for none")
-    sinks: int = option(4, help="how many of the first tokens it sees beside them")
-    combine: Combine = option("disjoint", help="how the window and the mixer come together")
-    mix: float = option(0.5, help="the mixer's part in a sum, from 0 to 1")
-    gain: float | None = option(
-        None, help="factor on the mixer at the start; by default 0 beside a window and 1 without"
+    window: int = option(
+        64,
+        within=COUNT_OR_NONE,
+        help="how many of the last tokens softmax attention sees; 0 for none",
     )
-    rank: int = option(16, help="rank of learned gates")
-    samples: int = option(8, help="pieces of 512 tokens of the text to calibrate on")
+    sinks: int = option(
+        4, within=COUNT_OR_NONE, help="how many of the first tokens it sees beside them"
+    )
+    combine: Combine = option("disjoint", help="how the window and the mixer come together")
+    mix: float = option(0.5, within=SHARE, help="the mixer's part in a sum, from 0 to 1")
+    gain: float | None = option(
+        None,
+        within=FINITE,
+        help="factor on the mixer at the start; by default 0 beside a window and 1 without",
+    )
+    rank: int = option(16, within=COUNT, help="rank of learned gates")
+    samples: int = option(8, within=COUNT, help="pieces of 512 tokens of the text to calibrate on")
 
     def check(self) -> None:
-        for name, least in (
-            ("window", 0),
-            ("sinks", 0),
-            ("rank", 1),
-            ("samples", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {least} or more", f"pass linearize, option {name}")
-        if not 0 <= self.mix <= 1:
-            raise UsageError("mix is from 0 to 1", "pass linearize, option mix")
+        super().check()
+        find(self.mixer).make(self.mixer_options)
         known = set(find(self.mixer).options())
         if self.gates == "clustered" and "slots" not in known:
             raise UsageError(

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from reroll.bounds import COUNT, COUNT_OR_NONE
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.passes.hidden import (
@@ -55,10 +56,14 @@ class LoopCore(Pass):
     name = "loop_core"
     contract = "approximate"
 
-    prelude: int = option(help="how many of the first layers run once, before the core")
-    core: int | list[int] = option(help="how many layers loop, or which ones")
-    coda: int = option(help="how many of the last layers run once, after the core")
-    trips: int = option(4, help="how often the core runs")
+    prelude: int = option(
+        within=COUNT_OR_NONE, help="how many of the first layers run once, before the core"
+    )
+    core: int | list[int] = option(within=COUNT_OR_NONE, help="how many layers loop, or which ones")
+    coda: int = option(
+        within=COUNT_OR_NONE, help="how many of the last layers run once, after the core"
+    )
+    trips: int = option(4, within=COUNT, help="how often the core runs")
     choose: Literal["influence", "angular", "late"] = option(
         "influence", help="which of the middle layers are kept"
     )
@@ -68,12 +73,9 @@ class LoopCore(Pass):
     loop: str | None = option(None, help="the loop's name; the longest one by default")
 
     def check(self) -> None:
-        core = self.core if isinstance(self.core, list) else list(range(self.core))
-        if self.prelude < 0 or self.coda < 0 or self.trips < 1 or not core:
-            raise UsageError(
-                "the core needs a layer and a trip at least, and prelude and coda are 0 or more",
-                where="pass loop_core",
-            )
+        # as the number of a layer, in a list, 0 is one
+        if self.core == 0:
+            raise UsageError("core must be a layer or more", where="pass loop_core, option core")
 
     def run(self, program: Program, context: Context) -> Program:
         loop = find_loop(program, self.loop)

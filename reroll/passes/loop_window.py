@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from reroll.bounds import COUNT, COUNT_OR_NONE
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.passes.measure import Judge
@@ -44,17 +45,21 @@ class LoopWindow(Pass):
     name = "loop_window"
     contract = "approximate"
 
-    start: Choice = option(help="the first layer of the window, or several to try")
-    stop: Choice = option(help="the layer after the last one, or several to try")
-    steps: Choice = option(2, help="how many steps replace the one, or several to try")
+    start: Choice = option(
+        within=COUNT_OR_NONE, help="the first layer of the window, or several to try"
+    )
+    stop: Choice = option(within=COUNT, help="the layer after the last one, or several to try")
+    steps: Choice = option(
+        2, within=COUNT, help="how many steps replace the one, or several to try"
+    )
     scheme: Scheme = option("euler", help="how a step is made")
     loop: str | None = option(None, help="the loop's name; the longest one by default")
 
     def check(self) -> None:
         if not self._candidates():
             raise UsageError(
-                "no window starts before it stops and has steps to make",
-                where="pass loop_window, options start, stop and steps",
+                "no window starts before it stops",
+                where="pass loop_window, options start and stop",
             )
 
     def run(self, program: Program, context: Context) -> Program:
@@ -86,7 +91,7 @@ class LoopWindow(Pass):
             v if isinstance(v, list) else [v] for v in (self.start, self.stop, self.steps)
         )
         combined = product(starts, stops, steps)
-        return [(a, b, n) for a, b, n in combined if 0 <= a < b and n >= 1]
+        return [(a, b, n) for a, b, n in combined if a < b]
 
     def _looped(
         self, program: Program, start: int, stop: int, steps: int, context: Context | None

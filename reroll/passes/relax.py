@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import fx
 
-from reroll.errors import PassError, UsageError
+from reroll.bounds import COUNT, COUNT_OR_NONE, Range
+from reroll.errors import PassError
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.passes.options import nearest_name
 from reroll.rewrite.program import Loop, Program, TensorType, weight_nodes
@@ -55,29 +56,21 @@ class Relax(Pass):
     contract = "approximate"
     requires = ("tie",)
 
-    rank: Rank = option(64, help='rank of the residuals, or "full"')
-    ranks: dict[str, Rank] = option({}, help="ranks by kind of weight")
+    rank: Rank = option(64, within=COUNT_OR_NONE, help='rank of the residuals, or "full"')
+    ranks: dict[str, Rank] = option({}, within=COUNT_OR_NONE, help="ranks by kind of weight")
     init: Literal["svd", "zero"] = option("svd", help="what the residuals start as")
     svd: Literal["auto", "exact", "randomized"] = option(
         "auto", help="how to decompose; auto takes randomized for large matrices and small ranks"
     )
     budget: float | None = option(
-        None, help="instead of one rank: parameters, as a part of what the matrices had untied"
+        None,
+        within=Range(above=0, most=1),
+        help="instead of one rank: parameters, as a part of what the matrices had untied",
     )
-    step: int = option(32, help="with a budget, ranks are 0, or this times a power of two")
+    step: int = option(
+        32, within=COUNT, help="with a budget, ranks are 0, or this times a power of two"
+    )
     vectors: bool = option(True, help="give each trip its own biases and other vectors back")
-
-    def check(self) -> None:
-        for where, rank in (("rank", self.rank), *self.ranks.items()):
-            if isinstance(rank, int) and rank < 0:
-                raise UsageError(f"a rank is 0 or more, not {rank}", f"pass relax, option {where}")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise UsageError(
-                f"a budget is a part, above 0 and up to 1, not {self.budget}",
-                where="pass relax, option budget",
-            )
-        if self.step < 1:
-            raise UsageError(f"a step is 1 or more, not {self.step}", "pass relax, option step")
 
     def run(self, program: Program, context: Context) -> Program:
         if not program.reference:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from reroll.bounds import COUNT
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.passes.cache_fit import reuse_remark
@@ -59,10 +60,14 @@ class Tie(Pass):
     contract = "approximate"
 
     blocks: int | list[int] | dict[str, int] | None = option(
-        None, help="blocks in each loop: one number, one for each loop in order, or by loop's name"
+        None,
+        within=COUNT,
+        help="blocks in each loop: one number, one for each loop in order, or by loop's name",
     )
     phases: Literal["auto"] | list[int] | None = option(
-        None, help="one block for each phase: auto, or where the second phase and the others start"
+        None,
+        within=COUNT,
+        help="one block for each phase: auto, or where the second phase and the others start",
     )
     layout: Layout = option("cycle", help="which trips share a block")
     init: Init = option("average", help="what a block starts as")
@@ -77,18 +82,16 @@ class Tie(Pass):
                 where="pass tie, option blocks",
                 hint="for example blocks=10, or phases=auto",
             )
-        if counts is None:
+        if counts is None or self.layout != "middle_cycle":
             return
         values = (
             [counts]
             if isinstance(counts, int)
             else list(getattr(counts, "values", lambda: counts)())
         )
-        least = 3 if self.layout == "middle_cycle" else 1
-        if not values or min(values) < least:
+        if min(values) < 3:
             raise UsageError(
-                f"blocks must be {least} or more"
-                + (" with middle_cycle, the first and last trip included" if least > 1 else ""),
+                "blocks must be 3 or more with middle_cycle, the first and last trip included",
                 where="pass tie, option blocks",
             )
 

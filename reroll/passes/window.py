@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from reroll.errors import PassError, UsageError
+from reroll.bounds import COUNT, COUNT_OR_NONE
+from reroll.errors import PassError
 from reroll.rewrite.layers import Layer, attention_layers
 from reroll.rewrite.passes.base import Context, option
 from reroll.rewrite.passes.layerwise import LayerPass
@@ -31,14 +32,12 @@ class Window(LayerPass):
     name = "window"
     contract = "approximate"
 
-    size: int = option(64, help="how many of the last tokens are seen, the token's own included")
-    sinks: int = option(4, help="how many of the first tokens are seen beside them")
-
-    def check(self) -> None:
-        if self.size < 1 or self.sinks < 0:
-            which = "size" if self.size < 1 else "sinks"
-            least = 1 if which == "size" else 0
-            raise UsageError(f"{which} is {least} or more", f"pass window, option {which}")
+    size: int = option(
+        64, within=COUNT, help="how many of the last tokens are seen, the token's own included"
+    )
+    sinks: int = option(
+        4, within=COUNT_OR_NONE, help="how many of the first tokens are seen beside them"
+    )
 
     def run(self, program: Program, context: Context) -> Program:
         found, chosen = self.chosen(program)

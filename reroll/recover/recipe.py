@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from reroll.bounds import COUNT, SEED, SHARE, WINDOW
 from reroll.errors import UsageError
 from reroll.recover.stage import Stage, find
 from reroll.rewrite.passes.declared import Declared
@@ -29,30 +30,25 @@ class Settings(Declared):
     what: ClassVar[str] = "recipe"
     name: ClassVar[str] = "recover"
 
-    length: int = option(512, help="tokens per row")
-    batch: int = option(8, help="rows per step, over all processes")
-    micro: int | None = option(None, help="rows computed at once in a process; all if none")
+    length: int = option(512, within=WINDOW, help="tokens per row")
+    batch: int = option(8, within=COUNT, help="rows per step, over all processes")
+    micro: int | None = option(
+        None, within=COUNT, help="rows computed at once in a process; all if none"
+    )
     pack: Literal["join", "separate"] = option(
         "join", help="join: rows run on over the end of a document; separate: they are padded"
     )
     repeats: float = option(
-        0.0, help="share of the rows that end with a passage they had before: recall, densely"
+        0.0,
+        within=SHARE,
+        help="share of the rows that end with a passage they had before: recall, densely",
     )
-    held_rows: int = option(16, help="rows that are measured on and never trained on")
+    held_rows: int = option(16, within=COUNT, help="rows that are measured on and never trained on")
     precision: Literal["fp32", "bf16"] = option("fp32", help="bf16 is autocast over fp32 weights")
     checkpointing: bool = option(False, help="compute each trip again for its gradient")
-    save_every: int = option(200, help="steps between checkpoints")
-    log_every: int = option(1, help="steps between lines of the log")
-    seed: int = option(0, help="orders the rows")
-
-    def check(self) -> None:
-        place = "recipe recover"
-        if self.length < 8 or self.batch < 1 or (self.micro is not None and self.micro < 1):
-            raise UsageError("length is at least 8, batch and micro at least 1", where=place)
-        if not 0 <= self.repeats <= 1:
-            raise UsageError("repeats is a share from 0 to 1", where=place)
-        if min(self.held_rows, self.save_every, self.log_every) < 1:
-            raise UsageError("held_rows and intervals are at least 1", where=place)
+    save_every: int = option(200, within=COUNT, help="steps between checkpoints")
+    log_every: int = option(1, within=COUNT, help="steps between lines of the log")
+    seed: int = option(0, within=SEED, help="orders the rows")
 
 
 class Recipe:

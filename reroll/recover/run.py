@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reroll.bounds import TOKENS, check_number
 from reroll.errors import RecoveryError, UntrustedCodeError, UsageError
 from reroll.evaluate.tokenizing import plain_ids, special_ids, tokenizer_of
 from reroll.recover.checkpoints import Directory, Progress
@@ -81,6 +82,7 @@ def recover(
     Raises UsageError for wrong arguments, RecoveryError if a loss is not finite, CheckpointError
     if a checkpoint cannot be written; in the last two cases the last checkpoint remains.
     """
+    check_number("tokens", tokens, TOKENS, "recover", integer=False)
     out = Path(out)
     directory = Directory(out.with_name(f"{out.name}.run"))
     read = [m for m in (student, teacher) if m is not None and not isinstance(m, Program)]

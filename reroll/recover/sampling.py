@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.bounds import COUNT, SEED, check_number
 from reroll.evaluate.generation import check_room
 from reroll.evaluate.tokenizing import check_utf8
 
@@ -35,6 +36,9 @@ def sampled_texts(
     it: by default the tokenizer's first token, or its last one if it has none. It ends where the
     model ends it.
     """
+    for name, count in (("tokens", tokens), ("length", length), ("batch", batch)):
+        check_number(name, count, COUNT, "sampled_texts")
+    check_number("seed", seed, SEED, "sampled_texts")
     ends = tokenizer.eos_token_id
     if start is None:
         first = tokenizer.bos_token_id

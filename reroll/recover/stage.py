@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from reroll.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range
 from reroll.errors import UsageError
 from reroll.recover.data import Rows
 from reroll.rewrite.discovery import classes_in, look_up
@@ -128,37 +129,46 @@ class Stage(Declared, ABC):
     teaches: ClassVar[bool] = True
 
     share: float = option(
-        1.0, help="its share of the run's tokens, beside the other stages'; 0 for no step at all"
+        1.0,
+        within=NOT_NEGATIVE,
+        help="its share of the run's tokens, beside the other stages'; 0 for no step at all",
     )
-    lr: float = option(1e-4, help="the largest learning rate")
+    lr: float = option(1e-4, within=POSITIVE, help="the largest learning rate")
     schedule: Literal["cosine", "linear", "constant"] = option(
         "cosine", help="how the learning rate falls after the warmup"
     )
-    warmup: float = option(0.03, help="share of the steps in which the learning rate rises")
-    final: float = option(0.1, help="the last learning rate, as a share of the largest")
+    warmup: float = option(
+        0.03,
+        within=Range(least=0, below=1),
+        help="share of the steps in which the learning rate rises",
+    )
+    final: float = option(
+        0.1, within=SHARE, help="the last learning rate, as a share of the largest"
+    )
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", help="muon is for matrices; the rest takes adamw"
     )
-    betas: list[float] = option([0.9, 0.95], help="adamw's decay rates")
-    weight_decay: float = option(0.0, help="decoupled weight decay")
-    clip: float = option(1.0, help="the largest norm of the gradient; 0 for none")
+    betas: list[float] = option(
+        [0.9, 0.95], within=Range(least=0, below=1), help="adamw's decay rates"
+    )
+    weight_decay: float = option(0.0, within=NOT_NEGATIVE, help="decoupled weight decay")
+    clip: float = option(
+        1.0, within=NOT_NEGATIVE, help="the largest norm of the gradient; 0 for none"
+    )
     train: str | list[str] = option(
         "all", help="all, new (what the original does not have), lora, names, or a list of these"
     )
-    lora_rank: int = option(8, help="with train=lora: the rank")
-    lora_alpha: float = option(16.0, help="with train=lora: the scale, over the rank")
+    lora_rank: int = option(8, within=COUNT, help="with train=lora: the rank")
+    lora_alpha: float = option(
+        16.0, within=POSITIVE, help="with train=lora: the scale, over the rank"
+    )
     lora_on: list[str] = option(
         ["q_proj", "k_proj", "v_proj", "o_proj"], help="with train=lora: names of linear layers"
     )
 
     def check(self) -> None:
-        place = f"stage {self.name}"
-        if self.share < 0 or self.lr <= 0:
-            raise UsageError("share is 0 or more, lr positive", where=place)
-        if not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
-            raise UsageError("warmup and final are shares from 0 to 1", where=place)
-        if len(self.betas) != 2 or self.lora_rank < 1:
-            raise UsageError("betas are two numbers, and lora_rank is at least 1", where=place)
+        if len(self.betas) != 2:
+            raise UsageError("betas are two numbers", where=f"stage {self.name}, option betas")
 
     @abstractmethod
     def loss(self, batch: Batch, models: Models) -> Loss:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from reroll.bounds import COUNT, NOT_NEGATIVE, POSITIVE, check_number
 from reroll.errors import UsageError
 from reroll.rewrite.program import Loop, Program, weight_nodes
 from reroll.runtime.loops import Trips
@@ -28,8 +29,9 @@ def set_trips(
             "no loop can run another number of trips" + (f" ({name})" if name else ""),
             hint=f"loops whose trips are alike: {', '.join(alike) or 'none'}",
         )
-    if (trips is not None and trips < 1) or (backprop is not None and backprop < 1):
-        raise UsageError("a loop makes one trip or more, and takes gradients through one or more")
+    for key, count in (("trips", trips), ("backprop", backprop)):
+        if count is not None:
+            check_number(key, count, COUNT, "set_trips")
     for each in chosen:
         loops[each].count, loops[each].backprop = trips, backprop
 
@@ -50,6 +52,9 @@ def sample_trips(
     Poisson(rate) + 1 with log(rate) normal around log(mean) - spread^2 / 2: the distribution of
     arXiv 2502.05171, section 3.3. Gradients flow through the last `backprop` trips at most.
     """
+    check_number("mean", mean, POSITIVE, "sample_trips", integer=False)
+    check_number("backprop", backprop, COUNT, "sample_trips")
+    check_number("spread", spread, NOT_NEGATIVE, "sample_trips", integer=False)
     normal = torch.randn((), generator=generator).item()
     rate = math.exp(math.log(mean) - spread**2 / 2 + spread * normal)
     count = int(torch.poisson(torch.tensor(rate), generator=generator).item()) + 1

@@ -171,7 +171,7 @@ def test_a_kind_that_nothing_has_is_an_error(kind):
 
 def test_ranks_are_not_negative():
     for options in ("rank=-1", "ranks={q_proj: -1}"):
-        with pytest.raises(UsageError, match="a rank is 0 or more"):
+        with pytest.raises(UsageError, match=r"ranks? must be an integer, 0 or more, not -1"):
             parse_pipeline(f"relax({options})")
 
 

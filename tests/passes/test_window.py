@@ -15,7 +15,7 @@ from reroll.rewrite.passes.context import Context
 from reroll.rewrite.passes.costs import state_bytes
 from reroll.rewrite.passes.interpret import run
 from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.selection import choose, measured_part, ranges
+from reroll.rewrite.passes.selection import check_keep, choose, measured_part, ranges
 from reroll.rewrite.program import Program
 from reroll.rewrite.weights import scale
 from tests.captured import captured
@@ -120,17 +120,17 @@ class TestChoice:
         assert choose(6, [1, 2, 3], [2], "x") == [1, 3]
         assert choose(7, "all", 3, "x") == [0, 1, 3, 4, 6]
 
-    @pytest.mark.parametrize("wrong", [{"layers": [9]}, {"keep": [-1]}, {"keep": 0}, {"keep": 1}])
+    @pytest.mark.parametrize("wrong", [{"layers": [9]}, {"keep": [-1]}, {"keep": 1}])
     def test_what_is_refused(self, wrong: dict[str, Any]) -> None:
         with pytest.raises(UsageError):
             choose(6, **{"layers": "all", "keep": None, "owner": "x", **wrong})
 
     def test_measured_parts(self) -> None:
-        assert measured_part("auto:0.25", "x") == measured_part(0.25, "x") == 0.25
-        assert measured_part(7, "x") is None
+        assert measured_part("auto:0.25") == measured_part(0.25) == 0.25
+        assert measured_part(7) is None
         for wrong in ("auto", "auto:x", "0.25", 1.5):
             with pytest.raises(UsageError):
-                measured_part(wrong, "x")
+                check_keep(wrong, "x")
 
     def test_ranges(self) -> None:
         assert ranges([3, 0, 1, 2, 7, 9, 10]) == "0-3, 7, 9-10"

@@ -234,7 +234,7 @@ def test_recipes_say_what_is_wrong() -> None:
         ({"recover": {"stages": ["distill"]}}, "did you mean distil"),
         ({"recover": {"stages": [{"distil": {"temprature": 1}}]}}, "did you mean temperature"),
         ({"recover": {"stages": [{"distil": {"lr": "high"}}]}}, "lr must be a number"),
-        ({"recover": {"stages": ["tune"], "batch": 0}}, "at least 1"),
+        ({"recover": {"stages": ["tune"], "batch": 0}}, "batch must be an integer, 1 or more"),
         ({"recover": {"stages": ["tune"], "lenght": 3}}, "did you mean length"),
     ):
         with pytest.raises(UsageError, match=message):

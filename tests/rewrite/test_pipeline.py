@@ -168,7 +168,7 @@ def test_an_empty_pipeline_has_no_passes():
         ("tie(blocks=10), relax(rnak=64)", "relax: there is no option 'rnak'", "rnak"),
         ("tie(blocks=ten)", "tie: blocks must be an integer", "blocks"),
         ("relax, tie", "tie: blocks has to be given", "tie"),
-        ("tie(blocks=0)", "tie: blocks must be 1 or more", "blocks"),
+        ("tie(blocks=0)", "tie: blocks must be an integer, 1 or more, not 0", "blocks"),
         ("plain, !", "expected the name of a pass", "!"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroll.errors import UsageError
+from reroll.bounds import COUNT_OR_NONE, WINDOW
 from reroll.evaluate.distance import Distance
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
 from reroll.evaluate.measures.perplexity import Text
@@ -24,12 +24,10 @@ class Agreement(Measure):
     name = "agreement"
     full: ClassVar[Mapping[str, Any]] = {"contexts": [512, 2048], "tokens": 32768}
 
-    contexts: list[int] = option([512], help="tokens in each window of the text")
-    tokens: int = option(2048, help="no more tokens of the text than this; 0 for all")
-
-    def check(self) -> None:
-        if any(c < 8 for c in self.contexts) or self.tokens < 0:
-            raise UsageError("contexts are 8 or more, tokens 0 or more", where=self.name)
+    contexts: list[int] = option([512], within=WINDOW, help="tokens in each window of the text")
+    tokens: int = option(
+        2048, within=COUNT_OR_NONE, help="no more tokens of the text than this; 0 for all"
+    )
 
     def run(self, bench: Bench) -> dict[str, Any]:
         original = bench.need_original()

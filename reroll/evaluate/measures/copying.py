@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.bounds import COUNT, LARGEST, Range
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.measures.perplexity import Text
 from reroll.evaluate.runner import Runner
@@ -35,14 +35,12 @@ class Copying(Measure):
     name = "copying"
     full: ClassVar[Mapping[str, Any]] = {"lengths": [64, 256, 1024], "passages": 16}
 
-    lengths: list[int] = option([64, 256], help="tokens of the passage: the distance to copy over")
-    passages: int = option(4, help="passages of each length")
-
-    def check(self) -> None:
-        if any(n <= SETTLING for n in self.lengths) or self.passages < 1:
-            raise UsageError(
-                f"lengths are more than {SETTLING}, passages 1 or more", where=self.name
-            )
+    lengths: list[int] = option(
+        [64, 256],
+        within=Range(least=SETTLING + 1, most=LARGEST),
+        help="tokens of the passage: the distance to copy over",
+    )
+    passages: int = option(4, within=COUNT, help="passages of each length")
 
     def run(self, bench: Bench) -> dict[str, Any]:
         found: dict[str, Any] = {}

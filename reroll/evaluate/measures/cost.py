@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from reroll.errors import UsageError
+from reroll.bounds import COUNT
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.runner import Runner
 from reroll.rewrite.passes.costs import flops_per_token
@@ -31,11 +31,7 @@ class Cost(Measure):
     name = "cost"
     full: ClassVar[Mapping[str, Any]] = {"contexts": [128, 1024, 4096, 16384, 65536]}
 
-    contexts: list[int] = option([1024, 4096], help="tokens in context")
-
-    def check(self) -> None:
-        if min(self.contexts) < 1:
-            raise UsageError("contexts are 1 or more", where=self.name)
+    contexts: list[int] = option([1024, 4096], within=COUNT, help="tokens in context")
 
     def run(self, bench: Bench) -> dict[str, Any]:
         found = {}

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from reroll.errors import UsageError
+from reroll.bounds import COUNT
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.measures.perplexity import Text
 from reroll.rewrite.passes.options import option
@@ -33,13 +33,11 @@ class Generation(Measure):
     name = "generation"
     full: ClassVar[Mapping[str, Any]] = {"prompts": 32, "prompt": 256, "new": 128}
 
-    prompts: int = option(8, help="how many prompts")
-    prompt: int = option(128, help="tokens of each prompt; more than a window to see its effect")
-    new: int = option(48, help="tokens of each continuation")
-
-    def check(self) -> None:
-        if min(self.prompts, self.prompt, self.new) < 1:
-            raise UsageError("prompts, prompt and new are 1 or more", where=self.name)
+    prompts: int = option(8, within=COUNT, help="how many prompts")
+    prompt: int = option(
+        128, within=COUNT, help="tokens of each prompt; more than a window to see its effect"
+    )
+    new: int = option(48, within=COUNT, help="tokens of each continuation")
 
     def run(self, bench: Bench) -> dict[str, Any]:
         bench.model.need_generation()

@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
-from reroll.errors import UsageError
+from reroll.bounds import COUNT, COUNT_OR_NONE, LARGEST, Range
 from reroll.evaluate.answers import ask, cell, encode, mean
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.runner import Runner
@@ -42,15 +42,15 @@ class ListOps(Measure):
     full: ClassVar[Mapping[str, Any]] = {"symbols": [16, 64, 256, 2000], "samples": 20}
 
     symbols: list[int] = option(
-        [16, 64], help="the most symbols in a question; the fewest are a quarter of them"
+        [16, 64],
+        within=Range(least=4, most=LARGEST),
+        help="the most symbols in a question; the fewest are a quarter of them",
     )
-    samples: int = option(12, help="questions for each range")
-    shots: int = option(4, help="solved questions before each")
-    shot_symbols: int = option(16, help="the most symbols in a solved question")
-
-    def check(self) -> None:
-        if min(*self.symbols, self.shot_symbols) < 4 or self.samples < 1 or self.shots < 0:
-            raise UsageError("symbols are 4 or more, samples 1, shots 0", where=self.name)
+    samples: int = option(12, within=COUNT, help="questions for each range")
+    shots: int = option(4, within=COUNT_OR_NONE, help="solved questions before each")
+    shot_symbols: int = option(
+        16, within=Range(least=4, most=LARGEST), help="the most symbols in a solved question"
+    )
 
     def run(self, bench: Bench) -> dict[str, Any]:
         found: dict[str, Any] = {}

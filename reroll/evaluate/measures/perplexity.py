@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.bounds import COUNT_OR_NONE, WINDOW
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
 from reroll.evaluate.runner import Runner
 from reroll.rewrite.passes.options import option
@@ -37,14 +37,18 @@ class Perplexity(Measure):
     name = "perplexity"
     full: ClassVar[Mapping[str, Any]] = {"contexts": [128, 512, 2048, 8192], "tokens": 65536}
 
-    contexts: list[int] = option([128, 512, 2048], help="tokens in each window of the text")
-    tokens: int = option(4096, help="no more tokens of the text than this; 0 for all")
+    contexts: list[int] = option(
+        [128, 512, 2048],
+        within=WINDOW,
+        help="tokens in each window of the text",
+    )
+    tokens: int = option(
+        4096, within=COUNT_OR_NONE, help="no more tokens of the text than this; 0 for all"
+    )
     style: Literal["block", "sliding"] = option("block", help="whether windows overlap")
-    stride: int = option(0, help="with sliding: tokens between windows; 0 for half the context")
-
-    def check(self) -> None:
-        if any(c < 8 for c in self.contexts) or self.tokens < 0 or self.stride < 0:
-            raise UsageError("contexts are 8 or more, tokens and stride 0 or more", self.name)
+    stride: int = option(
+        0, within=COUNT_OR_NONE, help="with sliding: tokens between windows; 0 for half the context"
+    )
 
     def run(self, bench: Bench) -> dict[str, Any]:
         found: dict[str, Any] = {"style": self.style}

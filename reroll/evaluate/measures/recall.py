@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from reroll.bounds import COUNT, COUNT_OR_NONE, SHARE
 from reroll.errors import UsageError
 from reroll.evaluate.answers import Answer, Question, ask, cell, mean
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
@@ -56,19 +57,23 @@ class Recall(Measure):
     }
 
     tasks: list[str] = option(list(TASKS), help=f"which of {', '.join(TASKS)}")
-    lengths: list[int] = option([256, 1024], help="needle and passkey: tokens in context")
-    depths: list[float] = option([0.0, 0.5, 0.9], help="needle and passkey: where, from 0 to 1")
-    pairs: list[int] = option([8, 32], help="mqar: how many pairs")
-    entries: list[int] = option([16, 64], help="phonebook: how many names")
-    samples: int = option(4, help="questions for each cell")
-    window: int = option(0, help="what counts as inside; 0 for the model's own window")
+    lengths: list[int] = option(
+        [256, 1024], within=COUNT, help="needle and passkey: tokens in context"
+    )
+    depths: list[float] = option(
+        [0.0, 0.5, 0.9], within=SHARE, help="needle and passkey: where, from 0 to 1"
+    )
+    pairs: list[int] = option([8, 32], within=COUNT, help="mqar: how many pairs")
+    entries: list[int] = option([16, 64], within=COUNT, help="phonebook: how many names")
+    samples: int = option(4, within=COUNT, help="questions for each cell")
+    window: int = option(
+        0, within=COUNT_OR_NONE, help="what counts as inside; 0 for the model's own window"
+    )
 
     def check(self) -> None:
         unknown = [t for t in self.tasks if t not in TASKS]
         if unknown:
             raise UsageError(f"there is no task {unknown[0]!r}", self.name, f"{', '.join(TASKS)}")
-        if self.samples < 1 or any(not 0 <= d <= 1 for d in self.depths):
-            raise UsageError("samples are 1 or more, depths from 0 to 1", where=self.name)
 
     def run(self, bench: Bench) -> dict[str, Any]:
         bench.model.need_generation()

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.bounds import COUNT
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
 from reroll.evaluate.runner import Runner
 from reroll.rewrite.passes.options import option
@@ -32,13 +32,11 @@ class Speed(Measure):
         "decode": 16,
     }
 
-    contexts: list[int] = option([128, 1024], help="tokens before the first that is generated")
-    decode: int = option(8, help="tokens generated in each round")
-    rounds: int = option(3, help="rounds, in which the models take turns")
-
-    def check(self) -> None:
-        if min(self.decode, self.rounds, *self.contexts) < 1:
-            raise UsageError("contexts, decode and rounds are 1 or more", where=self.name)
+    contexts: list[int] = option(
+        [128, 1024], within=COUNT, help="tokens before the first that is generated"
+    )
+    decode: int = option(8, within=COUNT, help="tokens generated in each round")
+    rounds: int = option(3, within=COUNT, help="rounds, in which the models take turns")
 
     def run(self, bench: Bench) -> dict[str, Any]:
         bench.model.need_generation()

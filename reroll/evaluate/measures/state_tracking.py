@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+from reroll.bounds import COUNT, COUNT_OR_NONE, Range
 from reroll.errors import UsageError
 from reroll.evaluate.answers import ask, cell, encode, mean
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
@@ -53,19 +54,15 @@ class StateTracking(Measure):
         ["parity", "modular", "permutation", "counting_separated", "counting_merged"],
         help="which tasks",
     )
-    lengths: list[int] = option([2, 4, 8], help="items in each sequence")
-    shots: int = option(4, help="solved questions before each")
-    samples: int = option(12, help="questions for each length")
-    letters: int = option(3, help="permutation: how many letters")
+    lengths: list[int] = option([2, 4, 8], within=COUNT, help="items in each sequence")
+    shots: int = option(4, within=COUNT_OR_NONE, help="solved questions before each")
+    samples: int = option(12, within=COUNT, help="questions for each length")
+    letters: int = option(3, within=Range(least=2, most=8), help="permutation: how many letters")
 
     def check(self) -> None:
         unknown = [t for t in self.tasks if t not in TASKS]
         if unknown:
             raise UsageError(f"there is no task {unknown[0]!r}", self.name, ", ".join(TASKS))
-        if min(self.lengths) < 1 or self.samples < 1 or self.shots < 0:
-            raise UsageError("lengths and samples are 1 or more, shots 0 or more", self.name)
-        if not 2 <= self.letters <= 8:
-            raise UsageError("letters are 2 to 8", where=self.name)
 
     def run(self, bench: Bench) -> dict[str, Any]:
         found: dict[str, Any] = {}

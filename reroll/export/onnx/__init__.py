@@ -23,6 +23,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from reroll.bounds import LARGEST, Range
 from reroll.errors import ExportError, UsageError
 from reroll.export.targets import Progress, Target, option
 from reroll.rewrite.program import Program
@@ -47,23 +48,25 @@ class Onnx(Target):
     runtime: Literal["any", "ort"] = option(
         "any", help="ort: GroupQueryAttention, which only ONNX Runtime has, on caches that grow"
     )
-    opset: int = option(23, help="the version of the ONNX operators")
+    opset: int = option(
+        23,
+        within=Range(least=23, most=27),
+        help="the version of the ONNX operators; 23 is the first with Attention",
+    )
     # of targets, `check_options` looks at the options together
     check: bool = option(  # type: ignore[assignment]
         False, help="run each graph beside the torch module; write nothing if off"
     )
-    block: int = option(32, help="inputs that share a scale in a quantised weight")
+    block: int = option(
+        32,
+        within=Range(least=16, most=LARGEST),
+        help="inputs that share a scale in a quantised weight",
+    )
 
     def check_options(self) -> None:
         if not self.graphs:
             raise UsageError("graphs must name one at least: loop, unrolled, step")
-        if self.opset < 23:
-            raise UsageError(
-                f"opset {self.opset} has neither Attention nor RMSNormalization",
-                where="target onnx, option opset",
-                hint="23 is the first that has both",
-            )
-        if self.block < 16 or self.block & (self.block - 1):
+        if self.block & (self.block - 1):
             raise UsageError(
                 f"block must be a power of two from 16, not {self.block}",
                 where="target onnx, option block",

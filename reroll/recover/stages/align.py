@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from reroll.bounds import COUNT_OR_NONE, POSITIVE, SHARE
 from reroll.errors import UsageError
 from reroll.recover.closed_form import fit_linear_layers
 from reroll.recover.sequential_fit import fit_trip_by_trip
@@ -39,25 +40,20 @@ class Align(Stage):
 
     name = "align"
 
-    lr: float = option(1e-3, help="the largest learning rate")
+    lr: float = option(1e-3, within=POSITIVE, help="the largest learning rate")
     train: str | list[str] = option("new", help="all, new, lora, or patterns of names")
-    free: float = option(0.5, help="share of trips that run freely at the end")
+    free: float = option(0.5, within=SHARE, help="share of trips that run freely at the end")
     into: str | None = option(
         None, help="compare what the layers of this name take, instead of what trips give"
     )
     start_tokens: int = option(
-        0, help="tokens on which tied weights and residuals are fitted by least squares first"
+        0,
+        within=COUNT_OR_NONE,
+        help="tokens on which tied weights and residuals are fitted by least squares first",
     )
     start_free: bool = option(
         False, help="then fit residuals trip by trip, on what the model itself gives them"
     )
-
-    def check(self) -> None:
-        super().check()
-        if not 0 <= self.free <= 1:
-            raise UsageError("free is a probability", where="stage align, option free")
-        if self.start_tokens < 0:
-            raise UsageError("tokens are 0 or more", where="stage align, option start_tokens")
 
     def begin(self, models: Models) -> None:
         assert models.teacher is not None

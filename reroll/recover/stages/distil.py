@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.bounds import COUNT, NOT_NEGATIVE, POSITIVE
 from reroll.recover.losses import cross_entropy, mean_over_pieces, unpadded
 from reroll.recover.stage import Batch, Loss, Models, Stage, recorded
 from reroll.recover.stages.align import relative_error
@@ -26,16 +26,15 @@ class Distil(Stage):
 
     name = "distil"
 
-    temperature: float = option(1.0, help="divides the logits")
+    temperature: float = option(1.0, within=POSITIVE, help="divides the logits")
     direction: Literal["forward", "reverse"] = option("forward", help="which way the KL goes")
-    top_k: int | None = option(None, help="compare the original's likeliest tokens only")
-    ce: float = option(0.0, help="weight of the cross-entropy of the text")
-    hidden: float = option(0.0, help="weight of the relative error of the last hidden state")
-
-    def check(self) -> None:
-        super().check()
-        if self.temperature <= 0 or (self.top_k is not None and self.top_k < 1):
-            raise UsageError("temperature and top_k are positive", where="stage distil")
+    top_k: int | None = option(
+        None, within=COUNT, help="compare the original's likeliest tokens only"
+    )
+    ce: float = option(0.0, within=NOT_NEGATIVE, help="weight of the cross-entropy of the text")
+    hidden: float = option(
+        0.0, within=NOT_NEGATIVE, help="weight of the relative error of the last hidden state"
+    )
 
     def loss(self, batch: Batch, models: Models) -> Loss:
         assert models.teacher is not None

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reroll.bounds import COUNT, NOT_NEGATIVE
 from reroll.errors import UsageError
 from reroll.recover.losses import cross_entropy, unpadded
 from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, recorded
@@ -30,9 +31,13 @@ class Exits(Stage):
 
     name = "exits"
 
-    at: list[int] = option(help="after how many trips of the last loop there are exits")
+    at: list[int] = option(
+        within=COUNT, help="after how many trips of the last loop there are exits"
+    )
     weights: Literal["aggressive", "weighted"] = option("aggressive", help="the coefficients")
-    coefficient: float = option(0.1, help="of every exit but the last, when aggressive")
+    coefficient: float = option(
+        0.1, within=NOT_NEGATIVE, help="of every exit but the last, when aggressive"
+    )
     distil: bool = option(True, help="exits learn from the full depth instead of the text")
     target: Literal["original", "text"] = option(
         "original", help="what the full depth learns: the original's distribution, or the text"
@@ -40,8 +45,8 @@ class Exits(Stage):
 
     def check(self) -> None:
         super().check()
-        if not self.at or sorted(set(self.at)) != self.at or self.at[0] < 1:
-            raise UsageError("`at` is an ascending list from 1", where="stage exits, option at")
+        if sorted(set(self.at)) != self.at:
+            raise UsageError("`at` is an ascending list", where="stage exits, option at")
 
     def begin(self, models: Models) -> None:
         loop = models.module.program.loops[-1]

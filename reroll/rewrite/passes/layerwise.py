@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from reroll.bounds import COUNT_OR_NONE
 from reroll.errors import PassError
 from reroll.rewrite.layers import Layer, attention_layers
 from reroll.rewrite.passes.base import Context, Pass, option
 from reroll.rewrite.passes.keeping import keep_by_measure
-from reroll.rewrite.passes.selection import Keep, Layers, choose, measured_part
+from reroll.rewrite.passes.selection import Keep, Layers, check_keep, choose, measured_part
 from reroll.rewrite.program import Program
 
 
 class LayerPass(Pass):
     """A pass over the attention layers of a program."""
 
-    layers: Layers = option("all", help="numbers of the layers to change")
+    layers: Layers = option("all", within=COUNT_OR_NONE, help="numbers of the layers to change")
     keep: Keep = option(
         None,
         help='layers that stay: numbers, a period such as 7, or a part by measurement, "auto:0.25"',
     )
+
+    def check(self) -> None:
+        check_keep(self.keep, f"pass {self.name}, option keep")
 
     def chosen(self, program: Program) -> tuple[list[Layer], set[int]]:
         """All layers, and the numbers of those that the options name.
@@ -43,7 +47,7 @@ class LayerPass(Pass):
 
         `rewritten` gives the program with only some layers changed, see `keep_by_measure`.
         """
-        part = measured_part(self.keep, self.name)
+        part = measured_part(self.keep)
         if part is None or not eligible:
             return set(eligible)
         return set(eligible) - set(keep_by_measure(program, eligible, part, rewritten, context))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from reroll.bounds import NOT_NEGATIVE, SEED, check_number
 from reroll.errors import PassError, RerollError, UsageError
 from reroll.rewrite.hidden import keep_complete
 from reroll.rewrite.passes.base import Pass
@@ -73,6 +74,10 @@ def run_passes(
     Raises UsageError if the pipeline is not valid, and PassError, naming the pass, if a pass fails,
     gives a malformed program, or claims to be exact and is not.
     """
+    check_number("seed", seed, SEED, "run_passes")
+    check_number("large", large, NOT_NEGATIVE, "run_passes", integer=False)
+    if measure not in (True, False, "auto"):
+        raise UsageError(f'measure must be "auto", True or False, not {measure!r}', "run_passes")
     chosen = _stopped(resolve(passes), stop_after)
     _check_requirements(program, chosen)
     context = Context(

@@ -17,16 +17,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from reroll.bounds import Range, check_number
 from reroll.errors import UsageError
 
 REQUIRED = dataclasses.MISSING
 
 
-def option(default: Any = REQUIRED, *, help: str = "") -> Any:
-    """A field of a pass with its documentation; without a default, it has to be given."""
+def option(default: Any = REQUIRED, *, within: Range | None = None, help: str = "") -> Any:
+    """A field of a pass with its documentation; without a default, it has to be given.
+
+    All numbers in it, also those in a list or a mapping, have to lie `within` a range, and a list
+    of such numbers holds at least one.
+    """
+    metadata = {"help": help, "within": within}
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=partial(copy, default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=partial(copy, default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,12 @@ class Option:
     type: Any
     default: Any
     help: str
+    within: Range | None = None
 
     @property
     def kind(self) -> str:
         """What may stand there, in words."""
-        return describe(self.type)
+        return describe(self.type) + (f" ({self.within})" if self.within else "")
 
     def convert(self, value: Any, owner: str) -> Any:
         """The value in its declared type; UsageError naming `owner`, such as "pass tie"."""
@@ -52,7 +59,19 @@ class Option:
                 where=f"{owner}, option {self.name}",
                 hint=_suggest(value, self.type),
             )
+        if self.within is not None:
+            self._check_range(converted, f"{owner}, option {self.name}")
         return converted
+
+    def _check_range(self, value: Any, where: str) -> None:
+        if isinstance(value, Mapping):
+            value = tuple(value.values())
+        elif value in ([], ()):
+            raise UsageError(f"{self.name} must be {self.kind}, not an empty list", where)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                assert self.within is not None
+                check_number(self.name, number, self.within, where, integer=isinstance(number, int))
 
 
 REFUSED: Any = object()
@@ -67,7 +86,8 @@ def options_of(cls: type) -> dict[str, Option]:
         if field.default_factory is not REQUIRED:
             default = field.default_factory()
         help = str(field.metadata.get("help", ""))
-        options[field.name] = Option(field.name, hints[field.name], default, help)
+        within = field.metadata.get("within")
+        options[field.name] = Option(field.name, hints[field.name], default, help, within)
     return options
 
 

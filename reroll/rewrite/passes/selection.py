@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
+from reroll.bounds import BETWEEN, COUNT, COUNT_OR_NONE, check_number
 from reroll.errors import UsageError
 
 Layers = list[int] | Literal["all"]
 Keep = list[int] | int | float | str | None
 
 AUTO = "auto:"
+
+
+def check_keep(keep: Keep, where: str) -> None:
+    """Raise UsageError for a `keep` that no model could have."""
+    part = measured_part(keep)
+    if part is not None:
+        check_number("the part of the layers that stays", part, BETWEEN, where, integer=False)
+    elif isinstance(keep, str):
+        raise UsageError(
+            f"keep is not {keep!r}",
+            where,
+            'layer numbers such as [3, 9], a period such as 7, or "auto:0.25"',
+        )
+    elif isinstance(keep, list):
+        for number in keep:
+            check_number("a layer that stays", number, COUNT_OR_NONE, where)
+    elif keep is not None:
+        check_number("a period", keep, COUNT, where)
 
 
 def choose(count: int, layers: Layers, keep: Keep, owner: str) -> list[int]:
@@ -21,8 +41,6 @@ def choose(count: int, layers: Layers, keep: Keep, owner: str) -> list[int]:
     """
     where = f"pass {owner}"
     chosen = range(count) if layers == "all" else layers
-    if isinstance(keep, bool) or (isinstance(keep, int) and keep < 1):
-        raise UsageError("a period is 1 or more", f"{where}, option keep")
     kept: Sequence[int] = ()
     if isinstance(keep, int):
         # the last of each group, so that the layers before it have made what it looks at
@@ -41,29 +59,14 @@ def choose(count: int, layers: Layers, keep: Keep, owner: str) -> list[int]:
     return left
 
 
-def measured_part(keep: Keep, owner: str) -> float | None:
+def measured_part(keep: Keep) -> float | None:
     """The part of the layers that stays by measurement: 0.25, or "auto:0.25"; None for no such."""
-    part: float | None = None
     if isinstance(keep, float):
-        part = keep
-    elif isinstance(keep, str):
-        text = keep.removeprefix(AUTO)
-        try:
-            part = float(text) if text != keep else None
-        except ValueError:
-            part = None
-        if part is None:
-            raise UsageError(
-                f"keep is not {keep!r}",
-                f"pass {owner}, option keep",
-                'layer numbers such as [3, 9], a period such as 7, or "auto:0.25"',
-            )
-    if part is not None and not 0 < part < 1:
-        raise UsageError(
-            f"the part of the layers that stays is between 0 and 1, not {part}",
-            f"pass {owner}, option keep",
-        )
-    return part
+        return keep
+    if isinstance(keep, str) and keep.startswith(AUTO):
+        with suppress(ValueError):
+            return float(keep.removeprefix(AUTO))
+    return None
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -12,12 +12,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from reroll.bounds import COUNT, check_number
 from reroll.errors import UsageError
 from reroll.runtime.depthwise.engine import Engine
 from reroll.runtime.depthwise.frames import Row
@@ -74,6 +75,12 @@ class DepthScheduler:
     def __init__(
         self, model: Any, *, slots: int = 16, length: int = 1024, mode: Mode = "depth"
     ) -> None:
+        check_number("slots", slots, COUNT, "DepthScheduler")
+        check_number("length", length, COUNT, "DepthScheduler")
+        if mode not in get_args(Mode):
+            raise UsageError(
+                f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}", "DepthScheduler"
+            )
         self.engine = Engine(model, slots, length)
         self.model, self.mode = model, mode
         self.counts = Counts()
@@ -97,8 +104,9 @@ class DepthScheduler:
         ids = torch.as_tensor(prompt, dtype=torch.long).flatten()
         if self._closed:
             raise UsageError("the scheduler is closed")
-        if not len(ids) or max_new_tokens < 1:
-            raise UsageError("a request has a prompt, and one new token at least")
+        check_number("max_new_tokens", max_new_tokens, COUNT, "submit")
+        if not len(ids):
+            raise UsageError("a request has a prompt")
         if len(ids) + max_new_tokens > self.engine.pool.length:
             raise UsageError(
                 f"{len(ids)} + {max_new_tokens} tokens do not fit the length of "
