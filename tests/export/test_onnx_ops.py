@@ -126,7 +126,7 @@ WHOLES: dict[str, Callable[..., Tensor]] = {
     "aten::argsort.default": lambda x, y, n, m: x.argsort(-1, descending=True),
     "aten::scatter.value": lambda x, y, n, m: torch.zeros_like(n).scatter(1, n.abs() % 3, 1),
     "aten::item.default": lambda x, y, n, m: n.sum().item() + n,
-    "aten::histc.default": lambda x, y, n, m: n.float().histc(7, 0, 6),
+    "aten::histc.default": lambda x, y, n, m: n.float().histc(7, 0, 6) + n.float().histc(1, 0, 0),
 }
 MOVES: dict[str, Callable[..., Tensor]] = {
     "aten::repeat.default": lambda x, y, n, m: x.repeat(2, 1, 1, 3),

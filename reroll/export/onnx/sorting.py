@@ -97,9 +97,12 @@ def histc(
     g: Translator, node: fx.Node, x: Any, bins: int = 100, low: float = 0, high: float = 0
 ) -> Value:
     """How many elements lie in each of some equal intervals."""
+    dtype = g.dtype(node)
+    if low == high and bins == 1:
+        # between the bounds of its data, one interval has them all: a mixture of one expert
+        return g.cast(g.op("Reshape", g.op("Size", g.tensor(x), dtype=INT), g.ints(1)), dtype)
     if low == high:
         raise ExportError("histc between the bounds of its data has no lowering to ONNX")
-    dtype = g.dtype(node)
     x = g.op("Reshape", g.tensor(x, dtype), g.ints(-1, 1))
     lowest, highest = g.number(low, dtype), g.number(high, dtype)
     scaled = g.op("Mul", g.op("Sub", x, lowest), g.number(bins, dtype))
