@@ -74,6 +74,17 @@ def lfm2() -> Any:
     return transformers.Lfm2ForCausalLM(config)
 
 
+def indexer() -> Any:
+    # reads the four keys that score best by keys of another kind, which have a cache of their own
+    config = transformers.DeepseekV32Config(
+        **{**TEXT, "num_hidden_layers": 2}, **SPECIAL, intermediate_size=48,
+        num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8, index_topk=4, index_head_dim=16, index_n_heads=2,
+        mlp_layer_types=["dense"] * 2,
+    )  # fmt: skip
+    return transformers.DeepseekV32ForCausalLM(config)
+
+
 def bert() -> Any:
     return transformers.BertModel(transformers.BertConfig(**TEXT, intermediate_size=64))
 
@@ -145,8 +156,8 @@ def whisper() -> Any:
 MODELS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
-        llama, qwen2, gemma3, smollm3, gpt2, gpt_neox, bloom, lfm2, opt, roberta_decoder, bert,
-        xlm_roberta, bart, dinov2, vit, t5, whisper,
+        llama, qwen2, gemma3, smollm3, gpt2, gpt_neox, bloom, lfm2, indexer, opt, roberta_decoder,
+        bert, xlm_roberta, bart, dinov2, vit, t5, whisper,
     )
 }  # fmt: skip
 

@@ -5,12 +5,19 @@ import copy
 import pytest
 import torch
 from transformers import masking_utils as hf
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from reroll.errors import CaptureError
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.capture.tracing import attention_interface, mask_interface, tracing
+from reroll.rewrite.capture.tracing import (
+    attention_interface,
+    make_cache,
+    mask_interface,
+    own_layers,
+    tracing,
+)
 from tests.captured import gemma3, gpt2, llama, whisper
 
 
@@ -118,3 +125,53 @@ def test_inside_tracing_a_model_finds_our_functions():
         assert AttentionMaskInterface()["eager"] is mask_interface
         assert "reroll" not in AttentionInterface()
     assert AttentionMaskInterface()["eager"] is hf.eager_mask
+
+
+class KeepingMore(DynamicLayer):
+    """A cache layer with state of its own beside keys and values."""
+
+    more = largest = None
+
+    def append_more(self, new):
+        self.more = new if self.more is None else torch.cat([self.more, new], dim=-2)
+        return self.more
+
+    def keep_largest(self, new):
+        self.largest = new if self.largest is None else torch.maximum(self.largest, new)
+        return self.largest
+
+    def append_both(self, new, other):
+        return self.append_more(new), other
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 5, 8)])
+def test_what_a_cache_layer_appends_beside_keys_is_a_cache_too(shape, monkeypatch):
+    kept = []
+    op = torch.ops.reroll.cache
+    monkeypatch.setattr(torch.ops.reroll, "cache", lambda *given: kept.append(given) or op(*given))
+    cache = make_cache(0, 5, 1, False, [KeepingMore()])
+    new = torch.randn(shape)
+    assert torch.equal(cache.layers[0].append_more(new), new)
+    ((k, v, total),) = kept
+    assert torch.equal(k.reshape(shape), new)
+    assert (k.dim(), v.shape[-1], total) == (4, 0, 5)
+
+
+def test_what_it_keeps_otherwise_is_refused():
+    new = torch.randn(2, 5, 8)
+    layer = make_cache(0, 5, 1, False, [KeepingMore()]).layers[0]
+    with pytest.raises(CaptureError, match=r"KeepingMore: .*more than keys.*keep_largest"):
+        layer.keep_largest(new)
+    with pytest.raises(CaptureError, match="append_both"):
+        layer.append_both(new, new)
+    with pytest.raises(CaptureError, match="positions"):
+        layer.positions = new
+    assert not hasattr(layer, "update_indexer")
+
+
+def test_own_layers_are_those_of_the_configuration():
+    assert [type(layer).__name__ for layer in own_layers(gemma3().config)] == [
+        "DynamicSlidingWindowLayer",
+        "DynamicLayer",
+    ] * 2
+    assert own_layers(object()) == []

@@ -128,16 +128,23 @@ def _states(graph: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+_GROWING = ("key", "value")
+
+
 def _genai_config(
     program: Program, states: list[dict[str, Any]], directory: Path, files: dict[str, str]
 ) -> dict[str, Any] | None:
     """What onnxruntime-genai wants to know of a decoder.
 
     None for other models, and for those that have states which it does not know: windows, what
-    waits beside them, and what mLSTM and GSA keep.
+    waits beside them, what mLSTM and GSA keep, and keys or values of several sizes.
     """
     parts = {s["part"] for s in states if not s["grows"]}
     if not states or program.outputs[0] != "logits" or not parts <= {RECURRENT, CONV}:
+        return None
+    sizes = {part: {str(s["shape"]) for s in states if s["part"] == part} for part in _GROWING}
+    counts = {part: sum(s["part"] == part for s in states) for part in _GROWING}
+    if len(set.union(*sizes.values())) > 1 or len(set(counts.values())) > 1:
         return None
     key = next(s["shape"] for s in states if s["part"] in ("key", RECURRENT))
     names = {"key": "key", "value": "value", "conv": CONV, "recurrent": RECURRENT}

@@ -5,6 +5,7 @@ in and `present.N.PART` comes out, under the names that optimum, transformers.js
 onnxruntime-genai use:
 
     key, value               [batch, kv_heads, past, head_dim]: all tokens so far, the new ones last
+    key                      alone, where keys say which tokens are read and have no values
     key, value               [batch, kv_heads, window - 1, head_dim] where a window never looks
                              further back; zeros stand before the first token
     first_key, first_value   [batch, kv_heads, prefix, head_dim]: the first tokens, beside a window
@@ -159,19 +160,19 @@ class States:
     def append(self, g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Value]:
         """The keys and values of all tokens, given those of the new ones."""
         numbers = self.of(g, node)
-        made = []
-        for (part, kind), new in zip(_parts(node), (k, v), strict=True):
-            new = g.cast(new, g.settings.dtype)
+        made = {"key": k, "value": v}
+        for part, kind in _parts(node):
+            new = g.cast(made[part], g.settings.dtype)
             dims = (kind[0], GROWS, kind[1])
             past = self.read(g, numbers, part, dims)
             total = g.op("Concat", past, new, axis=2, hint=part)
             number = numbers[0] if len(numbers) == 1 else None
-            made.append(replace(total, appended=Appended(past, new, number, part)))
+            made[part] = replace(total, appended=Appended(past, new, number, part))
             if len(numbers) == 1:
                 self.present[numbers[0], part] = total
             else:
                 self._collect(g, numbers, part, new)
-        return made[0], made[1]
+        return made["key"], made["value"]
 
     def _collect(self, g: Translator, numbers: Sequence[int], part: str, new: Value) -> None:
         """Have the Loop hand out the new tokens of every round, and append them outside."""
@@ -186,11 +187,12 @@ class States:
 
 
 def _parts(node: fx.Node) -> list[tuple[str, tuple[int, int]]]:
-    """The two parts of a cache and their (kv_heads, head_dim)."""
+    """The parts of a cache and their (kv_heads, head_dim); keys may be without values."""
     found = []
     for part, name in (("key", "k"), ("value", "v")):
         sizes: Any = shape(argument(node, name))
-        found.append((part, (sizes[1], sizes[3])))
+        if sizes[3]:
+            found.append((part, (sizes[1], sizes[3])))
     return found
 
 

@@ -44,6 +44,7 @@ from reroll.rewrite.capture.tracing import (
     Halted,
     Traced,
     make_cache,
+    own_layers,
     tracing,
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
@@ -302,6 +303,7 @@ class _Wrapper(nn.Module):
         self.stateful = stateful
         self.halt, self.at_cache = halt, at_cache
         self.hidden = hidden
+        self.own_layers = own_layers(model.config) if stateful else []
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         keywords: dict[str, Any] = dict(inputs, return_dict=True)
@@ -318,7 +320,7 @@ class _Wrapper(nn.Module):
                 for name in ("num_hidden_layers", "decoder_layers", "num_layers")
             )
             halt = self.halt if self.at_cache else None
-            cache = make_cache(total - tokens, total, layers, cross, halt)
+            cache = make_cache(total - tokens, total, layers, cross, self.own_layers, halt)
             keywords.update(past_key_values=cache, use_cache=True)
         elif "use_cache" in _parameters(self.model):
             keywords["use_cache"] = False

@@ -8,15 +8,18 @@ brings. Inside `tracing`, a model finds ours under both: every attention becomes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from reroll.errors import CaptureError
 from reroll.rewrite.capture.masks import MaskKind, describe_mask
@@ -130,16 +133,40 @@ def attention_interface(
     return out, None
 
 
-def make_cache(past: int, total: int, layers: int, cross: bool, halt: Halt | None = None) -> Any:
+def own_layers(config: Any) -> list[Any]:
+    """The cache layers that transformers makes from a model's configuration; empty if it cannot."""
+    from transformers import DynamicCache
+
+    try:
+        return list(DynamicCache(config=config).layers)
+    # a configuration that comes with a model's own code may be of any kind
+    except Exception:
+        return []
+
+
+def make_cache(
+    past: int,
+    total: int,
+    layers: int,
+    cross: bool,
+    own: Sequence[Any] = (),
+    halt: Halt | None = None,
+) -> Any:
     """A cache to capture with: `past` tokens are in it, `total` will be after the forward.
 
-    With `cross`, one for an encoder-decoder model, whose cross attention keeps nothing. `halt` ends
-    the trace at an update.
+    With `cross`, one for an encoder-decoder model, whose cross attention keeps nothing. `own` are
+    the layers that the model would have: what they keep beside keys and values is another
+    `reroll::cache` where it grows with the tokens, and a CaptureError where it does not. `halt`
+    ends the trace at an update.
     """
     from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
     class TracedLayer(CacheLayerMixin):
         is_sliding = False
+
+        def __init__(self, own: Any = None) -> None:
+            super().__init__()
+            self._own = own
 
         def lazy_initialization(self, *_: Any) -> None:
             self.is_initialized = True
@@ -148,6 +175,26 @@ def make_cache(past: int, total: int, layers: int, cross: bool, halt: Halt | Non
             if halt is not None:
                 halt.pass_by(k=k, v=v)
             return torch.ops.reroll.cache(k, v, total)  # type: ignore[no-any-return]
+
+        def __getattr__(self, name: str) -> Any:
+            method = getattr(type(self.__dict__.get("_own")), name, None)
+            if name.startswith("_") or not callable(method):
+                raise AttributeError(f"a cache layer of the capture has no {name}")
+            return partial(self._append, name)
+
+        def _append(self, name: str, *given: Any, **options: Any) -> Tensor:
+            """Append what a method of the model's own layer appends: keys without values."""
+            if len(given) != 1 or options or not _appends(self._own, name, given[0]):
+                raise _not_captured(self._own, name)
+            # [batch, time, head_dim] or [batch, heads, time, head_dim]
+            keys = given[0] if given[0].dim() == 4 else given[0].unsqueeze(1)
+            keys, _ = self.update(keys, keys[..., :0])
+            return keys if given[0].dim() == 4 else keys.squeeze(1)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if isinstance(value, Tensor | torch.SymInt):
+                raise _not_captured(self._own, name)
+            super().__setattr__(name, value)
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             return total, 0
@@ -165,10 +212,37 @@ def make_cache(past: int, total: int, layers: int, cross: bool, halt: Halt | Non
         def get_seq_length(self) -> int:
             return 0
 
-    traced = Cache(layers=[TracedLayer() for _ in range(layers)])
+    traced = Cache(layers=[TracedLayer(o) for o, _ in zip_longest(own, range(layers))])
     if not cross:
         return traced
     return EncoderDecoderCache(traced, Cache(layers=[CrossLayer() for _ in range(layers)]))
+
+
+def _appends(layer: Any, name: str, new: Tensor) -> bool:
+    """Whether a method of a cache layer returns all that it was given, token after token.
+
+    It is tried on a layer that is empty, in two pieces, with time as the dimension before the last.
+    """
+    if not isinstance(new, Tensor) or new.dim() not in (3, 4):
+        return False
+    with _disable_current_modes():
+        pieces = [torch.full([2] * (new.dim() - 2) + [t, 2], float(t)) for t in (3, 1)]
+        tried = copy.deepcopy(layer)
+        try:
+            results = [getattr(tried, name)(piece) for piece in pieces]
+        # what a method does with a tensor that it does not expect has no common type
+        except Exception:
+            return False
+        wanted = [pieces[0], torch.cat(pieces, dim=-2)]
+        pairs = zip(results, wanted, strict=True)
+        return all(isinstance(r, Tensor) and torch.equal(r, w) for r, w in pairs)
+
+
+def _not_captured(layer: Any, name: str) -> CaptureError:
+    return CaptureError(
+        f"its cache keeps more than keys and values ({name}), which is not captured",
+        where=None if layer is None else type(layer).__name__,
+    )
 
 
 @dataclass
