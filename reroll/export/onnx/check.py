@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reroll.errors import ExportError
+from reroll.export.onnx.choices import Choices
 from reroll.export.onnx.graph import nodes_of
 from reroll.export.onnx.parameters import Settings
 from reroll.export.onnx.quantise import bits_of, dequantised
@@ -64,14 +65,14 @@ def check_graph(
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(f"the checker of ONNX refuses the graph: {reason}", path.name) from error
     if precision.startswith("int"):
-        session, steps = _exact(path), min(steps, QUANTISED_STEPS)
-    else:
-        session = Session(path)
+        steps = min(steps, QUANTISED_STEPS)
+    choices = Choices(TOLERANCE[precision])
+    session = _session(path, choices)
     is_causal = bool(session.past)
     steps = min(steps, _room(program))
     pairs = _decoded if is_causal else _once
     worst, count = 0.0, 0
-    for name, actual, expected in pairs(program, module, session, steps):
+    for name, actual, expected in pairs(program, module, session, choices, steps):
         error_ = relative_rms(actual.float(), expected.float())
         worst, count = max(worst, error_), count + 1
         if not error_ <= TOLERANCE[precision]:
@@ -122,14 +123,15 @@ def quality(path: Path, program: Program, module: Any) -> dict[str, float] | Non
     }
 
 
-def _exact(path: Path) -> Session:
-    """A session that does not round the activations of quantised products."""
+def _session(path: Path, choices: Choices) -> Session:
+    """A session that tells its choices, and rounds no activations of quantised products."""
     model = onnx.load(str(path), load_external_data=False)
     for node in nodes_of(model.graph):
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 0
-    copy = path.with_name(f"exact-{path.name}")
+    choices.tell(model.graph)
+    copy = path.with_name(f"checked-{path.name}")
     onnx.save(model, str(copy))
     try:
         return Session(copy)
@@ -162,22 +164,26 @@ def _room(program: Program) -> int:
 Compared = Iterator[tuple[str, Tensor, Tensor]]
 
 
-def _once(program: Program, module: Any, session: Session, steps: int) -> Compared:
+def _once(
+    program: Program, module: Any, session: Session, choices: Choices, steps: int
+) -> Compared:
     """Outputs of a model without state; positions that are padding do not count.
 
     One that predicts tokens runs at two lengths, because it is run again for each new token.
     """
     for length in (16, 17) if program.outputs[0] == "logits" else (16,):
-        yield from _at_length(program, module, session, length)
+        yield from _at_length(program, module, session, choices, length)
 
 
-def _at_length(program: Program, module: Any, session: Session, length: int) -> Compared:
+def _at_length(
+    program: Program, module: Any, session: Session, choices: Choices, length: int
+) -> Compared:
     rows = ROWS if len(program.inputs) > 1 else 2
     inputs = random_inputs(program, rows=rows, length=length, padded=True)
     padding = next((i.name for i in program.inputs if i.role == "padding"), None)
-    with torch.no_grad():
-        expected = module(**inputs)
     actual = session.run(_completed(program, inputs))
+    with torch.no_grad(), choices.taken(actual):
+        expected = module(**inputs)
     for name in program.outputs:
         a, b = actual[name], expected[name]
         seen = inputs.get(padding) if padding else None
@@ -192,7 +198,9 @@ def _completed(program: Program, inputs: Inputs) -> dict[str, Tensor]:
     return complete(program, inputs)
 
 
-def _decoded(program: Program, module: Any, session: Session, steps: int) -> Compared:
+def _decoded(
+    program: Program, module: Any, session: Session, choices: Choices, steps: int
+) -> Compared:
     """Logits of a prompt and of the tokens after it, which the torch module chooses."""
     tokens, seen = prompts(program)
     session.reset(ROWS)
@@ -203,9 +211,10 @@ def _decoded(program: Program, module: Any, session: Session, steps: int) -> Com
             positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             if "position_ids" in session.inputs:
                 inputs["position_ids"] = positions
-            out = module(**inputs, past_key_values=past, use_cache=True)
-            past = out.past_key_values
             actual = session.run(inputs)
+            with choices.taken(actual):
+                out = module(**inputs, past_key_values=past, use_cache=True)
+            past = out.past_key_values
             shown = seen[:, -tokens.shape[1] :].bool()
             at = f"step {step}" if step else "the prompt"
             for name in program.outputs:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from reroll.export.onnx.translate import Translator
 
 INT = torch.int64
+# the name of where the largest elements are: a choice, as the order of all of them is none
+CHOSEN = "chosen"
 
 
 @lowering(TARGET, "aten::topk.default")
@@ -33,7 +35,7 @@ def topk(
     **_: Any,
 ) -> tuple[Value, Value]:
     """The largest or smallest elements of a dimension, and where they are."""
-    return _top(g, g.tensor(x), g.shape([count]), dim, largest)
+    return _top(g, g.tensor(x), g.shape([count]), dim, largest, CHOSEN)
 
 
 @lowering(TARGET, "aten::sort.default", "aten::sort.stable", "aten::argsort.default")
@@ -52,13 +54,15 @@ def sort(
     return made[1] if "argsort" in op_name(node.target) else made
 
 
-def _top(g: Translator, x: Value, count: Value, dim: int, largest: bool) -> tuple[Value, Value]:
-    """TopK, in a dtype that has a kernel."""
+def _top(
+    g: Translator, x: Value, count: Value, dim: int, largest: bool, hint: str = "places"
+) -> tuple[Value, Value]:
+    """TopK, in a dtype that has a kernel; `hint` names where the elements are."""
     kind = x.dtype
     if kind not in (torch.float32, torch.float64, torch.int32, INT):
         x = g.cast(x, torch.float32 if kind.is_floating_point else INT)
     values, places = g.graph.ops(
-        "TopK", x, count, hints=("values", "places"), axis=dim, largest=int(largest)
+        "TopK", x, count, hints=("values", hint), axis=dim, largest=int(largest)
     )
     return g.cast(values, kind), replace(places, dtype=INT)
 
