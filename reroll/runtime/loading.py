@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,13 @@ _NO_EFFECT = {
 def _config(
     directory: Path, name: str, program: Program, config: Any, kwargs: dict[str, Any]
 ) -> RerollConfig:
-    """The configuration in a directory, changed by keyword; what the Program fixes stays."""
+    """The configuration in a directory, changed by keyword.
+
+    Raises UsageError for a change of what the Program fixes.
+    """
     kwargs = {k: v for k, v in kwargs.items() if k not in _NO_EFFECT}
-    own = config if isinstance(config, RerollConfig) else RerollConfig.from_pretrained(directory)
+    stored = RerollConfig.from_pretrained(directory)
+    own = config if isinstance(config, RerollConfig) else copy.deepcopy(stored)
     for option, value in kwargs.items():
         if not hasattr(own, option):
             # callers such as lm-eval pass None for what they do not ask for
@@ -108,10 +113,28 @@ def _config(
                 hint="convert the model it was made from",
             )
         setattr(own, option, value)
+    _check_fixed(own.to_dict(), stored.to_dict(), name)
     own.dtype = program.dtype
     # what peft writes down as the model below an adapter
     own.name_or_path = name
     return own
+
+
+def _check_fixed(own: dict[str, Any], stored: dict[str, Any], name: str) -> None:
+    """Raise UsageError for an entry of the original's configuration that has another value.
+
+    What all configurations have, and the numbers of tokens, are read when a lowered model runs; the
+    rest has become its graph.
+    """
+    free = RerollConfig().to_dict().keys()
+    for key, value in stored.items():
+        if key in free or key.endswith("_token_id") or own.get(key) == value:
+            continue
+        raise UsageError(
+            f"{key} is part of the program, where it is {value!r:.80}, not {own.get(key)!r:.80}",
+            where=name,
+            hint="change the original's configuration, and convert it again",
+        )
 
 
 def _device(device_map: Any) -> torch.device | None:

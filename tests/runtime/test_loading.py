@@ -120,6 +120,26 @@ def test_what_it_cannot_do_is_said(saved: Path, options: dict[str, Any]) -> None
         load(saved, **options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_hidden_layers": 2}, {"rms_norm_eps": 0.1}, {"hidden_act": "relu"}]
+)
+def test_what_has_become_the_graph_cannot_be_changed(saved: Path, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(UsageError, match=f"{name} is part of the program"):
+        load(saved, **options)
+    config = transformers.AutoConfig.from_pretrained(saved)
+    assert load(saved, config=config, **{name: getattr(config, name)}) is not None
+    setattr(config, name, options[name])
+    with pytest.raises(UsageError, match=f"{name} is part of the program"):
+        load(saved, config=config)
+
+
+def test_what_is_read_when_it_runs_can_be_changed(saved: Path) -> None:
+    model = load(saved, use_cache=False, pad_token_id=5, output_hidden_states=True)
+    assert (model.config.use_cache, model.config.pad_token_id) == (False, 5)
+    assert model(torch.tensor([[1, 2, 3]])).hidden_states is not None
+
+
 def test_the_wrong_auto_class_names_the_right_one(saved: Path) -> None:
     with pytest.raises(UsageError, match=r"use AutoModelForCausalLM\.from_pretrained"):
         transformers.AutoModelForMaskedLM.from_pretrained(str(saved))
