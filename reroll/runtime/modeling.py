@@ -238,6 +238,9 @@ class RerollPreTrainedModel(PreTrainedModel):
             value = values[item.name]
             if value is None:
                 values[item.name] = self._default(item, values, past)
+            elif item.role == "data" and value.is_floating_point():
+                # processors give pixels and sounds in fp32, and many originals narrow them first
+                values[item.name] = value.to(item.type.dtype)
             elif item.role != "data" and value.shape[0] == 1:
                 values[item.name] = fitted(item, value, self._sizes(item, values)[0])
         return list(values.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 
 from reroll.errors import UsageError
 from reroll.rewrite.capture import capture
+from reroll.rewrite.passes import tolerances
 from reroll.runtime.lower import lower
 from tests import captured
 
@@ -79,6 +81,16 @@ def test_image_classification() -> None:
     lowered = lower(capture(original))
     torch.testing.assert_close(lowered(**inputs).loss, original(**inputs).loss)
     assert lowered.config.id2label == original.config.id2label
+
+
+def test_pixels_in_fp32_are_narrowed_as_the_original_does() -> None:
+    """Image processors know nothing of the model's dtype."""
+    pixels = inputs_of("vit")["pixel_values"]
+    original = copy.deepcopy(captured.model("vit")).to(torch.bfloat16)
+    actual, expected = lower(capture(original))(pixels)[0], original(pixels)[0]
+    assert actual.dtype == torch.bfloat16
+    error = tolerances.relative_rms(actual, expected)
+    assert error <= tolerances.ROLLED[torch.bfloat16]
 
 
 def test_the_main_input_comes_first_whatever_its_name() -> None:
