@@ -75,6 +75,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "max_window_layers": 2,
     },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "bamba": {"num_hidden_layers": 6, "attn_layer_indices": [2, 5]},
     "granitemoehybrid": {
@@ -108,6 +109,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # sizes that must agree with each other
     "gemma4_text": {"global_head_dim": 32},
     "gemma4_unified_text": {"global_head_dim": 32},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "llama4.vision_config": {"intermediate_size": 256},
+    "paligemma": {"projection_dim": 64},
+    "paligemma.vision_config": {"projection_dim": 64},
     "mamba2": {"num_heads": 8},
     "swin": {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
     "swinv2": {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},

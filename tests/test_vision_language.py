@@ -103,7 +103,13 @@ def seen(kind: str) -> tuple[Any, Any, dict[str, Any]]:
     return model, program, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
-@pytest.mark.parametrize("kind", ["internvl", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "internvl",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("llava", "paligemma", "gemma3")),
+    ],
+)
 def test_pictures_are_read_where_the_graph_allows_it(kind, tmp_path):
     model, program, prompt = seen(kind)
     assert program.origin.auto_class == "AutoModelForImageTextToText"
@@ -128,5 +134,7 @@ def test_pictures_are_read_where_the_graph_allows_it(kind, tmp_path):
 
 
 def test_pictures_that_depend_on_the_data_are_refused_and_the_language_part_is_offered():
-    with pytest.raises(CaptureError, match=r"pictures cannot be captured.*\n.*leave the pictures"):
+    with pytest.raises(
+        CaptureError, match=r"captured \(beside.*image_grid_thw.*\n.*leave the pictures"
+    ):
         reroll.capture(composite("qwen2_vl"), pictures=True)

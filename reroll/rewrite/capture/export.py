@@ -28,7 +28,7 @@ from reroll.rewrite.capture.halves import keeps_parameters, trace, with_dtypes_o
 from reroll.rewrite.capture.left_out import TracedGraph, with_defaults
 from reroll.rewrite.capture.losses import loss_of
 from reroll.rewrite.capture.models import describe, open_model
-from reroll.rewrite.capture.omissions import omissions
+from reroll.rewrite.capture.omissions import omissions, percepts
 from reroll.rewrite.capture.rotary import frequencies_by_position
 from reroll.rewrite.capture.signature import (
     Example,
@@ -252,8 +252,10 @@ def _with_pictures(
         assert first is not None
         raise first
     except RerollError as error:
+        others = [name for name in percepts(model) if name != "pixel_values"]
+        beside = f" (beside pixel_values it takes {', '.join(others)})" if others else ""
         raise CaptureError(
-            f"its pictures cannot be captured: {error.message}",
+            f"its pictures cannot be captured{beside}: {error.message}",
             where=error.where or type(model).__name__,
             hint="its language part can: leave the pictures out",
         ) from error

@@ -21,16 +21,16 @@ def omissions(model: Any, inputs: Collection[str], weights: Collection[str]) -> 
     `weights` holds every name of a weight that is read, also where it has several.
     """
     remarks = []
-    if percepts := [name for name in _percepts(model) if name not in inputs]:
+    if left_out := [name for name in percepts(model) if name not in inputs]:
         captured = f"captured with {', '.join(inputs)} alone"
-        remarks.append(f"{captured}: the inputs {', '.join(percepts)} are left out")
+        remarks.append(f"{captured}: the inputs {', '.join(left_out)} are left out")
     if unread := dict(_unread(model, "", set(weights))):
         counts = [f"{path} ({count:,})" for path, count in unread.items()]
         remarks.append(f"parameters that are not read are left out: {', '.join(counts)}")
     return tuple(remarks)
 
 
-def _percepts(model: Any) -> Iterator[str]:
+def percepts(model: Any) -> Iterator[str]:
     """The arguments of a model's forward that hold pictures, films or sound, and token types that
     tell these from text, or that are looked up among the tokens (where no table of types is).
     """
