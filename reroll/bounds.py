@@ -55,6 +55,8 @@ BETWEEN = Range(above=0, below=1)
 # the share of likelihood that is sampled from
 TOP_P = Range(above=0, most=1)
 FINITE = Range()
+# sizes of new weights and states, far beyond any use, and not beyond all memory
+SIZE = Range(least=1, most=2**16)
 # tokens of a window of text, special ones included
 WINDOW = Range(least=8, most=LARGEST)
 # tokens to train on

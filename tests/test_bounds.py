@@ -187,7 +187,12 @@ CALLS: list[tuple[Callable[..., Any], str, tuple[Any, ...]]] = [
     (lambda **options: sample_trips(2.0, **options), "spread", (-1, NAN, INF)),
     (lambda **options: reroll.run_passes(PROGRAM, [], **options), "seed", (-1, HUGE, 0.5, "x")),
     (lambda **options: reroll.run_passes(PROGRAM, [], **options), "measure", ("maybe", 3)),
-    (lambda **options: reroll.run_passes(PROGRAM, [], **options), "stop_after", (-1, 3, 0.5, "x")),
+    (lambda **options: reroll.run_passes(PROGRAM, [], **options), "text", (3, b"text")),
+    (
+        lambda **options: reroll.run_passes(PROGRAM, [], **options),
+        "stop_after",
+        (-1, 3, 0.5, "x", True),
+    ),
     (
         lambda **options: recover("a", "b", data=[], recipe="c", **options),
         "tokens",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reroll.bounds import COUNT, Range
+from reroll.bounds import SIZE, Range
 from reroll.mixers import linear_form
 from reroll.mixers.base import Mixer, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size, products
@@ -27,7 +27,7 @@ class GSA(Mixer):
 
     name = "gsa"
 
-    slots: int = option(64, within=COUNT, help="slots of the state")
+    slots: int = option(64, within=SIZE, help="slots of the state")
     floor: float = option(
         -2.5,
         within=Range(below=0),

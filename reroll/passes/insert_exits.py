@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from reroll.bounds import COUNT
+from reroll.bounds import COUNT, SIZE
 from reroll.errors import PassError, UsageError
 from reroll.passes.exiting.absence import leave_out
 from reroll.passes.exiting.heads import add_heads, copy_path, path_to_logits
@@ -78,7 +78,7 @@ class InsertExits(Pass):
     head: Literal["shared", "norm", "own"] = option(
         "shared", help="what each exit has of its own to make logits"
     )
-    width: int = option(32, within=COUNT, help="hidden units of the classifiers `mlp` and `gated`")
+    width: int = option(32, within=SIZE, help="hidden units of the classifiers `mlp` and `gated`")
     loop: str | None = option(None, help="the loop's name; the longest one by default")
 
     def check(self) -> None:

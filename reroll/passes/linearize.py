@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, fx
 
-from reroll.bounds import COUNT, COUNT_OR_NONE, FINITE, SHARE
+from reroll.bounds import COUNT, COUNT_OR_NONE, FINITE, SHARE, SIZE
 from reroll.errors import PassError, UsageError
 from reroll.mixers.registry import find
 from reroll.passes.linearization.clusters import Clusters, measure_clusters
@@ -108,7 +108,7 @@ class Linearize(LayerPass):
         within=FINITE,
         help="factor on the mixer at the start; by default 0 beside a window and 1 without",
     )
-    rank: int = option(16, within=COUNT, help="rank of learned gates")
+    rank: int = option(16, within=SIZE, help="rank of learned gates")
     samples: int = option(8, within=COUNT, help="pieces of 512 tokens of the text to calibrate on")
 
     def check(self) -> None:

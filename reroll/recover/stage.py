@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from reroll.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range
+from reroll.bounds import NOT_NEGATIVE, POSITIVE, SHARE, SIZE, Range
 from reroll.errors import UsageError
 from reroll.recover.data import Rows
 from reroll.rewrite.discovery import classes_in, look_up
@@ -158,7 +158,7 @@ class Stage(Declared, ABC):
     train: str | list[str] = option(
         "all", help="all, new (what the original does not have), lora, names, or a list of these"
     )
-    lora_rank: int = option(8, within=COUNT, help="with train=lora: the rank")
+    lora_rank: int = option(8, within=SIZE, help="with train=lora: the rank")
     lora_alpha: float = option(
         16.0, within=POSITIVE, help="with train=lora: the scale, over the rank"
     )

@@ -78,6 +78,8 @@ def run_passes(
     check_number("large", large, NOT_NEGATIVE, "run_passes", integer=False)
     if measure not in (True, False, "auto"):
         raise UsageError(f'measure must be "auto", True or False, not {measure!r}', "run_passes")
+    if not (text is None or isinstance(text, str | Path)):
+        raise UsageError(f"text must be text or the Path of a file, not {text!r:.40}", "run_passes")
     chosen = _stopped(resolve(passes), stop_after)
     _check_requirements(program, chosen)
     context = Context(
@@ -98,7 +100,11 @@ def run_passes(
 def _stopped(passes: tuple[Pass, ...], stop_after: int | str | None) -> tuple[Pass, ...]:
     if stop_after is None:
         return passes
-    if isinstance(stop_after, int) and 0 <= stop_after <= len(passes):
+    if (
+        isinstance(stop_after, int)
+        and not isinstance(stop_after, bool)
+        and 0 <= stop_after <= len(passes)
+    ):
         return passes[:stop_after]
     for number, each in enumerate(passes, 1):
         if each.name == stop_after:
