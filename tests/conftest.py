@@ -22,11 +22,20 @@ def pytest_configure() -> None:
     settings.load_profile("reroll")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # most checkpoints are bf16, so each slow test on a real model runs from such a one as well
+    if "real_model" in metafunc.fixturenames and metafunc.definition.get_closest_marker("slow"):
+        metafunc.parametrize("real_model", ("fp32", "bf16"), indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def real_model() -> Callable[[str], Path]:
+def real_model(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """Where a real model lies; skips the test with the command that makes it where it does not."""
+    form = getattr(request, "param", "fp32")
 
     def find(name: str) -> Path:
+        if form == "bf16":
+            name = f"{name}-bf16"
         if not (MODELS / name).exists():
             pytest.skip(f"models/{name} is not there: make models NAMES={name.split('/')[0]}")
         return MODELS / name

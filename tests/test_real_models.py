@@ -96,7 +96,15 @@ def test_all_layers_are_inside_loops(fp32):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n == "minilm-l6-v2" else pytest.mark.slow) for n in LOOPS],
+    [
+        "minilm-l6-v2",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for each in LOOPS
+            for name in (each, f"{each}-bf16")
+            if name != "minilm-l6-v2"
+        ),
+    ],
 )
 def test_bf16_is_as_near_to_fp32_as_the_original_is(name, real_model):
     """Roundings fall elsewhere, so both are compared with fp32 over the same rounded weights."""

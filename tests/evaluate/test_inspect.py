@@ -21,6 +21,7 @@ from reroll.rewrite.raising.driver import raise_idioms
 from reroll.rewrite.rolling.roll import roll_loops
 from reroll.rewrite.weights import Weight, scale
 from tests import tiny
+from tests.real import stored_dtype
 
 REQUIRED = {
     "model", "parameters", "loops", "attention", "captured_exactly", "max_abs_logit_error",
@@ -149,8 +150,13 @@ def test_refuses_what_is_no_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm2(real_model: Callable[[str], Path]) -> None:
-    found = inspect_model(str(real_model("smollm2-135m-instruct")))
+    path = real_model("smollm2-135m-instruct")
+    found = inspect_model(str(path))
     assert found["captured_exactly"] is True
     assert [loop["layers"] for loop in found["loops"]] == [30]
     assert found["parameters"] == 134_515_008
+    # roundings of bf16 add up over thirty layers; tests/test_real_models.py has them beside those
+    # of the original
+    if stored_dtype(path) != torch.float32:
+        found = inspect_model(str(path), dtype="float32")
     assert found["check"]["rolled"]["relative_rms_error"] <= tolerances.ROLLED[torch.float32]

@@ -224,7 +224,7 @@ def test_binaries_are_written_without_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_a_real_model(real_model: Any, tmp_path: Path) -> None:
     """SmolLM2, tied and linearized with gains that let the mixer be heard."""
-    program = reroll.capture(str(real_model("smollm2-135m-instruct")))
+    program = reroll.capture(str(real_model("smollm2-135m-instruct")), dtype="float32")
     program = reroll.run_passes(
         program,
         "tie(blocks=10, init=average), relax(rank=8), "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,25 +12,17 @@ from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.text.compare import same
 from tests.passes.test_fold_norms import LAYER_NORM, nodes
 
-MODELS = Path(__file__).parents[2] / "models"
-
 pytestmark = pytest.mark.slow
 
 
-def program_of(name: str, **options):
-    if not (MODELS / name).is_dir():
-        pytest.skip(f"models/{name} is not there: make models NAMES={name}")
-    return capture(str(MODELS / name), **options)
-
-
-def test_smollm2_tied_and_fully_relaxed_is_smollm2():
-    program = program_of("smollm2-135m-instruct")
+def test_smollm2_tied_and_fully_relaxed_is_smollm2(real_model):
+    program = capture(str(real_model("smollm2-135m-instruct")))
     result = run_passes(program, "tie(blocks=10), relax(rank=full)", measure=False)
     assert same(result, program)
 
 
-def test_smollm2_is_nearer_to_itself_with_every_rank():
-    program = program_of("smollm2-135m-instruct", dtype=torch.float32)
+def test_smollm2_is_nearer_to_itself_with_every_rank(real_model):
+    program = capture(str(real_model("smollm2-135m-instruct")), dtype=torch.float32)
     parameters, kl = [], []
     for rank in (144, 512):
         step = run_passes(program, f"tie(blocks=15, layout=sequence), relax(rank={rank})")
@@ -47,8 +37,8 @@ def test_smollm2_is_nearer_to_itself_with_every_rank():
 
 
 @pytest.mark.parametrize("name", ["dinov2-small", "whisper-tiny.en"])
-def test_real_layer_norms_are_folded_exactly(name):
-    program = program_of(name, dtype=torch.float32)
+def test_real_layer_norms_are_folded_exactly(real_model, name):
+    program = capture(str(real_model(name)), dtype=torch.float32)
     result = run_passes(program, "fold_norms")
     assert not nodes(result, LAYER_NORM)
     assert result.origin.steps[-1].measured["relative_rms_error"] <= tolerances.forward(
@@ -64,8 +54,8 @@ def test_real_layer_norms_are_folded_exactly(name):
         "criterion=saturation, state=defer",
     ],
 )
-def test_smollm2_with_exits_that_nobody_takes_is_smollm2(options):
-    program = program_of("smollm2-135m-instruct", dtype=torch.float32)
+def test_smollm2_with_exits_that_nobody_takes_is_smollm2(real_model, options):
+    program = capture(str(real_model("smollm2-135m-instruct")), dtype=torch.float32)
     result = run_passes(program, f"insert_exits(at=[10, 20], {options})", measure=False)
     ids = torch.arange(24)[None] * 97 % 49152
     found, expected = run(result, {"input_ids": ids}), run(program, {"input_ids": ids})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,6 @@ from transformers import PreTrainedModel
 
 from reroll.errors import CheckpointError
 from reroll.rewrite.checkpoint import SafetensorsSource, hf_source
-
-MODELS = Path(__file__).parents[2] / "models"
 
 TEXT = {
     "vocab_size": 32,
@@ -144,10 +143,8 @@ def test_quantized_is_refused(tmp_path: Path) -> None:
         ("whisper-tiny.en", "WhisperForConditionalGeneration"),
     ],
 )
-def test_real_models(directory: str, name: str) -> None:
-    if not (MODELS / directory).is_dir():
-        pytest.skip(f"{directory} is not there")
-    assert_like_transformers(MODELS / directory, name)
+def test_real_models(real_model: Callable[[str], Path], directory: str, name: str) -> None:
+    assert_like_transformers(real_model(directory), name)
 
 
 @pytest.mark.slow

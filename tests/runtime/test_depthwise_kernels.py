@@ -114,7 +114,7 @@ def test_everything_stays_on_the_models_device():
 def test_a_real_model(real_model, launched):
     """A trip of SmolLM2 for rows at three depths, and its exit."""
     program = reroll.run_passes(
-        reroll.capture(str(real_model("smollm2-135m-instruct"))),
+        reroll.capture(str(real_model("smollm2-135m-instruct")), dtype="float32"),
         "tie(blocks=10, init=average), relax(rank=8), insert_exits(at=[11], threshold=0.5)",
         measure=False,
     )

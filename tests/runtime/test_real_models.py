@@ -11,6 +11,8 @@ import torch
 import transformers
 
 import reroll
+from reroll.rewrite.passes import tolerances
+from tests.real import stored_dtype
 
 pytestmark = pytest.mark.slow
 
@@ -112,30 +114,36 @@ def test_sliding_windows(real_model: Callable[[str], Path]) -> None:
 
 
 def test_sentence_embeddings(real_model: Callable[[str], Path]) -> None:
-    path = str(real_model("minilm-l6-v2"))
+    path = real_model("minilm-l6-v2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     original = transformers.AutoModel.from_pretrained(path).eval()
     kept = inputs["attention_mask"].bool()
-    actual = reroll.capture(path).to_module()(**inputs).last_hidden_state[kept]
+    actual = reroll.capture(str(path)).to_module()(**inputs).last_hidden_state[kept]
     expected = original(**inputs).last_hidden_state[kept]
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert actual.dtype == expected.dtype == stored_dtype(path)
+    error = tolerances.relative_rms(actual, expected)
+    assert error <= tolerances.forward(actual.dtype)
 
 
 def test_images(real_model: Callable[[str], Path]) -> None:
-    path = str(real_model("dinov2-small"))
+    path = real_model("dinov2-small")
     original = transformers.AutoModel.from_pretrained(path).eval()
     pixels = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(stored_dtype(path))
     with torch.no_grad():
-        actual, expected = reroll.capture(path).to_module()(pixels), original(pixels)
-    torch.testing.assert_close(actual.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-4)
+        actual, expected = reroll.capture(str(path)).to_module()(pixels), original(pixels)
+    assert actual.pooler_output.dtype == expected.pooler_output.dtype == stored_dtype(path)
+    error = tolerances.relative_rms(actual.pooler_output, expected.pooler_output)
+    assert error <= tolerances.forward(stored_dtype(path))
 
 
 def test_speech(real_model: Callable[[str], Path]) -> None:
-    path = str(real_model("whisper-tiny.en"))
+    path = real_model("whisper-tiny.en")
     original = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(path).eval()
-    lowered = reroll.capture(path).to_module()
+    lowered = reroll.capture(str(path)).to_module()
     features = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(0))
+    features = features.to(stored_dtype(path))
     options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
     plain = transformers.GenerationMixin.generate
     expected = plain(original, input_features=features, **options)
