@@ -39,7 +39,7 @@ def loss(model: Any, ids: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("door", ["object", "directory"])
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llama", "shifted"), ("mbart", "aligned"), ("mixtral", "shifted")]
+    ("name", "kind"), [("llama", "shifted"), ("mbart", "aligned"), ("megatron-bert", "shifted")]
 )
 def test_labels_are_shifted_where_the_original_shifts_them(
     name: str, kind: str, door: str, tmp_path: Path

@@ -613,7 +613,9 @@ def _with_loss(model: Any, program: Program, examples: list[Example]) -> Program
     if "logits" not in program.outputs:
         return program
     with _quiet():
-        loss = loss_of(model, _example_tensors(model, examples))
+        # the mask of an example is as long as its past, which there is none of here
+        required = [each for each in examples if each.role == "data"]
+        loss = loss_of(model, _example_tensors(model, required))
     return replace(program, origin=replace(program.origin, loss=loss))
 
 
