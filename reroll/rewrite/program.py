@@ -83,7 +83,8 @@ class Origin:
     the original the capture left out. `rereads_at` is the length at which the original's generation
     drops its cache and reads the text anew, because its rotary frequencies change there. `loss` is
     what a language model computes from labels: the cross entropy of each position with the next
-    label ("shifted") or with its own ("aligned"); None if it is another, or none.
+    label ("shifted") or with its own ("aligned"); None if it is another, or none. `cache_span` is
+    the number of tokens beyond which the original's cache drops some that its masks show.
     """
 
     model: str
@@ -96,6 +97,7 @@ class Origin:
     remarks: tuple[str, ...] = ()
     rereads_at: int | None = None
     loss: Loss | None = "shifted"
+    cache_span: int | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         use_cache = wants_cache(self, use_cache, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        check_span(self, past_key_values, input_ids)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -151,6 +152,19 @@ def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> 
     if asked is None:
         asked = past is not None or (not model.training and model.config.use_cache)
     return bool(asked)
+
+
+def check_span(model: RerollPreTrainedModel, past: Any, tokens: Tensor | None) -> None:
+    """Raise UsageError where the original's cache would have dropped what its attention sees."""
+    span = model.program.origin.cache_span
+    before = 0 if span is None or past is None else past.get_seq_length()
+    if span is not None and tokens is not None and before and before + tokens.shape[1] > span:
+        raise UsageError(
+            f"the original's cache keeps {span} tokens, and {before + tokens.shape[1]} are asked "
+            "for: with a cache it computes something else than without, which is not captured",
+            where=type(model).__name__,
+            hint="use_cache=False gives what the original gives with use_cache=False",
+        )
 
 
 def refuse_attentions(model: RerollPreTrainedModel, wishes: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -103,6 +104,22 @@ def test_what_is_another_computation_with_a_past_generates_without_one_only() ->
         lowered.generate(IDS, attention_mask=mask, **WISHES)
     assert "use_cache=False" in str(refused.value.hint)
     wishes = {**WISHES, "attention_mask": mask, "use_cache": False}
+    assert torch.equal(lowered.generate(IDS, **wishes), original.generate(IDS, **wishes))
+
+
+def test_where_the_original_s_cache_forgets_what_its_attention_sees_it_is_refused() -> None:
+    config = copy.deepcopy(model("llama").config)
+    config.sliding_window = 12
+    original = LlamaForCausalLM(config).eval()
+    program = capture(original)
+    assert program.origin.cache_span == 12
+    lowered = program.to_module()
+    # nine tokens, and three new ones that are read
+    wishes = {**WISHES, "max_new_tokens": 4}
+    assert torch.equal(lowered.generate(IDS, **wishes), original.generate(IDS, **wishes))
+    with pytest.raises(UsageError, match="cache keeps 12 tokens, and 13 are asked for"):
+        lowered.generate(IDS, **{**WISHES, "max_new_tokens": 5})
+    wishes = {**WISHES, "max_new_tokens": 9, "use_cache": False}
     assert torch.equal(lowered.generate(IDS, **wishes), original.generate(IDS, **wishes))
 
 

@@ -214,6 +214,8 @@ def _capture(
             continue
         program = _with_defaults(model, program, kept, with_state, implementation, source)
         program = _with_loss(model, program, kept)
+        if with_state:
+            program = _with_cache_span(model, program, traced)
         if stateful and not with_state:
             assert uncached is not None
             program = _without_cache(program, uncached)
@@ -606,6 +608,24 @@ def _generative_class(model: Any, inputs: tuple[Input, ...], outputs: tuple[str,
         case ["input_features" | "input_values", "decoder_input_ids"]:
             return "AutoModelForSpeechSeq2Seq"
     return "AutoModel"
+
+
+def _with_cache_span(model: Any, program: Program, traced: Traced) -> Program:
+    """The Program with the length up to which the original's cache has all that its masks show.
+
+    The configuration alone decides how long a cache of transformers is, also where a model makes
+    no mask of that window.
+    """
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=model.config).layers
+    windows = {int(w) for layer in layers if (w := getattr(layer, "sliding_window", None))}
+    if not traced.spans or not (shorter := windows - traced.spans):
+        return program
+    span = min(shorter)
+    remark = f"the original's cache keeps {span} tokens, though its attention sees all of them"
+    remarks = (*program.origin.remarks, remark)
+    return replace(program, origin=replace(program.origin, cache_span=span, remarks=remarks))
 
 
 def _with_loss(model: Any, program: Program, examples: list[Example]) -> Program:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from itertools import zip_longest
@@ -70,10 +70,13 @@ def mask_interface(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    traced: Traced | None = None,
     **_: Any,
 ) -> Tensor:
     """The mask function that transformers calls: one `reroll::mask` node."""
     kind = describe_mask(mask_function) if mask_function is not None else MaskKind(causal=True)
+    if traced is not None:
+        traced.spans.add(kind.window or kind.chunk)
     if isinstance(kv_offset, int) and kv_offset != 0:
         raise CaptureError(f"the keys of a mask start at {kv_offset}, not at 0")
     return torch.ops.reroll.mask(  # type: ignore[no-any-return]
@@ -250,9 +253,11 @@ class Traced:
     """What came up while a model was traced.
 
     `packs`: it tells its masks the positions, so that transformers keeps packed documents apart.
+    `spans`: the windows and chunks of its masks, None for those that have neither.
     """
 
     packs: bool = False
+    spans: set[int | None] = field(default_factory=set)
 
 
 @contextmanager
@@ -287,7 +292,7 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
         masking_utils._preprocess_mask_arguments = prepared
         if implementation == IMPLEMENTATION:
             tables[0][IMPLEMENTATION] = partial(attention_interface, halt=halt)
-        tables[1][implementation] = mask_interface
+        tables[1][implementation] = partial(mask_interface, traced=traced)
         for config in configs:
             config._attn_implementation_internal = implementation
         model.eval()

@@ -36,15 +36,21 @@ def origin_to_json(origin: Origin) -> dict[str, Any]:
         **({"remarks": list(origin.remarks)} if origin.remarks else {}),
         **({} if origin.rereads_at is None else {"rereads_at": origin.rereads_at}),
         **({} if origin.loss == "shifted" else {"loss": origin.loss}),
+        **({} if origin.cache_span is None else {"cache_span": origin.cache_span}),
     }
 
 
 def origin_from_json(data: object) -> Origin:
     """The Origin that `origin_to_json` wrote; ProgramError naming the place if it is not valid."""
     wanted = "model revision architecture auto_class config files steps"
-    optional: dict[str, Any] = {"remarks": [], "rereads_at": None, "loss": "shifted"}
+    optional: dict[str, Any] = {
+        "remarks": [],
+        "rereads_at": None,
+        "loss": "shifted",
+        "cache_span": None,
+    }
     fields = _object(data, wanted.split(), optional)
-    revision, rereads_at = fields["revision"], fields["rereads_at"]
+    revision, rereads_at, span = (fields[k] for k in ("revision", "rereads_at", "cache_span"))
     with located("files"):
         files = _is(fields["files"], dict)
         for name, path in files.items():
@@ -61,6 +67,7 @@ def origin_from_json(data: object) -> Origin:
         remarks=_texts(_member(fields, "remarks", list)),
         rereads_at=None if rereads_at is None else _member(fields, "rereads_at", int),
         loss=_loss(fields["loss"]),
+        cache_span=None if span is None else _member(fields, "cache_span", int),
     )
 
 
