@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import reroll
@@ -58,6 +59,21 @@ def test_graphs_compute_what_the_module_does(name, tmp_path):
     for kind in ("loop", "unrolled"):
         assert found["graphs"][kind]["check"]["relative_rms_error"] < 1e-5
     assert bool(found["states"]) == (name in CAUSAL)
+
+
+class CountsItself(LlamaForCausalLM):
+    """Takes no positions: all rows have the same."""
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
+        return super().forward(input_ids, attention_mask, None, past_key_values, **kwargs)
+
+
+def test_one_row_of_positions_turns_all_rows(tmp_path):
+    program = reroll.capture(CountsItself(original("llama").config).eval())
+    assert "position_ids" not in {each.name for each in program.inputs}
+    found = exported(program, tmp_path, check=True)
+    for kind in ("loop", "unrolled"):
+        assert found["graphs"][kind]["check"]["relative_rms_error"] < 1e-5
 
 
 @pytest.mark.parametrize("name", ["whisper", "t5"])

@@ -194,6 +194,10 @@ def rope(
     fits = len(types[0]) == 4 and len(types[1]) == 4 and types[1][1] == 1
     if not interleaved and cos.repeated and sin.repeated and fits:
         halves = [_first_half(g, table, size, x.dtype) for table in (cos, sin)]
+        if types[1][0] != types[0][0]:
+            # one row of positions for all of the batch, which that operator does not broadcast
+            rows = g.shape([types[0][0], 1, 1])
+            halves = [g.op("Expand", half, rows) for half in halves]
         part = size if size < width else 0
         how = {"rotary_embedding_dim": part, "interleaved": 0}
         made = g.op("RotaryEmbedding", x, *halves, **how)
