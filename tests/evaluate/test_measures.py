@@ -282,7 +282,7 @@ def test_copying_with_chance_is_the_logarithm_of_the_vocabulary() -> None:
     assert at["loss_first"] == pytest.approx(math.log(tiny.WORDS), rel=1e-5)
     assert at["loss_again"] == pytest.approx(math.log(tiny.WORDS), rel=1e-5)
     assert at["passages"] == 2
-    with pytest.raises(UsageError, match="more than 16"):
+    with pytest.raises(UsageError, match="17 or more, not 16"):
         run("copying", fakes.bench(fakes.uniform()), lengths=[16])
 
 

@@ -103,7 +103,8 @@ def test_nearer_than_the_window(with_text: Program) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (("slots: 24", "slots: 99999"), PassError, "cannot be sorted into 99999 slots"),
+        (("slots: 24", "slots: 9999"), PassError, "cannot be sorted into 9999 slots"),
+        (("slots: 24", "slots: 99999"), UsageError, "slots must be an integer, from 1 to 65536"),
         (("mixer=gsa, mixer_options={slots: 24}", "mixer=gla"), UsageError, "gla has no slots"),
         (("combine=joint", "combine=join"), UsageError, "combine must be one of"),
     ],

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reroll.errors import PassError
+from reroll.errors import PassError, UsageError
 from reroll.rewrite.passes.manager import run_passes
 from reroll.rewrite.passes.phases import (
     bisections,
@@ -129,6 +129,8 @@ def test_tie_within_phases():
     cut = index.index(1)
     assert f"{'0' if cut == 1 else f'0-{cut - 1}'} | " in starts
     assert any("2 phases" in r for r in tied.origin.steps[-1].remarks)
-    for phases in ("[3, 1]", "[0]", "[4]"):
+    for phases in ("[3, 1]", "[4]"):
         with pytest.raises(PassError, match="phases start"):
             run_passes(captured("llama"), f"tie(phases={phases})", measure=False)
+    with pytest.raises(UsageError, match="phases must be an integer, 1 or more"):
+        run_passes(captured("llama"), "tie(phases=[0])", measure=False)

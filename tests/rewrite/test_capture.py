@@ -316,11 +316,12 @@ def test_a_model_that_branches_on_its_past_is_captured_without_one(caplog):
     inputs = random_inputs(program, padded=True)
     assert torch.equal(run(program, inputs)["logits"], eager(made, inputs).logits)
     # it is told without being asked for, and stays with the Program
-    (remark,) = program.origin.remarks
-    assert "something else for other lengths" in remark
+    lost, matters = program.origin.remarks
+    assert "something else for other lengths" in lost
+    assert "use_cache=False" in matters
     told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert [f"Branching: {remark}"] == told
-    assert parse(str(program), source=program.source).origin.remarks == (remark,)
+    assert [f"Branching: {remark}" for remark in (lost, matters)] == told
+    assert parse(str(program), source=program.source).origin.remarks == (lost, matters)
 
 
 class Changed(transformers.BertModel):

@@ -66,7 +66,7 @@ def test_what_needs_a_cache_is_refused(lowered: Any) -> None:
 
 def test_recurrences_of_a_pass_are_not_all_of_its_state(tmp_path: Any) -> None:
     """The convolutions still need all tokens."""
-    program = reroll.run_passes(captured("lfm2"), "linearize(mixer=gla)", measure="off")
+    program = reroll.run_passes(captured("lfm2"), "linearize(mixer=gla)", measure=False)
     made = program.to_module()
     assert not made.keeps_cache
     expected = IDS

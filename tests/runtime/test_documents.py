@@ -118,7 +118,7 @@ PASSES = [
 
 @pytest.mark.parametrize("text", PASSES)
 def test_passes_keep_documents_apart(text: str) -> None:
-    lowered = reroll.run_passes(captured("llama"), text, measure="off").to_module()
+    lowered = reroll.run_passes(captured("llama"), text, measure=False).to_module()
     with torch.no_grad():
         packed = lowered(**rows(), use_cache=False).logits
         torch.testing.assert_close(packed, alone(lowered), rtol=1e-4, atol=1e-4)
