@@ -36,10 +36,16 @@ ENCODERS = {
 }
 # ModernBERT's first layer has no norm of its own
 OUTSIDE = {"modernbert": 1}
-TYPES = [("causal", each) for each in CAUSAL] + [("encoder", each) for each in ENCODERS]
+# each is another variant of what one of the others shows
+SLOW = {"gptj", "mpt", "phi", "albert", "dinov2", "clip_vision_model"}
+TYPES = [
+    pytest.param(kind, each, id=each, marks=[pytest.mark.slow] if each in SLOW else [])
+    for kind, types in (("causal", CAUSAL), ("encoder", ENCODERS))
+    for each in types
+]
 
 
-@pytest.mark.parametrize(("kind", "model_type"), TYPES, ids=[each for _, each in TYPES])
+@pytest.mark.parametrize(("kind", "model_type"), TYPES)
 def test_a_model_type_is_captured_exactly_and_rolled(kind, model_type):
     row = Row(model_type, kind)
     measure(row, lambda _: None, steps=("build", "graph", "roll"))

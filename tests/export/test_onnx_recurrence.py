@@ -84,7 +84,7 @@ def test_feature_maps(features, tmp_path):
     exported(linearized(options), tmp_path, graphs=("loop",))
 
 
-@pytest.mark.parametrize("mixer", ["linear", "gla"])
+@pytest.mark.parametrize("mixer", ["linear", pytest.param("gla", marks=pytest.mark.slow)])
 def test_joint_normalisation(mixer, tmp_path):
     options = f"mixer={mixer}, window=6, sinks=2, combine=joint, feature_map=hedgehog"
     exported(linearized(options, gain=20.0), tmp_path)

@@ -330,7 +330,8 @@ def test_outputs_that_would_replace_what_is_read(original: Path, tied: Path, tex
     assert sorted(original.parent.rglob("*")) == before
 
 
-@pytest.mark.parametrize("pack", ["join", pytest.param("separate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", ["join", "separate"])
 def test_micro_batches_give_the_same_steps(tied: Path, tmp_path: Path, pack: str) -> None:
     data = tmp_path / "text.jsonl"
     parts = sample_text().split(".")

@@ -137,7 +137,7 @@ def gpt_neo():
     [
         (mixtral, torch.float32),
         pytest.param(mixtral, torch.bfloat16, marks=pytest.mark.slow),
-        (gpt_neo, torch.float32),
+        pytest.param(gpt_neo, torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_a_directory_gives_the_graph_of_its_model(tmp_path, make, dtype):

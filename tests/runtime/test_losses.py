@@ -37,12 +37,16 @@ def loss(model: Any, ids: torch.Tensor) -> float:
         return float(model(input_ids=ids, labels=labels).loss)
 
 
-@pytest.mark.parametrize("door", ["object", "directory"])
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llama", "shifted"), ("mbart", "aligned"), ("megatron-bert", "shifted")]
+    ("name", "door", "kind"),
+    [
+        ("llama", "object", "shifted"),
+        ("mbart", "directory", "aligned"),
+        ("megatron-bert", "object", "shifted"),
+    ],
 )
 def test_labels_are_shifted_where_the_original_shifts_them(
-    name: str, kind: str, door: str, tmp_path: Path
+    name: str, door: str, kind: str, tmp_path: Path
 ) -> None:
     model: Any = tiny_models.build(name, kind="causal")
     model.save_pretrained(tmp_path / "original")
