@@ -119,10 +119,10 @@ def test_inside_tracing_a_model_finds_our_functions():
     with tracing(model, "reroll"):
         assert model.config._attn_implementation == "reroll"
         assert AttentionInterface()["reroll"].func is attention_interface
-        assert AttentionMaskInterface()["reroll"] is mask_interface
+        assert AttentionMaskInterface()["reroll"].func is mask_interface
         assert not any(module.training for module in model.modules())
     with tracing(model, "eager"):
-        assert AttentionMaskInterface()["eager"] is mask_interface
+        assert AttentionMaskInterface()["eager"].func is mask_interface
         assert "reroll" not in AttentionInterface()
     assert AttentionMaskInterface()["eager"] is hf.eager_mask
 
