@@ -27,8 +27,6 @@ Loss = Literal["shifted", "aligned"]
 
 # how the remark begins that a Program has lost the state of its original
 NO_CACHE = "captured without a cache"
-# and that the original's generation differs by whether it keeps one
-CACHE_MATTERS = "with a cache, the model computes something else"
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,8 @@ class Origin:
     drops its cache and reads the text anew, because its rotary frequencies change there. `loss` is
     what a language model computes from labels: the cross entropy of each position with the next
     label ("shifted") or with its own ("aligned"); None if it is another, or none. `cache_span` is
-    the number of tokens beyond which the original's cache drops some that its masks show.
+    the number of tokens beyond which the original computes something else with its cache than
+    without: 0 if it always does, None if it never does.
     """
 
     model: str

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reroll.errors import UsageError
 from reroll.rewrite.capture.side_files import GENERATION_FILE
-from reroll.rewrite.program import CACHE_MATTERS, NO_CACHE, Program
+from reroll.rewrite.program import NO_CACHE, Program
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ class RerollGenerationMixin(GenerationMixin):
         if model_kwargs.get("inputs_embeds") is not None:
             hint = "give it input_ids"
             raise without_cache(self, "it cannot go on from embeddings, which it reads once", hint)
-        remarks = self.program.origin.remarks
-        if generation_config.use_cache and any(r.startswith(CACHE_MATTERS) for r in remarks):
+        if generation_config.use_cache and self.program.origin.cache_span == 0:
             hint = "use_cache=False gives what the original gives with use_cache=False"
             raise without_cache(self, "it does not generate as the original does with one", hint)
         generation_config.use_cache, generation_config.cache_implementation = False, None

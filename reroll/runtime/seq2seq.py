@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from reroll.errors import UsageError
 from reroll.runtime.assembly import HalfFunctions
 from reroll.runtime.caches import layers_of
-from reroll.runtime.causal_lm import refuse_attentions, wants_cache
+from reroll.runtime.causal_lm import check_span, refuse_attentions, wants_cache
 from reroll.runtime.generation import RerollGenerationMixin
 from reroll.runtime.hidden import Wish, hidden_states
 from reroll.runtime.loops import State, keep_positions
@@ -57,6 +57,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         if use_cache and past_key_values is None:
             own, cross = (DynamicCache(config=self.config) for _ in range(2))
             past_key_values = EncoderDecoderCache(own, cross)
+        check_span(self, _self_attention(past_key_values), decoder_input_ids)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -52,7 +52,7 @@ from reroll.rewrite.dtypes import DTYPES, HALVES, dtype_of, retype, retype_graph
 from reroll.rewrite.hidden import NAMES, count, take_marks
 from reroll.rewrite.patterns import Miss
 from reroll.rewrite.pictures import same_text, text_part
-from reroll.rewrite.program import CACHE_MATTERS, NO_CACHE, Input, Origin, Program, TensorType, copy
+from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType, copy
 from reroll.rewrite.text.compare import same
 from reroll.rewrite.weights import Meta, Source, Weight, WeightTable
 
@@ -250,7 +250,9 @@ def _with_pictures(
             part = text_part(program.graph, [pictures.name], program.outputs)
             if not same_text(part, text.graph):
                 raise CaptureError("it reads text otherwise where it is given pictures")
-            return replace(program, inputs=(*text.inputs, program.inputs[-1]))
+            loss, span = text.origin.loss, text.origin.cache_span
+            origin = replace(program.origin, loss=loss, cache_span=span)
+            return replace(program, inputs=(*text.inputs, program.inputs[-1]), origin=origin)
         assert first is not None
         raise first
     except RerollError as error:
@@ -290,9 +292,14 @@ def _without_cache(program: Program, reason: RerollError) -> Program:
         f"{NO_CACHE}: all tokens are read again for each new one, because the capture with a "
         f"cache failed: {reason.message}"
     ]
+    span = program.origin.cache_span
     if isinstance(reason, BranchError):
-        remarks.append(f"{CACHE_MATTERS}: generate takes use_cache=False only")
-    origin = replace(program.origin, remarks=(*program.origin.remarks, *remarks))
+        remarks.append(
+            "with a cache, the model computes something else: generate takes use_cache=False only"
+        )
+        span = 0
+    remarks = [*program.origin.remarks, *remarks]
+    origin = replace(program.origin, remarks=tuple(remarks), cache_span=span)
     return replace(program, origin=origin)
 
 
@@ -616,9 +623,7 @@ def _with_cache_span(model: Any, program: Program, traced: Traced) -> Program:
     The configuration alone decides how long a cache of transformers is, also where a model makes
     no mask of that window.
     """
-    from transformers import DynamicCache
-
-    layers = DynamicCache(config=model.config).layers
+    layers = own_layers(model.config)
     windows = {int(w) for layer in layers if (w := getattr(layer, "sliding_window", None))}
     if not traced.spans or not (shorter := windows - traced.spans):
         return program
