@@ -1,20 +1,31 @@
-"""Tiny random transformers models and their Programs, captured once in a test run."""
+"""Tiny random transformers models and their Programs, captured once in a test run.
+
+The processes of a run read from one folder what one of them has captured.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from reroll.rewrite.capture.export import capture
+from reroll.rewrite.checkpoint import MemorySource
 from reroll.rewrite.program import Program
 from reroll.rewrite.raising import raise_idioms
 from reroll.rewrite.rolling import roll_loops
+from reroll.rewrite.text.parser import parse
+from reroll.rewrite.text.printer import to_text
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+# a folder of this run alone; set by conftest.py where the run has several processes
+shared: Path | None = None
+
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -186,4 +197,18 @@ def captured(name: str, dtype: torch.dtype = torch.float32) -> Program:
 @cache
 def flat(name: str, dtype: torch.dtype = torch.float32) -> Program:
     """The Program of `model(name)` without loops."""
-    return capture(model(name, dtype), roll=False)
+    if shared is None:
+        return capture(model(name, dtype), roll=False)
+    file = shared / f"{name}-{str(dtype).removeprefix('torch.')}.pt"
+    if not file.exists():
+        _write(capture(model(name, dtype), roll=False), file)
+    kept = torch.load(file)
+    return parse(kept["text"], MemorySource(kept["tensors"]))
+
+
+def _write(program: Program, file: Path) -> None:
+    tensors = {name: program.source.load(name) for name in program.source.names()}
+    # two processes may capture the same model: the file appears whole, twice
+    part = file.with_suffix(f".{os.getpid()}")
+    torch.save({"text": to_text(program), "tensors": tensors}, part)
+    part.replace(file)

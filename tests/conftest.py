@@ -28,6 +28,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("real_model", ("fp32", "bf16"), indirect=True, scope="session")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_captures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Where the processes of a run find what one of them has captured."""
+    # imports Triton, which looks at the variable above
+    from tests import captured
+
+    if hasattr(request.config, "workerinput"):
+        # the folder above is that of the whole run
+        captured.shared = tmp_path_factory.getbasetemp().parent / "captured"
+        captured.shared.mkdir(exist_ok=True)
+
+
 @pytest.fixture(scope="session")
 def real_model(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """Where a real model lies; skips the test with the command that makes it where it does not."""

@@ -186,6 +186,9 @@ def _capture(
     # in order of preference: one attention op before the model's own, with a cache before without,
     # and an encoder with its positions and token types before one without
     caches = (True, False) if stateful else (False,)
+    if stateful and _is_recurrent(model):
+        # without its state, a recurrence is a loop over time, which takes minutes to be traced
+        caches = (True,)
     optional = (True, False) if inputs is None and not stateful else (True,)
     for implementation, with_state, whole in product((IMPLEMENTATION, "eager"), caches, optional):
         if implementation == IMPLEMENTATION and own_attention:
@@ -224,12 +227,16 @@ def _capture(
         tracer = _Tracer(model, kept, with_state, implementation, count(program.graph) > 0)
         return _Captured(program, *tracer.halves_of(with_casts, exported))
     name = type(model).__name__
-    if first is not None and getattr(model, "_is_stateful", False):
+    if first is not None and _is_recurrent(model):
         raise CaptureError(
             f"the model is recurrent already, and its recurrence is not captured: {first.message}",
             where=name,
         ) from first
     raise first or CaptureError("no attention was found", where=name)
+
+
+def _is_recurrent(model: Any) -> bool:
+    return bool(getattr(model, "_is_stateful", False))
 
 
 def _with_pictures(
