@@ -83,7 +83,8 @@ class Origin:
     what a language model computes from labels: the cross entropy of each position with the next
     label ("shifted") or with its own ("aligned"); None if it is another, or none. `cache_span` is
     the number of tokens beyond which the original computes something else with its cache than
-    without: 0 if it always does, None if it never does.
+    without: 0 if it always does, None if it never does. `adds_tokens`: the original's generation
+    reads tokens beside those that it is given.
     """
 
     model: str
@@ -97,6 +98,7 @@ class Origin:
     rereads_at: int | None = None
     loss: Loss | None = "shifted"
     cache_span: int | None = None
+    adds_tokens: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -54,6 +54,13 @@ class RerollGenerationMixin(GenerationMixin):
         *rest: Any,
         **kwargs: Any,
     ) -> Any:
+        if self.program.origin.adds_tokens:
+            raise UsageError(
+                "the original's generate reads tokens beside those that it is given, such as a "
+                "mask token at the end, and reroll does not add them",
+                where=type(self).__name__,
+                hint="add them yourself, and take the next token from the logits of a call",
+            )
         if self.keeps_cache:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, *rest, **kwargs

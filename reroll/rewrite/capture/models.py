@@ -27,6 +27,7 @@ from reroll.rewrite.capture.side_files import (
     temporary_folder,
     weight_names,
 )
+from reroll.rewrite.capture.signature import adds_tokens
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.dtypes import DTYPES, dtype_of
 from reroll.rewrite.program import Origin, Program, _service
@@ -116,6 +117,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
         config=config,
         files=files,
         rereads_at=rereading_length(model),
+        adds_tokens=adds_tokens(model),
     )
 
 

@@ -7,6 +7,7 @@ alike in all models of a modality, and from the sizes in the configuration.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from reroll.errors import CaptureError
+
+log = logging.getLogger(__name__)
 
 # example sizes: all different and none of them 1, so that export keeps the dimensions apart
 _SIZES = {"b": 3, "s": 5, "t": 12, "e": 7, "l": 160}
@@ -42,6 +45,23 @@ def can_generate(model: Any) -> bool:
     if hasattr(model, "can_generate") and model.can_generate():
         return True
     return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def adds_tokens(model: Any) -> bool:
+    """Whether a decoder generates from tokens beside those given, as XLM from its mask token."""
+    if not is_decoder(model) or not model.can_generate():
+        return False
+    tokens = torch.ones(1, 2, dtype=torch.long)
+    try:
+        prepared = model.prepare_inputs_for_generation(
+            tokens, is_first_iteration=True, use_cache=False
+        )
+    # a method of the model's own may want more than tokens
+    except Exception as error:
+        log.info("what %s reads to generate is not known: %s", type(model).__name__, error)
+        return False
+    read = prepared.get("input_ids")
+    return read is not None and not torch.equal(read, tokens)
 
 
 def is_decoder(model: Any) -> bool:

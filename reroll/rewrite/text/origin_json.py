@@ -37,6 +37,7 @@ def origin_to_json(origin: Origin) -> dict[str, Any]:
         **({} if origin.rereads_at is None else {"rereads_at": origin.rereads_at}),
         **({} if origin.loss == "shifted" else {"loss": origin.loss}),
         **({} if origin.cache_span is None else {"cache_span": origin.cache_span}),
+        **({"adds_tokens": True} if origin.adds_tokens else {}),
     }
 
 
@@ -48,6 +49,7 @@ def origin_from_json(data: object) -> Origin:
         "rereads_at": None,
         "loss": "shifted",
         "cache_span": None,
+        "adds_tokens": False,
     }
     fields = _object(data, wanted.split(), optional)
     revision, rereads_at, span = (fields[k] for k in ("revision", "rereads_at", "cache_span"))
@@ -68,6 +70,7 @@ def origin_from_json(data: object) -> Origin:
         rereads_at=None if rereads_at is None else _member(fields, "rereads_at", int),
         loss=_loss(fields["loss"]),
         cache_span=None if span is None else _member(fields, "cache_span", int),
+        adds_tokens=_member(fields, "adds_tokens", bool),
     )
 
 
@@ -142,7 +145,8 @@ def _member(fields: Mapping[str, Any], key: str, kind: type[T] | tuple[type[T], 
 
 
 def _is(value: object, kind: type[T] | tuple[type[T], ...]) -> T:
-    if not isinstance(value, kind) or isinstance(value, bool):
+    # True is an int to Python
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise ProgramError(f"{value!r:.80} is not of type {names}")
     return value
