@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTModel,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 from reroll.rewrite.passes.samples import sample_text
@@ -81,6 +83,20 @@ def bert(seed: int = 0) -> BertModel:
         max_position_embeddings=128,
     )
     return _made(BertModel, config, seed)
+
+
+def xlm(seed: int = 0) -> XLMWithLMHeadModel:
+    """A model that makes a mask of its tokens, and generates from a mask token at the end."""
+    config = XLMConfig(
+        emb_dim=32,
+        n_layers=2,
+        n_heads=4,
+        vocab_size=WORDS,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        mask_token_id=5,
+    )
+    return _made(XLMWithLMHeadModel, config, seed)
 
 
 def vit(seed: int = 0) -> ViTModel:

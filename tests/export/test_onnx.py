@@ -242,6 +242,13 @@ def test_positions_that_the_model_computes_are_computed_by_the_graph(tmp_path):
     assert tolerances.relative_rms(actual, expected) < 1e-5
 
 
+def test_a_mask_that_the_model_would_make_of_its_tokens_is_an_input_all_the_same(tmp_path):
+    program = reroll.capture(tiny.xlm())
+    assert next(i for i in program.inputs if i.name == "attention_mask").default is not None
+    found = exported(program, tmp_path, graphs=("loop",), check=True)
+    assert "attention_mask" in [i["name"] for i in found["graphs"]["loop"]["inputs"]]
+
+
 def test_positions_of_a_decoder_follow_from_its_mask(tmp_path):
     found = exported(captured("opt"), tmp_path, graphs=("loop",), check=True)
     names = [i["name"] for i in found["graphs"]["loop"]["inputs"]]

@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LlamaForCausalLM,
-    XLMConfig,
-    XLMWithLMHeadModel,
-)
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
 
 import reroll
 from reroll.errors import CaptureError, ExportError, UsageError
@@ -22,6 +16,7 @@ from reroll.export.triton.module import module_text
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.text.parser import parse
 from reroll.rewrite.text.printer import to_text
+from tests import tiny
 from tests.captured import captured, model
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -152,11 +147,7 @@ def test_a_graph_without_a_cache_says_so(tmp_path: Any, monkeypatch: pytest.Monk
 
 
 def test_generation_that_adds_tokens_of_its_own_is_refused() -> None:
-    config = XLMConfig(
-        vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=1, mask_token_id=5, causal=True,
-    )  # fmt: skip
-    original = XLMWithLMHeadModel(config).eval()
+    original = tiny.xlm()
     program = parse(to_text(capture(original)))
     assert program.origin.adds_tokens
     lowered = capture(original).to_module()

@@ -293,13 +293,15 @@ def computed_inputs(program: Program) -> list[str]:
     """The Program's inputs that its graphs compute by themselves, as the model does without them.
 
     These are the inputs with a default of their own; positions where there is no past to count
-    from; and token types of a decoder, which runtimes of decoders do not know.
+    from; and token types of a decoder, which runtimes of decoders do not know. Padding masks are
+    no such inputs: runtimes give them to every model, also to one that would make its own.
     """
     stateful = bool(numbering(program))
     return [
         i.name
         for i in program.inputs
-        if i.default is not None or (i.role == "zeros" if stateful else i.counts)
+        if i.role != "padding"
+        and (i.default is not None or (i.role == "zeros" if stateful else i.counts))
     ]
 
 
