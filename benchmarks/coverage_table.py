@@ -124,8 +124,9 @@ def _refusals(rows: Sequence[Row]) -> str:
     by_reason: dict[str, Counter[str]] = {}
     for row in rows:
         if text := reason(row):
-            # numbers in a message differ by type where the reason is one
-            key = re.sub(r"\|", "/", re.sub(r"^(\S+): ", "", text, count=1))
+            # the step and the model's class differ where the reason is one
+            key = re.sub(r"^\S+: ", "", text, count=1)
+            key = re.sub(r"\bReroll\w+: |\b\w+For\w+: ", "", key).replace("|", "/")
             by_reason.setdefault(key, Counter())[row.type] += 1
     if not by_reason:
         return ""
