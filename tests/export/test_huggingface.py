@@ -15,16 +15,14 @@ from transformers import AutoModelForCausalLM
 
 import reroll
 from reroll.errors import RerollError, UsageError
-from reroll.rewrite.capture.export import capture
 from reroll.rewrite.passes.manager import run_passes
-from tests import captured
+from tests.captured import captured
 
 RECIPES = ["", "tie(blocks=2)", "tie(blocks=2, init=average), relax(rank=4)"]
 
 
 def program(passes: str = "") -> Any:
-    torch.manual_seed(0)
-    made = capture(captured.llama().eval())
+    made = captured("llama")
     return run_passes(made, passes, measure=False) if passes else made
 
 

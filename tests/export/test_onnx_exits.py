@@ -21,17 +21,20 @@ def with_exits(options: str, blocks: int | None = None) -> Program:
     return reroll.run_passes(captured("llama"), passes, measure=False)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("options", "blocks", "skips"),
     [
         ("at=[1, 2, 3], criterion=latent, threshold=-0.6", None, 1),
         ("at=[1, 2, 3], criterion=margin, threshold=0.05", 1, 1),
         ("at=[1, 2, 3], criterion=patience, threshold=1", None, 1),
-        ("at=[1, 3], criterion=entropy, threshold=0.02", None, 2),
-        ("at=[1, 2, 3], criterion=saturation, threshold=0.9", 1, 1),
-        ("at=[2], criterion=mlp, threshold=0.4", None, 1),
+        pytest.param("at=[1, 3], criterion=entropy, threshold=0.02", None, 2, marks=SLOW),
+        pytest.param("at=[1, 2, 3], criterion=saturation, threshold=0.9", 1, 1, marks=SLOW),
+        pytest.param("at=[2], criterion=mlp, threshold=0.4", None, 1, marks=SLOW),
         ("at=[1, 2, 3], criterion=latent, threshold=-0.6, state=skip", None, 1),
-        ("at=[1, 2, 3], criterion=margin, threshold=0.05, head=own", 1, 1),
+        pytest.param("at=[1, 2, 3], criterion=margin, threshold=0.05, head=own", 1, 1, marks=SLOW),
         # the classifier has a state, which every trip updates
         ("at=[1, 3], criterion=gated, threshold=0.4", None, 0),
         # caches as if nobody left: every trip runs

@@ -23,6 +23,7 @@ from tests import tiny
 from tests.captured import captured
 from tests.export.prompted import check_pieces, check_reference, inputs
 
+SLOW = pytest.mark.slow
 MIXERS = tuple(registered())
 # what a mixer keeps beside its recurrent state
 MORE = {"mlstm": {"maximum"}, "gsa": {"slot_keys"}}
@@ -63,7 +64,11 @@ def test_mixers(mixer, tmp_path):
     assert not any(s["grows"] for s in found["states"])
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+# each mixer is exported alone, above; these have another kind of state each
+@pytest.mark.parametrize(
+    "mixer",
+    [m if m in ("linear", "mlstm", "gsa") else pytest.param(m, marks=SLOW) for m in MIXERS],
+)
 def test_beside_a_window(mixer, tmp_path):
     # two layers keep their attention, and the trips are no loop of one kind
     layers = ", layers=[1, 2]" if mixer == "linear" else ""
@@ -84,7 +89,7 @@ def test_feature_maps(features, tmp_path):
     exported(linearized(options), tmp_path, graphs=("loop",))
 
 
-@pytest.mark.parametrize("mixer", ["linear", pytest.param("gla", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mixer", ["linear", pytest.param("gla", marks=SLOW)])
 def test_joint_normalisation(mixer, tmp_path):
     options = f"mixer={mixer}, window=6, sinks=2, combine=joint, feature_map=hedgehog"
     exported(linearized(options, gain=20.0), tmp_path)

@@ -85,7 +85,9 @@ def directory(request, tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("dtype", [None, "float32", torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [None, "float32", pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_a_directory_computes_what_transformers_loads_from_it(directory, dtype):
     program = capture(str(directory), dtype=dtype, roll=False)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -87,7 +87,9 @@ def same(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, gemma3, whisper])
+@pytest.mark.parametrize(
+    "make", [llama, gemma3, *(pytest.param(m, marks=pytest.mark.slow) for m in (gpt2, whisper))]
+)
 def test_a_model_is_left_as_it_was(make):
     model = make().train()
     list(model.modules())[3].eval()
