@@ -91,6 +91,17 @@ SCALES = {
 }
 
 
+def test_scores_in_fp32_beside_values_in_half_precision():
+    def attention(q, k, v):
+        weights = torch.softmax(scores(q.float(), k.float()) / 3.0, -1)
+        return torch.matmul(weights.to(v.dtype), v)
+
+    inputs = [each.bfloat16() for each in heads()]
+    assert assert_raised(attention, *inputs)["scale"] == pytest.approx(1 / 3)
+    # queries that were never rounded, as those of GPT-J, whose rotary tables are in fp32
+    assert_raised(attention, inputs[0].float(), *inputs[1:])
+
+
 @pytest.mark.parametrize("form", SCALES)
 @pytest.mark.parametrize("dims", [None, DIMS], ids=["fixed", "dynamic"])
 def test_scales_are_read(form, dims):

@@ -71,6 +71,9 @@ def match_eager(root: fx.Node) -> Match | Miss:
 def raise_eager(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     """The attention node for a match, in the layout of the product that it replaces."""
     q, k, v, found = (match[name] for name in ("q", "k", "v", "scores"))
+    wide = q.meta.get("type")
+    # a model may compute its scores in fp32 and the product with the values in half precision
+    v = v if wide is None else _converted(graph, v, wide.dtype)
     bias = _bias(graph, q, found)
     attention = torch.ops.reroll.attention.default
     kwargs: dict[str, Any] = {}
@@ -84,12 +87,23 @@ def raise_eager(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     if kind is not None:
         batch, heads, length = shape(q)[:3]
         width = kind.shape[-1]
-        node.meta["type"] = type(kind)(kind.dtype, (batch, length, heads, width))
-        out.meta["type"] = type(kind)(kind.dtype, (batch, heads, length, width))
+        dtype = kind.dtype if wide is None else wide.dtype
+        node.meta["type"] = type(kind)(dtype, (batch, length, heads, width))
+        out.meta["type"] = type(kind)(dtype, (batch, heads, length, width))
+        out = _converted(graph, out, kind.dtype)
     if len(shape(root)) == 3:
         out = graph.call_function(aten.flatten.using_ints, (out, 0, 1))
         out.meta.update(root.meta)
     return out
+
+
+def _converted(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    kind = node.meta.get("type")
+    if kind is None or kind.dtype == dtype:
+        return node
+    new = graph.call_function(aten.to.dtype, (node, dtype))
+    new.meta["type"] = type(kind)(dtype, kind.shape)
+    return new
 
 
 def _strip(value: Any, found: Scores, targets: tuple[Any, ...]) -> fx.Node:
