@@ -7,8 +7,9 @@ part where the original's choice is within rounding, "wrong" and "refused" say h
 "-" stands where the original itself does not take the call.
 
 Rounding is the tolerance of the dtype, or what the original itself is away from its own copy in a
-wider dtype (fp64, or fp32 for half precision), whichever is more; two roundings may differ by twice
-as much.
+wider dtype (fp64, or fp32 for half precision) and, in half precision, from itself with PyTorch's
+fused attention, whichever is more, also while it generates; two roundings may differ by twice as
+much.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -130,21 +131,50 @@ def _tokens(model: Any, inputs: Mapping[str, Tensor]) -> Outcome:
 def expected_of(original: Any, calls: Mapping[str, Inputs]) -> dict[str, Any]:
     """What the original gives in each call, and how far rounding takes it: see `compare`."""
     expected: dict[str, Any] = {name: run_call(original, given) for name, given in calls.items()}
-    wider = torch.float64 if original.dtype == torch.float32 else torch.float32
-    widened = copy.deepcopy(original).to(wider)
-    measured: list[dict[str, float]] = []
-    for name, given in calls.items():
-        exact, own = run_call(widened, given)["forward"], expected[name]["forward"]
-        if "value" in exact and "value" in own:
-            a, b = (tiny_models.valid_outputs(each["value"], given) for each in (own, exact))
-            found = {"rounding": relative_rms(a.to(wider), b.to(wider))}
-            found["farthest"] = float((a.to(wider) - b.to(wider)).abs().max())
-            # masks made for fp32 overflow in fp64: such a call goes by the others
-            if all(math.isfinite(value) for value in found.values()):
-                measured.append(found)
+    measured = [
+        found
+        for other in _others(original)
+        for name, given in calls.items()
+        if (found := _apart(expected[name], run_call(other, given), given))
+    ]
     for name in expected if measured else ():
         expected[name].update({key: max(each[key] for each in measured) for key in measured[0]})
     return expected
+
+
+def _others(original: Any) -> Iterator[Any]:
+    """Copies of the original that differ from it by rounding alone."""
+    half = original.dtype != torch.float32
+    yield copy.deepcopy(original).to(torch.float32 if half else torch.float64)
+    if half and getattr(original, "_supports_sdpa", False):
+        fused = copy.deepcopy(original)
+        fused.set_attn_implementation("sdpa")
+        yield fused
+
+
+def _apart(
+    own: Mapping[str, Outcome], other: Mapping[str, Outcome], given: Mapping[str, Tensor]
+) -> dict[str, float] | None:
+    """How far a copy is from the original in one call; None if either refuses it."""
+    if "value" not in own["forward"] or "value" not in other["forward"]:
+        return None
+    values = (tiny_models.valid_outputs(each["forward"]["value"], given) for each in (own, other))
+    a, b = (value.double() for value in values)
+    found = {"rounding": relative_rms(a, b)}
+    found["farthest"] = max(float((a - b).abs().max()), _generated_apart(own, other))
+    # masks made for fp32 overflow in fp64: such a call goes by the others
+    return found if all(math.isfinite(value) for value in found.values()) else None
+
+
+def _generated_apart(own: Mapping[str, Outcome], other: Mapping[str, Outcome]) -> float:
+    """How far two generations' logits are apart as long as both have chosen the same tokens."""
+    a, b = own["tokens"], other["tokens"]
+    if "value" not in a or "value" not in b:
+        return 0.0
+    same = (a["value"] == b["value"]).long().cumprod(1)
+    # the logits that chose the first other token have read the same tokens, too
+    read_alike = torch.nn.functional.pad(same[:, :-1], (1, 0), value=1).bool()
+    return float((a["logits"] - b["logits"]).abs()[read_alike].max())
 
 
 def compare(
