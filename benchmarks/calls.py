@@ -18,6 +18,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -146,9 +147,11 @@ def _others(original: Any) -> Iterator[Any]:
     """Copies of the original that differ from it by rounding alone."""
     half = original.dtype != torch.float32
     yield copy.deepcopy(original).to(torch.float32 if half else torch.float64)
-    if half and getattr(original, "_supports_sdpa", False):
+    if half:
         fused = copy.deepcopy(original)
-        fused.set_attn_implementation("sdpa")
+        # a model, or a part of it such as one for sound, may have no other than eager attention
+        with suppress(ValueError):
+            fused.set_attn_implementation("sdpa")
         yield fused
 
 
