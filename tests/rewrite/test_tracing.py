@@ -9,9 +9,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from benchmarks import tiny_models
 from reroll.errors import CaptureError
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.tracing import (
+    _pad_blocks,
     attention_interface,
     make_cache,
     mask_interface,
@@ -177,3 +179,16 @@ def test_own_layers_are_those_of_the_configuration():
         "DynamicLayer",
     ] * 2
     assert own_layers(object()) == []
+
+
+def test_blocks_are_padded_as_transformers_pads_them():
+    ids = torch.tensor([[0, 0, -1, 1], [3, -1, -1, -1]])
+    for length, offset in ((4, 0), (7, 0), (5, 2)):
+        expected = hf.maybe_pad_block_sequence_ids(ids, None, length, offset)
+        assert torch.equal(_pad_blocks(ids, None, length, offset), expected)
+
+
+def test_a_model_that_asks_whether_there_is_anything_to_pad_keeps_its_cache():
+    program = capture(tiny_models.build("gemma4_unified"), roll=False)
+    assert program.has_past
+    assert program.origin.cache_span is None

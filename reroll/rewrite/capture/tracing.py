@@ -9,6 +9,7 @@ brings. Inside `tracing`, a model finds ours under both: every attention becomes
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -288,8 +289,10 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
         traced.packs |= given.get("position_ids") is not None
         return prepare(*args, **kwargs)
 
+    padding = masking_utils.maybe_pad_block_sequence_ids
     try:
         masking_utils._preprocess_mask_arguments = prepared
+        _replace_everywhere(padding, _pad_blocks)
         if implementation == IMPLEMENTATION:
             tables[0][IMPLEMENTATION] = partial(attention_interface, halt=halt)
         tables[1][implementation] = partial(mask_interface, traced=traced)
@@ -299,6 +302,7 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
         yield traced
     finally:
         masking_utils._preprocess_mask_arguments = prepare
+        _replace_everywhere(_pad_blocks, padding)
         for table, before in zip(tables, saved, strict=True):
             table.clear()
             table.update(before)
@@ -306,6 +310,31 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
             config._attn_implementation_internal = was
         for module, trained in zip(modules, training, strict=True):
             module.training = trained
+
+
+def _pad_blocks(
+    block_sequence_ids: Tensor, attention_mask: Tensor | None, kv_length: int, kv_offset: int
+) -> Tensor:
+    """The numbers of blocks [batch, kv_length], -1 behind those given.
+
+    That of transformers asks whether there is anything to pad, which the exporter answers for the
+    example.
+    """
+    del attention_mask
+    length = block_sequence_ids.shape[1]
+    place = torch.arange(kv_length + kv_offset, device=block_sequence_ids.device)
+    # not a tensor of the size of what is missing: that nothing is missing is a case of its own
+    known = block_sequence_ids[:, place.clamp(max=length - 1)]
+    return torch.where(place < length, known, -1)
+
+
+def _replace_everywhere(function: Callable[..., Any], other: Callable[..., Any]) -> None:
+    """Put `other` where modules of transformers have imported this function of its masks."""
+    name = "maybe_pad_block_sequence_ids"
+    for module in list(sys.modules.values()):
+        ours = getattr(module, "__name__", "").startswith("transformers.")
+        if ours and vars(module).get(name) is function:
+            setattr(module, name, other)
 
 
 def _configs(modules: list[nn.Module]) -> list[Any]:
