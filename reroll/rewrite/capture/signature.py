@@ -49,13 +49,12 @@ def can_generate(model: Any) -> bool:
 
 def adds_tokens(model: Any) -> bool:
     """Whether a decoder generates from tokens beside those given, as XLM from its mask token."""
-    if not is_decoder(model) or not model.can_generate():
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    if prepare is None or not is_decoder(model):
         return False
     tokens = torch.ones(1, 2, dtype=torch.long)
     try:
-        prepared = model.prepare_inputs_for_generation(
-            tokens, is_first_iteration=True, use_cache=False
-        )
+        prepared = prepare(tokens, is_first_iteration=True, use_cache=False)
     # a method of the model's own may want more than tokens
     except Exception as error:
         log.info("what %s reads to generate is not known: %s", type(model).__name__, error)

@@ -289,10 +289,10 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
         traced.packs |= given.get("position_ids") is not None
         return prepare(*args, **kwargs)
 
-    padding = masking_utils.maybe_pad_block_sequence_ids
+    pad = masking_utils.maybe_pad_block_sequence_ids
     try:
-        masking_utils._preprocess_mask_arguments = prepared
-        _replace_everywhere(padding, _pad_blocks)
+        _rebind("_preprocess_mask_arguments", prepare, prepared)
+        _rebind("maybe_pad_block_sequence_ids", pad, _pad_blocks)
         if implementation == IMPLEMENTATION:
             tables[0][IMPLEMENTATION] = partial(attention_interface, halt=halt)
         tables[1][implementation] = partial(mask_interface, traced=traced)
@@ -301,8 +301,8 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
         model.eval()
         yield traced
     finally:
-        masking_utils._preprocess_mask_arguments = prepare
-        _replace_everywhere(_pad_blocks, padding)
+        _rebind("_preprocess_mask_arguments", prepared, prepare)
+        _rebind("maybe_pad_block_sequence_ids", _pad_blocks, pad)
         for table, before in zip(tables, saved, strict=True):
             table.clear()
             table.update(before)
@@ -328,9 +328,11 @@ def _pad_blocks(
     return torch.where(place < length, known, -1)
 
 
-def _replace_everywhere(function: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """Put `other` where modules of transformers have imported this function of its masks."""
-    name = "maybe_pad_block_sequence_ids"
+def _rebind(name: str, function: Any, other: Any) -> None:
+    """Bind a name to `other` in all modules of transformers where it is bound to `function`.
+
+    Models import functions of the masks by name, some of them while they are traced.
+    """
     for module in list(sys.modules.values()):
         ours = getattr(module, "__name__", "").startswith("transformers.")
         if ours and vars(module).get(name) is function:
