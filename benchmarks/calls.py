@@ -153,6 +153,18 @@ def _others(original: Any) -> Iterator[Any]:
         with suppress(ValueError):
             fused.set_attn_implementation("sdpa")
         yield fused
+        yield _nudged(original)
+
+
+def _nudged(original: Any) -> Any:
+    """A copy in which one number in ten of the embeddings is one rounding away."""
+    nudged = copy.deepcopy(original)
+    weight = nudged.get_input_embeddings().weight
+    chosen = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    with torch.no_grad():
+        above = torch.nextafter(weight, torch.full_like(weight, math.inf))
+        weight.copy_(torch.where(chosen, above, weight))
+    return nudged
 
 
 def _apart(

@@ -57,11 +57,14 @@ def prepare(folder: Path) -> dict[str, list[str]]:
     trained: threads of autograd do not outlive a fork.
     """
     import accelerate  # noqa: F401
+    import torch
 
     import reroll.recover  # noqa: F401
     from reroll.rewrite.passes.samples import sample_text
     from tests import tiny
 
+    # threads of products do not outlive a fork, either
+    torch.set_num_threads(1)
     model, rolled, tied = (str(folder / name) for name in ("model", "rolled", "tied"))
     tiny.save(tiny.llama(layers=2), Path(model), tiny.tokenizer())
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
