@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import tiny_models
-from reroll.rewrite.passes.tolerances import forward, relative_rms
+from reroll.rewrite.analysis.tolerances import forward, relative_rms
 
 CALLS = ("ids", "mask", "left", "right", "everything")
 MEASURES = ("forward", "loss", "tokens")

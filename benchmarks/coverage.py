@@ -38,10 +38,10 @@ from benchmarks.calls import compare, expected_of, make_calls, passed, run_call
 from benchmarks.coverage_table import line, totals, write_table
 from reroll.export.onnx import Onnx
 from reroll.rewrite.capture import capture
-from reroll.rewrite.passes.interpret import complete, run
-from reroll.rewrite.program import Program
-from reroll.rewrite.raising import raise_idioms
-from reroll.rewrite.rolling import roll_loops
+from reroll.rewrite.capture.raising import raise_idioms
+from reroll.rewrite.capture.rolling import roll_loops
+from reroll.rewrite.ir.interpret import complete, run
+from reroll.rewrite.ir.program import Program
 
 Door = Literal["object", "directory", "bf16"]
 DOORS: tuple[Door, ...] = get_args(Door)

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 import reroll
 from reroll.evaluate.exits import scores_at, with_open
 from reroll.evaluate.serving import answer, compare_serving
-from reroll.rewrite.rolling.exits import exit_loop
+from reroll.rewrite.ir.exits import exit_loop
 from reroll.runtime.depthwise import DepthScheduler
 from reroll.runtime.depthwise.frames import Row, frame_of
 

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer
 import reroll
 from reroll.evaluate.classifiers import ExitStates, exit_states
 from reroll.evaluate.exits import predicted, scores_at, with_open
-from reroll.passes.exiting.scores import CLASSIFIERS
-from reroll.rewrite.rolling.exits import exit_loop
+from reroll.passes.exits.scores import CLASSIFIERS
+from reroll.rewrite.ir.exits import exit_loop
 
 CRITERIA = ("margin", "entropy", "patience", "saturation", "latent", "linear", "mlp", "gated")
 LEVELS = (0.9, 0.7, 0.5, 0.3, 0.1)

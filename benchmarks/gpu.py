@@ -42,7 +42,7 @@ from reroll.kernels import (
     recurrence,
 )
 from reroll.mixers import make
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 
 # rows, tokens, heads, head size
 SHAPES = ((8, 1024, 9, 64), (8, 2048, 9, 64), (4, 2048, 16, 128), (1, 8192, 9, 64))

@@ -60,7 +60,7 @@ def prepare(folder: Path) -> dict[str, list[str]]:
     import torch
 
     import reroll.recover  # noqa: F401
-    from reroll.rewrite.passes.samples import sample_text
+    from reroll.rewrite.analysis.samples import sample_text
     from tests import tiny
 
     # threads of products do not outlive a fork, either

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 
 import reroll
 from reroll.evaluate.suite import choose, evaluate
-from reroll.rewrite.passes.costs import state_bytes
-from reroll.rewrite.program import Program
+from reroll.rewrite.ir.costs import state_bytes
+from reroll.rewrite.ir.program import Program
 
 # what queries and keys go through first: the delta rules scale them to length one themselves, and
 # a slot or an exponential gate takes them as they are

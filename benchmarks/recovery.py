@@ -24,7 +24,7 @@ import reroll
 from reroll.cli.recovery import token_count
 from reroll.evaluate.suite import choose, evaluate
 from reroll.recover import Recipe, load_recipe, recover
-from reroll.rewrite.passes.pipeline import read_yaml
+from reroll.rewrite.pipeline.pipeline import read_yaml
 
 DATA = [f"data/text/{name}.train.txt" for name in ("pydocs", "shakespeare", "gcide", "foldoc")]
 # beside the original, and what needs no original

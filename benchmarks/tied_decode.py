@@ -25,8 +25,8 @@ from transformers import DynamicCache
 
 import reroll
 from reroll.export.onnx import Onnx
-from reroll.export.onnx.session import Session
-from reroll.rewrite.passes.cache_fit import last_level_cache
+from reroll.export.onnx.emit.session import Session
+from reroll.rewrite.analysis.cache_fit import last_level_cache
 
 Step = Callable[[], Any]
 

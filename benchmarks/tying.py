@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import reroll
-from reroll.rewrite.passes.context import Context
-from reroll.rewrite.passes.measure import Judge
-from reroll.rewrite.passes.pipeline import resolve
+from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.measure import Judge
+from reroll.rewrite.pipeline.pipeline import resolve
 
 INITS = ("stepwise", "average", "lower")
 LEFT = re.compile(r"relative residual left (\d\.\d+)")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.mixers import best
-from reroll.runtime.attention import attend
-from reroll.runtime.bands import Band
+from reroll.runtime.functions.attention import attend
+from reroll.runtime.functions.bands import Band
 
 
 def side(

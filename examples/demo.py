@@ -29,8 +29,8 @@ from reroll.evaluate.compare import compare
 from reroll.evaluate.generation import generate, open_generator
 from reroll.evaluate.inspect import inspect_model
 from reroll.evaluate.subjects import open_subject
-from reroll.rewrite.passes.costs import state_bytes
-from reroll.rewrite.passes.manager import Event
+from reroll.rewrite.ir.costs import state_bytes
+from reroll.rewrite.pipeline.manager import Event
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 RECIPES = ["exact", "linearize-quarter", "tie15-relax128"]

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from reroll.rewrite.passes import Context, Pass, option
-from reroll.rewrite.program import Program
-from reroll.rewrite.weights import build, weight_function
-from reroll.rewrite.weights.expressions import Expr
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.weights import build, weight_function
+from reroll.rewrite.ir.weights.expressions import Expr
+from reroll.rewrite.pipeline import Context, Pass, option
 
 
 @weight_function(lambda x, keep: x)

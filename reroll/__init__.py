@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from reroll.evaluate.classifiers import fit_exits
     from reroll.evaluate.exits import calibrate
     from reroll.rewrite.capture import capture
-    from reroll.rewrite.passes import Pass
-    from reroll.rewrite.program import Program
+    from reroll.rewrite.ir.program import Program
+    from reroll.rewrite.pipeline import Pass
     from reroll.runtime.depthwise import DepthScheduler
-    from reroll.runtime.trips import sample_trips
+    from reroll.runtime.functions.trips import sample_trips
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,13 +46,13 @@ _HOMES = {
     "DepthScheduler": "reroll.runtime.depthwise",
     "calibrate": "reroll.evaluate.exits",
     "fit_exits": "reroll.evaluate.classifiers",
-    "Pass": "reroll.rewrite.passes",
-    "Program": "reroll.rewrite.program",
+    "Pass": "reroll.rewrite.pipeline",
+    "Program": "reroll.rewrite.ir.program",
     "capture": "reroll.rewrite.capture",
     "load": "reroll._api",
     "parse": "reroll._api",
     "run_passes": "reroll._api",
-    "sample_trips": "reroll.runtime.trips",
+    "sample_trips": "reroll.runtime.functions.trips",
 }
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from reroll.errors import UsageError
-from reroll.rewrite.passes.manager import Event, Measure
-from reroll.rewrite.passes.manager import run_passes as _run_passes
-from reroll.rewrite.passes.samples import Tokenizer
-from reroll.rewrite.program import Program
+from reroll.rewrite.analysis.samples import Tokenizer
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.pipeline.manager import Event, Measure
+from reroll.rewrite.pipeline.manager import run_passes as _run_passes
 
 if TYPE_CHECKING:
-    from reroll.rewrite.passes.pipeline import Pipeline
+    from reroll.rewrite.pipeline.pipeline import Pipeline
 
 __all__ = ["load", "parse", "run_passes"]
 
@@ -36,7 +36,7 @@ def run_passes(
     pass, or a list of these. `text` is text, or a file with text (a `Path`), to calibrate and
     measure on; a sample ships. The tokenizer is the original model's own if it has one.
 
-    See `reroll.rewrite.passes.manager.run_passes` for the other arguments and the errors.
+    See `reroll.rewrite.pipeline.manager.run_passes` for the other arguments and the errors.
     """
     from reroll.evaluate.tokenizing import plain_ids, tokenizer_of
 
@@ -65,7 +65,7 @@ def parse(text: str, source: str | Program | None = None) -> Program:
 
     Raises ProgramError, with the line at fault.
     """
-    from reroll.rewrite.text.parser import parse as parse_text
+    from reroll.rewrite.ir.text.parser import parse as parse_text
 
     if source is None:
         return parse_text(text)

@@ -13,15 +13,15 @@ from reroll._hooks import after_import
 
 # what a Program's methods call: service, module, function
 SERVICES = {
-    "to_module": ("reroll.runtime.lower", "lower"),
+    "to_module": ("reroll.runtime.lowering.lower", "lower"),
     "save": ("reroll.export.huggingface", "save"),
-    "load": ("reroll.runtime.pretrained", "load_program"),
+    "load": ("reroll.runtime.models.pretrained", "load_program"),
 }
 
 
 def register() -> None:
     """Arrange for everything to be registered as soon as it can be."""
-    after_import("reroll.rewrite.program", _services)
+    after_import("reroll.rewrite.ir.program", _services)
     after_import("transformers.models.auto.configuration_auto", _configuration)
 
 
@@ -31,7 +31,7 @@ def _services(program: ModuleType) -> None:
 
 
 def _configuration(auto: ModuleType) -> None:
-    from reroll.runtime.config import RerollConfig
+    from reroll.runtime.models.config import RerollConfig
 
     # the configuration registers the model classes when one is made
     auto.AutoConfig.register(RerollConfig.model_type, RerollConfig, exist_ok=True)

@@ -15,12 +15,12 @@ import torch
 import transformers
 
 from reroll.rewrite.capture.export import capture
+from reroll.rewrite.capture.raising import raise_idioms
+from reroll.rewrite.capture.rolling import roll_loops
 from reroll.rewrite.checkpoint import MemorySource
-from reroll.rewrite.program import Program
-from reroll.rewrite.raising import raise_idioms
-from reroll.rewrite.rolling import roll_loops
-from reroll.rewrite.text.parser import parse
-from reroll.rewrite.text.printer import to_text
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.text.parser import parse
+from reroll.rewrite.ir.text.printer import to_text
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 # a folder of this run alone; set by conftest.py where the run has several processes

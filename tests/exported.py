@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from reroll.rewrite.capture.export import _export, _to_program, _without_casts
 from reroll.rewrite.capture.signature import Example
-from reroll.rewrite.passes.interpret import run
-from reroll.rewrite.program import Origin, Program
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.ir.program import Origin, Program
 
 
 class _Named(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite import ops
 from reroll.rewrite.checkpoint import MemorySource
-from reroll.rewrite.program import Body, Input, Origin, Program, Step, TensorType
-from reroll.rewrite.weights import Weight, WeightTable
-from reroll.rewrite.weights.expressions import Meta, Source
+from reroll.rewrite.ir import ops
+from reroll.rewrite.ir.program import Body, Input, Origin, Program, Step, TensorType
+from reroll.rewrite.ir.weights import Weight, WeightTable
+from reroll.rewrite.ir.weights.expressions import Meta, Source
 
 F32, I64 = torch.float32, torch.int64
 aten, reroll = torch.ops.aten, torch.ops.reroll

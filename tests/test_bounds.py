@@ -29,11 +29,11 @@ from reroll.recover import recover
 from reroll.recover.recipe import Settings
 from reroll.recover.sampling import sampled_texts
 from reroll.recover.stage import stages
-from reroll.rewrite.passes.declared import Declared
-from reroll.rewrite.passes.options import REQUIRED, Option
-from reroll.rewrite.passes.registry import registered as passes
+from reroll.rewrite.pipeline.declared import Declared
+from reroll.rewrite.pipeline.options import REQUIRED, Option
+from reroll.rewrite.pipeline.registry import registered as passes
 from reroll.runtime.depthwise import DepthScheduler
-from reroll.runtime.trips import sample_trips
+from reroll.runtime.functions.trips import sample_trips
 from tests import tiny
 from tests.test_cli import refused, run
 

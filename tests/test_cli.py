@@ -146,7 +146,7 @@ def test_convert_again(model: Path, tmp_path: Path) -> None:
 
 USERS_PASS = '''
 from reroll import Pass
-from reroll.rewrite.passes.base import option
+from reroll.rewrite.pipeline.base import option
 
 
 class Nothing(Pass):

@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.samples import random_inputs
 from reroll.rewrite.capture import capture
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.interpret import run
-from reroll.rewrite.passes.samples import random_inputs
-from reroll.rewrite.program import Program
-from reroll.rewrite.raising import raise_idioms
-from reroll.rewrite.rolling import roll_loops
+from reroll.rewrite.capture.raising import raise_idioms
+from reroll.rewrite.capture.rolling import roll_loops
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.ir.program import Program
 
 # trips and layers per trip of each loop
 LOOPS = {

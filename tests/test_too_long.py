@@ -29,8 +29,8 @@ from reroll.evaluate.tokenizing import read_text
 from reroll.recover import recipe as recipes
 from reroll.recover import recover
 from reroll.recover.sampling import sampled_texts
-from reroll.rewrite.passes.samples import sample_text
-from reroll.rewrite.reach import position_limits
+from reroll.rewrite.analysis.reach import position_limits
+from reroll.rewrite.analysis.samples import sample_text
 from tests import tiny
 
 POSITIONS = 64

@@ -22,7 +22,7 @@ from transformers import (
     XLMWithLMHeadModel,
 )
 
-from reroll.rewrite.passes.samples import sample_text
+from reroll.rewrite.analysis.samples import sample_text
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

@@ -20,8 +20,8 @@ from reroll.cli.terminal import Bars, Stopwatch, command, notes, write, write_js
 from reroll.errors import UsageError
 
 if TYPE_CHECKING:
-    from reroll.rewrite.passes.manager import Event, Measure
-    from reroll.rewrite.program import Program
+    from reroll.rewrite.ir.program import Program
+    from reroll.rewrite.pipeline.manager import Event, Measure
 
 app = typer.Typer(
     cls=Commands,
@@ -188,8 +188,8 @@ def _pipeline(passes: str | None, recipe: Path | None, load: list[Path] | None) 
     """The passes that were asked for, checked before anything takes long."""
     if passes is not None and recipe is not None:
         raise UsageError("--passes and --recipe exclude each other", hint="give one of them")
-    from reroll.rewrite.passes.pipeline import resolve
-    from reroll.rewrite.passes.registry import load_file
+    from reroll.rewrite.pipeline.pipeline import resolve
+    from reroll.rewrite.pipeline.registry import load_file
 
     for file in load or ():
         load_file(file)
@@ -222,7 +222,7 @@ def _tell(event: Event, bars: Bars) -> None:
     elif event.kind == "print":
         bars.print(f"# after {event.text}\n{event.program}")
     elif event.step is not None:
-        from reroll.rewrite.passes.manager import summary
+        from reroll.rewrite.pipeline.manager import summary
 
         bars.print(summary(event.step))
         for remark in event.step.remarks:
@@ -409,7 +409,7 @@ def passes_command(
     debug: Debug = False,
 ) -> None:
     """List the passes, their options and their contracts."""
-    from reroll.rewrite.passes.registry import find, load_file, registered
+    from reroll.rewrite.pipeline.registry import find, load_file, registered
 
     for file in load or ():
         load_file(file)
@@ -436,7 +436,7 @@ def diff_command(
     debug: Debug = False,
 ) -> None:
     """Say how the program of B differs from that of A. Exits with 1 if it does, as diff does."""
-    from reroll.rewrite.text.compare import diff
+    from reroll.rewrite.ir.text.compare import diff
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with Bars() as bars:
@@ -475,7 +475,7 @@ def show_command(
             model, roll=not flat, revision=revision, trust_remote_code=trust_remote_code
         )
     if json_:
-        from reroll.rewrite.text.serialize import program_to_json
+        from reroll.rewrite.ir.text.serialize import program_to_json
 
         write_json(program_to_json(program))
     else:

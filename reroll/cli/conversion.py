@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reroll.rewrite.passes.measure import size
-from reroll.rewrite.program import Program, Step
+from reroll.rewrite.analysis.measure import size
+from reroll.rewrite.ir.program import Program, Step
 from reroll.writing import Paths, check_directory
 
 Progress = Callable[[int, int, str], None]

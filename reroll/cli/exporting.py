@@ -12,8 +12,8 @@ from reroll.cli.reports import new_table, number, size
 from reroll.cli.terminal import results, write
 from reroll.errors import ExportError
 from reroll.export.targets import find
-from reroll.rewrite.passes.registry import load_file
-from reroll.rewrite.pictures import picture_inputs
+from reroll.rewrite.capture.pictures import picture_inputs
+from reroll.rewrite.pipeline.registry import load_file
 from reroll.writing import check_directory, new_directory
 
 Progress = Callable[[int, int, str], None]

@@ -42,7 +42,7 @@ def serve_bench(
 
     from reroll.evaluate.serving import compare_serving
     from reroll.evaluate.tokenizing import plain_ids, read_text, tokenizer_of
-    from reroll.rewrite.reach import check_length
+    from reroll.rewrite.analysis.reach import check_length
 
     torch.set_num_threads(threads)
     program = reroll.load(model)

@@ -14,9 +14,9 @@ from torch import Tensor
 from reroll.bounds import COUNT, NOT_NEGATIVE, check_number
 from reroll.errors import UsageError
 from reroll.evaluate.exits import LENGTH, exit_trips
-from reroll.passes.exiting import classifiers
-from reroll.rewrite.rolling.exits import exit_loop, is_open
-from reroll.runtime.loops import read_out
+from reroll.passes.exits import classifiers
+from reroll.rewrite.ir.exits import exit_loop, is_open
+from reroll.runtime.functions.loops import read_out
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from reroll.errors import UsageError
 from reroll.evaluate.distance import Distance
 from reroll.evaluate.subjects import Attention, Opening, Subject, open_subject
 from reroll.evaluate.tokenizing import make_windows, read_text
-from reroll.rewrite.passes.measure import measured_output
-from reroll.rewrite.passes.samples import random_inputs, vocabulary
-from reroll.rewrite.program import Input
-from reroll.rewrite.reach import check_length, longest
+from reroll.rewrite.analysis.measure import measured_output
+from reroll.rewrite.analysis.reach import check_length, longest
+from reroll.rewrite.analysis.samples import random_inputs, vocabulary
+from reroll.rewrite.ir.program import Input
 
 LENGTH = 512
 MAX_TOKENS = 8192

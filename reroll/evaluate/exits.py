@@ -12,10 +12,10 @@ from torch import Tensor
 
 from reroll.bounds import BETWEEN, check_number
 from reroll.errors import UsageError
-from reroll.rewrite.passes.interpret import materialise, run
-from reroll.rewrite.program import Program, Step
-from reroll.rewrite.reach import longest
-from reroll.rewrite.rolling.exits import Exits, exit_loop, is_open, with_thresholds
+from reroll.rewrite.analysis.reach import longest
+from reroll.rewrite.ir.exits import Exits, exit_loop, is_open, with_thresholds
+from reroll.rewrite.ir.interpret import materialise, run
+from reroll.rewrite.ir.program import Program, Step
 
 LENGTH = 256
 # an open threshold that no score is above
@@ -156,7 +156,7 @@ def exit_trips(program: Program, exits: Exits) -> list[int]:
     opened = [trip for trip, value in enumerate(exits.thresholds) if is_open(value)]
     if opened:
         return opened
-    from reroll.rewrite.passes.pipeline import resolve
+    from reroll.rewrite.pipeline.pipeline import resolve
 
     for step in reversed(program.origin.steps):
         if step.text.startswith("insert_exits("):

@@ -12,9 +12,9 @@ from reroll.bounds import COUNT, POSITIVE, SEED, TOP_P, check_number
 from reroll.errors import UsageError
 from reroll.evaluate.subjects import Opening, open_original
 from reroll.evaluate.tokenizing import check_utf8, open_tokenizer, tokenizer_of
+from reroll.rewrite.analysis.reach import position_limits
 from reroll.rewrite.capture.models import open_model
-from reroll.rewrite.program import Program
-from reroll.rewrite.reach import position_limits
+from reroll.rewrite.ir.program import Program
 
 
 def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any]:

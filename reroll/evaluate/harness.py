@@ -13,7 +13,7 @@ from reroll.bounds import COUNT_OR_NONE
 from reroll.errors import RerollError, UsageError
 from reroll.evaluate.measure import Bench, Measure
 from reroll.evaluate.subjects import Subject
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 def check_tasks(text: str) -> list[str]:

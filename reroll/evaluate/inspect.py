@@ -12,17 +12,18 @@ from torch import Tensor, fx
 
 from reroll.errors import RerollError, UsageError
 from reroll.evaluate.subjects import Opening, is_converted, open_original
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.measure import measured_output
+from reroll.rewrite.analysis.samples import random_inputs
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.passes import interpret, tolerances
-from reroll.rewrite.passes.costs import ATTENTION, Place, flops_per_token, state_bytes
-from reroll.rewrite.passes.measure import measured_output
-from reroll.rewrite.passes.samples import random_inputs
-from reroll.rewrite.program import Loop, Program, TensorType
-from reroll.rewrite.raising.driver import raise_idioms
-from reroll.rewrite.raising.matching import argument
-from reroll.rewrite.rolling.roll import roll_loops
-from reroll.rewrite.text.literals import type_to_text
-from reroll.rewrite.text.op_names import op_name
+from reroll.rewrite.capture.raising.driver import raise_idioms
+from reroll.rewrite.capture.rolling.roll import roll_loops
+from reroll.rewrite.ir import interpret
+from reroll.rewrite.ir.costs import ATTENTION, Place, flops_per_token, state_bytes
+from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.program import Loop, Program, TensorType
+from reroll.rewrite.ir.text.literals import type_to_text
+from reroll.rewrite.ir.text.op_names import op_name
 
 CONTEXTS = (1024, 4096)
 ROWS, TIME = 2, 16

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from reroll.rewrite.discovery import classes_in, look_up
-from reroll.rewrite.passes.declared import Declared
+from reroll.rewrite.pipeline.declared import Declared
+from reroll.rewrite.pipeline.discovery import classes_in, look_up
 
 if TYPE_CHECKING:
     from reroll.evaluate.runner import Runner

@@ -12,7 +12,7 @@ from torch import Tensor
 from reroll.evaluate.measure import NotApplicable
 from reroll.evaluate.subjects import Subject
 from reroll.evaluate.tokenizing import special_ids
-from reroll.rewrite.reach import longest
+from reroll.rewrite.analysis.reach import longest
 
 # elements of the logits that one forward may make: 256 MB in fp32
 BUDGET = 2**26
@@ -80,7 +80,7 @@ class Runner:
     @cached_property
     def window(self) -> int | None:
         """How many of the last tokens attention sees at most; None if some layer sees them all."""
-        from reroll.runtime.caches import cache_layers
+        from reroll.runtime.state.caches import cache_layers
 
         program = self.subject.program
         layers = [] if program is None else cache_layers(program)

@@ -13,8 +13,8 @@ import torch
 from reroll.bounds import COUNT, check_number
 from reroll.errors import UsageError
 from reroll.evaluate.exits import with_open
-from reroll.rewrite.program import Program
-from reroll.rewrite.rolling.exits import exit_loop, is_open
+from reroll.rewrite.ir.exits import exit_loop, is_open
+from reroll.rewrite.ir.program import Program
 from reroll.runtime.depthwise import DepthScheduler
 from reroll.runtime.depthwise.scheduler import Mode
 

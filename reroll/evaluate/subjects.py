@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from reroll.errors import CheckpointError, RerollError, UsageError
 from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
+from reroll.rewrite.analysis.reach import out_of_reach
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.models import class_of
 from reroll.rewrite.capture.signature import is_decoder
-from reroll.rewrite.passes.costs import flops_per_token, keeps_state, state_bytes
-from reroll.rewrite.program import Program
-from reroll.rewrite.reach import out_of_reach
+from reroll.rewrite.ir.costs import flops_per_token, keeps_state, state_bytes
+from reroll.rewrite.ir.program import Program
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from reroll.evaluate.measure import Bench, Measure, NotApplicable, Progress, Sui
 from reroll.evaluate.runner import Runner
 from reroll.evaluate.subjects import Opening, Subject, open_subject
 from reroll.evaluate.tokenizing import read_text
-from reroll.rewrite.passes.pipeline_parser import parse_calls
+from reroll.rewrite.pipeline.pipeline_parser import parse_calls
 
 log = logging.getLogger(__name__)
 

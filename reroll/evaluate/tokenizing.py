@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.rewrite.passes.samples import sample_text
-from reroll.rewrite.program import Program
+from reroll.rewrite.analysis.samples import sample_text
+from reroll.rewrite.ir.program import Program
 
 log = logging.getLogger(__name__)
 

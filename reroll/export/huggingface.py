@@ -23,16 +23,16 @@ from reroll.export.model_card import model_card
 from reroll.export.processing_classes import KINDS, name_classes, processing_classes
 from reroll.export.shards import Progress, save_outputs
 from reroll.rewrite.checkpoint import SafetensorsSource
-from reroll.rewrite.program import Program
-from reroll.rewrite.text.serialize import program_to_json
-from reroll.rewrite.weights import WeightTable, stored_name
-from reroll.rewrite.weights.evaluation import Output
-from reroll.rewrite.weights.expressions import Source
-from reroll.runtime.pretrained import PROGRAM_FILE, load_program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.text.serialize import program_to_json
+from reroll.rewrite.ir.weights import WeightTable, stored_name
+from reroll.rewrite.ir.weights.evaluation import Output
+from reroll.rewrite.ir.weights.expressions import Source
+from reroll.runtime.models.pretrained import PROGRAM_FILE, load_program
 from reroll.writing import filled_directory, new_directory
 
 if TYPE_CHECKING:
-    from reroll.runtime.config import RerollConfig
+    from reroll.runtime.models.config import RerollConfig
 
 _WEIGHT_FILES = (
     "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"
@@ -81,7 +81,7 @@ def save(
 
 
 def load(directory: str | Path) -> Program:
-    """The Program in a directory that `save` wrote: see `reroll.runtime.pretrained`."""
+    """The Program in a directory that `save` wrote: see `reroll.runtime.models.pretrained`."""
     return load_program(directory)
 
 
@@ -110,8 +110,8 @@ def _classes(program: Program) -> dict[str, str]:
 
 
 def _write_config(program: Program, directory: Path, given: RerollConfig | None) -> None:
-    from reroll.runtime.auto import model_class
-    from reroll.runtime.config import RerollConfig
+    from reroll.runtime.models.auto import model_class
+    from reroll.runtime.models.config import RerollConfig
 
     config = RerollConfig.from_program(program) if given is None else deepcopy(given)
     config.dtype = program.dtype

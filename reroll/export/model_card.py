@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reroll.rewrite.program import Program, Step
+from reroll.rewrite.ir.program import Program, Step
 
 
 def model_card(program: Program) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from reroll.rewrite.checkpoint import save_tensors
-from reroll.rewrite.weights.evaluation import Output, evaluate_outputs, in_order
-from reroll.rewrite.weights.expressions import TensorSource
+from reroll.rewrite.ir.weights.evaluation import Output, evaluate_outputs, in_order
+from reroll.rewrite.ir.weights.expressions import TensorSource
 
 Progress = Callable[[int, int], None]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, get_origin
 
 from reroll.errors import UsageError
-from reroll.rewrite.discovery import add_entry_points, classes_in, look_up
-from reroll.rewrite.passes.declared import Declared
-from reroll.rewrite.passes.options import nearest_name, option
-from reroll.rewrite.program import Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.pipeline.declared import Declared
+from reroll.rewrite.pipeline.discovery import add_entry_points, classes_in, look_up
+from reroll.rewrite.pipeline.options import nearest_name, option
 
 __all__ = ["Target", "find", "option", "registered"]
 

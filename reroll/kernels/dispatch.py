@@ -26,7 +26,7 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.mixers import Mixer, State, compiled, packing
-from reroll.rewrite.passes.options import nearest_name
+from reroll.rewrite.pipeline.options import nearest_name
 
 Backend = Literal["auto", "triton", "fla", "compiled", "eager"]
 Result = tuple[Tensor, State]

@@ -45,8 +45,8 @@ from reroll.bounds import COUNT, FINITE
 from reroll.errors import UsageError
 from reroll.mixers import packing
 from reroll.mixers.gates import Gate, wide
-from reroll.rewrite.passes.declared import Declared
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.declared import Declared
+from reroll.rewrite.pipeline.options import option
 
 State: TypeAlias = tuple[Tensor, ...]
 Result: TypeAlias = tuple[Tensor, State]

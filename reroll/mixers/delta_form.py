@@ -17,7 +17,7 @@ from reroll.mixers.base import Mixer
 from reroll.mixers.decay import Decay, products
 from reroll.mixers.gates import Gate, strength_gate, wide
 from reroll.mixers.linear_form import cut, joined
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 def stretch(

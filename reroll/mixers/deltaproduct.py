@@ -17,7 +17,7 @@ from reroll.mixers.base import Result, State
 from reroll.mixers.decay import HeadDecay
 from reroll.mixers.gated_deltanet import decay_of_softplus
 from reroll.mixers.gates import Gate
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 class DeltaProduct(delta_form.Delta):

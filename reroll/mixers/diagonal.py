@@ -12,7 +12,7 @@ from reroll.mixers import linear_form
 from reroll.mixers.base import Mixer, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, HeadDecay, bounded_size
 from reroll.mixers.feature_maps import FEATURE_MAPS, Name
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 class Diagonal(Mixer):

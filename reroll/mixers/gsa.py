@@ -16,7 +16,7 @@ from reroll.mixers.base import Mixer, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size, products
 from reroll.mixers.gates import LIGER_NORMALISER, Gate, Map, decay_gate, log_sigmoid, wide
 from reroll.mixers.linear_form import chain, cut, joined
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 # under a sum of weights that is 0 before the first token
 NOTHING = 1e-30

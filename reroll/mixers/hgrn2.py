@@ -13,7 +13,7 @@ from torch import Tensor
 from reroll.bounds import Range
 from reroll.mixers.diagonal import ChannelDiagonal
 from reroll.mixers.gates import Gate, log_sigmoid, logit
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 class HGRN2(ChannelDiagonal):

@@ -13,7 +13,7 @@ from reroll.mixers import delta_form
 from reroll.mixers.base import Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size
 from reroll.mixers.gates import Gate, logit, wide
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 class KDA(delta_form.Delta):

@@ -15,7 +15,7 @@ from reroll.mixers.decay import NoDecay
 from reroll.mixers.diagonal import Diagonal
 from reroll.mixers.feature_maps import Name
 from reroll.mixers.gates import Gate
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 # under the sum of weights, which is 0 before the first token and where no feature is active
 FLOOR = 1e-6

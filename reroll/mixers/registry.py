@@ -11,9 +11,9 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.mixers.base import Mixer
-from reroll.rewrite.discovery import add_entry_points, classes_in, look_up
-from reroll.rewrite.passes.options import check_options
-from reroll.rewrite.rules import register_rule
+from reroll.rewrite.ir.rules import register_rule
+from reroll.rewrite.pipeline.discovery import add_entry_points, classes_in, look_up
+from reroll.rewrite.pipeline.options import check_options
 
 PACKAGE = "reroll.mixers"
 

@@ -18,7 +18,7 @@ from reroll.mixers.base import Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay
 from reroll.mixers.diagonal import ChannelDiagonal
 from reroll.mixers.gates import Gate, wide
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 class RWKV6(ChannelDiagonal):

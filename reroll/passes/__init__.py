@@ -1,1 +1,1 @@
-"""The passes, one file each: `reroll.rewrite.passes.registry` finds every module of this folder."""
+"""The passes, one file each: `reroll.rewrite.pipeline.registry` finds every module here."""

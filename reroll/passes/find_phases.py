@@ -7,16 +7,15 @@ from torch import fx
 
 from reroll.bounds import COUNT, SHARE
 from reroll.errors import PassError
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.base import Context, Pass, option
-from reroll.rewrite.passes.hidden import (
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.hidden_inputs import (
     angular_distance,
     calibration_inputs,
     hidden_states,
     values_of,
 )
-from reroll.rewrite.passes.measure import measured_output
-from reroll.rewrite.passes.phases import (
+from reroll.rewrite.analysis.measure import measured_output
+from reroll.rewrite.analysis.phases import (
     Phases,
     bisections,
     choose,
@@ -24,10 +23,11 @@ from reroll.rewrite.passes.phases import (
     linear_cka,
     segment,
 )
-from reroll.rewrite.patterns import Miss
-from reroll.rewrite.program import Loop, Program
-from reroll.rewrite.residual import Tracer
-from reroll.rewrite.rolling.split import find_loop, select_trips
+from reroll.rewrite.analysis.residual import Tracer
+from reroll.rewrite.capture.rolling.split import find_loop, select_trips
+from reroll.rewrite.ir.patterns import Miss
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.pipeline.base import Context, Pass, option
 
 # skipping every layer runs the model as often as it has layers
 SKIP_TOKENS = 128

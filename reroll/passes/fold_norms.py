@@ -9,14 +9,14 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError
-from reroll.rewrite.hidden import drop_marks, named
-from reroll.rewrite.passes.base import Context, Pass, option
-from reroll.rewrite.patterns import Miss, nearest
-from reroll.rewrite.program import Program, TensorType
-from reroll.rewrite.raising.matching import all_arguments
-from reroll.rewrite.residual import Stream, Tracer, channels
-from reroll.rewrite.weight_edit import WeightEditor
-from reroll.rewrite.weights import Expr, add, centre, matvec, mul, reshape
+from reroll.rewrite.analysis.residual import Stream, Tracer, channels
+from reroll.rewrite.ir.hidden import drop_marks, named
+from reroll.rewrite.ir.matching import all_arguments
+from reroll.rewrite.ir.patterns import Miss, nearest
+from reroll.rewrite.ir.program import Program, TensorType
+from reroll.rewrite.ir.weight_edit import WeightEditor
+from reroll.rewrite.ir.weights import Expr, add, centre, matvec, mul, reshape
+from reroll.rewrite.pipeline.base import Context, Pass, option
 
 aten = torch.ops.aten
 LAYER_NORM = aten.layer_norm.default

@@ -11,16 +11,13 @@ from torch import fx
 
 from reroll.bounds import COUNT, COUNT_OR_NONE
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.passes.base import Context, Pass, option
-from reroll.rewrite.passes.hidden import (
+from reroll.rewrite.analysis.hidden_inputs import (
     angular_distance,
     block_influence,
     flattest,
     hidden_states,
 )
-from reroll.rewrite.passes.selection import ranges
-from reroll.rewrite.program import Body, Loop, Program, TensorType
-from reroll.rewrite.rolling.split import (
+from reroll.rewrite.capture.rolling.split import (
     find_loop,
     inline,
     pack_trips,
@@ -28,7 +25,10 @@ from reroll.rewrite.rolling.split import (
     select_trips,
     split_loop,
 )
-from reroll.rewrite.weights import Weight, concat, identity, zeros
+from reroll.rewrite.ir.program import Body, Loop, Program, TensorType
+from reroll.rewrite.ir.weights import Weight, concat, identity, zeros
+from reroll.rewrite.pipeline.base import Context, Pass, option
+from reroll.rewrite.pipeline.selection import ranges
 
 aten = torch.ops.aten
 

@@ -12,10 +12,16 @@ from torch import fx
 
 from reroll.bounds import COUNT, COUNT_OR_NONE
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.passes.base import Context, Pass, option
-from reroll.rewrite.passes.measure import Judge
-from reroll.rewrite.program import Body, Loop, Program
-from reroll.rewrite.rolling.split import find_loop, inline, pack_trips, repeat_trip, split_loop
+from reroll.rewrite.analysis.measure import Judge
+from reroll.rewrite.capture.rolling.split import (
+    find_loop,
+    inline,
+    pack_trips,
+    repeat_trip,
+    split_loop,
+)
+from reroll.rewrite.ir.program import Body, Loop, Program
+from reroll.rewrite.pipeline.base import Context, Pass, option
 
 aten = torch.ops.aten
 

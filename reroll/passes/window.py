@@ -6,11 +6,11 @@ from collections.abc import Collection
 
 from reroll.bounds import COUNT, COUNT_OR_NONE
 from reroll.errors import PassError
-from reroll.rewrite.layers import Layer, attention_layers
-from reroll.rewrite.passes.base import Context, option
-from reroll.rewrite.passes.layerwise import LayerPass
-from reroll.rewrite.passes.selection import ranges
-from reroll.rewrite.program import Program
+from reroll.rewrite.analysis.layers import Layer, attention_layers
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.pipeline.base import Context, option
+from reroll.rewrite.pipeline.layerwise import LayerPass
+from reroll.rewrite.pipeline.selection import ranges
 
 
 class Window(LayerPass):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reroll.recover.stage import Batch, Models, hooked
-from reroll.rewrite.weights.factors import low_rank_factors
+from reroll.rewrite.ir.weights.factors import low_rank_factors
 
 # in turn: the shared weight, and the residuals beside it
 ROUNDS = 2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.recover.data import Corpus, Rows
-from reroll.rewrite.program import Program
+from reroll.rewrite.ir.program import Program
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 PROCESSOR = "preprocessor_config.json"

@@ -12,7 +12,7 @@ from torch import Tensor
 from reroll.evaluate.distance import Distance
 from reroll.recover.data import Source
 from reroll.recover.stage import Batch, arguments, batch_of
-from reroll.rewrite.passes.hidden import cosine
+from reroll.rewrite.analysis.hidden_inputs import cosine
 
 
 def held_out(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]:

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Literal
 from reroll.bounds import COUNT, SEED, SHARE, WINDOW
 from reroll.errors import UsageError
 from reroll.recover.stage import Stage, find
-from reroll.rewrite.passes.declared import Declared
-from reroll.rewrite.passes.options import option
-from reroll.rewrite.passes.pipeline import read_yaml
+from reroll.rewrite.pipeline.declared import Declared
+from reroll.rewrite.pipeline.options import option
+from reroll.rewrite.pipeline.pipeline import read_yaml
 
 
 class Settings(Declared):

@@ -23,12 +23,12 @@ from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.recipe import Recipe, load_recipe
 from reroll.recover.stage import Batch, Loss, Models, Stage, batch_of
 from reroll.recover.trainable import new_names, training
+from reroll.rewrite.analysis.reach import check_length
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.dtypes import HALVES, dtype_of, retype
-from reroll.rewrite.passes.pipeline import call_to_text
-from reroll.rewrite.program import Program, Step
-from reroll.rewrite.reach import check_length
-from reroll.runtime.recapture import stored_tensors
+from reroll.rewrite.ir.dtypes import HALVES, dtype_of, retype
+from reroll.rewrite.ir.program import Program, Step
+from reroll.rewrite.pipeline.pipeline import call_to_text
+from reroll.runtime.lowering.recapture import stored_tensors
 from reroll.writing import check_directory, new_directory
 
 OnStep = Callable[[Mapping[str, Any]], None]

@@ -26,9 +26,9 @@ from torch.utils.hooks import RemovableHandle
 from reroll.bounds import NOT_NEGATIVE, POSITIVE, SHARE, SIZE, Range
 from reroll.errors import UsageError
 from reroll.recover.data import Rows
-from reroll.rewrite.discovery import classes_in, look_up
-from reroll.rewrite.passes.declared import Declared
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.declared import Declared
+from reroll.rewrite.pipeline.discovery import classes_in, look_up
+from reroll.rewrite.pipeline.options import option
 
 FOLDER = "reroll.recover.stages"
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reroll.runtime.lower import lower
-    from reroll.runtime.pretrained import load_program
-    from reroll.runtime.recapture import untie
+    from reroll.runtime.lowering.lower import lower
+    from reroll.runtime.lowering.recapture import untie
+    from reroll.runtime.models.pretrained import load_program
 
 __all__ = ["load_program", "lower", "untie"]
 
-_HOMES = {"lower": "lower", "load_program": "pretrained", "untie": "recapture"}
+_HOMES = {
+    "lower": "lowering.lower",
+    "load_program": "models.pretrained",
+    "untie": "lowering.recapture",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.mixers import Mixer, State, make
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 
 # bf16 rounds to 2^-8 = 3.9e-3 of a value; a gradient sees the rounding of what comes in, of a
 # product, and of what goes out

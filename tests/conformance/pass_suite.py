@@ -16,17 +16,23 @@ import torch
 import yaml
 
 from reroll.errors import PassError
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.base import Pass
-from reroll.rewrite.passes.interpret import materialise, run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.pipeline import parse_pipeline, parse_recipe, resolve, to_recipe, to_text
-from reroll.rewrite.passes.registry import find
-from reroll.rewrite.passes.samples import random_inputs
-from reroll.rewrite.program import Program
-from reroll.rewrite.text.compare import fingerprint, same
-from reroll.rewrite.text.printer import parse
-from reroll.rewrite.text.verify import verify
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.samples import random_inputs
+from reroll.rewrite.ir.interpret import materialise, run
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.text.compare import fingerprint, same
+from reroll.rewrite.ir.text.printer import parse
+from reroll.rewrite.ir.verify import verify
+from reroll.rewrite.pipeline.base import Pass
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.rewrite.pipeline.pipeline import (
+    parse_pipeline,
+    parse_recipe,
+    resolve,
+    to_recipe,
+    to_text,
+)
+from reroll.rewrite.pipeline.registry import find
 from tests.captured import captured, flat
 
 

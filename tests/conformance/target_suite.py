@@ -14,8 +14,8 @@ import pytest
 
 from reroll.errors import UsageError
 from reroll.export.targets import Target, find
-from reroll.rewrite.program import Program
-from reroll.rewrite.text.compare import fingerprint
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.text.compare import fingerprint
 from tests.captured import captured
 
 

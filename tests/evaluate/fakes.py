@@ -14,7 +14,7 @@ from reroll.evaluate.measure import Bench
 from reroll.evaluate.runner import Runner
 from reroll.evaluate.subjects import Subject
 from reroll.evaluate.tokenizing import plain_ids
-from reroll.rewrite.passes.samples import sample_text
+from reroll.rewrite.analysis.samples import sample_text
 from tests import tiny
 
 SURE = 20.0

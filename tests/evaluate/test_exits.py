@@ -11,8 +11,8 @@ from reroll.cli.app import app
 from reroll.errors import UsageError
 from reroll.evaluate.classifiers import fit_exits
 from reroll.evaluate.exits import calibrate, p_value
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.rolling.exits import exit_loop
+from reroll.rewrite.ir.exits import exit_loop
+from reroll.rewrite.pipeline.manager import run_passes
 from tests import tiny
 from tests.captured import captured
 

@@ -15,11 +15,11 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import reroll
 from reroll.errors import RerollError, UsageError
 from reroll.evaluate.inspect import attention_kinds, check_capture, inspect_model
+from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.raising.driver import raise_idioms
-from reroll.rewrite.rolling.roll import roll_loops
-from reroll.rewrite.weights import Weight, scale
+from reroll.rewrite.capture.raising.driver import raise_idioms
+from reroll.rewrite.capture.rolling.roll import roll_loops
+from reroll.rewrite.ir.weights import Weight, scale
 from tests import tiny
 from tests.real import stored_dtype
 

@@ -20,7 +20,7 @@ from reroll.evaluate.measures.perplexity import Text
 from reroll.evaluate.runner import Runner
 from reroll.evaluate.subjects import open_subject
 from reroll.evaluate.tokenizing import plain_ids
-from reroll.rewrite.passes.samples import sample_text
+from reroll.rewrite.analysis.samples import sample_text
 from tests import tiny
 from tests.evaluate import fakes
 

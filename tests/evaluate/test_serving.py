@@ -9,7 +9,7 @@ from reroll.cli.app import app
 from reroll.errors import UsageError
 from reroll.evaluate.serving import compare_serving
 from reroll.rewrite.capture import capture
-from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.pipeline.manager import run_passes
 from tests import tiny
 from tests.captured import captured
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import reroll
 from reroll.errors import RerollError, UsageError
-from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.pipeline.manager import run_passes
 from tests.captured import captured
 
 RECIPES = ["", "tie(blocks=2)", "tie(blocks=2, init=average), relax(rank=4)"]

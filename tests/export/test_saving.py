@@ -18,8 +18,8 @@ from reroll.errors import ExportError, UsageError
 from reroll.export import shards
 from reroll.export.huggingface import save
 from reroll.export.model_card import model_card
-from reroll.rewrite.program import Program, Step
-from reroll.rewrite.weights import Weight, full
+from reroll.rewrite.ir.program import Program, Step
+from reroll.rewrite.ir.weights import Weight, full
 from tests import captured, tiny
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import torch
 from reroll.kernels.delta import delta_forward
 from reroll.mixers import make
 from reroll.mixers.delta_form import unit
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 from tests.conformance.mixer_suite import assert_close
 from tests.kernels.inputs import Call, draw
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reroll.kernels.depth_lora import depth_lora, depth_lora_reference, tiles_by_depth
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 from tests.conformance.mixer_suite import assert_close
 from tests.kernels.inputs import poisoned
 

@@ -18,7 +18,7 @@ from reroll.kernels import (
 )
 from reroll.kernels.recurrence import diagonal as op
 from reroll.mixers import Mixer, make
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 from tests.conformance.mixer_suite import assert_close
 from tests.kernels.inputs import draw, poisoned, with_gradients
 

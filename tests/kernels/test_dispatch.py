@@ -11,10 +11,10 @@ import torch
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.mixers import compiled, make
-from reroll.rewrite.passes import tolerances
-from reroll.runtime.recurrences import recur
+from reroll.rewrite.analysis import tolerances
+from reroll.runtime.functions.recurrences import recur
 from tests.conformance.mixer_suite import assert_close, draw
-from tests.export.test_onnx_recurrence import linearized
+from tests.export.onnx.test_onnx_recurrence import linearized
 
 MIXERS = ["retention", "gla", "deltanet", "gated_deltanet", "kda"]
 

@@ -14,7 +14,7 @@ from reroll.kernels.delta import delta_forward
 from reroll.kernels.recurrence import diagonal
 from reroll.mixers import make
 from reroll.mixers.delta_form import unit
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 from tests.conformance.mixer_suite import assert_close
 from tests.kernels.inputs import Call, draw, with_gradients
 

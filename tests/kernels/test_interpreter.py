@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from reroll.rewrite.passes.tolerances import relative_rms
+from reroll.rewrite.analysis.tolerances import relative_rms
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from reroll.errors import UsageError
 from reroll.kernels import dispatch, layers
 from reroll.kernels.confidence import confidence_reference
 from reroll.kernels.depth_lora import ROWS, depth_lora_reference, tiles_by_depth
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 from tests.conformance.mixer_suite import assert_close
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reroll.kernels.linear_rows import Linear, Norm, linear_rows, linear_rows_reference
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 from tests.conformance.mixer_suite import assert_close
 from tests.kernels.inputs import poisoned
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reroll.kernels.pointwise import gated, norm, turned
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 from tests.conformance.mixer_suite import assert_close
 from tests.kernels.inputs import poisoned
 

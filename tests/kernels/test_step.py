@@ -9,7 +9,7 @@ import torch
 
 from reroll.kernels.step import FLOOR_SIGMOID, GIVEN, LOG_SIGMOID, SOFTPLUS, step
 from reroll.mixers import make
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 from tests.conformance.mixer_suite import assert_close
 
 TILES = {"BV": 16, "num_warps": 1}

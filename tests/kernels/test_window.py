@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from reroll.kernels.window import window_attention, window_reference
-from reroll.rewrite import ops
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.ir import ops
 from tests.conformance.mixer_suite import assert_close
 from tests.kernels.inputs import poisoned
 

@@ -13,8 +13,8 @@ from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.mixers import compiled, make, registered
 from reroll.mixers.decay import REACH, bounded_size, running_sums
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.pipeline.manager import run_passes
 from tests.captured import captured
 from tests.conformance.mixer_suite import assert_close, draw, with_gradients
 from tests.passes.sequences import in_parts, prompts

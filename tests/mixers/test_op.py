@@ -7,7 +7,7 @@ import torch
 
 from reroll.errors import UsageError
 from reroll.mixers import find, make
-from reroll.rewrite.rules import find_rule
+from reroll.rewrite.ir.rules import find_rule
 
 
 def test_the_op_is_well_formed() -> None:

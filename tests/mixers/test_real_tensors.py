@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reroll.mixers import make, registered
-from reroll.rewrite.passes import tolerances
+from reroll.rewrite.analysis import tolerances
 from tests.conformance.mixer_suite import assert_close
 
 MODEL = Path("models/smollm2-135m-instruct")

@@ -9,11 +9,11 @@ import torch
 
 import reroll
 from reroll.errors import PassError, UsageError
-from reroll.passes.linearization.clusters import clusters_of
+from reroll.passes.linearize.clusters import clusters_of
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.passes.interpret import run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.program import Program
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.pipeline.manager import run_passes
 from tests import tiny
 from tests.captured import captured
 from tests.passes.sequences import in_parts

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.phases import (
+from reroll.rewrite.analysis.phases import (
     bisections,
     choose,
     cosine_distances,
     linear_cka,
     segment,
 )
+from reroll.rewrite.pipeline.manager import run_passes
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
 

@@ -7,12 +7,12 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.interpret import materialise, run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.samples import random_inputs
-from reroll.rewrite.program import Program
-from reroll.rewrite.text.compare import same
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.samples import random_inputs
+from reroll.rewrite.ir.interpret import materialise, run
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.text.compare import same
+from reroll.rewrite.pipeline.manager import run_passes
 from tests.captured import captured, model
 from tests.conformance.pass_suite import PassSuite
 

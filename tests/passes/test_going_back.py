@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reroll.rewrite.passes.manager import run_passes
-from reroll.runtime.states import restore, snapshot
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.runtime.state.states import restore, snapshot
 from tests.captured import captured
 from tests.passes.sequences import in_parts, prompts
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.interpret import materialise, run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.pipeline import parse_pipeline
-from reroll.rewrite.text.printer import parse
-from reroll.rewrite.text.verify import verify
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.ir.interpret import materialise, run
+from reroll.rewrite.ir.text.printer import parse
+from reroll.rewrite.ir.verify import verify
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.rewrite.pipeline.pipeline import parse_pipeline
 from tests.captured import captured, model
 from tests.conformance.pass_suite import PassSuite, untyped
 

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from reroll.errors import PassError, UsageError
 from reroll.mixers import make
-from reroll.passes.linearization.look_back import measure_starts
-from reroll.passes.linearization.observed import Reach, observed, samples
+from reroll.passes.linearize.look_back import measure_starts
+from reroll.passes.linearize.observed import Reach, observed, samples
+from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.layers import attention_layers
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.layers import attention_layers
-from reroll.rewrite.ops import recurrence
-from reroll.rewrite.passes.context import Context
-from reroll.rewrite.passes.costs import state_bytes
-from reroll.rewrite.passes.interpret import run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.selection import ranges
-from reroll.rewrite.program import Program
-from reroll.rewrite.text.compare import same
-from reroll.rewrite.weights import offset
-from reroll.runtime.recurrences import recur
+from reroll.rewrite.ir.costs import state_bytes
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.ir.ops import recurrence
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.text.compare import same
+from reroll.rewrite.ir.weights import offset
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.rewrite.pipeline.selection import ranges
+from reroll.runtime.functions.recurrences import recur
 from tests import tiny
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from reroll.errors import PassError
 from reroll.mixers import make
-from reroll.passes.linearization.look_back import measure_starts
-from reroll.passes.linearization.observed import Reach, observed
+from reroll.passes.linearize.look_back import measure_starts
+from reroll.passes.linearize.observed import Reach, observed
+from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.layers import attention_layers
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.layers import attention_layers
-from reroll.rewrite.ops import bidirectional
-from reroll.rewrite.passes.context import Context
-from reroll.rewrite.passes.costs import state_bytes
-from reroll.rewrite.passes.interpret import run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.program import Program
+from reroll.rewrite.ir.costs import state_bytes
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.ir.ops import bidirectional
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.pipeline.manager import run_passes
 from tests import tiny
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite

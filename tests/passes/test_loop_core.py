@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.context import Context
-from reroll.rewrite.passes.hidden import angular_distance, block_influence, hidden_states
-from reroll.rewrite.passes.interpret import run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.pipeline import parse_pipeline
-from reroll.rewrite.passes.selection import ranges
-from reroll.rewrite.rolling.split import find_loop, select_trips
-from reroll.runtime.trips import sample_trips
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.hidden_inputs import angular_distance, block_influence, hidden_states
+from reroll.rewrite.capture.rolling.split import find_loop, select_trips
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.rewrite.pipeline.pipeline import parse_pipeline
+from reroll.rewrite.pipeline.selection import ranges
+from reroll.runtime.functions.trips import sample_trips
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.interpret import run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.pipeline import parse_pipeline
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.rewrite.pipeline.pipeline import parse_pipeline
 from tests.captured import captured, model
 from tests.conformance.pass_suite import PassSuite
 

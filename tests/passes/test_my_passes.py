@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from reroll.rewrite.passes import registry
-from reroll.rewrite.passes.interpret import materialise
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.text.printer import parse
+from reroll.rewrite.ir.interpret import materialise
+from reroll.rewrite.ir.text.printer import parse
+from reroll.rewrite.pipeline import registry
+from reroll.rewrite.pipeline.manager import run_passes
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
 

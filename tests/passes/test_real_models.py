@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.interpret import run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.text.compare import same
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.ir.text.compare import same
+from reroll.rewrite.pipeline.manager import run_passes
 from tests.passes.test_fold_norms import LAYER_NORM, nodes
 
 pytestmark = pytest.mark.slow

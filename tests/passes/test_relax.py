@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reroll.errors import PassError, UsageError
-from reroll.passes import relax as module
+from reroll.passes.relax import rank_budget
+from reroll.passes.relax import relax as module
+from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.interpret import materialise, run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.pipeline import parse_pipeline
-from reroll.rewrite.text.compare import same
-from reroll.rewrite.weights import rank_budget
+from reroll.rewrite.ir.interpret import materialise, run
+from reroll.rewrite.ir.text.compare import same
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.rewrite.pipeline.pipeline import parse_pipeline
 from tests.captured import SPECIAL, TEXT, captured
 from tests.conformance.pass_suite import PassSuite
 

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, DynamicCache
 
 import reroll
 from reroll.evaluate.suite import choose, evaluate
-from reroll.rewrite.passes.samples import sample_text
+from reroll.rewrite.analysis.samples import sample_text
 
 pytestmark = pytest.mark.slow
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reroll.errors import PassError, UsageError
-from reroll.passes.tie import assignment, starts
-from reroll.rewrite.passes import tolerances
-from reroll.rewrite.passes.interpret import materialise, run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.pipeline import parse_pipeline
-from reroll.rewrite.text.compare import same
+from reroll.passes.tie.tie import assignment, starts
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.ir.interpret import materialise, run
+from reroll.rewrite.ir.text.compare import same
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.rewrite.pipeline.pipeline import parse_pipeline
 from tests.captured import captured, flat, model
 from tests.conformance.pass_suite import PassSuite
 

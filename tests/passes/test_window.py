@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.layers import attention_layers
-from reroll.rewrite.passes import keeping
-from reroll.rewrite.passes.context import Context
-from reroll.rewrite.passes.costs import state_bytes
-from reroll.rewrite.passes.interpret import run
-from reroll.rewrite.passes.manager import run_passes
-from reroll.rewrite.passes.selection import check_keep, choose, measured_part, ranges
-from reroll.rewrite.program import Program
-from reroll.rewrite.weights import scale
+from reroll.rewrite.analysis import keeping
+from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.layers import attention_layers
+from reroll.rewrite.ir.costs import state_bytes
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.weights import scale
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.rewrite.pipeline.selection import check_keep, choose, measured_part, ranges
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
 from tests.passes.sequences import generate, in_parts, prompts

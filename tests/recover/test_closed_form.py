@@ -13,7 +13,7 @@ from reroll.recover.closed_form import fit_linear_layers
 from reroll.recover.sequential_fit import fit_trip_by_trip
 from reroll.recover.stage import recorded
 from reroll.recover.trainable import new_names
-from reroll.rewrite.passes.manager import run_passes
+from reroll.rewrite.pipeline.manager import run_passes
 from tests import captured
 
 LAYER = "mlp.up_proj"

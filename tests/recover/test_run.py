@@ -22,8 +22,8 @@ from reroll.errors import CheckpointError, RecoveryError, UsageError
 from reroll.recover import Recipe, recover, tensorboard
 from reroll.recover import recipe as recipes
 from reroll.recover.checkpoints import Directory, _write_state
+from reroll.rewrite.analysis.samples import sample_text
 from reroll.rewrite.checkpoint import write_file
-from reroll.rewrite.passes.samples import sample_text
 from tests import tiny
 
 TOKENS = 4 * 16 * 12

@@ -22,8 +22,8 @@ from reroll.recover.stages.distil import Distil
 from reroll.recover.stages.exits import Exits
 from reroll.recover.stages.tune import Tune
 from reroll.recover.trainable import new_names, training
-from reroll.rewrite.passes.manager import run_passes
-from reroll.runtime.loops import read_out
+from reroll.rewrite.pipeline.manager import run_passes
+from reroll.runtime.functions.loops import read_out
 from tests import captured
 
 

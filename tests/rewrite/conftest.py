@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from reroll.rewrite.passes import registry
+from reroll.rewrite.pipeline import registry
 
 
 @pytest.fixture

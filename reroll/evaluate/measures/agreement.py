@@ -15,7 +15,7 @@ from reroll.bounds import COUNT_OR_NONE, WINDOW
 from reroll.evaluate.distance import Distance
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
 from reroll.evaluate.measures.perplexity import Text
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 class Agreement(Measure):

@@ -23,7 +23,7 @@ from reroll.bounds import COUNT, LARGEST, Range
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.measures.perplexity import Text
 from reroll.evaluate.runner import Runner
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 # tokens at the start of each time that do not count
 SETTLING = 16

@@ -18,9 +18,9 @@ from torch import fx
 from reroll.bounds import COUNT
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.runner import Runner
-from reroll.rewrite.passes.costs import flops_per_token
-from reroll.rewrite.passes.options import option
-from reroll.rewrite.program import Program
+from reroll.rewrite.ir.costs import flops_per_token
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.pipeline.options import option
 
 EMBEDDING = torch.ops.aten.embedding.default
 

@@ -21,7 +21,7 @@ import torch
 from reroll.bounds import COUNT
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.measures.perplexity import Text
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 # prompts that are continued at once
 BATCH = 8

@@ -20,7 +20,7 @@ from reroll.bounds import COUNT, COUNT_OR_NONE, LARGEST, Range
 from reroll.evaluate.answers import ask, cell, encode, mean
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.runner import Runner
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
     "MIN": min,

@@ -23,7 +23,7 @@ from torch import Tensor
 from reroll.bounds import COUNT_OR_NONE, WINDOW
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
 from reroll.evaluate.runner import Runner
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 # tokens that run at once
 BATCH = 4096

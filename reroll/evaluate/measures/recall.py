@@ -29,7 +29,7 @@ from reroll.evaluate.answers import Answer, Question, ask, cell, mean
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
 from reroll.evaluate.measures import recall_tasks as tasks
 from reroll.evaluate.runner import Runner
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 TASKS = ("needle", "passkey", "mqar", "phonebook")
 

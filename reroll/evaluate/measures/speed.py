@@ -19,7 +19,7 @@ from torch import Tensor
 from reroll.bounds import COUNT
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
 from reroll.evaluate.runner import Runner
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 class Speed(Measure):

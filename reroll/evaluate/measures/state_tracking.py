@@ -25,7 +25,7 @@ from reroll.evaluate.answers import ask, cell, encode, mean
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.runner import Runner
 from reroll.evaluate.tokenizing import plain_ids
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 MODULUS = 5
 TRIES = 20

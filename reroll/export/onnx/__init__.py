@@ -26,7 +26,7 @@ from typing import Any, Literal
 from reroll.bounds import LARGEST, Range
 from reroll.errors import ExportError, UsageError
 from reroll.export.targets import Progress, Target, option
-from reroll.rewrite.program import Program
+from reroll.rewrite.ir.program import Program
 
 Kind = Literal["loop", "unrolled", "step"]
 
@@ -82,7 +82,7 @@ class Onnx(Target):
             raise ExportError(
                 f"the ONNX target needs {error.name}", hint="pip install 'reroll[onnx]'"
             ) from error
-        from reroll.export.onnx.artifact import write
+        from reroll.export.onnx.emit.artifact import write
 
         del onnx, onnxruntime
         return write(self, program, directory, progress)

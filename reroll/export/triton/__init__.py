@@ -17,7 +17,7 @@ from typing import Any
 
 from reroll.errors import ExportError, UsageError
 from reroll.export.targets import Progress, Target, option
-from reroll.rewrite.program import Program
+from reroll.rewrite.ir.program import Program
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 

@@ -18,10 +18,10 @@ from torch import fx
 from reroll.errors import ExportError
 from reroll.export.triton.linears import Fused, kinds_of
 from reroll.export.triton.sites import ATTENTION, CACHE, RECURRENCE, Site, argument, behind_cache
-from reroll.rewrite import ops
-from reroll.rewrite.defaults import counts_from_zero
-from reroll.rewrite.program import Program
-from reroll.runtime.functions import BINARY, METHODS, makes_tensor_from_nothing
+from reroll.rewrite.ir import ops
+from reroll.rewrite.ir.defaults import counts_from_zero
+from reroll.rewrite.ir.program import Program
+from reroll.runtime.functions.functions import BINARY, METHODS, makes_tensor_from_nothing
 
 aten, reroll = torch.ops.aten, torch.ops.reroll
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from reroll.export.triton.sites import argument
 from reroll.kernels.linear_rows import ACTIVATIONS
-from reroll.rewrite.program import Program
+from reroll.rewrite.ir.program import Program
 
 LINEAR, ADD = torch.ops.aten.linear.default, torch.ops.aten.add.Tensor
 RMS_NORM, GLU = torch.ops.reroll.rms_norm.default, torch.ops.reroll.glu.default

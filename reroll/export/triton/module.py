@@ -21,7 +21,7 @@ from reroll.export.triton.launches import NUMBERS, has_kernel, has_tiles, kernel
 from reroll.export.triton.linears import Fused, fused_of, kinds_of
 from reroll.export.triton.readme import readme
 from reroll.export.triton.sites import Site, sites_of
-from reroll.rewrite.program import Program, weight_nodes
+from reroll.rewrite.ir.program import Program, weight_nodes
 
 if TYPE_CHECKING:
     from reroll.export.targets import Progress

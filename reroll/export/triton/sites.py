@@ -14,7 +14,7 @@ from reroll.mixers import Mixer, make
 from reroll.mixers.delta_form import Delta
 from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
 from reroll.mixers.linear import Linear
-from reroll.rewrite.program import Program, TensorType
+from reroll.rewrite.ir.program import Program, TensorType
 
 CACHE = torch.ops.reroll.cache.default
 ATTENTION = torch.ops.reroll.attention.default

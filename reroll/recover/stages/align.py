@@ -13,7 +13,7 @@ from reroll.errors import UsageError
 from reroll.recover.closed_form import fit_linear_layers
 from reroll.recover.sequential_fit import fit_trip_by_trip
 from reroll.recover.stage import Batch, Loss, Models, Stage, fed, named, recorded, taken
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 class Align(Stage):

@@ -11,7 +11,7 @@ from reroll.bounds import COUNT, NOT_NEGATIVE, POSITIVE
 from reroll.recover.losses import cross_entropy, mean_over_pieces, unpadded
 from reroll.recover.stage import Batch, Loss, Models, Stage, recorded
 from reroll.recover.stages.align import relative_error
-from reroll.rewrite.passes.options import option
+from reroll.rewrite.pipeline.options import option
 
 
 class Distil(Stage):

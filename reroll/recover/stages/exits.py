@@ -12,8 +12,8 @@ from reroll.errors import UsageError
 from reroll.recover.losses import cross_entropy, unpadded
 from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, recorded
 from reroll.recover.stages.distil import Distil
-from reroll.rewrite.passes.options import option
-from reroll.runtime.loops import read_out
+from reroll.rewrite.pipeline.options import option
+from reroll.runtime.functions.loops import read_out
 
 
 class Exits(Stage):

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from reroll.errors import CaptureError
-from reroll.rewrite.hidden import stand_in
-from reroll.rewrite.program import Dim, TensorType
+from reroll.rewrite.ir.hidden import stand_in
+from reroll.rewrite.ir.program import Dim, TensorType
 
 aten = torch.ops.aten
 

@@ -29,6 +29,7 @@ from reroll.rewrite.capture.left_out import TracedGraph, with_defaults
 from reroll.rewrite.capture.losses import loss_of
 from reroll.rewrite.capture.models import describe, open_model
 from reroll.rewrite.capture.omissions import omissions, percepts
+from reroll.rewrite.capture.pictures import same_text, text_part
 from reroll.rewrite.capture.rotary import frequencies_by_position
 from reroll.rewrite.capture.signature import (
     Example,
@@ -48,13 +49,12 @@ from reroll.rewrite.capture.tracing import (
     tracing,
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
-from reroll.rewrite.dtypes import DTYPES, HALVES, dtype_of, retype, retype_graphs, without_casts
-from reroll.rewrite.hidden import NAMES, count, take_marks
-from reroll.rewrite.patterns import Miss
-from reroll.rewrite.pictures import same_text, text_part
-from reroll.rewrite.program import NO_CACHE, Input, Origin, Program, TensorType, copy
-from reroll.rewrite.text.compare import same
-from reroll.rewrite.weights import Meta, Source, Weight, WeightTable
+from reroll.rewrite.ir.dtypes import DTYPES, HALVES, dtype_of, retype, retype_graphs, without_casts
+from reroll.rewrite.ir.hidden import NAMES, count, take_marks
+from reroll.rewrite.ir.patterns import Miss
+from reroll.rewrite.ir.program import NO_CACHE, Input, Origin, Program, TensorType, copy
+from reroll.rewrite.ir.text.compare import same
+from reroll.rewrite.ir.weights import Meta, Source, Weight, WeightTable
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +105,8 @@ def capture(
 
 def rolled(program: Program) -> Program:
     """A flat Program with its idioms raised and its layers in loops."""
-    from reroll.rewrite.raising.driver import raise_idioms
-    from reroll.rewrite.rolling.roll import roll_loops
+    from reroll.rewrite.capture.raising.driver import raise_idioms
+    from reroll.rewrite.capture.rolling.roll import roll_loops
 
     return roll_loops(raise_idioms(program))
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from reroll.rewrite.capture import clean
-from reroll.rewrite.dtypes import follow_limits
-from reroll.rewrite.hidden import NAMES, mark, marks, unmark
-from reroll.rewrite.patterns import Miss
-from reroll.rewrite.program import Program, TensorType, copy
+from reroll.rewrite.ir.dtypes import follow_limits
+from reroll.rewrite.ir.hidden import NAMES, mark, marks, unmark
+from reroll.rewrite.ir.patterns import Miss
+from reroll.rewrite.ir.program import Program, TensorType, copy
 
 aten = torch.ops.aten
 

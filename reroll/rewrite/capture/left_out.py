@@ -20,10 +20,10 @@ from torch import Tensor, fx
 from reroll.errors import RerollError
 from reroll.rewrite.capture.signature import Example
 from reroll.rewrite.capture.tracing import Halt
-from reroll.rewrite.defaults import evaluate, extract, fitted, numbers
-from reroll.rewrite.program import Input, Program, ancestors
-from reroll.rewrite.raising.matching import argument
-from reroll.rewrite.raising.shapes import concrete
+from reroll.rewrite.ir.defaults import evaluate, extract, fitted, numbers
+from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.program import Input, Program, ancestors
+from reroll.rewrite.ir.shapes import concrete
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from reroll.rewrite.capture.side_files import (
 )
 from reroll.rewrite.capture.signature import adds_tokens
 from reroll.rewrite.checkpoint import TensorSource
-from reroll.rewrite.dtypes import DTYPES, dtype_of
-from reroll.rewrite.program import Origin, Program, _service
+from reroll.rewrite.ir.dtypes import DTYPES, dtype_of
+from reroll.rewrite.ir.program import Origin, Program, _service
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from reroll.rewrite.checkpoint.contents import fit_to_checkpoint
 from reroll.rewrite.checkpoint.gguf_source import GgufSource
 from reroll.rewrite.checkpoint.hf_source import hf_source
 from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource, save_tensors, write_file
-from reroll.rewrite.checkpoint.sources import ChainSource, MemorySource, missing_tensor
-from reroll.rewrite.weights.expressions import TensorSource
+from reroll.rewrite.ir.weights.expressions import TensorSource
+from reroll.rewrite.ir.weights.sources import ChainSource, MemorySource, missing_tensor
 
 __all__ = [
     "ChainSource",

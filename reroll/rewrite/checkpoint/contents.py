@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from reroll.rewrite.weights.expressions import TensorSource
+from reroll.rewrite.ir.weights.expressions import TensorSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

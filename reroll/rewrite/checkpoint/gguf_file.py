@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reroll.errors import CheckpointError, ProgramError
-from reroll.rewrite.weights.expressions import Meta
+from reroll.rewrite.ir.weights.expressions import Meta
 
 VERSIONS = (2, 3)
 MAX_DIMS = 8

@@ -20,7 +20,7 @@ from torch import Tensor
 from reroll.errors import CheckpointError
 from reroll.rewrite.checkpoint.gguf_file import GgufFile
 from reroll.rewrite.checkpoint.model_names import ModelNames
-from reroll.rewrite.weights.expressions import Meta, meta_of
+from reroll.rewrite.ir.weights.expressions import Meta, meta_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

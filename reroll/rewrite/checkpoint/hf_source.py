@@ -22,7 +22,7 @@ from reroll.errors import CheckpointError
 from reroll.rewrite.checkpoint.model_names import ModelNames
 from reroll.rewrite.checkpoint.pickled_files import PickledSource
 from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource, has_safetensors
-from reroll.rewrite.weights.expressions import Meta, TensorSource, meta_of
+from reroll.rewrite.ir.weights.expressions import Meta, TensorSource, meta_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

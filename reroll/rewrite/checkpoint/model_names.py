@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from reroll.errors import CheckpointError
-from reroll.rewrite.checkpoint.sources import missing_tensor
-from reroll.rewrite.weights.expressions import Meta
+from reroll.rewrite.ir.weights.expressions import Meta
+from reroll.rewrite.ir.weights.sources import missing_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from reroll.errors import CheckpointError
 from reroll.rewrite.checkpoint.safetensors_header import DOWNLOAD_AGAIN, read_index
-from reroll.rewrite.checkpoint.sources import missing_tensor
-from reroll.rewrite.weights.expressions import Meta, meta_of
+from reroll.rewrite.ir.weights.expressions import Meta, meta_of
+from reroll.rewrite.ir.weights.sources import missing_tensor
 
 SINGLE_FILE = "pytorch_model.bin"
 INDEX_FILE = "pytorch_model.bin.index.json"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from reroll.errors import CheckpointError, ExportError
 from reroll.rewrite.checkpoint.safetensors_header import DOWNLOAD_AGAIN, read_header, read_index
-from reroll.rewrite.checkpoint.sources import missing_tensor
-from reroll.rewrite.weights.expressions import Meta, meta_of
+from reroll.rewrite.ir.weights.expressions import Meta, meta_of
+from reroll.rewrite.ir.weights.sources import missing_tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

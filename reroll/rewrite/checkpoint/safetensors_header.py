@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reroll.errors import CheckpointError, ProgramError
-from reroll.rewrite.weights.expressions import DTYPES, Meta
+from reroll.rewrite.ir.weights.expressions import DTYPES, Meta
 
 # the limit of the safetensors library itself
 MAX_HEADER_BYTES = 100_000_000

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reroll.rewrite.program import ancestors
-from reroll.rewrite.raising.matching import argument
-from reroll.runtime.caches import ATTENTION, CACHE
+from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.program import ancestors
 from reroll.runtime.depthwise.fused import Depths, sites_of
-from reroll.runtime.functions import BINARY, FUNCTIONS, METHODS, rms_norm
+from reroll.runtime.functions.functions import BINARY, FUNCTIONS, METHODS, rms_norm
+from reroll.runtime.state.caches import ATTENTION, CACHE
 
 NORM = torch.ops.reroll.rms_norm.default
 

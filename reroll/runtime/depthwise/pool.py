@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.rewrite.ops import ABSENT
-from reroll.runtime.attention import attend
+from reroll.rewrite.ir.ops import ABSENT
+from reroll.runtime.functions.attention import attend
 
 # up to so many keys in all, those of a batch are copied side by side and attended to at once
 TOGETHER = 4096
@@ -50,7 +50,7 @@ class Pool:
 
     `kinds` are the types of keys and values of one trip. `lengths[slot]` counts the tokens of a
     request that have been given out. With `absent`, tokens are not there until they are stored: see
-    `reroll.rewrite.ops.mark_keys`.
+    `reroll.rewrite.ir.ops.mark_keys`.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from reroll.bounds import COUNT, check_number
 from reroll.errors import UsageError
 from reroll.runtime.depthwise.engine import Engine
 from reroll.runtime.depthwise.frames import Row
-from reroll.runtime.exits import DepthReport
+from reroll.runtime.functions.exits import DepthReport
 
 Mode = Literal["depth", "compact", "lockstep"]
 

@@ -1,0 +1,1 @@
+"""Write a Program's graphs as ONNX files, with what describes and checks them."""

@@ -1,0 +1,151 @@
+"""The directory: graphs, weights, tokenizer, and what says how to use them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+from onnx import helper
+
+import reroll
+from reroll.errors import ExportError
+from reroll.export.onnx.emit import check
+from reroll.export.onnx.emit.manifest import write_manifest
+from reroll.export.onnx.emit.step import step_graphs
+from reroll.export.onnx.emit.translate import Translator
+from reroll.export.onnx.graph import Graph, nodes_of
+from reroll.export.onnx.plan.parameters import Settings
+from reroll.export.onnx.plan.parts import exported_part
+from reroll.export.onnx.plan.weights import WeightFile
+from reroll.rewrite.ir.dtypes import HALVES, retype
+from reroll.rewrite.ir.program import Program
+from reroll.runtime.state.caches import cache_layers
+
+if TYPE_CHECKING:
+    from reroll.export.onnx import Onnx
+    from reroll.export.targets import Progress
+
+log = logging.getLogger(__name__)
+
+# what the format of a file says about its reader; the format that came with opset 27 is 14, but
+# nothing here needs it, and ONNX Runtime 1.31, which has the operators, reads 13 at most
+IR_VERSION = {23: 11, 24: 12, 25: 12, 26: 13, 27: 13}
+CONTRIB = "com.microsoft"
+
+
+def write(
+    target: Onnx, program: Program, directory: Path, progress: Progress | None
+) -> dict[str, Any]:
+    """Write everything into a directory; see `Target.write`."""
+    start = time.perf_counter()
+    whole, program = program, exported_part(program)
+    if program is not whole:
+        log.warning("%s: only the encoder is exported, the decoder is not", whole.origin.model)
+    if "logits" in program.outputs and cache_layers(program) and not program.has_past:
+        raise ExportError(
+            "a pass gave recurrences to a program that was captured without a cache: their state "
+            "would go on from token to token, and what else mixes tokens would not",
+            hint="export the model without that pass",
+        )
+    settings = Settings(target.precision, target.opset, target.block, target.runtime)
+    # first, so that none of them replaces what is written here
+    _copy_files(program, directory)
+    weights = WeightFile(program)
+    files: dict[str, str] = {}
+    for kind in dict.fromkeys(target.graphs):
+        for name, graph in _graphs(program, kind, weights, settings).items():
+            model = _model(graph, name, settings)
+            files[name] = f"{name}.onnx"
+            onnx.save(model, str(directory / files[name]))
+            log.info("%s: %d nodes", files[name], len(model.graph.node))
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total, "writing weights")
+
+    weights.write(directory, report)
+    seconds = {"write": time.perf_counter() - start}
+    checked = {}
+    if target.check:
+        start = time.perf_counter()
+        checked = _checked(settings, program, directory, files, progress)
+        seconds["check"] = time.perf_counter() - start
+    part = "whole" if program is whole else "encoder"
+    found = write_manifest(directory, program, part, settings, files, weights, checked)
+    return {**found, "seconds": seconds}
+
+
+def _graphs(
+    program: Program, kind: str, weights: WeightFile, settings: Settings
+) -> dict[str, Graph]:
+    """The graphs of one kind by name. Their weights are those that `weights` will write."""
+    if kind == "step":
+        return step_graphs(program, weights, settings)
+    return {kind: Translator(program, weights, settings, rolled=kind == "loop").run()}
+
+
+def _model(built: Graph, name: str, settings: Settings) -> onnx.ModelProto:
+    graph = built.finish(name)
+    functions = [function for _, function in built.functions.values()]
+    imports = [helper.make_opsetid("", settings.opset)]
+    if any(node.domain == CONTRIB for node in nodes_of(graph)):
+        imports.append(helper.make_opsetid(CONTRIB, 1))
+    return helper.make_model(
+        graph,
+        functions=functions,
+        opset_imports=imports,
+        ir_version=IR_VERSION.get(settings.opset, 13),
+        producer_name="reroll",
+        producer_version=reroll.__version__,
+    )
+
+
+def _copy_files(program: Program, directory: Path) -> None:
+    """The tokenizer, the preprocessor and the like, unchanged."""
+    for name, path in program.origin.files.items():
+        goal = directory / name
+        if directory.resolve() not in goal.resolve().parents:
+            raise ExportError(f"the side file {name!r:.80} would not be in the directory")
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(path, goal)
+        except OSError as error:
+            reason = f"the side file {name} cannot be copied: {error.strerror}"
+            raise ExportError(reason, where=str(path)) from error
+
+
+def _checked(
+    settings: Settings,
+    program: Program,
+    directory: Path,
+    files: dict[str, str],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    # the graph computes in fp32 where it is not asked for less: so does what it is compared with
+    program = retype(program, torch.float32) if program.dtype in HALVES else program
+    module = program.to_module().eval()
+    results: dict[str, Any] = {}
+    measured = None
+    if settings.precision != "fp32":
+        measured = check.quality(directory / next(iter(files.values())), program, module)
+    check.round_weights(module, program, settings)
+    for kind, file in files.items():
+        if kind in ("embed", "step", "head"):
+            # these make sense together only: see `scheduler`
+            continue
+
+        def report(done: int, total: int, kind: str = kind) -> None:
+            if progress is not None:
+                progress(done, total, f"checking {kind}")
+
+        results[kind] = check.check_graph(
+            directory / file, program, module, settings.precision, progress=report
+        )
+        if measured is not None:
+            results[kind]["quality"] = measured
+    return results

@@ -1,0 +1,238 @@
+"""What was exported against what it was exported from: the same inputs through both.
+
+Causal models are given a batch of three prompts of different lengths, padded on the left, and then
+decode token by token, both with their caches; every logit of a token that is no padding counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from reroll.errors import ExportError
+from reroll.export.onnx.emit.choices import Choices
+from reroll.export.onnx.emit.session import Session
+from reroll.export.onnx.graph import nodes_of
+from reroll.export.onnx.plan.parameters import Settings
+from reroll.export.onnx.plan.quantise import bits_of, dequantised
+from reroll.rewrite.analysis.samples import (
+    default_tokenizer,
+    random_inputs,
+    sample_text,
+    token_input,
+    vocabulary,
+)
+from reroll.rewrite.analysis.tolerances import relative_rms
+from reroll.rewrite.ir.defaults import first_position
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.weights import stored_name
+from reroll.runtime.lowering.recapture import stored_tensors
+
+# relative RMS of outputs. Quantised weights are compared with a module whose weights are rounded
+# alike, and without the rounding of activations that a runtime adds
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-3, "int4": 1e-3}
+
+ROWS, PROMPT, STEPS = 3, 24, 64
+# with activations in fp32, a quantised graph is slow
+QUANTISED_STEPS = 8
+# tokens of text that quality is measured on
+TEXT = 256
+
+Inputs = Mapping[str, Tensor]
+
+
+def check_graph(
+    path: Path,
+    program: Program,
+    module: Any,
+    precision: str = "fp32",
+    steps: int = STEPS,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Check one graph file: by ONNX's own checker, and by running it beside the torch module.
+
+    Returns the largest relative RMS error of any output at any step. Raises ExportError if it is
+    above the tolerance, or the checker or ONNX Runtime refuses the graph.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(f"the checker of ONNX refuses the graph: {reason}", path.name) from error
+    if precision.startswith("int"):
+        steps = min(steps, QUANTISED_STEPS)
+    choices = Choices(TOLERANCE[precision])
+    session = _session(path, choices)
+    is_causal = bool(session.past)
+    steps = min(steps, _room(program))
+    pairs = _decoded if is_causal else _once
+    worst, count = 0.0, 0
+    for name, actual, expected in pairs(program, module, session, choices, steps):
+        error_ = relative_rms(actual.float(), expected.float())
+        worst, count = max(worst, error_), count + 1
+        if not error_ <= TOLERANCE[precision]:
+            raise ExportError(
+                f"{name} differs from the torch module by {error_:.2e} relative RMS, "
+                f"more than {TOLERANCE[precision]:.0e}",
+                where=path.name,
+                hint="without --check it is written anyway",
+            )
+        if progress is not None:
+            progress(count, steps + 1 if is_causal else 1)
+    return {
+        "relative_rms_error": worst,
+        "tolerance": TOLERANCE[precision],
+        "batch": ROWS,
+        "prompt": PROMPT if is_causal else None,
+        "decode_steps": steps if is_causal else None,
+    }
+
+
+def quality(path: Path, program: Program, module: Any) -> dict[str, float] | None:
+    """How far a graph of another precision is from the module, on text, as it is run.
+
+    Mean KL divergence in nats, top-1 agreement, and both perplexities; None for models that have no
+    logits.
+    """
+    session = Session(path)
+    if not session.past or program.outputs[0] != "logits":
+        return None
+    tokens, seen = prompts(program, rows=1, length=min(TEXT, _room(program) + PROMPT))
+    positions = torch.arange(tokens.shape[1])[None]
+    session.reset(1)
+    given = {"input_ids": tokens, "attention_mask": seen, "position_ids": positions}
+    with torch.no_grad():
+        expected = torch.log_softmax(module(tokens).logits.float(), -1)
+        actual = torch.log_softmax(session.run(given)["logits"].float(), -1)
+
+    def perplexity(logs: Tensor) -> float:
+        return float(logs[:, :-1].gather(-1, tokens[:, 1:, None]).mean().neg().exp())
+
+    same = expected.argmax(-1) == actual.argmax(-1)
+    return {
+        "kl_divergence": float((expected.exp() * (expected - actual)).sum(-1).mean()),
+        "top1_agreement": float(same.float().mean()),
+        "perplexity": perplexity(actual),
+        "original_perplexity": perplexity(expected),
+        "tokens": tokens.shape[1],
+    }
+
+
+def _session(path: Path, choices: Choices) -> Session:
+    """A session that tells its choices, and rounds no activations of quantised products."""
+    model = onnx.load(str(path), load_external_data=False)
+    for node in nodes_of(model.graph):
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    choices.tell(model.graph)
+    copy = path.with_name(f"checked-{path.name}")
+    onnx.save(model, str(copy))
+    try:
+        return Session(copy)
+    finally:
+        copy.unlink()
+
+
+def round_weights(module: Any, program: Program, settings: Settings) -> None:
+    """Give a module the weights that its quantised ones stand for."""
+    if settings.bits is None:
+        return
+    table, tensors = stored_tensors(module)
+    for name, weight in table.items():
+        bits = bits_of(settings, program, name)
+        if bits is None:
+            continue
+        for entry in range(len(weight.entries)):
+            tensor = tensors[stored_name(name, entry)]
+            tensor.data.copy_(dequantised(tensor.data, bits, settings.block))
+
+
+def _room(program: Program) -> int:
+    """How many tokens fit behind a prompt."""
+    length = program.origin.positions
+    # a model may keep its first positions for padding
+    first = max((first_position(i) or 0 for i in program.inputs), default=0)
+    return STEPS if length is None else length - first - PROMPT
+
+
+Compared = Iterator[tuple[str, Tensor, Tensor]]
+
+
+def _once(
+    program: Program, module: Any, session: Session, choices: Choices, steps: int
+) -> Compared:
+    """Outputs of a model without state; positions that are padding do not count.
+
+    One that predicts tokens runs at two lengths, because it is run again for each new token.
+    """
+    for length in (16, 17) if program.outputs[0] == "logits" else (16,):
+        yield from _at_length(program, module, session, choices, length)
+
+
+def _at_length(
+    program: Program, module: Any, session: Session, choices: Choices, length: int
+) -> Compared:
+    rows = ROWS if len(program.inputs) > 1 else 2
+    inputs = random_inputs(program, rows=rows, length=length, padded=True)
+    padding = next((i.name for i in program.inputs if i.role == "padding"), None)
+    actual = session.run(_completed(program, inputs))
+    with torch.no_grad(), choices.taken(actual):
+        expected = module(**inputs)
+    for name in program.outputs:
+        a, b = actual[name], expected[name]
+        seen = inputs.get(padding) if padding else None
+        if seen is not None and a.shape[:2] == seen.shape:
+            a, b = a[seen.bool()], b[seen.bool()]
+        yield name, a, b
+
+
+def _completed(program: Program, inputs: Inputs) -> dict[str, Tensor]:
+    from reroll.rewrite.ir.interpret import complete
+
+    return complete(program, inputs)
+
+
+def _decoded(
+    program: Program, module: Any, session: Session, choices: Choices, steps: int
+) -> Compared:
+    """Logits of a prompt and of the tokens after it, which the torch module chooses."""
+    tokens, seen = prompts(program)
+    session.reset(ROWS)
+    past: Any = None
+    with torch.no_grad():
+        for step in range(steps + 1):
+            inputs = {"input_ids": tokens, "attention_mask": seen}
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            if "position_ids" in session.inputs:
+                inputs["position_ids"] = positions
+            actual = session.run(inputs)
+            with choices.taken(actual):
+                out = module(**inputs, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            shown = seen[:, -tokens.shape[1] :].bool()
+            at = f"step {step}" if step else "the prompt"
+            for name in program.outputs:
+                if actual[name].shape[:2] == shown.shape:
+                    yield f"{name} at {at}", actual[name][shown], out[name][shown]
+            tokens = out.logits[:, -1:].argmax(-1)
+            seen = torch.cat([seen, torch.ones_like(tokens)], dim=1)
+
+
+def prompts(program: Program, rows: int = ROWS, length: int = PROMPT) -> tuple[Tensor, Tensor]:
+    """Token ids [rows, length] of text, and the mask of a batch that is padded on the left."""
+    tokenizer = default_tokenizer(program)
+    if tokenizer is not None:
+        ids = torch.tensor(list(tokenizer(sample_text()))[: rows * length]).reshape(rows, length)
+    else:
+        item = token_input(program)
+        top = vocabulary(program, item.name if item else None) or 2
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, top, (rows, length), generator=generator)
+    lead = torch.arange(rows)[:, None] * (length // (2 * rows))
+    return ids, (torch.arange(length)[None] >= lead).long()

@@ -1,0 +1,106 @@
+"""Choices of an ONNX graph, made by the torch module that it is compared with.
+
+Which k elements are the largest is no continuous function. Scores that are equal, or closer than
+rounding, may be chosen either way: torch leaves open which of equal ones it takes, ONNX takes the
+first. What follows from the choice differs by much: another expert, another key that is read. So
+the graph tells what it chose, and where that is as good as the module's own choice, the module
+takes it. All else is then compared as closely as ever.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reroll.export.onnx.ops.sorting import CHOSEN
+
+_NAME = re.compile(rf"{CHOSEN}(_\d+)?")
+# below it, a score is a mask
+_MASK = -1e30
+
+
+class Choices:
+    """What the graph of a model chooses, in the order in which it does: `tell` adds the outputs."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        # the outputs with choices: of the graph, or of each round of a Loop
+        self.groups: list[tuple[str, ...]] = []
+        self.loops: set[str] = set()
+
+    def tell(self, graph: onnx.GraphProto) -> None:
+        """Make outputs of the choices in a graph and in its Loops."""
+        for node in graph.node:
+            if node.op_type == "TopK" and _NAME.fullmatch(node.output[1]):
+                self.groups.append((node.output[1],))
+                graph.output.append(_any_shape(node.output[1]))
+            elif node.op_type == "Loop":
+                body = next(a.g for a in node.attribute if a.name == "body")
+                inner = [n.output[1] for n in body.node if n.op_type == "TopK"]
+                names = [name for name in inner if _NAME.fullmatch(name)]
+                stacks = tuple(f"{name}.rounds" for name in names)
+                body.output.extend(map(_any_shape, names))
+                node.output.extend(stacks)
+                graph.output.extend(map(_any_shape, stacks))
+                if stacks:
+                    self.groups.append(stacks)
+                    self.loops.update(stacks)
+
+    def of(self, outputs: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The choices of one run, in the order in which they were made."""
+        for group in self.groups:
+            found = [outputs[name] for name in group]
+            if group[0] not in self.loops:
+                yield from found
+                continue
+            for made in zip(*found, strict=True):
+                yield from made
+
+    @contextmanager
+    def taken(self, outputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let a torch module choose as the graph did in this run, where that is as good."""
+        with _Following(self.of(outputs), self.tolerance):
+            yield
+
+
+class _Following(TorchDispatchMode):
+    """Takes the choices that it is given for those of topk, one after the other."""
+
+    def __init__(self, choices: Iterator[Tensor], tolerance: float) -> None:
+        super().__init__()
+        self.choices, self.tolerance = choices, tolerance
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is not torch.ops.aten.topk.default:
+            return result
+        chosen = next(self.choices, None)
+        dim = args[2] if len(args) > 2 else -1
+        if chosen is None or chosen.shape != result[1].shape:
+            return result
+        values = args[0].gather(dim, chosen)
+        if not as_good(values, result[0], args[0], dim, self.tolerance):
+            return result
+        return torch.return_types.topk((values, chosen))
+
+
+def as_good(chosen: Tensor, best: Tensor, scores: Tensor, dim: int, tolerance: float) -> bool:
+    """Whether chosen scores are the best ones, up to a part of the largest score in their row."""
+    a, b = (each.double().sort(dim).values for each in (chosen, best))
+    size = scores.double().where(scores > _MASK, 0.0).abs().amax(dim, keepdim=True)
+    near = (a - b).abs() <= tolerance * size
+    return bool((near | (a == b)).all())
+
+
+def _any_shape(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None)

@@ -1,0 +1,228 @@
+"""What describes an exported directory: manifest.json, genai_config.json and README.md.
+
+manifest.json       for programs: files with checksums, inputs, outputs, states, checks
+genai_config.json   for onnxruntime-genai
+README.md           for people
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+import reroll
+from reroll.export.onnx.emit.readme import readme
+from reroll.export.onnx.emit.translate import computed_inputs
+from reroll.export.onnx.plan.parameters import Settings
+from reroll.export.onnx.plan.states import CONV, PAST, PRESENT, RECURRENT
+from reroll.export.onnx.plan.weights import FILE, WeightFile
+from reroll.rewrite.ir.program import Program
+
+MANIFEST, GENAI = "manifest.json", "genai_config.json"
+
+
+def write_manifest(
+    directory: Path,
+    program: Program,
+    part: str,
+    settings: Settings,
+    files: dict[str, str],
+    weights: WeightFile,
+    checked: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the three files; returns the manifest."""
+    graphs = {kind: _graph(directory / file) for kind, file in files.items()}
+    states = _states(next(iter(graphs.values())))
+    config = _genai_config(program, states, directory, files)
+    if config is not None:
+        _write_json(directory / GENAI, config)
+    for kind, result in checked.items():
+        graphs[kind]["check"] = result
+    found: dict[str, Any] = {
+        "format": 1,
+        "producer": {"reroll": reroll.__version__, "onnx": onnx.__version__},
+        "model": program.origin.model,
+        "part": part,
+        "passes": [step.text for step in program.origin.steps],
+        "remarks": list(program.origin.remarks),
+        "precision": settings.precision,
+        "opset": settings.opset,
+        "runtime": settings.runtime,
+        "loops": [
+            {"name": p.name, "trips": p.trips, "period": p.period, "layers": p.layers}
+            for p in program.loops
+        ],
+        "graphs": graphs,
+        "computed_inputs": computed_inputs(program),
+        "states": states,
+        "decoding": _decoding(program, states),
+        "weights": {
+            "file": FILE,
+            "bytes": (directory / FILE).stat().st_size,
+            "sha256": weights.digests(directory),
+        },
+    }
+    (directory / "README.md").write_text(readme(found, config is not None), encoding="utf-8")
+    others = sorted(
+        str(p.relative_to(directory))
+        for p in directory.rglob("*")
+        if p.is_file() and p.name not in (FILE, *files.values())
+    )
+    found["files"] = {name: _digest(directory / name) for name in others}
+    _write_json(directory / MANIFEST, found)
+    return found
+
+
+def _decoding(program: Program, states: list[dict[str, Any]]) -> str | None:
+    """What a run of a causal model takes: new tokens with "states", or the "whole" sequence."""
+    if states:
+        return "states"
+    return "whole" if program.origin.auto_class == "AutoModelForCausalLM" else None
+
+
+def _graph(path: Path) -> dict[str, Any]:
+    model = onnx.load(str(path), load_external_data=False)
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": _digest(path),
+        "nodes": len(model.graph.node),
+        "inputs": [_described(i) for i in model.graph.input],
+        "outputs": [_described(o) for o in model.graph.output],
+    }
+
+
+def _described(item: Any) -> dict[str, Any]:
+    kind = item.type.tensor_type
+    return {
+        "name": item.name,
+        "dtype": TensorProto.DataType.Name(kind.elem_type).lower(),
+        "shape": [d.dim_param or d.dim_value for d in kind.shape.dim],
+    }
+
+
+def _states(graph: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every state: which output is which input of the next run."""
+    prefix = PAST.partition(".")[0]
+    found = []
+    for item in graph["inputs"]:
+        if not item["name"].startswith(f"{prefix}."):
+            continue
+        _, layer, part = item["name"].split(".")
+        found.append(
+            {
+                "layer": int(layer),
+                "part": part,
+                "input": item["name"],
+                "output": PRESENT.format(layer, part),
+                "dtype": item["dtype"],
+                "shape": item["shape"],
+                "grows": "past_sequence_length" in item["shape"],
+            }
+        )
+    return found
+
+
+_GROWING = ("key", "value")
+
+
+def _genai_config(
+    program: Program, states: list[dict[str, Any]], directory: Path, files: dict[str, str]
+) -> dict[str, Any] | None:
+    """What onnxruntime-genai wants to know of a decoder.
+
+    None for other models, and for those that have states which it does not know: windows, what
+    waits beside them, what mLSTM and GSA keep, and keys or values of several sizes.
+    """
+    parts = {s["part"] for s in states if not s["grows"]}
+    if not states or program.outputs[0] != "logits" or not parts <= {RECURRENT, CONV}:
+        return None
+    sizes = {part: {str(s["shape"]) for s in states if s["part"] == part} for part in _GROWING}
+    counts = {part: sum(s["part"] == part for s in states) for part in _GROWING}
+    if len(set.union(*sizes.values())) > 1 or len(set(counts.values())) > 1:
+        return None
+    key = next(s["shape"] for s in states if s["part"] in ("key", RECURRENT))
+    names = {"key": "key", "value": "value", "conv": CONV, "recurrent": RECURRENT}
+    names = {k: v for k, v in names.items() if k in ("key", "value") or v in parts}
+    graph = next((files[kind] for kind in ("unrolled", "loop") if kind in files), None)
+    if graph is None:
+        return None
+    config = dict(program.origin.config)
+    generation = _generation(program)
+    end = generation.get("eos_token_id", config.get("eos_token_id"))
+    pad = generation.get("pad_token_id", config.get("pad_token_id"))
+    if pad is None:
+        pad = end[0] if isinstance(end, list) else end
+    heads = int(config.get("num_attention_heads", key[1]))
+    context = program.origin.positions or 2048
+    computed = computed_inputs(program)
+    given = {i.name: i.name for i in program.inputs if i.name not in computed}
+    return {
+        "model": {
+            "type": "decoder",
+            "context_length": context,
+            "bos_token_id": generation.get("bos_token_id", config.get("bos_token_id")) or 0,
+            "eos_token_id": end,
+            "pad_token_id": pad,
+            "vocab_size": config.get("vocab_size"),
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": graph,
+                "head_size": key[3],
+                "hidden_size": config.get("hidden_size") or config.get("n_embd") or 0,
+                "num_attention_heads": heads,
+                "num_hidden_layers": 1 + max(s["layer"] for s in states),
+                "num_key_value_heads": key[1],
+                "inputs": {
+                    **given,
+                    **{f"past_{k}_names": PAST.format("%d", v) for k, v in names.items()},
+                },
+                "outputs": {
+                    "logits": "logits",
+                    **{f"present_{k}_names": PRESENT.format("%d", v) for k, v in names.items()},
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": context,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": _shares_buffers(directory / graph, states),
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
+
+
+def _shares_buffers(path: Path, states: list[dict[str, Any]]) -> bool:
+    """Whether every cache may be one buffer, as past and as present: its operator appends to it."""
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    count = sum(node.op_type == "GroupQueryAttention" for node in nodes)
+    return 0 < count == sum(s["part"] == "key" for s in states)
+
+
+def _generation(program: Program) -> dict[str, Any]:
+    path = program.origin.files.get("generation_config.json")
+    if path is None or not Path(path).is_file():
+        return {}
+    found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return found
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_json(path: Path, data: Any) -> None:
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,327 @@
+"""From a Program's graphs to ONNX nodes: the walk, and what lowerings have at hand.
+
+A lowering is a function (g, node, *args, **kwargs) with the arguments of the op: tensors are
+`Value`s, weights are `Parameter`s until somebody asks for a form of them, sizes known only at run
+time are `Size`s, and what differs from trip to trip is `Varying`. It returns what the op gives.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.errors import ExportError, RerollError, located
+from reroll.export.onnx.emit.loops import emit_loop
+from reroll.export.onnx.graph import ELEMENT, Graph, Value
+from reroll.export.onnx.plan.parameters import Parameter, Settings, Size, Trip, Varying
+from reroll.export.onnx.plan.states import States
+from reroll.export.onnx.plan.weights import WeightFile
+from reroll.rewrite.ir import ops
+from reroll.rewrite.ir.defaults import reads
+from reroll.rewrite.ir.lowerings import find_lowering, op_name
+from reroll.rewrite.ir.matching import shape
+from reroll.rewrite.ir.program import Dim, Input, Loop, Program, TensorType
+from reroll.runtime.state.caches import numbering
+
+TARGET = "onnx"
+INT = torch.int64
+
+_ARITHMETIC: dict[type[ast.AST], str] = {
+    ast.Add: "Add",
+    ast.Sub: "Sub",
+    ast.Mult: "Mul",
+    ast.FloorDiv: "Div",
+}
+_FUNCTIONS = {"FloorDiv": "Div", "Max": "Max", "Min": "Min"}
+
+
+class Translator:
+    """One ONNX graph of a Program. `loops` decides which trips become a Loop."""
+
+    def __init__(
+        self, program: Program, weights: WeightFile, settings: Settings, rolled: bool
+    ) -> None:
+        self.program, self.weights, self.settings = program, weights, settings
+        self.rolled = rolled
+        self.graph = Graph()
+        self.trip: Trip | None = None
+        self.scans: list[Any] = []
+        self.sizes: dict[str, Value] = {}
+        self.loops: dict[fx.Node, Loop] = {loop.node: loop for loop in program.loops}
+        self.wide = settings.wide_nodes(program)
+        self.states = States(program)
+        self._given: dict[str, Value] = {}
+
+    # ---- the walk
+
+    def run(self) -> Graph:
+        """Translate the whole Program."""
+        self.graph.reserve(self.program.outputs)
+        inputs = [self.given(item.name) for item in self.program.inputs]
+        self.states.add_inputs(self)
+        results = self.walk("main", self.program.graph, inputs)
+        for name, node, value in zip(
+            self.program.outputs, _returned(self.program.graph), results, strict=True
+        ):
+            self.output(name, value, node)
+        self.states.add_outputs(self)
+        return self.graph
+
+    def output(self, name: str, value: Any, node: Any) -> None:
+        """Make a value an output of the graph; floats come out in fp32."""
+        made = self.tensor(value)
+        if made.dtype.is_floating_point:
+            made = self.cast(made, torch.float32)
+        shape = node.meta["type"].shape if isinstance(node, fx.Node) else ()
+        self.graph.root.output(made, name, self.settings.axes(shape))
+
+    def given(self, name: str) -> Value:
+        """An input of the Program by name: one of the graph, or what stands for it."""
+        if name not in self._given:
+            item = next(i for i in self.program.inputs if i.name == name)
+            computed = name in computed_inputs(self.program)
+            self._given[name] = self._stand_in(item) if computed else self._input(name, item.type)
+        return self._given[name]
+
+    def _stand_in(self, item: Input) -> Value:
+        """What the model has in the place of an input that its caller leaves out."""
+        shape = item.type.shape
+        if item.default is not None:
+            arguments = [self.given(name) for name in reads(item)]
+            value = self.tensor(self.walk(f"default {item.name}", item.default, arguments)[0])
+        elif item.counts:
+            length = self.tensor(self.size(shape[-1]))
+            value = self.op("Range", self.number(0, INT), length, self.number(1, INT))
+        else:
+            value = self.number(0, INT)
+        return self.op("Expand", self.cast(value, item.type.dtype), self.shape(shape))
+
+    def _input(self, name: str, kind: TensorType) -> Value:
+        dtype = kind.dtype
+        if dtype.is_floating_point:
+            dtype = torch.float32
+        value = self.graph.input(name, dtype, self.settings.axes(kind.shape))
+        for position, dim in enumerate(kind.shape):
+            if isinstance(dim, str) and dim.isidentifier() and dim not in self.sizes:
+                self.sizes[dim] = self.op(
+                    "Shape", value, dtype=INT, start=position, end=position + 1, hint=dim
+                )
+        return value if dtype == kind.dtype else self.cast(value, self.real(kind.dtype))
+
+    def walk(self, name: str, graph: fx.Graph, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """What a graph returns for these arguments."""
+        return self.run_nodes(name, list(graph.nodes), self.start(graph, arguments))
+
+    def start(self, graph: fx.Graph, arguments: Sequence[Any]) -> dict[fx.Node, Any]:
+        """The values of a graph's placeholders."""
+        places = [n for n in graph.nodes if n.op == "placeholder"]
+        return dict(zip(places, arguments, strict=True))
+
+    def run_nodes(
+        self, name: str, nodes: Sequence[fx.Node], values: dict[fx.Node, Any]
+    ) -> tuple[Any, ...]:
+        """Translate some nodes of a graph in order, adding to `values`; what the output returns."""
+        for node in nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "get_attr":
+                weight = self.program.weights[str(node.target)]
+                values[node] = Parameter(self, str(node.target), weight, self.trip)
+            elif node.op == "output":
+                result: Any = fx.node.map_arg(node.args[0], values.__getitem__)
+                return tuple(result) if isinstance(result, tuple | list) else (result,)
+            else:
+                try:
+                    values[node] = self._call(node, values)
+                except RerollError:
+                    with located(f"{name}, {node.name}{self._origin(node)}"):
+                        raise
+        return ()
+
+    def _origin(self, node: fx.Node) -> str:
+        """Which module of the original a node comes after: that of the nearest weight before it."""
+        front, seen = [node], {node}
+        while front and node not in self.loops:
+            for each in front:
+                if each.op == "get_attr":
+                    return f" (after {str(each.target).rpartition('.')[0]})"
+            front = [n for n in dict.fromkeys(_inputs(front)) if n not in seen]
+            seen.update(front)
+        return ""
+
+    def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        args: Any = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        if node.target is ops.loop:
+            return emit_loop(self, self.loops[node], args[1], args[2])
+        function = find_lowering(TARGET, node.target)
+        if function is None and self._is_constant(node):
+            make: Any = node.target
+            return self.number(make(*node.args, **node.kwargs), self.dtype(node))
+        if function is None:
+            name = op_name(node.target)
+            raise ExportError(
+                f"the op {name} has no lowering to ONNX",
+                hint=f'give it one where it is defined: @lowering("onnx", "{name}")',
+            )
+        try:
+            return function(self, node, *args, **kwargs)
+        except RerollError:
+            raise
+        except Exception as error:
+            raise ExportError(
+                f"lowering {op_name(node.target)}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether an op makes the same tensor always, such as `linspace` of numbers."""
+        tags = getattr(node.target, "tags", ())
+        is_random = torch.Tag.nondeterministic_seeded in tags
+        return not is_random and not node.all_input_nodes and "type" in node.meta
+
+    # ---- nodes
+
+    def op(self, kind: str, *inputs: Value | None, **attributes: Any) -> Value:
+        """One ONNX node with one output; see `Graph.op`."""
+        return self.graph.op(kind, *inputs, **attributes)
+
+    def number(self, value: Any, dtype: torch.dtype) -> Value:
+        """A number, or nested lists of numbers, as a constant."""
+        return self.graph.constant(value, dtype)
+
+    def ints(self, *values: int) -> Value:
+        """A list of integers as ONNX takes shapes and axes."""
+        return self.graph.constant(list(values), INT)
+
+    def tensor(
+        self, value: Any, dtype: torch.dtype | None = None, rank: int | None = None
+    ) -> Value:
+        """Any argument as a tensor, in a dtype if one is given.
+
+        `rank` is that of what it is combined with: a weight that differs from row to row then has
+        its rows first.
+        """
+        if isinstance(value, Parameter):
+            value = value.plain(rank)
+        elif isinstance(value, Size):
+            value = self.op("Squeeze", value.value, self.ints(0))
+        elif isinstance(value, Varying):
+            value = value.tensor(dtype)
+        elif not isinstance(value, Value):
+            kind = dtype or (INT if isinstance(value, int) else self.settings.dtype)
+            return self.number(value, torch.bool if isinstance(value, bool) else kind)
+        return value if dtype is None else self.cast(value, dtype)
+
+    def cast(self, value: Value, dtype: torch.dtype) -> Value:
+        """A value in a dtype; itself if it is in that already."""
+        if value.dtype == dtype:
+            return value
+        made = self.op("Cast", value, to=ELEMENT[dtype], dtype=dtype)
+        return repeated(made, value.repeated)
+
+    def real(self, dtype: torch.dtype, node: fx.Node | None = None) -> torch.dtype:
+        """The dtype to compute in where the Program has `dtype`; of complex ones, their parts'."""
+        if dtype.is_complex:
+            return torch.float32
+        if not dtype.is_floating_point or dtype == torch.float64:
+            return dtype
+        return torch.float32 if node is not None and node in self.wide else self.settings.dtype
+
+    def dtype(self, node: fx.Node) -> torch.dtype:
+        """The dtype of what a node of the Program makes, in ONNX."""
+        return self.real(node.meta["type"].dtype, node)
+
+    # ---- sizes
+
+    def size(self, dim: Dim) -> int | Size:
+        """A dimension by its name in the Program: a number, or a size known at run time."""
+        if isinstance(dim, int):
+            return dim
+        if dim in self.sizes:
+            return Size(self, self.sizes[dim])
+        if dim == "t" and (total := self.states.total(self)) is not None:
+            self.sizes[dim] = total
+            return Size(self, total)
+        try:
+            return Size(self, self._computed(ast.parse(dim, mode="eval").body))
+        except (KeyError, SyntaxError) as error:
+            raise ExportError(f"nothing says how large {dim!r} is") from error
+
+    def _computed(self, tree: ast.AST) -> Value:
+        if isinstance(tree, ast.Constant):
+            return self.ints(int(tree.value))  # type: ignore[arg-type]
+        if isinstance(tree, ast.Name):
+            found = self.size(tree.id) if tree.id in (*self.sizes, "t") else None
+            if isinstance(found, Size):
+                return found.value
+            raise KeyError(tree.id)
+        if isinstance(tree, ast.BinOp):
+            sides = self._computed(tree.left), self._computed(tree.right)
+            return self.op(_ARITHMETIC[type(tree.op)], *sides)
+        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
+            return self.op(_FUNCTIONS[tree.func.id], *map(self._computed, tree.args))
+        raise KeyError(ast.dump(tree))
+
+    def shape(self, dims: Sequence[Any]) -> Value:
+        """Sizes, numbers and names of dimensions as one tensor of int64."""
+        dims = [self.size(d) if isinstance(d, str) else d for d in dims]
+        if all(isinstance(d, int) for d in dims):
+            return self.ints(*dims)
+        parts = [d.value if isinstance(d, Size) else self.ints(d) for d in dims]
+        return self.op("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
+
+    def reshape(self, x: Value, before: Sequence[Dim], after: Sequence[Dim]) -> Value:
+        """A reshape between two shapes of the Program, with as few sizes as can be."""
+        target: list[Any] = []
+        for position, dim in enumerate(after):
+            same = position < len(before) and before[: position + 1] == after[: position + 1]
+            target.append(0 if same and isinstance(dim, str) else dim)
+        open_ = [i for i, dim in enumerate(target) if isinstance(dim, str)]
+        if len(open_) == 1:
+            target[open_[0]] = -1
+        return self.op("Reshape", x, self.shape(target))
+
+
+def computed_inputs(program: Program) -> list[str]:
+    """The Program's inputs that its graphs compute by themselves, as the model does without them.
+
+    These are the inputs with a default of their own; positions where there is no past to count
+    from; and token types of a decoder, which runtimes of decoders do not know. Padding masks are
+    no such inputs: runtimes give them to every model, also to one that would make its own.
+    """
+    stateful = bool(numbering(program))
+    return [
+        i.name
+        for i in program.inputs
+        if i.role != "padding"
+        and (i.default is not None or (i.role == "zeros" if stateful else i.counts))
+    ]
+
+
+def shape_of(node: fx.Node, argument: int = 0) -> tuple[Any, ...]:
+    """The shape of one of a node's arguments; empty if that is a number."""
+    source: Any = node.args[argument]
+    return shape(source) if isinstance(source, fx.Node) else ()
+
+
+def repeated(value: Value, is_repeated: bool) -> Value:
+    """The value, marked as one half twice in its last dimension."""
+    if value.repeated == is_repeated:
+        return value
+    return Value(value.name, value.dtype, value.scope, is_repeated)
+
+
+def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    return [n for node in nodes for n in node.all_input_nodes]
+
+
+def _returned(graph: fx.Graph) -> tuple[Any, ...]:
+    result: Any = next(iter(reversed(graph.nodes))).args[0]
+    return tuple(result) if isinstance(result, tuple | list) else (result,)

@@ -1,0 +1,1 @@
+"""Lower the ops of a graph to ONNX operators."""

@@ -1,0 +1,206 @@
+"""The lowering of attention: the Attention operator with a mask that is made once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from reroll.errors import ExportError
+from reroll.export.onnx.emit.translate import TARGET
+from reroll.export.onnx.graph import Value
+from reroll.export.onnx.ops import grouped, masks, windows
+from reroll.export.onnx.plan.parameters import Varying
+from reroll.rewrite.ir.lowerings import lowering
+from reroll.rewrite.ir.matching import argument, shape
+
+if TYPE_CHECKING:
+    from reroll.export.onnx.emit.translate import Translator
+
+INT, BOOL, FLOAT = torch.int64, torch.bool, torch.float32
+
+
+@lowering(TARGET, "reroll::attention.default")
+def attention(
+    g: Translator,
+    node: fx.Node,
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: float,
+    causal: Any = False,
+    window: Any = None,
+    chunk: Any = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    bias: Any = None,
+    padding: Any = None,
+    blocks: Any = None,
+    prefix: Any = None,
+) -> Value:
+    """Softmax attention, `reroll.rewrite.ir.ops.attention`: [batch, time, heads, v_head_dim]."""
+    dtype = g.dtype(node)
+    if not prefix and window == 0:
+        zero = g.number(0.0, dtype)
+        return g.op("Expand", zero, g.shape(node.meta["type"].shape))
+    mask, length, keys = _mask(
+        g, node, dtype, k, causal, window, chunk, bias, padding, blocks, prefix
+    )
+    q, k, v = (g.tensor(x, dtype) for x in (q, k, v))
+    if grouped.fits(g, k, v, causal, sinks):
+        made = grouped.attention(g, node, q, k, v, scale, mask, softcap, keys)
+        return _if_any(g, made, window, prefix)
+    if sinks is None and softcap is None:
+        if mask is not None:
+            mask = g.op("Expand", mask, g.shape([1, 1, length, keys]))
+        made = g.op("Attention", q, k, v, mask, scale=scale)
+    else:
+        scores = _scores(g, node, q, k, scale, mask, softcap, sinks)
+        weights = g.op("Softmax", scores, axis=-1)
+        if sinks is not None:
+            weights = g.op("Slice", weights, g.ints(0), g.ints(-1), g.ints(-1), g.ints(1))
+        made = g.op("MatMul", weights, _repeated(g, node, v, "v"))
+    made = g.op("Transpose", made, perm=[0, 2, 1, 3])
+    return _if_any(g, made, window, prefix)
+
+
+def _if_any(g: Translator, made: Value, window: Any, prefix: Any) -> Value:
+    """Zeros in those trips whose window is 0."""
+    if prefix or not isinstance(window, Varying) or 0 not in window.values:
+        return made
+    sees = g.op("Greater", masks.reach(g, window), g.number(0, INT), dtype=BOOL)
+    return g.op("Where", sees, made, g.number(0.0, made.dtype), dtype=made.dtype)
+
+
+@lowering(TARGET, "aten::scaled_dot_product_attention.default")
+def scaled_dot_product_attention(
+    g: Translator,
+    node: fx.Node,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Value:
+    """Attention as a model calls it beside its layers: [batch, heads, time, d] in and out."""
+    dtype = g.dtype(node)
+    if len(shape(node)) != 4:
+        raise ExportError(
+            "scaled_dot_product_attention of anything but [batch, heads, time, d] has no lowering",
+            hint="give it a batch and heads",
+        )
+    if mask is not None:
+        mask = g.tensor(mask)
+        mask = mask if mask.dtype == BOOL else g.cast(mask, dtype)
+        queries, keys = shape(argument(node, "query"))[2], shape(argument(node, "key"))[2]
+        mask = g.op("Expand", mask, g.shape([1, 1, queries, keys]))
+    q, k, v = (g.tensor(x, dtype) for x in (q, k, v))
+    return g.op("Attention", q, k, v, mask, scale=scale, is_causal=int(is_causal))
+
+
+@lowering(TARGET, "reroll::attention_mass.default")
+def attention_mass(
+    g: Translator,
+    node: fx.Node,
+    q: Any,
+    k: Any,
+    scale: float,
+    causal: Any = False,
+    window: Any = None,
+    chunk: Any = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    bias: Any = None,
+    padding: Any = None,
+    blocks: Any = None,
+    prefix: Any = None,
+    log: bool = False,
+) -> Value:
+    """What a softmax divides by, `reroll.rewrite.ir.ops.attention_mass`: [batch, time, heads]."""
+    mask, *_ = _mask(g, node, FLOAT, k, causal, window, chunk, bias, padding, blocks, prefix)
+    q, k = (g.tensor(x, FLOAT) for x in (q, k))
+    scores = _scores(g, node, q, k, scale, mask, softcap, sinks)
+    if log:
+        mass = g.op("ReduceLogSumExp", scores, g.ints(-1), keepdims=0)
+        return g.op("Transpose", mass, perm=[0, 2, 1])
+    highest = g.op("ReduceMax", scores, g.ints(-1), keepdims=1)
+    mass = g.op("ReduceSum", g.op("Exp", g.op("Sub", scores, highest)), g.ints(-1), keepdims=0)
+    return g.op("Transpose", mass, perm=[0, 2, 1])
+
+
+def _mask(
+    g: Translator,
+    node: fx.Node,
+    dtype: torch.dtype,
+    k: Any,
+    causal: Any,
+    window: Any,
+    chunk: Any,
+    bias: Any,
+    padding: Any,
+    blocks: Any,
+    prefix: Any,
+) -> tuple[Value | None, Any, Any]:
+    """What is added to scores, None if nothing is; and how many queries and keys there are."""
+    length, keys = shape(argument(node, "q"))[2], shape(argument(node, "k"))[2]
+    columns = g.tensor(k).columns
+    if columns is not None:
+        keys = columns.count(g)
+        padding = g.tensor(padding) if padding is not None else windows.padding_of(g)
+        keep: Value | None = windows.visible(g, columns, window, padding)
+    else:
+        keep = masks.visible(g, length, keys, causal, window, chunk, padding, prefix, blocks)
+    mask = None if keep is None else masks.additive(g, dtype, keep)
+    if bias is not None:
+        dims = shape(argument(node, "bias"))
+        bias = g.tensor(bias, dtype)
+        if len(dims) < 4:
+            bias = g.op("Unsqueeze", bias, g.ints(*range(4 - len(dims))))
+        mask = bias if mask is None else g.op("Add", bias, mask)
+    return mask, length, keys
+
+
+def _scores(
+    g: Translator,
+    node: fx.Node,
+    q: Value,
+    k: Value,
+    scale: float,
+    mask: Value | None,
+    softcap: float | None,
+    sinks: Any,
+) -> Value:
+    """Scores written out, for what the operator does not know: [batch, heads, time, keys].
+
+    Sinks are a last column.
+    """
+    batch, heads, length, _ = shape(argument(node, "q"))
+    k = _repeated(g, node, k, "k")
+    scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
+    scores = g.op("Mul", scores, g.number(scale, q.dtype))
+    if softcap is not None:
+        bound = g.number(softcap, q.dtype)
+        scores = g.op("Mul", g.op("Tanh", g.op("Div", scores, bound)), bound)
+    if mask is not None:
+        scores = g.op("Add", scores, mask)
+    if sinks is None:
+        return scores
+    column = g.op("Reshape", g.tensor(sinks, q.dtype), g.ints(1, heads, 1, 1))
+    column = g.op("Expand", column, g.shape([batch, heads, length, 1]))
+    return g.op("Concat", scores, column, axis=-1)
+
+
+def _repeated(g: Translator, node: fx.Node, x: Value, name: str) -> Value:
+    """Keys or values, once for each head of queries."""
+    heads = shape(argument(node, "q"))[1]
+    batch, kv_heads, _, width = shape(argument(node, name))
+    if heads == kv_heads:
+        return x
+    x = g.op("Unsqueeze", x, g.ints(2))
+    x = g.op("Expand", x, g.ints(1, 1, int(heads) // int(kv_heads), 1, 1))
+    return g.op("Reshape", x, g.shape([batch, heads, -1, width]))

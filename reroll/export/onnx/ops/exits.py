@@ -1,0 +1,158 @@
+"""Exits: tokens that are done keep their hidden state, and a trip that nobody needs is skipped.
+
+The thresholds are an input with a default, one for each trip. In a Loop, a trip whose tokens are
+all done computes keys and values for its caches and nothing else: an `If` in the body. Where trips
+are written out, nothing is skipped, and the results are the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from onnx import helper
+from torch import fx
+
+from reroll.export.onnx.emit.translate import TARGET
+from reroll.export.onnx.graph import Graph, Value
+from reroll.export.onnx.plan.parameters import Trip, select
+from reroll.rewrite.ir.exits import HOLD, exits_of, is_open
+from reroll.rewrite.ir.lowerings import find_lowering, lowering
+from reroll.rewrite.ir.ops import ABSENT
+from reroll.rewrite.ir.program import Loop, ancestors
+from reroll.runtime.state.caches import CACHE, cache_nodes
+
+if TYPE_CHECKING:
+    from reroll.export.onnx.emit.translate import Translator
+
+BOOL, INT, FLOAT = torch.bool, torch.int64, torch.float32
+THRESHOLDS = "exit_thresholds"
+
+
+@lowering(TARGET, "reroll::exit.default")
+def exit_(g: Translator, node: fx.Node, done: Any, score: Any, threshold: Any) -> Value:
+    """Who is done: those who were, and those whose score is above the threshold."""
+    bound = _threshold(g)
+    if bound is None:
+        return g.tensor(done, BOOL)
+    above = g.op("Greater", g.tensor(score, FLOAT), bound, dtype=BOOL)
+    return g.op("Or", g.tensor(done, BOOL), above)
+
+
+@lowering(TARGET, "reroll::hold.default")
+def hold(g: Translator, node: fx.Node, done: Any, old: Any, new: Any) -> Value:
+    """The old hidden state where a token is done."""
+    dtype = g.dtype(node)
+    is_done = g.op("Unsqueeze", g.tensor(done, BOOL), g.ints(2))
+    return g.op("Where", is_done, g.tensor(old, dtype), g.tensor(new, dtype), dtype=dtype)
+
+
+@lowering(TARGET, "reroll::streak.default")
+def streak(
+    g: Translator, node: fx.Node, token: Any, last: Any, count: Any, threshold: Any
+) -> tuple[Value, Value]:
+    """The token predicted last, and how often in a row before this trip."""
+    last, count = g.tensor(last, INT), g.tensor(count, INT)
+    if _threshold(g) is None:
+        return last, count
+    token = g.tensor(token, INT)
+    more = g.op("Add", count, g.number(1, INT))
+    same = g.op("Equal", token, last, dtype=BOOL)
+    return token, g.op("Where", same, more, g.number(0, INT), dtype=INT)
+
+
+@lowering(TARGET, "reroll::mark_keys.default")
+def mark_keys(g: Translator, node: fx.Node, k: Any, absent: Any) -> Value:
+    """Keys with one more channel, which says who is not there."""
+    dtype = g.dtype(node)
+    k = g.tensor(k, dtype)
+    mark = g.op("Mul", g.cast(g.tensor(absent, BOOL), dtype), g.number(ABSENT, dtype))
+    mark = g.op("Unsqueeze", mark, g.ints(1, 3))
+    sizes = g.op("Concat", g.op("Shape", k, start=0, end=3, dtype=INT), g.ints(1), axis=0)
+    return g.op("Concat", k, g.op("Expand", mark, sizes), axis=-1)
+
+
+@lowering(TARGET, "reroll::exit_linear.default")
+def exit_linear(
+    g: Translator, node: fx.Node, x: Any, depth: Any, stops: Any, weights: Any, biases: Any
+) -> Value:
+    """A product with the matrix of the exit that a token left by; all of them are computed."""
+    linear = find_lowering(TARGET, "aten::linear.default")
+    assert linear is not None
+    depth = g.tensor(depth, INT)
+    heads = [
+        linear(g, node, x, weight, biases[number] if biases else None)
+        for number, weight in enumerate(weights)
+    ]
+    out = heads[0]
+    for stop, own in zip(stops, heads[1:], strict=True):
+        here = g.op("Equal", depth, g.number(stop, INT), dtype=BOOL)
+        out = g.op("Where", g.op("Unsqueeze", here, g.ints(2)), own, out, dtype=own.dtype)
+    return out
+
+
+def _threshold(g: Translator) -> Value | None:
+    """The threshold of the running trip; None where nobody can leave."""
+    loop = next(loop for loop in g.program.loops if exits_of(loop) is not None)
+    exits = exits_of(loop)
+    assert exits is not None
+    assert g.trip is not None
+    if not is_open(exits.thresholds[g.trip.numbers[0]]):
+        return None
+    given = g.graph.root.default_input(THRESHOLDS, torch.tensor(exits.thresholds))
+    numbers = g.trip.numbers
+    if g.trip.repeat is None:
+        place = g.number(numbers[0], INT)
+    else:
+        place = select(g, [*numbers], Trip((-1, *numbers), g.trip.repeat))
+    return g.op("Gather", given, place, axis=0)
+
+
+def can_skip(g: Translator, loop: Loop, trip: Trip) -> bool:
+    """Whether a trip may be run for its caches only, once all its tokens are done."""
+    exits = exits_of(loop)
+    if trip.repeat is None or exits is None or not any(map(is_open, exits.thresholds)):
+        return False
+    returned: Any = loop.body.graph.output_node().args[0]
+    return returned[0].target is HOLD and all(
+        node.target is CACHE for node in cache_nodes(loop.body.graph)
+    )
+
+
+def run_skipping(
+    g: Translator, loop: Loop, name: str, carry: tuple[Any, ...], given: list[Any]
+) -> tuple[Any, ...]:
+    """One trip: what its caches need, and the rest only if a token is not done."""
+    graph, exits = loop.body.graph, exits_of(loop)
+    assert exits is not None
+    needed = ancestors(cache_nodes(graph))
+    values = g.start(graph, [*carry, *given])
+    g.run_nodes(name, [n for n in graph.nodes if n in needed], values)
+    body = g.graph
+    done = g.op("Cast", g.tensor(carry[exits.done]), to=7, dtype=INT)
+    all_done = g.op("Greater", g.op("ReduceMin", done, keepdims=0), g.number(0, INT), dtype=BOOL)
+    branches = []
+    kinds = [g.tensor(value).dtype for value in carry]
+    for skips in (True, False):
+        branch = g.graph = Graph(body, is_branch=True)
+        if skips:
+            results: Any = carry
+        else:
+            rest = [n for n in graph.nodes if n not in needed]
+            results = g.run_nodes(name, rest, dict(values))
+        for value, kind in zip(results, kinds, strict=True):
+            branch.output(g.tensor(value, kind), body.fresh("branch"), None)
+        branches.append(branch)
+        g.graph = body
+    outputs = [Value(body.fresh("after"), kind, body) for kind in kinds]
+    body.nodes.append(
+        helper.make_node(
+            "If",
+            [all_done.name],
+            [value.name for value in outputs],
+            name=body.fresh("skip"),
+            then_branch=branches[0].finish("skipped"),
+            else_branch=branches[1].finish("run"),
+        )
+    )
+    return tuple(outputs)

@@ -1,0 +1,221 @@
+"""Token mixers as `LinearAttention`: what each does to its tokens before and after the operator.
+
+Most mixers are one of the operator's update rules; the others are brought to one. A normaliser is
+a further column of values. mLSTM's running maximum, known in advance, is part of its decay. RWKV-6,
+which reads before it writes, hands over every token one later. The writes of DeltaProduct are
+tokens of their own, and gated slot attention is the operator twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from reroll.export.onnx.emit.translate import TARGET
+from reroll.export.onnx.graph import Value
+from reroll.export.onnx.ops.linear_attention import linear_attention
+from reroll.export.onnx.ops.mixer_parts import (
+    END,
+    counted,
+    grouped,
+    let_go,
+    running_maximum,
+    split_counted,
+    unit,
+    unit_tokens,
+    with_features,
+)
+from reroll.export.onnx.ops.recurrence import Tokens
+from reroll.export.onnx.plan.states import CONV
+from reroll.mixers.gsa import NOTHING
+from reroll.mixers.mlstm import EPS
+from reroll.rewrite.ir.lowerings import lowering
+
+if TYPE_CHECKING:
+    from reroll.export.onnx.emit.translate import Translator
+
+INT, FLOAT = torch.int64, torch.float32
+
+
+@lowering(TARGET, "recurrence:retention", "recurrence:gla")
+def gated(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """A decay for each head or channel, after a feature map."""
+    return linear_attention(g, node, with_features(g, mixer, x), "gated", x.gates[0])
+
+
+@lowering(TARGET, "recurrence:mamba2")
+def mamba2(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """The step size scales the keys."""
+    x = with_features(g, mixer, x)
+    k = g.op("Mul", x.k, g.op("Unsqueeze", x.gates[1], g.ints(3)))
+    return linear_attention(g, node, replace(x, k=k), "gated", x.gates[0])
+
+
+@lowering(TARGET, "recurrence:hgrn2")
+def hgrn2(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """The key is what the decay lets go: 1 - exp(g)."""
+    x = replace(with_features(g, mixer, x), k=let_go(g, x.gates[0]))
+    return linear_attention(g, node, x, "gated", x.gates[0])
+
+
+@lowering(TARGET, "recurrence:linear")
+def linear(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """The sum of weights is a further column of values, and of the state."""
+    out = linear_attention(g, node, counted(g, with_features(g, mixer, x)), "linear")
+    values, weights = split_counted(g, out, x)
+    if not mixer.normalise:
+        return values
+    return g.op("Div", values, g.op("Max", weights, g.number(1e-6, FLOAT)))
+
+
+@lowering(TARGET, "recurrence:mlstm")
+def mlstm(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """Exponential writes below a running maximum m_t = max(f_t + m_{t-1}, i_t).
+
+    All m of the new tokens follow from f, i and the m before them. With f_t + m_{t-1} - m_t as the
+    decay and exp(i_t - m_t) k_t as the key, the state is that of the mixer.
+    """
+    forget, write = x.gates
+    numbers = g.states.of(g, node)
+    before = g.states.read(g, numbers, "maximum", (x.kv_heads,), FLOAT)
+    before = g.op("Unsqueeze", before, g.ints(2))
+    sums = g.op("CumSum", forget, g.number(2, INT))
+    highest = running_maximum(g, g.op("Sub", write, sums))
+    tops = g.op("Add", sums, g.op("Max", highest, before))
+    held = g.op("Concat", before, tops, axis=2)
+    axis = g.ints(2)
+    last = g.op("Slice", held, g.ints(-1), g.ints(END), axis)
+    g.states.write(g, numbers, "maximum", g.op("Squeeze", last, axis))
+    previous = g.op("Slice", held, g.ints(0), g.ints(-1), axis)
+    decay = g.op("Sub", g.op("Add", forget, previous), tops)
+    strength = g.op("Exp", g.op("Sub", write, tops))
+    k = g.op("Mul", x.k, g.op("Unsqueeze", strength, g.ints(3)))
+    out = linear_attention(g, node, counted(g, replace(x, k=k)), "gated", decay)
+    values, weights = split_counted(g, out, x)
+    least = grouped(g, x, g.op("Unsqueeze", g.op("Exp", g.op("Neg", tops)), g.ints(3)))
+    least = g.op("Transpose", least, perm=[0, 2, 1, 3])
+    below = g.op("Add", g.op("Max", g.op("Abs", weights), least), g.number(EPS, FLOAT))
+    return g.op("Div", values, below)
+
+
+@lowering(TARGET, "recurrence:gsa")
+def gsa(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """A softmax over slots between two recurrences: of the keys of slots, and of their values.
+
+    The keys of slots fade by slot, which is what is read; the operator fades by what is read with.
+    So every slot of the first recurrence is a head of its own, with one value channel.
+    """
+    slots, kv_heads, groups = mixer.slots, x.kv_heads, x.heads // x.kv_heads
+    (decay,) = x.gates
+    s = let_go(g, decay)
+
+    def by_slot(value: Value) -> Value:
+        # [batch, kv_heads, time, slots] as [batch, kv_heads * slots, time, 1]
+        turned = g.op("Transpose", value, perm=[0, 1, 3, 2])
+        return g.op("Reshape", turned, g.shape(["b", kv_heads * slots, "s", 1]))
+
+    def for_slots(value: Value, heads: int, width: int) -> Value:
+        # [batch, kv_heads * heads, time, width] once for each slot
+        value = g.op("Reshape", value, g.shape(["b", kv_heads, 1, heads, "s", width]))
+        value = g.op("Expand", value, g.ints(1, 1, slots, 1, 1, 1))
+        return g.op("Reshape", value, g.shape(["b", kv_heads * slots * heads, "s", width]))
+
+    keys = replace(
+        x,
+        q=for_slots(x.q, groups, x.d_k),
+        k=for_slots(x.k, 1, x.d_k),
+        v=by_slot(s),
+        heads=slots * x.heads,
+        kv_heads=slots * kv_heads,
+        d_v=1,
+        by_channel=False,
+    )
+    fades = g.op("Squeeze", by_slot(decay), g.ints(3))
+    scores = linear_attention(g, node, keys, "gated", fades, part="slot_keys")
+    scores = g.op("Reshape", scores, g.ints(0, 0, kv_heads, slots, groups))
+    weights = g.op("Transpose", g.op("Softmax", scores, axis=3), perm=[0, 2, 4, 1, 3])
+    weights = g.op("Reshape", weights, g.shape(["b", x.heads, "s", slots]))
+    values = replace(x, q=weights, k=s, d_k=slots, scale=1.0)
+    out = linear_attention(g, node, values, "gated", decay)
+    if not mixer.log_mass:
+        return out
+    # the last channel is how much of what was read had been written
+    means, written = split_counted(g, out, replace(x, d_v=x.d_v - 1))
+    written = g.op("Max", written, g.number(NOTHING, FLOAT))
+    mass = g.op("ReduceLogSumExp", scores, g.ints(3), keepdims=0)
+    mass = g.op("Reshape", mass, g.ints(0, 0, x.heads, 1))
+    mass = g.op("Add", mass, g.op("Log", written))
+    return g.op("Concat", g.op("Div", means, written), mass, axis=3)
+
+
+@lowering(TARGET, "recurrence:deltanet")
+def deltanet(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """The delta rule without decay."""
+    x = unit_tokens(g, mixer, x)
+    return linear_attention(g, node, x, "delta", beta=x.gates[0])
+
+
+@lowering(TARGET, "recurrence:gated_deltanet", "recurrence:kda")
+def gated_delta(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """The delta rule on a state that fades by head or by channel."""
+    decay, beta = x.gates
+    return linear_attention(g, node, unit_tokens(g, mixer, x), "gated_delta", decay, beta)
+
+
+@lowering(TARGET, "recurrence:deltaproduct")
+def deltaproduct(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """Every write a token of its own: the state fades at the first of them, the last one reads."""
+    x = unit_tokens(g, mixer, x)
+    decay, beta, keys, values = x.gates
+    steps, axis = mixer.steps, g.ints(3)
+    if mixer.unit_keys:
+        keys = unit(g, keys)
+
+    def in_turn(first: Value, others: Value, heads: int, width: int) -> Value:
+        joined = g.op("Concat", g.op("Unsqueeze", first, axis), others, axis=3)
+        return g.op("Reshape", joined, g.ints(0, heads, -1, width))
+
+    q = g.op("Expand", g.op("Unsqueeze", x.q, axis), g.ints(1, 1, 1, steps, 1))
+    rest = g.ints(0, 0, 0, 0, 0, 0, 0, steps - 1)
+    fades = g.op("Pad", g.op("Unsqueeze", decay, axis), rest, g.number(0.0, FLOAT))
+    tokens = replace(
+        x,
+        q=g.op("Reshape", q, g.ints(0, x.heads, -1, x.d_k)),
+        k=in_turn(x.k, keys, x.kv_heads, x.d_k),
+        v=in_turn(x.v, values, x.kv_heads, x.d_v),
+    )
+    fades, beta = (g.op("Reshape", gate, g.ints(0, x.kv_heads, -1)) for gate in (fades, beta))
+    out = linear_attention(g, node, tokens, "gated_delta", fades, beta)
+    out = g.op("Reshape", out, g.ints(0, -1, steps, x.heads * x.d_v))
+    return g.op("Gather", out, g.number(steps - 1, INT), axis=2)
+
+
+@lowering(TARGET, "recurrence:rwkv6")
+def rwkv6(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
+    """Read before write: the operator gets each token one later, and a bonus for the token itself.
+
+    So the state is without the last token, which waits beside it, as that of a convolution would.
+    """
+    x = with_features(g, mixer, x)
+    decay, bonus = x.gates
+    sizes = (x.d_k, x.d_k, x.d_v)
+    numbers = g.states.of(g, node)
+    past = g.states.read(g, numbers, CONV, (x.kv_heads, sum(sizes)), FLOAT)
+    axis = g.ints(2)
+    given = g.op("Concat", x.k, decay, x.v, axis=3)
+    held = g.op("Concat", g.op("Unsqueeze", past, axis), given, axis=2)
+    last = g.op("Slice", held, g.ints(-1), g.ints(END), axis)
+    g.states.write(g, numbers, CONV, g.op("Squeeze", last, axis))
+    late = g.op("Slice", held, g.ints(0), g.ints(-1), axis)
+    hints = ("late_k", "late_decay", "late_v")
+    k, fades, v = g.graph.ops("Split", late, g.ints(*sizes), hints=hints, axis=3)
+    out = linear_attention(g, node, replace(x, k=k, v=v), "gated", fades)
+    own = g.op("Mul", x.q, grouped(g, x, g.op("Mul", bonus, x.k)))
+    score = g.op("ReduceSum", own, g.ints(3), keepdims=1)
+    if x.scale != 1.0:
+        score = g.op("Mul", score, g.number(x.scale, FLOAT))
+    extra = g.op("Transpose", g.op("Mul", score, grouped(g, x, x.v)), perm=[0, 2, 1, 3])
+    return g.op("Add", out, g.op("Reshape", extra, g.ints(0, 0, x.heads * x.d_v)))

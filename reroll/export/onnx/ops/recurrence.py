@@ -1,0 +1,259 @@
+"""The lowering of recurrences: which tokens write, and when; the mathematics is in `mixers`.
+
+A mixer that has no construction there can register one under "recurrence:NAME".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from reroll.errors import ExportError
+from reroll.export.onnx.emit.translate import TARGET
+from reroll.export.onnx.graph import Value
+from reroll.export.onnx.ops.windows import padding_of
+from reroll.export.onnx.plan.parameters import Varying
+from reroll.mixers import make
+from reroll.rewrite.ir.lowerings import find_lowering, lowering
+
+if TYPE_CHECKING:
+    from reroll.export.onnx.emit.translate import Translator
+
+INT, BOOL, FLOAT = torch.int64, torch.bool, torch.float32
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a mixer's construction gets: fp32, [batch, heads or kv_heads, time, ...]."""
+
+    q: Value
+    k: Value
+    v: Value
+    gates: tuple[Value, ...]
+    # 1.0 where a token writes [batch, 1 or kv_heads, time, 1]; None if all do
+    writes: Value | None
+    heads: int
+    kv_heads: int
+    d_k: int
+    d_v: int
+    scale: float
+    # whether the first gate, the decay, has a number for each channel of the key
+    by_channel: bool
+
+
+@lowering(TARGET, "reroll::recurrence.default")
+def recurrence(
+    g: Translator,
+    node: fx.Node,
+    q: Any,
+    k: Any,
+    v: Any,
+    gates: Any,
+    rule: str,
+    options: str,
+    padding: Any = None,
+    delay: Any = 0,
+    skip: Any = 0,
+    active: Any = True,
+    idle: Any = None,
+) -> Value:
+    """A token mixer on its state; see `reroll.rewrite.ir.recurrence`."""
+    _refuse_varying(delay, skip, active)
+    if not active:
+        return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))
+    if skip and padding is None:
+        padding = padding_of(g)
+    writes = _writes(g, padding, skip, idle)
+    q, k, v, *values = (g.tensor(x, FLOAT) for x in (q, k, v, *gates))
+    return g.cast(_mixed(g, node, q, k, v, values, rule, options, writes, delay), g.dtype(node))
+
+
+@lowering(TARGET, "reroll::bidirectional.default")
+def bidirectional(
+    g: Translator,
+    node: fx.Node,
+    q: Any,
+    k: Any,
+    v: Any,
+    gates: Any,
+    rule: str,
+    options: str,
+    padding: Any = None,
+    delay: Any = 0,
+    skip: Any = 0,
+    active: Any = True,
+) -> Value:
+    """A token mixer from both ends; see `reroll.rewrite.ir.recurrence`. It keeps no state."""
+    _refuse_varying(delay, skip, active)
+    if not active:
+        return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))
+    q, k, v, *values = (g.tensor(x, FLOAT) for x in (q, k, v, *gates))
+    states, sizes = g.states, g.sizes
+    ends = {
+        name: g.op("Shape", q, start=i, end=i + 1, dtype=INT) for name, i in (("b", 0), ("s", 2))
+    }
+    g.states, g.sizes = NoStates(), {**sizes, **ends}  # type: ignore[assignment]
+    try:
+        if skip and padding is None:
+            padding = g.op("Expand", g.number(1, INT), g.shape(["b", "s"]))
+        writes = _writes(g, padding, skip, None)
+        forth = _mixed(g, node, q, k, v, values, rule, options, writes, delay)
+        q, k, v, *values = (_reversed(g, x, 2) for x in (q, k, v, *values))
+        writes = None if writes is None else _reversed(g, writes, 2)
+        # a token's own write counts once
+        back = _mixed(g, node, q, k, v, values, rule, options, writes, max(delay, 1))
+    finally:
+        g.states, g.sizes = states, sizes
+    return g.cast(g.op("Add", forth, _reversed(g, back, 1)), g.dtype(node))
+
+
+class NoStates:
+    """In the place of `States`: everything starts from zeros, and nothing is kept."""
+
+    def of(self, g: Translator, node: fx.Node) -> tuple[int, ...]:
+        """No numbers."""
+        return ()
+
+    def read(
+        self, g: Translator, numbers: Any, part: str, dims: tuple[int, ...], dtype: torch.dtype
+    ) -> Value:
+        """Zeros."""
+        return g.op("Expand", g.number(0.0, dtype), g.shape(["b", *dims]))
+
+    def write(self, g: Translator, numbers: Any, part: str, value: Value) -> None:
+        """Forget it."""
+
+
+def _refuse_varying(*options: Any) -> None:
+    if any(isinstance(x, Varying) for x in options):
+        raise ExportError(
+            "a recurrence that differs from trip to trip has no Loop",
+            hint="export this model with --graphs unrolled",
+        )
+
+
+def _reversed(g: Translator, x: Value, axis: int) -> Value:
+    """From the last to the first."""
+    return g.op("Slice", x, g.ints(-1), g.ints(-(2**62)), g.ints(axis), g.ints(-1))
+
+
+def _mixed(
+    g: Translator,
+    node: fx.Node,
+    q: Value,
+    k: Value,
+    v: Value,
+    values: list[Value],
+    rule: str,
+    options: str,
+    writes: Value | None,
+    delay: int,
+) -> Value:
+    """[batch, time, heads, d_v] in fp32, by the construction of the mixer."""
+    construction = find_lowering(TARGET, f"recurrence:{rule}")
+    if construction is None:
+        raise ExportError(
+            f"the mixer {rule} has no lowering to ONNX",
+            hint=f'give it one: @lowering("onnx", "recurrence:{rule}")',
+        )
+    mixer = make(rule, options)
+    shapes: list[Any] = [a.meta["type"].shape for a in node.args[:3]]  # type: ignore[union-attr]
+    heads, kv_heads, d_k, d_v = shapes[0][1], shapes[1][1], shapes[1][3], shapes[2][3]
+    declared = mixer.gates(d_k, d_v)
+    if delay:
+        k, v, values, writes = _delayed(g, node, k, v, values, writes, delay, declared, kv_heads)
+    if writes is not None:
+        k = g.op("Mul", k, writes)
+        values = [_neutral(g, x, writes, gate) for x, gate in zip(values, declared, strict=True)]
+    for place, gate in enumerate(declared):
+        if gate.floor is not None:
+            values[place] = g.op("Max", values[place], g.number(gate.floor, FLOAT))
+    scale = mixer.default_scale(d_k) if mixer.scale is None else mixer.scale
+    tokens = Tokens(
+        q,
+        k,
+        v,
+        tuple(values),
+        writes,
+        heads,
+        kv_heads,
+        d_k,
+        d_v,
+        scale,
+        bool(declared and declared[0].shape),
+    )
+    out = construction(g, node, mixer, tokens)
+    return g.op("Reshape", out, g.ints(0, 0, heads, d_v))
+
+
+def _writes(g: Translator, padding: Any, skip: int, idle: Any) -> Value | None:
+    """1.0 where a new token writes: [batch, 1, time, 1]; None if all do."""
+    now: Value | None = None
+    if padding is not None:
+        counted = g.tensor(padding, INT)
+        new: Any = g.size("s")
+        if skip:
+            number = g.op("CumSum", counted, g.number(-1, INT))
+            past = g.cast(g.op("Greater", number, g.number(skip, INT), dtype=BOOL), INT)
+            counted = g.op("Mul", past, counted)
+        tail = g.op("Neg", new.value)
+        now = g.cast(g.op("Slice", counted, tail, g.ints(2**62), g.ints(1)), FLOAT)
+    if idle is not None:
+        busy = g.cast(g.op("Not", g.tensor(idle, BOOL)), FLOAT)
+        now = busy if now is None else g.op("Mul", now, busy)
+    return None if now is None else g.op("Unsqueeze", now, g.ints(1, 3))
+
+
+def _delayed(
+    g: Translator,
+    node: fx.Node,
+    k: Value,
+    v: Value,
+    gates: list[Value],
+    writes: Value | None,
+    delay: int,
+    declared: Any,
+    kv_heads: int,
+) -> tuple[Value, Value, list[Value], Value]:
+    """The tokens whose turn it is; the new ones wait in the state."""
+    sizes: list[Any] = [a.meta["type"].shape[-1] for a in node.args[1:3]]  # type: ignore[union-attr]
+    sizes += [math.prod(gate.shape) for gate in declared] + [1]
+    new: Any = g.size("s")
+    if writes is None:
+        writes = g.number([[[[1.0]]]], FLOAT)
+    column = g.op("Expand", writes, g.shape(["b", kv_heads, "s", 1]))
+    lifted = [
+        x if len(gate.shape) == 1 else g.op("Reshape", x, g.ints(0, 0, 0, math.prod(gate.shape)))
+        for x, gate in zip(gates, declared, strict=True)
+    ]
+    packed = g.op("Concat", k, v, *lifted, column, axis=3)
+    numbers = g.states.of(g, node)
+    dims = (kv_heads, delay, sum(sizes))
+    past = g.states.read(g, numbers, "waiting", dims, FLOAT)
+    held = g.op("Concat", past, packed, axis=2)
+    axis = g.ints(2)
+    g.states.write(g, numbers, "waiting", g.op("Slice", held, g.ints(-delay), g.ints(2**62), axis))
+    due = g.op("Slice", held, g.ints(0), new.value, axis)
+    hints = [f"due{i}" for i in range(len(sizes))]
+    k, v, *rest = g.graph.ops("Split", due, g.ints(*sizes), hints=hints, axis=3)
+    ready = [
+        x if len(gate.shape) == 1 else g.op("Reshape", x, g.ints(0, 0, 0, *gate.shape))
+        for x, gate in zip(rest[:-1], declared, strict=True)
+    ]
+    return k, v, ready, rest[-1]
+
+
+def _neutral(g: Translator, gate: Value, writes: Value, declared: Any) -> Value:
+    """A gate that does nothing where a token does not write."""
+    if not declared.shape:
+        writes = g.op("Squeeze", writes, g.ints(3))
+    elif len(declared.shape) > 1:
+        writes = g.op("Unsqueeze", writes, g.ints(*range(4, 3 + len(declared.shape))))
+    if declared.neutral == 0.0:
+        return g.op("Mul", gate, writes)
+    seen = g.op("Greater", writes, g.number(0.5, FLOAT), dtype=BOOL)
+    return g.op("Where", seen, gate, g.number(declared.neutral, FLOAT))

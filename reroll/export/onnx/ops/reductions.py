@@ -1,0 +1,186 @@
+"""The lowering of reductions: sums, extremes, norms, softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from reroll.errors import ExportError
+from reroll.export.onnx.emit.translate import TARGET, shape_of
+from reroll.export.onnx.graph import Value
+from reroll.rewrite.ir.lowerings import lowering, op_name
+from reroll.rewrite.ir.matching import shape
+
+if TYPE_CHECKING:
+    from reroll.export.onnx.emit.translate import Translator
+
+INT = torch.int64
+
+_REDUCTIONS = {
+    "aten::mean.dim": "ReduceMean",
+    "aten::mean.default": "ReduceMean",
+    "aten::sum.dim_IntList": "ReduceSum",
+    "aten::sum.default": "ReduceSum",
+    "aten::amax.default": "ReduceMax",
+    "aten::amin.default": "ReduceMin",
+    "aten::max.default": "ReduceMax",
+    "aten::min.default": "ReduceMin",
+    "aten::prod.default": "ReduceProd",
+    "aten::prod.dim_int": "ReduceProd",
+    "aten::logsumexp.default": "ReduceLogSumExp",
+}
+
+
+@lowering(TARGET, *_REDUCTIONS)
+def reduce(
+    g: Translator, node: fx.Node, x: Any, dim: Any = (), keepdim: bool = False, **_: Any
+) -> Value:
+    """A reduction over dimensions; over all if none is given."""
+    x = g.tensor(x, g.dtype(node))
+    return g.op(_REDUCTIONS[op_name(node.target)], x, axes(g, node, dim), keepdims=int(keepdim))
+
+
+def axes(g: Translator, node: fx.Node, dim: Any) -> Value:
+    """The dimensions that a reduction goes over."""
+    rank = len(shape_of(node))
+    if isinstance(dim, int):
+        dim = [dim]
+    return g.ints(*(dim or range(rank)))
+
+
+@lowering(
+    TARGET,
+    "aten::any.default",
+    "aten::any.dim",
+    "aten::all.default",
+    "aten::all.dim",
+    "aten::_is_any_true.default",
+    "aten::_is_all_true.default",
+)
+def any_all(g: Translator, node: fx.Node, x: Any, dim: Any = (), keepdim: bool = False) -> Value:
+    """Whether one, or each, of the elements along some dimensions is not zero."""
+    kind = "ReduceMax" if "any" in op_name(node.target) else "ReduceMin"
+    x = g.cast(g.tensor(x, torch.bool), torch.int32)
+    return g.cast(g.op(kind, x, axes(g, node, dim), keepdims=int(keepdim)), torch.bool)
+
+
+@lowering(
+    TARGET,
+    "aten::var.correction",
+    "aten::var.dim",
+    "aten::std.correction",
+    "aten::std.dim",
+)
+def variance(
+    g: Translator,
+    node: fx.Node,
+    x: Any,
+    dim: Any = (),
+    unbiased: bool = True,
+    keepdim: bool = False,
+    correction: float | None = None,
+) -> Value:
+    """The variance or the standard deviation."""
+    dtype = g.dtype(node)
+    x, over = g.tensor(x, dtype), axes(g, node, dim)
+    centred = g.op("Sub", x, g.op("ReduceMean", x, over, keepdims=1))
+    squares = g.op("Mul", centred, centred)
+    total = g.op("ReduceSum", squares, over, keepdims=int(keepdim))
+    sizes = g.op("Gather", g.op("Shape", x, dtype=INT), over, axis=0)
+    count = g.cast(g.op("ReduceProd", sizes, keepdims=0), dtype)
+    less = correction if correction is not None else float(unbiased)
+    made = g.op("Div", total, g.op("Sub", count, g.number(less, dtype)))
+    return g.op("Sqrt", made) if "std" in op_name(node.target) else made
+
+
+@lowering(
+    TARGET,
+    "aten::linalg_vector_norm.default",
+    "aten::norm.ScalarOpt_dim",
+    "aten::norm.Scalar",
+)
+def norm(
+    g: Translator,
+    node: fx.Node,
+    x: Any,
+    order: Any = 2,
+    dim: Any = (),
+    keepdim: bool = False,
+    **_: Any,
+) -> Value:
+    """The length of vectors."""
+    x, over = g.tensor(x, g.dtype(node)), axes(g, node, dim)
+    if order not in (None, 1, 2, math.inf):
+        raise ExportError(f"a norm of order {order} has no lowering to ONNX")
+    if order == math.inf:
+        return g.op("ReduceMax", g.op("Abs", x), over, keepdims=int(keepdim))
+    return g.op("ReduceL1" if order == 1 else "ReduceL2", x, over, keepdims=int(keepdim))
+
+
+@lowering(TARGET, "aten::max.dim", "aten::min.dim")
+def extreme(
+    g: Translator, node: fx.Node, x: Any, dim: int, keepdim: bool = False
+) -> tuple[Value, Value]:
+    """The largest or smallest elements of a dimension, and where they are."""
+    kind = "Max" if "max" in op_name(node.target) else "Min"
+    x = g.tensor(x)
+    values = g.op(f"Reduce{kind}", x, g.ints(dim), keepdims=int(keepdim))
+    return values, g.op(f"Arg{kind}", x, axis=dim, keepdims=int(keepdim), dtype=INT)
+
+
+@lowering(TARGET, "aten::argmax.default", "aten::argmin.default")
+def arg_extreme(
+    g: Translator, node: fx.Node, x: Any, dim: int | None = None, keepdim: bool = False
+) -> Value:
+    """Where the largest or smallest element of a dimension, or of all, is."""
+    kind = "ArgMax" if "max" in op_name(node.target) else "ArgMin"
+    x = g.tensor(x)
+    if dim is None:
+        made = g.op(kind, g.op("Reshape", x, g.ints(-1)), axis=0, keepdims=0, dtype=INT)
+        return g.op("Reshape", made, g.shape(shape(node)))
+    return g.op(kind, x, axis=dim, keepdims=int(keepdim), dtype=INT)
+
+
+@lowering(
+    TARGET,
+    "aten::softmax.int",
+    "aten::_softmax.default",
+    "aten::_safe_softmax.default",
+    "aten::log_softmax.int",
+    "aten::_log_softmax.default",
+)
+def softmax(g: Translator, node: fx.Node, x: Any, dim: int, *_: Any, **__: Any) -> Value:
+    """Softmax over one dimension."""
+    name, dtype = op_name(node.target), g.dtype(node)
+    x = g.tensor(x, dtype)
+    made = g.op("LogSoftmax" if "log" in name else "Softmax", x, axis=dim)
+    if "safe" not in name:
+        return made
+    # rows of which nothing is above minus infinity are zero
+    lowest = g.number(-math.inf, dtype)
+    highest = g.op("ReduceMax", x, g.ints(dim), keepdims=1)
+    empty = g.op("Equal", highest, lowest, dtype=torch.bool)
+    return g.op("Where", empty, g.number(0, dtype), made, dtype=dtype)
+
+
+@lowering(TARGET, "aten::cumsum.default")
+def cumsum(g: Translator, node: fx.Node, x: Any, dim: int, **_: Any) -> Value:
+    """Running sums."""
+    return g.op("CumSum", g.tensor(x, g.dtype(node)), g.number(dim, INT))
+
+
+@lowering(TARGET, "aten::cosine_similarity.default")
+def cosine_similarity(
+    g: Translator, node: fx.Node, a: Any, b: Any, dim: int = 1, eps: float = 1e-8
+) -> Value:
+    """The cosine of the angle between vectors."""
+    a, b = g.tensor(a), g.tensor(b)
+    product = g.op("ReduceSum", g.op("Mul", a, b), g.ints(dim), keepdims=0)
+    lengths = [
+        g.op("Max", g.op("ReduceL2", v, g.ints(dim), keepdims=0), g.number(eps, v.dtype))
+        for v in (a, b)
+    ]
+    return g.op("Div", product, g.op("Mul", *lengths))

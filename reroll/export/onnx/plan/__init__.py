@@ -1,0 +1,1 @@
+"""Plan an export: initialisers, states, and which trips become one Loop."""

@@ -1,0 +1,97 @@
+"""Which trips of a depth loop become one ONNX Loop, and how many layers its body holds.
+
+Trips that share blocks in a cycle of P become a Loop whose body holds P trips: the shared weights
+stay where they are, and only what differs from round to round is gathered. Trips that share nothing
+become a Loop of one trip that gathers everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from reroll.export.onnx.plan.states import States
+from reroll.rewrite.ir.exits import exits_of, is_open
+from reroll.rewrite.ir.program import Loop, Program, weight_nodes
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`rounds` times the trips `start` to `start + period - 1` of a loop, each round further on."""
+
+    start: int
+    period: int
+    rounds: int
+
+    def trips(self, position: int) -> tuple[int, ...]:
+        """The trip at one position of the body, round by round."""
+        return tuple(self.start + r * self.period + position for r in range(self.rounds))
+
+
+def unrolled(loop: Loop) -> list[Segment]:
+    """Every trip written out."""
+    return [Segment(0, loop.trips, 1)]
+
+
+def rolled(program: Program, loop: Loop) -> list[Segment]:
+    """The segments whose bodies hold the fewest trips between them."""
+    stacked = [program.weights[name] for name in weight_nodes(loop.body.graph)]
+    stacked = [weight for weight in stacked if weight.index is not None]
+    largest = max((weight.meta.elements for weight in stacked), default=0)
+    # what each trip shares with others, as one letter of a word; low-rank residuals and vectors
+    # are small enough to gather
+    large = [w.index for w in stacked if w.meta.elements * 4 >= largest and w.index is not None]
+    word = [tuple(index[t] for index in large) for t in range(loop.trips)]
+    shape = _structure(program, loop)
+    if len(set(word)) == len(word):
+        word = [()] * loop.trips
+    word = [(*letter, *own) for letter, own in zip(word, shape, strict=True)]
+    # best[t]: the fewest trips in bodies for what follows trip t, and the first segment
+    best: list[tuple[int, Segment | None]] = [(0, None)] * (loop.trips + 1)
+    for start in reversed(range(loop.trips)):
+        choices = []
+        for period in range(1, loop.trips - start + 1):
+            rounds = 1
+            while _repeats(word, start, period, rounds):
+                rounds += 1
+                end = start + rounds * period
+                choices.append((period + best[end][0], -rounds, Segment(start, period, rounds)))
+            end = start + period
+            choices.append((period + best[end][0], -1, Segment(start, period, 1)))
+        cost, _, segment = min(choices, key=lambda c: c[:2])
+        best[start] = (cost, segment)
+    found, at = [], 0
+    while at < loop.trips:
+        chosen = best[at][1]
+        assert chosen is not None
+        found.append(chosen)
+        at += chosen.period * chosen.rounds
+    return found
+
+
+def _structure(program: Program, loop: Loop) -> list[tuple[Any, ...]]:
+    """What a Loop cannot gather, trip by trip: the sizes of states, and switches."""
+    states = States(program)
+    nodes = [n for n in loop.body.graph.nodes if n in states.numbers]
+    exits = exits_of(loop)
+    found = []
+    for trip in range(loop.trips):
+        is_exit = exits is not None and is_open(exits.thresholds[trip])
+        rings = [states.ring(states.numbers[node][trip]) for node in nodes]
+        switches = [
+            value[trip]
+            for value in loop.inputs
+            if isinstance(value, tuple)
+            and (states.rings or any(isinstance(v, bool) for v in value))
+            and not any(isinstance(v, fx.Node) for v in value)
+        ]
+        found.append((*rings, *switches, is_exit))
+    return found
+
+
+def _repeats(word: list[tuple[Any, ...]], start: int, period: int, rounds: int) -> bool:
+    """Whether one more round of a period follows `rounds` of them."""
+    at = start + rounds * period
+    return word[start : start + period] == word[at : at + period]

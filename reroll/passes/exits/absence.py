@@ -1,0 +1,63 @@
+"""Tokens that are not there: layers that a token skips keep no key of it and change no state."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.errors import PassError
+from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.program import Loop, TensorType
+
+ATTENTION = torch.ops.reroll.attention.default
+MASS = torch.ops.reroll.attention_mass.default
+CACHE = torch.ops.reroll.cache.default
+RECURRENCE = torch.ops.reroll.recurrence.default
+MARK = torch.ops.reroll.mark_keys.default
+
+HINT = "use state=propagate or state=defer"
+
+
+def leave_out(loop: Loop, graph: fx.Graph, done: fx.Node) -> None:
+    """Let nobody see what a body keeps of tokens that are `done` [batch, time]; edits in place.
+
+    Raises PassError where a body keeps nothing, or keys are read by more than attentions.
+    """
+    caches = [n for n in graph.nodes if n.target is CACHE]
+    mixers = [n for n in graph.nodes if n.target is RECURRENCE]
+    if not caches and not mixers:
+        raise PassError(f"{loop.name} keeps nothing of a token that could be left out", hint=HINT)
+    for node in mixers:
+        node.kwargs = {**node.kwargs, "idle": done}
+    for cache in caches:
+        _mark(graph, cache, done)
+
+
+def _mark(graph: fx.Graph, cache: fx.Node, done: fx.Node) -> None:
+    k: Any = cache.args[0]
+    with graph.inserting_before(cache):
+        marked = graph.call_function(MARK, (k, done))
+        marked.meta["type"] = _longer(k.meta["type"])
+        cache.update_arg(0, marked)
+    keys = [n for n in cache.users if n.target is operator.getitem and n.args[1] == 0]
+    for key in keys:
+        key.meta["type"] = _longer(key.meta["type"])
+        for reader in list(key.users):
+            if reader.target not in (ATTENTION, MASS) or argument(reader, "k") is not key:
+                raise PassError(f"{reader.name} reads keys, and is no attention", hint=HINT)
+            if argument(reader, "softcap") is not None:
+                raise PassError("a key cannot hide behind scores that are capped", hint=HINT)
+            q: Any = argument(reader, "q")
+            with graph.inserting_before(reader):
+                asks = graph.call_function(torch.ops.aten.constant_pad_nd.default, (q, [0, 1], 1.0))
+            asks.meta["type"] = _longer(q.meta["type"])
+            reader.update_arg(0, asks)
+
+
+def _longer(kind: TensorType) -> TensorType:
+    size = kind.shape[-1]
+    assert isinstance(size, int)
+    return TensorType(kind.dtype, (*kind.shape[:-1], size + 1))

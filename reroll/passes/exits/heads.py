@@ -1,0 +1,126 @@
+"""From a loop's result to logits: the model's own norm and head, or one for each exit.
+
+The logits of a token are made where it left: by the weights of the exit after so many trips as it
+made. What stands between the loop and the head's matrix is small, and is computed for all exits and
+chosen from; the matrix is one op that multiplies each token by one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.errors import PassError
+from reroll.rewrite.ir.program import Loop, Program, TensorType, ancestors
+from reroll.rewrite.ir.weights import Weight, copy
+
+aten = torch.ops.aten
+LINEAR = aten.linear.default
+EXIT_LINEAR = torch.ops.reroll.exit_linear.default
+
+HINT = "criteria that need no logits: saturation, latent, linear, mlp, gated"
+
+
+def path_to_logits(program: Program, loop: Loop, starts: list[fx.Node]) -> list[fx.Node]:
+    """What depends on a loop's result and makes the logits, in order.
+
+    Raises PassError if there are none, or if they depend on something else of the loop.
+    """
+    if "logits" not in program.outputs:
+        raise PassError("the model has no logits, which this criterion or head needs", hint=HINT)
+    returned: Any = program.graph.output_node().args[0]
+    needed = ancestors([returned[program.outputs.index("logits")]], stop=starts)
+    later = [other for other in program.loops if other.node in needed]
+    if any(other.node is not loop.node for other in later):
+        raise PassError(f"another loop stands between {loop.name} and the logits", hint=HINT)
+    beside = [n.name for n in needed if n.op == "placeholder"] + [n.node.name for n in later]
+    if beside:
+        raise PassError(f"the logits depend on {beside[0]}, beside the loop's result")
+    return [n for n in program.graph.nodes if n in needed and n not in starts]
+
+
+def copy_path(graph: fx.Graph, path: list[fx.Node], values: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The logits in another graph; `values` are what stands there for what the path starts from."""
+    for node in path:
+        values[node] = graph.node_copy(node, lambda n: values[n])
+    return values[path[-1]]
+
+
+def add_heads(
+    program: Program, loop: Loop, result: fx.Node, depth: fx.Node, at: list[int], whole: bool
+) -> tuple[Program, int]:
+    """Give each exit norms of its own, and with `whole` a head; edits in place.
+
+    `depth` says how many trips a token made. New weights start as the model's own, and are called
+    `exits.STOP.NAME`. Returns the Program and how many numbers they have.
+    """
+    path = path_to_logits(program, loop, [result])
+    heads = [n for n in path if n.target is LINEAR and n.args[1].op == "get_attr"]  # type: ignore[union-attr]
+    if not heads:
+        raise PassError("the logits are made by no matrix that could be one of an exit's own")
+    head, before = heads[-1], path[: path.index(heads[-1])]
+    own: dict[str, Weight] = {}
+
+    def weight_of(stop: int, node: fx.Node, called: str = "") -> fx.Node:
+        name = f"exits.{stop}.{called or node.target}"
+        old = program.weights[str(node.target)]
+        own[name] = Weight((copy(old.entries[0], stop),), trainable=old.trainable)
+        new = program.graph.get_attr(name)
+        new.meta.update(node.meta)
+        return new
+
+    with program.graph.inserting_before(head):
+        chosen = _chosen(program.graph, before, head, result, depth, at, weight_of)
+        head.update_arg(0, chosen)
+        if whole:
+            weights = [n for n in head.args[1:] if isinstance(n, fx.Node)]
+            # a head that is tied to the embeddings has their name
+            names = ("lm_head.weight", "lm_head.bias")
+            made = [
+                [node, *(weight_of(stop, node, name) for stop in at)]
+                for node, name in zip(weights, names, strict=False)
+            ]
+            args = (chosen, depth, list(at), made[0], made[1] if made[1:] else [])
+            new = program.graph.call_function(EXIT_LINEAR, args)
+            new.meta.update(head.meta)
+    if whole:
+        head.replace_all_uses_with(new)
+    program.graph.eliminate_dead_code()
+    added = sum(weight.elements() for weight in own.values())
+    used = {str(n.target) for _, g in program.graphs() for n in g.nodes if n.op == "get_attr"}
+    table = program.weights.with_weights(own)
+    return program.with_weights(table.without(*(n for n in table if n not in used))), added
+
+
+def _chosen(
+    graph: fx.Graph,
+    before: list[fx.Node],
+    head: fx.Node,
+    result: fx.Node,
+    depth: fx.Node,
+    at: list[int],
+    weight_of: Callable[[int, fx.Node], fx.Node],
+) -> fx.Node:
+    """What the head multiplies: of each token what the weights of its exit make of it."""
+    chosen: Any = head.args[0]
+    if not any(node.op == "get_attr" for node in before):
+        return chosen  # type: ignore[no-any-return]
+    kind = depth.meta["type"]
+    for stop in at:
+        values = {result: result}
+        for node in before:
+            is_weight = node.op == "get_attr"
+            values[node] = (
+                weight_of(stop, node) if is_weight else graph.node_copy(node, values.__getitem__)
+            )
+        here = graph.call_function(aten.eq.Scalar, (depth, stop))
+        here.meta["type"] = TensorType(torch.bool, kind.shape)
+        column = graph.call_function(aten.unsqueeze.default, (here, -1))
+        column.meta["type"] = TensorType(torch.bool, (*kind.shape, 1))
+        pair = (column, values[head.args[0]], chosen)  # type: ignore[index]
+        old, chosen = chosen, graph.call_function(aten.where.self, pair)
+        chosen.meta.update(old.meta)
+    return chosen  # type: ignore[no-any-return]

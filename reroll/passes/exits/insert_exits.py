@@ -1,0 +1,236 @@
+"""Insert exits: a token leaves the depth loop when it is sure enough of its answer."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import fx
+
+from reroll.bounds import COUNT, SIZE
+from reroll.errors import PassError, UsageError
+from reroll.passes.exits.absence import leave_out
+from reroll.passes.exits.heads import add_heads, copy_path, path_to_logits
+from reroll.passes.exits.nodes import Nodes
+from reroll.passes.exits.scores import Scores, stacked_weight
+from reroll.rewrite.capture.rolling.split import find_loop, inline
+from reroll.rewrite.ir.exits import EXIT, HOLD, exits_of
+from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.program import Body, Loop, Program, TensorType
+from reroll.rewrite.ir.weights import Expr, Weight
+from reroll.rewrite.pipeline.base import Context, Pass, option
+
+aten = torch.ops.aten
+
+Criterion = Literal[
+    "margin", "entropy", "patience", "saturation", "latent", "linear", "mlp", "gated"
+]
+State = Literal["propagate", "defer", "skip"]
+# what reads keys or writes a state under a padding mask
+PADDED = (torch.ops.reroll.attention.default, torch.ops.reroll.recurrence.default)
+
+
+class InsertExits(Pass):
+    """Let every token leave the loop after one of the layers `at`, once it is sure enough.
+
+    After each of these trips a score is compared with a threshold; a token whose score is higher is
+    done, and keeps its hidden state to the end. Scores, all larger where the token is surer:
+
+    - `margin`: the probability of the best next token minus that of the second (CALM, arXiv
+      2207.07061), by the model's own last norm and head;
+    - `entropy`: 1 - H / log V of the same distribution;
+    - `patience`: how many exits in a row predict the same token before this one;
+    - `saturation`: the cosine of the hidden state before and after the layer;
+    - `latent`: minus |change| / |hidden state| over the layer (Huginn, arXiv 2502.05171);
+    - `linear`, `mlp`: a classifier per exit on the hidden state at unit RMS, a probability; it
+      starts at one half, and `reroll.fit_exits` makes it say something;
+    - `gated`: one that has a gated recurrence of `width` units over the states of the token and
+      its predecessors (the idea of DYNAMAX, arXiv 2504.20922, with the unit of arXiv 2410.01201).
+
+    At the threshold `inf`, which is the default, nobody leaves and the model is the original;
+    `reroll calibrate` chooses thresholds on text. Other outputs stay; `depth` says how many trips
+    each token made.
+
+    `state` says what becomes of the caches of the layers that a token skips: with `propagate` they
+    hold the keys and values of the state that it left with (CALM), with `defer` those that it would
+    have had, because the layers are run for it all the same: exact caches, and no time saved
+    except where a scheduler runs them later in a batch. With `skip` there is nothing of it: later
+    tokens do not see it there, and a recurrent state stays as it was.
+
+    `head` says what makes the logits of a token that leaves early, and the criteria's: the model's
+    own norm and head (`shared`), a norm for each exit (`norm`), or norm and head for each (`own`).
+    They start as the model's own; recovery's stage `exits` trains them.
+    """
+
+    name = "insert_exits"
+    contract = "approximate"
+
+    at: list[int] = option(within=COUNT, help="after how many trips tokens may leave")
+    criterion: Criterion = option("margin", help="what says that a token is sure")
+    threshold: float | list[float] = option(
+        math.inf, help="the score above which a token leaves: one, or one for each exit"
+    )
+    state: State = option("propagate", help="what the caches of skipped layers hold")
+    head: Literal["shared", "norm", "own"] = option(
+        "shared", help="what each exit has of its own to make logits"
+    )
+    width: int = option(32, within=SIZE, help="hidden units of the classifiers `mlp` and `gated`")
+    loop: str | None = option(None, help="the loop's name; the longest one by default")
+
+    def check(self) -> None:
+        if sorted(set(self.at)) != self.at:
+            raise UsageError(
+                "`at` is an ascending list of numbers of trips",
+                where="pass insert_exits, option at",
+            )
+        if isinstance(self.threshold, list) and len(self.threshold) != len(self.at):
+            raise UsageError(
+                f"{len(self.threshold)} thresholds are given for {len(self.at)} exits",
+                where="pass insert_exits, option threshold",
+            )
+
+    def run(self, program: Program, context: Context) -> Program:
+        loop = find_loop(program, self.loop)
+        if exits_of(loop) is not None or any(exits_of(each) for each in program.loops):
+            raise PassError(f"{loop.name} has exits already, or another loop has")
+        if self.at[-1] >= loop.trips:
+            raise PassError(
+                f"{loop.name} makes {loop.trips} trips, and nobody leaves after {self.at[-1]}",
+                hint=f"the last exit is after {loop.trips - 1} trips or fewer",
+            )
+        if len(loop.carry) != 1 or loop.carry[0].meta["type"].shape[:-1] != ("b", "s"):
+            raise PassError(f"{loop.name} does not carry one value for each token")
+        builder = _Builder(self, program, loop)
+        program = builder.build()
+        context.remark(
+            f"{loop.name}: exits after {', '.join(map(str, self.at))} of {loop.trips} trips by "
+            f"{self.criterion}, state {self.state}"
+        )
+        if all(math.isinf(t) for t in self.thresholds()):
+            context.remark("thresholds are infinite: the model is as it was until it is calibrated")
+        if builder.of_heads:
+            context.remark(f"norms and heads of exits: {builder.of_heads:,} parameters")
+        if builder.weights:
+            added = sum(weight.elements() for weight in builder.weights.values())
+            context.remark(f"classifiers of {added:,} parameters")
+        return program
+
+    def thresholds(self) -> list[float]:
+        """The threshold of each exit."""
+        if isinstance(self.threshold, list):
+            return self.threshold
+        return [self.threshold] * len(self.at)
+
+
+class _Builder:
+    """A loop with exits in the place of one without."""
+
+    def __init__(self, options: InsertExits, program: Program, loop: Loop) -> None:
+        self.options, self.program, self.loop = options, program, loop
+        self.hidden: TensorType = loop.carry[0].meta["type"]
+        self.nodes = Nodes(fx.Graph(), self.hidden.shape[:-1])
+        self.weights: dict[str, Weight] = {}
+        self.of_heads = 0
+        # carried beside the hidden state: who is done, the trips made, and what criteria need
+        self.carried = {"done": torch.bool, "depth": torch.int64}
+        if options.criterion == "patience":
+            self.carried |= {"last": torch.int64, "count": torch.int64}
+
+    def build(self) -> Program:
+        options, loop = self.options, self.loop
+        # the body's own, before the loop carries more
+        places = loop.places
+        result, depth = self._rewire()
+        program = self.program
+        if options.head != "shared":
+            whole = options.head == "own"
+            program, self.of_heads = add_heads(program, loop, result, depth, options.at, whole)
+            self.program = program
+        graph = self._body(places, result, depth)
+        return replace(
+            program,
+            bodies={**program.bodies, loop.name: Body(graph, loop.period)},
+            weights=program.weights.with_weights(self.weights),
+            outputs=(*program.outputs, "depth"),
+        )
+
+    # ---- the main graph
+
+    def _rewire(self) -> tuple[fx.Node, fx.Node]:
+        """Let the loop carry more and return the depth; its result, and the depth, as nodes."""
+        loop, graph, options = self.loop, self.program.graph, self.options
+        start, per_token = loop.carry[0], self.nodes.per_token
+        with graph.inserting_before(loop.node):
+            channel = graph.call_function(aten.select.int, (start, -1, 0))
+            channel.meta["type"] = per_token(self.hidden.dtype)
+            fresh = []
+            for dtype in self.carried.values():
+                node = graph.call_function(aten.zeros_like.default, (channel,), {"dtype": dtype})
+                node.meta["type"] = per_token(dtype)
+                fresh.append(node)
+        thresholds = [math.inf] * loop.trips
+        for stop, value in zip(options.at, options.thresholds(), strict=True):
+            thresholds[stop - 1] = value
+        kept = (start, start) if options.state == "defer" else (start,)
+        carry, inputs = (*kept, *fresh), (*loop.inputs, tuple(thresholds))
+        old = sorted(loop.node.users, key=list(graph.nodes).index)
+        loop.node.args = (loop.name, carry, inputs, loop.trips)
+        with graph.inserting_after(loop.node):
+            depth = graph.call_function(operator.getitem, (loop.node, len(kept) + 1))
+            depth.meta["type"] = per_token(torch.int64)
+            result = graph.call_function(operator.getitem, (loop.node, len(kept) - 1))
+            result.meta["type"] = self.hidden
+        for node in old:
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+        output = graph.output_node()
+        output.args = ((*output.args[0], depth),)  # type: ignore[misc]
+        return result, depth
+
+    # ---- the body
+
+    def _body(self, places: list[fx.Node], result: fx.Node, depth: fx.Node) -> fx.Graph:
+        nodes, loop, options = self.nodes, self.loop, self.options
+        graph, call, per_token = nodes.graph, nodes.call, nodes.per_token
+        defer = options.state == "defer"
+        h = graph.node_copy(places[0])
+        kept = nodes.place("kept", self.hidden) if defer else h
+        carried = {name: nodes.place(name, per_token(d)) for name, d in self.carried.items()}
+        values = {places[0]: h, **{p: graph.node_copy(p) for p in places[1:]}}
+        threshold = graph.placeholder("threshold")
+        done = carried["done"]
+        (out,) = inline(graph, loop.body.graph, values)
+        if options.state == "skip":
+            leave_out(loop, graph, done)
+        held = call(HOLD, (done, kept, out), self.hidden)
+        going = call(aten.logical_not.default, (done,), per_token(torch.bool))
+        made = call(aten.add.Tensor, (carried["depth"], going), per_token(torch.int64))
+
+        def logits(hidden: fx.Node) -> fx.Node:
+            path = path_to_logits(self.program, loop, [result, depth])
+            return copy_path(graph, path, {result: hidden, depth: made})
+
+        padded = [n for n in graph.nodes if n.target in PADDED]
+        paddings = {argument(n, "padding") for n in padded}
+        (padding,) = paddings if len(paddings) == 1 else (None,)
+        idle = done if options.state == "skip" else None
+        scores = Scores(
+            nodes, options.criterion, options.width, self._stacked, logits, padding, idle
+        )
+        score = scores.make(h, held, carried, threshold)
+        left = call(EXIT, (done, score, threshold), per_token(torch.bool))
+        graph.output((*((out,) if defer else ()), held, left, made, *scores.extra))
+        return graph
+
+    def _stacked(self, name: str, make: Callable[[int], Expr]) -> fx.Node:
+        """A new weight of the body with one entry for each exit."""
+        weight = stacked_weight(make, self.options.at, self.loop.trips)
+        full = f"{self.loop.name}.*.exit.{name}"
+        self.weights[full] = weight
+        node = self.nodes.graph.get_attr(full)
+        node.meta["type"] = TensorType(weight.meta.dtype, weight.meta.shape)
+        return node

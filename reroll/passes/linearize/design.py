@@ -1,0 +1,154 @@
+"""What takes the place of an attention: a mixer on its queries, keys and values, and a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from reroll.errors import PassError
+from reroll.mixers import Mixer, make
+from reroll.mixers.registry import find
+from reroll.passes.linearize import combining
+from reroll.passes.linearize.features import Feature, mapped
+from reroll.passes.linearize.gates import Projections, liger_gate
+from reroll.passes.linearize.observed import Reach
+from reroll.passes.linearize.sites import Site, before_rotary
+from reroll.rewrite.analysis.layers import per_trip
+from reroll.rewrite.ir.inserting import insert
+from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.program import TensorType
+
+RECURRENCE = torch.ops.reroll.recurrence.default
+BIDIRECTIONAL = torch.ops.reroll.bidirectional.default
+
+Combine = Literal["disjoint", "joint", "sum"]
+Gates = Literal["learned", "calibrated", "clustered", "liger", "liger-code"]
+
+
+@dataclass(frozen=True)
+class Design:
+    """The options of `linearize` that say what an attention is replaced by."""
+
+    mixer: str
+    mixer_options: Mapping[str, Any]
+    gates: Gates
+    feature_map: Feature
+    rotary: bool
+    combine: Combine
+    mix: float
+    reach: Reach
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether the mixer is added with a gain; under a normalisation of its own it cancels."""
+        if self.combine == "disjoint":
+            return True
+        return (self.combine == "joint") == (self.reach.window > 0)
+
+    @property
+    def logs(self) -> bool:
+        """Whether the mixer gives the log of what it divides by, and shares that with a window."""
+        shared = self.combine == "joint" and self.reach.window > 0
+        return shared and "log_mass" in find(self.mixer).options()
+
+    @property
+    def slots(self) -> int:
+        """Slots of the mixer's state; 0 if it has none."""
+        return int(getattr(make(self.mixer, self.mixer_options), "slots", 0))
+
+    def insert(self, site: Site, projections: Projections) -> fx.Node:
+        """Put a mixer beside an attention, and let their sum take its place; returns the mixer.
+
+        The attention itself is left as it is: `combining.confine` cuts it to its window.
+        """
+        old, users = site.node, list(site.node.users)
+        with site.graph.inserting_before(old):
+            mixed = self._recurrence(site, projections)
+        if self.combine == "joint":
+            if self.reach.window:
+                result = combining.joint(site, mixed, self.logs)
+            else:
+                result = combining.alone(site, mixed)
+        elif self.combine == "sum" and self.reach.window:
+            result = combining.weighted(site, mixed, self.mix)
+        else:
+            result = combining.disjoint(site, mixed)
+        for user in users:
+            user.replace_input_with(old, result)
+        return mixed
+
+    def _recurrence(self, site: Site, projections: Projections) -> fx.Node:
+        """The mixer's node, [batch, time, heads, d_v]."""
+        q, k = site.q, site.k
+        if not self.rotary:
+            q, k = before_rotary(q), before_rotary(k)
+        q = mapped(site, q, self.feature_map, "q")
+        k = mapped(site, k, self.feature_map, "k")
+        mixer, v = self._mixer(site), site.v
+        d_v = site.d_v + (self.combine == "joint")
+        gates = self._gates(site, mixer, (int(shape(k)[3]), d_v), projections)
+        if self.combine == "joint":
+            # a channel of ones, which the mixer sums with its weights
+            v = insert(site.graph, lambda v: F.pad(v, (0, 1), value=1.0), [v])
+        delay = self.reach.delay(site.causal) if self.combine != "sum" else 0
+        kwargs: dict[str, Any] = {
+            "padding": argument(site.node, "padding"),
+            "delay": delay,
+            "skip": self.reach.sinks if delay else 0,
+            "active": per_trip(site.layer.loop, "recurrent", site.active),
+        }
+        node = site.graph.call_function(
+            RECURRENCE if site.causal else BIDIRECTIONAL,
+            (q, k, v, gates, self.mixer, mixer.text()),
+            {name: v for name, v in kwargs.items() if v not in (None, 0) and v is not True},
+        )
+        kind = site.node.meta["type"]
+        node.meta["type"] = TensorType(kind.dtype, (*kind.shape[:-1], shape(v)[3]))
+        return node
+
+    def _mixer(self, site: Site) -> Mixer:
+        options, known = dict(self.mixer_options), find(self.mixer).options()
+        own = "normalise" in known
+        if self.logs:
+            options["log_mass"] = True
+            if not site.causal:
+                raise PassError(
+                    f"{self.mixer} divides each direction by a sum of its own",
+                    where=site.node.name,
+                    hint="use combine=disjoint",
+                )
+        if self.feature_map == "none" and not own:
+            options.setdefault("scale", float(argument(site.node, "scale")))
+        else:
+            options.setdefault("scale", 1.0)
+        if self.feature_map != "none" and "feature_map" in known:
+            # one map is enough
+            options.setdefault("feature_map", "none")
+        if own and self.combine == "joint":
+            options["normalise"] = False
+        elif own and not site.causal:
+            raise PassError(
+                f"{self.mixer} divides by a sum over both directions, which is combine=joint",
+                where=site.node.name,
+                hint="add combine=joint",
+            )
+        return make(self.mixer, options)
+
+    def _gates(
+        self, site: Site, mixer: Mixer, sizes: tuple[int, int], projections: Projections
+    ) -> list[fx.Node]:
+        made = []
+        for gate in mixer.gates(*sizes):
+            if self.gates in ("learned", "calibrated"):
+                made.append(projections.gate(site, gate))
+            elif self.gates == "clustered":
+                made.append(projections.clustered(site, gate))
+            else:
+                variant = "paper" if self.gates == "liger" else "code"
+                made.append(liger_gate(site, mixer, gate, variant))
+        return made

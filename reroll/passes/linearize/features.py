@@ -1,0 +1,60 @@
+"""Feature maps: what queries and keys go through before a mixer multiplies them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from reroll.passes.linearize.sites import Site
+from reroll.rewrite.ir.inserting import insert
+from reroll.rewrite.ir.weights import Expr, build
+from reroll.rewrite.ir.weights.expressions import DTYPE_NAMES, Meta, dtype_from_name
+from reroll.rewrite.ir.weights.registry import weight_function
+
+Feature = Literal["none", "softmax", "elu", "relu", "hedgehog"]
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return F.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype)
+
+
+def _hedgehog(x: Tensor, weight: Tensor) -> Tensor:
+    """[softmax(x W); softmax(-x W)] for each head (Zhang et al., 2024, arXiv 2402.04347)."""
+    turned = torch.matmul(x, weight)
+    return torch.cat((_softmax(turned), _softmax(-turned)), dim=-1)
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": _softmax,
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+}
+
+
+@weight_function(
+    lambda count, size, dtype: Meta((count, size, size), dtype_from_name(dtype)), arithmetic=False
+)
+def identities(count: int, size: int, dtype: str) -> Tensor:
+    """As many identity matrices [count, size, size]."""
+    return torch.eye(size, dtype=dtype_from_name(dtype)).repeat(count, 1, 1)
+
+
+def mapped(site: Site, x: fx.Node, feature: Feature, name: str) -> fx.Node:
+    """Queries or keys [batch, heads, time, size] after a feature map; `name` is "q" or "k"."""
+    if feature == "none":
+        return x
+    if feature != "hedgehog":
+        return insert(site.graph, _PLAIN[feature], [x])
+    kind = x.meta["type"]
+    heads, size = int(kind.shape[1]), int(kind.shape[3])
+
+    def start(layer: int) -> Expr:
+        del layer
+        return build("identities", heads, size, DTYPE_NAMES[kind.dtype])
+
+    weight = site.new_weight(f"{name}_features", (heads, size, size), start)
+    return insert(site.graph, _hedgehog, [x, weight])

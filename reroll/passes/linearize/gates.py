@@ -1,0 +1,161 @@
+"""The gates of a mixer: from the key projection, or from new low-rank projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from reroll.errors import PassError
+from reroll.mixers import Gate, Mixer
+from reroll.mixers.gates import wide
+from reroll.passes.linearize.clusters import Clusters
+from reroll.passes.linearize.sites import LINEAR, Site, before_rotary
+from reroll.rewrite.ir.inserting import insert
+from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.weights import Expr, Source, cast, concat, full, normal, zeros
+from reroll.rewrite.ir.weights.expressions import meta_of
+
+# without any measurement: half-lives of heads, in tokens, from the first to the last
+SHORTEST, LONGEST = 32.0, 512.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the gates of one layer are at the start, for each key-value head.
+
+    `half_life` is in tokens; `strength` is the part of a write gate's range.
+    """
+
+    half_life: Sequence[float]
+    strength: Sequence[float]
+
+    @classmethod
+    def unmeasured(cls, kv_heads: int) -> Start:
+        """Half-lives spread over the heads as RetNet spreads them, and half of the strength."""
+        steps = [n / max(kv_heads - 1, 1) for n in range(kv_heads)]
+        lives = [SHORTEST * (LONGEST / SHORTEST) ** s for s in steps]
+        return cls(lives, [0.5] * kv_heads)
+
+
+@dataclass
+class Projections:
+    """Low-rank projections of the layer's input with biases: raw = W2 (W1 x) + b.
+
+    W1 is random and W2 zero, so that at the start a gate is what its bias says. `starts` gives that
+    for each layer number, and `clusters` the keys that slots are for.
+    """
+
+    rank: int
+    seed: int
+    starts: Mapping[int, Start] = field(default_factory=dict)
+    clusters: Mapping[int, Clusters] = field(default_factory=dict)
+
+    def gate(self, site: Site, gate: Gate) -> fx.Node:
+        """The gate's values [batch, kv_heads, time, *shape]."""
+        graph, heads = site.graph, site.kv_heads
+        x = site.projection().args[0]
+        assert isinstance(x, fx.Node)
+        kind: TensorType = x.meta["type"]
+        width, each = int(kind.shape[-1]), math.prod(gate.shape)
+        rank, dtype = min(self.rank, width), kind.dtype
+
+        def down(layer: int) -> Expr:
+            seed = _seed(self.seed, layer, gate.name)
+            return normal((rank, width), width**-0.5, seed, dtype)
+
+        def up(layer: int) -> Expr:
+            if gate.role in ("key", "value"):
+                seed = _seed(self.seed, layer, f"{gate.name} up")
+                return normal((heads * each, rank), rank**-0.5, seed, dtype)
+            return zeros((heads * each, rank), dtype)
+
+        def bias(layer: int) -> Expr:
+            start = self.starts.get(layer) or Start.unmeasured(heads)
+            parts = [full((each,), raw, torch.float32) for raw in _raw(gate, start)]
+            return cast(concat(0, parts), dtype)
+
+        weights = [
+            site.new_weight(f"{gate.name}_down.weight", (rank, width), down),
+            site.new_weight(f"{gate.name}_up.weight", (heads * each, rank), up),
+            site.new_weight(f"{gate.name}_up.bias", (heads * each,), bias),
+        ]
+        low = graph.call_function(LINEAR, (x, weights[0]))
+        low.meta["type"] = TensorType(dtype, (*kind.shape[:-1], rank))
+        raw = graph.call_function(LINEAR, (low, weights[1], weights[2]))
+        raw.meta["type"] = TensorType(dtype, (*kind.shape[:-1], heads * each))
+
+        def values(raw: Tensor) -> Tensor:
+            return gate.activation(torch.unflatten(raw, -1, (heads, *gate.shape)).transpose(1, 2))
+
+        return insert(graph, values, [raw])
+
+    def clustered(self, site: Site, gate: Gate) -> fx.Node:
+        """A decay of slots [batch, kv_heads, time, slots]: a token's own slot lets go.
+
+        It keeps 1 - p of what it holds, and e^floor at least.
+        """
+        k = before_rotary(site.k)
+        found = self.clusters[site.chosen[0]]
+
+        def measured(part: str, like: Tensor) -> fx.Node:
+            def start(layer: int) -> Expr:
+                name = f"linearize.clusters.{layer}.{part}"
+                return cast(Source(name, meta_of(like)), site.dtype)
+
+            return site.new_weight(f"slots.{part}", tuple(like.shape), start)
+
+        def values(k: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            near = wide(k) @ wide(weight).transpose(1, 2) + wide(bias).unsqueeze(1)
+            return (near.softmax(-1) * -most + 1.0).log()
+
+        most = 1.0 if gate.floor is None else -math.expm1(gate.floor)
+        parts = [measured("weight", found.weight), measured("bias", found.bias)]
+        return insert(site.graph, values, [k, *parts])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was measured, by the names that weights read it by."""
+        return {
+            f"linearize.clusters.{layer}.{part}": tensor
+            for layer, found in self.clusters.items()
+            for part, tensor in vars(found).items()
+        }
+
+
+def liger_gate(site: Site, mixer: Mixer, gate: Gate, variant: str) -> fx.Node:
+    """A gate from the key projection before its rotary embedding: arXiv 2503.01496, table 1.
+
+    `variant` is "paper", or "code" for what the released code does, which differs in constants.
+    """
+    if variant not in gate.from_key:
+        known = ", ".join(gate.from_key) or "none"
+        raise PassError(
+            f"Liger has no gate {gate.name} for the mixer {mixer.name} in its {variant}",
+            where=site.node.name,
+            hint=f"there is: {known}; or use gates=learned",
+        )
+    return insert(site.graph, gate.from_key[variant], [before_rotary(site.k)])
+
+
+def _raw(gate: Gate, start: Start) -> list[float]:
+    """The raw number of each head at which the gate has its value at the start."""
+    raws = []
+    for life, strength in zip(start.half_life, start.strength, strict=True):
+        if gate.role == "decay":
+            value = -math.log(2) / life
+        elif gate.role == "write" and math.isfinite(gate.high):
+            value = max(gate.low, 0.0) + strength * (gate.high - max(gate.low, 0.0))
+        elif gate.role == "write":
+            value = strength
+        else:
+            value = None
+        raws.append(0.0 if value is None or gate.inverse is None else gate.inverse(value))
+    return raws
+
+
+def _seed(seed: int, layer: int, what: str) -> int:
+    """One seed for each weight: the same for the same pass, layer and gate."""
+    return (seed * 1_000_003 + layer * 8_191 + sum(what.encode())) % 2**31

@@ -1,0 +1,281 @@
+"""Linearize: attention becomes a gated linear recurrence, often beside a window."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor, fx
+
+from reroll.bounds import COUNT, COUNT_OR_NONE, FINITE, SHARE, SIZE
+from reroll.errors import PassError, UsageError
+from reroll.mixers.registry import find
+from reroll.passes.linearize.clusters import Clusters, measure_clusters
+from reroll.passes.linearize.combining import confine
+from reroll.passes.linearize.design import Combine, Design, Gates
+from reroll.passes.linearize.features import Feature
+from reroll.passes.linearize.gains import least_joint, least_squares, measure_gains
+from reroll.passes.linearize.gates import Projections, Start
+from reroll.passes.linearize.look_back import measure_starts
+from reroll.passes.linearize.observed import Reach, samples
+from reroll.passes.linearize.sites import Site, site_of
+from reroll.rewrite.analysis.layers import Layer
+from reroll.rewrite.checkpoint import ChainSource, MemorySource
+from reroll.rewrite.ir.patterns import Miss, nearest
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.weight_edit import WeightEditor
+from reroll.rewrite.ir.weights import cast, concat, full
+from reroll.rewrite.pipeline.base import Context, option
+from reroll.rewrite.pipeline.layerwise import LayerPass
+from reroll.rewrite.pipeline.selection import ranges
+
+Value = int | float | bool | str | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What text says of each layer, by number.
+
+    `starts` is what its gates begin with, or `clusters` which keys its slots are for; `gains`
+    [heads] is how loud its mixer is, and `explained` how much of what the window leaves out of its
+    attention that brings back.
+    """
+
+    starts: dict[int, Start] = field(default_factory=dict)
+    clusters: dict[int, Clusters] = field(default_factory=dict)
+    gains: dict[int, Tensor] = field(default_factory=dict)
+    explained: dict[int, float] = field(default_factory=dict)
+
+
+class Linearize(LayerPass):
+    """Let a token mixer with a state of constant size do the work of attention.
+
+    The mixer reads the queries, keys and values that the attention reads: after norms, biases and
+    the rotary embedding, or before the latter with `rotary=false`, which is the default with a
+    feature map, of the pass or of the mixer: it does not commute with a rotation. With `window`,
+    softmax attention stays for the last tokens and the first `sinks`, in the same layers; `combine`
+    says how the two come together:
+
+    - `disjoint`: the mixer sees only what the window does not, so its tokens are delayed; it is
+      added with a gain per head, a new weight that starts as `gain`. At gain 0 the model starts
+      as the pass `window` would leave it.
+    - `joint`: as `disjoint`, under one normalisation: LoLCATs (arXiv 2410.10254), equation 6. What
+      the mixer gives is weighted by the sum of its own weights times the gain, which takes features
+      that are not negative; their part of the whole shrinks what the window gives.
+    - `sum`: both see everything that they can, weighted with 1 - mix and mix: Liger (arXiv
+      2503.01496), equation 8.
+
+    Without a window the mixer is alone, times a gain that starts as 1.
+
+    `gates`: `liger` makes them of the key projection with no new weights, as the paper says, and
+    `liger-code` as its released code does; `learned` makes them by low-rank projections of the
+    layer's input, at the start constant for each head; `calibrated` are learned ones that start
+    from what the attention does on the user's text (arXiv 2606.16429), and so do gains that are not
+    given; `clustered` sort keys into the slots of `mixer=gsa` by clusters of that text's keys, and
+    with `combine=joint` that is attention to the window and to the last key of every cluster
+    (`reroll.passes.linearize.clusters`). State is kept per key-value head.
+
+    Layers that see only a window already stay as they are unless `layers` names them. Nothing here
+    is trained, and what comes out needs to be: a model in which too many layers are linearized
+    gives words without sense before that.
+    """
+
+    name = "linearize"
+    contract = "approximate"
+
+    mixer: str = option("retention", help="which token mixer: see reroll.mixers")
+    mixer_options: dict[str, Value] = option({}, help="options of the mixer")
+    gates: Gates = option("learned", help="where the mixer's gates come from")
+    feature_map: Feature = option("none", help="what queries and keys go through first")
+    rotary: bool | None = option(
+        None, help="whether they have their rotary embedding; by default, without a feature map"
+    )
+    window: int = option(
+        64,
+        within=COUNT_OR_NONE,
+        help="how many of the last tokens softmax attention sees; 0 for none",
+    )
+    sinks: int = option(
+        4, within=COUNT_OR_NONE, help="how many of the first tokens it sees beside them"
+    )
+    combine: Combine = option("disjoint", help="how the window and the mixer come together")
+    mix: float = option(0.5, within=SHARE, help="the mixer's part in a sum, from 0 to 1")
+    gain: float | None = option(
+        None,
+        within=FINITE,
+        help="factor on the mixer at the start; by default 0 beside a window and 1 without",
+    )
+    rank: int = option(16, within=SIZE, help="rank of learned gates")
+    samples: int = option(8, within=COUNT, help="pieces of 512 tokens of the text to calibrate on")
+
+    def check(self) -> None:
+        super().check()
+        find(self.mixer).make(self.mixer_options)
+        known = set(find(self.mixer).options())
+        if self.gates == "clustered" and "slots" not in known:
+            raise UsageError(
+                f"{self.mixer} has no slots for clusters of keys",
+                "pass linearize, option gates",
+                "use mixer=gsa with gates=clustered",
+            )
+        own = {"normalise", "log_mass"} & known
+        if self.combine == "joint" and self.feature_map == "none" and not own:
+            raise UsageError(
+                "one normalisation takes features that are not negative",
+                "pass linearize, option combine",
+                "such as feature_map=hedgehog, or mixer=linear, which has its own",
+            )
+
+    def run(self, program: Program, context: Context) -> Program:
+        layers, chosen = self.chosen(program)
+        eligible = sorted(n for s in self._sites(program, layers, chosen) for n in s.chosen)
+        found = self._calibrated(program, chosen, context)
+
+        def rewritten(numbers: Collection[int]) -> Program:
+            return self._rewritten(program.edit(), set(numbers), found, context)
+
+        left = self.measured(program, eligible, rewritten, context)
+        done = sorted(left)
+        if found.explained:
+            context.remark(_said(found, done))
+        context.remark(self._summary(done))
+        return self._rewritten(program, left, found, context)
+
+    def _calibrated(self, program: Program, chosen: set[int], context: Context) -> Calibration:
+        """What gates and gains start from: for each layer, of the original's own attention."""
+        if self.gates not in ("calibrated", "clustered"):
+            return Calibration()
+        text = self._text(program, context)
+        if text is None:
+            context.remark("no text to calibrate on: gates start as with gates=learned")
+            return Calibration()
+        program, design = program.edit(), self._design()
+        layers, _ = self.chosen(program)
+        starts, clusters = {}, {}
+        if self.gates == "clustered":
+            sites = self._sites(program, layers, chosen)
+            clusters = measure_clusters(program, sites, text, context, design.slots)
+        else:
+            starts = measure_starts(program, layers, text, design.reach, context)
+        # the attentions are still the original's, and gains are zero: so are all inputs
+        if self.gain is not None or not design.has_gain:
+            return Calibration(starts, clusters)
+        projections = Projections(self.rank, context.seed, starts, clusters)
+        exact, mixers = self._beside(program, design, projections, chosen)
+        layers, _ = self.chosen(exact)
+        joint = partial(least_joint, logs=design.logs)
+        least = joint if self.combine == "joint" else least_squares
+        measured = measure_gains(exact, mixers, layers, text, design.reach, context, least)
+        return Calibration(starts, clusters, *measured)
+
+    def _text(self, program: Program, context: Context) -> list[Mapping[str, Tensor]] | None:
+        """The text to calibrate on, if there is any; PassError if there has to be."""
+        text = samples(program, context, self.samples)
+        if text is None and self.gates == "clustered":
+            raise PassError(
+                "there is no text whose keys could be clustered",
+                where="pass linearize, option gates",
+                hint="give a text file with --text; a model without tokens has none",
+            )
+        return text
+
+    def _beside(
+        self, program: Program, design: Design, projections: Projections, chosen: set[int]
+    ) -> tuple[Program, dict[fx.Node, fx.Node]]:
+        """The program with silent mixers, its graphs changed in place; each attention's mixer."""
+        layers, _ = self.chosen(program)
+        sites = self._sites(program, layers, chosen)
+        mixers = {site.node: design.insert(site, projections) for site in sites}
+        return _with_tensors(self._with_gains(sites, {}).result(), projections), mixers
+
+    def _rewritten(
+        self, program: Program, numbers: set[int], found: Calibration, context: Context
+    ) -> Program:
+        """The program with mixers in these layers; its graphs are changed in place."""
+        layers, _ = self.chosen(program)
+        sites, design = self._sites(program, layers, numbers), self._design()
+        projections = Projections(self.rank, context.seed, found.starts, found.clusters)
+        for site in sites:
+            design.insert(site, projections)
+        edit = self._with_gains(sites, found.gains)
+        for site in sites:
+            confine(site, self.window, self.sinks)
+        return _with_tensors(edit.result(), projections)
+
+    def _design(self) -> Design:
+        rotary = self.rotary
+        if rotary is None:
+            own = getattr(find(self.mixer).make(self.mixer_options), "feature_map", "none")
+            rotary = self.feature_map == own == "none"
+        return Design(
+            self.mixer, self.mixer_options, self.gates, self.feature_map, rotary,
+            self.combine, self.mix, Reach(self.window, self.sinks if self.window else 0),
+        )  # fmt: skip
+
+    def _sites(self, program: Program, layers: list[Layer], chosen: set[int]) -> list[Site]:
+        """What there is to linearize; raises PassError, with the reason, if that is nothing."""
+        edit = WeightEditor(program)
+        sites: list[Site] = []
+        misses: list[Miss] = []
+        for layer in layers:
+            windows = zip(layer.numbers, layer.values("window"), strict=True)
+            near = {n for n, w in windows if w is not None and self.layers == "all"}
+            own = tuple(n for n in layer.numbers if n in chosen - near)
+            site = site_of(layer, own, edit)
+            if isinstance(site, Miss):
+                misses.append(site)
+            elif own:
+                sites.append(site)
+        if not sites:
+            why = nearest(misses) if misses else "all see windows already"
+            raise PassError(
+                f"no attention can be linearized: {why}",
+                hint="causal attention can; name layers that see a window already with layers=[..]",
+            )
+        return sites
+
+    def _summary(self, done: list[int]) -> str:
+        beside = f" beside a window of {self.window} and {self.sinks} sinks" if self.window else ""
+        return f"layers {ranges(done)} are {self.mixer}{beside}, gates {self.gates}"
+
+    def _with_gains(self, sites: list[Site], gains: Mapping[int, Tensor]) -> WeightEditor:
+        """Write the gains of the layers into their weights: given, measured, or by default."""
+        edit = sites[0].edit
+        default = 0.0 if self.window else 1.0
+        for site in sites:
+            if site.gain is None:
+                continue
+            entries = []
+            for number in site.chosen:
+                start = default if self.gain is None else self.gain
+                values = gains[number].tolist() if number in gains else [start] * site.heads
+                parts = [full((1,), float(value), torch.float32) for value in values]
+                entries.append(cast(concat(0, parts), site.dtype))
+            edit.weights = edit.weights.with_weight(
+                site.gain, replace(edit.weights[site.gain], entries=tuple(entries))
+            )
+        return edit
+
+
+def _with_tensors(program: Program, projections: Projections) -> Program:
+    """The program with what was measured beside the tensors of its checkpoint."""
+    if not projections.clusters:
+        return program
+    tensors = MemorySource(projections.tensors())
+    return replace(program, source=ChainSource([tensors, program.source]))
+
+
+def _said(found: Calibration, layers: Sequence[int]) -> str:
+    shares = [found.explained[n] for n in layers]
+    said = (
+        f"mixers bring back {sum(shares) / len(shares):.0%} of what is left out, "
+        f"from {min(shares):.0%} to {max(shares):.0%} by layer"
+    )
+    if not found.starts:
+        return said
+    lives = sorted(life for n in layers for life in found.starts[n].half_life)
+    lived = f"half-lives from {lives[0]:.0f} to {lives[-1]:.0f} tokens"
+    return f"{lived}, median {median(lives):.0f}; {said}"

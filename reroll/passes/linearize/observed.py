@@ -1,0 +1,128 @@
+"""What the attentions of a program get and give on a sample of text.
+
+Calibration measures on it: all inputs are those that the original's layers have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reroll.rewrite.analysis.layers import Layer
+from reroll.rewrite.analysis.samples import token_inputs
+from reroll.rewrite.capture.raising.attention import ARGUMENTS
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.pipeline.base import Context
+
+LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The tokens that a mixer sees: not those near by, nor the first `sinks`.
+
+    Near are the last `window` tokens; in attention that is not causal, those at a distance of at
+    most `window`, if there is one.
+    """
+
+    window: int
+    sinks: int
+
+    def delay(self, causal: bool) -> int:
+        """How many tokens late a mixer reads what is written."""
+        return self.window if causal or not self.window else self.window + 1
+
+    def ages(self, time: int, causal: bool) -> Tensor:
+        """[time, time]: how long a query's mixer has held a key, and -1 where it does not see it.
+
+        A delayed token has been in the state for as long as it is out of the window.
+        """
+        at = torch.arange(time)
+        distance = at[:, None] - at[None, :]
+        age = (distance if causal else distance.abs()) - self.delay(causal)
+        return age.masked_fill((age < 0) | (at[None, :] < self.sinks), -1)
+
+
+def samples(program: Program, context: Context, count: int) -> list[Mapping[str, Tensor]] | None:
+    """Up to `count` pieces of the user's text as inputs; None if there is no text to be had."""
+    if context.is_large(program):
+        return None
+    tokens, length = context.tokens(program), min(LENGTH, program.origin.positions or LENGTH)
+    if tokens is None or tokens.numel() < 2 * length // 4:
+        return None
+    pieces = [p for p in torch.split(tokens, length) if p.numel() >= length // 4][:count]
+    return [token_inputs(program, piece[None]) for piece in pieces]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one attention got and gave for one input, and `mixed` what its mixer gave, if any."""
+
+    number: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    named: Mapping[str, Any]
+    out: Tensor
+    mixed: Tensor | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether it looks back only."""
+        return bool(self.named["causal"])
+
+    def weights(self) -> Tensor:
+        """The attention of all queries to all keys, [batch, heads, time, time]."""
+        time = self.q.shape[2]
+        k = self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], 1)
+        scores = self.q @ k.mT * self.scale
+        if self.causal:
+            at = torch.arange(time)
+            scores = scores.masked_fill(at[None, :] > at[:, None], -torch.inf)
+        return scores.softmax(-1)
+
+
+def observed(
+    program: Program,
+    layers: Sequence[Layer],
+    inputs: Sequence[Mapping[str, Tensor]],
+    context: Context,
+    mixers: Mapping[fx.Node, fx.Node] | None = None,
+) -> Iterator[Seen]:
+    """What the attentions of `layers` get and give, for each input, layer after layer.
+
+    `mixers` has the mixer's node, which runs before it, of an attention.
+    """
+    numbers = {layer.node: layer.numbers for layer in layers}
+    owner = {mixer: node for node, mixer in (mixers or {}).items()}
+    for done, each in enumerate(inputs):
+        context.progress(done, len(inputs), "calibrating")
+        found: list[Seen] = []
+        beside: dict[fx.Node, Tensor] = {}
+
+        def keep(
+            name: str,
+            trip: int | None,
+            node: fx.Node,
+            args: tuple[Any, ...],
+            out: Any,
+            found: list[Seen] = found,
+            beside: dict[fx.Node, Tensor] = beside,
+        ) -> None:
+            del name
+            if node in owner:
+                beside[owner[node]] = out
+            elif node in numbers:
+                number = numbers[node][trip or 0]
+                q, k, v, scale = args[:4]
+                named = dict(zip(ARGUMENTS[4:], args[4:], strict=True))
+                mixed = beside.pop(node, None)
+                found.append(Seen(number, q, k, v, scale, named, out, mixed))
+
+        context.outputs(program, each, fast=False, observe=keep)
+        yield from found

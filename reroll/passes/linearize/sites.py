@@ -1,0 +1,173 @@
+"""What an attention offers to a mixer in its place: queries, keys, values, and their origin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.errors import PassError
+from reroll.rewrite.analysis.layers import Layer, behind_cache
+from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.patterns import Miss
+from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.weight_edit import WeightEditor
+from reroll.rewrite.ir.weights import Expr, Weight
+
+LINEAR = torch.ops.aten.linear.default
+ROPE = torch.ops.reroll.rope.default
+
+
+@dataclass
+class Site:
+    """An attention and the layers of it that are to be linearized.
+
+    Attributes:
+        layer: the attention.
+        chosen: numbers of the layers that get a mixer; the others of its loop stay as they are.
+        edit: the Program's weights, to which a site adds its own.
+        q: queries [batch, heads, time, d_k] as the attention reads them.
+        k: keys [batch, kv_heads, time, d_k] of the new tokens alone.
+        v: values [batch, kv_heads, time, d_v] likewise.
+    """
+
+    layer: Layer
+    chosen: tuple[int, ...]
+    edit: WeightEditor
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    # the name of the weight with its gains, once it has one
+    gain: str | None = None
+    # the node of what the attention divides by, if that is wanted
+    mass: fx.Node | None = None
+
+    @property
+    def node(self) -> fx.Node:
+        """The attention node."""
+        return self.layer.node
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph that it is in."""
+        return self.node.graph
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return int(shape(self.q)[1])
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key-value heads."""
+        return int(shape(self.k)[1])
+
+    @property
+    def d_k(self) -> int:
+        """Size of a query and key."""
+        return int(shape(self.q)[3])
+
+    @property
+    def d_v(self) -> int:
+        """Size of a value."""
+        return int(shape(self.v)[3])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        kind: TensorType = self.v.meta["type"]
+        return kind.dtype
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token looks back only."""
+        return bool(self.layer.values("causal")[0])
+
+    @property
+    def active(self) -> list[bool]:
+        """For each trip, whether its layer is chosen."""
+        return [n in self.chosen for n in self.layer.numbers]
+
+    def after(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        """A new node behind another one, of the type of the attention's output."""
+        with self.graph.inserting_after(node):
+            new = self.graph.call_function(target, args)
+        new.meta["type"] = self.node.meta["type"]
+        return new
+
+    def projection(self) -> fx.Node:
+        """The linear layer that makes the keys. Raises PassError if there is none."""
+        seen, front = {self.k}, [self.k]
+        while front:
+            node = front.pop(0)
+            if node.target is LINEAR:
+                return node
+            new = [n for n in node.all_input_nodes if n not in seen and n.op == "call_function"]
+            seen.update(new)
+            front += new
+        raise PassError(
+            "no linear layer makes the keys",
+            where=self.node.name,
+            hint="choose gates that need none, such as liger",
+        )
+
+    def new_weight(
+        self, name: str, meta_shape: tuple[int, ...], make: Callable[[int], Expr]
+    ) -> fx.Node:
+        """A new weight beside those of the attention, made for each chosen layer by its number.
+
+        Layers that are not chosen read one that a chosen layer has, and do nothing with it.
+        """
+        full = self.edit.free_name(f"{self._stem()}mixer.{name}")
+        made = [make(number) for number in self.chosen]
+        index = None
+        if self.layer.loop is not None:
+            index, last = [], 0
+            for number in self.layer.numbers:
+                last = self.chosen.index(number) if number in self.chosen else last
+                index.append(last)
+        weight = Weight(tuple(made), None if index is None else tuple(index))
+        assert weight.meta.shape == meta_shape
+        self.edit.weights = self.edit.weights.with_weight(full, weight)
+        return self.edit.node(self.graph, full)
+
+    def _stem(self) -> str:
+        """What the names of the attention's weights begin with."""
+        try:
+            name = str(self.projection().args[1].target)  # type: ignore[union-attr]
+        except PassError:
+            return f"{self.node.name}."
+        return name.removesuffix(".weight").rpartition(".")[0] + "."
+
+
+def site_of(layer: Layer, chosen: tuple[int, ...], edit: WeightEditor) -> Site | Miss:
+    """The site of an attention, or what keeps a mixer from taking its place."""
+    node = layer.node
+    if len(set(layer.values("causal"))) > 1:
+        return Miss("the attention is causal in some trips only", (node.name,))
+    for name in ("blocks", "chunk"):
+        if any(value is not None for value in layer.values(name)):
+            return Miss(f"the attention has {name}", (node.name,), depth=1)
+    q, k, v = (argument(node, name) for name in ("q", "k", "v"))
+    if (cache := behind_cache(k)) is not None:
+        if behind_cache(v) is not cache:
+            return Miss("keys and values come out of different caches", (node.name,), depth=1)
+        k, v = (cache.args[_place(n)] for n in (k, v))
+    if shape(k)[2:3] != shape(q)[2:3]:
+        return Miss("the keys are not those of the tokens that ask", (node.name,), depth=2)
+    return Site(layer, chosen, edit, q, k, v)
+
+
+def _place(item: fx.Node) -> int:
+    place: Any = item.args[1]
+    return int(place)
+
+
+def before_rotary(x: fx.Node) -> fx.Node:
+    """Queries or keys before their rotary embedding; the same node if there is none."""
+    source = x.args[0] if x.target is ROPE else x
+    assert isinstance(source, fx.Node)
+    return source

@@ -1,0 +1,1 @@
+"""Give the layers of a shared block a low-rank residual each."""

@@ -1,0 +1,1 @@
+"""Share weights between layers."""

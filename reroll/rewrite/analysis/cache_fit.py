@@ -1,0 +1,102 @@
+"""Whether the weights that a loop uses again are still in the processor's cache by then.
+
+Decoding one token reads every weight once, so its time is that of reading them. Trips that share a
+block save time only if the block is read again before the cache has lost it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from reroll.rewrite.ir.program import Loop, Program, weight_nodes
+
+PRECISIONS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}
+
+_SYSTEM = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def last_level_cache() -> int | None:
+    """Bytes of this machine's last-level cache; None if the system does not say."""
+    sizes: dict[int, int] = {}
+    for index in sorted(_SYSTEM.glob("index*")):
+        try:
+            level = int((index / "level").read_text())
+            text = (index / "size").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if text[:-1].isdigit() and text[-1] in _UNITS:
+            sizes[level] = int(text[:-1]) * _UNITS[text[-1]]
+    if sizes:
+        return sizes[max(sizes)]
+    try:
+        return os.sysconf("SC_LEVEL3_CACHE_SIZE") or None
+    except (ValueError, OSError):
+        return None
+
+
+def distance(index: Sequence[int]) -> int | None:
+    """How many blocks are read from one use of a block to the next, the least over all blocks.
+
+    The block itself counts: 1 where the next trip uses it again. None if no block is used twice.
+    """
+    last: dict[int, int] = {}
+    found: int | None = None
+    for trip, block in enumerate(index):
+        if block in last:
+            between = len(set(index[last[block] : trip]))
+            found = between if found is None else min(found, between)
+        last[block] = trip
+    return found
+
+
+def reuse_remark(program: Program, loop: Loop, index: Sequence[int]) -> str | None:
+    """What tying trips as `index` says does for the time of a token, as one sentence.
+
+    None if the system does not say how large its cache is, or no trips share.
+    """
+    blocks, cache = distance(index), last_level_cache()
+    if blocks is None or cache is None:
+        return None
+    names = weight_nodes(loop.body.graph)
+    block = sum(program.weights[n].meta.elements for n in names if n in program.weights)
+    sizes = {name: blocks * block * width for name, width in PRECISIONS.items()}
+    fits = [name for name, size in sizes.items() if size <= cache]
+    listed = ", ".join(f"{_megabytes(size)} in {name}" for name, size in sizes.items())
+    verdict = (
+        f"which fits the last-level cache of {_megabytes(cache)} in {' and '.join(fits)}"
+        if fits
+        else f"more than the last-level cache of {_megabytes(cache)}: decoding is no faster here"
+    )
+    what = "the block" if blocks == 1 else f"{blocks} blocks"
+    remark = (
+        f"{loop.name}: from one use of a block to the next {what} are read, {listed}, {verdict}"
+    )
+    if blocks == 1:
+        remark = remark.replace("the block are read", "only the block is read")
+    head = _head(program)
+    if head:
+        each = ", ".join(f"{_megabytes(head * w)} in {n}" for n, w in PRECISIONS.items())
+        remark += f"; each token reads the head besides ({each})"
+    return remark
+
+
+def _head(program: Program) -> int:
+    """Elements of the matrices that every token is multiplied by after the last loop."""
+    after = False
+    names = set()
+    for node in program.graph.nodes:
+        after |= any(node is loop.node for loop in program.loops)
+        if after and node.target is torch.ops.aten.linear.default:
+            weight = node.args[1]
+            if weight.op == "get_attr":
+                names.add(str(weight.target))
+    return sum(program.weights[name].meta.elements for name in names)
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.3g} MB"

@@ -1,0 +1,112 @@
+"""What a depth loop carries on calibration inputs, and how much each layer changes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reroll.errors import ProgramError
+from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.samples import random_inputs, token_input, token_inputs
+from reroll.rewrite.ir.program import Loop, Program
+
+TOKENS = 512
+LENGTH = 128
+SHORTEST = 8
+IMAGES = 8
+
+
+def hidden_states(
+    program: Program, loop: Loop, context: Context, *, tokens: int = TOKENS, length: int = LENGTH
+) -> Tensor:
+    """What a loop carries before each trip and after the last: [trips + 1, tokens, width] in fp32.
+
+    On the calibration text, cut into rows of `length` tokens; on random tokens or images where
+    there is no text.
+    """
+    returned: Any = loop.body.graph.output_node().args[0]
+    seen = values_of(program, [loop.carry[0], returned[0]], context, tokens=tokens, length=length)
+    return torch.cat([seen[loop.carry[0]][None, 0], seen[returned[0]]])
+
+
+def values_of(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    context: Context,
+    *,
+    tokens: int = TOKENS,
+    length: int = LENGTH,
+) -> dict[fx.Node, Tensor]:
+    """The values of nodes on calibration inputs, in fp32: [trips, tokens, width], or one trip."""
+    while True:
+        try:
+            return _values(program, nodes, context, tokens, length)
+        except ProgramError:
+            # a model with a table of positions takes no more tokens than that has rows
+            if length <= SHORTEST or token_input(program) is None:
+                raise
+            length //= 2
+
+
+def calibration_inputs(
+    program: Program, context: Context, tokens: int, length: int
+) -> list[dict[str, Tensor]]:
+    """Rows of the calibration text, of random tokens without one, or random images."""
+    if token_input(program) is None:
+        return [random_inputs(program, rows=1, seed=seed) for seed in range(IMAGES)]
+    ids, _ = context.some_tokens(program, tokens)
+    rows = [ids[:tokens][i : i + length] for i in range(0, tokens, length)]
+    return [dict(token_inputs(program, row[None])) for row in rows if row.numel() > 1]
+
+
+def _values(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    context: Context,
+    tokens: int,
+    length: int,
+) -> dict[fx.Node, Tensor]:
+    inputs = calibration_inputs(program, context, tokens, length)
+    found: dict[fx.Node, dict[int, list[Tensor]]] = {node: {} for node in nodes}
+
+    def observe(
+        name: str, trip: int | None, node: fx.Node, args: tuple[Any, ...], result: Any
+    ) -> None:
+        if node in found:
+            found[node].setdefault(trip or 0, []).append(result.float().flatten(0, -2))
+
+    for number, each in enumerate(inputs):
+        context.progress(number, len(inputs), "hidden states")
+        context.outputs(program, each, observe=observe)
+    return {
+        node: torch.stack([torch.cat(trips[trip]) for trip in sorted(trips)])
+        for node, trips in found.items()
+    }
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The mean cosine of two sets of vectors [tokens, width]."""
+    return torch.cosine_similarity(a, b, dim=-1).mean().item()
+
+
+def block_influence(states: Tensor) -> list[float]:
+    """1 - cos of what goes into each layer and what comes out (ShortGPT, arXiv 2403.03853)."""
+    return [1 - cosine(a, b) for a, b in pairwise(states)]
+
+
+def angular_distance(states: Tensor, start: int, stop: int) -> float:
+    """arccos(cos) / pi of what goes into layer `start` and what comes out of `stop - 1`.
+
+    The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), equation 7.
+    """
+    return math.acos(min(1.0, max(-1.0, cosine(states[start], states[stop])))) / math.pi
+
+
+def flattest(states: Tensor, starts: Sequence[int], count: int) -> int:
+    """Where the run of `count` layers starts that turns the hidden state least."""
+    return min(starts, key=lambda start: angular_distance(states, start, start + count))

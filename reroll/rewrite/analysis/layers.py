@@ -1,0 +1,104 @@
+"""The layers of a Program as passes count them: its self-attentions, in the order they run in.
+
+One attention node in the body of a loop stands for as many layers as the loop has trips. What is to
+be different from layer to layer becomes an input of the loop with one value per trip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.rewrite.capture.raising.attention import attention_arguments, set_arguments
+from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.program import Loop, Program
+
+ATTENTION = torch.ops.reroll.attention.default
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention node, and the numbers of the layers that it is: one per trip of its loop."""
+
+    node: fx.Node
+    loop: Loop | None
+    numbers: tuple[int, ...]
+
+    def values(self, name: str) -> tuple[Any, ...]:
+        """An argument of the attention in each of the layers."""
+        return values_of(argument(self.node, name), self.loop, len(self.numbers))
+
+    def set(self, name: str, values: Mapping[int, Any]) -> None:
+        """Give an argument a constant in each layer; layers that are left out keep theirs."""
+        old = self.values(name)
+        new = [values.get(n, o) for n, o in zip(self.numbers, old, strict=True)]
+        arguments = attention_arguments(self.node)
+        arguments[name] = per_trip(self.loop, name, new)
+        set_arguments(self.node, arguments)
+        if self.loop is not None:
+            self.loop.drop_unused_inputs()
+
+
+def attention_layers(program: Program) -> list[Layer]:
+    """The self-attentions of a Program; attention to what an encoder says is not one."""
+    found: list[tuple[fx.Node, Loop | None, list[int]]] = []
+    loops = {loop.node: loop for loop in program.loops}
+    count = 0
+    for node in program.graph.nodes:
+        if _is_self_attention(node):
+            found.append((node, None, [count]))
+            count += 1
+        elif node in loops:
+            loop = loops[node]
+            inner = [n for n in loop.body.graph.nodes if _is_self_attention(n)]
+            rows: list[list[int]] = [[] for _ in inner]
+            for _ in range(loop.trips):
+                for row in rows:
+                    row.append(count)
+                    count += 1
+            found += [(n, loop, row) for n, row in zip(inner, rows, strict=True)]
+    return [Layer(node, loop, tuple(numbers)) for node, loop, numbers in found]
+
+
+def _is_self_attention(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is not ATTENTION:
+        return False
+    q, k = shape(argument(node, "q")), shape(argument(node, "k"))
+    # with a cache there are more keys than queries, and which they are the cache says
+    return q[2:3] == k[2:3] or behind_cache(argument(node, "k")) is not None
+
+
+def behind_cache(value: fx.Node) -> fx.Node | None:
+    """The cache node that a tensor of keys or values comes out of directly."""
+    source = value.args[0] if value.op == "call_function" and value.args else None
+    if isinstance(source, fx.Node) and source.target is torch.ops.reroll.cache.default:
+        return source
+    return None
+
+
+# ---- what differs from trip to trip
+
+
+def values_of(value: Any, loop: Loop | None, trips: int) -> tuple[Any, ...]:
+    """What an argument is in each trip: an input of the loop is looked up, the rest is the same."""
+    if loop is None:
+        return (value,) * trips
+    return tuple(loop.resolve(value, trip) for trip in range(trips))
+
+
+def per_trip(loop: Loop | None, name: str, values: Sequence[Any]) -> Any:
+    """One argument for all trips: the value itself if it never differs, else an input of the loop.
+
+    Returns what to write into the graph of the body.
+    """
+    if all(value == values[0] and type(value) is type(values[0]) for value in values):
+        return values[0]
+    assert loop is not None
+    for position, given in enumerate(loop.inputs):
+        if isinstance(given, tuple) and given == tuple(values):
+            return loop.places[len(loop.carry) + position]
+    return loop.add_input(name, tuple(values))

@@ -1,0 +1,187 @@
+"""How far one Program is from another, measured on text by running both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.errors import ProgramError
+from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.samples import random_inputs, token_input, token_inputs
+from reroll.rewrite.ir.costs import flops_per_token, keeps_state, state_bytes
+from reroll.rewrite.ir.interpret import run, widened
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.weights.store import WeightStore
+
+LENGTH = 256
+SHORTEST = 8
+MAX_TOKENS = 1024
+# logits of one measurement that are kept in memory
+MAX_LOGITS = 2**28
+CONTEXTS = (1024, 4096)
+
+
+def size(program: Program) -> dict[str, Any]:
+    """What a Program stores and costs."""
+    return {
+        "parameters": program.parameters(),
+        "bytes": program.weights.bytes(),
+        "flops_per_token": flops_per_token(program),
+        "state_bytes": {str(c): state_bytes(program, c) for c in CONTEXTS},
+    }
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Two programs that should agree and do not."""
+
+    output: str
+    error: float
+    tolerance: float
+
+
+def difference(before: Program, after: Program) -> Violation | float:
+    """The largest relative RMS error between two programs that claim to be the same function.
+
+    Both run in fp32 on random inputs, with and without padding, from weights that no half
+    precision has rounded, so that the error tells a wrong rewrite from rounding.
+    """
+    worst = 0.0
+    programs = [_in_fp32(p) for p in (before, after)]
+    store = WeightStore()
+    dtype = programs[0].dtype if programs[0].dtype == torch.float64 else torch.float32
+    tolerance = tolerances.forward(dtype)
+    for padded in (False, True):
+        inputs = random_inputs(before, padded=padded)
+        expected, actual = (run(p, inputs, weights=store.weights(p), dtype=dtype) for p in programs)
+        for name, reference in expected.items():
+            if name not in actual:
+                return Violation(name, math.inf, tolerance)
+            error = tolerances.relative_rms(actual[name], reference)
+            worst = max(worst, error)
+            if not error <= tolerance:
+                return Violation(name, error, tolerance)
+    return worst
+
+
+def _in_fp32(program: Program) -> Program:
+    half = program.dtype in (torch.bfloat16, torch.float16)
+    return widened(program, torch.float32) if half else program
+
+
+class Judge:
+    """Measures programs against others on the same tokens; outputs are computed once each."""
+
+    def __init__(self, program: Program, context: Context) -> None:
+        self.context = context
+        self.generates = keeps_state(program)
+        self._outputs: list[tuple[Program, list[Tensor]]] = []
+        length = LENGTH
+        self.inputs, self.kind = _sample(program, context, length)
+        while not self._runs(program, shorter := length // 2):
+            # a model with a table of positions takes no more tokens than that has rows
+            length = shorter
+            self.inputs, self.kind = _sample(program, context, length)
+
+    def _runs(self, program: Program, shorter: int) -> bool:
+        """Whether a program takes the inputs; raises what it raises if they cannot be shorter."""
+        try:
+            self.outputs(program)
+        except ProgramError:
+            if shorter < SHORTEST or self.kind == "random":
+                raise
+            return False
+        return True
+
+    def outputs(self, program: Program) -> list[Tensor]:
+        """The measured output for each sample, in fp32 from the weights as they are stored."""
+        for known, outputs in self._outputs:
+            if known is program:
+                return outputs
+        name = measured_output(program)
+        outputs = []
+        for number, inputs in enumerate(self.inputs):
+            self.context.progress(number, len(self.inputs), "measuring")
+            outputs.append(self.context.outputs(program, inputs)[name])
+        self._outputs.append((program, outputs))
+        return outputs
+
+    def renamed(self, program: Program, same: Program) -> None:
+        """Say that a program is from now on known as another one that computes the same."""
+        self._outputs = [(same if p is program else p, o) for p, o in self._outputs]
+
+    def keep(self, programs: Sequence[Program]) -> None:
+        """Forget the outputs and weights of all other programs."""
+        self._outputs = [(p, o) for p, o in self._outputs if any(p is q for q in programs)]
+        self.context.store.keep(programs)
+
+    def compare(self, reference: Program, program: Program) -> dict[str, Any]:
+        """Relative RMS error; for logits KL divergence in nats, top-1 agreement and perplexity."""
+        pairs = list(zip(self.outputs(reference), self.outputs(program), strict=True))
+        errors = [tolerances.relative_rms(b, a) for a, b in pairs]
+        result: dict[str, Any] = {
+            "inputs": self.kind,
+            "relative_rms_error": sum(errors) / len(errors),
+        }
+        if "logits" not in measured_output(program):
+            return result
+        kl, agrees = [], []
+        losses: dict[str, list[Tensor]] = {"before": [], "after": []}
+        for inputs, pair in zip(self.inputs, pairs, strict=True):
+            a, b = (logits.float().log_softmax(-1).flatten(0, -2) for logits in pair)
+            kl.append((a.exp() * (a - b)).sum(-1))
+            agrees.append(a.argmax(-1) == b.argmax(-1))
+            if self.kind == "text" and self.generates:
+                losses["before"].append(_losses(inputs, a))
+                losses["after"].append(_losses(inputs, b))
+        result["kl"] = torch.cat(kl).mean().item()
+        result["top1_agreement"] = torch.cat(agrees).float().mean().item()
+        if losses["before"]:
+            result["perplexity"] = {name: _perplexity(each) for name, each in losses.items()}
+        result["tokens"] = sum(k.numel() for k in kl)
+        return result
+
+
+def _losses(inputs: Mapping[str, Tensor], log: Tensor) -> Tensor:
+    """Negative log-likelihood [time - 1] of each next token; `log` is [time, vocabulary]."""
+    ids = next(t for t in inputs.values() if t.dtype == torch.long and t.dim() == 2).flatten()
+    return -log[:-1].gather(1, ids[1:, None])[:, 0]
+
+
+def _perplexity(losses: Sequence[Tensor]) -> float:
+    # a broken model's perplexity may not fit into a float
+    return math.exp(min(torch.cat(list(losses)).mean().item(), 700.0))
+
+
+def _sample(
+    program: Program, context: Context, length: int
+) -> tuple[list[Mapping[str, Tensor]], str]:
+    """Inputs, one row each, and what they are: "text", "random tokens" or "random"."""
+    if token_input(program) is None:
+        return [random_inputs(program, rows=1, seed=s) for s in range(4)], "random"
+    width = max(_width(program), 1)
+    count = max(2, min(MAX_TOKENS, MAX_LOGITS // (4 * width)))
+    tokens, kind = context.some_tokens(program, min(count, length))
+    count = min(count, tokens.numel())
+    chunks = (tokens[i : min(i + length, count)] for i in range(0, count, length))
+    return [token_inputs(program, c[None]) for c in chunks if c.numel() > 1], kind
+
+
+def measured_output(program: Program) -> str:
+    """The output that distances are measured on: the logits if there are any, else the first."""
+    return next((n for n in program.outputs if "logits" in n), program.outputs[0])
+
+
+def _width(program: Program) -> int:
+    """The size of the last dimension of the output that is measured."""
+    output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
+    values = output.args[0] if isinstance(output.args[0], tuple | list) else output.args
+    position = program.outputs.index(measured_output(program))
+    kind = getattr(values[position], "meta", {}).get("type")
+    return kind.shape[-1] if kind is not None and isinstance(kind.shape[-1], int) else 1

@@ -1,0 +1,135 @@
+"""How many tokens a Program takes: its learned tables of positions, and ids outside of tables.
+
+A table of positions has a row for each position, and what is longer has none. Rotary embeddings
+and biases by distance have no such bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from reroll.errors import UsageError
+from reroll.rewrite.analysis.samples import random_inputs, token_input, vocabulary
+from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.ir.program import Program, weight_nodes
+from reroll.rewrite.ir.shapes import concrete
+from reroll.rewrite.ir.weights import WeightTable
+
+# tokens of the inputs on which positions are looked at
+LENGTH = 4
+# what positions are computed from is small: the positions themselves
+MOST_ELEMENTS = 2**20
+
+
+def position_limits(program: Program) -> dict[str, int]:
+    """The most tokens of each input that takes some, where a learned table bounds them.
+
+    A table of positions is looked up at numbers that rise by one from token to token, whatever the
+    tokens are; these numbers need not start at 0.
+    """
+    found: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.embedding.default or node.args[0].op != "get_attr":
+            continue
+        rows = program.weights[str(node.args[0].target)].meta.shape[0]
+        for first, length in _risings(program, node.args[1]):
+            for name in _inputs_of_length(program, length):
+                found[name] = min(found.get(name, rows), rows - first)
+    return found
+
+
+def longest(program: Program) -> int | None:
+    """The most tokens of a text that the Program's tables allow; None if they do not bound it."""
+    item = token_input(program)
+    return None if item is None else position_limits(program).get(item.name)
+
+
+def check_length(program: Program, length: int, where: str, hint: str) -> None:
+    """Raise UsageError if a text of `length` tokens is longer than the Program's tables allow."""
+    limit = longest(program)
+    if limit is not None and length > limit:
+        raise UsageError(
+            f"{length} tokens are more than the {limit} positions that the model has learned",
+            where=where,
+            hint=hint.format(limit=limit),
+        )
+
+
+def out_of_reach(
+    program: Program, inputs: Mapping[str, Tensor | None], past: int = 0
+) -> UsageError | None:
+    """Why a lookup of some inputs failed: an id that no table has, or a position too many.
+
+    None if neither is so.
+    """
+    limits = position_limits(program)
+    for item in program.inputs:
+        ids = inputs.get(item.name)
+        if item.role != "data" or ids is None or ids.is_floating_point() or ids.dim() != 2:
+            continue
+        length, limit = past + ids.shape[1], limits.get(item.name)
+        if limit is not None and length > limit:
+            return UsageError(
+                f"{length} tokens are more than the {limit} positions that the model has learned",
+                where=item.name,
+                hint=f"give it at most {limit} tokens, with those that it is to generate",
+            )
+        size = vocabulary(program, item.name)
+        # what a device asserts cannot be looked at any more
+        bad = ids[(ids < 0) | (ids >= size)] if size is not None and ids.is_cpu else ids[:0]
+        if bad.numel():
+            return UsageError(
+                f"there is no token {bad[0].item()} in a vocabulary of {size}",
+                where=item.name,
+                hint="use the model's own tokenizer",
+            )
+    return None
+
+
+def _inputs_of_length(program: Program, length: int) -> list[str]:
+    """The inputs of tokens that have so many in the inputs on which positions are looked at."""
+    sizes = {"b": 1, "s": LENGTH, "t": LENGTH, "e": LENGTH + 3}
+    return [
+        item.name
+        for item in program.inputs
+        if item.role == "data"
+        and len(item.type.shape) == 2
+        and isinstance(dim := item.type.shape[1], str)
+        and dim in sizes
+        and concrete(dim, sizes) == length
+    ]
+
+
+def _risings(program: Program, index: fx.Node) -> list[tuple[int, int]]:
+    """Where numbers that rise by one along a row start, and how many there are, if they do."""
+    part = _part(program, index)
+    if part is None:
+        return []
+    top = vocabulary(program) or 2
+    # one of two tokens is none that padding is told by
+    for token in {top - 1, max(top - 2, 0)}:
+        inputs = {
+            name: torch.full_like(t, token) if not t.is_floating_point() else t
+            for name, t in random_inputs(part, rows=1, length=LENGTH).items()
+        }
+        numbers = run(part, inputs)["index"].flatten()
+        rising = torch.arange(len(numbers)) + numbers[0]
+        if len(numbers) >= LENGTH and torch.equal(numbers, rising.to(numbers.dtype)):
+            return [(int(numbers[0]), len(numbers))]
+    return []
+
+
+def _part(program: Program, index: fx.Node) -> Program | None:
+    """The Program that gives the numbers a table is looked up at; None if it is more than that."""
+    edited = program.edit()
+    nodes = {node.name: node for node in edited.graph.nodes}
+    edited.graph.output_node().args = ((nodes[index.name],),)
+    edited.graph.eliminate_dead_code()
+    used = {name: program.weights[name] for name in weight_nodes(edited.graph)}
+    if edited.loops or sum(w.elements() for w in used.values()) > MOST_ELEMENTS:
+        return None
+    return replace(edited, outputs=("index",), weights=WeightTable(used))

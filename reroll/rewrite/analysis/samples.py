@@ -1,0 +1,107 @@
+"""What programs are tried on: text, token ids, and random inputs of every other kind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from reroll.rewrite.ir.program import Input, Program
+from reroll.rewrite.ir.shapes import concrete
+
+log = logging.getLogger(__name__)
+
+Tokenizer: TypeAlias = Callable[[str], Sequence[int]]
+
+SEED = 0
+
+
+@cache
+def sample_text() -> str:
+    """A few kilobytes of English that are in the public domain, for when nobody gives any text."""
+    return Path(__file__).with_name("sample.txt").read_text(encoding="utf-8")
+
+
+def default_tokenizer(program: Program) -> Tokenizer | None:
+    """The tokenizer among the side files of the original model, if it can be read."""
+    path = program.origin.files.get("tokenizer.json")
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        tokenizer = FastTokenizer.from_file(str(path))
+    except Exception as error:
+        log.warning("the tokenizer %s cannot be read: %s", path, error)
+        return None
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def token_input(program: Program) -> Input | None:
+    """The input that takes token ids of the text: the last integer one that is data."""
+    found = [i for i in program.inputs if i.role == "data" and not i.type.dtype.is_floating_point]
+    return found[-1] if found else None
+
+
+def vocabulary(program: Program, name: str | None = None) -> int | None:
+    """How many token ids there are: the rows of the table that an input looks up."""
+    item = token_input(program)
+    name = name or (item.name if item is not None else None)
+    sizes = [
+        program.weights[str(table.target)].meta.shape[0]
+        for node in program.graph.nodes
+        if node.target is torch.ops.aten.embedding.default
+        for table, ids in [node.args[:2]]
+        if table.op == "get_attr" and _comes_from(ids, name)
+    ]
+    return min(sizes, default=None)
+
+
+def _comes_from(node: fx.Node, name: str | None) -> bool:
+    # ids may be sliced, clamped or offset before they are looked up
+    seen = {node}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder" and current.target == name:
+            return True
+        new = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(new)
+        stack += new
+    return False
+
+
+def random_inputs(
+    program: Program, *, rows: int = 2, length: int = 16, seed: int = SEED, padded: bool = False
+) -> dict[str, Tensor]:
+    """Random values for the inputs that have no default.
+
+    `padded` gives a left-padded mask as well: every row but the first begins with padding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"b": rows, "s": length, "t": length, "e": length + 3, "l": 16 * length, "p": 1}
+    inputs = {}
+    for item in program.inputs:
+        shape = [concrete(d, sizes) for d in item.type.shape]
+        if item.role == "data" and item.type.dtype.is_floating_point:
+            inputs[item.name] = torch.randn(shape, generator=generator).to(item.type.dtype)
+        elif item.role == "data":
+            top = vocabulary(program, item.name) or 2
+            inputs[item.name] = torch.randint(0, top, shape, generator=generator)
+        elif item.role == "padding" and padded and len(shape) == 2:
+            lead = torch.arange(rows)[:, None] % (shape[1] // 2)
+            inputs[item.name] = (torch.arange(shape[1]) >= lead).to(item.type.dtype)
+    return inputs
+
+
+def token_inputs(program: Program, tokens: Tensor) -> Mapping[str, Tensor]:
+    """Inputs whose token ids are `tokens` [rows, time]; other data is random."""
+    item = token_input(program)
+    assert item is not None
+    inputs = random_inputs(program, rows=tokens.shape[0], length=tokens.shape[1])
+    return {**inputs, item.name: tokens.to(item.type.dtype)}

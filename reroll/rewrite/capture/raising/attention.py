@@ -1,0 +1,94 @@
+"""Attention in a captured graph: masks read into its arguments, and the rules that raise it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.rewrite.capture.raising.eager import match_eager, match_sdpa, raise_eager, raise_sdpa
+from reroll.rewrite.capture.raising.idioms import Rule
+from reroll.rewrite.ir.matching import argument, shape
+
+aten = torch.ops.aten
+ATTENTION = torch.ops.reroll.attention.default
+MASK = torch.ops.reroll.mask.default
+
+ARGUMENTS = tuple(a.name for a in ATTENTION._schema.arguments)
+ATTENTION_RULES = (
+    Rule("attention", match_eager, raise_eager),
+    Rule("attention", match_sdpa, raise_sdpa),
+)
+
+
+def attention_arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an attention node, by name."""
+    return {name: argument(node, name) for name in ARGUMENTS}
+
+
+def set_arguments(node: fx.Node, arguments: dict[str, Any]) -> None:
+    """Write an attention node's arguments: q, k, v and scale by position, others by name."""
+    defaults = {
+        a.name: a.default_value for a in ATTENTION._schema.arguments if a.has_default_value()
+    }
+    node.args = tuple(arguments[name] for name in ARGUMENTS[:4])
+    node.kwargs = {
+        name: value
+        for name, value in arguments.items()
+        if name in defaults and (isinstance(value, fx.Node) or value != defaults[name])
+    }
+
+
+def absorb_masks(graph: fx.Graph) -> None:
+    """Read every mask that an attention adds to its scores into the attention's arguments."""
+    for node in list(graph.nodes):
+        if node.target is not ATTENTION:
+            continue
+        arguments = attention_arguments(node)
+        terms = _terms(arguments["bias"])
+        masks = [t for t in map(_mask_behind, terms) if t is not None]
+        if len(masks) == 1 and _covers(masks[0], node):
+            rest = [t for t in terms if _mask_behind(t) is None]
+            arguments["bias"] = _sum(graph, node, rest)
+            for name in ("causal", "window", "chunk", "blocks", "padding", "prefix"):
+                arguments[name] = argument(masks[0], name)
+        set_arguments(node, arguments)
+    graph.eliminate_dead_code()
+
+
+def _terms(bias: Any) -> list[fx.Node]:
+    """The summands of a bias."""
+    if bias is None:
+        return []
+    plain = bias.target is aten.add.Tensor and len(bias.args) == 2 and not bias.kwargs
+    if plain and all(isinstance(a, fx.Node) for a in bias.args):
+        return [term for a in bias.args for term in _terms(a)]
+    return [bias]
+
+
+def _mask_behind(node: fx.Node) -> fx.Node | None:
+    """The mask op that a node is, or is a full slice or a cast of."""
+    while node.target in (aten.slice.Tensor, aten.to.dtype, aten.expand.default):
+        inner: Any = node.args[0]
+        if node.target is aten.slice.Tensor and shape(inner) != shape(node):
+            return None
+        node = inner
+    return node if node.target is MASK else None
+
+
+def _covers(mask: fx.Node, attention: fx.Node) -> bool:
+    """Whether a mask is over exactly the queries and keys of an attention, queries at the end."""
+    q, k = argument(attention, "q"), argument(attention, "k")
+    return shape(mask)[2:] == (shape(q)[2], shape(k)[2])
+
+
+def _sum(graph: fx.Graph, before: fx.Node, terms: list[fx.Node]) -> fx.Node | None:
+    total: fx.Node | None = None
+    for term in terms:
+        if total is None:
+            total = term
+        else:
+            with graph.inserting_before(before):
+                total = graph.call_function(aten.add.Tensor, (total, term))
+    return total

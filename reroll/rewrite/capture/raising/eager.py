@@ -1,0 +1,305 @@
+"""Attention that a model writes out itself: softmax(q k^T * scale + bias) v, raised to the op.
+
+The walk goes from the product with the values back through the softmax and everything done to the
+scores, to the product of queries and keys, and collects what it passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.rewrite.ir.matching import all_arguments, argument, shape
+from reroll.rewrite.ir.patterns import Match, Miss
+
+aten = torch.ops.aten
+
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_WHERES = (aten.where.self, aten.where.ScalarOther)
+_RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+
+
+@dataclass
+class Scores:
+    """What is known of the scores so far, on the way back to the product of queries and keys."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    # terms added to the scores, each with the factor that later steps multiply it by
+    terms: list[tuple[fx.Node, float]] = field(default_factory=list)
+    # conditions under which a score counts (True), or is masked out (False)
+    kept: list[tuple[fx.Node, bool]] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
+
+
+def match_eager(root: fx.Node) -> Match | Miss:
+    """The attention that ends with the product `root` of weights and values."""
+    if root.target not in PRODUCTS:
+        return Miss(f"{root.name} is not a product", (root.name,), "eager attention")
+    found = Scores(nodes=[root.name])
+    weights = _strip(root.args[0], found, (aten.to.dtype, *_RESHAPES))
+    if weights.target not in SOFTMAX:
+        return Miss("the left factor is no softmax", (root.name,), "eager attention", 1)
+    if all_arguments(weights)[1] not in (-1, len(shape(weights)) - 1):
+        return Miss("the softmax is not over the keys", (weights.name,), "eager attention", 2)
+    found.nodes.append(weights.name)
+    product = _scores(weights.args[0], found)
+    if isinstance(product, Miss):
+        return product
+    q, transposed = product
+    k = _untransposed(transposed, found)
+    if k is None:
+        return Miss("the keys are not transposed", (transposed.name,), "eager attention", 4)
+    v = _heads(root.args[1], found)
+    q, k = _heads(q, found), _heads(k, found)  # type: ignore[assignment]
+    if q is None or k is None or v is None:
+        return Miss("no heads can be told apart", (root.name,), "eager attention", 5)
+    k, v = _unrepeated(k, found), _unrepeated(v, found)
+    if shape(k)[1] != shape(v)[1]:
+        return Miss("keys and values differ in heads", (k.name, v.name), "eager attention", 6)
+    bound = {"q": q, "k": k, "v": v, "scores": found}
+    bound |= {f"term{i}": node for i, (node, _) in enumerate(found.terms)}
+    bound |= {f"kept{i}": node for i, (node, _) in enumerate(found.kept)}
+    return Match("eager attention", bound, tuple(found.nodes))
+
+
+def raise_eager(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
+    """The attention node for a match, in the layout of the product that it replaces."""
+    q, k, v, found = (match[name] for name in ("q", "k", "v", "scores"))
+    wide = q.meta.get("type")
+    # a model may compute its scores in fp32 and the product with the values in half precision
+    v = v if wide is None else _converted(graph, v, wide.dtype)
+    bias = _bias(graph, q, found)
+    attention = torch.ops.reroll.attention.default
+    kwargs: dict[str, Any] = {}
+    if found.softcap is not None:
+        kwargs["softcap"] = found.softcap
+    if bias is not None:
+        kwargs["bias"] = bias
+    node = graph.call_function(attention, (q, k, v, found.scale), kwargs)
+    out = graph.call_function(aten.transpose.int, (node, 1, 2))
+    kind = root.meta.get("type")
+    if kind is not None:
+        batch, heads, length = shape(q)[:3]
+        width = kind.shape[-1]
+        dtype = kind.dtype if wide is None else wide.dtype
+        node.meta["type"] = type(kind)(dtype, (batch, length, heads, width))
+        out.meta["type"] = type(kind)(dtype, (batch, heads, length, width))
+        out = _converted(graph, out, kind.dtype)
+    if len(shape(root)) == 3:
+        out = graph.call_function(aten.flatten.using_ints, (out, 0, 1))
+        out.meta.update(root.meta)
+    return out
+
+
+def _converted(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    kind = node.meta.get("type")
+    if kind is None or kind.dtype == dtype:
+        return node
+    new = graph.call_function(aten.to.dtype, (node, dtype))
+    new.meta["type"] = type(kind)(dtype, kind.shape)
+    return new
+
+
+def _strip(value: Any, found: Scores, targets: tuple[Any, ...]) -> fx.Node:
+    """The value below ops that do not matter here, which join the region."""
+    while isinstance(value, fx.Node) and value.target in targets:
+        found.nodes.append(value.name)
+        value = value.args[0]
+    return value  # type: ignore[no-any-return]
+
+
+def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
+    """Walk from the softmax's input to the product of queries and keys."""
+    factor, outside = 1.0, 0
+    while isinstance(value, fx.Node):
+        target, kwargs = value.target, value.kwargs
+        args: tuple[Any, ...] = value.args
+        found.nodes.append(value.name)
+        if target in PRODUCTS:
+            found.scale = factor
+            product = args[0], args[1]
+            break
+        if target is aten.baddbmm.default:
+            beta, alpha = (argument(value, name) for name in ("beta", "alpha"))
+            found.terms.append((args[0], factor * beta))
+            found.scale = factor * alpha
+            product = args[1], args[2]
+            break
+        masked = _masked(value, found)
+        if target in (aten.to.dtype, *_RESHAPES):
+            value = args[0]
+        elif target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(args[1], (int, float)):
+            factor = factor * args[1] if target is aten.mul.Tensor else factor / args[1]
+            value = args[0]
+        elif target is aten.add.Tensor and not kwargs and isinstance(args[1], fx.Node):
+            inner = 0 if _leads_to_product(args[0]) else 1
+            found.terms.append((args[1 - inner], factor))
+            value = args[inner]
+        elif target is aten.tanh.default and found.softcap is None and factor > 0:
+            # whatever the size of the cap, factor * tanh(u) is the cap of factor * u
+            found.softcap, outside = factor, len(found.terms) + len(found.kept)
+            value = args[0]
+        elif masked is not None:
+            value, condition, keep = masked
+            found.kept.append((condition, keep))
+        else:
+            return Miss(f"cannot see through {target}", (value.name,), "eager attention", 3)
+    else:
+        return Miss("the scores are no product", (), "eager attention", 3)
+    if found.softcap is not None and len(found.terms) + len(found.kept) > outside:
+        return Miss("a mask is under the soft cap", (value.name,), "eager attention", 3)
+    return product
+
+
+def _leads_to_product(value: Any) -> bool:
+    """Whether a summand is the one that comes from queries and keys: the walk reaches a product."""
+    return not isinstance(_scores(value, Scores()), Miss)
+
+
+def _masked(node: fx.Node, found: Scores) -> tuple[Any, fx.Node, bool] | None:
+    """The scores that a node masks, the condition, and whether they count where it holds."""
+    args: tuple[Any, ...] = node.args
+    if node.target in _FILLS and _is_low(args[2], found):
+        return args[0], _mask_behind(args[1], found), False
+    if node.target in _WHERES and _is_low(args[2], found):
+        return args[1], args[0], True
+    return None
+
+
+def _is_low(value: Any, found: Scores) -> bool:
+    """Whether a constant masks a score out: the lowest number of a dtype, or minus infinity."""
+    if isinstance(value, fx.Node):
+        if value.target not in (aten.full.default, aten.scalar_tensor.default):
+            return False
+        found.nodes.append(value.name)
+        value = value.args[-1]
+    return isinstance(value, (int, float)) and value <= -1e4
+
+
+def _untransposed(value: fx.Node, found: Scores) -> fx.Node | None:
+    rank = len(shape(value))
+    args: tuple[Any, ...] = value.args
+    if value.target is aten.transpose.int:
+        swapped = {d % rank for d in args[1:3]} == {rank - 1, rank - 2}
+    elif value.target is aten.permute.default:
+        # not [batch, time, heads, dim] to [batch, heads, dim, time] at once
+        swapped = [d % rank for d in args[1]] == [*range(rank - 2), rank - 1, rank - 2]
+    else:
+        return None
+    if not swapped:
+        return None
+    found.nodes.append(value.name)
+    return args[0]  # type: ignore[no-any-return]
+
+
+def _heads(value: Any, found: Scores) -> fx.Node | None:
+    """The [batch, heads, time, dim] form of a factor that may have batch and heads flattened."""
+    if not isinstance(value, fx.Node):
+        return None
+    flat = len(shape(value)) == 3 and value.target in _RESHAPES
+    inner: Any = value.args[0] if flat else None
+    if flat and len(shape(inner)) == 4:
+        found.nodes.append(value.name)
+        value = inner
+    return value if isinstance(value, fx.Node) and len(shape(value)) == 4 else None
+
+
+def _unrepeated(value: fx.Node, found: Scores) -> fx.Node:
+    """Keys or values before each head was repeated for its group of queries."""
+    inner: Any = value.args[0] if value.args else None
+    if value.target is aten.repeat_interleave.self_int and value.args[2] == 1:
+        found.nodes.append(value.name)
+        return inner  # type: ignore[no-any-return]
+    if value.target in _RESHAPES and inner.target is aten.expand.default:
+        unsqueeze = inner.args[0]
+        if unsqueeze.target is aten.unsqueeze.default and unsqueeze.args[1] == 2:
+            found.nodes += [value.name, inner.name, unsqueeze.name]
+            return unsqueeze.args[0]  # type: ignore[no-any-return]
+    return value
+
+
+def _bias(graph: fx.Graph, q: fx.Node, found: Scores) -> fx.Node | None:
+    total: fx.Node | None = None
+    low = torch.finfo(torch.float32).min
+    kind = q.meta.get("type")
+    terms = list(found.terms)
+    for condition, keep in found.kept:
+        mask = condition
+        if condition.target is not torch.ops.reroll.mask.default:
+            zero, lowest = (0.0, low) if keep else (low, 0.0)
+            where = aten.where.Scalar
+            mask = graph.call_function(where, (condition, zero, lowest))
+            if kind is not None:
+                mask.meta["type"] = type(kind)(kind.dtype, shape(condition))
+        terms.append((mask, 1.0))
+    for node, factor in terms:
+        if len(shape(node)) == 3 and len(shape(q)) == 4 and shape(node)[0] not in (1, shape(q)[1]):
+            heads = shape(q)[1]
+            like = node.meta.get("type")
+            node = graph.call_function(aten.unflatten.int, (node, 0, [-1, heads]))
+            if like is not None:
+                node.meta["type"] = type(like)(like.dtype, (shape(q)[0], heads, *like.shape[1:]))
+        if factor != 1.0 and node.target is not torch.ops.reroll.mask.default:
+            scaled = graph.call_function(aten.mul.Tensor, (node, factor))
+            scaled.meta.update({"type": node.meta["type"]} if "type" in node.meta else {})
+            node = scaled
+        if total is None:
+            total = node
+        else:
+            total = graph.call_function(aten.add.Tensor, (total, node))
+    return total
+
+
+def _mask_behind(condition: Any, found: Scores) -> fx.Node:
+    """The additive mask that a condition was made from by conversion to bool, or the condition."""
+    inner, passed = condition, []
+    while inner.target is aten.to.dtype:
+        passed.append(inner.name)
+        inner = inner.args[0]
+    if inner.target is not torch.ops.reroll.mask.default:
+        return condition  # type: ignore[no-any-return]
+    found.nodes += passed
+    return inner  # type: ignore[no-any-return]
+
+
+def match_sdpa(root: fx.Node) -> Match | Miss:
+    """The fused attention of torch."""
+    if root.target is not aten.scaled_dot_product_attention.default:
+        return Miss(f"{root.name} is no fused attention", (root.name,), "sdpa")
+    q, k, v, _, dropout, causal, *_ = all_arguments(root)
+    if len(shape(q)) != 4 or (causal and shape(q)[2] != shape(k)[2]):
+        return Miss("the fused attention is not over heads", (root.name,), "sdpa", 1)
+    if dropout:
+        return Miss("the fused attention drops out", (root.name,), "sdpa", 1)
+    return Match("sdpa", {"q": q, "k": k, "v": v}, (root.name,))
+
+
+def raise_sdpa(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
+    """The attention node for torch's fused attention, in its layout."""
+    q, k, v, mask, _, causal, scale, _ = all_arguments(root)
+    kwargs: dict[str, Any] = {"causal": True} if causal else {}
+    if mask is not None:
+        kind = mask.meta.get("type")
+        if kind is not None and kind.dtype == torch.bool:
+            low = torch.finfo(torch.float32).min
+            mask = graph.call_function(aten.where.Scalar, (mask, 0.0, low))
+        kwargs["bias"] = mask
+    width = shape(q)[-1]
+    if scale is None:
+        if not isinstance(width, int):
+            return Miss("the size of a head is not known", (root.name,), "sdpa", 2)
+        scale = width**-0.5
+    attention = torch.ops.reroll.attention.default
+    node = graph.call_function(attention, (q, k, v, float(scale)), kwargs)
+    out = graph.call_function(aten.transpose.int, (node, 1, 2))
+    kind = root.meta["type"]
+    b, h, s, d = kind.shape
+    node.meta["type"] = type(kind)(kind.dtype, (b, s, h, d))
+    out.meta["type"] = kind
+    return out

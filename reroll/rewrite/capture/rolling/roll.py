@@ -1,0 +1,249 @@
+"""Reroll: isomorphic regions of a flat graph become the trips of one loop.
+
+The nodes that the data flows through, in the order in which they run, spell a word; a stack of
+layers is a stretch of that word that repeats with a period. Each candidate stretch is then checked
+edge by edge: an argument of a node must be the same thing in every trip, namely
+
+- a value of the same trip, at the same place,
+- a value of the trip before, at the same place (the carry),
+- one value from outside (an invariant), or one per trip (a per-trip input),
+- a weight per trip (stacked), or a constant, per trip where it is one of an op's own attributes.
+
+Nothing here reads module names except to name the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.rewrite.capture.rolling.naming import Names, layers_per_trip
+from reroll.rewrite.capture.rolling.unify import Region, Unifier, unify
+from reroll.rewrite.ir import ops
+from reroll.rewrite.ir.hidden import drop_marks, stand_in, unmark
+from reroll.rewrite.ir.patterns import Miss, nearest
+from reroll.rewrite.ir.program import Body, Program, weight_nodes
+from reroll.rewrite.ir.weights import Weight
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+# a shorter stretch is not a layer, however often it repeats
+MIN_NODES = 6
+_CANDIDATES = 24
+
+
+def roll_loops(program: Program) -> Program:
+    """A Program whose stacks of layers are loop nodes. What does not repeat stays outside."""
+    program = program.edit()
+    merge_equal(program.graph)
+    lift_parts(program.graph)
+    while True:
+        found = find_loop(program)
+        if found is None:
+            break
+        program = insert_loop(program, found)
+    program.graph.lint()
+    used = {
+        str(n.target) for _, graph in program.graphs() for n in graph.nodes if n.op == "get_attr"
+    }
+    return program.with_weights(
+        program.weights.without(*(name for name in program.weights if name not in used))
+    )
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """Merge nodes that compute the same thing from the same values."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or _unmergeable(node):
+            continue
+        key = (node.target, _freeze(node.args), _freeze(node.kwargs))
+        if key in seen:
+            stand_in(node, seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
+def lift_parts(graph: fx.Graph) -> None:
+    """Take the parts of a value where the value is made, not where each part is used.
+
+    A value that holds something for every layer (embeddings per layer) is then taken apart
+    before the layers, which would differ in the part's number; each trip gets its part as an input.
+    """
+    for node in list(graph.nodes):
+        parts = [user for user in node.users if user.target is aten.select.int]
+        if len({part.args[1:] for part in parts}) < 2:
+            continue
+        for part in reversed(parts):
+            node.append(part)
+
+
+def _unmergeable(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags or "reroll.cache" in str(node.target)
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *map(_freeze, value))
+    if isinstance(value, dict):
+        return tuple((k, _freeze(v)) for k, v in sorted(value.items()))
+    if isinstance(value, slice):
+        return ("slice", _freeze(value.start), _freeze(value.stop), _freeze(value.step))
+    return value if isinstance(value, fx.Node) else (type(value).__name__, str(value))
+
+
+def data_nodes(program: Program) -> list[fx.Node]:
+    """The nodes whose value depends on the data, not only on its shape, positions or padding."""
+    roles = {i.name: i.role for i in program.inputs}
+    data: set[fx.Node] = set()
+    order = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if roles[str(node.target)] == "data":
+                data.add(node)
+        elif node.op != "call_function" or node.target is aten.sym_size.int:
+            continue
+        elif any(argument in data for argument in node.all_input_nodes):
+            data.add(node)
+            order.append(node)
+    return order
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A stretch of the data nodes: `trips` times `size` nodes from `start`."""
+
+    start: int
+    size: int
+    trips: int
+
+
+def find_loop(program: Program) -> Unifier | None:
+    """The loop that covers the most nodes, with the fewest carried values, if there is one."""
+    order = data_nodes(program)
+    outside = weight_nodes(program.graph)
+    misses: list[Miss] = []
+    for stretch in _stretches([_letter(node) for node in order]):
+        best: Unifier | None = None
+        for candidate in stretch:
+            # one trip fewer is worth it if the loop carries less or starts where a layer starts
+            if best is not None and candidate.trips < best.trips - 1:
+                break
+            regions = [
+                Region(order[candidate.start + t * candidate.size :][: candidate.size])
+                for t in range(candidate.trips)
+            ]
+            found = unify(regions, outside)
+            if isinstance(found, Miss):
+                misses.append(replace(found, depth=candidate.trips * candidate.size))
+                continue
+            if best is None or _untidiness(found) < _untidiness(best):
+                best = found
+                if _untidiness(found) == (1, 1):
+                    break
+        if best is not None:
+            return best
+    reason = nearest(misses) or "nothing else repeats"
+    log.debug("no further loop; the nearest: %s", reason)
+    return None
+
+
+def _untidiness(found: Unifier) -> tuple[int, int]:
+    """How many values a loop carries, and from how many layers the weights of one trip come."""
+    return len(found.carry), layers_per_trip(found)
+
+
+def _letter(node: fx.Node) -> str:
+    """What two nodes must have in common to be the same place in two trips."""
+    own = "reroll" in str(node.target)
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            kind = value.meta.get("type")
+            shape = kind.shape if value.op == "get_attr" and kind is not None else ""
+            return f"{'w' if value.op == 'get_attr' else 'v'}{shape}"
+        if isinstance(value, (list, tuple)):
+            return [describe(v) for v in value]
+        return "." if isinstance(value, float) or own else repr(value)
+
+    arguments: Any = [describe(a) for a in node.args]
+    keywords = {} if own else {k: describe(v) for k, v in sorted(node.kwargs.items())}
+    if own:
+        # attributes and optional tensors of our own ops may differ from trip to trip
+        arguments = [a for a in arguments if a != "."]
+    return f"{node.target}{arguments}{keywords}{node.meta.get('type')}"
+
+
+def _stretches(letters: list[str]) -> Iterator[list[Candidate]]:
+    """Groups of candidates, the group that covers the most first; within one, the most trips first.
+
+    A group is one repeating stretch with one period; its candidates are its phases, and the stretch
+    without its first or last trips.
+    """
+    codes: dict[str, int] = {}
+    word = torch.tensor([codes.setdefault(letter, len(codes)) for letter in letters])
+    runs: list[tuple[int, int, int, int]] = []
+    for size in range(MIN_NODES, len(letters) // 2 + 1):
+        equal = (word[:-size] == word[size:]).tolist()
+        start = 0
+        while start < len(equal):
+            if not equal[start]:
+                start += 1
+                continue
+            stop = start
+            while stop < len(equal) and equal[stop]:
+                stop += 1
+            length = stop - start + size
+            if length >= 2 * size:
+                runs.append(((length // size) * size, size, start, length))
+            start = stop
+    runs.sort(key=lambda run: (-run[0], run[1]))
+    for _, size, start, length in runs[:_CANDIDATES]:
+        phases = [
+            Candidate(start + offset, size, trips)
+            for offset in range(min(3 * size, length - 2 * size + 1))
+            for trips in range((length - offset) // size, max((length - offset) // size - 3, 1), -1)
+        ]
+        yield sorted(phases, key=lambda c: (-c.trips, c.start))
+
+
+def insert_loop(program: Program, found: Unifier) -> Program:
+    """Replace the regions that were unified by one loop node."""
+    graph, weights = program.graph, program.weights
+    names = Names(found, taken={*program.bodies, "main"}, weights=weights)
+    table = dict(weights.items())
+    for old, new in names.renamed.items():
+        sources = found.stacks[old]
+        entries = [weights[name].entries[0] for name in sources]
+        unique = list(dict.fromkeys(entries))
+        index = tuple(unique.index(entry) for entry in entries)
+        table[new] = Weight(tuple(unique), index, weights[sources[0]].trainable)
+    body = found.build(names.renamed)
+    if not found.mark(body):
+        drop_marks(replace(program, bodies={**program.bodies, names.loop: Body(body)}))
+    last = found.regions[-1].nodes[-1]
+    with graph.inserting_after(last):
+        node = graph.call_function(
+            ops.loop, (names.loop, tuple(found.initial), tuple(found.inputs), found.trips)
+        )
+    after = node
+    inside = {n for region in found.regions for n in region.nodes} | {node}
+    for position, place in enumerate(found.carry):
+        last = found.regions[-1].nodes[place]
+        with graph.inserting_after(after):
+            after = graph.call_function(operator.getitem, (node, position))
+        after.meta.update(last.meta)
+        unmark(after)
+        last.replace_all_uses_with(after, delete_user_cb=lambda user: user not in inside)
+    graph.eliminate_dead_code()
+    bodies = {**program.bodies, names.loop: Body(body, names.period)}
+    return replace(program, bodies=bodies, weights=type(weights)(table))

@@ -1,0 +1,295 @@
+"""Cutting a depth loop into several, and packing several of its trips into one.
+
+    program, (before, window, after) = split_loop(program, loop, [10, 20])
+    program, window = pack_trips(program, window, 10)
+
+After this the window is a loop of one trip that runs ten layers, so that a pass can run it more
+often, or change what it does with its carry, without touching the layers on either side. Both
+rewrites are exact: the same ops run on the same weights in the same order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from torch import fx
+
+from reroll.errors import ProgramError
+from reroll.rewrite.ir import ops
+from reroll.rewrite.ir.hidden import mark, marks, unmark
+from reroll.rewrite.ir.program import Body, Loop, Program, weight_nodes
+from reroll.rewrite.ir.weights import Weight, WeightTable
+
+
+def find_loop(program: Program, name: str | None = None) -> Loop:
+    """The loop of this name; without a name the only one there is, or the longest of several.
+
+    Raises ProgramError if there is none.
+    """
+    loops = {loop.name: loop for loop in program.loops}
+    if name is not None and name in loops:
+        return loops[name]
+    if not loops or name is not None:
+        known = ", ".join(loops) or "there are none"
+        raise ProgramError(f"there is no loop {name or ''}".rstrip(), hint=f"loops: {known}")
+    return max(loops.values(), key=lambda loop: loop.layers)
+
+
+def split_loop(program: Program, loop: Loop, at: Sequence[int]) -> tuple[Program, list[Loop]]:
+    """Cut a loop before the trips `at`; returns the Program, edited in place, and the pieces.
+
+    The first piece keeps the loop's name and those of its weights. The piece that starts with trip
+    10 of `model.layers` is called `model.layers_10`; in the names of its weights `*` counts from 0.
+    What was an input per trip and is the same in all trips of a piece becomes a plain one. With
+    nothing to cut, the loop itself is returned.
+
+    Raises ProgramError for a place that is not inside the loop.
+    """
+    cuts = sorted(set(at) - {0, loop.trips})
+    outside = [cut for cut in cuts if not 0 < cut < loop.trips]
+    if outside:
+        raise ProgramError(
+            f"a loop of {loop.trips} trips cannot be cut at {outside[0]}", where=loop.name
+        )
+    if not cuts:
+        return program, [loop]
+    bounds = [0, *cuts, loop.trips]
+    graph, carry, after = program.graph, loop.carry, loop.node
+    bodies = {n: b for n, b in program.bodies.items() if n != loop.name}
+    weights, reference = program.weights, program.reference
+    stacked = _stacked(program, loop)
+    results = _results(loop)
+    pieces: list[fx.Node] = []
+    tables: list[tuple[dict[str, Weight], dict[str, Weight]]] = []
+    for start, stop in pairwise(bounds):
+        name = loop.name if start == 0 else _free(f"{loop.name}_{start}", {*bodies, "main"})
+        names = {old: _renamed(old, loop.name, name, start) for old in stacked}
+        body = _copied(loop.body.graph, names)
+        bodies[name] = Body(body, loop.period)
+        trips = range(start, stop)
+        tables.append(
+            (
+                {names[n]: _of_trips(weights[n], trips) for n in stacked},
+                {names[n]: _of_trips(reference[n], trips) for n in stacked if n in reference},
+            )
+        )
+        inputs = tuple(_same(value, trips) for value in loop.inputs)
+        with graph.inserting_after(after):
+            node = graph.call_function(ops.loop, (name, carry, inputs, stop - start))
+        pieces.append(node)
+        after, items = node, []
+        for position, value in enumerate(loop.carry):
+            with graph.inserting_after(after):
+                after = graph.call_function(operator.getitem, (node, position))
+            after.meta.update(value.meta)
+            # what comes next is marked where it is taken in
+            unmark(after)
+            items.append(after)
+        carry = tuple(items)
+    for node, position in results.items():
+        node.replace_all_uses_with(carry[position])
+        graph.erase_node(node)
+    graph.erase_node(loop.node)
+    for node in pieces[:-1]:
+        _drop_unused(graph, node)
+    program = replace(
+        program,
+        bodies=bodies,
+        weights=_replaced(weights, stacked, [new for new, _ in tables]),
+        reference=_replaced(reference, stacked, [old for _, old in tables]),
+    )
+    return program, [Loop(node, bodies[str(node.args[0])]) for node in pieces]
+
+
+def pack_trips(program: Program, loop: Loop, count: int) -> tuple[Program, Loop]:
+    """Let one trip run what `count` trips ran; returns the Program, edited in place, and the loop.
+
+    A weight `model.layers.*.mlp.up_proj.weight` becomes `model.layers.*.<i>.mlp.up_proj.weight`,
+    where `i` says which of the packed trips reads it.
+
+    Raises ProgramError if `count` does not divide the loop's trips.
+    """
+    if count < 1 or loop.trips % count:
+        raise ProgramError(f"{loop.trips} trips cannot be packed by {count}", where=loop.name)
+    if count == 1:
+        return program, loop
+    stacked = _stacked(program, loop)
+    names = [
+        {old: _renamed(old, loop.name, loop.name, 0, f"{i}.") for old in stacked}
+        for i in range(count)
+    ]
+    old_places = loop.places
+    width = len(loop.carry)
+    graph = fx.Graph()
+    carry: list[fx.Node] = [graph.node_copy(place) for place in old_places[:width]]
+    given: list[list[fx.Node]] = [[] for _ in range(count)]
+    inputs: list[Any] = []
+    # an input that all trips share stays one; one value per trip becomes one for each place
+    for place, value in zip(old_places[width:], loop.inputs, strict=True):
+        if not isinstance(value, tuple):
+            node = graph.node_copy(place)
+            inputs.append(value)
+            for row in given:
+                row.append(node)
+            continue
+        for i, row in enumerate(given):
+            row.append(graph.node_copy(place))
+            inputs.append(_same(value, range(i, loop.trips, count)))
+    for i in range(count):
+        if i:
+            for place, node in zip(old_places[:width], carry, strict=True):
+                mark(node, marks(place))
+        values = dict(zip(old_places, [*carry, *given[i]], strict=True))
+        carry = list(inline(graph, loop.body.graph, values, names[i].get))
+    graph.output(tuple(carry))
+    weights, reference = (
+        _replaced(
+            table,
+            stacked,
+            [
+                {
+                    names[i][n]: _of_trips(table[n], range(i, loop.trips, count))
+                    for n in stacked
+                    if n in table
+                }
+                for i in range(count)
+            ],
+        )
+        for table in (program.weights, program.reference)
+    )
+    loop.node.args = (loop.name, loop.carry, tuple(inputs), loop.trips // count)
+    bodies = {**program.bodies, loop.name: Body(graph, loop.period * count)}
+    program = replace(program, bodies=bodies, weights=weights, reference=reference)
+    return program, Loop(loop.node, bodies[loop.name])
+
+
+def repeat_trip(program: Program, loop: Loop, trips: int) -> tuple[Program, Loop]:
+    """Let a loop of one trip make `trips` of them, all with the same weights and inputs.
+
+    Raises ProgramError if the loop has several trips already.
+    """
+    if loop.trips != 1:
+        raise ProgramError(f"it has {loop.trips} trips, not one to be repeated", where=loop.name)
+    inputs = tuple(v[0] if isinstance(v, tuple) else v for v in loop.inputs)
+    loop.node.args = (loop.name, loop.carry, inputs, trips)
+    tables = []
+    for table in (program.weights, program.reference):
+        changed = {
+            n: replace(table[n], index=(0,) * trips) for n in _stacked(program, loop) if n in table
+        }
+        tables.append(table.with_weights(changed))
+    return replace(program, weights=tables[0], reference=tables[1]), loop
+
+
+def select_trips(program: Program, loop: Loop, trips: Sequence[int]) -> tuple[Program, Loop]:
+    """Let a loop run some of its trips, in this order; one named twice runs twice, and is tied.
+
+    Raises ProgramError for trips that it does not have, and for none.
+    """
+    if not trips or not all(0 <= trip < loop.trips for trip in trips):
+        raise ProgramError(f"trips {list(trips)} of {loop.trips} cannot be run", where=loop.name)
+    stacked = _stacked(program, loop)
+    inputs = tuple(_same(value, trips) for value in loop.inputs)
+    loop.node.args = (loop.name, loop.carry, inputs, len(trips))
+    weights, reference = (
+        table.with_weights({n: _of_trips(table[n], trips) for n in stacked if n in table})
+        for table in (program.weights, program.reference)
+    )
+    return replace(program, weights=weights, reference=reference), loop
+
+
+def inline(
+    graph: fx.Graph,
+    body: fx.Graph,
+    values: dict[fx.Node, fx.Node],
+    rename: Callable[[str], str | None] = lambda name: None,
+) -> tuple[fx.Node, ...]:
+    """Copy a body to a graph's insertion point; `values` are for its placeholders.
+
+    Returns what the body returns. `rename` gives another name for a weight, or None to keep it.
+    """
+    values = dict(values)
+    for node in body.nodes:
+        if node.op == "output":
+            return tuple(values[n] for n in node.args[0])
+        if node not in values:
+            values[node] = graph.node_copy(node, lambda n: values[n])
+            if node.op == "get_attr":
+                values[node].target = rename(str(node.target)) or node.target
+    raise ProgramError("the graph of a body returns nothing")
+
+
+def _stacked(program: Program, loop: Loop) -> list[str]:
+    """The weights of a loop that have one entry per trip or a choice of entries."""
+    names = weight_nodes(loop.body.graph)
+    return [n for n in program.weights if n in names and program.weights[n].index is not None]
+
+
+def _copied(graph: fx.Graph, names: dict[str, str]) -> fx.Graph:
+    new = fx.Graph()
+    values = {n: new.node_copy(n) for n in graph.nodes if n.op == "placeholder"}
+    new.output(inline(new, graph, values, names.get))
+    return new
+
+
+def _results(loop: Loop) -> dict[fx.Node, int]:
+    return {user: int(user.args[1]) for user in loop.node.users}  # type: ignore[arg-type]
+
+
+def _drop_unused(graph: fx.Graph, node: fx.Node) -> None:
+    for item in list(node.users):
+        if not item.users:
+            graph.erase_node(item)
+
+
+def _of_trips(weight: Weight, trips: Iterable[int]) -> Weight:
+    """A stack with only what some trips use."""
+    assert weight.index is not None
+    used = [weight.index[trip] for trip in trips]
+    kept = list(dict.fromkeys(used))
+    index = tuple(kept.index(entry) for entry in used)
+    return replace(weight, entries=tuple(weight.entries[e] for e in kept), index=index)
+
+
+def _same(value: Any, trips: Iterable[int]) -> Any:
+    """An input per trip for some of the trips: one value if they have the same."""
+    if not isinstance(value, tuple):
+        return value
+    values = tuple(value[trip] for trip in trips)
+    alike = all(v is values[0] or (type(v) is type(values[0]) and v == values[0]) for v in values)
+    return values[0] if alike else values
+
+
+def _replaced(
+    table: WeightTable, stacked: list[str], pieces: list[dict[str, Weight]]
+) -> WeightTable:
+    """A table with new weights where the first of the old ones stood."""
+    new: dict[str, Weight] = {}
+    for name, weight in table.items():
+        if name not in stacked:
+            new[name] = weight
+            continue
+        for piece in pieces:
+            new.update(piece)
+    return WeightTable(new)
+
+
+def _renamed(name: str, old: str, new: str, start: int, inner: str = "") -> str:
+    """The name of a loop's weight in a piece of the loop, or at a place of a packed trip."""
+    if inner:
+        head, _, tail = name.partition("*.")
+        return f"{head}*.{inner}{tail}" if tail else f"{name}.{inner.rstrip('.')}"
+    if start == 0:
+        return name
+    stem = name.removeprefix(f"{old}.")
+    return f"{new}.{stem}" if stem != name else f"{new}.{name}"
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name

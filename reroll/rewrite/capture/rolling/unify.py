@@ -1,0 +1,340 @@
+"""Unifying regions: what is the same in every trip, what differs, and what is carried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.rewrite.ir.hidden import mark, marks, unmark
+from reroll.rewrite.ir.patterns import Miss
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Region:
+    """The nodes of one trip, in the order in which they run."""
+
+    nodes: list[fx.Node]
+    places: dict[fx.Node, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.places = {node: place for place, node in enumerate(self.nodes)}
+
+
+# what an argument of the body is, apart from constants that are themselves
+@dataclass(frozen=True)
+class Inner:
+    """The value at a place of the same trip."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The value at a place of the trip before; `position` among the carried values."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Given:
+    """An input of the loop; `position` among the inputs."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A weight per trip, named after the first trip's."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A value that each trip computes from its weights: an op outside the data's path."""
+
+    like: fx.Node
+    args: Any
+    kwargs: Any
+
+
+class Differ(Exception):
+    """Two trips are not the same; carries the Miss."""
+
+    def __init__(self, reason: str, *nodes: str) -> None:
+        super().__init__(reason)
+        self.miss = Miss(reason, nodes)
+
+
+def unify(regions: list[Region], outside: dict[str, list[fx.Node]]) -> Unifier | Miss:
+    """The loop whose trips are these regions, or the reason why they are none.
+
+    `outside` has the graph's weight nodes by name.
+    """
+    try:
+        return Unifier(regions, outside)
+    except Differ as differ:
+        return differ.miss
+
+
+class Unifier:
+    """The result of unifying regions; construction raises Differ.
+
+    `carry`: places whose value goes to the next trip; `initial`: their values before the first
+    trip; `inputs`: what the loop node passes; `stacks`: the weight names of all trips by the first
+    trip's.
+    """
+
+    def __init__(self, regions: list[Region], outside: dict[str, list[fx.Node]]) -> None:
+        self.regions = regions
+        self.trips = len(regions)
+        self.carry: list[int] = []
+        self.initial: list[fx.Node] = []
+        self.inputs: list[Any] = []
+        self.stacks: dict[str, tuple[str, ...]] = {}
+        self._owner = {node: t for t, region in enumerate(regions) for node in region.nodes}
+        self._memo: dict[Any, Any] = {}
+        self._weights = outside
+        self.body = [self._place(place) for place in range(len(regions[0].nodes))]
+        self._check_uses()
+        self._check_order()
+        if not self.stacks:
+            raise Differ("the trips share no kind of weight", regions[0].nodes[0].name)
+
+    def _place(self, place: int) -> tuple[Any, Any]:
+        nodes = [region.nodes[place] for region in self.regions]
+        own = "reroll" in str(nodes[0].target)
+        args = self._zip([n.args for n in nodes], nodes, own)
+        keywords = sorted({k for n in nodes for k in n.kwargs})
+        kwargs = {k: self._zip([n.kwargs.get(k) for n in nodes], nodes, own) for k in keywords}
+        return args, kwargs
+
+    def _zip(self, values: list[Any], nodes: list[fx.Node], own: bool) -> Any:
+        """One argument over all trips."""
+        first = values[0]
+        if isinstance(first, (list, tuple)) and all(isinstance(v, (list, tuple)) for v in values):
+            if len({len(v) for v in values}) != 1:
+                raise Differ("argument lists differ in length", *(n.name for n in nodes[:2]))
+            return [self._zip(list(part), nodes, own) for part in zip(*values, strict=True)]
+        if any(isinstance(v, fx.Node) for v in values):
+            return self._value(values, nodes)
+        if all(type(v) is type(first) and v == first for v in values):
+            return first
+        if own or all(isinstance(v, float) for v in values):
+            return self._given(tuple(values))
+        raise Differ(f"a constant differs: {first!r} and others", *(n.name for n in nodes[:2]))
+
+    def _value(self, values: list[Any], nodes: list[fx.Node]) -> Any:
+        key = tuple(values)
+        if key not in self._memo:
+            self._memo[key] = self._classify(values, nodes)
+        return self._memo[key]
+
+    def _classify(self, values: list[Any], nodes: list[fx.Node]) -> Any:
+        owners = [self._owner.get(v) for v in values]
+        if owners == list(range(self.trips)):
+            places = {self.regions[t].places[v] for t, v in enumerate(values)}
+            if len(places) == 1:
+                return Inner(places.pop())
+            raise Differ("a value comes from different places", *(n.name for n in nodes[:2]))
+        if owners[1:] == list(range(self.trips - 1)) and owners[0] is None:
+            places = {self.regions[t].places[v] for t, v in enumerate(values[1:])}
+            if len(places) == 1:
+                return self._carried(places.pop(), values[0], nodes[0])
+        if any(owner is not None for owner in owners):
+            raise Differ("a value crosses trips", *(n.name for n in nodes[:2]))
+        return self._outside(values, nodes)
+
+    def _carried(self, place: int, initial: Any, node: fx.Node) -> Carried:
+        for position, known in enumerate(self.carry):
+            if known == place and self.initial[position] is initial:
+                return Carried(position)
+        if place in self.carry:
+            raise Differ("a carried value starts in two ways", node.name)
+        self.carry.append(place)
+        self.initial.append(initial)
+        return Carried(len(self.carry) - 1)
+
+    def _outside(self, values: list[Any], nodes: list[fx.Node]) -> Any:
+        if all(v is values[0] for v in values):
+            return self._same(values[0])
+        if all(isinstance(v, fx.Node) and v.op == "get_attr" for v in values):
+            return self._stacked(tuple(str(v.target) for v in values))
+        distinct = len(set(values))
+        if distinct == self.trips and self._alike(values):
+            like = values[0]
+            args = self._zip([v.args for v in values], values, False)
+            kwargs = {
+                k: self._zip([v.kwargs[k] for v in values], values, False) for k in like.kwargs
+            }
+            return Computed(like, args, kwargs)
+        return self._given(tuple(values))
+
+    def _alike(self, values: list[Any]) -> bool:
+        """Whether values outside the data's path are computed alike, so each trip may do it."""
+        first = values[0]
+        return all(
+            isinstance(v, fx.Node)
+            and v.op == "call_function"
+            and v.target is first.target
+            and len(v.args) == len(first.args)
+            and v.kwargs.keys() == first.kwargs.keys()
+            and not _has_constants_unlike(v, first)
+            for v in values
+        )
+
+    def _same(self, value: Any) -> Any:
+        """A value that is the same in every trip: a shared weight, or an input of the loop."""
+        if isinstance(value, fx.Node) and value.op == "get_attr" and self._only_inside(value):
+            return self._stacked((str(value.target),) * self.trips)
+        return self._given(value)
+
+    def _only_inside(self, weight: fx.Node) -> bool:
+        nodes = self._weights[str(weight.target)]
+        return all(user in self._owner for node in nodes for user in node.users)
+
+    def _stacked(self, names: tuple[str, ...]) -> Stacked:
+        for first, known in self.stacks.items():
+            if known == names:
+                return Stacked(first)
+        if names[0] in self.stacks:
+            raise Differ("a weight is stacked in two ways", names[0])
+        self.stacks[names[0]] = names
+        return Stacked(names[0])
+
+    def _given(self, value: Any) -> Given:
+        for position, known in enumerate(self.inputs):
+            if _identical(known, value):
+                return Given(position)
+        self.inputs.append(value)
+        return Given(len(self.inputs) - 1)
+
+    def _check_uses(self) -> None:
+        """After the loop, only what the last trip carries out is used."""
+        for t, region in enumerate(self.regions):
+            for node in region.nodes:
+                outer = [u for u in node.users if u not in self._owner]
+                if outer and (t != self.trips - 1 or region.places[node] not in self.carry):
+                    raise Differ("a value inside a trip is used after the loop", node.name)
+
+    def _check_order(self) -> None:
+        """What the loop takes from outside does not depend on what is inside."""
+        inside = set(self._owner)
+        seen: set[fx.Node] = set()
+        queue = [v for v in _leaves((self.initial, self.inputs)) if isinstance(v, fx.Node)]
+        while queue:
+            node = queue.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in inside:
+                raise Differ("an input of the loop depends on the loop", node.name)
+            queue += node.all_input_nodes
+
+    def build(self, renamed: dict[str, str]) -> fx.Graph:
+        """The body: the first trip's nodes over placeholders, its weights renamed by `renamed`."""
+        graph = fx.Graph()
+        first = self.regions[0]
+        carried = []
+        for position, place in enumerate(self.carry):
+            carried.append(graph.placeholder("h" if len(self.carry) == 1 else f"h{position}"))
+            carried[-1].meta.update(_typed(first.nodes[place]))
+        given = []
+        for value in self.inputs:
+            named = next((v for v in _leaves(value) if isinstance(v, fx.Node)), None)
+            given.append(graph.placeholder(named.name if named is not None else "constant"))
+            if named is not None:
+                given[-1].meta.update(_typed(named))
+        values: list[fx.Node] = []
+        weights: dict[str, fx.Node] = {}
+        computed: dict[int, fx.Node] = {}
+
+        def resolve(value: Any) -> Any:
+            if isinstance(value, Inner):
+                return values[value.place]
+            if isinstance(value, Carried):
+                return carried[value.position]
+            if isinstance(value, Given):
+                return given[value.position]
+            if isinstance(value, Stacked):
+                if value.name not in weights:
+                    weights[value.name] = graph.get_attr(renamed[value.name])
+                    weights[value.name].meta.update(_typed(self._weights[value.name][0]))
+                return weights[value.name]
+            if isinstance(value, Computed):
+                if id(value) not in computed:
+                    computed[id(value)] = make(value.like, value.args, value.kwargs)
+                return computed[id(value)]
+            if isinstance(value, list):
+                return [resolve(v) for v in value]
+            return value
+
+        def make(like: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+            node = graph.call_function(
+                like.target,  # type: ignore[arg-type]
+                tuple(resolve(a) for a in args),
+                {k: resolve(v) for k, v in kwargs.items()},
+            )
+            node.meta.update(_typed(like))
+            return node
+
+        for node, (args, kwargs) in zip(first.nodes, self.body, strict=True):
+            values.append(make(node, args, kwargs))
+        graph.output(tuple(values[place] for place in self.carry))
+        self._built = values
+        return graph
+
+    def mark(self, body: fx.Graph) -> bool:
+        """Mark the hidden states of the trips in the body that was built; False if they differ.
+
+        What a trip returns and the last one does not count is what a trip is given: the value
+        before the first trip is marked, and has its mark there no longer.
+        """
+        places = body.find_nodes(op="placeholder")
+        given: list[tuple[int, tuple[str, ...]]] = []
+        for place, node in enumerate(self._built):
+            found = [marks(region.nodes[place]) for region in self.regions]
+            if not any(found):
+                continue
+            if len(set(found)) == 1:
+                mark(node, found[0])
+                continue
+            position = self.carry.index(place) if place in self.carry else None
+            if position is None or found[-1] or len({*found[:-1]}) != 1:
+                return False
+            if marks(self.initial[position])[-len(found[0]) :] != found[0]:
+                return False
+            given.append((position, found[0]))
+        for position, names in given:
+            start = unmark(self.initial[position])
+            mark(self.initial[position], start[: -len(names)])
+            mark(places[position], names)
+        return True
+
+
+def _has_constants_unlike(a: fx.Node, b: fx.Node) -> bool:
+    constants = [str(fx.node.map_arg((n.args, n.kwargs), lambda _: ".")) for n in (a, b)]
+    return constants[0] != constants[1]
+
+
+def _typed(node: fx.Node) -> dict[str, Any]:
+    return {"type": node.meta["type"]} if "type" in node.meta else {}
+
+
+def _identical(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_identical, a, b))
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return a is b
+    return type(a) is type(b) and bool(a == b)
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for v in value for leaf in _leaves(v)]
+    return [value]

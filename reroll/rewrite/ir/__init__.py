@@ -1,0 +1,1 @@
+"""The intermediate representation: Programs, loops, ops, weights, and their text."""

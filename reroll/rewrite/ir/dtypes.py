@@ -1,0 +1,275 @@
+"""A Program in another dtype: which of its conversions stay, and which follow.
+
+What a graph does in another dtype is not to be seen in fp32 alone, where a conversion to fp32 and
+one back to the dtype of the model are both nothing. So a Program in half precision shows it (fp32
+is what the model asks for, its own dtype is what follows), and one in fp32 keeps conversions of
+the first kind as `reroll.widen`. `Program.halves` are the half precisions that it knows this for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.errors import RerollError, UsageError
+from reroll.rewrite.ir.hidden import stand_in
+from reroll.rewrite.ir.program import Input, Loop, Program, TensorType, copy
+from reroll.rewrite.ir.shapes import concrete
+from reroll.rewrite.ir.weights import Weight, WeightTable, cast
+
+aten = torch.ops.aten
+WIDEN = torch.ops.reroll.widen.default
+# the ops that give a value in another dtype and change nothing else
+CONVERSIONS = (aten.to.dtype, WIDEN)
+
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# sizes that types are found with
+_SIZES = {"b": 2, "s": 3, "t": 3, "e": 4, "l": 5}
+_LIMITS = ("min", "max")
+
+
+def dtype_of(value: torch.dtype | str | None, own: torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype that an option names: one of `DTYPES`, or `own` for "auto".
+
+    Raises UsageError for anything else.
+    """
+    if value is None or value == "auto":
+        return own
+    found = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if found not in DTYPES.values():
+        raise UsageError(f"{value!r:.80} is no dtype to compute in", hint=f"use {_names(DTYPES)}")
+    return found
+
+
+def retype(program: Program, dtype: torch.dtype | str | None) -> Program:
+    """The Program in another dtype.
+
+    Widening is exact for the weights. Narrowing rounds those that are trained, and gives the graph
+    that the model has when it is captured in half precision. Raises UsageError where that is not
+    known.
+    """
+    if dtype == program.dtype:
+        return program
+    target = dtype_of(dtype, program.dtype) or program.dtype
+    if target == program.dtype:
+        return program
+    if program.dtype not in DTYPES.values() or (target in HALVES and target not in program.halves):
+        raise UsageError(
+            f"a program in {_name(program.dtype)} does not run in {_name(target)}",
+            hint="capture the original model in it: "
+            f"capture(model, dtype={_name(target)!r}), or reroll convert --dtype {_name(target)}",
+        )
+    graphs = retype_graphs(program, target)
+    weights = {name: _weight(w, program.dtype, target) for name, w in graphs.weights.items()}
+    reference = {name: _weight(w, program.dtype, target) for name, w in graphs.reference.items()}
+    result = replace(graphs, weights=WeightTable(weights), reference=WeightTable(reference))
+    if target in HALVES:
+        infer_types(result)
+    return result
+
+
+def retype_graphs(program: Program, dtype: torch.dtype) -> Program:
+    """The graphs and inputs of a Program in another dtype, over weights that are as they were."""
+    old, program = program.dtype, program.edit()
+    for _, graph in program.graphs():
+        follow_limits(graph, old, dtype)
+        for node in list(graph.nodes):
+            if dtype == torch.float32:
+                _keep_wide(node)
+            _follow(node, old, dtype)
+    inputs = tuple(_retype_input(i, old, dtype) for i in program.inputs)
+    halves = tuple(dict.fromkeys((*program.halves, *((old,) if old in HALVES else ()))))
+    return replace(program, inputs=inputs, dtype=dtype, halves=halves)
+
+
+def _retype_input(item: Input, old: torch.dtype, new: torch.dtype) -> Input:
+    """An input in another dtype, and so what stands in its place when it is left out."""
+    default = None if item.default is None else copy(item.default)
+    for node in () if default is None else default.nodes:
+        _follow(node, old, new)
+    kind = TensorType(new if item.type.dtype == old else item.type.dtype, item.type.shape)
+    return replace(item, type=kind, default=default)
+
+
+def _weight(weight: Weight, old: torch.dtype, new: torch.dtype) -> Weight:
+    # what is not trained, such as the frequencies of rotary embeddings, stays in fp32
+    if weight.meta.dtype != old or (new in HALVES and old not in HALVES and not weight.trainable):
+        return weight
+    entries = tuple(cast(entry, new) for entry in weight.entries)
+    return Weight(entries, weight.index, weight.trainable)
+
+
+def _keep_wide(node: fx.Node) -> None:
+    """Say with `reroll.widen` that a node of a program in half precision asks for fp32 itself."""
+    if node.op != "call_function" or not _asks_for(node, torch.float32):
+        return
+    if node.target is aten.to.dtype:
+        node.target, node.args, node.kwargs = WIDEN, node.args[:1], {}
+        return
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    position = names.index("dtype") if "dtype" in names else len(names)
+    first = node.args[0] if node.args else None
+    if values.get("dtype") != torch.float32 or position < len(node.args) - 1:
+        raise UsageError(f"{node.target} in fp32 inside a program in half precision")
+    node.args = node.args[:position]
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
+    graph = node.graph
+    if isinstance(first, fx.Node) and isinstance(first.meta.get("type"), TensorType):
+        kind = first.meta["type"]
+        with graph.inserting_before(node):
+            wide = graph.call_function(WIDEN, (first,))
+        wide.meta["type"] = TensorType(torch.float32, kind.shape)
+        node.update_arg(0, wide)
+        return
+    # without a dtype, the op makes whole numbers, or fp32
+    kind = node.meta["type"]
+    with graph.inserting_after(node):
+        wide = graph.call_function(WIDEN, (node,))
+    wide.meta["type"] = kind
+    node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+
+
+def widen_node(node: fx.Node, half: torch.dtype) -> None:
+    """Bring a node of a program in half precision into one in fp32."""
+    _keep_wide(node)
+    _follow(node, half, torch.float32)
+
+
+def _asks_for(node: fx.Node, dtype: torch.dtype) -> bool:
+    values = (*node.args, *node.kwargs.values())
+    return any(isinstance(v, torch.dtype) and v == dtype for v in values)
+
+
+def follow_limits(graph: fx.Graph, old: torch.dtype, new: torch.dtype) -> None:
+    """Put the limits of one dtype in the place of those of another, such as what a mask adds."""
+    limits = {getattr(torch.finfo(old), n): getattr(torch.finfo(new), n) for n in _LIMITS}
+    for node in graph.nodes:
+        _replace(node, lambda v: limits.get(v, v) if type(v) is float else v)
+
+
+def _replace(node: fx.Node, change: Callable[[Any], Any]) -> None:
+    """Change the constants among the arguments of a node."""
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(inside, value))
+        return value if isinstance(value, fx.Node) else change(value)
+
+    node.args = tuple(inside(a) for a in node.args)
+    node.kwargs = {k: inside(v) for k, v in node.kwargs.items()}
+
+
+def _follow(node: fx.Node, old: torch.dtype, new: torch.dtype) -> None:
+    """Put one dtype in the place of another."""
+    _replace(node, lambda v: new if isinstance(v, torch.dtype) and v == old else v)
+    if node.target is WIDEN and new in HALVES:
+        node.target, node.args = aten.to.dtype, (*node.args, torch.float32)
+    kind = node.meta.get("type")
+    if isinstance(kind, TensorType) and kind.dtype == old:
+        node.meta["type"] = TensorType(new, kind.shape)
+
+
+def without_casts(program: Program) -> Program:
+    """A Program in fp32 without what says something of half precision alone."""
+    program = program.edit()
+    for _, graph in program.graphs():
+        for node in list(graph.nodes):
+            if node.op == "call_function":
+                _drop_cast(node)
+        graph.eliminate_dead_code()
+    return program
+
+
+def _drop_cast(node: fx.Node) -> None:
+    if node.target is WIDEN:
+        node.target, node.args = aten.to.dtype, (*node.args, torch.float32)
+    if node.target is aten.to.dtype:
+        source: Any = node.args[0]
+        kind = source.meta.get("type")
+        if isinstance(kind, TensorType) and kind.dtype == node.args[1]:
+            stand_in(node, source)
+    elif node.target is not aten.arange.start and _asks_for(node, torch.float32):
+        schema = getattr(node.target, "_schema", None)
+        names = [] if schema is None else [a.name for a in schema.arguments]
+        if "dtype" in names and names.index("dtype") >= len(node.args) - 1:
+            node.args = node.args[: names.index("dtype")]
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
+
+
+# ---- the types of nodes
+
+
+def infer_types(program: Program) -> None:
+    """Find the dtypes of all nodes by running the graphs without data.
+
+    Raises UsageError at a node that does not run.
+    """
+    inputs = [_empty(i.type) for i in program.inputs]
+    _infer(program, "main", program.graph, inputs, None)
+
+
+def _empty(kind: TensorType) -> torch.Tensor:
+    shape = [concrete(dim, _SIZES) for dim in kind.shape]
+    return torch.empty(shape, dtype=kind.dtype, device="meta")
+
+
+def _infer(
+    program: Program, name: str, graph: fx.Graph, arguments: list[Any], trip: int | None
+) -> Any:
+    values: dict[fx.Node, Any] = {}
+    loops = {loop.node: loop for loop in program.loops} if name == "main" else {}
+    feed = iter(arguments)
+    run: Callable[[Any], Any] = lambda value: fx.node.map_arg(value, values.__getitem__)  # noqa: E731
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(feed)
+        elif node.op == "get_attr":
+            meta = program.weights[str(node.target)].meta
+            values[node] = torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+        elif node.op == "output":
+            return run(node.args[0])
+        elif node in loops:
+            values[node] = _infer_loop(program, loops[node], run)
+        else:
+            values[node] = _call(name, node, run)
+        value, kind = values[node], node.meta.get("type")
+        if isinstance(kind, TensorType) and isinstance(value, torch.Tensor):
+            node.meta["type"] = TensorType(value.dtype, kind.shape)
+    return ()
+
+
+def _infer_loop(program: Program, loop: Loop, run: Callable[[Any], Any]) -> Any:
+    inputs = [run(loop.input_for(i, 0)) for i in range(len(loop.inputs))]
+    return _infer(program, loop.name, loop.body.graph, [*run(loop.carry), *inputs], 0)
+
+
+def _call(name: str, node: fx.Node, run: Callable[[Any], Any]) -> Any:
+    target: Any = node.target
+    kwargs = dict(run(node.kwargs))
+    if any(a.name == "device" for a in getattr(getattr(target, "_schema", None), "arguments", ())):
+        kwargs["device"] = "meta"
+    try:
+        return target(*run(node.args), **kwargs)
+    except RerollError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"{node.target} does not run in another dtype: {reason}", where=f"{name}, {node.name}"
+        ) from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(names: Any) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}"

@@ -1,0 +1,97 @@
+"""Exits of a depth loop: where they stand, and what is computed only to decide about them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.rewrite.ir.program import Loop, Program, ancestors
+
+EXIT = torch.ops.reroll.exit.default
+HOLD = torch.ops.reroll.hold.default
+STREAK = torch.ops.reroll.streak.default
+
+
+@dataclass(frozen=True)
+class Exits:
+    """The exits of one loop.
+
+    Attributes:
+        node: the op that decides who is done.
+        done: the position of that among the carried values.
+        thresholds: one for each trip; infinite where nobody can leave.
+        decided: the positions of the carried values that are made only to decide.
+        tests: the nodes of the body that are needed only for those.
+    """
+
+    node: fx.Node
+    done: int
+    thresholds: tuple[float, ...]
+    decided: tuple[int, ...]
+    tests: frozenset[fx.Node]
+
+
+def exits_of(loop: Loop) -> Exits | None:
+    """The exits of a loop; None if every token makes all trips."""
+    body = loop.body.graph
+    found = [n for n in body.nodes if n.target is EXIT]
+    if not found:
+        return None
+    returned: Any = body.output_node().args[0]
+    decided = tuple(i for i, node in enumerate(returned) if _decides(node))
+    rest = [node for i, node in enumerate(returned) if i not in decided]
+    state = [n for n in body.nodes if "reroll.cache" in str(n.target)]
+    needed = ancestors([*rest, *state])
+    tests = ancestors([returned[i] for i in decided]) - needed
+    tests = {n for n in tests if n.op != "placeholder"}
+    return Exits(
+        found[0],
+        returned.index(found[0]),
+        tuple(threshold_of(loop, found[0], trip) for trip in range(loop.trips)),
+        decided,
+        frozenset(tests),
+    )
+
+
+def threshold_of(loop: Loop, node: fx.Node, trip: int) -> float:
+    """The threshold of an exit in one trip."""
+    return float(loop.resolve(node.args[2], trip))
+
+
+def with_thresholds(program: Program, loop: Loop, thresholds: dict[int, float]) -> Program:
+    """The Program with other thresholds after some trips (trip 0 is the first); edits in place."""
+    exits = exits_of(loop)
+    assert exits is not None
+    place = exits.node.args[2]
+    assert isinstance(place, fx.Node)
+    position = loop.places.index(place) - len(loop.carry)
+    values = tuple(thresholds.get(trip, old) for trip, old in enumerate(exits.thresholds))
+    inputs = (*loop.inputs[:position], values, *loop.inputs[position + 1 :])
+    loop.node.args = (loop.name, loop.carry, inputs, loop.trips)
+    return replace(program)
+
+
+def exit_loop(program: Program) -> tuple[Loop, Exits] | None:
+    """The first loop with exits."""
+    for loop in program.loops:
+        exits = exits_of(loop)
+        if exits is not None:
+            return loop, exits
+    return None
+
+
+def is_open(threshold: float) -> bool:
+    """Whether anybody can leave at a threshold."""
+    return not (math.isinf(threshold) and threshold > 0)
+
+
+def _decides(node: fx.Node) -> bool:
+    if node.target is EXIT:
+        return True
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target is STREAK

@@ -1,0 +1,238 @@
+"""The ops of token mixers: recurrences over a sequence, in one direction or in both.
+
+`reroll.rewrite.ir.ops` has the rest of the op set. What a rule computes is looked up by its name,
+see `reroll.rewrite.ir.rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reroll.rewrite.ir.rules import find_rule
+
+# q, k, v, gates and which tokens write [batch, time], to [batch, time, heads, d_v]
+Run: TypeAlias = Callable[[Tensor, Tensor, Tensor, list[Tensor], Tensor | None], Tensor]
+
+
+@torch.library.custom_op("reroll::recurrence", mutates_args=())
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: list[Tensor],
+    rule: str,
+    options: str,
+    padding: Tensor | None = None,
+    delay: int = 0,
+    skip: int = 0,
+    active: bool = True,
+    idle: Tensor | None = None,
+) -> Tensor:
+    """A token mixer whose state has a size of its own, run over a sequence from the zero state.
+
+    `q`: [batch, heads, time, d_k]; `k`: [batch, kv_heads, time, d_k]; `v` likewise with d_v;
+    `gates`: tensors [batch, kv_heads, time, ...] in the order in which the mixer declares them.
+    `rule` names a mixer of `reroll.mixers`, `options` is its options as a JSON object. `padding`
+    [batch, time] is 0 at tokens that leave the state alone.
+
+    `delay`: a token reads the state as it was after the token so many before it, so that it sees
+    what an attention over a window of that size does not. `skip`: the first so many tokens that are
+    not padding write nothing either (see `prefix` of `mask`). Without `active` there is no state at
+    all, and zeros are returned: for trips of a loop that go without. `idle` [batch, time] is True
+    at new tokens that leave the state alone though they are not padding.
+
+    Returns [batch, time, heads, d_v].
+    """
+    with torch.no_grad():
+        if not active:
+            return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+        out = scan(_rule(rule, options), q, k, v, gates, padding, delay, skip, idle)
+    return out.contiguous()
+
+
+@torch.library.custom_op("reroll::bidirectional", mutates_args=())
+def bidirectional(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: list[Tensor],
+    rule: str,
+    options: str,
+    padding: Tensor | None = None,
+    delay: int = 0,
+    skip: int = 0,
+    active: bool = True,
+) -> Tensor:
+    """A token mixer run over a sequence from both ends, for attention that is not causal.
+
+    The sum of two recurrences from the zero state, over the tokens as they are and from the last to
+    the first; a token's own write is in the first alone. The arguments are those of `recurrence`,
+    `delay` and which tokens write apply to both directions. Nothing of it can be continued: it
+    needs the whole sequence.
+
+    Returns [batch, time, heads, d_v].
+    """
+    with torch.no_grad():
+        if not active:
+            return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+        out = scan_both(_rule(rule, options), q, k, v, gates, padding, delay, skip)
+    return out.contiguous()
+
+
+@bidirectional.register_fake
+@recurrence.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: list[Tensor],
+    rule: str,
+    options: str,
+    padding: Tensor | None = None,
+    delay: int = 0,
+    skip: int = 0,
+    active: bool = True,
+    idle: Tensor | None = None,
+) -> Tensor:
+    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+def scan(
+    run: Run,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: list[Tensor],
+    padding: Tensor | None,
+    delay: int,
+    skip: int,
+    idle: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """A mixer over a whole sequence; the arguments are those of `recurrence`.
+
+    `documents` [batch, time]: a number for each token; where it changes, a document begins, which
+    nothing of those before it reaches. `run` has to begin with a new state there.
+    """
+    writes = None if padding is None else padding.bool()
+    if skip:
+        writes = after_first(writes, k, skip, documents)
+    writes = without_idle(writes, idle)
+    if documents is not None and delay:
+        writes = _inside(writes, documents, delay)
+    k, v, *gates, writes = delayed([k, v, *gates], writes, delay)
+    return run(q, k, v, gates, writes)
+
+
+def scan_both(
+    run: Run,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: list[Tensor],
+    padding: Tensor | None,
+    delay: int,
+    skip: int,
+) -> Tensor:
+    """A mixer over a whole sequence from both ends; the arguments are those of `bidirectional`."""
+    writes = None if padding is None else padding.bool()
+    if skip:
+        writes = after_first(writes, k, skip)
+    forth = scan(run, q, k, v, gates, writes, delay, 0)
+    q, k, v, *gates = (t.flip(2) for t in (q, k, v, *gates))
+    writes = None if writes is None else writes.flip(1)
+    # a token's own write counts once
+    return forth + scan(run, q, k, v, gates, writes, max(delay, 1), 0).flip(1)
+
+
+def _rule(rule: str, options: str) -> Run:
+    found = find_rule(rule)
+    return lambda q, k, v, gates, writes: found.run(q, k, v, gates, options, writes)
+
+
+def after_first(
+    writes: Tensor | None, k: Tensor, skip: int, documents: Tensor | None = None
+) -> Tensor:
+    """Which tokens [batch, time] write, without the first `skip` of those that do, of each
+    document.
+    """
+    if writes is None:
+        writes = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    number = writes.long().cumsum(-1)
+    if documents is not None:
+        # counted from the last token of the document before
+        begins = F.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
+        before = torch.where(begins, number - writes.long(), 0)
+        number = number - before.cummax(-1).values
+    return writes & (number > skip)
+
+
+def _inside(writes: Tensor | None, documents: Tensor, delay: int) -> Tensor:
+    """Which tokens write [batch, time], without those whose turn comes in another document."""
+    later = F.pad(documents, (0, delay), value=-1)[:, delay:]
+    inside = documents == later
+    return inside if writes is None else writes & inside
+
+
+def without_idle(writes: Tensor | None, idle: Tensor | None) -> Tensor | None:
+    """Which tokens [batch, time] write, without those that are idle; None if all do."""
+    if idle is None:
+        return writes
+    return ~idle if writes is None else writes & ~idle
+
+
+def delayed(tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Any]:
+    """Tensors [batch, heads, time, ...] and `writes` [batch, time], `delay` tokens later each."""
+    if not delay:
+        return [*tensors, writes]
+    batch, _, time = tensors[0].shape[:3]
+    late = [
+        torch.cat((t.new_zeros(*t.shape[:2], min(delay, time), *t.shape[3:]), t), 2)[:, :, :time]
+        for t in tensors
+    ]
+    if writes is None:
+        writes = torch.ones(batch, time, dtype=torch.bool, device=tensors[0].device)
+    return [*late, F.pad(writes, (delay, 0))[:, :time]]
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, gates, ctx.rule, ctx.options, padding, ctx.delay, ctx.skip, ctx.active, *rest = inputs
+    rest = [padding, *rest]
+    ctx.has = [x is not None for x in rest]
+    ctx.save_for_backward(q, k, v, *gates, *(x for x in rest if x is not None))
+    ctx.count = 3 + len(gates)
+
+
+def _backward(scanned: Callable[..., Tensor]) -> Callable[..., tuple[Any, ...]]:
+    """The gradient of an op that is `scanned`: the inputs are kept, the sequence is run again."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = [t.detach() for t in ctx.saved_tensors]
+        inputs, rest = saved[: ctx.count], saved[ctx.count :]
+        inputs = [t.requires_grad_(t.is_floating_point()) for t in inputs]
+        if ctx.active:
+            q, k, v, *gates = inputs
+            padding, *idle = (rest.pop(0) if has else None for has in ctx.has)
+            with torch.enable_grad():
+                run = _rule(ctx.rule, ctx.options)
+                out = scanned(run, q, k, v, gates, padding, ctx.delay, ctx.skip, *idle)
+            grads = torch.autograd.grad(
+                out, inputs, grad, allow_unused=True, materialize_grads=True
+            )
+        else:
+            grads = tuple(map(torch.zeros_like, inputs))
+        dq, dk, dv, *dgates = grads
+        # one for each argument that the caller gave; PyTorch leaves out those at their defaults
+        left_out = (None,) * (len(ctx.needs_input_grad) - 4)
+        return dq, dk, dv, dgates, *left_out
+
+    return backward
+
+
+recurrence.register_autograd(_backward(scan), setup_context=_keep_inputs)
+bidirectional.register_autograd(_backward(scan_both), setup_context=_keep_inputs)

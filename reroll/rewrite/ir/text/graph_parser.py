@@ -1,0 +1,201 @@
+"""Reading the statements of one graph and building its `fx.Graph`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from reroll.errors import ProgramError, located
+from reroll.rewrite.ir import ops
+from reroll.rewrite.ir.hidden import NAMES, mark
+from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.text.cursor import Cursor, NodeRef, WeightRef
+from reroll.rewrite.ir.text.op_names import LOOP, resolve
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """An input of a graph: its node's name, what it is for, and its type."""
+
+    name: str
+    target: str
+    type: TensorType | None
+    hidden: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One line of a graph. `name` is "" for the line that returns."""
+
+    line: int
+    name: str
+    target: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    type: TensorType | None = None
+    hidden: tuple[str, ...] = ()
+
+
+def read_statement(number: int, text: str) -> Statement:
+    """Parse one line of a graph; ProgramError if it is not a statement."""
+    cursor = Cursor(text)
+    if cursor.accept("return"):
+        values: list[Any] = []
+        while cursor.kind != "end":
+            values.append(cursor.value())
+            if cursor.kind != "end":
+                cursor.expect(",")
+        return Statement(number, "", None, (tuple(values),))
+    name = cursor.node()
+    cursor.expect("=")
+    kwargs: dict[str, Any] = {}
+    if cursor.accept(LOOP):
+        target, args = ops.loop, _loop(cursor)
+    else:
+        target = resolve(cursor.take("word", "the name of an op"))
+        args, kwargs = _arguments(cursor)
+    kind, hidden = read_type(cursor)
+    cursor.end()
+    return Statement(number, name, target, args, kwargs, kind, hidden)
+
+
+def read_type(cursor: Cursor) -> tuple[TensorType | None, tuple[str, ...]]:
+    """The type behind a value, if there is one, and the outputs that the value is an entry of."""
+    if not cursor.accept(":"):
+        return None, ()
+    kind, names = cursor.tensor_type(), []
+    if cursor.accept("hidden"):
+        cursor.expect("(")
+        while True:
+            names.append(cursor.name())
+            if names[-1] not in NAMES:
+                raise ProgramError(f"hidden states are entries of {', '.join(NAMES)}")
+            if cursor.accept(")"):
+                break
+            cursor.expect(",")
+    return kind, tuple(names)
+
+
+def _loop(cursor: Cursor) -> tuple[Any, ...]:
+    body = cursor.name()
+    cursor.expect("(")
+    carry = tuple(cursor.values(")")[0])
+    inputs: tuple[Any, ...] = ()
+    if cursor.accept("inputs"):
+        cursor.expect("(")
+        inputs = tuple(cursor.values(")")[0])
+    cursor.expect("trips")
+    cursor.expect("=")
+    return body, carry, inputs, cursor.integer()
+
+
+def _arguments(cursor: Cursor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    cursor.expect("(")
+    while not cursor.accept(")"):
+        key = cursor.keyword()
+        if key is not None:
+            if key in kwargs:
+                raise ProgramError(f"the argument {key!r} is given twice")
+            kwargs[key] = cursor.value()
+        elif kwargs:
+            cursor.fail("an argument with a name")
+        else:
+            args.append(cursor.value())
+        if cursor.token != ")":
+            cursor.expect(",")
+    return tuple(args), kwargs
+
+
+def build_graph(
+    placeholders: Sequence[Placeholder], statements: Sequence[Statement], first: int, last: int
+) -> tuple[fx.Graph, dict[fx.Node, int]]:
+    """The graph, and the line of each node.
+
+    `first` and `last` are the lines at which the graph opens and closes. Raises ProgramError if a
+    node is defined twice, used before it is defined, or if there is not exactly one return at the
+    end.
+    """
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    lines: dict[fx.Node, int] = {}
+
+    def define(name: str, line: int, node: fx.Node, value: Placeholder | Statement) -> None:
+        if name in nodes:
+            before = lines[nodes[name]]
+            with located(f"line {line}"):
+                raise ProgramError(f"%{name} is defined twice, first in line {before}")
+        nodes[name], lines[node] = node, line
+        if value.type is not None:
+            node.meta["type"] = value.type
+        mark(node, value.hidden)
+
+    for given in placeholders:
+        node = graph.create_node("placeholder", given.target, name=given.name)
+        define(given.name, first, node, given)
+    # all nodes first, without arguments, so that the names in the text are taken before `get_attr`
+    # nodes need names
+    for i, statement in enumerate(statements, 1):
+        if not statement.name:
+            if i < len(statements):
+                raise ProgramError("nothing may follow a return", f"line {statements[i].line}")
+            lines[graph.create_node("output", "output", name="output")] = statement.line
+            break
+        assert statement.target is not None
+        node = graph.create_node("call_function", statement.target, name=statement.name)
+        define(statement.name, statement.line, node, statement)
+    else:
+        raise ProgramError("a graph must end with a return", where=f"line {last}")
+    _bind(graph, statements, nodes, lines, {p.name for p in placeholders})
+    return graph, lines
+
+
+def _bind(
+    graph: fx.Graph,
+    statements: Sequence[Statement],
+    nodes: Mapping[str, fx.Node],
+    lines: dict[fx.Node, int],
+    defined: set[str],
+) -> None:
+    """Give the nodes their arguments."""
+    weights: dict[str, fx.Node] = {}
+
+    def bound(value: Any, user: fx.Node) -> Any:
+        if isinstance(value, NodeRef):
+            if value.name not in defined:
+                raise _undefined(value.name, nodes, lines, defined)
+            return nodes[value.name]
+        if isinstance(value, WeightRef):
+            if value.name not in weights:
+                with graph.inserting_before(user):
+                    weights[value.name] = graph.create_node("get_attr", value.name)
+                lines[weights[value.name]] = lines[user]
+            return weights[value.name]
+        if isinstance(value, list):
+            return [bound(item, user) for item in value]
+        return tuple(bound(v, user) for v in value) if isinstance(value, tuple) else value
+
+    for statement in statements:
+        node = nodes[statement.name] if statement.name else graph.output_node()
+        with located(f"line {statement.line}"):
+            node.args = bound(statement.args, node)
+            node.kwargs = {key: bound(value, node) for key, value in statement.kwargs.items()}
+        defined.add(statement.name)
+
+
+def _undefined(
+    name: str, nodes: Mapping[str, fx.Node], lines: Mapping[fx.Node, int], defined: set[str]
+) -> ProgramError:
+    if name in nodes:
+        return ProgramError(
+            f"%{name} is used before it is defined in line {lines[nodes[name]]}",
+            hint="put the lines of a graph in the order in which they run",
+        )
+    near = difflib.get_close_matches(name, defined, n=1)
+    hint = f"the nearest name is %{near[0]}" if near else None
+    return ProgramError(f"%{name} is not defined", hint=hint)

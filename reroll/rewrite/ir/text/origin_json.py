@@ -1,0 +1,152 @@
+"""An Origin as JSON values, checked when it is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any, TypeVar, get_args
+
+from reroll.errors import ProgramError, located
+from reroll.rewrite.ir.program import Loss, Origin, Step
+
+MAX_DEPTH = 64
+
+T = TypeVar("T")
+
+
+def origin_to_json(origin: Origin) -> dict[str, Any]:
+    """An Origin as a JSON object; ProgramError if it holds what JSON cannot."""
+    return {
+        "model": origin.model,
+        "revision": origin.revision,
+        "architecture": origin.architecture,
+        "auto_class": origin.auto_class,
+        "config": _plain(origin.config, "config"),
+        "files": dict(origin.files),
+        "steps": [
+            {
+                "text": step.text,
+                "seconds": step.seconds,
+                "remarks": list(step.remarks),
+                "measured": _plain(step.measured, f"steps[{i}]: measured"),
+            }
+            for i, step in enumerate(origin.steps)
+        ],
+        **({"remarks": list(origin.remarks)} if origin.remarks else {}),
+        **({} if origin.rereads_at is None else {"rereads_at": origin.rereads_at}),
+        **({} if origin.loss == "shifted" else {"loss": origin.loss}),
+        **({} if origin.cache_span is None else {"cache_span": origin.cache_span}),
+        **({"adds_tokens": True} if origin.adds_tokens else {}),
+    }
+
+
+def origin_from_json(data: object) -> Origin:
+    """The Origin that `origin_to_json` wrote; ProgramError naming the place if it is not valid."""
+    wanted = "model revision architecture auto_class config files steps"
+    optional: dict[str, Any] = {
+        "remarks": [],
+        "rereads_at": None,
+        "loss": "shifted",
+        "cache_span": None,
+        "adds_tokens": False,
+    }
+    fields = _object(data, wanted.split(), optional)
+    revision, rereads_at, span = (fields[k] for k in ("revision", "rereads_at", "cache_span"))
+    with located("files"):
+        files = _is(fields["files"], dict)
+        for name, path in files.items():
+            _check_file(name)
+            _is(path, str)
+    return Origin(
+        model=_member(fields, "model", str),
+        revision=None if revision is None else _member(fields, "revision", str),
+        architecture=_member(fields, "architecture", str),
+        auto_class=_auto_class(_member(fields, "auto_class", str)),
+        config=_plain(_member(fields, "config", dict), "config"),
+        files=files,
+        steps=tuple(_step(i, s) for i, s in enumerate(_member(fields, "steps", list))),
+        remarks=_texts(_member(fields, "remarks", list)),
+        rereads_at=None if rereads_at is None else _member(fields, "rereads_at", int),
+        loss=_loss(fields["loss"]),
+        cache_span=None if span is None else _member(fields, "cache_span", int),
+        adds_tokens=_member(fields, "adds_tokens", bool),
+    )
+
+
+def _step(number: int, data: object) -> Step:
+    with located(f"steps[{number}]"):
+        fields = _object(data, ["text", "seconds", "remarks", "measured"])
+        return Step(
+            text=_member(fields, "text", str),
+            seconds=_member(fields, "seconds", (int, float)),
+            remarks=_texts(_member(fields, "remarks", list)),
+            measured=_plain(_member(fields, "measured", dict), "measured"),
+        )
+
+
+def _texts(values: list[object]) -> tuple[str, ...]:
+    with located("remarks"):
+        return tuple(_is(value, str) for value in values)
+
+
+def _check_file(name: str) -> None:
+    # side files are written into the output directory, so a name must not lead out of it
+    path = PurePosixPath(name)
+    parts = (*path.parts, *name.split("/"))
+    if not name or path.is_absolute() or {"..", "."} & set(parts) or re.search(r'[\\:\0"]', name):
+        raise ProgramError(f"{name!r:.80} is not a file inside the model's directory")
+
+
+def _auto_class(name: str) -> str:
+    # looked up in transformers by whoever loads the model
+    if not re.fullmatch(r"Auto\w+", name, re.ASCII):
+        raise ProgramError(f"{name!r:.80} is not an auto class of transformers", where="auto_class")
+    return name
+
+
+def _loss(name: object) -> Loss | None:
+    if name not in (*get_args(Loss), None):
+        raise ProgramError(f"{name!r:.80} is not a loss", where="loss")
+    return name  # type: ignore[return-value]
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """JSON data with plain dicts and lists; ProgramError at anything else."""
+    if depth > MAX_DEPTH:
+        raise ProgramError(f"the data nest deeper than {MAX_DEPTH}", where=where)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{where}.{k}", depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, where, depth + 1) for v in value]
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    raise ProgramError(f"a {type(value).__name__} is not JSON data", where=where)
+
+
+def _object(
+    data: object, keys: list[str], optional: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A JSON object with these keys, and the optional ones by their defaults."""
+    fields = {**(optional or {}), **_is(data, dict)}
+    for key in keys:
+        if key not in fields:
+            raise ProgramError(f"{key!r} is missing")
+    keys = [*keys, *(optional or {})]
+    unknown = [key for key in fields if key not in keys]
+    if unknown:
+        raise ProgramError(f"unknown key {unknown[0]!r:.80}", hint=f"known: {', '.join(keys)}")
+    return fields
+
+
+def _member(fields: Mapping[str, Any], key: str, kind: type[T] | tuple[type[T], ...]) -> T:
+    with located(key):
+        return _is(fields[key], kind)
+
+
+def _is(value: object, kind: type[T] | tuple[type[T], ...]) -> T:
+    # True is an int to Python
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ProgramError(f"{value!r:.80} is not of type {names}")
+    return value

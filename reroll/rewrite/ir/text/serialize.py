@@ -1,0 +1,91 @@
+"""A Program as JSON values: its graphs as lines of text, its weight table and its origin.
+
+There is one way to write a graph down, the text of `reroll.rewrite.ir.text.printer`, and JSON holds
+its lines; only what is large or not ours to lay out, the weights and the origin, are JSON of their
+own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from reroll.errors import ProgramError, located
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.text.literals import WORDS, value_to_text
+from reroll.rewrite.ir.text.origin_json import origin_from_json, origin_to_json
+from reroll.rewrite.ir.text.parser import assemble
+from reroll.rewrite.ir.text.printer import graph_lines
+from reroll.rewrite.ir.text.sections import read
+from reroll.rewrite.ir.verify import verify
+from reroll.rewrite.ir.weights import table_from_json, table_to_json
+from reroll.rewrite.ir.weights.expressions import TensorSource
+
+FORMAT = 1
+
+
+def program_to_json(program: Program) -> dict[str, Any]:
+    """A Program as a JSON object; ProgramError if it is not well formed."""
+    verify(program)
+    return {
+        "format": FORMAT,
+        "dtype": value_to_text(program.dtype),
+        "halves": [value_to_text(half) for half in program.halves],
+        "graphs": list(graph_lines(program)),
+        "weights": table_to_json(program.weights),
+        "reference": table_to_json(program.reference),
+        "origin": origin_to_json(program.origin),
+    }
+
+
+def program_from_json(data: object, source: TensorSource | None = None) -> Program:
+    """The Program that `program_to_json` wrote; `source` has the tensors of its weights.
+
+    Raises ProgramError, naming the place in the JSON, if it is not a valid Program, if another
+    version of reroll wrote it, or if its weights do not fit the source.
+    """
+    if not isinstance(data, dict):
+        raise ProgramError(f"a program is a JSON object, not a {type(data).__name__}")
+    _check_format(data.get("format"))
+    wanted = {"format", "dtype", "halves", "graphs", "weights", "reference", "origin"}
+    # earlier versions did not write it
+    data = {"halves": [], **data}
+    for key in sorted(wanted ^ set(data)):
+        raise ProgramError(f"the key {key!r:.80} is {'missing' if key in wanted else 'unknown'}")
+    dtype = _dtype(data["dtype"], "dtype")
+    if not isinstance(data["halves"], list):
+        raise ProgramError(f"{data['halves']!r:.80} is not a list", where="halves")
+    halves = tuple(_dtype(half, "halves") for half in data["halves"])
+    lines = data["graphs"]
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ProgramError("the graphs are a list of lines", where="graphs")
+    with located("graphs"):
+        draft = read(lines)
+    draft.dtype, draft.halves = dtype, halves
+    with located("weights"):
+        draft.weights = table_from_json(data["weights"])
+    with located("reference"):
+        draft.reference = table_from_json(data["reference"])
+    with located("origin"):
+        draft.origin = origin_from_json(data["origin"])
+    with located("graphs"):
+        return assemble(draft, source)
+
+
+def _dtype(value: object, where: str) -> torch.dtype:
+    dtype = WORDS.get(value) if isinstance(value, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ProgramError(f"{value!r:.80} is not a dtype", where=where)
+    return dtype
+
+
+def _check_format(version: object) -> None:
+    if type(version) is not int or version < 1:
+        raise ProgramError("this is not a program of reroll: it has no format number")
+    if version > FORMAT:
+        raise ProgramError(
+            f"the program has format {version}, and this reroll reads formats up to {FORMAT}",
+            where="format",
+            hint="a newer reroll wrote it, and reads it: pip install -U reroll",
+        )

@@ -1,0 +1,181 @@
+"""A recursive-descent parser for one expression; it evaluates nothing.
+
+Nesting and sizes are limited, and whatever is wrong raises a ProgramError with the column.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import NamedTuple, NoReturn
+
+from reroll.errors import ProgramError, located
+from reroll.rewrite.ir.weights.expressions import (
+    Argument,
+    Expr,
+    Meta,
+    Source,
+    build,
+    dtype_from_name,
+)
+from reroll.rewrite.ir.weights.ranges import unfold
+
+MAX_DEPTH = 64
+
+_TOKEN = re.compile(
+    r"""\s*(?:
+    (?P<string>"(?:[^"\\]|\\.)*")
+  | (?P<number>-?\d{1,40}(?:\.\d{1,40})?(?:[eE][+-]?\d{1,4})?)
+  | (?P<bound>%\d{1,9})
+  | (?P<word>[A-Za-z_]\w*)
+  | (?P<mark>[()\[\],])
+  | (?P<end>$)
+  )""",
+    re.VERBOSE,
+)
+
+
+def string_value(literal: str) -> str:
+    """The string that a JSON literal stands for."""
+    try:
+        return str(json.loads(literal, strict=False))
+    except ValueError:
+        raise ProgramError(f"{literal:.80} is not a string") from None
+
+
+class Token(NamedTuple):
+    """A piece of the text: what it is, its characters, and where they start."""
+
+    kind: str
+    text: str
+    place: int
+
+
+class ExprParser:
+    """A recursive-descent parser over one line; ``shift`` is the column of the text's start."""
+
+    def __init__(self, text: str, start: int, shift: int, bound: Mapping[str, Expr]) -> None:
+        self._text = text
+        self._shift = shift
+        self._bound = bound
+        self._next = self._scan(start)
+
+    def only_expr(self) -> Expr:
+        """One expression and then the end."""
+        place = self._next
+        values = self._argument(0)
+        self._expect("end", "")
+        if len(values) != 1 or not isinstance(values[0], Expr):
+            self._fail("this is not one expression", place)
+        return values[0]
+
+    def only_meta(self) -> Meta:
+        """One dtype with sizes and then the end."""
+        meta = self._meta()
+        self._expect("end", "")
+        return meta
+
+    # ---- tokens
+
+    def _fail(self, message: str, token: Token | None = None) -> NoReturn:
+        place = (token or self._next).place
+        raise ProgramError(message, where=f"column {self._shift + place + 1}")
+
+    def _scan(self, position: int) -> Token:
+        match = _TOKEN.match(self._text, position)
+        if match is None or match.lastgroup is None:
+            blank = len(self._text[position:]) - len(self._text[position:].lstrip())
+            text = self._text[position + blank :]
+            self._fail(f"{text:.20} cannot be read", Token("", "", position + blank))
+        return Token(match.lastgroup, match[match.lastgroup], match.start(match.lastgroup))
+
+    def _take(self) -> Token:
+        token = self._next
+        self._next = self._scan(token.place + len(token.text))
+        return token
+
+    def _accept(self, mark: str) -> bool:
+        if self._next.kind == "mark" and self._next.text == mark:
+            self._take()
+            return True
+        return False
+
+    def _expect(self, kind: str, text: str | None = None) -> Token:
+        if self._next.kind != kind or text not in (None, self._next.text):
+            wanted = text or f"a {kind}" if kind != "end" else "the end"
+            self._fail(f"{wanted} is needed here, not {self._next.text[:20] or 'the end'!r}")
+        return self._take() if kind != "end" else self._next
+
+    # ---- grammar
+
+    def _argument(self, depth: int) -> list[Argument]:
+        """One argument; a source with an angle-bracket range is several."""
+        token = self._take()
+        if token.kind == "word" and token.text in ("true", "false"):
+            return [token.text == "true"]
+        if token.kind == "word" and token.text == "source":
+            return list(self._source())
+        if token.kind == "word":
+            return [self._call(token, depth)]
+        if token.kind == "bound":
+            if token.text not in self._bound:
+                self._fail(f"{token.text} is not bound before its use", token)
+            return [self._bound[token.text]]
+        if token.kind == "string":
+            return [self._string(token)]
+        if token.kind == "number":
+            return [self._number(token)]
+        if token.kind == "mark" and token.text == "[":
+            return [self._integers()]
+        return self._fail(
+            f"an expression is needed here, not {token.text[:20] or 'the end'!r}", token
+        )
+
+    def _call(self, op: Token, depth: int) -> Expr:
+        if depth >= MAX_DEPTH:
+            self._fail(f"expressions may nest {MAX_DEPTH} deep; use let lines", op)
+        self._expect("mark", "(")
+        args: list[Argument] = []
+        while not self._accept(")"):
+            if args:
+                self._expect("mark", ",")
+            args.extend(self._argument(depth + 1))
+        with located(f"column {self._shift + op.place + 1}"):
+            return build(op.text, *args)
+
+    def _source(self) -> list[Source]:
+        self._expect("mark", "(")
+        name = self._expect("string")
+        self._expect("mark", ",")
+        meta = self._meta()
+        self._expect("mark", ")")
+        with located(f"column {self._shift + name.place + 1}"):
+            return [Source(string_value(text), meta) for text in unfold(name.text, angles=True)]
+
+    def _meta(self) -> Meta:
+        dtype = self._expect("word")
+        self._expect("mark", "[")
+        sizes = self._integers()
+        with located(f"column {self._shift + dtype.place + 1}"):
+            return Meta(sizes, dtype_from_name(dtype.text))
+
+    def _integers(self) -> tuple[int, ...]:
+        """Integers up to the closing bracket; the opening one has been read."""
+        values: list[int] = []
+        while not self._accept("]"):
+            if values:
+                self._expect("mark", ",")
+            token = self._expect("number")
+            value = self._number(token)
+            if not isinstance(value, int):
+                self._fail("an integer is needed here", token)
+            values.append(value)
+        return tuple(values)
+
+    def _number(self, token: Token) -> int | float:
+        return float(token.text) if re.search(r"[.eE]", token.text) else int(token.text)
+
+    def _string(self, token: Token) -> str:
+        with located(f"column {self._shift + token.place + 1}"):
+            return string_value(token.text)

@@ -1,0 +1,65 @@
+"""What a pass is: a class whose fields are its options, and a `run` from Program to Program.
+
+    class ScaleLogits(Pass):
+        '''Multiply the logits by a constant.'''
+
+        name = "scale_logits"
+        contract = "approximate"
+        factor: float = option(1.0, help="what to multiply by")
+
+        def run(self, program: Program, context: Context) -> Program: ...
+
+The fields are the Python arguments, the options in pipeline text, the keys in recipes and the
+documentation. Subclasses are made frozen dataclasses with keyword arguments; values are checked
+against the annotations when a pass is made.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.pipeline.declared import Declared
+from reroll.rewrite.pipeline.options import option
+
+__all__ = ["Context", "Contract", "Pass", "option"]
+
+Contract = Literal["exact", "approximate"]
+
+
+class Pass(Declared, ABC):
+    """Base of all passes.
+
+    A subclass sets `name` (how it is called in text), `contract`, and if need be `requires`: the
+    names of passes that must have run before. `contract` is "exact" when the result computes the
+    same function, which the pass manager checks after every run, or "approximate", for which it
+    measures the distance.
+    """
+
+    what: ClassVar[str] = "pass"
+    contract: ClassVar[Contract] = "approximate"
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def run(self, program: Program, context: Context) -> Program:
+        """The rewritten program. `program` is the pass's own copy, its graphs may be edited.
+
+        Raises PassError if the pass cannot do what it was asked to do.
+        """
+
+    def __str__(self) -> str:
+        from reroll.rewrite.pipeline.pipeline import call_to_text
+
+        return call_to_text(self.name, self.given())
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        declared = super().describe()
+        return {
+            "name": declared.pop("name"),
+            "contract": cls.contract,
+            "requires": list(cls.requires),
+            **declared,
+        }

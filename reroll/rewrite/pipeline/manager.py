@@ -1,0 +1,273 @@
+"""The pass manager: runs passes in turn, and checks and measures what each of them did."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from reroll.bounds import NOT_NEGATIVE, SEED, check_number
+from reroll.errors import PassError, RerollError, UsageError
+from reroll.rewrite.analysis.context import LARGE, Context
+from reroll.rewrite.analysis.measure import Judge, Violation, difference, size
+from reroll.rewrite.analysis.samples import Tokenizer
+from reroll.rewrite.ir.hidden import keep_complete
+from reroll.rewrite.ir.program import Program, Step
+from reroll.rewrite.pipeline.base import Pass
+from reroll.rewrite.pipeline.pipeline import Pipeline, resolve
+
+log = logging.getLogger(__name__)
+
+Measure = Literal["auto"] | bool
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a caller is told while passes run.
+
+    `kind` is "start", "progress" (with `done`, `total` and `what`), "done" (with `step` and
+    `program`) or "print" (`program` is to be shown).
+    """
+
+    kind: Literal["start", "progress", "done", "print"]
+    text: str
+    number: int
+    count: int
+    program: Program | None = None
+    step: Step | None = None
+    done: int = 0
+    total: int = 0
+    what: str = ""
+
+
+def run_passes(
+    program: Program,
+    passes: Pipeline,
+    *,
+    text: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    measure: Measure = "auto",
+    stop_after: int | str | None = None,
+    print_after: Collection[str] | Literal["all"] = (),
+    on_event: Callable[[Event], None] | None = None,
+    seed: int = 0,
+    large: int = LARGE,
+) -> Program:
+    """Run passes on a Program; each leaves a Step in the result's origin.
+
+    Args:
+        program: what to rewrite; it is not changed.
+        passes: pipeline text, the path of a recipe, a pass, or a list of these.
+        text: text, or a file with text, to calibrate and measure on. A sample ships.
+        tokenizer: turns text into token ids; the original model's own by default.
+        measure: "auto" checks exact passes and measures approximate ones unless the weights are
+            larger than `large` bytes; True does so in any case, False does not measure.
+        stop_after: the number or the name of the last pass to run.
+        print_after: names of passes after which the program is shown, or "all".
+        on_event: is told about starts, progress, steps and programs to show.
+        seed: for passes that need random numbers.
+        large: bytes of weights above which "auto" looks at nothing.
+
+    Raises UsageError if the pipeline is not valid, and PassError, naming the pass, if a pass fails,
+    gives a malformed program, or claims to be exact and is not.
+    """
+    check_number("seed", seed, SEED, "run_passes")
+    check_number("large", large, NOT_NEGATIVE, "run_passes", integer=False)
+    if measure not in (True, False, "auto"):
+        raise UsageError(f'measure must be "auto", True or False, not {measure!r}', "run_passes")
+    if not (text is None or isinstance(text, str | Path)):
+        raise UsageError(f"text must be text or the Path of a file, not {text!r:.40}", "run_passes")
+    chosen = _stopped(resolve(passes), stop_after)
+    _check_requirements(program, chosen)
+    context = Context(
+        text_source=text,
+        tokenizer=tokenizer,
+        seed=seed,
+        large=large,
+        measuring=measure is not False,
+    )
+    runner = _Runner(context, program, measure, on_event, len(chosen))
+    for number, each in enumerate(chosen, 1):
+        program = runner.run(number, each, program)
+        if print_after == "all" or each.name in print_after:
+            runner.show(number, each, program)
+    return program
+
+
+def _stopped(passes: tuple[Pass, ...], stop_after: int | str | None) -> tuple[Pass, ...]:
+    if stop_after is None:
+        return passes
+    if (
+        isinstance(stop_after, int)
+        and not isinstance(stop_after, bool)
+        and 0 <= stop_after <= len(passes)
+    ):
+        return passes[:stop_after]
+    for number, each in enumerate(passes, 1):
+        if each.name == stop_after:
+            return passes[:number]
+    names = ", ".join(p.name for p in passes)
+    raise UsageError(f"cannot stop after {stop_after!r}", hint=f"the passes are {names}")
+
+
+def _check_requirements(program: Program, passes: tuple[Pass, ...]) -> None:
+    """All at once and before anything has run, because a pass may take hours."""
+    ran = {step.text.partition("(")[0] for step in program.origin.steps}
+    for each in passes:
+        missing = [name for name in each.requires if name not in ran]
+        if missing:
+            raise PassError(
+                f"{each.name} needs {' and '.join(missing)} to have run before it",
+                where=str(each),
+                hint=f"for example: {', '.join([*missing, each.name])}",
+            )
+        ran.add(each.name)
+
+
+class _Runner:
+    """One run of a pipeline: what all of its passes share."""
+
+    def __init__(
+        self,
+        context: Context,
+        original: Program,
+        measure: Measure,
+        on_event: Callable[[Event], None] | None,
+        count: int,
+    ) -> None:
+        self.context = context
+        self.original = original
+        self.measure = measure
+        self.on_event = on_event
+        self.count = count
+        self.judge: Judge | None = None
+
+    def run(self, number: int, each: Pass, program: Program) -> Program:
+        text = str(each)
+        self.tell(Event("start", text, number, self.count))
+        self.context.remarks = []
+        self.context.report_progress = lambda done, total, what: self.tell(
+            Event("progress", text, number, self.count, done=done, total=total, what=what)
+        )
+        start = time.perf_counter()
+        after = _guarded(each, program, self.context)
+        keep_complete(after, program)
+        seconds = time.perf_counter() - start
+        measured = {**_changes(size(program), size(after)), **self.judged(each, program, after)}
+        step = Step(text, seconds, tuple(self.context.remarks), measured)
+        steps = (*program.origin.steps, step)
+        result = replace(after, origin=replace(after.origin, steps=steps))
+        if self.judge is not None:
+            self.judge.renamed(after, result)
+            self.judge.keep([self.original, result])
+        log.info("%s", summary(step))
+        self.tell(Event("done", text, number, self.count, program=result, step=step))
+        return result
+
+    def judged(self, each: Pass, before: Program, after: Program) -> dict[str, Any]:
+        """The check of an exact pass or the measurement of an approximate one."""
+        looked_at = (before, after) if each.contract == "exact" else (self.original, before, after)
+        skipped = any(map(self.context.is_large, looked_at))
+        if self.measure is not True and skipped:
+            what = "checked" if each.contract == "exact" else "measured"
+            self.context.remark(
+                f"not {what}: the weights are larger than {self.context.large / 2**30:.3g} GiB"
+            )
+            return {}
+        if each.contract == "exact":
+            return {"relative_rms_error": _checked(each, before, after)}
+        if self.measure is False:
+            return {}
+        self.judge = self.judge or Judge(self.original, self.context)
+        quality = {"previous": self.judge.compare(before, after)}
+        quality["original"] = (
+            quality["previous"]
+            if before is self.original
+            else self.judge.compare(self.original, after)
+        )
+        return {"quality": quality}
+
+    def show(self, number: int, each: Pass, program: Program) -> None:
+        if self.on_event is None:
+            log.info("after %s:\n%s", each, program)
+        self.tell(Event("print", str(each), number, self.count, program=program))
+
+    def tell(self, event: Event) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+
+
+def _guarded(each: Pass, program: Program, context: Context) -> Program:
+    """Run one pass on a copy and verify what it gives; every failure names the pass."""
+    try:
+        after = each.run(program.edit(), context)
+    except RerollError as error:
+        raise _blamed(each, error) from error
+    except Exception as error:
+        raise PassError(f"the pass failed: {type(error).__name__}: {error}", str(each)) from error
+    if not isinstance(after, Program):
+        raise PassError(f"the pass returned {type(after).__name__}, not a Program", str(each))
+    try:
+        _verify(after)
+    except RerollError as error:
+        hint = "this is a defect of the pass"
+        raise PassError(f"the pass gave a malformed program: {error}", str(each), hint) from error
+    return after
+
+
+def _blamed(each: Pass, error: RerollError) -> PassError:
+    where = str(each) if error.where is None else f"{each}: {error.where}"
+    return PassError(error.message, where, error.hint)
+
+
+def _verify(program: Program) -> None:
+    try:
+        from reroll.rewrite.ir.verify import verify
+    except ImportError:
+        for _, graph in program.graphs():
+            graph.lint()
+    else:
+        verify(program)
+
+
+def _checked(each: Pass, before: Program, after: Program) -> float:
+    found = difference(before, after)
+    if isinstance(found, Violation):
+        raise PassError(
+            f"the pass claims to be exact, but {found.output} differs by a relative RMS error of "
+            f"{found.error:.3g} (tolerance {found.tolerance:.3g})",
+            where=str(each),
+            hint="this is a defect of the pass",
+        )
+    return found
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Two measurements of one kind as one with "before" and "after" in its leaves."""
+    return {
+        key: _changes(value, after[key])
+        if isinstance(value, Mapping)
+        else {"before": value, "after": after[key]}
+        for key, value in before.items()
+    }
+
+
+def summary(step: Step) -> str:
+    """One line about a step: what it changed and how far that is from before."""
+    parts = [f"{step.seconds:.1f} s"]
+    for key, unit in (("parameters", "parameters"), ("flops_per_token", "FLOPs per token")):
+        change = step.measured[key]
+        if change["before"] != change["after"]:
+            parts.append(f"{change['before']:,} -> {change['after']:,} {unit}")
+    if "relative_rms_error" in step.measured:
+        parts.append(f"relative RMS error {step.measured['relative_rms_error']:.2g}")
+    quality = step.measured.get("quality", {}).get("previous", {})
+    if "kl" in quality:
+        parts.append(f"KL {quality['kl']:.3g}, top-1 agreement {quality['top1_agreement']:.1%}")
+    if "perplexity" in quality:
+        change = quality["perplexity"]
+        parts.append(f"perplexity {change['before']:.4g} -> {change['after']:.4g}")
+    return f"{step.text}: {'; '.join(parts)}"

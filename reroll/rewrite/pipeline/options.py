@@ -1,0 +1,238 @@
+"""Options: the typed fields of a pass, checked in the same way wherever they come from.
+
+A field's annotation says which values are allowed: `int`, `float`, `bool`, `str`, `None`,
+`Literal[...]`, an `Enum`, `list[...]`, `tuple[..., ...]`, `dict[str, ...]`, and unions of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+import types
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from reroll.bounds import Range, check_number
+from reroll.errors import UsageError
+
+REQUIRED = dataclasses.MISSING
+
+
+def option(default: Any = REQUIRED, *, within: Range | None = None, help: str = "") -> Any:
+    """A field of a pass with its documentation; without a default, it has to be given.
+
+    All numbers in it, also those in a list or a mapping, have to lie `within` a range, and a list
+    of such numbers holds at least one.
+    """
+    metadata = {"help": help, "within": within}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=partial(copy, default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a pass, as its field declares it."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    within: Range | None = None
+
+    @property
+    def kind(self) -> str:
+        """What may stand there, in words."""
+        return describe(self.type) + (f" ({self.within})" if self.within else "")
+
+    def convert(self, value: Any, owner: str) -> Any:
+        """The value in its declared type; UsageError naming `owner`, such as "pass tie"."""
+        converted = _convert(value, self.type)
+        if converted is REFUSED:
+            raise UsageError(
+                f"{self.name} must be {self.kind}, not {_shown(value)}",
+                where=f"{owner}, option {self.name}",
+                hint=_suggest(value, self.type),
+            )
+        if self.within is not None:
+            self._check_range(converted, f"{owner}, option {self.name}")
+        return converted
+
+    def _check_range(self, value: Any, where: str) -> None:
+        if isinstance(value, Mapping):
+            value = tuple(value.values())
+        elif value in ([], ()):
+            raise UsageError(f"{self.name} must be {self.kind}, not an empty list", where)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                assert self.within is not None
+                check_number(self.name, number, self.within, where, integer=isinstance(number, int))
+
+
+REFUSED: Any = object()
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """The options that a pass declares, in order."""
+    hints = get_type_hints(cls)
+    options = {}
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not REQUIRED:
+            default = field.default_factory()
+        help = str(field.metadata.get("help", ""))
+        within = field.metadata.get("within")
+        options[field.name] = Option(field.name, hints[field.name], default, help, within)
+    return options
+
+
+def check_options(cls: type) -> None:
+    """Raise UsageError if a pass declares an option of a type that text cannot hold."""
+    try:
+        options = options_of(cls)
+    except (NameError, AttributeError) as error:
+        raise UsageError(f"an annotation is wrong: {error}", where=cls.__qualname__) from error
+    for each in options.values():
+        if not _supported(each.type):
+            raise UsageError(
+                f"option {each.name} has the type {each.type}, which text cannot hold",
+                where=cls.__qualname__,
+                hint="see reroll.rewrite.pipeline.options for the types that it can",
+            )
+
+
+def _supported(kind: Any) -> bool:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return all(type(a) in (int, str, bool, type(None)) for a in args)
+    if origin is tuple:
+        return len(args) == 2 and args[1] is Ellipsis and _supported(args[0])
+    if origin is dict:
+        return args[0] in (str, int) and _supported(args[1])
+    if origin in (list, Union, types.UnionType):
+        return all(map(_supported, args))
+    is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
+    return is_enum or kind in (int, float, bool, str, type(None), None, Any)
+
+
+def plain(value: Any) -> Any:
+    """A value as data that text and YAML can hold."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    return value
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """A hint with the nearest known spelling, or with all of them when they are few."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known: {', '.join(known)}" if known else None
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as an instance of the annotation `kind`, or REFUSED."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        # an integer is an integer before it is a float
+        exact = [a for a in args if isinstance(a, type) and type(value) is a]
+        tries = (_convert(value, arm) for arm in [*exact, *args])
+        return next((v for v in tries if v is not REFUSED), REFUSED)
+    if origin is Literal:
+        # in a pipeline's text the word none is no value at all
+        value = "none" if value is None and None not in args else value
+        return next((a for a in args if type(a) is type(value) and a == value), REFUSED)
+    if origin is list or origin is tuple:
+        return _convert_sequence(value, origin, args)
+    if origin is dict:
+        return _convert_dict(value, args)
+    if kind is Any:
+        return value
+    if kind in (None, type(None)):
+        return None if value is None else REFUSED
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return next((m for m in kind if value is m or value in (m.value, m.name)), REFUSED)
+    if kind is float and isinstance(value, float) and math.isnan(value):
+        return REFUSED
+    return value if isinstance(kind, type) and type(value) is kind else REFUSED
+
+
+def _convert_sequence(value: Any, origin: type, args: tuple[Any, ...]) -> Any:
+    if not isinstance(value, list | tuple):
+        return REFUSED
+    items = [_convert(v, args[0]) for v in value]
+    return REFUSED if any(v is REFUSED for v in items) else origin(items)
+
+
+def _convert_dict(value: Any, args: tuple[Any, ...]) -> Any:
+    if not isinstance(value, Mapping):
+        return REFUSED
+    items = {_convert(k, args[0]): _convert(v, args[1]) for k, v in value.items()}
+    return REFUSED if REFUSED in items or any(v is REFUSED for v in items.values()) else items
+
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    type(None): "none",
+    Any: "anything",
+}
+
+
+def describe(kind: Any) -> str:
+    """An annotation in words: "an integer or a mapping of string to integer"."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(arm) for arm in args))
+    if origin is Literal:
+        return "one of " + ", ".join(_shown(a) for a in args)
+    if origin in (list, tuple):
+        return f"a list of {_plural(args[0])}"
+    if origin is dict:
+        return f"a mapping of {_plural(args[0])} to {_plural(args[1])}"
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return "one of " + ", ".join(_shown(m.value) for m in kind)
+    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _plural(kind: Any) -> str:
+    words = {int: "integers", float: "numbers", str: "strings", bool: "booleans"}
+    return words.get(kind, f"({describe(kind)})")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    # a word that was typed without quotes is shown without them
+    return value if isinstance(value, str) and value.isidentifier() else repr(value)
+
+
+def _suggest(value: Any, kind: Any) -> str | None:
+    if not isinstance(value, str):
+        return None
+    words = [a for a in _leaves(kind) if isinstance(a, str)]
+    near = difflib.get_close_matches(value, words, n=1)
+    return f"did you mean {near[0]}?" if near else None
+
+
+def _leaves(kind: Any) -> list[Any]:
+    """The literal values that an annotation names."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [m.value for m in kind]
+    return [leaf for arm in get_args(kind) for leaf in _leaves(arm)]

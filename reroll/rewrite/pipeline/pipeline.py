@@ -1,0 +1,167 @@
+"""Pipelines of passes: one line of text, a YAML recipe or a Python list, all of one declaration.
+
+The same two passes three times. Text:
+
+    tie(blocks=10, init=average), relax(rank=64, ranks={q_proj: 32})
+
+A recipe:
+
+    passes:
+      - tie: {blocks: 10, init: average}
+      - relax: {rank: 64, ranks: {q_proj: 32}}
+
+Python:
+
+    [Tie(blocks=10), "relax(rank=64, ranks={q_proj: 32})"]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from reroll.errors import UsageError
+from reroll.rewrite.pipeline.base import Pass
+from reroll.rewrite.pipeline.options import plain
+from reroll.rewrite.pipeline.pipeline_parser import RESERVED, WORD, Call, parse_calls, pointed
+from reroll.rewrite.pipeline.registry import find
+
+Item: TypeAlias = "Pass | str | Mapping[str, Any]"
+Pipeline: TypeAlias = "Item | Path | Sequence[Item]"
+
+_RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def resolve(pipeline: Pipeline) -> tuple[Pass, ...]:
+    """The passes that a pipeline in any of its forms stands for.
+
+    Text that ends in .yaml, .yml or .json is the path of a recipe. Raises UsageError, with the line
+    and column for text.
+    """
+    if isinstance(pipeline, Pass):
+        return (pipeline,)
+    if isinstance(pipeline, Path):
+        return load_recipe(pipeline)
+    if isinstance(pipeline, str):
+        if pipeline.strip().endswith(_RECIPE_SUFFIXES):
+            return load_recipe(pipeline.strip())
+        return parse_pipeline(pipeline)
+    if isinstance(pipeline, Mapping):
+        return (_from_mapping(pipeline, "pipeline"),)
+    return tuple(p for item in pipeline for p in resolve(item))
+
+
+def parse_pipeline(text: str) -> tuple[Pass, ...]:
+    """The passes of a line of text; UsageError pointing at the place that is wrong."""
+    return tuple(_from_call(call, text) for call in parse_calls(text))
+
+
+def _from_call(call: Call, text: str) -> Pass:
+    try:
+        cls = find(call.name)
+    except UsageError as error:
+        raise pointed(text, call.position, error.message, error.hint) from None
+    try:
+        return cls.make(call.options)
+    except UsageError as error:
+        option = (error.where or "").partition("option ")[2]
+        position = call.positions.get(option, call.position)
+        raise pointed(text, position, f"{cls.name}: {error.message}", error.hint) from None
+
+
+# ---- recipes
+
+
+def load_recipe(path: str | Path) -> tuple[Pass, ...]:
+    """The passes of a recipe file; UsageError if it is not one."""
+    return parse_recipe(read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> object:
+    """The data in a recipe file; UsageError if it cannot be read or is not YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe cannot be read: {error}", where=str(path)) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the recipe is not YAML: {reason}", where=str(path)) from error
+
+
+def parse_recipe(data: object, where: str = "recipe") -> tuple[Pass, ...]:
+    """The passes of a recipe that has been read already."""
+    hint = "a recipe is a mapping with a list under `passes`"
+    if not isinstance(data, Mapping) or not isinstance(data.get("passes"), list):
+        raise UsageError("there is no list of passes", where=where, hint=hint)
+    passes: list[Pass] = []
+    for number, item in enumerate(data["passes"], 1):
+        place = f"{where}, pass {number}"
+        if isinstance(item, str):
+            passes += parse_pipeline(item)
+        elif isinstance(item, Mapping):
+            passes.append(_from_mapping(item, place))
+        else:
+            raise UsageError(f"{item!r:.80} is not a pass", where=place)
+    return tuple(passes)
+
+
+def _from_mapping(item: Mapping[Any, Any], where: str) -> Pass:
+    if len(item) != 1:
+        raise UsageError(
+            f"one pass is a mapping from its name to its options, not {dict(item)!r:.80}",
+            where=where,
+        )
+    ((name, options),) = item.items()
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise UsageError(f"the options of {name} are a mapping, not {options!r:.80}", where=where)
+    try:
+        return find(str(name)).make(options)
+    except UsageError as error:
+        place = where if error.where is None else f"{where}, {error.where}"
+        raise UsageError(error.message, place, error.hint) from None
+
+
+def to_recipe(passes: Iterable[Pass]) -> str:
+    """The YAML recipe of some passes; `load_recipe` reads it back."""
+    import yaml
+
+    data = {"passes": [{p.name: p.given()} for p in passes]}
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
+
+
+# ---- text
+
+
+def to_text(passes: Iterable[Pass]) -> str:
+    """The canonical line of text of some passes; `parse_pipeline` reads it back."""
+    return ", ".join(map(str, passes))
+
+
+def call_to_text(name: str, options: Mapping[str, Any]) -> str:
+    """A pass's name and options as text."""
+    if not options:
+        return name
+    return f"{name}({', '.join(f'{k}={value_to_text(plain(v))}' for k, v in options.items())})"
+
+
+def value_to_text(value: Any) -> str:
+    """A value as it stands in a pipeline."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, str):
+        bare = WORD.fullmatch(value) and value.lower() not in RESERVED
+        return value if bare else json.dumps(value)
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if isinstance(value, list):
+        return f"[{', '.join(map(value_to_text, value))}]"
+    if isinstance(value, Mapping):
+        pairs = (f"{value_to_text(k)}: {value_to_text(v)}" for k, v in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    return repr(value)

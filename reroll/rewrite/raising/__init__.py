@@ -1,5 +1,0 @@
-"""Raise: idioms of a flat graph become single ops."""
-
-from reroll.rewrite.raising.driver import apply_rule, raise_idioms
-
-__all__ = ["apply_rule", "raise_idioms"]

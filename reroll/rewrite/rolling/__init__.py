@@ -1,5 +1,0 @@
-"""Reroll: isomorphic regions become the trips of one loop."""
-
-from reroll.rewrite.rolling.roll import roll_loops
-
-__all__ = ["roll_loops"]

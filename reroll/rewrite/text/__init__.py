@@ -1,5 +1,0 @@
-"""A Program as text and JSON, and two Programs side by side."""
-
-from reroll.rewrite.text.printer import to_text
-
-__all__ = ["to_text"]

@@ -1,0 +1,1 @@
+"""What a lowered module calls: attention, recurrences, loops and exits."""

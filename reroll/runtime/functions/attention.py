@@ -1,0 +1,203 @@
+"""Softmax attention for the lowered module: PyTorch's fused kernel wherever it can express the op.
+
+The reference is `reroll.rewrite.ir.ops.attention`. Here the mask is a boolean tensor that was made
+once per forward (see `masks`), or None where every query may see every key, but for causality.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reroll.rewrite.ir.ops import mass_of
+from reroll.runtime.functions.bands import Band, attend_band, mass_band
+
+# the explicit path holds the scores of this many queries at a time
+_QUERY_BLOCK = 1024
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | Band | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention of `q` [batch, heads, time, head_dim] over `k`, `v` [batch, kv_heads, keys, ...].
+
+    `mask` [batch or 1, 1, time or 1, keys] is True where a query may see a key, or is added to the
+    scores if it is floating. Without one, `causal` says that query i sees the keys up to i; keys
+    beyond the last query are slots that a static cache has not filled. Returns [batch, time, heads,
+    v_head_dim]; zeros if the mask has no columns.
+    """
+    length = q.shape[2]
+    if isinstance(mask, Band):
+        if softcap is None and sinks is None and bias is None:
+            return attend_band(q, k, v, scale, mask).transpose(1, 2).contiguous()
+        mask = mask.written_out(q.device)
+    if mask is not None and mask.shape[-1] == 0:
+        return q.new_zeros(q.shape[0], length, q.shape[1], v.shape[-1])
+    if mask is None and causal and length > 1:
+        k, v = k[:, :, :length], v[:, :, :length]
+    else:
+        causal = False
+    if bias is not None:
+        bias = _fit(bias, k.shape[2])
+    if softcap is not None or sinks is not None:
+        out = _explicit(q, k, v, scale, causal, mask, softcap, sinks, bias)
+        return out.transpose(1, 2).contiguous()
+    if bias is not None:
+        mask, causal = _additive(bias, mask, causal, q), False
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and length == 1:
+        # the queries of one KV head are rows of one matrix: nothing is repeated
+        batch, heads = q.shape[:2]
+        q = q.reshape(batch, heads // groups, groups, q.shape[3])
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.reshape(mask.shape[0], heads // groups, groups, mask.shape[3])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return out.reshape(batch, 1, heads, v.shape[3])
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _fit(bias: Tensor, keys: int) -> Tensor:
+    """A bias over all tokens for the keys that a cache returns: the last ones, or empty slots
+    too.
+    """
+    extra = keys - bias.shape[-1]
+    if extra == 0 or bias.shape[-1] == 1:
+        return bias
+    return F.pad(bias, (0, extra)) if extra > 0 else bias[..., -keys:]
+
+
+def _additive(bias: Tensor, mask: Tensor | None, causal: bool, q: Tensor) -> Tensor:
+    """One additive mask; the lowest finite value keeps rows finite that see nothing."""
+    bias = bias.to(q.dtype)
+    if causal:
+        mask = _causal(q.shape[2], q.device)
+    bias = _hide(bias, mask)
+    return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
+
+
+def _hide(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        # added, as the op says: a row that sees nothing then is the mean of all values
+        lowest = torch.finfo(scores.dtype).min
+        mask = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill(
+            ~mask, lowest
+        )
+    return scores + mask
+
+
+def _causal(length: int, device: torch.device) -> Tensor:
+    at = torch.arange(length, device=device)
+    return at[:, None] >= at
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Scores written out, a block of queries at a time. Returns [batch, heads, time,
+    v_head_dim].
+    """
+    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if causal:
+        mask = _causal(length, q.device)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if length <= _QUERY_BLOCK:
+        return _block(q, k, v, scale, mask, softcap, sinks, bias)
+    out = []
+    for start in range(0, length, _QUERY_BLOCK):
+        rows = slice(start, start + _QUERY_BLOCK)
+        part = [t[..., rows, :] if t is not None and t.shape[-2] > 1 else t for t in (mask, bias)]
+        out.append(_block(q[:, :, rows], k, v, scale, part[0], softcap, sinks, part[1]))
+    return torch.cat(out, dim=2)
+
+
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    scores = _scores(q, k, scale, mask, softcap, sinks, bias)
+    if sinks is None:
+        return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return torch.matmul(F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1], v)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    scores = _hide(scores, mask)
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+        scores = torch.cat([scores, column], dim=-1)
+    return scores
+
+
+def mass(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | Band | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    log: bool = False,
+) -> Tensor:
+    """`reroll.attention_mass` with the mask that `attend` takes: [batch, time, heads] in fp32."""
+    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if isinstance(mask, Band):
+        if softcap is None and sinks is None and bias is None:
+            return mass_band(q, k, scale, mask, log).transpose(1, 2)
+        mask = mask.written_out(q.device)
+    if mask is None and causal and length > 1:
+        k, mask = k[:, :, :length], _causal(length, q.device)
+    if bias is not None:
+        bias = _fit(bias, k.shape[2])
+    if groups > 1:
+        k = k.repeat_interleave(groups, 1)
+    parts = []
+    for start in range(0, length, _QUERY_BLOCK):
+        rows = slice(start, start + _QUERY_BLOCK)
+        part = [t[..., rows, :] if t is not None and t.shape[-2] > 1 else t for t in (mask, bias)]
+        scores = _scores(q[:, :, rows], k, scale, part[0], softcap, sinks, part[1]).float()
+        parts.append(mass_of(scores, log))
+    return torch.cat(parts, dim=2).transpose(1, 2)

@@ -1,0 +1,130 @@
+"""Attention over a window and the first tokens of a whole sequence, without all of its scores.
+
+The mask of such an attention is a band along the diagonal and a few columns: `Band` keeps it as
+numbers. Queries in blocks, each beside the keys that it can reach, cost time * window where a mask
+of all pairs costs time^2.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reroll.mixers.gates import wide
+from reroll.rewrite.ir.ops import mass_of, visible
+
+# fewer queries than this make matrices that are too small
+_SMALLEST_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Band:
+    """Queries see the last `window` tokens and the first `prefix`: `length` of both, from 0 on."""
+
+    length: int
+    window: int
+    prefix: int
+    # what `masks` has made: all layers of a forward share a band
+    made: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def block(self) -> int:
+        """Queries of a block: half of a window, so that a block reaches over two and a half."""
+        return max(self.window // 2, _SMALLEST_BLOCK)
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return -(-self.length // self.block)
+
+    @property
+    def behind(self) -> int:
+        """How many blocks before its own a block reaches into."""
+        return -(-(self.window - 1) // self.block)
+
+    @property
+    def pays(self) -> bool:
+        """Whether blocks leave out most of the pairs."""
+        return self.length >= 4 * max(self.window, self.block)
+
+    def masks(self, device: torch.device) -> Tensor:
+        """What each block sees of the keys that it reaches: [blocks, 1, block, keys]."""
+        if device not in self.made:
+            start = torch.arange(self.count, device=device)[:, None, None] * self.block
+            q = start + torch.arange(self.block, device=device)[:, None]
+            reach = torch.arange((self.behind + 1) * self.block, device=device)
+            key = start - self.behind * self.block + reach
+            own = (key >= 0) & visible(q, key, True, self.window)
+            # a first token that the window still reaches is among the others
+            first = torch.arange(self.prefix, device=device) <= q - self.window
+            self.made[device] = torch.cat((first, own), -1)[:, None]
+        return self.made[device]
+
+    def written_out(self, device: torch.device) -> Tensor:
+        """The mask [1, 1, length, length], True where a query may see a key."""
+        at = torch.arange(self.length, device=device)
+        seen = visible(at[:, None], at, True, self.window)
+        return (seen | ((at < self.prefix) & (at[:, None] >= at)))[None, None]
+
+
+def attend_band(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> Tensor:
+    """`attend` where `band` is the mask: [batch, heads, time, v_head_dim].
+
+    On a CPU it computes in fp32 whatever its inputs are: forward that takes as long as in bf16 for
+    blocks of this size, and backward a third of the time.
+    """
+    dtype, batch = q.dtype, q.shape[0]
+    precision: AbstractContextManager[None] = nullcontext()
+    if q.device.type == "cpu":
+        q, k, v = wide(q), wide(k), wide(v)
+        precision = torch.autocast("cpu", enabled=False)
+    with precision:
+        out = F.scaled_dot_product_attention(
+            _queries(q, band),
+            _reached(k, band),
+            _reached(v, band),
+            attn_mask=band.masks(q.device).repeat(batch, 1, 1, 1),
+            scale=scale,
+            enable_gqa=q.shape[1] > k.shape[1],
+        )
+    return _joined(out.to(dtype), band, batch)
+
+
+def mass_band(q: Tensor, k: Tensor, scale: float, band: Band, log: bool) -> Tensor:
+    """`mass` where `band` is the mask: [batch, heads, time] in fp32."""
+    batch, groups = q.shape[0], q.shape[1] // k.shape[1]
+    # the queries of one KV head are rows of one matrix
+    rows = _queries(q, band).unflatten(1, (-1, groups))
+    scores = (rows @ _reached(k, band).mT[:, :, None]) * scale
+    mask = band.masks(q.device).repeat(batch, 1, 1, 1)
+    scores = scores.float().masked_fill(~mask[:, :, None], -torch.inf)
+    return _joined(mass_of(scores, log).flatten(1, 2), band, batch)
+
+
+def _blocks(x: Tensor, band: Band) -> Tensor:
+    """Time into [blocks, block]; zeros complete the last."""
+    missing = band.count * band.block - x.shape[2]
+    return F.pad(x, (0, 0, 0, missing)).unflatten(2, (band.count, band.block))
+
+
+def _queries(q: Tensor, band: Band) -> Tensor:
+    """[batch * blocks, heads, block, size]."""
+    return _blocks(q, band).transpose(1, 2).flatten(0, 1)
+
+
+def _reached(x: Tensor, band: Band) -> Tensor:
+    """[batch * blocks, kv_heads, keys, size]: the first tokens, and those up to its end."""
+    first = x[:, :, None, : band.prefix].expand(-1, -1, band.count, -1, -1)
+    x = F.pad(_blocks(x, band), (0, 0, 0, 0, band.behind, 0))
+    near = [x[:, :, start : start + band.count] for start in range(band.behind + 1)]
+    return torch.cat((first, *near), 3).transpose(1, 2).flatten(0, 1)
+
+
+def _joined(out: Tensor, band: Band, batch: int) -> Tensor:
+    """[batch * blocks, heads, block, ...] to [batch, heads, time, ...]."""
+    out = out.unflatten(0, (batch, band.count)).transpose(1, 2).flatten(2, 3)
+    return out[:, :, : band.length]

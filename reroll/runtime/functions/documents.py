@@ -1,0 +1,88 @@
+"""Packed rows: several documents in one row, told apart by position ids that begin anew.
+
+As in transformers, a forward without a padding mask and without a cache keeps documents apart: a
+step of the positions other than one begins another. Attention then sees its own document only, and
+windows, chunks, first tokens and recurrences count from where that begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.rewrite.analysis.mixing import mask_beside
+from reroll.rewrite.ir.program import Input
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of packed rows, by the `positions` [batch, time] of their tokens."""
+
+    positions: Tensor
+
+    @property
+    def number(self) -> Tensor:
+        """Which document of its row a token belongs to [batch, time]."""
+        return F.pad((self.positions.diff(dim=-1) != 1).long().cumsum(-1), (1, 0))
+
+    @property
+    def offset(self) -> Tensor:
+        """How many tokens of its document stand before a token [batch, time]."""
+        place = torch.arange(self.positions.shape[1], device=self.positions.device)
+        begins = F.pad(self.positions.diff(dim=-1) != 1, (1, 0), value=True)
+        return place - torch.where(begins, place, 0).cummax(-1).values
+
+    def to(self, *args: Any, **kwargs: Any) -> Documents:
+        """On another device, for models that are spread over several."""
+        return Documents(self.positions.to(*args, **kwargs))
+
+    def seen(self, window: int | None, chunk: int | None, prefix: int | None) -> Tensor:
+        """The mask [batch, 1, queries, keys] of a causal attention: see `ops.mask`."""
+        place = torch.arange(self.positions.shape[1], device=self.positions.device)
+        number = self.number
+        behind = (number[:, :, None] == number[:, None]) & (place <= place[:, None])
+        seen = behind
+        q, kv = self.positions[:, :, None], self.positions[:, None]
+        if window is not None:
+            seen = seen & (kv > q - window)
+        if chunk is not None:
+            seen = seen & (kv // chunk == q // chunk)
+        if prefix is not None:
+            seen = seen | (behind & (self.offset < prefix)[:, None])
+        return seen[:, None]
+
+
+def documents_of(
+    inputs: tuple[Input, ...], given: Mapping[str, Tensor | None], mixing: str | None
+) -> Documents | None:
+    """The documents of packed rows, or None if every row is one document.
+
+    `given` are the inputs of a forward without a cache; `mixing` says what else than attention and
+    recurrences mixes the tokens. Raises UsageError if such a model is given packed rows.
+    """
+    item = next((i for i in inputs if i.role == "positions"), None)
+    positions = None if item is None else given.get(item.name)
+    if item is None or positions is None or positions.dim() != 2:
+        return None
+    if given.get(mask_beside(item)) is not None:
+        return None
+    rises = (positions.diff(dim=-1) == 1).all()
+    if not torch.compiler.is_compiling() and positions.device.type != "meta":
+        if rises:
+            return None
+        if mixing is not None:
+            raise UsageError(
+                f"the {item.name} begin anew within a row, and {mixing} would mix the documents",
+                hint="give each document a row of its own, and an attention_mask",
+            )
+    elif mixing is not None:
+        torch._assert_async(rises, f"documents in one row would be mixed by {mixing}")
+        return None
+    rows = next((t.shape[0] for i in inputs if (t := given.get(i.name)) is not None), 1)
+    return Documents(positions.expand(rows, -1))

@@ -1,0 +1,215 @@
+"""Running a loop with exits: tokens that are done make no more trips.
+
+A body with exits is compiled to three functions: `forward` runs the layer, `test` decides who is
+done, and is called only after trips where somebody may leave, and `fill` computes keys and values
+or the update of a state alone, for layers that a token skips.
+
+While one token per row is decoded, rows that are done are taken out of the batch: `forward` runs
+for the others only. In longer inputs every trip runs for all tokens, and those that are done keep
+their hidden state, which gives the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from reroll.rewrite.ir.ops import ABSENT
+from reroll.runtime.state.states import can_split, join_rows, rows_of
+
+if TYPE_CHECKING:
+    from reroll.runtime.lowering.exit_graphs import LoopExits
+
+
+def can_compact(exits: LoopExits, carry: tuple[Any, ...], layers: Sequence[Any]) -> bool:
+    """Whether rows that are done can be left out of this forward."""
+    return (
+        exits.compact
+        and carry[0].shape[1] == 1
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(map(_has_rows, layers))
+    )
+
+
+def _has_rows(layer: Any) -> bool:
+    """Whether a cache layer can be updated some rows at a time."""
+    return can_split(layer) or (isinstance(layer, DynamicLayer) and not layer.is_sliding)
+
+
+def run_compacted(
+    trip: nn.Module,
+    exits: LoopExits,
+    carry: tuple[Tensor, ...],
+    values: Sequence[Any],
+    layers: Sequence[Any],
+) -> tuple[Tensor, ...]:
+    """One trip for the rows that are not done; the others do what has to be done to the caches."""
+    done = carry[exits.done][:, 0]
+    batch = done.shape[0]
+    rest = done.nonzero()[:, 0]
+    if len(rest) == 0:
+        return trip(*carry, *values, past_key_values=layers)  # type: ignore[no-any-return]
+    # the test's own layers stand behind those of the body
+    plain = [layer for layer in layers if not can_split(layer)]
+    known = exits.absent and len(plain) == exits.caches
+    known = known and all(layer.get_seq_length() for layer in plain)
+    if len(rest) == batch:
+        if known:
+            for layer in plain:
+                layer.update(*_absent(layer, batch))
+        else:
+            trip.fill(*carry, *values, past_key_values=layers)  # type: ignore[operator]
+        return carry
+    live = (~done).nonzero()[:, 0]
+    shared = [
+        (_Parts if can_split(layer) else _Shared)(layer, batch, rest, live) for layer in layers
+    ]
+
+    def rows(items: Sequence[Any], index: Tensor) -> list[Any]:
+        return [
+            item[index] if isinstance(item, Tensor) and item.shape[:1] == (batch,) else item
+            for item in items
+        ]
+
+    if known:
+        for each in shared:
+            each.leave_out()
+    else:
+        trip.fill(  # type: ignore[operator]
+            *rows(carry, rest), *rows(values, rest), past_key_values=[s.filling() for s in shared]
+        )
+    new = trip(
+        *rows(carry, live), *rows(values, live), past_key_values=[s.running() for s in shared]
+    )
+    for each in shared:
+        each.finish()
+    merged = []
+    for old, part in zip(carry, new, strict=True):
+        whole = old.clone()
+        whole[live] = part
+        merged.append(whole)
+    return tuple(merged)
+
+
+def _absent(layer: Any, rows: int) -> tuple[Tensor, Tensor]:
+    """Keys that nobody reads, and values: one token for each row."""
+    k, v = (t.new_zeros(rows, t.shape[1], 1, t.shape[3]) for t in (layer.keys, layer.values))
+    k[..., -1] = ABSENT
+    return k, v
+
+
+class _Parts:
+    """A layer of a size of its own, taken apart into done rows and the others."""
+
+    def __init__(self, layer: Any, batch: int, rest: Tensor, live: Tensor) -> None:
+        self.layer, self.batch = layer, batch
+        self.parts = [(rows, rows_of(layer, rows, batch)) for rows in (rest, live)]
+
+    def leave_out(self) -> None:
+        """Nothing: only layers that are not updated come here."""
+
+    def filling(self) -> Any:
+        return self.parts[0][1]
+
+    def running(self) -> Any:
+        return self.parts[1][1]
+
+    def finish(self) -> None:
+        join_rows(self.layer, self.parts, self.batch)
+
+
+class _Shared:
+    """A cache layer that takes the keys and values of done rows first, then those of the others."""
+
+    def __init__(self, layer: Any, batch: int, rest: Tensor, live: Tensor) -> None:
+        self.layer, self.batch, self.rest, self.live = layer, batch, rest, live
+        self.is_compileable = False
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    def filling(self) -> _Filling:
+        return _Filling(self)
+
+    def running(self) -> _Shared:
+        return self
+
+    def leave_out(self) -> None:
+        """Let done rows be absent."""
+        self.held = _absent(self.layer, len(self.rest))
+
+    def finish(self) -> None:
+        """Nothing: the layer itself is updated by the rows that are not done."""
+
+    def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        assert self.held is not None
+        whole = [self._merged(old, new) for old, new in zip(self.held, (k, v), strict=True)]
+        keys, values = self.layer.update(*whole, **options)
+        return keys[self.live], values[self.live]
+
+    def _merged(self, rest: Tensor, live: Tensor) -> Tensor:
+        whole = live.new_empty(self.batch, *live.shape[1:])
+        whole[self.rest], whole[self.live] = rest, live
+        return whole
+
+    def get_mask_sizes(self, length: int) -> Any:
+        return self.layer.get_mask_sizes(length)
+
+    def get_seq_length(self) -> Any:
+        return self.layer.get_seq_length()
+
+
+class _Filling:
+    """The side of a `_Shared` layer that done rows write to; nobody reads what it returns."""
+
+    def __init__(self, shared: _Shared) -> None:
+        self.shared = shared
+        self.is_compileable = False
+
+    def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        del options
+        self.shared.held = k, v
+        return k, v
+
+    def get_mask_sizes(self, length: int) -> Any:
+        return self.shared.get_mask_sizes(length)
+
+    def get_seq_length(self) -> Any:
+        return self.shared.get_seq_length()
+
+
+@dataclass(frozen=True)
+class DepthReport:
+    """How many trips tokens made: a count of tokens for each number of trips."""
+
+    histogram: Mapping[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.histogram.values())
+
+    @property
+    def mean(self) -> float:
+        """Trips per token; 0 without tokens."""
+        total = sum(depth * count for depth, count in self.histogram.items())
+        return total / max(self.tokens, 1)
+
+    def as_data(self) -> dict[str, Any]:
+        """As JSON data: the mean, and tokens by the number of trips."""
+        return {"mean": self.mean, "histogram": dict(self.histogram)}
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{depth}: {count}" for depth, count in self.histogram.items())
+        return f"{self.mean:.4g} trips per token ({counts})"
+
+
+def depth_report(depths: Sequence[Tensor]) -> DepthReport:
+    """The report of the `depth` outputs of several forwards."""
+    counts: dict[int, int] = {}
+    for depth in torch.cat([d.flatten() for d in depths]).tolist() if depths else []:
+        counts[depth] = counts.get(depth, 0) + 1
+    return DepthReport(dict(sorted(counts.items())))

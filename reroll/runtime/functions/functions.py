@@ -1,0 +1,214 @@
+"""What the ops of a graph become in the lowered module: PyTorch's own functions and methods.
+
+An op that is not in these tables is called as the ATen operator that it is, which does the same
+with a few microseconds more of dispatch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.rewrite.ir.ops import ABSENT, activate
+from reroll.runtime.functions.documents import Documents
+
+aten = torch.ops.aten
+reroll = torch.ops.reroll
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """`reroll.rms_norm` on the fused kernel, in fp32 for narrower dtypes as the op says."""
+    if x.dtype == torch.float32:
+        if weight is not None and offset:
+            weight = weight + offset
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    wide = weight
+    if weight is not None:
+        wide = weight.float() + offset if offset else weight.float()
+    return F.rms_norm(x.float(), x.shape[-1:], wide, eps).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """`reroll.rope` in few operations."""
+    size = cos.shape[-1]
+    turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
+    if interleaved:
+        quarter = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, -1)
+        quarter = torch.cat((-second, first), -1)
+    turned = torch.addcmul(turned * cos, quarter, sin)
+    return turned if rest is None else torch.cat((turned, rest), -1)
+
+
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`reroll.glu`."""
+    return activate(gate, activation) * up
+
+
+def layer_norm(
+    x: Tensor,
+    shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """`aten.layer_norm` without its cuDNN switch."""
+    del cudnn_enable
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def slice_(
+    x: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Tensor:
+    """`aten.slice` by indexing."""
+    if dim == -1 or dim == x.dim() - 1:
+        return x[..., start:end:step]
+    return x[(slice(None),) * (dim % x.dim()) + (slice(start, end, step),)]
+
+
+def embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`aten.embedding` in the order of `torch.nn.functional`."""
+    del padding_idx
+    return F.embedding(indices, weight, None, None, 2.0, scale_grad_by_freq, sparse)
+
+
+def exit_(done: Tensor, score: Tensor, threshold: float) -> Tensor:
+    """`reroll.exit` without the dispatch of an op of its own."""
+    return done | (score > threshold)
+
+
+def hold(done: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """`reroll.hold`, through which gradients flow."""
+    return torch.where(done[..., None], old, new)
+
+
+def mark_keys(k: Tensor, absent: Tensor) -> Tensor:
+    """`reroll.mark_keys`, through which gradients flow."""
+    mark = (absent.to(k.dtype) * ABSENT)[:, None, :, None]
+    return torch.cat((k, mark.expand(-1, k.shape[1], -1, -1)), -1)
+
+
+def exit_linear(
+    x: Tensor,
+    depth: Tensor,
+    stops: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> Tensor:
+    """`reroll.exit_linear` with one product for each token."""
+    heads = [(w, biases[n] if biases else None) for n, w in enumerate(weights)]
+    place = torch.zeros_like(depth)
+    for number, stop in enumerate(stops, 1):
+        place = torch.where(depth == stop, number, place)
+    used = place.unique().tolist()
+    if len(used) == 1:
+        return F.linear(x, *heads[used[0]])
+    out = x.new_zeros(*x.shape[:-1], weights[0].shape[0])
+    for number in used:
+        own = place == number
+        out[own] = F.linear(x[own], *heads[number])
+    return out
+
+
+def mask(padding: Tensor | Documents | None, *args: Any, **kwargs: Any) -> Tensor:
+    """`reroll.mask` for attention that is written out, with padding as attentions read it."""
+    if not isinstance(padding, Documents):
+        return reroll.mask(padding, *args, **kwargs)  # type: ignore[no-any-return]
+    names = [a.name for a in reroll.mask.default._schema.arguments[1:]]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if not given["causal"]:
+        return reroll.mask(None, *args, **kwargs)  # type: ignore[no-any-return]
+    if given["blocks"] is not None:
+        raise UsageError("blocks of tokens in packed rows need an attention that is one op")
+    seen = padding.seen(given["window"], given["chunk"], given.get("prefix"))
+    return torch.where(seen, 0.0, torch.finfo(given["dtype"]).min).to(given["dtype"])
+
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    reroll.mask.default: mask,
+    reroll.exit.default: exit_,
+    reroll.hold.default: hold,
+    reroll.mark_keys.default: mark_keys,
+    reroll.exit_linear.default: exit_linear,
+    reroll.rms_norm.default: rms_norm,
+    reroll.rope.default: rope,
+    reroll.glu.default: glu,
+    aten.layer_norm.default: layer_norm,
+    aten.slice.Tensor: slice_,
+    aten.embedding.default: embedding,
+    aten.linear.default: F.linear,
+    aten.neg.default: operator.neg,
+    aten.matmul.default: torch.matmul,
+    aten.bmm.default: torch.bmm,
+    aten.cat.default: torch.cat,
+    aten.stack.default: torch.stack,
+    aten.cos.default: torch.cos,
+    aten.sin.default: torch.sin,
+    aten.tanh.default: torch.tanh,
+    aten.sigmoid.default: torch.sigmoid,
+    aten.exp.default: torch.exp,
+    aten.rsqrt.default: torch.rsqrt,
+    aten.relu.default: torch.relu,
+    aten.silu.default: F.silu,
+    aten.gelu.default: F.gelu,
+    aten.softmax.int: torch.softmax,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.mean.dim: torch.mean,
+    aten.where.self: torch.where,
+    aten.unflatten.int: torch.unflatten,
+    aten.flatten.using_ints: torch.flatten,
+    aten.conv1d.default: F.conv1d,
+    aten.conv2d.default: F.conv2d,
+}
+
+# two plain operands: with an alpha or a rounding mode they stay as they are
+BINARY: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: operator.add,
+    aten.sub.Tensor: operator.sub,
+    aten.mul.Tensor: operator.mul,
+    aten.div.Tensor: operator.truediv,
+    aten.add.Scalar: operator.add,
+    aten.mul.Scalar: operator.mul,
+    aten.div.Scalar: operator.truediv,
+}
+
+METHODS: dict[Any, str] = {
+    aten.reshape.default: "reshape",
+    aten.view.default: "reshape",
+    aten.transpose.int: "transpose",
+    aten.permute.default: "permute",
+    aten.unsqueeze.default: "unsqueeze",
+    aten.squeeze.dim: "squeeze",
+    aten.expand.default: "expand",
+    aten.select.int: "select",
+    aten.sym_size.int: "size",
+    aten.to.dtype: "to",
+    reroll.widen.default: "float",
+    aten.t.default: "t",
+}
+
+
+def makes_tensor_from_nothing(target: Any) -> bool:
+    """Whether an op makes a tensor without being given one, so that it has to be told a device."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not any(a.name == "device" for a in schema.arguments):
+        return False
+    return not any("Tensor" in str(a.type) for a in schema.arguments)

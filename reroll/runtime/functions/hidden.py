@@ -1,0 +1,137 @@
+"""The hidden states of a forward: what a Program's marks say, collected while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from reroll.errors import UsageError
+from reroll.rewrite.ir.hidden import marks, named
+from reroll.rewrite.ir.program import Loop, Program
+
+Names = tuple[str, ...]
+# what `output_hidden_states` may be: which entries, as in transformers
+Wish = bool | int | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class TripStates:
+    """The hidden states of one loop: of what a trip is given, by position, and of what it computes.
+
+    `extra`: a trip returns its own behind the carry if it is asked to `observe`; otherwise they are
+    what it returns anyway, at these positions.
+    """
+
+    given: tuple[tuple[int, Names], ...]
+    returned: tuple[tuple[int, Names], ...]
+    extra: tuple[Names, ...] = ()
+
+
+NO_STATES = TripStates((), ())
+
+
+class HiddenStates:
+    """The entries of each output so far."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, list[Tensor]] = {}
+
+    def add(self, value: Tensor, names: Names) -> None:
+        """One more entry of these outputs."""
+        for name in names:
+            self.entries.setdefault(name, []).append(value)
+
+    def chosen(self, name: str, wish: Wish) -> tuple[Tensor | None, ...] | None:
+        """The entries of one output; None in the place of those that are not asked for."""
+        found = self.entries.get(name)
+        if found is None:
+            return None
+        if isinstance(wish, bool) or wish is None:
+            return tuple(found)
+        numbers = {wish} if isinstance(wish, int) else set(wish)
+        wanted = {n % len(found) for n in numbers if -len(found) <= n < len(found)}
+        return tuple(value if n in wanted else None for n, value in enumerate(found))
+
+
+def hidden_states(model: Any, wish: Wish) -> tuple[HiddenStates | None, Wish]:
+    """What collects the hidden states of one forward of a lowered model, if they are wanted.
+
+    `wish` is `output_hidden_states` of the caller, or None for the configuration's. Raises
+    UsageError if it is not known which values they are.
+    """
+    if wish is None:
+        wish = model.config.output_hidden_states
+    if wish is None or wish is False:
+        return None, wish
+    if not any(named(model.program)):
+        raise UsageError(
+            "it is not known which values of the model are its hidden states",
+            where=type(model).__name__,
+            hint="the capture found none that its layers share, or a pass has replaced some",
+        )
+    return HiddenStates(), wish
+
+
+def note(value: Tensor, state: Any, names: Names) -> Tensor:
+    """A value of the main graph, which is an entry of some outputs."""
+    if state.hidden is not None:
+        state.hidden.add(value, names)
+    return value
+
+
+def note_in_main(program: Program, state: fx.Node) -> None:
+    """Let the main graph tell its `state` of its marked values, in place."""
+    graph = program.graph
+    for node in [n for n in graph.nodes if marks(n)]:
+        with graph.inserting_after(node):
+            noted = graph.call_function(note, (node, state, marks(node)))
+        noted.meta.update({k: v for k, v in node.meta.items() if k == "type"})
+        node.replace_all_uses_with(noted, delete_user_cb=lambda user, new=noted: user is not new)
+
+
+def states_of(loop: Loop) -> tuple[TripStates, list[fx.Node]]:
+    """The hidden states of a loop, and the nodes that a trip has to return beside its carry."""
+    given = tuple((i, marks(p)) for i, p in enumerate(loop.places[: len(loop.carry)]) if marks(p))
+    inner = [n for n in loop.body.graph.nodes if n.op != "placeholder" and marks(n)]
+    returned: Any = loop.body.graph.output_node().args[0]
+    if all(node in returned for node in inner):
+        places = tuple((list(returned).index(node), marks(node)) for node in inner)
+        return TripStates(given, places), []
+    return TripStates(given, (), tuple(marks(node) for node in inner)), inner
+
+
+def observed(graph: fx.Graph, extra: Sequence[fx.Node]) -> fx.Graph:
+    """A copy of a body that returns some of its nodes behind the carry."""
+    new = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            carry: Any = node.args[0]
+            new.output(tuple(values[n] for n in (*carry, *extra)))
+        else:
+            values[node] = new.node_copy(node, lambda n: values[n])
+    return new
+
+
+def run_observed(
+    trip: nn.Module,
+    states: TripStates,
+    hidden: HiddenStates,
+    carry: tuple[Any, ...],
+    values: Sequence[Any],
+    layers: Any,
+) -> tuple[Any, ...]:
+    """One trip whose hidden states are wanted; returns its carry."""
+    for position, names in states.given:
+        hidden.add(carry[position], names)
+    options = {"observe": True} if states.extra else {}
+    out = trip(*carry, *values, past_key_values=layers, **options)
+    for position, names in states.returned:
+        hidden.add(out[position], names)
+    for value, names in zip(out[len(carry) :], states.extra, strict=True):
+        hidden.add(value, names)
+    result: tuple[Any, ...] = out[: len(carry)]
+    return result

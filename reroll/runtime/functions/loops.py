@@ -1,0 +1,156 @@
+"""Running a loop: its trips in turn, each with its own weights, inputs and cache layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from reroll.errors import UsageError
+from reroll.rewrite.ir.exits import is_open
+from reroll.runtime.functions.documents import Documents
+from reroll.runtime.functions.exits import can_compact, run_compacted
+from reroll.runtime.functions.hidden import NO_STATES, HiddenStates, TripStates, run_observed
+
+if TYPE_CHECKING:
+    from reroll.runtime.lowering.exit_graphs import LoopExits
+
+
+@dataclass
+class Trips:
+    """The trips of one loop, and the cache layers that belong to each."""
+
+    modules: Sequence[nn.Module]
+    first_layer: int
+    layers_per_trip: int
+    # set by `set_trips`: how many trips to run, and how many of the last ones take gradients
+    count: int | None = None
+    backprop: int | None = None
+    exits: LoopExits | None = None
+    hidden: TripStates = NO_STATES
+
+    def schedule(self, layers: Sequence[Any] | None) -> Sequence[nn.Module]:
+        """The modules to run, in order."""
+        if self.count is None:
+            return self.modules
+        if layers is not None and self.layers_per_trip and self.count > len(self.modules):
+            raise UsageError(
+                f"the caches are for {len(self.modules)} trips, and {self.count} are set",
+                hint="pass use_cache=False, or convert with more trips",
+            )
+        last = len(self.modules) - 1
+        return [self.modules[min(number, last)] for number in range(self.count)]
+
+
+@dataclass
+class State:
+    """What one forward carries along: cache layers, loops, and what the caller wants of it.
+
+    `keep` is `logits_to_keep`: how many of the last positions, or which, 0 for all. `hidden`
+    collects hidden states, if the caller asked for them. `documents` are those of
+    packed rows.
+    """
+
+    loops: Mapping[str, Trips]
+    layers: Sequence[Any] | None = None
+    keep: int | Tensor = 0
+    hidden: HiddenStates | None = None
+    embeddings: Tensor | None = None
+    documents: Documents | None = None
+
+
+def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
+    """The last carry of a loop. An input that is a tuple has one value per trip."""
+    trips = state.loops[name]
+    layers, count, start = state.layers, trips.layers_per_trip, trips.first_layer
+    schedule, exits = trips.schedule(layers), trips.exits
+    frozen = 0 if trips.backprop is None else len(schedule) - trips.backprop
+    for number, trip in enumerate(schedule):
+        values = [v[number] if isinstance(v, tuple) else v for v in inputs]
+        own = None
+        if layers is not None and count:
+            own = layers[start : start + count]
+            start += count
+        old = carry
+        if state.hidden is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number >= frozen):
+                carry = run_observed(trip, trips.hidden, state.hidden, carry, values, own)
+        elif number < frozen:
+            with torch.no_grad():
+                carry = trip(*carry, *values, past_key_values=own)
+        elif exits is not None and own is not None and can_compact(exits, carry, own):
+            carry = run_compacted(trip, exits, carry, values, own)
+        else:
+            carry = trip(*carry, *values, past_key_values=own)
+        if exits is not None and is_open(exits.thresholds[number]):
+            kept = {"past_key_values": own} if exits.keeps else {}
+            carry = trip.test(*old, *carry, *values, **kept)  # type: ignore[operator]
+    return carry
+
+
+def run_static(state: State, name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the trips of a loop compute from `inputs` and their weights alone, trip after trip."""
+    values: list[Any] = []
+    for trip in state.loops[name].modules:
+        values.extend(trip.static(*inputs))  # type: ignore[operator]
+    return tuple(values)
+
+
+def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tensor:
+    """The logits of a lowered model if its last loop returned `hidden` [batch, time, width].
+
+    `depth` is the number of trips after which that was, which matters where exits have heads of
+    their own; 0 is the full depth. `inputs` are those of the model's forward. No trip is made.
+    """
+    loops = model._assembly.loops
+    kept, last = dict(loops), model.program.loops[-1].name
+    exits = kept[last].exits
+    counter = None if exits is None else exits.done + 1
+    try:
+        for name in kept:
+            given = _Given(hidden, counter, depth) if name == last else _Given(None, None, 0)
+            loops[name] = Trips([given], 0, 0)
+        logits: Tensor = model(**inputs).logits
+    finally:
+        loops.update(kept)
+    return logits
+
+
+class _Given(nn.Module):
+    """A trip that computes nothing: hidden states are given, or stay as they were.
+
+    `counter` is the position of the carried value that counts trips, and `depth` what it then is.
+    """
+
+    def __init__(self, hidden: Tensor | None, counter: int | None, depth: int) -> None:
+        super().__init__()
+        self.hidden, self.counter, self.depth = hidden, counter, depth
+
+    def forward(self, *carry: Any, past_key_values: Any = None) -> tuple[Any, ...]:
+        del past_key_values
+        if self.hidden is None:
+            return carry
+        # beside the hidden state, a loop with exits may carry the one that a token left with
+        shape = carry[0].shape
+        values = [
+            self.hidden if isinstance(value, Tensor) and value.shape == shape else value
+            for value in carry
+        ]
+        if self.counter is not None:
+            values[self.counter] = torch.full_like(values[self.counter], self.depth)
+        return tuple(values)
+
+
+def look_up(table: nn.Module, ids: Tensor, state: State) -> Tensor:
+    """The embeddings of the tokens, or those that the caller gave instead."""
+    return table(ids) if state.embeddings is None else state.embeddings  # type: ignore[no-any-return]
+
+
+def keep_positions(values: Tensor, state: State) -> Tensor:
+    """The positions of [batch, time, ...] whose outputs the caller wants."""
+    if isinstance(state.keep, Tensor):
+        return values[:, state.keep]
+    return values[:, -state.keep :] if state.keep else values

@@ -1,0 +1,208 @@
+"""Attention masks of the lowered module: made once per forward, and only where one is needed.
+
+A mask is over the keys that a cache layer will return, which are not always all tokens so far: a
+sliding layer has dropped the oldest, a static one has slots that are still empty. The layer says
+where its keys start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reroll.rewrite.ir.ops import in_prefix, visible
+from reroll.runtime.functions.bands import Band
+from reroll.runtime.functions.documents import Documents
+
+
+def visible_tokens(mask: Tensor | None) -> Tensor | None:
+    """A padding mask as booleans, or None if it hides nothing; a 4-d mask is passed on as it is."""
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        return mask
+    mask = mask.bool()
+    return None if _has_values(mask) and bool(mask.all()) else mask
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor can be looked into: not while compiling, and not on the meta device."""
+    return not torch.compiler.is_compiling() and tensor.device.type != "meta"
+
+
+def make_mask(
+    layer: Any,
+    padding: Tensor | Documents | None,
+    blocks: Tensor | None,
+    like: Tensor | None,
+    length: int | None,
+    keys: int | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    prefix: int | None = None,
+) -> Tensor | Band | None:
+    """The mask of an attention of `length` queries, before its cache `layer` is updated.
+
+    `padding` [batch, tokens] is False at keys that nobody sees, or says which documents the rows
+    pack; the other arguments are those of the attention op. `layer` is None without a cache, when
+    there are `keys` keys. `like` has the device. Returns None if every query sees all that
+    causality allows, otherwise booleans [batch or 1, 1, queries or 1, keys]; without any columns if
+    nothing is seen at all. A window over a much longer sequence is a `Band`.
+    """
+    if isinstance(padding, Documents):
+        if causal and (prefix or window != 0):
+            return _packed(padding, blocks, window, chunk, prefix)
+        # transformers lets attention that is not causal see all documents
+        padding = None
+    if padding is not None and padding.dim() == 4:
+        return padding
+    if not causal and window is None and chunk is None and blocks is None:
+        return None if padding is None else padding[:, None, None]
+    assert length is not None
+    assert like is not None
+    if window == 0 and not prefix:
+        return torch.empty(1, 1, length, 0, dtype=torch.bool, device=like.device)
+    keys = length if keys is None else keys
+    start, offset, kept = 0, keys - length, 0
+    if layer is not None:
+        keys, start = layer.get_mask_sizes(length)
+        offset = layer.get_seq_length()
+        kept = kept_columns(layer)
+        keys -= kept
+    if (
+        padding is None
+        and blocks is None
+        and start >= kept
+        and _sees_all(layer, length, keys, offset, causal, window, chunk)
+    ):
+        return None
+    band = _band(layer, length, keys, offset, window, prefix)
+    if band is not None and causal and padding is None and blocks is None and chunk is None:
+        return band
+    q = torch.arange(length, device=like.device)[:, None] + offset
+    kv = torch.arange(keys, device=like.device) + start
+    seen = visible(q, kv, causal, window)[None, None]
+    if chunk is not None:
+        first: Any = 0
+        if padding is not None:
+            first = (padding.cumsum(-1) == 0).sum(-1)[:, None, None, None]
+        seen = seen & ((kv - first) // chunk == (q - first) // chunk)
+    if prefix is not None:
+        seen = seen | (in_prefix(padding, kv, prefix) & visible(q, kv, causal, None))
+    if blocks is not None:
+        seen = seen | _same_block(blocks, q[:, 0], kv)
+    if padding is not None:
+        seen = seen & _slots(padding, start, keys)[:, None, None]
+    if kept:
+        seen = _with_kept(seen, padding, start, kept)
+    return seen
+
+
+def _packed(
+    documents: Documents,
+    blocks: Tensor | None,
+    window: int | None,
+    chunk: int | None,
+    prefix: int | None,
+) -> Tensor:
+    """The causal mask over packed rows, which have no padding and no past."""
+    seen = documents.seen(window, chunk, prefix)
+    if blocks is None:
+        return seen
+    place = torch.arange(seen.shape[-1], device=seen.device)
+    return seen | _same_block(blocks, place, place)
+
+
+def _band(
+    layer: Any, length: int, keys: int, offset: Any, window: int | None, prefix: int | None
+) -> Band | None:
+    """The window over a sequence that begins here, if it is worth to leave out what is far."""
+    static = layer is not None and layer.is_compileable
+    if window is None or static or isinstance(offset, Tensor) or torch.compiler.is_compiling():
+        return None
+    band = Band(length, window, prefix or 0)
+    return band if offset == 0 and keys == length and band.pays else None
+
+
+def kept_columns(layer: Any) -> int:
+    """How many columns a layer puts before the others: first tokens that it keeps for good."""
+    count: int = getattr(layer, "kept", 0)
+    return count
+
+
+def _with_kept(seen: Tensor, padding: Tensor | None, start: int, kept: int) -> Tensor:
+    """The mask with columns for kept first tokens, except those that are among the others."""
+    number = torch.arange(kept, device=seen.device)
+    if padding is None:
+        past = (number < start)[None]
+    else:
+        past = number < padding[:, :start].sum(-1, keepdim=True)
+    batch = max(seen.shape[0], past.shape[0])
+    first = past[:, None, None].expand(batch, 1, seen.shape[2], -1)
+    return torch.cat((first, seen.expand(batch, -1, -1, -1)), dim=-1)
+
+
+def _sees_all(
+    layer: Any,
+    length: int,
+    keys: int,
+    offset: Any,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+) -> bool:
+    """Whether causality alone, with queries and keys starting together, describes the mask."""
+    if not causal:
+        near = window is None or keys <= window + 1
+        return near and (chunk is None or keys <= chunk)
+    if isinstance(offset, Tensor):
+        # a static cache: one step always has empty slots, a first prefill only slots after its own
+        if length == 1 or not _has_values(offset):
+            return False
+        offset = int(offset)
+    if chunk is not None and offset + length > chunk:
+        return False
+    if length > 1:
+        return offset == 0 and (window is None or length <= window)
+    static = layer is not None and layer.is_compileable
+    return not static and (window is None or keys <= window)
+
+
+def kept_bias(layer: Any, bias: Tensor, padding: Tensor | None, k: Tensor) -> Tensor:
+    """A bias over all tokens, for the keys `k` that a layer's update has just returned.
+
+    `bias` [..., tokens]; only where the layer keeps first tokens is there anything to do.
+    """
+    kept = getattr(layer, "shown", 0)
+    if not kept or bias.shape[-1] == 1:
+        return bias
+    last = bias[..., bias.shape[-1] - (k.shape[2] - kept) :]
+    if padding is None or padding.dim() != 2:
+        return torch.cat((bias[..., :kept], last), -1)
+    number = padding.long().cumsum(-1)[:, None]
+    wanted = torch.arange(1, kept + 1, device=bias.device)[:, None]
+    # where a row has too few, the mask hides what is found
+    place = ((number == wanted) & padding.bool()[:, None]).long().argmax(-1)
+    place = place[:, None, None].expand(-1, *bias.shape[1:-1], -1)
+    first = bias.expand(padding.shape[0], *bias.shape[1:]).gather(-1, place)
+    return torch.cat((first, last.expand(padding.shape[0], *last.shape[1:])), -1)
+
+
+def _slots(padding: Tensor, start: int, keys: int) -> Tensor:
+    """The part of a padding mask that the keys stand for; slots beyond it are hidden."""
+    padding = padding[:, start : start + keys]
+    missing = keys - padding.shape[1]
+    return torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding
+
+
+def _same_block(blocks: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    """[batch, 1, queries, keys]: both in the same block; tokens that `blocks` does not cover in
+    none.
+    """
+    last = blocks.shape[1] - 1
+    of_q = blocks[:, q.clamp(max=last)].masked_fill(q > last, -1)
+    of_kv = blocks[:, kv.clamp(max=last)].masked_fill(kv > last, -1)
+    return ((of_q[:, :, None] == of_kv[:, None]) & (of_q[:, :, None] >= 0))[:, None]

@@ -1,0 +1,187 @@
+"""Token mixers in the lowered module: in chunks for several tokens, step by step for one.
+
+The state lives in transformers' linear-attention cache layer: `RecurrentLayer` is one that counts
+its tokens, can go back, and holds the tokens that a delayed mixer has yet to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+
+from reroll.errors import UsageError
+from reroll.kernels import dispatch
+from reroll.mixers import Mixer, make
+from reroll.rewrite.ir.recurrence import after_first, scan, without_idle
+from reroll.runtime.functions.documents import Documents
+from reroll.runtime.functions.masks import visible_tokens
+from reroll.runtime.state.states import Rewinding
+
+
+def recur(
+    layers: Any,
+    number: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: list[Tensor],
+    rule: str,
+    options: str,
+    padding: Tensor | Documents | None = None,
+    delay: int = 0,
+    skip: int = 0,
+    active: bool = True,
+    idle: Tensor | None = None,
+) -> Tensor:
+    """`reroll.recurrence` onto the state of a cache layer, or from the zero state without one.
+
+    `padding` is over all tokens, past and new, or says which documents a row packs.
+    """
+    documents = None
+    if isinstance(padding, Documents):
+        documents, padding = padding.number, None
+    if padding is not None and padding.dtype != torch.bool:
+        padding = visible_tokens(padding)
+    if padding is not None and padding.dim() != 2:
+        raise UsageError(
+            "a recurrence takes a mask [batch, tokens], not one of queries and keys",
+            hint="packed sequences and prefix masks need attention",
+        )
+    layer = None if layers is None else layers[number]
+    if not active:
+        if layer is not None:
+            layer.count(q.shape[2])
+        return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    mixer = make(rule, options)
+    if layer is not None:
+        out: Tensor = layer.update(mixer, q, k, v, gates, padding, delay, skip, idle)
+        return out
+    if padding is not None:
+        padding = padding[:, -q.shape[2] :]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], writes: Tensor | None) -> Tensor:
+        return dispatch.chunk(mixer, q, k, v, gates, padding=writes, segments=documents)[0]
+
+    return scan(run, q, k, v, gates, padding, delay, skip, idle, documents)
+
+
+class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
+    """The state of a mixer in `recurrent_states`, and the tokens that wait in `waiting`.
+
+    `waiting` holds the keys, values and gates [batch, kv_heads, time, ...] of the last `delay`
+    tokens and which of them write [batch, time]. A layer of a trip without a mixer only counts.
+    """
+
+    state_names = ("recurrent_states", "waiting", "cumulative_length")
+    is_compileable = False
+    is_croppable = True
+
+    recurrent_states: dict[int, Tensor]
+    waiting: list[Tensor] | None
+
+    def __init__(self) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.recurrent_states, self.waiting, self._past = {}, None, None
+        self.cumulative_length = 0
+
+    def update(  # type: ignore[override]
+        self,
+        mixer: Mixer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: list[Tensor],
+        padding: Tensor | None,
+        delay: int,
+        skip: int,
+        idle: Tensor | None = None,
+    ) -> Tensor:
+        """What the new tokens read [batch, time, heads, d_v]; they write, or wait to."""
+        time = q.shape[2]
+
+        def again(count: int) -> None:
+            part = None if padding is None else padding[:, : padding.shape[1] - time + count]
+            a, b, c, *rest = [t[:, :, :count] for t in (q, k, v, *gates)]
+            now = None if idle is None else idle[:, :count]
+            self.update(mixer, a, b, c, rest, part, delay, skip, now)
+
+        self._recorded(time, again)
+        writes = without_idle(self._writes(k, padding, skip), idle)
+        tensors = [k, v, *gates]
+        if delay:
+            *tensors, writes = self._wait(tensors, writes, delay)
+        run = partial(dispatch.step if time == 1 else dispatch.chunk, mixer)
+        state = tuple(self.recurrent_states.values()) or None
+        out, state = run(q, tensors[0], tensors[1], tensors[2:], state, writes)
+        self.recurrent_states = dict(enumerate(state))
+        self.has_previous_state = dict.fromkeys(self.recurrent_states, True)
+        self.cumulative_length += time
+        self.is_initialized = True
+        return out
+
+    def count(self, time: int) -> None:
+        """Count tokens that no mixer sees."""
+        self._recorded(time, self.count)
+        self.cumulative_length += time
+
+    def _writes(self, k: Tensor, padding: Tensor | None, skip: int) -> Tensor | None:
+        """Which of the new tokens write: all (None), or [batch, time]."""
+        past, time = self.cumulative_length, k.shape[2]
+        if padding is None:
+            if past >= skip:
+                return None
+            number = torch.arange(past, past + time, device=k.device)
+            return (number >= skip).expand(k.shape[0], -1)
+        writes = padding[:, : past + time]
+        return (after_first(writes, k, skip) if skip else writes)[:, -time:]
+
+    def _wait(self, tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Any]:
+        """The tokens whose turn it is, as many as have come; these wait in their place."""
+        batch, _, time = tensors[0].shape[:3]
+        if writes is None:
+            writes = torch.ones(batch, time, dtype=torch.bool, device=tensors[0].device)
+        old = self.waiting
+        if old is None:
+            # before the first token there are none that write
+            old = [t.new_zeros(*t.shape[:2], delay, *t.shape[3:]) for t in tensors]
+            old.append(writes.new_zeros(batch, delay))
+        pairs = zip(old[:-1], tensors, strict=True)
+        held = [*(torch.cat(p, 2) for p in pairs), torch.cat((old[-1], writes), 1)]
+        self.waiting = [_last(t, delay) for t in held[:-1]] + [held[-1][:, -delay:]]
+        return [*(t[:, :, :time] for t in held[:-1]), held[-1][:, :time]]
+
+    # ---- what a cache asks of its layers
+
+    def get_seq_length(self) -> int:
+        return int(self.cumulative_length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+        self.has_previous_state = {0: False}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.recurrent_states = {n: change(x) for n, x in self.recurrent_states.items()}
+        if self.waiting is not None:
+            self.waiting = [change(x) for x in self.waiting]
+        self._past = None
+
+
+def _last(tensor: Tensor, count: int) -> Tensor:
+    # a view would keep all of a long prompt alive
+    part = tensor[:, :, -count:]
+    return part.clone() if tensor.shape[2] > 2 * count else part

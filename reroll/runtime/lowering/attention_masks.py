@@ -1,0 +1,227 @@
+"""Giving every attention of a Program its mask, made as early and as rarely as possible.
+
+After this, an attention is a call of `attend` with a mask that `make_mask` made: in the main graph,
+before any state is touched, if what it depends on is known there, so that all layers of one kind
+share one mask; otherwise in the body, right before the layer's own cache update.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from reroll.errors import ProgramError
+from reroll.rewrite.ir.matching import all_arguments, argument, shape
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.runtime.functions.attention import attend
+from reroll.runtime.functions.attention import mass as masses
+from reroll.runtime.functions.masks import kept_bias, make_mask, visible_tokens
+from reroll.runtime.lowering.hoisting import outer_values, placeholders
+from reroll.runtime.lowering.padding import READERS
+from reroll.runtime.state.caches import (
+    ATTENTION,
+    CACHE,
+    MASKED,
+    cache_layers,
+    cache_nodes,
+    layer_of,
+    numbering,
+    owns_state,
+)
+
+_VALUES = ("padding", "blocks", "causal", "window", "chunk", "prefix")
+_UNKNOWN = object()
+
+
+def place_masks(program: Program, layers: dict[str, fx.Node]) -> None:
+    """Rewrite all attentions in place; `layers` has each graph's node of its cache layers."""
+    placer = _Placer(program, layers["main"])
+    loops = {loop.node: loop for loop in program.loops}
+    # in the order in which they run: a mask that is made for one is there for the next
+    for node in list(program.graph.nodes):
+        if node.target in MASKED:
+            placer.rewrite(node, None, layers["main"])
+        elif node in loops:
+            loop = loops[node]
+            for inner in [n for n in loop.body.graph.nodes if n.target in MASKED]:
+                placer.rewrite(inner, loop, layers[loop.name])
+            loop.body.graph.eliminate_dead_code()
+            loop.drop_unused_inputs()
+
+
+class _Placer:
+    def __init__(self, program: Program, layers: fx.Node) -> None:
+        self.program = program
+        self.layers = layers
+        self.plan = cache_layers(program)
+        self.number = numbering(program)
+        self.made: dict[Any, fx.Node] = {}
+        loops = {loop.node for loop in program.loops if cache_nodes(loop.body.graph)}
+        stateful = (n for n in program.graph.nodes if owns_state(n) or n in loops)
+        self.first_state = next(stateful, None)
+
+    def rewrite(self, node: fx.Node, loop: Loop | None, layers: fx.Node) -> None:
+        """Turn one attention into a call of `attend`. `layers` is the cache node of its graph."""
+        cache = cache_of(node)
+        values = {name: argument(node, name) for name in _VALUES}
+        mask: fx.Node | None = None
+        number = None
+        if cache is not None:
+            # a trip has its own part of the layers
+            of_trip = cache_nodes(cache.graph).index
+            number = self.number[cache][0] if loop is None else of_trip(cache)
+        if _can_need_mask(node, values, cache):
+            masks = self._outer_masks(node, values, cache, loop)
+            if any(m is _UNKNOWN for m in masks):
+                mask = _inner_mask(node, values, cache, layers, number)
+            elif loop is None:
+                mask = masks[0]
+            else:
+                same = all(m is masks[0] for m in masks)
+                mask = loop.add_input("mask", masks[0] if same else tuple(masks))
+        if number is not None and values["prefix"] is not None:
+            _fit_bias(node, layers, number)
+        _set_mask(node, mask)
+
+    def _outer_masks(
+        self, node: fx.Node, values: dict[str, Any], cache: fx.Node | None, loop: Loop | None
+    ) -> list[Any]:
+        """The mask of each trip as a node of the main graph, or `_UNKNOWN`."""
+        if loop is None:
+            own = None if cache is None else self.number[cache][0]
+            return [self._outer_mask(node, values, own, cache or node)]
+        known = outer_values(loop)
+        masks = []
+        for trip in range(loop.trips):
+            outer = {
+                k: known[v][trip] if v in known else _UNKNOWN if isinstance(v, fx.Node) else v
+                for k, v in values.items()
+            }
+            own = None if cache is None else self.number[cache][trip]
+            masks.append(self._outer_mask(node, outer, own, loop.node))
+        return masks
+
+    def _outer_mask(
+        self, node: fx.Node, values: dict[str, Any], own: int | None, point: fx.Node
+    ) -> Any:
+        """A mask made before the first state if possible, else before `point`."""
+        length = self._length(node, values, own)
+        inputs = [v for v in values.values() if isinstance(v, fx.Node)]
+        if length is _UNKNOWN or _UNKNOWN in values.values() or any(not n < point for n in inputs):
+            return _UNKNOWN
+        first = self.first_state
+        if first is not None and first < point and all(n < first for n in inputs):
+            point = first
+        if own is not None and (first is None or not first < point):
+            # no layer has been updated there: all of one kind have keys at the same positions
+            own = [layer.reach for layer in self.plan].index(self.plan[own].reach)
+        key = (*values.values(), own, length)
+        if key not in self.made:
+            graph = self.program.graph
+            with graph.inserting_before(point):
+                layer = None if own is None else graph.call_function(layer_of, (self.layers, own))
+                like = None if length is None else placeholders(graph)[0]
+                if isinstance(length, tuple):
+                    like, length = length[0], graph.call_method("size", length)
+                self.made[key] = _make(graph, layer, values, like, length, None)
+        return self.made[key]
+
+    def _length(self, node: fx.Node, values: dict[str, Any], own: int | None) -> Any:
+        """The number of queries: a constant, (input, dimension), None if it does not matter."""
+        if _is_plain(values):
+            return None
+        q, k = shape(argument(node, "q")), shape(argument(node, "k"))
+        if len(q) != 4 or (own is None and k[2:3] != q[2:3]):
+            return _UNKNOWN
+        if isinstance(q[2], int):
+            return q[2]
+        nodes = {str(n.target): n for n in placeholders(self.program.graph)}
+        for given in self.program.inputs:
+            if given.role == "data" and q[2] in given.type.shape:
+                return nodes[given.name], given.type.shape.index(q[2])
+        return _UNKNOWN
+
+
+def cache_of(attention: fx.Node) -> fx.Node | None:
+    """The cache node whose keys an attention reads, if it is in the same graph."""
+    k = argument(attention, "k")
+    source = k.args[0] if k.op == "call_function" and k.args else None
+    return source if isinstance(source, fx.Node) and source.target is CACHE else None
+
+
+def _can_need_mask(node: fx.Node, values: dict[str, Any], cache: fx.Node | None) -> bool:
+    """Whether there can be a mask that `is_causal` does not express."""
+    if any(values[name] is not None for name in ("padding", "blocks", "window", "chunk")):
+        return True
+    if values["causal"] is False:
+        return False
+    q, k = shape(argument(node, "q")), shape(argument(node, "k"))
+    return cache is not None or not q or q[2:3] != k[2:3]
+
+
+def _is_plain(values: dict[str, Any]) -> bool:
+    """Whether only the padding matters, which has no query dimension."""
+    others = (values[name] for name in ("window", "chunk", "blocks"))
+    return values["causal"] is False and all(value is None for value in others)
+
+
+def _inner_mask(
+    node: fx.Node,
+    values: dict[str, Any],
+    cache: fx.Node | None,
+    layers: fx.Node,
+    number: int | None,
+) -> fx.Node:
+    """A mask made beside its attention, before the layer's own update."""
+    graph, q, k = node.graph, argument(node, "q"), argument(node, "k")
+    inputs = [q, *(v for v in values.values() if isinstance(v, fx.Node))]
+    late = [n.name for n in inputs if cache is not None and not n < cache]
+    if late:
+        raise ProgramError(
+            f"the mask depends on {late[0]}, which is computed after the cache is updated",
+            where=node.name,
+        )
+    with graph.inserting_before(cache or node):
+        layer = keys = None
+        if cache is not None:
+            layer = graph.call_function(layer_of, (layers, number))
+        length = graph.call_method("size", (q, 2))
+        if cache is None:
+            keys = graph.call_method("size", (k, 2))
+        return _make(graph, layer, values, q, length, keys)
+
+
+def _make(
+    graph: fx.Graph, layer: Any, values: dict[str, Any], like: Any, length: Any, keys: Any
+) -> fx.Node:
+    padding = values["padding"]
+    if isinstance(padding, fx.Node) and padding.target not in READERS:
+        padding = graph.call_function(visible_tokens, (padding,))
+    rest = tuple(values[name] for name in ("causal", "window", "chunk", "prefix"))
+    return graph.call_function(
+        make_mask, (layer, padding, values["blocks"], like, length, keys, *rest)
+    )
+
+
+def _fit_bias(node: fx.Node, layers: fx.Node, number: int) -> None:
+    """Cut an attention's bias to the keys that its cache layer returns."""
+    graph, bias, padding = node.graph, argument(node, "bias"), argument(node, "padding")
+    if bias is None:
+        return
+    with graph.inserting_before(node):
+        layer = graph.call_function(layer_of, (layers, number))
+        fitted = graph.call_function(kept_bias, (layer, bias, padding, argument(node, "k")))
+    node.replace_input_with(bias, fitted)
+
+
+def _set_mask(node: fx.Node, mask: fx.Node | None) -> None:
+    names = (a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
+    get = dict(zip(names, all_arguments(node), strict=True))
+    extra = [get["softcap"], get["sinks"], get["bias"]]
+    while extra and extra[-1] is None:
+        extra.pop()
+    tensors = [get[name] for name in ("q", "k", "v") if name in get]
+    node.target = attend if node.target is ATTENTION else masses
+    node.args = (*tensors, get["scale"], get["causal"], mask, *extra)
+    node.kwargs = {"log": True} if get.get("log") else {}

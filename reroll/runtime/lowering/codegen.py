@@ -1,0 +1,147 @@
+"""From a graph to Python: straight-line source with PyTorch's own functions and module calls."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.rewrite.ir import ops
+from reroll.runtime.functions.functions import BINARY, FUNCTIONS, METHODS, makes_tensor_from_nothing
+from reroll.runtime.functions.loops import look_up, run_loop
+from reroll.runtime.lowering.hoisting import OWN_INPUTS
+from reroll.runtime.lowering.modules import Reading
+from reroll.runtime.state.caches import CACHE, RECURRENCE
+
+aten = torch.ops.aten
+
+# how a cache node updates its layer, and the number of that
+Update = tuple[Callable[..., Any], int]
+
+
+def runnable(
+    graph: fx.Graph,
+    readings: Mapping[str, Reading],
+    layers: fx.Node | None = None,
+    caches: Mapping[fx.Node, Update] | None = None,
+    state: fx.Node | None = None,
+) -> fx.Graph:
+    """A copy of a graph that calls only what is fast to call.
+
+    `layers` is the node of its cache layers, `caches` says how each cache node updates which, and
+    `state` is the main graph's running state. Weights become attributes or calls of the modules
+    that hold them, ops become functions and methods of PyTorch, and what makes a tensor from
+    nothing makes it beside the graph's first input.
+    """
+    return _Rewriter(graph, readings, layers, caches or {}, state).run()
+
+
+def compile_graph(graph: fx.Graph, name: str) -> tuple[Callable[..., Any], str]:
+    """The function of a graph, whose first argument is the module that it reads, and its source."""
+    code = graph.python_code("self")
+    source = code.src
+    filename = f"<reroll {name}>"
+    # so that tracebacks and debuggers show the lines
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace = dict(code.globals)
+    exec(compile(source, filename, "exec"), namespace)
+    function = namespace["forward"]
+    function.__qualname__ = function.__name__ = "forward"
+    return function, source
+
+
+class _Rewriter:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        readings: Mapping[str, Reading],
+        layers: fx.Node | None,
+        caches: Mapping[fx.Node, Update],
+        state: fx.Node | None,
+    ) -> None:
+        self.old, self.readings = graph, readings
+        self.layers, self.caches, self.state = layers, caches, state
+        self.new = fx.Graph()
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.weights: dict[str, fx.Node] = {}
+        self.device: fx.Node | None = None
+
+    def run(self) -> fx.Graph:
+        for node in self.old.nodes:
+            if node.op == "placeholder":
+                # the target is the argument's name in the source: one that fx has made safe
+                new = self.new.create_node("placeholder", "x", node.args, name=node.name)
+                new.target = node.target if node.target in OWN_INPUTS else new.name
+                new.meta.update(node.meta)
+                self.values[node] = new
+            elif node.op == "output":
+                self.new.output(self._map(node.args[0]))
+            elif node.op != "get_attr":
+                self.values[node] = self._call(node)
+        return self.new
+
+    def _map(self, value: Any) -> Any:
+        return fx.node.map_arg(value, self._value)
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        if node.op != "get_attr":
+            return self.values[node]
+        name = str(node.target)
+        if name not in self.weights:
+            self.weights[name] = self.new.create_node(
+                "get_attr", self.readings[name].weight, name=node.name
+            )
+        return self.weights[name]
+
+    def _call(self, node: fx.Node) -> fx.Node:
+        target, args, kwargs = node.target, node.args, dict(node.kwargs)
+        if node.op == "call_method":
+            return self._emit(node, "call_method", str(target), args, kwargs)
+        if target is aten.linear.default and (module := self._module(args[1], "linear")):
+            return self._emit(node, "call_module", module, args[:1], {})
+        if target is look_up:
+            table = self.new.get_attr(self._module(args[0], "lookup"))  # type: ignore[arg-type]
+            args = (table, *self._map(args[1:]))
+            return self.new.call_function(look_up, args)
+        if target is aten.embedding.default and (module := self._module(args[0], "lookup")):
+            return self._emit(node, "call_module", module, args[1:2], {})
+        if target is RECURRENCE:
+            update, number = self.caches[node]
+            args = (self.layers, number, *args)
+            return self._emit(node, "call_function", update, args, kwargs)
+        if target is CACHE:
+            update, number = self.caches[node]
+            told = {name: kwargs[name] for name in ("padding",) if name in kwargs}
+            return self._emit(node, "call_function", update, (self.layers, number, *args[:2]), told)
+        if target is ops.loop:
+            args = (self.state, *args[:3])
+            return self._emit(node, "call_function", run_loop, args, {})
+        if target in METHODS:
+            return self._emit(node, "call_method", METHODS[target], args, kwargs)
+        if target in BINARY and len(args) == 2 and not kwargs:
+            target = BINARY[target]
+        elif makes_tensor_from_nothing(target):
+            kwargs["device"] = self._device()
+        return self._emit(node, "call_function", FUNCTIONS.get(target, target), args, kwargs)
+
+    def _emit(self, node: fx.Node, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        new = self.new.create_node(op, target, self._map(args), self._map(kwargs), name=node.name)
+        new.meta.update(node.meta)
+        return new
+
+    def _module(self, weight: Any, kind: str) -> str | None:
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            return None
+        module: str | None = getattr(self.readings[str(weight.target)], kind)
+        return module
+
+    def _device(self) -> Any:
+        """The device of the first input, as a node that `_map` leaves alone."""
+        if self.device is None:
+            first = next(iter(self.new.nodes))
+            self.device = self.new.call_function(getattr, (first, "device"))
+            self.values[self.device] = self.device
+        return self.device

@@ -1,0 +1,170 @@
+"""Cutting the graph of an encoder-decoder model in two, so that the encoder runs once.
+
+The cut is by dependency: what does not depend on the decoder's inputs is the encoder's. What
+crosses the cut is the encoder's output; its first part is the last hidden state, and the others,
+such as the keys and values of the cross-attentions, follow from that.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from reroll.errors import ProgramError
+from reroll.rewrite.ir.program import Input, TensorType
+from reroll.runtime.lowering.hoisting import OWN_INPUTS
+
+_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv}
+
+
+@dataclass
+class Halves:
+    """The graphs of an encoder-decoder model; each takes the Program's inputs and the state last.
+
+    `encode` returns the hidden state, `extend` takes it first and returns the rest of what crosses
+    the cut, `decode` takes all of that first and returns the outputs.
+    """
+
+    encode: fx.Graph
+    extend: fx.Graph
+    decode: fx.Graph
+
+
+def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -> Halves:
+    """Cut a main graph. `hidden_output` is the output that is the encoder's hidden state, if any.
+
+    Raises ProgramError if what crosses the cut does not follow from one hidden state.
+    """
+    roles = {i.name: i.role for i in inputs}
+    encoder, decoder = _sides(graph, roles)
+    output = next(iter(reversed(graph.nodes)))
+    crossing = _crossing(graph, encoder, decoder, output)
+    hidden = output.args[0][hidden_output] if hidden_output is not None else None  # type: ignore[index]
+    if hidden not in encoder:
+        hidden = next((n for n in crossing if isinstance(n.meta.get("type"), TensorType)), None)
+    if hidden is None:
+        raise ProgramError("the decoder does not read the encoder")
+    rest = [n for n in crossing if n is not hidden]
+    near = [n for n in graph.nodes if n.op == "placeholder" and n in decoder]
+    encode = _graph(graph, [], [hidden], [])
+    extend = _graph(graph, [hidden], rest, [hidden])
+    decode = _graph(graph, [hidden, *rest], list(output.args[0]), [hidden, *rest, *near])  # type: ignore[arg-type]
+    data = {n for n in encoder if n.op == "placeholder"}
+    for half in (extend, decode):
+        late = [n for n in half.nodes if n.op == "placeholder" and n.users]
+        late = [n for n in late if n.name in {d.name for d in data - {hidden, *rest}}]
+        if late:
+            raise ProgramError(
+                "the decoder needs more of the encoder than its last hidden state",
+                where=late[0].name,
+            )
+    return Halves(encode, extend, decode)
+
+
+def _sides(graph: fx.Graph, roles: dict[str, str]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The nodes that need the encoder's data only, and those that need the decoder or its cache."""
+    encoder: set[fx.Node] = set()
+    decoder: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "placeholder":
+            if name.startswith("decoder_"):
+                decoder.add(node)
+            elif roles.get(name) == "data":
+                encoder.add(node)
+        elif _is_cache(node) or any(n in decoder for n in node.all_input_nodes):
+            decoder.add(node)
+        elif any(n in encoder for n in node.all_input_nodes):
+            encoder.add(node)
+    return encoder, decoder
+
+
+def _is_cache(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] == "layers"
+
+
+def _crossing(
+    graph: fx.Graph, encoder: set[fx.Node], decoder: set[fx.Node], output: fx.Node
+) -> list[fx.Node]:
+    """The encoder's values that the decoder or the output reads; sizes are read again instead."""
+    outputs = set(output.all_input_nodes)
+    return [
+        node
+        for node in graph.nodes
+        if node in encoder
+        and not _is_size(node)
+        and (node in outputs or any(u in decoder and not _is_size(u) for u in node.users))
+    ]
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node says something about a tensor that any other of its size can say as well."""
+    if node.op == "call_method" and node.target == "size":
+        return True
+    if node.target is getattr:
+        return node.args[1] == "device"
+    return node.target in _ARITHMETIC and node.meta.get("type") is None
+
+
+def _graph(
+    whole: fx.Graph, given: list[fx.Node], wanted: list[Any], elsewhere: list[fx.Node]
+) -> fx.Graph:
+    """A graph over `given` and all inputs that computes the wanted values.
+
+    Sizes that the whole graph reads from what is not at hand are read from `elsewhere`.
+    """
+    other = {n: _other_size(n, elsewhere) for n in whole.nodes if _is_size(n) and elsewhere}
+    needed: set[fx.Node] = set()
+    stack = [n for value in wanted for n in _nodes_in(value)]
+    while stack:
+        node = stack.pop()
+        if node not in needed and node not in given and node.op != "placeholder":
+            needed.add(node)
+            found = other.get(node)
+            stack.extend(node.all_input_nodes if found is None else [found[0]])
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in [*given, *(n for n in whole.nodes if n.op == "placeholder")]:
+        if node not in values:
+            new = graph.create_node("placeholder", "x", name=node.name)
+            new.target = str(node.target) if node.target in OWN_INPUTS else new.name
+            values[node] = new
+    for node in whole.nodes:
+        if node not in needed:
+            continue
+        found = other.get(node)
+        if found is None:
+            values[node] = graph.node_copy(node, values.__getitem__)
+            continue
+        tensor, dim = found
+        if node.op == "call_method":
+            values[node] = graph.call_method("size", (values[tensor], dim))
+        else:
+            values[node] = graph.call_function(getattr, (values[tensor], "device"))
+    graph.output(tuple(fx.node.map_arg(value, values.__getitem__) for value in wanted))
+    return graph
+
+
+def _nodes_in(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
+    return found
+
+
+def _other_size(node: fx.Node, tensors: list[fx.Node]) -> tuple[fx.Node, Any] | None:
+    """A tensor at hand and its dimension of the same name; for a device, any tensor."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or node.target in _ARITHMETIC:
+        return None
+    if node.target is getattr:
+        return tensors[0], None
+    kind = source.meta.get("type")
+    name = kind.shape[node.args[1]] if isinstance(kind, TensorType) else None  # type: ignore[index]
+    for tensor in tensors:
+        other = tensor.meta.get("type")
+        if name is not None and isinstance(other, TensorType) and name in other.shape:
+            return tensor, other.shape.index(name)
+    return None

@@ -1,0 +1,80 @@
+"""Moving out of a loop's body what is the same in every trip, so that it is computed once.
+
+A body computes some values from the loop's inputs alone: `cos.unsqueeze(1)`, a slice of a bias, a
+cast of the padding mask. They move in front of the loop, and the body takes them as inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.rewrite.ir.program import Loop, Program
+
+
+def hoist_invariants(program: Program) -> Program:
+    """A Program whose bodies hold no computation that gives the same value in every trip."""
+    program = program.edit()
+    for loop in program.loops:
+        _hoist(program.graph, loop)
+        loop.body.graph.eliminate_dead_code()
+        loop.drop_unused_inputs()
+    program.graph.eliminate_dead_code()
+    return program
+
+
+# the arguments that lowering adds: a body's cache layers, and the state of a running forward
+OWN_INPUTS = ("past_key_values", "state")
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The placeholders of a graph as the Program has them, in order."""
+    return [n for n in graph.nodes if n.op == "placeholder" and n.target not in OWN_INPUTS]
+
+
+def outer_values(loop: Loop) -> dict[fx.Node, tuple[Any, ...]]:
+    """What each input placeholder of a body stands for outside, trip by trip."""
+    inputs = loop.places[len(loop.carry) :]
+    return {
+        node: tuple(loop.input_for(position, trip) for trip in range(loop.trips))
+        for position, node in enumerate(inputs)
+    }
+
+
+def _hoist(main: fx.Graph, loop: Loop) -> None:
+    known = outer_values(loop)
+    moved: dict[fx.Node, fx.Node] = {}
+    for node in loop.body.graph.nodes:
+        if node.op != "call_function" or not _is_pure(node):
+            continue
+        if not all(argument in known for argument in node.all_input_nodes):
+            continue
+        calls = [_arguments(node, known, trip) for trip in range(loop.trips)]
+        if any(call != calls[0] for call in calls):
+            continue
+        with main.inserting_before(loop.node):
+            new = main.create_node("call_function", node.target, *calls[0], name=node.name)
+        new.meta.update(node.meta)
+        moved[node], known[node] = new, (new,) * loop.trips
+    for node, new in moved.items():
+        if any(user not in moved for user in node.users):
+            node.replace_all_uses_with(
+                loop.add_input(node.name, new), delete_user_cb=lambda user: user not in moved
+            )
+    for node in reversed(moved):
+        loop.body.graph.erase_node(node)
+
+
+def _arguments(
+    node: fx.Node, known: dict[fx.Node, tuple[Any, ...]], trip: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return fx.node.map_arg((node.args, node.kwargs), lambda n: known[n][trip])  # type: ignore[return-value, arg-type]
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if str(node.target).startswith(("reroll.cache", "reroll.recurrence")):
+        return False
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded not in tags

@@ -1,0 +1,201 @@
+"""The module tree of a lowered Program: its weights under their names, one module per trip.
+
+A weight `model.layers.*.mlp.up_proj.weight` of a loop is the parameter `weight` of an `nn.Linear`
+at `model.layers.<trip>.mlp.up_proj`, one for each trip; trips that share an entry share the
+Parameter, not the module, so that an adapter can be attached to each depth.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from reroll.rewrite.ir.program import Loop, Program, weight_nodes
+from reroll.rewrite.ir.weights.expressions import Meta
+from reroll.runtime.lowering.placement import Path, Place, path_of, places
+
+
+class Scope(nn.Module):
+    """A named place in the tree that holds weights and other places."""
+
+    # transformers asks this of whatever is called `encoder`
+    main_input_name = "input_ids"
+
+
+class Trip(GradientCheckpointingLayer):
+    """One trip of a loop; each body has a subclass, whose instances share one `forward`."""
+
+    # of the subclasses
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the code of a graph gets at a weight: chains of attributes from its own module.
+
+    `linear` and `lookup` are the modules to call where the weight is multiplied or looked up in.
+    """
+
+    weight: str
+    linear: str | None = None
+    lookup: str | None = None
+
+
+@dataclass
+class Slot:
+    """The places of one stored tensor in the tree."""
+
+    meta: Meta
+    trainable: bool
+    holders: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def fill(self, tensor: Tensor) -> None:
+        """Put a tensor in all places, as one Parameter if it can be trained, else as a buffer."""
+        parameter = self.trainable and tensor.dtype.is_floating_point
+        value = nn.Parameter(tensor) if parameter else tensor
+        for module, leaf in self.holders:
+            module._parameters.pop(leaf, None)
+            module._buffers.pop(leaf, None)
+            if isinstance(value, nn.Parameter):
+                module.register_parameter(leaf, value)
+            else:
+                module.register_buffer(leaf, value)
+
+    def fill_meta(self) -> None:
+        """Put a tensor without data in all places."""
+        self.fill(torch.empty(self.meta.shape, dtype=self.meta.dtype, device="meta"))
+
+
+@dataclass
+class Tree:
+    """The trips of each loop, how each graph reads each weight, and where each tensor has to go."""
+
+    trips: dict[str, list[Trip]] = field(default_factory=dict)
+    readings: dict[str, dict[str, Reading]] = field(default_factory=dict)
+    slots: dict[Any, Slot] = field(default_factory=dict)
+
+
+def build_tree(model: nn.Module, program: Program) -> Tree:
+    """Grow the modules of a Program under `model`, with parameters on the meta device."""
+    builder = _Builder(model, program)
+    for loop in program.loops:
+        builder.add_loop(loop)
+    names = weight_nodes(program.graph)
+    builder.tree.readings["main"] = {name: builder.add_weight(name, 0) for name in names}
+    for slot in builder.tree.slots.values():
+        slot.fill_meta()
+    return builder.tree
+
+
+class _Builder:
+    def __init__(self, model: nn.Module, program: Program) -> None:
+        self.model, self.program = model, program
+        self.places = places(program)
+        self.tree = Tree()
+
+    def add_loop(self, loop: Loop) -> None:
+        """The trips of a loop, and below them its weights."""
+        names = list(weight_nodes(loop.body.graph))
+        root = self._root(loop, names)
+        trips = []
+        readings = self.tree.readings.setdefault(loop.name, {})
+        for number in range(loop.trips):
+            path = tuple(part.replace("*", str(number)) for part in root)
+            trip = Trip()
+            self._module(path[:-1], Scope).add_module(path[-1], trip)
+            trips.append(trip)
+            for place, name in enumerate(names):
+                reading = self.add_weight(name, number)
+                readings[name] = self._from_trip(reading, trip, path, f"link_{place}")
+        self.tree.trips[loop.name] = trips
+
+    def add_weight(self, name: str, trip: int) -> Reading:
+        """The modules of one weight in one trip, read from the model."""
+        weight, place = self.program.weights[name], self.places[name].at(trip)
+        holders = []
+        if place.linear is not None:
+            linear = place.linear
+            module = self._module(
+                linear.path,
+                lambda: nn.Linear(linear.inputs, linear.outputs, linear.bias, device="meta"),
+            )
+            holders.append((module, place.leaf))
+        if place.lookup is not None:
+            table = place.lookup
+            module = self._module(
+                table.path,
+                lambda: nn.Embedding(table.rows, table.columns, table.padding, device="meta"),
+            )
+            holders.append((module, place.leaf))
+        if not holders:
+            holders.append((self._module(place.owner, Scope), place.leaf))
+        key = self.program.weights.identity(name, 0 if weight.index is None else weight.index[trip])
+        slot = self.tree.slots.setdefault(key, Slot(weight.meta, weight.trainable))
+        slot.holders.extend(holder for holder in holders if holder not in slot.holders)
+        return Reading(
+            ".".join((*self._first(place), place.leaf)),
+            ".".join(place.linear.path) if place.linear and place.leaf == "weight" else None,
+            ".".join(place.lookup.path) if place.lookup else None,
+        )
+
+    def _root(self, loop: Loop, names: list[str]) -> Path:
+        """Where the trips stand: where most of their weights are, if nothing else is there."""
+        starts = Counter(n[: n.index("*.") + 1] for n in names if "*." in n)
+        for start, _ in starts.most_common():
+            root = path_of(start)
+            taken = (tuple(p.replace("*", str(t)) for p in root) for t in range(loop.trips))
+            if not any(map(self._exists, taken)):
+                return root
+        return ("loops", *path_of(loop.name), "*")
+
+    def _from_trip(self, reading: Reading, trip: Trip, path: Path, link: str) -> Reading:
+        """A reading from the model as the trip has it: below itself, or through a link."""
+        prefix = ".".join(path) + "."
+
+        def local(chain: str | None, role: str) -> str | None:
+            if chain is None or chain.startswith(prefix):
+                return chain and chain.removeprefix(prefix)
+            # a link is no child, so that a weight that is elsewhere keeps one name
+            owner, _, leaf = chain.rpartition(".")
+            trip.__dict__[f"{link}_{role}"] = self.model.get_submodule(owner)
+            return f"{link}_{role}.{leaf}"
+
+        weight = local(reading.weight, "weight")
+        assert weight is not None
+        return Reading(weight, local(reading.linear, "linear"), local(reading.lookup, "lookup"))
+
+    def _first(self, place: Place) -> Path:
+        """The module that a weight is read from as a plain tensor."""
+        if place.linear is not None:
+            return place.linear.path
+        return place.lookup.path if place.lookup is not None else place.owner
+
+    def _module(self, path: Path, make: Callable[[], nn.Module]) -> nn.Module:
+        """The module at a path, made if it is not there, with the scopes above it."""
+        module = self.model
+        for number, part in enumerate(path):
+            if part not in module._modules:
+                module.add_module(part, make() if number + 1 == len(path) else Scope())
+            module = module._modules[part]  # type: ignore[assignment]
+        return module
+
+    def _exists(self, path: Path) -> bool:
+        module: nn.Module | None = self.model
+        for part in path:
+            module = None if module is None else module._modules.get(part)
+        return module is not None
+
+
+def tied_names(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name, first name) of every parameter that has another name already."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            yield name, first[id(parameter)]
+        first.setdefault(id(parameter), name)

@@ -1,0 +1,87 @@
+"""Padding masks as the lowered module reads them: checked once per forward, and often absent.
+
+A caller need not give a padding mask, and one that hides nothing costs as much as any other. So the
+attentions of a Program read one boolean mask per input, or None, and the input itself is made up
+only where something else depends on it, such as positions that are counted from it. Where a row
+packs several documents, what they read in place of the mask is which.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from reroll.rewrite.analysis.mixing import mask_beside
+from reroll.rewrite.ir.dtypes import CONVERSIONS
+from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.program import Program
+from reroll.runtime.functions.documents import Documents
+from reroll.runtime.functions.masks import visible_tokens
+from reroll.runtime.lowering.hoisting import placeholders
+from reroll.runtime.state.caches import MASKED, RECURRENCE
+
+MASK = torch.ops.reroll.mask.default
+
+
+def valid_tokens(mask: Tensor | None, state: Any) -> Tensor | Documents | None:
+    """A padding mask as `visible_tokens` has it, or the documents of a forward over packed rows."""
+    return visible_tokens(mask) if state.documents is None else state.documents
+
+
+# what makes the padding that attentions read
+READERS = (visible_tokens, valid_tokens)
+
+
+def read_padding(program: Program, state: fx.Node) -> frozenset[str]:
+    """Let attentions read padding through one of `READERS`, changing the graphs in place.
+
+    `state` is the main graph's running state. Returns the names of the padding inputs that are
+    still needed as tensors.
+    """
+    nodes = {str(n.target): n for n in placeholders(program.graph)}
+    inputs = [nodes[i.name] for i in program.inputs if i.role == "padding"]
+    packed = {mask_beside(i) for i in program.inputs if i.role == "positions"}
+    for node in inputs:
+        _read(program, node, state if str(node.target) in packed else None)
+    return frozenset(str(n.target) for n in inputs if any(u.target not in READERS for u in n.users))
+
+
+def _read(program: Program, given: fx.Node, state: fx.Node | None) -> None:
+    same = [given]
+    for node in same:
+        same.extend(u for u in node.users if u.target in CONVERSIONS)
+    with program.graph.inserting_after(state or given):
+        if state is None:
+            checked = program.graph.call_function(visible_tokens, (given,))
+        else:
+            checked = program.graph.call_function(valid_tokens, (given, state))
+    loops = {loop.node: loop for loop in program.loops}
+    for node in same:
+        for user in list(node.users):
+            if _hides(user, node):
+                user.replace_input_with(node, checked)
+            elif user in loops:
+                loop = loops[user]
+                inner = loop.places[len(loop.carry) :]
+                user.update_arg(
+                    2,
+                    tuple(
+                        checked if value is node and _is_padding_only(place) else value
+                        for value, place in zip(loop.inputs, inner, strict=True)
+                    ),
+                )
+    for node in reversed(same[1:]):
+        if not node.users:
+            program.graph.erase_node(node)
+
+
+def _is_padding_only(node: fx.Node) -> bool:
+    return all(_hides(user, node) for user in node.users)
+
+
+def _hides(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node takes another one as padding."""
+    takes = user.target in (*MASKED, RECURRENCE, MASK)
+    return takes and argument(user, "padding") is node

@@ -1,0 +1,146 @@
+"""Where the weights of a Program stand in the module tree, and in what kind of module."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import fx, nn
+
+from reroll.errors import ProgramError
+from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.program import Program, weight_nodes
+
+aten = torch.ops.aten
+
+Path = tuple[str, ...]
+
+HEAD = ("lm_head",)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The `nn.Linear` that multiplies by a weight."""
+
+    path: Path
+    inputs: int
+    outputs: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The `nn.Embedding` that looks rows up in a weight. The row `padding` is not trained."""
+
+    path: Path
+    rows: int
+    columns: int
+    padding: int | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """The modules that hold a weight; a path may have a `*` for the trip.
+
+    A weight that is neither multiplied nor looked up in is the parameter `leaf` of a plain `owner`.
+    """
+
+    owner: Path
+    leaf: str
+    linear: Linear | None = None
+    lookup: Lookup | None = None
+
+    def at(self, trip: int) -> Place:
+        """The place in one trip."""
+        linear, lookup = self.linear, self.lookup
+        if linear is not None:
+            linear = replace(linear, path=_at(linear.path, trip))
+        if lookup is not None:
+            lookup = replace(lookup, path=_at(lookup.path, trip))
+        return Place(_at(self.owner, trip), self.leaf, linear, lookup)
+
+
+def places(program: Program) -> dict[str, Place]:
+    """The place of every weight that a graph reads."""
+    users: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
+    for graph_name, graph in program.graphs():
+        for name, nodes in weight_nodes(graph).items():
+            if name not in program.weights:
+                raise ProgramError(f"there is no weight {name!r} in the table", where=graph_name)
+            users.setdefault(name, []).extend((n, user) for n in nodes for user in n.users)
+    linears = _linears(program, users)
+    found = {}
+    for name, uses in users.items():
+        path = path_of(name)
+        linear, lookup = linears.get(name), None
+        tables = [u for n, u in uses if u.target is aten.embedding.default and u.args[0] is n]
+        if tables and path[-1] == "weight" and path[:-1]:
+            rows, columns = program.weights[name].meta.shape
+            padding = {argument(u, "padding_idx") for u in tables} - {-1}
+            lookup = Lookup(path[:-1], rows, columns, min(padding, default=None))
+        if linear is not None and lookup is not None:
+            # tied: the two modules have the names that transformers gives them
+            if path[:-1] == HEAD:
+                lookup = replace(lookup, path=("input_embeddings",))
+            else:
+                linear = replace(linear, path=HEAD)
+        found[name] = Place(path[:-1], path[-1], linear, lookup)
+    return found
+
+
+def _linears(
+    program: Program, users: dict[str, list[tuple[fx.Node, fx.Node]]]
+) -> dict[str, Linear]:
+    """The weights and biases that an `nn.Linear` of their own name can hold."""
+    found = {}
+    for name, uses in users.items():
+        calls = [u for n, u in uses if u.target is aten.linear.default and u.args[1] is n]
+        stem, dot, leaf = name.rpartition(".")
+        shape = program.weights[name].meta.shape
+        if not calls or not dot or leaf != "weight" or len(shape) != 2:
+            continue
+        biases = {bias_name(call) for call in calls}
+        linear = Linear(path_of(name)[:-1], shape[1], shape[0], biases != {None})
+        if biases in ({None}, {f"{stem}.bias"}):
+            found[name] = linear
+        if biases == {f"{stem}.bias"}:
+            found[f"{stem}.bias"] = linear
+    return found
+
+
+def bias_name(linear: fx.Node) -> str | None:
+    """The weight that a linear node adds, "" for a computed one, None for none."""
+    bias = linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
+    if not isinstance(bias, fx.Node):
+        return None
+    return str(bias.target) if bias.op == "get_attr" else ""
+
+
+def path_of(name: str) -> Path:
+    """A weight's name as attributes: word characters only, and no name that a module has itself."""
+    first, *rest = name.split(".")
+    return (_attribute(first, _model_names()), *(_attribute(p, _MODULE_NAMES) for p in rest))
+
+
+def _attribute(part: str, taken: frozenset[str]) -> str:
+    part = re.sub(r"[^\w*]", "_", part, flags=re.ASCII) or "_"
+    return f"{part}_" if part in taken or keyword.iskeyword(part) else part
+
+
+_MODULE_NAMES = frozenset(dir(nn.Module())) | {"gradient_checkpointing", "main_input_name"}
+
+
+@cache
+def _model_names() -> frozenset[str]:
+    """What a lowered model uses for itself."""
+    from transformers import PreTrainedModel
+
+    own = {"config", "generation_config", "program", "code", "loops"}
+    return _MODULE_NAMES | set(dir(PreTrainedModel)) | own
+
+
+def _at(path: Path, trip: int) -> Path:
+    return tuple(part.replace("*", str(trip)) for part in path)

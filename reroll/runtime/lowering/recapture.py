@@ -1,0 +1,292 @@
+"""From a lowered model back to a Program: the same graphs over the present weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from reroll.errors import ProgramError, UsageError
+from reroll.rewrite.capture.side_files import GENERATION_FILE, generation_file
+from reroll.rewrite.ir.program import Origin, Program
+from reroll.rewrite.ir.weights import Weight, WeightTable, stored_name
+from reroll.rewrite.ir.weights.expressions import Meta, Source, meta_of
+from reroll.rewrite.ir.weights.sources import MemorySource
+from reroll.runtime.lowering.placement import Place, places
+from reroll.runtime.models.config import RerollConfig
+from reroll.runtime.models.generation import generation_config
+
+MERGE = "merge adapters first (merge_and_unload); with shared weights, after reroll.runtime.untie"
+
+
+def program_of(
+    model: Any, state: Mapping[str, Tensor] | None = None, *, adapters: bool = False
+) -> Program:
+    """The Program of a lowered model with its present weights, or with those of a state dict.
+
+    Trips whose weight is one Parameter share an entry; trips that were untied since have their own,
+    and so has a head that no longer is the table of embeddings. Edits of the configuration and of
+    the generation settings are in its origin. Raises UsageError for a module that the Program has
+    no place for; with `adapters`, those of peft are left out instead.
+    """
+    if not adapters:
+        _check_modules(model)
+    program = _with_own_heads(model)
+    table, tensors = _stored(model, program, state)
+    return replace(
+        program,
+        weights=table,
+        source=MemorySource(tensors),
+        reference=WeightTable(),
+        origin=_origin(model),
+    )
+
+
+def stored_tensors(model: Any) -> tuple[WeightTable, dict[str, Tensor]]:
+    """The weight table of a lowered model as it is now, and its tensors as a file names them."""
+    return _stored(model, _with_own_heads(model), None)
+
+
+def from_stored(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict under the model's names, given one under the names of a saved file.
+
+    A file names a shared weight by the number of its entry, a module by the number of its trip. A
+    state dict that does not have exactly the names of a file is returned as it is.
+    """
+    _, tensors = stored_tensors(model)
+    if set(tensors) != set(state):
+        return state
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return {n: state[stored] for stored, tensor in tensors.items() for n in names[id(tensor)]}
+
+
+def kept_tensors(model: Any, program: Program) -> Iterator[Tensor]:
+    """The tensors of a lowered model that have the dtype that they have in another Program."""
+    found = places(program)
+    for name, weight in program.weights.items():
+        if weight.meta.dtype == model.program.weights[name].meta.dtype:
+            for trip in range(1 if weight.index is None else len(weight.index)):
+                place = found[name].at(trip)
+                yield getattr(_holder(model, _paths(place)[0])[0], place.leaf)
+
+
+def untie(model: Any) -> None:
+    """Give every trip its own copy of weights that trips share, so that they change apart.
+
+    An adapter that is merged changes the weight below it; merging the adapters of several trips
+    into one shared weight would add them all up. So this comes before a merge: weights with an
+    adapter are untied, or all weights if there is none.
+    """
+    found = places(model.program)
+    held = {
+        name: [
+            _holder(model, _paths(found[name].at(trip))[0])
+            for trip in range(len(weight.index or ()))
+        ]
+        for name, weight in model.program.weights.items()
+    }
+    adapted = {n for n, holders in held.items() if any(is_adapted for _, is_adapted in holders)}
+    for name in adapted or held:
+        leaf = found[name].leaf
+        seen: set[int] = set()
+        for module, _ in held[name]:
+            parameter = getattr(module, leaf)
+            if id(parameter) in seen and isinstance(parameter, nn.Parameter):
+                copy = parameter.detach().clone()
+                setattr(module, leaf, nn.Parameter(copy, parameter.requires_grad))
+            seen.add(id(parameter))
+
+
+# ---- weights
+
+
+def _stored(
+    model: Any, program: Program, state: Mapping[str, Tensor] | None
+) -> tuple[WeightTable, dict[str, Tensor]]:
+    found = places(program)
+    table: dict[str, Weight] = {}
+    tensors: dict[str, Tensor] = {}
+    sources: dict[int, Source] = {}
+    # the places of each stored tensor
+    held: dict[str, list[Place]] = {}
+    for name, weight in program.weights.items():
+        trips = 1 if weight.index is None else len(weight.index)
+        entries: list[Source] = []
+        index = []
+        for trip in range(trips):
+            place = found[name].at(trip)
+            tensor = _tensor(model, place)
+            source = sources.get(id(tensor))
+            if source is None:
+                stored = stored_name(name, len(entries))
+                source = sources[id(tensor)] = Source(stored, weight.meta)
+                tensors[stored] = tensor
+            held.setdefault(source.name, []).append(place)
+            if source not in entries:
+                entries.append(source)
+            index.append(entries.index(source))
+        own_index = None if weight.index is None else tuple(index)
+        table[name] = Weight(tuple(entries), own_index, weight.trainable)
+    if state is not None:
+        tensors = {stored: _given(places, state) for stored, places in held.items()}
+    for source in sources.values():
+        _check_tensor(source.name, tensors[source.name], source.meta)
+    return WeightTable(table), tensors
+
+
+def _given(places: list[Place], state: Mapping[str, Tensor]) -> Tensor:
+    """What a state dict has for a weight, under any of its names."""
+    names = [
+        ".".join((*path, *around, place.leaf))
+        for place in places
+        for path in _paths(place)
+        for around in ((), ("base_layer",), ("original_module",))
+    ]
+    given = {name: state[name] for name in names if name in state}
+    if not given:
+        raise UsageError("the state dict has no tensor of this name", where=names[0])
+    (first, tensor), *others = given.items()
+    for name, other in others:
+        if other is not tensor and not torch.equal(other, tensor):
+            raise UsageError(
+                f"the state dict has another tensor for {first}, which is the same parameter",
+                where=name,
+            )
+    return tensor
+
+
+def _tensor(model: nn.Module, place: Place) -> Tensor:
+    module, _ = _holder(model, _paths(place)[0])
+    tensor = getattr(module, place.leaf, None)
+    if not isinstance(tensor, Tensor):
+        raise UsageError(
+            f"{type(module).__name__} has no {place.leaf}, which the program reads there",
+            where=".".join(_paths(place)[0]),
+        )
+    return tensor
+
+
+def _check_tensor(name: str, tensor: Tensor, meta: Meta) -> None:
+    if tensor.device.type == "meta":
+        raise ProgramError("the model's weights have no data", where=name)
+    if tuple(tensor.shape) != meta.shape:
+        raise ProgramError(
+            f"the weight is {meta_of(tensor)} now, and the program was made for {meta}", where=name
+        )
+
+
+def _paths(place: Place) -> list[tuple[str, ...]]:
+    """The modules that hold a weight; the first is the one that is multiplied by it."""
+    return [p.path for p in (place.linear, place.lookup) if p is not None] or [place.owner]
+
+
+def _holder(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
+    """The module at a path, and whether an adapter is around it."""
+    module = model.get_submodule(".".join(path))
+    for inner in ("base_layer", "original_module"):
+        if isinstance(held := getattr(module, inner, None), nn.Module):
+            return held, True
+    return module, False
+
+
+# ---- what was changed around the weights
+
+
+def _with_own_heads(model: Any) -> Program:
+    """The model's Program, with a weight of its own for a head that was tied and no longer is."""
+    program: Program = model.program
+    for name, place in places(program).items():
+        if place.linear is None or place.lookup is None:
+            continue
+        head, table = (getattr(_holder(model, path)[0], place.leaf, None) for path in _paths(place))
+        if head is table:
+            continue
+        keep_table = (*place.lookup.path, place.leaf) == (*place.owner, place.leaf)
+        path = place.linear.path if keep_table else place.lookup.path
+        new = ".".join((*path, place.leaf))
+        program = program.edit()
+        for _, graph in program.graphs():
+            for node in graph.find_nodes(op="get_attr", target=name):
+                _move(node, new, tables=not keep_table)
+        program = program.with_weights(program.weights.with_weight(new, program.weights[name]))
+    return program
+
+
+def _move(node: fx.Node, new: str, *, tables: bool) -> None:
+    """Let the lookups in a weight read it under a new name, or else all its other users."""
+    users = [u for u in node.users if tables == _is_lookup(u, node)]
+    if not users:
+        return
+    with node.graph.inserting_before(node):
+        own = node.graph.get_attr(new)
+    own.meta.update(node.meta)
+    for user in users:
+        user.replace_input_with(node, own)
+    if not node.users:
+        node.graph.erase_node(node)
+
+
+def _is_lookup(user: fx.Node, table: fx.Node) -> bool:
+    return user.target is torch.ops.aten.embedding.default and user.args[0] is table
+
+
+def _check_modules(model: Any) -> None:
+    """Raise UsageError for a parameter or a kind of module that the Program has no place for."""
+    expected: dict[str, type[nn.Module]] = {}
+    for name, place in places(model.program).items():
+        index = model.program.weights[name].index
+        for trip in range(len(index or (0,))):
+            at = place.at(trip)
+            expected |= {".".join((*path, at.leaf)): nn.Module for path in _paths(at)}
+            if at.linear is not None:
+                expected[".".join((*at.linear.path, at.leaf))] = nn.Linear
+            if at.lookup is not None:
+                expected[".".join((*at.lookup.path, at.leaf))] = nn.Embedding
+    present = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    for name in present:
+        if name not in expected:
+            owner, _, leaf = name.rpartition(".")
+            adapted = any(part in name for part in ("base_layer", "lora_", "modules_to_save"))
+            raise UsageError(
+                "an adapter is no part of a program"
+                if adapted
+                else f"the program has no weight for its {leaf}",
+                where=owner,
+                hint=MERGE if adapted else "put back the module that was there",
+            )
+    for name, kind in expected.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if kind is not nn.Module and type(module).forward is not kind.forward:
+            raise UsageError(
+                f"a {type(module).__name__} is where the program has a {kind.__name__}",
+                where=name.rpartition(".")[0],
+                hint=MERGE,
+            )
+
+
+def _origin(model: Any) -> Origin:
+    """The origin of the model's Program with its configuration and settings as they are now."""
+    origin: Origin = model.program.origin
+    before, now = RerollConfig.from_program(model.program).to_dict(), model.config.to_dict()
+    edits = {k: v for k, v in now.items() if k not in _OF_THE_FILES and before.get(k, _GONE) != v}
+    files = dict(origin.files)
+    if model.can_generate() and model.generation_config is not None:
+        settings = generation_config(model.program)
+        if settings is None or settings.to_dict() != model.generation_config.to_dict():
+            files[GENERATION_FILE] = generation_file(model.generation_config)
+    edits = json.loads(json.dumps(edits, default=str))
+    return replace(origin, config={**origin.config, **edits}, files=files)
+
+
+_GONE = object()
+# of a configuration: what says where it was, and in what form it is saved
+_OF_THE_FILES = {
+    "architectures", "dtype", "torch_dtype", "transformers_version", "program_file", "model_type",
+    "_name_or_path", "original_model_type",
+}  # fmt: skip

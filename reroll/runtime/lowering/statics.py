@@ -1,0 +1,122 @@
+"""What a decoder's layers compute from the encoder alone: done once, not at every token.
+
+In an encoder-decoder model, each decoder layer projects the encoder's states to the keys and values
+of its cross-attention. Those projections use the layer's own weights, so they stand in the body of
+the decoder's loop; here they move into a function of their own, which the main graph calls once
+before the loop, and the body takes what they give as per-trip inputs.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.runtime.functions.loops import run_static
+from reroll.runtime.lowering.hoisting import outer_values, placeholders
+
+
+def split_statics(program: Program, state: fx.Node) -> dict[str, fx.Graph]:
+    """Move the static parts out of the bodies, in place; returns their graphs by loop."""
+    found = {}
+    for loop in program.loops:
+        encoded = encoder_nodes(program)
+        if loop.node in encoded:
+            continue
+        graph = _split(program, loop, encoded, state)
+        if graph is not None:
+            found[loop.name] = graph
+    return found
+
+
+def is_decoder_input(name: str) -> bool:
+    """Whether an input belongs to the decoder of an encoder-decoder model."""
+    return name.startswith("decoder_")
+
+
+def encoder_nodes(program: Program) -> set[fx.Node]:
+    """The nodes of the main graph that depend on the encoder's data and on nothing of the
+    decoder.
+    """
+    if not any(is_decoder_input(i.name) for i in program.inputs):
+        return set()
+    roles = {i.name: i.role for i in program.inputs}
+    decoder: set[fx.Node] = set()
+    encoder: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and str(node.target) in roles:
+            if is_decoder_input(str(node.target)):
+                decoder.add(node)
+            elif roles[str(node.target)] == "data":
+                encoder.add(node)
+        elif any(n in decoder for n in node.all_input_nodes):
+            decoder.add(node)
+        elif any(n in encoder for n in node.all_input_nodes):
+            encoder.add(node)
+    return encoder
+
+
+def _split(program: Program, loop: Loop, encoded: set[fx.Node], state: fx.Node) -> fx.Graph | None:
+    fixed = {
+        place: values[0]
+        for place, values in outer_values(loop).items()
+        if isinstance(values[0], fx.Node) and values[0] in encoded and len(set(values)) == 1
+    }
+    static = _static_nodes(loop.body.graph, set(fixed))
+    border = [node for node in static if any(user not in static for user in node.users)]
+    # a size is not worth a function, and an int is not a tensor to keep
+    border = [node for node in border if node.meta.get("type") is not None]
+    if not border:
+        return None
+    graph, used = _extract(loop.body.graph, border, static)
+    main = program.graph
+    with main.inserting_before(loop.node):
+        inputs = tuple(fixed[place] for place in used)
+        values = main.call_function(run_static, (state, loop.name, inputs))
+        columns: list[list[fx.Node]] = [[] for _ in border]
+        for number in range(loop.trips * len(border)):
+            node = main.call_function(operator.getitem, (values, number))
+            node.meta.update(border[number % len(border)].meta)
+            columns[number % len(border)].append(node)
+    for node, column in zip(border, columns, strict=True):
+        place = loop.add_input(node.name, tuple(column))
+        place.meta.update(node.meta)
+        node.replace_all_uses_with(place, delete_user_cb=lambda user: user not in static)
+    loop.body.graph.eliminate_dead_code()
+    loop.drop_unused_inputs()
+    return graph
+
+
+def _static_nodes(body: fx.Graph, fixed: set[fx.Node]) -> dict[fx.Node, None]:
+    """The nodes that depend on the fixed inputs and, beside them, on weights only."""
+    static: dict[fx.Node, None] = {}
+    for node in body.nodes:
+        if node.op != "call_function" or not node.all_input_nodes:
+            continue
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if inputs and all(n in fixed or n in static for n in inputs):
+            static[node] = None
+    return static
+
+
+def _extract(
+    body: fx.Graph, border: list[fx.Node], static: dict[fx.Node, None]
+) -> tuple[fx.Graph, list[fx.Node]]:
+    """A graph that computes the border, and the body's placeholders that it takes."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    used = [place for place in placeholders(body) if any(user in static for user in place.users)]
+    for place in used:
+        values[place] = graph.placeholder(place.name)
+
+    def value(node: fx.Node) -> fx.Node:
+        if node not in values:
+            assert node.op == "get_attr" or node in static
+            values[node] = graph.node_copy(node, value)
+        return values[node]
+
+    outputs: tuple[Any, ...] = tuple(value(node) for node in border)
+    graph.output(outputs)
+    return graph, used

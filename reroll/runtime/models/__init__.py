@@ -1,0 +1,1 @@
+"""The lowered models as transformers classes: configuration, loading, saving, generation."""

@@ -1,0 +1,55 @@
+"""The lowered models by transformers' auto classes, which import them when they are first used."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+# the module and the name of the lowered model of each auto class
+MODELS = {
+    "AutoModel": ("encoders", "RerollModel"),
+    "AutoModelForCausalLM": ("causal_lm", "RerollForCausalLM"),
+    "AutoModelForImageTextToText": ("causal_lm", "RerollForConditionalGeneration"),
+    "AutoModelForMaskedLM": ("encoders", "RerollForMaskedLM"),
+    "AutoModelForSequenceClassification": ("encoders", "RerollForSequenceClassification"),
+    "AutoModelForTokenClassification": ("encoders", "RerollForTokenClassification"),
+    "AutoModelForQuestionAnswering": ("encoders", "RerollForQuestionAnswering"),
+    "AutoModelForImageClassification": ("encoders", "RerollForImageClassification"),
+    "AutoModelForSeq2SeqLM": ("seq2seq", "RerollForSeq2SeqLM"),
+    "AutoModelForSpeechSeq2Seq": ("seq2seq", "RerollForSpeechSeq2Seq"),
+}
+
+
+def model_class(auto_class: str) -> Any:
+    """The lowered model class that one of transformers' auto classes loads."""
+    module, name = MODELS.get(auto_class, MODELS["AutoModel"])
+    return getattr(import_module(f"reroll.runtime.models.{module}"), name)
+
+
+@cache
+def register_models() -> None:
+    """Register the lowered models with transformers' auto classes, once."""
+    from transformers.models.auto import modeling_auto
+
+    from reroll.runtime.models.config import RerollConfig
+
+    for auto_class, (_, name) in MODELS.items():
+        mapping = getattr(modeling_auto, auto_class)._model_mapping
+        mapping.register(RerollConfig, _LazyModel(auto_class), exist_ok=True)
+        # Trainer and pipelines look the names of classes up, such as for whether labels are shifted
+        mapping._model_mapping.setdefault(RerollConfig.model_type, name)
+
+
+class _LazyModel:
+    """Stands for a lowered model class until something of it is needed."""
+
+    def __init__(self, auto_class: str) -> None:
+        self._auto = auto_class
+        self.__name__ = MODELS[auto_class][1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(model_class(self._auto), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return model_class(self._auto)(*args, **kwargs)

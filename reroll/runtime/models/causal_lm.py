@@ -1,0 +1,178 @@
+"""Lowered causal language models."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from reroll.errors import UsageError
+from reroll.rewrite.capture.pictures import picture_inputs
+from reroll.runtime.functions.exits import DepthReport, depth_report
+from reroll.runtime.functions.hidden import Wish, hidden_states
+from reroll.runtime.functions.loops import keep_positions
+from reroll.runtime.functions.losses import language_loss
+from reroll.runtime.models.generation import RerollGenerationMixin, without_cache
+from reroll.runtime.models.modeling import RerollPreTrainedModel
+
+log = logging.getLogger(__name__)
+
+# what a loss takes beside logits and labels
+_LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+
+
+class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
+    """A lowered causal language model: `generate`, losses and caches as in transformers."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: Wish = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits [batch, time, vocabulary] of the next token.
+
+        `attention_mask` [batch, past + time] is 0 at padding. Without it and without a cache,
+        `position_ids` that begin anew within a row are separate documents, as in transformers.
+        `inputs_embeds` [batch, time, width] stand in for the embeddings of `input_ids`. `labels`
+        are the input ids, -100 where they do not count. `logits_to_keep`: only the last so many
+        positions, or those of a tensor. `output_hidden_states`: those of the original, all or by
+        number.
+        """
+        refuse_attentions(self, kwargs)
+        self.refuse_unread({"position_ids": position_ids, **kwargs}, _LOSS_OPTIONS)
+        input_ids = self._tokens(input_ids, inputs_embeds)
+        asked, past = use_cache, past_key_values
+        use_cache = wants_cache(self, use_cache, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        check_span(self, past_key_values, input_ids)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            **{k: v for k, v in kwargs.items() if k in self._input_names},
+        }
+        hidden, wish = hidden_states(self, output_hidden_states)
+        outputs, state = self.run_program(
+            given,
+            past_key_values,
+            keep=logits_to_keep,
+            hidden=hidden,
+            embeddings=inputs_embeds,
+            documents=self.documents(given, asked, past),
+        )
+        logits = outputs.pop("logits")
+        if not self._assembly.keeps:
+            logits = keep_positions(logits, state)
+        loss = None
+        if labels is not None:
+            extra = {k: v for k, v in kwargs.items() if k in _LOSS_OPTIONS}
+            loss = language_loss(self, logits, labels, **extra)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if hidden is None else hidden.chosen("hidden_states", wish),
+        )
+        for name, value in outputs.items():
+            result[name] = value
+        if self._depths is not None and "depth" in outputs:
+            self._depths.append(outputs["depth"][:, -1])
+        return result if return_dict is not False else result.to_tuple()
+
+    # the depth of each new token of the running `generate`, and the report of the last one
+    _depths: list[Tensor] | None = None
+    depth_report: DepthReport | None = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; of a model with exits, `depth_report` says then how deep it went."""
+        if "depth" not in self.program.outputs:
+            return super().generate(*args, **kwargs)
+        self._depths = []
+        try:
+            result = super().generate(*args, **kwargs)
+            self.depth_report = depth_report(self._depths)
+            log.info("generated with %s", self.depth_report)
+        finally:
+            self._depths = None
+        return result
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # in the signature, transformers reads whether embeddings are taken
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if "position_ids" not in self._input_names:
+            # transformers makes them for every forward that names them
+            inputs.pop("position_ids", None)
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache"):
+            # which are in the cache by now
+            for name in picture_inputs(self.program.inputs):
+                inputs.pop(name, None)
+        return inputs
+
+
+class RerollForConditionalGeneration(RerollForCausalLM):
+    """A lowered language model that reads pictures in the prompt, and text without any as well."""
+
+
+def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> bool:
+    """Whether a forward keeps its keys and values: as asked, and by default when not training.
+
+    Raises UsageError if a model that keeps none is asked to.
+    """
+    if not model.keeps_cache:
+        if asked or past is not None:
+            raise without_cache(
+                model,
+                "a forward returns none and takes none",
+                "leave use_cache out; give all tokens",
+            )
+        return False
+    if model.training and model.is_gradient_checkpointing:
+        return False
+    if asked is None:
+        asked = past is not None or (not model.training and model.config.use_cache)
+    return bool(asked)
+
+
+def check_span(model: RerollPreTrainedModel, past: Any, tokens: Tensor | None) -> None:
+    """Raise UsageError where the original's cache would have dropped what its attention sees."""
+    span = model.program.origin.cache_span
+    before = 0 if span is None or past is None else past.get_seq_length()
+    if span is not None and tokens is not None and before and before + tokens.shape[1] > span:
+        raise UsageError(
+            f"the original's cache keeps {span} tokens, and {before + tokens.shape[1]} are asked "
+            "for: with a cache it computes something else than without, which is not captured",
+            where=type(model).__name__,
+            hint="use_cache=False gives what the original gives with use_cache=False",
+        )
+
+
+def refuse_attentions(model: RerollPreTrainedModel, wishes: dict[str, Any]) -> None:
+    """Attention weights are never formed, so nobody can have them: UsageError if one asks."""
+    asked = wishes.pop("output_attentions", None)
+    if getattr(model.config, "output_attentions", False) if asked is None else asked:
+        raise UsageError(
+            "a lowered model does not form attention weights, and so returns none",
+            where="output_attentions" if asked else "output_attentions in the configuration",
+            hint="the original returns them: from_pretrained(..., attn_implementation='eager')",
+        )

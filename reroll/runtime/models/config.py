@@ -1,0 +1,82 @@
+"""The configuration of a lowered model: the original's own entries, and the cache layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from reroll.rewrite.ir.program import Program
+from reroll.runtime.models.auto import register_models
+from reroll.runtime.state.caches import cache_config, cache_layers
+
+# what belongs to the original's class, to the file that it was in, or to the cache layers
+_DROPPED = {
+    "model_type", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype",
+    "layer_types", "sliding_window", "attention_chunk_size", "per_layer_config", "kv_sharing_modes",
+    "text_config", "_name_or_path", "name_or_path", "quantization_config", "mlp_layer_types",
+    "_attn_implementation", "attn_implementation", "rope_scaling", "return_dict",
+    "output_hidden_states", "output_attentions", "use_return_dict", "num_labels", "is_reroll",
+}  # fmt: skip
+
+
+class RerollConfig(PreTrainedConfig):
+    """Configuration of a model that reroll has lowered.
+
+    It has the original configuration's entries under their names, those of a nested text model on
+    the top level, and beside them `original_model_type`, `program_file`, and what transformers
+    needs to build the caches.
+    """
+
+    model_type = "reroll"
+
+    original_model_type: str = ""
+    program_file: str = "program.json"
+    is_encoder_decoder: bool = False
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # whoever loads a saved model makes its configuration first, and then asks for its class
+        register_models()
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """This configuration: it has the text model's entries on its own level."""
+        del decoder, encoder
+        return self
+
+    @classmethod
+    def from_program(cls, program: Program) -> RerollConfig:
+        """The configuration of a Program's lowered model."""
+        original = program.origin.config
+        entries = _flat(original)
+        entries.update(cache_config(cache_layers(program)))
+        entries["original_model_type"] = str(original.get("model_type", ""))
+        entries["dtype"] = str(program.dtype).removeprefix("torch.")
+        return cls(**entries)
+
+
+def _flat(original: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration, those of its text model under the names that it lacks."""
+    entries = dict(original)
+    nested = original.get("text_config")
+    if isinstance(nested, Mapping):
+        entries = {**nested, **entries}
+    aliases = _attribute_map(entries.get("model_type"))
+    for general, own in aliases.items():
+        if own in entries:
+            entries.setdefault(general, entries[own])
+    return {k: v for k, v in entries.items() if k not in _DROPPED}
+
+
+def _attribute_map(model_type: Any) -> Mapping[str, str]:
+    """The names that transformers' class gives the entries of a model type beside their own."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        found = CONFIG_MAPPING[model_type].attribute_map
+    except (KeyError, TypeError):
+        return {}
+    return dict(found)

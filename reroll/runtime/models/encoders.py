@@ -1,0 +1,125 @@
+"""Lowered models that run once over their input: encoders of text, images and sound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.rewrite.ir.hidden import named
+from reroll.rewrite.ir.program import Program
+from reroll.runtime.functions.hidden import Wish, hidden_states
+from reroll.runtime.models.causal_lm import refuse_attentions
+from reroll.runtime.models.config import RerollConfig
+from reroll.runtime.models.modeling import RerollPreTrainedModel
+from reroll.runtime.models.outputs import output_class
+
+# what a loss needs to know where an answer is
+_LOSS_INPUTS = frozenset({"start_positions", "end_positions"})
+
+
+class RerollModel(RerollPreTrainedModel):
+    """A lowered model without generation; its outputs are those of the Program, by name."""
+
+    def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
+        super().__init__(config, program)
+        # made here, because compiled code cannot make a class
+        self._output_class = output_class(("loss", *self.program.outputs, *named(self.program)))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: Wish = None,
+        return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The Program's outputs as a `ModelOutput`, with `loss` first if there are `labels`.
+
+        The main input may be given by position whatever its name, and `inputs_embeds` [batch, time,
+        width] stand in for the embeddings of `input_ids`. `output_hidden_states`: those of the
+        original, all or by number.
+        """
+        refuse_attentions(self, kwargs)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "pixel_values": pixel_values,
+            "input_features": input_features,
+            "input_values": input_values,
+            **kwargs,
+        }
+        if self.main_input_name != "input_ids" and given.get(self.main_input_name) is None:
+            given[self.main_input_name] = given.pop("input_ids")
+        self.refuse_unread(given, _LOSS_INPUTS)
+        if inputs_embeds is not None:
+            given[self.main_input_name] = self._tokens(given[self.main_input_name], inputs_embeds)
+        hidden, wish = hidden_states(self, output_hidden_states)
+        documents = self.documents(given, kwargs.get("use_cache"), None)
+        outputs, _ = self.run_program(
+            given, hidden=hidden, embeddings=inputs_embeds, documents=documents
+        )
+        loss = None
+        if labels is not None or "start_positions" in kwargs:
+            loss = self.loss(outputs, labels, kwargs)
+        states = {} if hidden is None else {n: hidden.chosen(n, wish) for n in hidden.entries}
+        result = self._output_class(loss=loss, **outputs, **states)
+        return result if return_dict is not False else result.to_tuple()
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The loss of the model's task."""
+        raise UsageError(f"{type(self).__name__} has no loss", hint="compute one from its outputs")
+
+
+class RerollForMaskedLM(RerollModel):
+    """A lowered masked language model."""
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        logits = outputs["logits"]
+        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+
+
+class RerollForSequenceClassification(RerollModel):
+    """A lowered classifier of sequences."""
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        return self.loss_function(labels, outputs["logits"], self.config)
+
+
+class RerollForImageClassification(RerollForSequenceClassification):
+    """A lowered classifier of images."""
+
+
+class RerollForTokenClassification(RerollModel):
+    """A lowered classifier of tokens."""
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        return self.loss_function(outputs["logits"], labels, self.config)
+
+
+class RerollForQuestionAnswering(RerollModel):
+    """A lowered model that finds answers in a text."""
+
+    def loss(
+        self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        positions = (kwargs.get("start_positions"), kwargs.get("end_positions"))
+        return self.loss_function(outputs["start_logits"], outputs["end_logits"], *positions)

@@ -1,0 +1,108 @@
+"""Generation by a lowered model: the original's settings, and what there is instead of a cache."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import GenerationMixin, GenerationMode
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from reroll.errors import UsageError
+from reroll.rewrite.capture.side_files import GENERATION_FILE
+from reroll.rewrite.ir.program import NO_CACHE, Program
+
+log = logging.getLogger(__name__)
+
+
+def generation_config(program: Program) -> GenerationConfig | None:
+    """The original model's settings: its file of them, else what its configuration says."""
+    path = program.origin.files.get(GENERATION_FILE)
+    if path is not None and Path(path).is_file():
+        try:
+            return GenerationConfig.from_pretrained(Path(path).parent, Path(path).name)
+        # transformers, too, then goes by the configuration
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("%s cannot be read, and is passed over: %s", path, error)
+    original = dict(program.origin.config)
+    try:
+        config = CONFIG_MAPPING[original.get("model_type")].from_dict(original)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return GenerationConfig.from_model_config(config)
+
+
+class RerollGenerationMixin(GenerationMixin):
+    """transformers' `generate` for lowered models, with a cache or without.
+
+    A model that was captured without a cache reads all tokens again for each new one.
+    """
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether a cache can hold what new tokens need of those before."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self.program.origin.adds_tokens:
+            raise UsageError(
+                "the original's generate reads tokens beside those that it is given, such as a "
+                "mask token at the end, and reroll does not add them",
+                where=type(self).__name__,
+                hint="add them yourself, and take the next token from the logits of a call",
+            )
+        if self.keeps_cache:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, *rest, **kwargs
+            )
+        drafts = generation_config.is_assistant
+        if drafts or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            role = "draft for another model" if drafts else "check what a draft model proposes"
+            raise without_cache(self, f"it cannot {role}", "generate without an assistant")
+        if model_kwargs.get("past_key_values") is not None:
+            raise without_cache(self, "past_key_values mean nothing to it", "give it all tokens")
+        if model_kwargs.get("inputs_embeds") is not None:
+            hint = "give it input_ids"
+            raise without_cache(self, "it cannot go on from embeddings, which it reads once", hint)
+        if generation_config.use_cache and self.program.origin.cache_span == 0:
+            hint = "use_cache=False gives what the original gives with use_cache=False"
+            raise without_cache(self, "it does not generate as the original does with one", hint)
+        generation_config.use_cache, generation_config.cache_implementation = False, None
+        return None
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; where the original drops its cache at some length, so does this."""
+        limit = self.program.origin.rereads_at
+        crossed = limit is not None and input_ids.shape[1] >= limit
+        if crossed and past_key_values and past_key_values.get_seq_length() < limit:
+            past_key_values = kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The padding mask as it is: the model makes its own masks, also for static caches."""
+        del kwargs
+        return attention_mask
+
+
+def without_cache(model: Any, consequence: str, hint: str) -> UsageError:
+    """The error of a caller who wants a cache of a model that was captured without one."""
+    remarks = model.program.origin.remarks
+    why = "".join(f" ({remark})" for remark in remarks if remark.startswith(NO_CACHE))
+    return UsageError(
+        f"the model keeps no cache, so {consequence}{why}", where=type(model).__name__, hint=hint
+    )

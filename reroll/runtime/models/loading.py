@@ -1,0 +1,154 @@
+"""Loading a saved model as transformers' `from_pretrained` does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reroll.errors import UsageError
+from reroll.rewrite.ir.dtypes import retype
+from reroll.rewrite.ir.program import Program
+from reroll.runtime.models.auto import MODELS, model_class
+from reroll.runtime.models.config import RerollConfig
+from reroll.runtime.models.pretrained import find_directory, load_program
+from reroll.runtime.models.saving import ADAPTER_FILES
+
+
+def load_model(
+    cls: Any,
+    name: Any,
+    *,
+    config: Any = None,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    device_map: Any = None,
+    subfolder: str = "",
+    adapter_kwargs: dict[str, Any] | None = None,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """The lowered model in a directory or hub repository that reroll saved, in eval mode.
+
+    `dtype` is the Program's own or "auto", or fp32 for one in half precision; `device_map` is one
+    device. Other arguments change entries of the configuration, as in transformers.
+
+    Raises UsageError for what a lowered model cannot do, such as quantisation on load, and for a
+    class that does not run it.
+    """
+    hub = {
+        key: kwargs.pop(key, None) for key in ("revision", "cache_dir", "token", "local_files_only")
+    }
+    directory = find_directory(str(name), **hub) / (subfolder or "")
+    directory, adapter = _base_and_adapter(directory, adapter_kwargs)
+    program = load_program(directory)
+    fitting = MODELS.get(program.origin.auto_class, MODELS["AutoModel"])[1]
+    # what reads pictures is a language model as well
+    reads_text = cls.__name__ == "RerollForCausalLM" and fitting == "RerollForConditionalGeneration"
+    if cls.__name__ not in (fitting, "RerollPreTrainedModel") and not reads_text:
+        raise UsageError(
+            f"{cls.__name__} does not run this model",
+            where=str(name),
+            hint=f"use {program.origin.auto_class}.from_pretrained",
+        )
+    program = retype(program, torch_dtype if dtype is None else dtype)
+    own = _config(directory, str(name), program, config, kwargs)
+    model = model_class(program.origin.auto_class)(own, program)
+    model.load_weights(_device(device_map))
+    if adapter is not None:
+        model.load_adapter(str(adapter))
+    model.eval()
+    if not output_loading_info:
+        return model
+    empty: dict[str, Any] = {
+        k: set() for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    return model, {**empty, "error_msgs": []}
+
+
+def _base_and_adapter(
+    directory: Path, adapter_kwargs: dict[str, Any] | None
+) -> tuple[Path, Path | None]:
+    """The directory of the model, and that of the adapter to put on it: see `runtime.saving`."""
+    asked = (adapter_kwargs or {}).get("_adapter_model_path")
+    if asked is not None:
+        return directory, find_directory(str(asked))
+    file = directory / ADAPTER_FILES[0]
+    if not file.is_file():
+        return directory, None
+    if (directory / "config.json").is_file():
+        return directory, directory
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return find_directory(str(base)), directory
+
+
+# arguments of from_pretrained that choose between ways of loading which are all the same here
+_NO_EFFECT = {
+    "low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "force_download",
+    "attn_implementation", "_from_auto", "_commit_hash", "code_revision",
+    "resume_download", "proxies", "use_auth_token", "ignore_mismatched_sizes",
+}  # fmt: skip
+
+
+def _config(
+    directory: Path, name: str, program: Program, config: Any, kwargs: dict[str, Any]
+) -> RerollConfig:
+    """The configuration in a directory, changed by keyword.
+
+    Raises UsageError for a change of what the Program fixes.
+    """
+    kwargs = {k: v for k, v in kwargs.items() if k not in _NO_EFFECT}
+    stored = RerollConfig.from_pretrained(directory)
+    own = config if isinstance(config, RerollConfig) else copy.deepcopy(stored)
+    for option, value in kwargs.items():
+        if not hasattr(own, option):
+            # callers such as lm-eval pass None for what they do not ask for
+            if value is None:
+                continue
+            raise UsageError(
+                f"a lowered model has no option {option!r}",
+                hint="convert the model it was made from",
+            )
+        setattr(own, option, value)
+    _check_fixed(own.to_dict(), stored.to_dict(), name)
+    own.dtype = program.dtype
+    # what peft writes down as the model below an adapter
+    own.name_or_path = name
+    return own
+
+
+def _check_fixed(own: dict[str, Any], stored: dict[str, Any], name: str) -> None:
+    """Raise UsageError for an entry of the original's configuration that has another value.
+
+    What all configurations have, and the numbers of tokens, are read when a lowered model runs; the
+    rest has become its graph.
+    """
+    free = RerollConfig().to_dict().keys()
+    for key, value in stored.items():
+        if key in free or key.endswith("_token_id") or own.get(key) == value:
+            continue
+        raise UsageError(
+            f"{key} is part of the program, where it is {value!r:.80}, not {own.get(key)!r:.80}",
+            where=name,
+            hint="change the original's configuration, and convert it again",
+        )
+
+
+def _device(device_map: Any) -> torch.device | None:
+    """The one device of a device map."""
+    if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
+        device_map = next(iter(device_map.values()))
+    if device_map is None:
+        return None
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(
+            f"a lowered model loads onto one device, not {device_map!r:.80}",
+            hint='device_map is a device such as "cuda:0"',
+        ) from error

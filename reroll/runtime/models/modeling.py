@@ -1,0 +1,431 @@
+"""The base of all lowered models: a `PreTrainedModel` that runs a Program's generated code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reroll.errors import UsageError
+from reroll.rewrite.analysis.reach import out_of_reach
+from reroll.rewrite.capture.pictures import ROLE
+from reroll.rewrite.ir.defaults import fitted, ordinary_token
+from reroll.rewrite.ir.dtypes import retype
+from reroll.rewrite.ir.program import Input, Program
+from reroll.rewrite.ir.weights.evaluation import Output, evaluate_outputs
+from reroll.runtime.functions.documents import Documents, documents_of
+from reroll.runtime.functions.loops import State
+from reroll.runtime.functions.trips import set_trips
+from reroll.runtime.lowering.assembly import Assembly, Default, assemble, reassemble
+from reroll.runtime.lowering.modules import tied_names
+from reroll.runtime.lowering.recapture import from_stored, kept_tensors, program_of
+from reroll.runtime.models.config import RerollConfig
+from reroll.runtime.models.generation import generation_config
+from reroll.runtime.state.caches import layers_of
+
+# what callers pass to any model of transformers, and what changes no output of any
+_NO_EFFECT = frozenset(
+    {
+        "use_cache",
+        "cache_position",
+        "logits_to_keep",
+        "return_loss",
+        "num_items_in_batch",
+        "interpolate_pos_encoding",
+    }
+)
+
+
+class RerollPreTrainedModel(PreTrainedModel):
+    """A lowered Program with the interface of transformers' models.
+
+    Its weights are under the original's names, one module per trip of a loop. Made by
+    `reroll.runtime.lowering.lower` or `from_pretrained`.
+    """
+
+    config_class = RerollConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = "past_key_values"
+
+    def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
+        super().__init__(config)
+        if program is None:
+            raise UsageError(
+                f"{type(self).__name__} cannot be made from a configuration alone",
+                hint="use from_pretrained on what reroll saved, or Program.to_module",
+            )
+        if self.can_generate() and (settings := generation_config(program)) is not None:
+            self.generation_config = settings
+        self._program = _Shared(program)
+        self._assembly: Assembly = assemble(self, program)
+        self._input_names = frozenset(i.name for i in program.inputs)
+        self._ordinary = ordinary_token(program)
+        self.main_input_name = next(i.name for i in program.inputs if i.role == "data")
+        self._tied_weights_keys = dict(tied_names(self))
+        self._no_split_modules = sorted({type(t).__name__ for t in self.trip_modules()})
+        self.post_init()
+        self.all_tied_weights_keys = dict(self._tied_weights_keys)
+
+    @property
+    def program(self) -> Program:
+        """The Program that this model runs, with the weights that it was made from."""
+        return self._program.value
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether a cache holds all that new tokens need of those before, so they are read alone.
+
+        A model that was captured without a cache keeps none, even if a pass has put recurrences
+        into it: what else mixes its tokens has no state.
+        """
+        return bool(self._assembly.layers) and self.program.has_past
+
+    def load_weights(self, device: torch.device | str | None = None) -> None:
+        """Compute the Program's weights and put them in place."""
+        slots = self._assembly.tree.slots
+        table = self.program.weights
+        slot_of = {at: slots[key] for key, at in table.distinct().items() if key in slots}
+        outputs = [Output(name, entry, table[name].entries[entry]) for name, entry in slot_of]
+        for name, entry, tensor in evaluate_outputs(outputs, self.program.source):
+            slot_of[name, entry].fill(tensor.to(device) if device is not None else tensor)
+
+    def code(self) -> Mapping[str, str]:
+        """The generated Python source: "main", and one function per loop."""
+        return dict(self._assembly.sources)
+
+    def compile_trips(self, **options: Any) -> None:
+        """Compile what loops run, each body once for all its trips: `torch.compile` by region.
+
+        `options` are those of `torch.compile`.
+        """
+        for trip in self.trip_modules():
+            trip.compile(**options)
+
+    def set_trips(
+        self, trips: int | None, *, backprop: int | None = None, loop: str | None = None
+    ) -> None:
+        """Run another number of trips from now on; None is the number of the Program.
+
+        For loops whose trips are all alike, as `loop_core` makes them: one of them by name, or all
+        that have several.
+        `backprop`: gradients flow through the last so many trips only. `reroll.sample_trips` draws
+        numbers for training. Raises UsageError if the trips differ, or are less than one.
+        """
+        set_trips(self.program, self._assembly.loops, trips, backprop, loop)
+
+    def trip_modules(self) -> list[nn.Module]:
+        """The trips of all loops, in the order in which they run."""
+        return [t for trips in self._assembly.loops.values() for t in trips.modules]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a directory or hub repository that reroll saved: `reroll.runtime.models.loading`."""
+        from reroll.runtime.models.loading import load_model
+
+        del args
+        return load_model(cls, pretrained_model_name_or_path, **kwargs)
+
+    def to_program(self) -> Program:
+        """The Program with the weights that the model has now."""
+        return program_of(self)
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as `Program.save` does, with the weights and the configurations of now.
+
+        See `reroll.runtime.models.saving`. A directory that exists is kept, and its files are
+        replaced.
+        Arguments that say how transformers lays out its own checkpoints have no effect.
+        """
+        from reroll.runtime.models.saving import save_model
+
+        if push_to_hub:
+            raise UsageError(
+                "a lowered model is not pushed by save_pretrained",
+                hint="save it, and upload the directory: hf upload REPOSITORY DIRECTORY",
+            )
+        if is_main_process:
+            save_model(self, str(save_directory), state_dict, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state dict of this model, or the tensors of a file that it saved."""
+        return super().load_state_dict(from_stored(self, state_dict), *args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the model, or bring it to another dtype: `to`, `half` and others end here.
+
+        Another dtype is another Program. What that keeps in fp32, as the frequencies of rotary
+        embeddings, stays in fp32. Raises UsageError where it does not run in the dtype.
+        """
+        if "_assembly" not in self.__dict__:
+            return super()._apply(fn, recurse)
+        dtype = fn(torch.empty(0, dtype=self.program.dtype)).dtype
+        if dtype == self.program.dtype:
+            return super()._apply(fn, recurse)
+        program = retype(self.program, dtype)
+        kept = {id(t) for t in kept_tensors(self, program)}
+        super()._apply(
+            lambda t: t.to(fn(t.new_empty(0)).device) if id(t) in kept else fn(t), recurse
+        )
+        self._program = _Shared(program)
+        self._assembly = reassemble(self, program)
+        self.config.dtype = dtype
+        return self
+
+    # ---- running
+
+    def documents(
+        self, given: Mapping[str, Tensor | None], use_cache: bool | None, past: Any
+    ) -> Documents | None:
+        """The documents of packed rows, where the original would keep them apart: without a cache.
+
+        `use_cache` is what the caller asked for.
+        """
+        caches = self.config.use_cache if use_cache is None else use_cache
+        trains = self.training and self.is_gradient_checkpointing
+        if past is not None or (caches and not trains):
+            return None
+        return documents_of(self.program.inputs, given, self._assembly.mixing)
+
+    def run_program(
+        self, given: Mapping[str, Tensor | None], past: Any = None, **wishes: Any
+    ) -> tuple[dict[str, Tensor], State]:
+        """The outputs of the Program by name. `past` is a transformers cache; see `State` for
+        wishes.
+        """
+        if wishes.get("embeddings") is not None:
+            self._refuse_derived(given)
+        layers = layers_of(past, self._assembly.layers)
+        state = State(self._assembly.loops, layers, **wishes)
+        try:
+            outputs = self._assembly.main(self, *self._arguments(given, layers), state)
+        except (IndexError, RuntimeError) as error:
+            raise self.explained(error, given, layers) from error
+        named = zip(self.program.outputs, outputs, strict=True)
+        return {name: value for name, value in named if value is not None}, state
+
+    def explained(
+        self, error: Exception, given: Mapping[str, Tensor | None], layers: Any
+    ) -> Exception:
+        """The reason of an error in terms of the inputs, if these are at fault; else the error."""
+        past = 0 if layers is None else int(layers[0].get_seq_length())
+        return out_of_reach(self.program, given, past) or error
+
+    def _arguments(self, given: Mapping[str, Tensor | None], layers: Any) -> list[Tensor | None]:
+        """The Program's inputs in order; those that were left out as the original has them."""
+        values = {i.name: given.get(i.name) for i in self.program.inputs}
+        past = 0 if layers is None else layers[0].get_seq_length()
+        return self._completed(values, self.program.inputs, past)
+
+    def _completed(
+        self, values: dict[str, Tensor | None], items: Iterable[Input], past: Any
+    ) -> list[Tensor | None]:
+        """All values, those of `items` that were left out computed; one row stands for a batch."""
+        for item in items:
+            value = values[item.name]
+            if value is None:
+                values[item.name] = self._default(item, values, past)
+            elif item.role == "data" and value.is_floating_point():
+                # processors give pixels and sounds in fp32, and many originals narrow them first
+                values[item.name] = value.to(item.type.dtype)
+            elif item.role != "data" and value.shape[0] == 1:
+                values[item.name] = fitted(item, value, self._sizes(item, values)[0])
+        return list(values.values())
+
+    def refuse_unread(self, given: Mapping[str, Any], taken: Collection[str] = ()) -> None:
+        """Raise UsageError for what the Program has no input for.
+
+        `taken` are names that the caller makes use of itself. Token types of nothing but zero are
+        what a Program without them takes for granted, unless the capture left them out.
+        """
+        for name, value in given.items():
+            known = name in self._input_names or name in _NO_EFFECT or name in taken
+            if known or value is None or value is False:
+                continue
+            tensors = [t for t in _flat(value) if isinstance(t, Tensor)]
+            types = name.endswith("token_type_ids") and self._left_out(name) is None
+            if types and not any(t.any() for t in tensors):
+                continue
+            raise self.unread_input(name)
+
+    def unread_input(self, name: str) -> UsageError:
+        """The error of an input that the Program does not have."""
+        captured = f"it was captured with {', '.join(sorted(self._input_names))}"
+        return UsageError(
+            f"the model has no input {name}",
+            where=type(self).__name__,
+            hint=self._left_out(name) or captured,
+        )
+
+    def _left_out(self, name: str) -> str | None:
+        """The remark on an input that the capture left out."""
+        word = re.compile(rf"\b{re.escape(name)}\b")
+        return next((r for r in self.program.origin.remarks if word.search(r)), None)
+
+    def _default(
+        self, item: Input, values: Mapping[str, Tensor | None], past: Any
+    ) -> Tensor | None:
+        """What stands for an input that was left out."""
+        own = self._assembly.defaults.get(item.name)
+        # without the past, a mask that is made of tokens covers too little, and none hides nothing
+        if own is not None and (item.role != "padding" or _is_zero(past)):
+            return self._computed(item, own, values, past)
+        if item.role == "data":
+            raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
+        if item.role == ROLE or (item.role == "padding" and item.name not in self._assembly.masks):
+            return None
+        return self._counted(item, values, past)
+
+    def _computed(
+        self, item: Input, own: Default, values: Mapping[str, Tensor | None], past: Any
+    ) -> Tensor:
+        """A default that is a function of the inputs before it."""
+        given = []
+        for other in self.program.inputs:
+            if other.name not in own.reads:
+                continue
+            value = values[other.name]
+            unread = other.name not in own.looks_into
+            if other.role == "padding" and (value is None or unread):
+                value = self._counted(other, values, past)
+            elif value is None or (other.role == "padding" and value.dim() != 2):
+                raise UsageError(
+                    f"{item.name} is missing, and follows from {other.name} [batch, tokens] only",
+                    where=type(self).__name__,
+                )
+            given.append(value)
+        value = own.function(self, *given)[0].to(item.type.dtype)
+        batch = value.shape[0] if item.role == "data" else self._sizes(item, values)[0]
+        return fitted(item, value, batch)
+
+    def _counted(self, item: Input, values: Mapping[str, Tensor | None], past: Any) -> Tensor:
+        """A default that follows from sizes, as the input's role says."""
+        batch, length, device = self._sizes(item, values)
+        if item.counts:
+            positions = torch.arange(length, device=device) + past
+            return positions.expand(batch, -1)
+        if item.role == "padding":
+            return torch.ones(batch, int(past) + length, dtype=item.type.dtype, device=device)
+        return torch.zeros(batch, length, dtype=item.type.dtype, device=device)
+
+    def _sizes(
+        self, item: Input, values: Mapping[str, Tensor | None]
+    ) -> tuple[int, int, torch.device]:
+        """Batch, length and device of the data that an input of these types goes with."""
+        decoder = item.name.startswith("decoder_")
+        for other in self.program.inputs:
+            value = values[other.name]
+            if other.role == "data" and other.name.startswith("decoder_") == decoder:
+                assert value is not None
+                return value.shape[0], value.shape[1], value.device
+        raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
+
+    def _tokens(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
+        """The token ids; beside embeddings, ids of which only the size matters."""
+        if embeddings is None:
+            return ids
+        if ids is not None or not self._assembly.takes_embeddings:
+            why = "both tokens and embeddings" if ids is not None else "embeddings for this model"
+            raise UsageError(f"forward cannot take {why}", where=type(self).__name__)
+        return torch.full(
+            embeddings.shape[:2], self._ordinary, dtype=torch.long, device=embeddings.device
+        )
+
+    def _refuse_derived(self, given: Mapping[str, Tensor | None]) -> None:
+        """Refuse embeddings where other tokens would have to be made of the tokens."""
+        for item in self.program.inputs:
+            if item.role == "data" and item.default is not None and given.get(item.name) is None:
+                raise UsageError(
+                    f"the input {item.name} is missing, and does not follow from embeddings",
+                    where=type(self).__name__,
+                )
+
+    # ---- what transformers asks of its models
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Refuse what `generate` was given and the Program does not read, before transformers
+        does.
+        """
+        named = inspect.signature(self.forward).parameters
+        self.refuse_unread({k: v for k, v in model_kwargs.items() if k not in named})
+        rest = {
+            name: value
+            for name, value in model_kwargs.items()
+            if name not in self._input_names and not name.endswith("token_type_ids")
+        }
+        super()._validate_model_kwargs(rest)
+
+    def get_input_embeddings(self) -> nn.Module:
+        reading = self._embedding_path()
+        if reading is None:
+            raise NotImplementedError("the model has no input embeddings")
+        return self.get_submodule(reading)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        reading = self._embedding_path()
+        if reading is None:
+            raise NotImplementedError("the model has no input embeddings")
+        owner, _, leaf = reading.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        path = self._assembly.head
+        return None if path is None else self.get_submodule(path)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        path = self._assembly.head
+        if path is None:
+            raise NotImplementedError("the model has no output embeddings")
+        owner, _, leaf = path.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, new_embeddings)
+
+    def _embedding_path(self) -> str | None:
+        return self._assembly.embeddings
+
+    def init_weights(self) -> None:
+        """Nothing: the weights come from the Program."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: tied weights are one Parameter from the start."""
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        return dict(self._tied_weights_keys or {})
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise UsageError(
+            "a lowered model has the vocabulary of its Program",
+            hint="resize the original model, and convert that",
+        )
+
+
+def _flat(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+class _Shared:
+    """Something that copies of a model share."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
+
+
+def _is_zero(past: Any) -> bool:
+    # the length of a static cache is a tensor, and is not looked into while compiling
+    return isinstance(past, int) and past == 0

@@ -1,0 +1,62 @@
+"""Running a Program that reads pictures: all of it with pictures, its text part without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from reroll.errors import UsageError
+from reroll.rewrite.capture.pictures import MERGE, ROLE
+from reroll.rewrite.ir.program import Input, Program
+
+
+def put_pictures(embeddings: Tensor, places: Tensor, features: Tensor) -> Tensor:
+    """Embeddings [batch, time, width] with features of pictures at `places`, in their order.
+
+    Raises UsageError unless there are as many places as features.
+    """
+    places, width = places.expand_as(embeddings), embeddings.shape[-1]
+    wanted, given = int(places.sum()), features.numel()
+    if wanted != given:
+        raise UsageError(
+            f"the text has {wanted // width} places for pictures, which fill {given // width}",
+            hint="make the inputs with the model's processor",
+        )
+    return embeddings.masked_scatter(places, features)
+
+
+def count_places(program: Program) -> None:
+    """Let a main graph count the places that pictures take before it fills them, in place."""
+    for node in program.graph.nodes:
+        if node.target is MERGE:
+            node.target = put_pictures
+
+
+def with_pictures(
+    whole: Callable[..., Any], text: Callable[..., Any], inputs: tuple[Input, ...]
+) -> Callable[..., Any]:
+    """The function that calls `whole` where pictures are given, and `text` elsewhere."""
+    # behind the module, which comes first
+    places = {i: item for i, item in enumerate(inputs, 1) if item.role == ROLE}
+
+    def main(*arguments: Any) -> Any:
+        if any(arguments[i] is None for i in places):
+            return text(*arguments)
+        for i, item in places.items():
+            _check_shape(item, arguments[i])
+        return whole(*arguments)
+
+    return main
+
+
+def _check_shape(item: Input, pictures: Tensor) -> None:
+    dims = item.type.shape
+    sizes = zip(dims, pictures.shape, strict=False)
+    if len(dims) != pictures.dim() or any(isinstance(d, int) and d != n for d, n in sizes):
+        raise UsageError(
+            f"it is {list(pictures.shape)}, and the model was captured with {list(dims)}",
+            where=item.name,
+            hint="p is any number of pictures" if "p" in dims else "one picture at a time",
+        )

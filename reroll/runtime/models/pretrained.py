@@ -1,0 +1,83 @@
+"""Reading a directory that reroll saved. Nothing in it is executed: it holds data and names of
+ops.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from reroll.errors import CheckpointError, UsageError, located
+from reroll.rewrite.checkpoint import SafetensorsSource
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.text.serialize import program_from_json
+
+PROGRAM_FILE = "program.json"
+
+
+def load_program(directory: str | Path) -> Program:
+    """The Program in a directory that reroll saved; its weights stay in their files until needed.
+
+    Raises UsageError if the directory is not one of reroll's, and CheckpointError or ProgramError
+    if something in it is damaged.
+    """
+    directory = Path(directory)
+    config = _read(directory / "config.json")
+    if config.get("model_type") != "reroll":
+        raise UsageError(
+            "reroll did not save this model", where=str(directory), hint="capture it instead"
+        )
+    name = config.get("program_file", PROGRAM_FILE)
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.json", name, re.ASCII):
+        raise CheckpointError(
+            f"{name!r:.80} is not the name of a file beside it", where="config.json"
+        )
+    source = SafetensorsSource(directory)
+    with located(name):
+        program = program_from_json(_read(directory / name), source)
+    return with_files_in(program, directory)
+
+
+def with_files_in(program: Program, directory: Path) -> Program:
+    """The Program with its side files where they are in a directory, those that are there."""
+    files = {name: str(directory / name) for name in program.origin.files}
+    files = {name: path for name, path in files.items() if Path(path).is_file()}
+    return replace(program, origin=replace(program.origin, files=files))
+
+
+def find_directory(name: str, **hub: Any) -> Path:
+    """A local directory, or the snapshot of a hub repository; UsageError if there is neither."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, **{k: v for k, v in hub.items() if v is not None}))
+    except HFValidationError as error:
+        raise UsageError(f"{name} is neither a directory nor a hub id") from error
+    except Exception as error:
+        raise UsageError(
+            f"cannot get the model {name}: {type(error).__name__}",
+            hint="is it a local path that does not exist, or is the hub out of reach?",
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"there is no {path.name}",
+            where=str(path.parent),
+            hint="name a directory that reroll saved",
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+    if not isinstance(data, dict):
+        raise CheckpointError("is not a JSON object", where=str(path))
+    return data

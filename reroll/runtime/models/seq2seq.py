@@ -1,0 +1,223 @@
+"""Lowered encoder-decoder models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from reroll.errors import UsageError
+from reroll.runtime.functions.hidden import Wish, hidden_states
+from reroll.runtime.functions.loops import State, keep_positions
+from reroll.runtime.functions.losses import language_loss
+from reroll.runtime.lowering.assembly import HalfFunctions
+from reroll.runtime.models.causal_lm import check_span, refuse_attentions, wants_cache
+from reroll.runtime.models.generation import RerollGenerationMixin
+from reroll.runtime.models.modeling import RerollPreTrainedModel
+from reroll.runtime.state.caches import layers_of
+
+
+class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
+    """A lowered encoder-decoder model. In generation, the encoder runs once."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_values: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: Wish = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits [batch, time, vocabulary] of the decoder's next token.
+
+        `encoder_outputs` is what `get_encoder()` returned, or any output whose first item is the
+        encoder's last hidden state. `labels` are the decoder's tokens, -100 where they do not
+        count; without `decoder_input_ids`, those are the labels moved one to the right.
+        """
+        refuse_attentions(self, kwargs)
+        self.refuse_unread(kwargs)
+        if decoder_input_ids is None and labels is not None:
+            decoder_input_ids = self._shifted(labels)
+        asked, past = use_cache, past_key_values
+        use_cache = wants_cache(self, use_cache, past_key_values)
+        if use_cache and past_key_values is None:
+            own, cross = (DynamicCache(config=self.config) for _ in range(2))
+            past_key_values = EncoderDecoderCache(own, cross)
+        check_span(self, _self_attention(past_key_values), decoder_input_ids)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "decoder_position_ids": decoder_position_ids,
+            "input_features": input_features,
+            "input_values": input_values,
+            **{k: v for k, v in kwargs.items() if k in self._input_names},
+        }
+        if given.get(self.main_input_name) is None:
+            # by position, the main input comes first whatever its name
+            given[self.main_input_name] = input_ids
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(given, output_hidden_states)
+        hidden, wish = hidden_states(self, output_hidden_states)
+        state = State(
+            self._assembly.loops,
+            layers_of(_self_attention(past_key_values), self._assembly.layers),
+            keep=logits_to_keep,
+            hidden=hidden,
+            documents=self.documents(given, asked, past),
+        )
+        outputs = self._decode(given, encoder_outputs, state)
+        logits = outputs["logits"]
+        if not self._assembly.keeps:
+            logits = keep_positions(logits, state)
+        loss = None
+        if labels is not None:
+            loss = language_loss(self, logits, labels)
+        result = Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+        )
+        if hidden is not None:
+            result["decoder_hidden_states"] = hidden.chosen("decoder_hidden_states", wish)
+        return result if return_dict is not False else result.to_tuple()
+
+    def encode(
+        self, given: Mapping[str, Tensor | None], output_hidden_states: Wish = None
+    ) -> BaseModelOutput:
+        """The encoder's last hidden state, and whatever else the decoder computes from it alone."""
+        values = self._half_arguments(given, "encoder")
+        states, wish = hidden_states(self, output_hidden_states)
+        state = State(self._assembly.loops, hidden=states)
+        try:
+            (hidden,) = self._halves.encode(self, *values, state)
+        except (IndexError, RuntimeError) as error:
+            raise self.explained(error, given, None) from error
+        output = BaseModelOutput(last_hidden_state=hidden)
+        if states is not None:
+            output["hidden_states"] = states.chosen("encoder_hidden_states", wish)
+        state = State(self._assembly.loops)
+        for number, value in enumerate(self._halves.extend(self, hidden, *values, state)):
+            output[f"for_decoder_{number}"] = value
+        return output
+
+    def _decode(
+        self, given: Mapping[str, Tensor | None], encoded: Any, state: State
+    ) -> dict[str, Tensor]:
+        values = self._half_arguments(given, "decoder", state)
+        hidden = encoded[0]
+        rest = []
+        if isinstance(encoded, Mapping):
+            rest = [v for k, v in encoded.items() if k.startswith("for_decoder_")]
+        if not rest:
+            rest = list(self._halves.extend(self, hidden, *values, state))
+        try:
+            outputs = self._halves.decode(self, hidden, *rest, *values, state)
+        except (IndexError, RuntimeError) as error:
+            reads = {k: v for k, v in given.items() if k.startswith("decoder_")}
+            raise self.explained(error, reads, state.layers) from error
+        return dict(zip(self.program.outputs, outputs, strict=True))
+
+    @property
+    def _halves(self) -> HalfFunctions:
+        assert self._assembly.halves is not None
+        return self._assembly.halves
+
+    def _half_arguments(
+        self, given: Mapping[str, Tensor | None], half: str, state: State | None = None
+    ) -> list[Tensor | None]:
+        """All inputs in order, those of the other half left out unless they are given."""
+        past: Any = 0
+        if state is not None and state.layers is not None:
+            past = state.layers[0].get_seq_length()
+        values: dict[str, Tensor | None] = {i.name: given.get(i.name) for i in self.program.inputs}
+        own = [
+            i for i in self.program.inputs if i.name.startswith("decoder_") == (half == "decoder")
+        ]
+        return self._completed(values, own, past)
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        """Labels moved one to the right, after the token that decoding starts with."""
+        config = self.generation_config
+        start, pad = config.decoder_start_token_id, config.pad_token_id
+        if start is None:
+            raise UsageError(
+                "labels alone need decoder_start_token_id", hint="or give decoder_input_ids"
+            )
+        first = torch.full_like(labels[:, :1], start)
+        shifted = torch.cat([first, labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == -100, start if pad is None else pad)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        mask = inputs.get("decoder_attention_mask")
+        if mask is not None and "decoder_position_ids" in self._input_names:
+            # counted from the first token that is not padding
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            length = inputs["decoder_input_ids"].shape[1]
+            inputs.setdefault("decoder_position_ids", positions[:, -length:])
+        return inputs
+
+    def get_encoder(self, modality: str | None = None) -> Any:
+        """The encoder as something to call with the encoder's inputs."""
+        del modality
+        return Encoder(self)
+
+
+class RerollForSpeechSeq2Seq(RerollForSeq2SeqLM):
+    """A lowered model from sound to text; `decoder_input_ids` are its prompt as it is."""
+
+    def _prepare_decoder_input_ids_for_generation(
+        self,
+        batch_size: int,
+        model_input_name: str,
+        model_kwargs: dict[str, Any],
+        *rest: Any,
+        **kw: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        # transformers puts the start token before any prompt but that of its own speech models
+        prompt = model_kwargs.pop("decoder_input_ids", None)
+        if prompt is not None:
+            return prompt, model_kwargs
+        return super()._prepare_decoder_input_ids_for_generation(  # type: ignore[no-any-return]
+            batch_size, model_input_name, model_kwargs, *rest, **kw
+        )
+
+
+class Encoder:
+    """The encoder half of a lowered model."""
+
+    def __init__(self, model: RerollForSeq2SeqLM) -> None:
+        self.model = model
+        self.main_input_name = model.main_input_name
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        """The output for the encoder's inputs, the main one by position or all by keyword."""
+        given = dict(kwargs)
+        wish = given.pop("output_hidden_states", None)
+        if args:
+            given[self.main_input_name] = args[0]
+        return self.model.encode(given, wish)
+
+    __call__ = forward
+
+
+def _self_attention(past: Any) -> Cache | None:
+    return past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past

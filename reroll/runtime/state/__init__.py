@@ -1,0 +1,1 @@
+"""The state of a lowered module: cache layers and snapshots."""

@@ -1,0 +1,149 @@
+"""A cache layer for attention over a window and the first tokens: its size does not grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from reroll.runtime.functions.masks import visible_tokens
+from reroll.runtime.state.states import Rewinding
+
+
+class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
+    """The keys and values of the last tokens, and of the first `prefix` that are not padding.
+
+    `keys` and `values` [batch, kv_heads, time, head_dim] hold the last `window - 1` tokens, as
+    transformers' sliding layer does; the first ones are beside them in `first_keys` and
+    `first_values`. What `update` returns has these in front, as `kept` columns, as soon as the
+    window has moved off the start. Keys are as they were made, at the positions that they had.
+    """
+
+    state_names = (
+        "keys", "values", "first_keys", "first_values", "filled", "cumulative_length",
+        "is_initialized",
+    )  # fmt: skip
+
+    keys: Tensor | None
+    values: Tensor | None
+    first_keys: Tensor | None = None
+    first_values: Tensor | None = None
+    # whether all rows have all of their first tokens
+    filled = False
+    # the `kept` of the last update
+    shown = 0
+
+    def __init__(self, window: int, prefix: int = 0) -> None:
+        super().__init__(max(window, 1))
+        self.window, self.prefix = window, prefix
+        self.filled = not prefix
+
+    @property
+    def kept(self) -> int:
+        """How many columns of the next update are first tokens from before the others."""
+        return self.prefix if self.cumulative_length > self._held() else 0
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        padding: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The keys and values that the new tokens may see: kept ones, past ones, their own.
+
+        `padding` [batch, tokens] is False where a token, past or new, is none.
+        """
+        length, past = key_states.shape[2], self.cumulative_length
+
+        def again(count: int) -> None:
+            part = None if padding is None else padding[:, : past + count]
+            self.update(key_states[:, :, :count], value_states[:, :, :count], padding=part)
+
+        if padding is not None and padding.dtype != torch.bool:
+            padding = visible_tokens(padding)
+        self._recorded(length, again)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = _join(self.keys, key_states), _join(self.values, value_states)
+        shown, self.shown = (keys, values), self.kept
+        if self.shown:
+            assert self.first_keys is not None
+            assert self.first_values is not None
+            shown = _join(self.first_keys, keys), _join(self.first_values, values)
+        if not self.filled:
+            self._keep_first(key_states, value_states, padding)
+        self.cumulative_length += length
+        start = max(keys.shape[2] - max(self.window - 1, 0), 0)
+        self.keys, self.values = _last(keys, start), _last(values, start)
+        return shown
+
+    def _keep_first(self, keys: Tensor, values: Tensor, padding: Tensor | None) -> None:
+        """Put those of the new tokens aside that are among the first of their rows."""
+        batch, _, length, _ = keys.shape
+        past, wanted = self.cumulative_length, torch.arange(self.prefix, device=keys.device)
+        if padding is None:
+            number = torch.arange(past, past + length, device=keys.device).expand(batch, -1)
+            self.filled = past + length >= self.prefix
+        else:
+            seen = padding[:, : past + length]
+            number = torch.where(seen, seen.long().cumsum(-1) - 1, -1)[:, -length:]
+            self.filled = bool((seen.sum(-1) >= self.prefix).all())
+        here = number[:, None, :] == wanted[:, None]  # [batch, prefix, time]
+        self.first_keys = _taken(self.first_keys, keys, here)
+        self.first_values = _taken(self.first_values, values, here)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many columns there will be, and the position of the first that is not `kept`."""
+        held = self._held()
+        return self.kept + held + query_length, self.cumulative_length - held
+
+    def get_max_length(self) -> int:
+        return self.window + self.prefix
+
+    def offload(self) -> None:
+        self._each(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._each(lambda x: x.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        super().reset()
+        self.first_keys = self.first_values = None
+        self.filled, self._past = not self.prefix, None
+
+    def _held(self) -> int:
+        return 0 if self.keys is None or not self.keys.numel() else self.keys.shape[2]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in ("keys", "values", "first_keys", "first_values"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.numel():
+                setattr(self, name, change(tensor))
+        self._past = None
+
+
+def _join(old: Tensor, new: Tensor) -> Tensor:
+    return torch.cat((old, new), 2) if old.numel() else new
+
+
+def _last(tensor: Tensor, start: int) -> Tensor:
+    # a view would keep all of a long prompt alive
+    part = tensor[:, :, start:]
+    return part.clone() if start > part.shape[2] else part
+
+
+def _taken(old: Tensor | None, new: Tensor, here: Tensor) -> Tensor:
+    """The tokens of `new` [batch, heads, time, size] where `here` [batch, n, time], else `old`."""
+    place = here.long().argmax(-1)[:, None, :, None]
+    found = new.gather(2, place.expand(-1, new.shape[1], -1, new.shape[3]))
+    if old is None:
+        old = torch.zeros_like(found)
+    return torch.where(here.any(-1)[:, None, :, None], found, old)
