@@ -10,10 +10,11 @@ from torch import fx
 
 from reroll.errors import PassError
 from reroll.rewrite.analysis.residual import Stream, Tracer, channels
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.hidden import drop_marks, named
 from reroll.rewrite.ir.matching import all_arguments
 from reroll.rewrite.ir.patterns import Miss, nearest
-from reroll.rewrite.ir.program import Program, TensorType
+from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weight_edit import WeightEditor
 from reroll.rewrite.ir.weights import Expr, add, centre, matvec, mul, reshape
 from reroll.rewrite.pipeline.base import Context, Pass, option
@@ -186,15 +187,13 @@ class _Folder:
     def to_rms_norm(self, norm: fx.Node) -> None:
         x, _, gain, shift, eps, *_ = all_arguments(norm)
         folded = self.foldable(norm, gain, shift)
-        graph, kind = norm.graph, norm.meta["type"]
-        with graph.inserting_before(norm):
-            new = graph.call_function(RMS_NORM, (x, None if folded else gain, float(eps), 0.0))
-            new.meta["type"] = kind
+        build = Builder(norm.graph)
+        with build.before(norm):
+            new = build.call(RMS_NORM, x, None if folded else gain, float(eps), 0.0)
             if not folded and shift is not None:
-                new = graph.call_function(aten.add.Tensor, (new, shift))
-                new.meta["type"] = kind
+                new = build.call(aten.add.Tensor, new, shift)
         norm.replace_all_uses_with(new)
-        graph.erase_node(norm)
+        norm.graph.erase_node(norm)
         if folded:
             for linear in list(new.users):
                 self.fold_affine(linear, gain, shift)
@@ -259,13 +258,7 @@ def _scale_rows(x: Expr, gain: Expr) -> Expr:
 
 def _subtract_mean(node: fx.Node) -> None:
     """Take the mean over the channels away from a value, for everything that uses it."""
-    graph, kind = node.graph, node.meta["type"]
-    with graph.inserting_after(node):
-        mean = graph.call_function(aten.mean.dim, (node, [-1], True))
-    with graph.inserting_after(mean):
-        centred = graph.call_function(aten.sub.Tensor, (node, mean))
-    mean.meta["type"] = TensorType(kind.dtype, (*kind.shape[:-1], 1))
-    centred.meta["type"] = kind
-    node.replace_all_uses_with(centred)
-    mean.replace_input_with(centred, node)
-    centred.replace_input_with(centred, node)
+    build = Builder(node.graph)
+    build.wrap(
+        node, lambda x: build.call(aten.sub.Tensor, x, build.call(aten.mean.dim, x, [-1], True))
+    )

@@ -25,7 +25,9 @@ from reroll.rewrite.capture.rolling.split import (
     select_trips,
     split_loop,
 )
-from reroll.rewrite.ir.program import Body, Loop, Program, TensorType
+from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.matching import shape
+from reroll.rewrite.ir.program import Body, Loop, Program
 from reroll.rewrite.ir.weights import Weight, concat, identity, zeros
 from reroll.rewrite.pipeline.base import Context, Pass, option
 from reroll.rewrite.pipeline.selection import ranges
@@ -141,37 +143,27 @@ class LoopCore(Pass):
         graph = fx.Graph()
         values = {place: graph.node_copy(place) for place in places}
         state, width = values[places[0]], kind.shape[-1]
-        given = graph.placeholder("embedded")
-        given.meta["type"] = kind
-        weight = f"{loop.name}.*.adapter.weight"
-        dtype = kind.dtype
-        both = graph.call_function(aten.cat.default, ([state, given], -1))
-        both.meta["type"] = TensorType(dtype, (*kind.shape[:-1], 2 * width))
-        matrix = graph.get_attr(weight)
-        matrix.meta["type"] = TensorType(dtype, (width, 2 * width))
-        adapted = graph.call_function(aten.linear.default, (both, matrix))
-        adapted.meta["type"] = kind
+        build, dtype = Builder(graph), kind.dtype
+        given = build.place("embedded", kind)
+        entry = concat(1, [zeros((width, width), dtype), identity(width, dtype)])
+        adapter, name = Weight((entry,), (0,) * loop.trips), f"{loop.name}.*.adapter.weight"
+        both = build.call(aten.cat.default, [state, given], -1)
+        adapted = build.call(aten.linear.default, both, build.weight(name, adapter))
         graph.output(inline(graph, old, {**values, places[0]: adapted}))
         embedded = loop.carry[0]
         with program.graph.inserting_before(loop.node):
             start = self._start(program.graph, embedded)
         loop.node.args = (loop.name, (start,), (*loop.inputs, embedded), loop.trips)
-        entry = concat(1, [zeros((width, width), dtype), identity(width, dtype)])
-        weights = program.weights.with_weight(weight, Weight((entry,), (0,) * loop.trips))
+        weights = program.weights.with_weight(name, adapter)
         bodies = {**program.bodies, loop.name: Body(graph, loop.period)}
         return replace(program, bodies=bodies, weights=weights), Loop(loop.node, bodies[loop.name])
 
     def _start(self, graph: fx.Graph, embedded: fx.Node) -> fx.Node:
         if self.state == "embedding":
             return embedded
-        kind = embedded.meta["type"]
+        build = Builder(graph)
         if self.state == "zero":
-            node = graph.call_function(aten.zeros_like.default, (embedded,))
-        else:
-            noise = graph.call_function(aten.randn_like.default, (embedded,))
-            cut = graph.call_function(aten.clamp.default, (noise, -3.0, 3.0))
-            deviation = math.sqrt(2 / (5 * kind.shape[-1]))
-            node = graph.call_function(aten.mul.Tensor, (cut, deviation))
-            noise.meta["type"] = cut.meta["type"] = kind
-        node.meta["type"] = kind
-        return node
+            return build.call(aten.zeros_like.default, embedded)
+        noise = build.call(aten.randn_like.default, embedded)
+        cut = build.call(aten.clamp.default, noise, -3.0, 3.0)
+        return build.call(aten.mul.Tensor, cut, math.sqrt(2 / (5 * shape(embedded)[-1])))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import fx
@@ -20,6 +19,7 @@ from reroll.rewrite.capture.rolling.split import (
     repeat_trip,
     split_loop,
 )
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.program import Body, Loop, Program
 from reroll.rewrite.pipeline.base import Context, Pass, option
 
@@ -152,10 +152,7 @@ def _stepped(body: fx.Graph, scheme: Scheme, length: float) -> tuple[fx.Graph, i
     given = {place: graph.node_copy(place) for place in places}
     runs = 0
 
-    def call(target: Callable[..., Any], *args: Any) -> fx.Node:
-        node = graph.call_function(target, args)
-        node.meta["type"] = given[places[0]].meta["type"]
-        return node
+    call = Builder(graph).call
 
     def slope(h: fx.Node) -> fx.Node:
         nonlocal runs

@@ -9,14 +9,17 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError
-from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.program import Loop, TensorType
+from reroll.rewrite.ir.types import set_type
 
 ATTENTION = torch.ops.reroll.attention.default
 MASS = torch.ops.reroll.attention_mass.default
 CACHE = torch.ops.reroll.cache.default
 RECURRENCE = torch.ops.reroll.recurrence.default
 MARK = torch.ops.reroll.mark_keys.default
+PAD = torch.ops.aten.constant_pad_nd.default
 
 HINT = "use state=propagate or state=defer"
 
@@ -38,26 +41,19 @@ def leave_out(loop: Loop, graph: fx.Graph, done: fx.Node) -> None:
 
 def _mark(graph: fx.Graph, cache: fx.Node, done: fx.Node) -> None:
     k: Any = cache.args[0]
-    with graph.inserting_before(cache):
-        marked = graph.call_function(MARK, (k, done))
-        marked.meta["type"] = _longer(k.meta["type"])
-        cache.update_arg(0, marked)
+    build = Builder(graph)
+    with build.before(cache):
+        marked = build.call(MARK, k, done)
+    cache.update_arg(0, marked)
     keys = [n for n in cache.users if n.target is operator.getitem and n.args[1] == 0]
     for key in keys:
-        key.meta["type"] = _longer(key.meta["type"])
+        old, size = key.meta["type"], shape(marked)[-1]
+        set_type(key, TensorType(old.dtype, (*old.shape[:-1], size)))
         for reader in list(key.users):
             if reader.target not in (ATTENTION, MASS) or argument(reader, "k") is not key:
                 raise PassError(f"{reader.name} reads keys, and is no attention", hint=HINT)
             if argument(reader, "softcap") is not None:
                 raise PassError("a key cannot hide behind scores that are capped", hint=HINT)
             q: Any = argument(reader, "q")
-            with graph.inserting_before(reader):
-                asks = graph.call_function(torch.ops.aten.constant_pad_nd.default, (q, [0, 1], 1.0))
-            asks.meta["type"] = _longer(q.meta["type"])
-            reader.update_arg(0, asks)
-
-
-def _longer(kind: TensorType) -> TensorType:
-    size = kind.shape[-1]
-    assert isinstance(size, int)
-    return TensorType(kind.dtype, (*kind.shape[:-1], size + 1))
+            with build.before(reader):
+                reader.update_arg(0, build.call(PAD, q, [0, 1], 1.0))

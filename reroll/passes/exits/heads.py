@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError
-from reroll.rewrite.ir.program import Loop, Program, TensorType, ancestors
+from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.program import Loop, Program, ancestors
 from reroll.rewrite.ir.weights import Weight, copy
 
 aten = torch.ops.aten
@@ -84,8 +85,7 @@ def add_heads(
                 for node, name in zip(weights, names, strict=False)
             ]
             args = (chosen, depth, list(at), made[0], made[1] if made[1:] else [])
-            new = program.graph.call_function(EXIT_LINEAR, args)
-            new.meta.update(head.meta)
+            new = Builder(program.graph).call(EXIT_LINEAR, *args)
     if whole:
         head.replace_all_uses_with(new)
     program.graph.eliminate_dead_code()
@@ -108,7 +108,7 @@ def _chosen(
     chosen: Any = head.args[0]
     if not any(node.op == "get_attr" for node in before):
         return chosen  # type: ignore[no-any-return]
-    kind = depth.meta["type"]
+    build = Builder(graph)
     for stop in at:
         values = {result: result}
         for node in before:
@@ -116,11 +116,6 @@ def _chosen(
             values[node] = (
                 weight_of(stop, node) if is_weight else graph.node_copy(node, values.__getitem__)
             )
-        here = graph.call_function(aten.eq.Scalar, (depth, stop))
-        here.meta["type"] = TensorType(torch.bool, kind.shape)
-        column = graph.call_function(aten.unsqueeze.default, (here, -1))
-        column.meta["type"] = TensorType(torch.bool, (*kind.shape, 1))
-        pair = (column, values[head.args[0]], chosen)  # type: ignore[index]
-        old, chosen = chosen, graph.call_function(aten.where.self, pair)
-        chosen.meta.update(old.meta)
+        here = build.call(aten.unsqueeze.default, build.call(aten.eq.Scalar, depth, stop), -1)
+        chosen = build.call(aten.where.self, here, values[head.args[0]], chosen)  # type: ignore[index]
     return chosen  # type: ignore[no-any-return]

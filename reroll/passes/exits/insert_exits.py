@@ -15,9 +15,9 @@ from reroll.bounds import COUNT, SIZE
 from reroll.errors import PassError, UsageError
 from reroll.passes.exits.absence import leave_out
 from reroll.passes.exits.heads import add_heads, copy_path, path_to_logits
-from reroll.passes.exits.nodes import Nodes
 from reroll.passes.exits.scores import Scores, stacked_weight
 from reroll.rewrite.capture.rolling.split import find_loop, inline
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.exits import EXIT, HOLD, exits_of
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.program import Body, Loop, Program, TensorType
@@ -132,7 +132,7 @@ class _Builder:
     def __init__(self, options: InsertExits, program: Program, loop: Loop) -> None:
         self.options, self.program, self.loop = options, program, loop
         self.hidden: TensorType = loop.carry[0].meta["type"]
-        self.nodes = Nodes(fx.Graph(), self.hidden.shape[:-1])
+        self.body = Builder(fx.Graph())
         self.weights: dict[str, Weight] = {}
         self.of_heads = 0
         # carried beside the hidden state: who is done, the trips made, and what criteria need
@@ -163,15 +163,13 @@ class _Builder:
     def _rewire(self) -> tuple[fx.Node, fx.Node]:
         """Let the loop carry more and return the depth; its result, and the depth, as nodes."""
         loop, graph, options = self.loop, self.program.graph, self.options
-        start, per_token = loop.carry[0], self.nodes.per_token
-        with graph.inserting_before(loop.node):
-            channel = graph.call_function(aten.select.int, (start, -1, 0))
-            channel.meta["type"] = per_token(self.hidden.dtype)
-            fresh = []
-            for dtype in self.carried.values():
-                node = graph.call_function(aten.zeros_like.default, (channel,), {"dtype": dtype})
-                node.meta["type"] = per_token(dtype)
-                fresh.append(node)
+        start, build = loop.carry[0], Builder(graph)
+        with build.before(loop.node):
+            channel = build.call(aten.select.int, start, -1, 0)
+            fresh = [
+                build.call(aten.zeros_like.default, channel, dtype=dtype)
+                for dtype in self.carried.values()
+            ]
         thresholds = [math.inf] * loop.trips
         for stop, value in zip(options.at, options.thresholds(), strict=True):
             thresholds[stop - 1] = value
@@ -179,11 +177,9 @@ class _Builder:
         carry, inputs = (*kept, *fresh), (*loop.inputs, tuple(thresholds))
         old = sorted(loop.node.users, key=list(graph.nodes).index)
         loop.node.args = (loop.name, carry, inputs, loop.trips)
-        with graph.inserting_after(loop.node):
-            depth = graph.call_function(operator.getitem, (loop.node, len(kept) + 1))
-            depth.meta["type"] = per_token(torch.int64)
-            result = graph.call_function(operator.getitem, (loop.node, len(kept) - 1))
-            result.meta["type"] = self.hidden
+        with build.after(loop.node):
+            result = build.call(operator.getitem, loop.node, len(kept) - 1)
+            depth = build.call(operator.getitem, loop.node, len(kept) + 1)
         for node in old:
             node.replace_all_uses_with(result)
             graph.erase_node(node)
@@ -194,21 +190,23 @@ class _Builder:
     # ---- the body
 
     def _body(self, places: list[fx.Node], result: fx.Node, depth: fx.Node) -> fx.Graph:
-        nodes, loop, options = self.nodes, self.loop, self.options
-        graph, call, per_token = nodes.graph, nodes.call, nodes.per_token
+        build, loop, options = self.body, self.loop, self.options
+        graph, call = build.graph, build.call
         defer = options.state == "defer"
         h = graph.node_copy(places[0])
-        kept = nodes.place("kept", self.hidden) if defer else h
-        carried = {name: nodes.place(name, per_token(d)) for name, d in self.carried.items()}
+        kept = build.place("kept", self.hidden) if defer else h
+        tokens = self.hidden.shape[:-1]
+        carried = {
+            name: build.place(name, TensorType(d, tokens)) for name, d in self.carried.items()
+        }
         values = {places[0]: h, **{p: graph.node_copy(p) for p in places[1:]}}
-        threshold = graph.placeholder("threshold")
+        threshold = build.place("threshold")
         done = carried["done"]
         (out,) = inline(graph, loop.body.graph, values)
         if options.state == "skip":
             leave_out(loop, graph, done)
-        held = call(HOLD, (done, kept, out), self.hidden)
-        going = call(aten.logical_not.default, (done,), per_token(torch.bool))
-        made = call(aten.add.Tensor, (carried["depth"], going), per_token(torch.int64))
+        held = call(HOLD, done, kept, out)
+        made = call(aten.add.Tensor, carried["depth"], call(aten.logical_not.default, done))
 
         def logits(hidden: fx.Node) -> fx.Node:
             path = path_to_logits(self.program, loop, [result, depth])
@@ -219,10 +217,10 @@ class _Builder:
         (padding,) = paddings if len(paddings) == 1 else (None,)
         idle = done if options.state == "skip" else None
         scores = Scores(
-            nodes, options.criterion, options.width, self._stacked, logits, padding, idle
+            build, options.criterion, options.width, self._stacked, logits, padding, idle
         )
         score = scores.make(h, held, carried, threshold)
-        left = call(EXIT, (done, score, threshold), per_token(torch.bool))
+        left = call(EXIT, done, score, threshold)
         graph.output((*((out,) if defer else ()), held, left, made, *scores.extra))
         return graph
 
@@ -231,6 +229,4 @@ class _Builder:
         weight = stacked_weight(make, self.options.at, self.loop.trips)
         full = f"{self.loop.name}.*.exit.{name}"
         self.weights[full] = weight
-        node = self.nodes.graph.get_attr(full)
-        node.meta["type"] = TensorType(weight.meta.dtype, weight.meta.shape)
-        return node
+        return self.body.weight(full, weight)

@@ -12,18 +12,18 @@ import torch
 from torch import fx
 
 from reroll.passes.exits import classifiers
-from reroll.passes.exits.nodes import Nodes
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.exits import STREAK
-from reroll.rewrite.ir.inserting import insert
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.weights import Expr, Weight, normal, zeros
 
 aten = torch.ops.aten
+SOFTMAX = aten.softmax.int
 RECURRENCE = torch.ops.reroll.recurrence.default
 
 CHANGES = ("saturation", "latent")
 CLASSIFIERS = ("linear", "mlp", "gated")
-FLOAT, INT = torch.float32, torch.int64
+FLOAT = torch.float32
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Scores:
     who is not there, for criteria that look at predecessors.
     """
 
-    nodes: Nodes
+    build: Builder
     criterion: str
     units: int
     stack: Callable[[str, Callable[[int], Expr]], fx.Node]
@@ -51,59 +51,53 @@ class Scores:
 
         `extra` is then what else the loop carries to the next trip.
         """
-        wide = self.nodes.wide(new)
+        wide = self.build.wide(new)
         if self.criterion in CHANGES:
-            return self._change(self.nodes.wide(old), wide)
+            return self._change(self.build.wide(old), wide)
         if self.criterion in CLASSIFIERS:
             return self._classifier(wide)
-        logits = self.nodes.wide(self.logits(new))
+        logits = self.build.wide(self.logits(new))
         if self.criterion == "patience":
             return self._streak(logits, carried, threshold)
         return self._margin(logits) if self.criterion == "margin" else self._entropy(logits)
 
     def _change(self, old: fx.Node, new: fx.Node) -> fx.Node:
-        call, number = self.nodes.call, self.nodes.per_token(FLOAT)
+        call = self.build.call
         if self.criterion == "saturation":
-            return call(aten.cosine_similarity.default, (old, new, -1), number)
-        change = call(aten.sub.Tensor, (new, old), new.meta["type"])
-        sizes = [call(aten.norm.ScalarOpt_dim, (x, 2, [-1]), number) for x in (change, new)]
-        return call(aten.neg.default, (call(aten.div.Tensor, tuple(sizes), number),), number)
+            return call(aten.cosine_similarity.default, old, new, -1)
+        change = call(aten.sub.Tensor, new, old)
+        sizes = [call(aten.norm.ScalarOpt_dim, x, 2, [-1]) for x in (change, new)]
+        return call(aten.neg.default, call(aten.div.Tensor, *sizes))
 
     def _streak(
         self, logits: fx.Node, carried: Mapping[str, fx.Node], threshold: fx.Node
     ) -> fx.Node:
-        call, index = self.nodes.call, self.nodes.per_token(INT)
-        token = call(aten.argmax.default, (logits, -1), index)
-        pair = call(STREAK, (token, carried["last"], carried["count"], threshold), None)
-        last, count = (call(operator.getitem, (pair, i), index) for i in (0, 1))
+        call = self.build.call
+        token = call(aten.argmax.default, logits, -1)
+        pair = call(STREAK, token, carried["last"], carried["count"], threshold)
+        last, count = (call(operator.getitem, pair, i) for i in (0, 1))
         self.extra = last, count
-        return call(aten.to.dtype, (count, FLOAT), self.nodes.per_token(FLOAT))
+        return call(aten.to.dtype, count, FLOAT)
 
     def _margin(self, logits: fx.Node) -> fx.Node:
-        call, number = self.nodes.call, self.nodes.per_token(FLOAT)
-        p = call(aten.softmax.int, (logits, -1), logits.meta["type"])
-        top = call(aten.topk.default, (p, 2), None)
-        best = call(operator.getitem, (top, 0), TensorType(FLOAT, (*number.shape, 2)))
-        first, second = (call(aten.select.int, (best, -1, i), number) for i in (0, 1))
-        return call(aten.sub.Tensor, (first, second), number)
+        call = self.build.call
+        best = call(operator.getitem, call(aten.topk.default, call(SOFTMAX, logits, -1), 2), 0)
+        first, second = (call(aten.select.int, best, -1, i) for i in (0, 1))
+        return call(aten.sub.Tensor, first, second)
 
     def _entropy(self, logits: fx.Node) -> fx.Node:
-        call, number = self.nodes.call, self.nodes.per_token(FLOAT)
-        kind = logits.meta["type"]
-        p = call(aten.softmax.int, (logits, -1), kind)
-        log = call(aten.log_softmax.int, (logits, -1), kind)
-        product = call(aten.mul.Tensor, (p, log), kind)
-        negative = call(aten.sum.dim_IntList, (product, [-1]), number)
-        part = call(aten.div.Tensor, (negative, math.log(kind.shape[-1])), number)
-        return call(aten.add.Tensor, (part, 1.0), number)
+        call = self.build.call
+        p, log = call(SOFTMAX, logits, -1), call(aten.log_softmax.int, logits, -1)
+        negative = call(aten.sum.dim_IntList, call(aten.mul.Tensor, p, log), [-1])
+        part = call(aten.div.Tensor, negative, math.log(shape(logits)[-1]))
+        return call(aten.add.Tensor, part, 1.0)
 
     # ---- classifiers
 
     def _classifier(self, wide: fx.Node) -> fx.Node:
         """The probability that a token may leave, from its hidden state at unit RMS."""
-        graph, channels, units = self.nodes.graph, wide.meta["type"].shape[-1], self.units
-        norm: Any = torch.ops.reroll.rms_norm.default
-        unit = self.nodes.call(norm, (wide, None, 1e-6, 0.0), wide.meta["type"])
+        build, channels, units = self.build, shape(wide)[-1], self.units
+        unit = build.call(torch.ops.reroll.rms_norm.default, wide, None, 1e-6, 0.0)
         deviation = channels**-0.5
 
         def matrix(name: str, rows: int) -> fx.Node:
@@ -117,33 +111,30 @@ class Scores:
 
         size = units if self.criterion == "mlp" else channels
         if self.criterion == "mlp":
-            unit = insert(graph, classifiers.raised, [unit, matrix("up", units)])
+            unit = build.trace(classifiers.raised, unit, matrix("up", units))
         if self.criterion == "gated":
             state = self._recurrence(unit, matrix, nothing)
             past = nothing("past.weight", 1, units)
             last = [nothing("score.weight", 1, size), nothing("score.bias", 1)]
-            logit = insert(graph, classifiers.read, [state, unit, past, *last])
+            logit = build.trace(classifiers.read, state, unit, past, *last)
         else:
             last = [nothing("score.weight", 1, size), nothing("score.bias", 1)]
-            logit = insert(graph, classifiers.linear, [unit, *last])
-        return self.nodes.call(aten.sigmoid.default, (logit,), self.nodes.per_token(FLOAT))
+            logit = build.trace(classifiers.linear, unit, *last)
+        return build.call(aten.sigmoid.default, logit)
 
     def _recurrence(self, unit: fx.Node, matrix: Any, nothing: Any) -> fx.Node:
-        graph = self.nodes.graph
+        build = self.build
         weights = [matrix("gate", self.units), nothing("gate.bias", self.units)]
         weights.append(matrix("value", self.units))
-        decay = insert(graph, lambda *x: classifiers.gates(*x)[0], [unit, *weights])
-        new = insert(graph, lambda *x: classifiers.gates(*x)[1], [unit, *weights])
-        ones = self.nodes.call(aten.ones_like.default, (new,), new.meta["type"])
-        batch, time = self.nodes.tokens
-        node = self.nodes.call(
-            RECURRENCE,
-            (ones, ones, new, [decay], classifiers.RULE, classifiers.RULE_OPTIONS),
-            TensorType(FLOAT, (batch, time, self.units, 1)),
-        )
+        decay = build.trace(lambda *x: classifiers.gates(*x)[0], unit, *weights)
+        new = build.trace(lambda *x: classifiers.gates(*x)[1], unit, *weights)
+        ones = build.call(aten.ones_like.default, new)
         known = {"padding": self.padding, "idle": self.idle}
-        node.kwargs = {name: value for name, value in known.items() if value is not None}
-        return node
+        return build.call(
+            RECURRENCE,
+            *(ones, ones, new, [decay], classifiers.RULE, classifiers.RULE_OPTIONS),
+            **{name: value for name, value in known.items() if value is not None},
+        )
 
 
 def stacked_weight(make: Callable[[int], Expr], at: list[int], trips: int) -> Weight:

@@ -17,8 +17,7 @@ from torch import Tensor, fx
 
 from reroll.passes.linearize.sites import Site
 from reroll.rewrite.analysis.layers import per_trip
-from reroll.rewrite.ir.inserting import insert
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.weights import zeros
 
 MASS = torch.ops.reroll.attention_mass.default
@@ -67,7 +66,7 @@ def times_heads(x: Tensor, gain: Tensor) -> Tensor:
 def disjoint(site: Site, mixed: fx.Node) -> fx.Node:
     """The window's output, and the mixer's with a gain."""
     with site.graph.inserting_before(site.node):
-        gained = insert(site.graph, times_heads, [mixed, _gain(site)])
+        gained = Builder(site.graph).trace(times_heads, mixed, _gain(site))
     return site.after(site.node, ADD, (site.node, gained))
 
 
@@ -78,13 +77,13 @@ def joint(site: Site, mixed: fx.Node, logs: bool) -> fx.Node:
     site.mass = _mass(site, logs)
     with site.graph.inserting_before(site.mass.next):
         unite = merged if logs else joined
-        return insert(site.graph, unite, [site.node, site.mass, mixed, gain])
+        return Builder(site.graph).trace(unite, site.node, site.mass, mixed, gain)
 
 
 def alone(site: Site, mixed: fx.Node) -> fx.Node:
     """The mixer under its own normalisation, beside an attention that is left where it is not."""
     with site.graph.inserting_before(site.node):
-        divided = insert(site.graph, normalised, [mixed])
+        divided = Builder(site.graph).trace(normalised, mixed)
     return site.after(site.node, ADD, (site.node, divided))
 
 
@@ -121,12 +120,11 @@ def _gain(site: Site) -> fx.Node:
 
 def _mass(site: Site, log: bool) -> fx.Node:
     """The node of what an attention divides by, behind it, or of its log."""
-    with site.graph.inserting_after(site.node):
-        node = site.graph.call_function(MASS, kwargs={"log": True} if log else {})
-    _look_alike(node, site.node)
-    kind = site.node.meta["type"]
-    node.meta["type"] = TensorType(torch.float32, kind.shape[:-1])
-    return node
+    q, k, _, scale = site.node.args[:4]
+    kwargs = {**site.node.kwargs, **({"log": True} if log else {})}
+    build = Builder(site.graph, site.layer.loop)
+    with build.after(site.node):
+        return build.call(MASS, q, k, scale, **kwargs)
 
 
 def _look_alike(mass: fx.Node, attention: fx.Node) -> None:

@@ -19,9 +19,8 @@ from reroll.passes.linearize.gates import Projections, liger_gate
 from reroll.passes.linearize.observed import Reach
 from reroll.passes.linearize.sites import Site, before_rotary
 from reroll.rewrite.analysis.layers import per_trip
-from reroll.rewrite.ir.inserting import insert
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.program import TensorType
 
 RECURRENCE = torch.ops.reroll.recurrence.default
 BIDIRECTIONAL = torch.ops.reroll.bidirectional.default
@@ -94,7 +93,7 @@ class Design:
         gates = self._gates(site, mixer, (int(shape(k)[3]), d_v), projections)
         if self.combine == "joint":
             # a channel of ones, which the mixer sums with its weights
-            v = insert(site.graph, lambda v: F.pad(v, (0, 1), value=1.0), [v])
+            v = Builder(site.graph).trace(lambda v: F.pad(v, (0, 1), value=1.0), v)
         delay = self.reach.delay(site.causal) if self.combine != "sum" else 0
         kwargs: dict[str, Any] = {
             "padding": argument(site.node, "padding"),
@@ -102,14 +101,11 @@ class Design:
             "skip": self.reach.sinks if delay else 0,
             "active": per_trip(site.layer.loop, "recurrent", site.active),
         }
-        node = site.graph.call_function(
+        return Builder(site.graph, site.layer.loop).call(
             RECURRENCE if site.causal else BIDIRECTIONAL,
-            (q, k, v, gates, self.mixer, mixer.text()),
-            {name: v for name, v in kwargs.items() if v not in (None, 0) and v is not True},
+            *(q, k, v, gates, self.mixer, mixer.text()),
+            **{name: v for name, v in kwargs.items() if v not in (None, 0) and v is not True},
         )
-        kind = site.node.meta["type"]
-        node.meta["type"] = TensorType(kind.dtype, (*kind.shape[:-1], shape(v)[3]))
-        return node
 
     def _mixer(self, site: Site) -> Mixer:
         options, known = dict(self.mixer_options), find(self.mixer).options()

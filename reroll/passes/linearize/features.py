@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from reroll.passes.linearize.sites import Site
-from reroll.rewrite.ir.inserting import insert
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.weights import Expr, build
 from reroll.rewrite.ir.weights.expressions import DTYPE_NAMES, Meta, dtype_from_name
 from reroll.rewrite.ir.weights.registry import weight_function
@@ -48,7 +48,7 @@ def mapped(site: Site, x: fx.Node, feature: Feature, name: str) -> fx.Node:
     if feature == "none":
         return x
     if feature != "hedgehog":
-        return insert(site.graph, _PLAIN[feature], [x])
+        return Builder(site.graph).trace(_PLAIN[feature], x)
     kind = x.meta["type"]
     heads, size = int(kind.shape[1]), int(kind.shape[3])
 
@@ -57,4 +57,4 @@ def mapped(site: Site, x: fx.Node, feature: Feature, name: str) -> fx.Node:
         return build("identities", heads, size, DTYPE_NAMES[kind.dtype])
 
     weight = site.new_weight(f"{name}_features", (heads, size, size), start)
-    return insert(site.graph, _hedgehog, [x, weight])
+    return Builder(site.graph).trace(_hedgehog, x, weight)

@@ -14,7 +14,7 @@ from reroll.mixers import Gate, Mixer
 from reroll.mixers.gates import wide
 from reroll.passes.linearize.clusters import Clusters
 from reroll.passes.linearize.sites import LINEAR, Site, before_rotary
-from reroll.rewrite.ir.inserting import insert
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.program import TensorType
 from reroll.rewrite.ir.weights import Expr, Source, cast, concat, full, normal, zeros
 from reroll.rewrite.ir.weights.expressions import meta_of
@@ -83,15 +83,13 @@ class Projections:
             site.new_weight(f"{gate.name}_up.weight", (heads * each, rank), up),
             site.new_weight(f"{gate.name}_up.bias", (heads * each,), bias),
         ]
-        low = graph.call_function(LINEAR, (x, weights[0]))
-        low.meta["type"] = TensorType(dtype, (*kind.shape[:-1], rank))
-        raw = graph.call_function(LINEAR, (low, weights[1], weights[2]))
-        raw.meta["type"] = TensorType(dtype, (*kind.shape[:-1], heads * each))
+        build = Builder(graph)
+        raw = build.call(LINEAR, build.call(LINEAR, x, weights[0]), weights[1], weights[2])
 
         def values(raw: Tensor) -> Tensor:
             return gate.activation(torch.unflatten(raw, -1, (heads, *gate.shape)).transpose(1, 2))
 
-        return insert(graph, values, [raw])
+        return build.trace(values, raw)
 
     def clustered(self, site: Site, gate: Gate) -> fx.Node:
         """A decay of slots [batch, kv_heads, time, slots]: a token's own slot lets go.
@@ -114,7 +112,7 @@ class Projections:
 
         most = 1.0 if gate.floor is None else -math.expm1(gate.floor)
         parts = [measured("weight", found.weight), measured("bias", found.bias)]
-        return insert(site.graph, values, [k, *parts])
+        return Builder(site.graph).trace(values, k, *parts)
 
     def tensors(self) -> dict[str, Tensor]:
         """What was measured, by the names that weights read it by."""
@@ -137,7 +135,7 @@ def liger_gate(site: Site, mixer: Mixer, gate: Gate, variant: str) -> fx.Node:
             where=site.node.name,
             hint=f"there is: {known}; or use gates=learned",
         )
-    return insert(site.graph, gate.from_key[variant], [before_rotary(site.k)])
+    return Builder(site.graph).trace(gate.from_key[variant], before_rotary(site.k))
 
 
 def _raw(gate: Gate, start: Start) -> list[float]:

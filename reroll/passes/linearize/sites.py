@@ -11,6 +11,7 @@ from torch import fx
 
 from reroll.errors import PassError
 from reroll.rewrite.analysis.layers import Layer, behind_cache
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.patterns import Miss
 from reroll.rewrite.ir.program import TensorType
@@ -92,11 +93,10 @@ class Site:
         return [n in self.chosen for n in self.layer.numbers]
 
     def after(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-        """A new node behind another one, of the type of the attention's output."""
-        with self.graph.inserting_after(node):
-            new = self.graph.call_function(target, args)
-        new.meta["type"] = self.node.meta["type"]
-        return new
+        """A new node behind another one."""
+        build = Builder(self.graph, self.layer.loop)
+        with build.after(node):
+            return build.call(target, *args)
 
     def projection(self) -> fx.Node:
         """The linear layer that makes the keys. Raises PassError if there is none."""

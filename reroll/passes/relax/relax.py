@@ -12,7 +12,8 @@ from torch import fx
 from reroll.bounds import COUNT, COUNT_OR_NONE, Range
 from reroll.errors import PassError
 from reroll.passes.relax.low_rank import Factors, Pair, make_factors, residuals_left, spend
-from reroll.rewrite.ir.program import Loop, Program, TensorType, weight_nodes
+from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.program import Loop, Program, weight_nodes
 from reroll.rewrite.ir.weights import Weight
 from reroll.rewrite.pipeline.base import Context, Pass, option
 from reroll.rewrite.pipeline.options import nearest_name
@@ -186,24 +187,17 @@ def _only_linear(nodes: list[fx.Node]) -> bool:
 
 def _insert(loop: Loop, linears: list[fx.Node], pair: Pair) -> None:
     """Add up(down(x)) to every linear layer over the weight."""
-    graph = loop.body.graph
-    first = next(n for n in graph.nodes if n in linears)
-    with graph.inserting_before(first):
-        down, up = graph.get_attr(pair.down_name), graph.get_attr(pair.up_name)
-    for node, weight in ((down, pair.down), (up, pair.up)):
-        node.meta["type"] = TensorType(weight.meta.dtype, weight.meta.shape)
+    build = Builder(loop.body.graph)
+    with build.before(next(n for n in loop.body.graph.nodes if n in linears)):
+        down = build.weight(pair.down_name, pair.down)
+        up = build.weight(pair.up_name, pair.up)
+
+    def with_residual(linear: fx.Node) -> fx.Node:
+        low = build.call(aten.linear.default, linear.args[0], down)
+        return build.call(aten.add.Tensor, linear, build.call(aten.linear.default, low, up))
+
     for linear in linears:
-        kind = linear.meta["type"]
-        narrow = TensorType(kind.dtype, (*kind.shape[:-1], pair.rank))
-        with graph.inserting_after(linear):
-            low = graph.call_function(aten.linear.default, (linear.args[0], down))
-        with graph.inserting_after(low):
-            residual = graph.call_function(aten.linear.default, (low, up))
-        with graph.inserting_after(residual):
-            total = graph.call_function(aten.add.Tensor, (linear, residual))
-        low.meta["type"], residual.meta["type"], total.meta["type"] = narrow, kind, kind
-        linear.replace_all_uses_with(total)
-        total.replace_input_with(total, linear)
+        build.wrap(linear, with_residual)
 
 
 def _nothing(program: Program, context: Context) -> Program:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import fx
 
 from reroll.errors import PassError
 from reroll.rewrite.analysis.residual import Tracer
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.patterns import Miss
 from reroll.rewrite.ir.program import Loop, Program, TensorType
 from reroll.rewrite.ir.weights import Weight, normal, zeros
@@ -44,8 +45,7 @@ def scale_by_step(program: Program, loop: Loop, index: Sequence[int]) -> tuple[P
     width = kind.shape[-1]
     assert isinstance(width, int)
     count = len(written) + 1
-    with body.inserting_after(places[-1]):
-        step = body.placeholder("step")
+    step = loop.add_input("step", _steps(index))
     blocks = range(max(index) + 1)
     shapes = {
         "up.weight": (INNER, 1), "up.bias": (INNER,),
@@ -53,9 +53,8 @@ def scale_by_step(program: Program, loop: Loop, index: Sequence[int]) -> tuple[P
     }  # fmt: skip
     weights: dict[str, Weight] = {}
     nodes: dict[str, fx.Node] = {}
-    scales: list[fx.Node] = []
-    first = next(n for n in body.nodes if n.op != "placeholder")
-    with body.inserting_before(first):
+    build = Builder(body, loop)
+    with build.before(next(n for n in body.nodes if n.op != "placeholder")):
         for name, shape in shapes.items():
             entries = tuple(
                 normal(shape, 1.0, block, kind.dtype)
@@ -65,33 +64,23 @@ def scale_by_step(program: Program, loop: Loop, index: Sequence[int]) -> tuple[P
             )
             full = f"{loop.name}.*.step.{name}"
             weights[full] = Weight(entries, tuple(index))
-            nodes[name] = body.get_attr(full)
-            nodes[name].meta["type"] = TensorType(kind.dtype, shape)
-
-        def call(target: object, args: tuple[object, ...], size: int, **kwargs: object) -> fx.Node:
-            node = body.call_function(target, args, kwargs)  # type: ignore[arg-type]
-            node.meta["type"] = TensorType(kind.dtype, (size,))
-            return node
-
-        t = call(aten.full.default, ([1], step), 1, dtype=kind.dtype)
-        h = call(aten.linear.default, (t, nodes["up.weight"], nodes["up.bias"]), INNER)
-        h = call(aten.silu.default, (h,), INNER)
-        out = call(
-            aten.linear.default, (h, nodes["down.weight"], nodes["down.bias"]), count * width
-        )
-        out = call(aten.add.Tensor, (out, 1.0), count * width)
-        for number in range(count):
-            start = number * width
-            scales.append(call(aten.slice.Tensor, (out, 0, start, start + width), width))
+            nodes[name] = build.weight(full, weights[full])
+        h = build.call(aten.full.default, [1], step, dtype=kind.dtype)
+        h = build.call(aten.linear.default, h, nodes["up.weight"], nodes["up.bias"])
+        h = build.call(aten.silu.default, h)
+        h = build.call(aten.linear.default, h, nodes["down.weight"], nodes["down.bias"])
+        out = build.call(aten.add.Tensor, h, 1.0)
+        scales = [
+            build.call(aten.slice.Tensor, out, 0, n * width, (n + 1) * width) for n in range(count)
+        ]
     for node, scale in zip([*written, result], scales, strict=True):
-        with body.inserting_after(node):
-            scaled = body.call_function(aten.mul.Tensor, (node, scale))
-        scaled.meta["type"] = node.meta["type"]
-        node.replace_all_uses_with(scaled)
-        scaled.replace_input_with(scaled, node)
-    loop.node.args = (loop.name, loop.carry, (*loop.inputs, _steps(index)), loop.trips)
+        build.wrap(node, _times(build, scale))
     added = sum(weight.elements() for weight in weights.values())
     return replace(program, weights=program.weights.with_weights(weights)), added
+
+
+def _times(build: Builder, scale: fx.Node) -> Callable[[fx.Node], fx.Node]:
+    return lambda node: build.call(aten.mul.Tensor, node, scale)
 
 
 def _steps(index: Sequence[int]) -> tuple[float, ...]:

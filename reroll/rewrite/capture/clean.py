@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from reroll.errors import CaptureError
 from reroll.rewrite.ir.hidden import stand_in
 from reroll.rewrite.ir.program import Dim, TensorType
+from reroll.rewrite.ir.types import set_type
 
 aten = torch.ops.aten
 
@@ -71,7 +72,7 @@ def flatten(
         kind = _type(by_name[node].meta["val"], symbols)
         assert kind is not None
         values[by_name[node]] = placeholder = graph.placeholder(name)
-        placeholder.meta["type"] = kind
+        set_type(placeholder, kind)
         shapes[name], dtypes[name] = kind.shape, kind.dtype
     for name, node in by_name.items():
         constant = exported.constants.get(f"model.{names[name]}") if name in names else None
@@ -165,8 +166,7 @@ def _copy_nodes(
             if value not in weights:
                 weights[value] = graph.get_attr(value)
                 kind = _type(node.meta.get("val"), symbols)
-                if kind is not None:
-                    weights[value].meta["type"] = kind
+                set_type(weights[value], kind)
             return weights[value]
         return value
 
@@ -199,7 +199,7 @@ def _copy_nodes(
 def _scalar(graph: fx.Graph, value: Tensor) -> fx.Node:
     """A number that the model wrote as a tensor, as a node."""
     node = graph.call_function(aten.scalar_tensor.default, (value.item(),), {"dtype": value.dtype})
-    node.meta["type"] = TensorType(value.dtype, ())
+    set_type(node, TensorType(value.dtype, ()))
     return node
 
 
@@ -264,9 +264,7 @@ def _append(
         # without the copies that were dropped, strides no longer promise that a view is possible
         target = aten.reshape.default
     new = graph.create_node("call_function", target, args, kwargs, name=node.name)
-    kind = _type(value, symbols)
-    if kind is not None:
-        new.meta["type"] = kind
+    set_type(new, _type(value, symbols))
     return new
 
 

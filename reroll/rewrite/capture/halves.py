@@ -22,6 +22,7 @@ from reroll.rewrite.ir.dtypes import follow_limits
 from reroll.rewrite.ir.hidden import NAMES, mark, marks, unmark
 from reroll.rewrite.ir.patterns import Miss
 from reroll.rewrite.ir.program import Program, TensorType, copy
+from reroll.rewrite.ir.types import set_dtype, set_type, type_of
 
 aten = torch.ops.aten
 
@@ -120,7 +121,7 @@ def with_dtypes_of(program: Program, traced: fx.Graph, half: torch.dtype) -> Pro
     graph, wide = copy(program.graph), program.dtype
     for node in graph.find_nodes(op="placeholder"):
         if _dtype(node) == wide:
-            _set_type(node, half)
+            set_dtype(node, half)
     miss = _Alignment(graph, traced, wide).run()
     if miss is not None:
         return miss
@@ -159,10 +160,10 @@ def _read_frozen(graph: fx.Graph, program: Program, half: torch.dtype) -> None:
             users = list(node.users)
             with graph.inserting_after(node):
                 cast = graph.call_function(TO, (node, half))
-            cast.meta["type"] = node.meta["type"]
+            set_type(cast, type_of(node))
             for user in users:
                 user.replace_input_with(node, cast)
-            _set_type(node, weight.meta.dtype)
+            set_dtype(node, weight.meta.dtype)
 
 
 class _Alignment:
@@ -192,7 +193,7 @@ class _Alignment:
                 b = next(theirs, None)
             elif a is not None and _key(a) is TO:
                 # a conversion that half precision does without
-                _set_type(a, _dtype(a.args[0]))
+                set_dtype(a, _dtype(a.args[0]))
                 a.update_arg(1, _dtype(a.args[0]))
                 a = next(mine, None)
             else:
@@ -206,8 +207,8 @@ class _Alignment:
             return False
         with self.graph.inserting_after(source):
             cast = self.graph.call_function(TO, (source, dtype))
-        cast.meta["type"] = source.meta["type"]
-        _set_type(cast, dtype)
+        set_type(cast, type_of(source))
+        set_dtype(cast, dtype)
         self.node[b] = cast
         self.nothing.add(cast)
         return True
@@ -215,10 +216,10 @@ class _Alignment:
     def pair(self, a: fx.Node, b: fx.Node) -> bool:
         """Give a node the dtypes of the other; False if their numbers differ."""
         self.node[b] = a
-        _set_type(a, _dtype(b))
+        set_dtype(a, _dtype(b))
         for user in a.users:
             if user.target is operator.getitem:
-                _set_type(user, _dtype(b, int(user.args[1])))  # type: ignore[arg-type]
+                set_dtype(user, _dtype(b, int(user.args[1])))  # type: ignore[arg-type]
         try:
             if _key(a) is TO:
                 a.args = (self.argument(a.args[0], b.args[0]), _dtype(b))
@@ -256,7 +257,7 @@ class _Alignment:
             raise _Differs
         if value.op == "get_attr" or value.target is aten.scalar_tensor.default:
             if operand is value:
-                _set_type(value, _dtype(theirs))
+                set_dtype(value, _dtype(theirs))
             if value.op != "get_attr":
                 value.kwargs = {**value.kwargs, "dtype": _dtype(value)}
         return operand
@@ -306,9 +307,3 @@ def _dtype(node: Any, part: int | None = None) -> torch.dtype | None:
         parts = [u for u in node.users if u.target is operator.getitem and u.args[1] == part]
         return _dtype(parts[0]) if parts else None
     return value.dtype if isinstance(value, (TensorType, Tensor)) else None
-
-
-def _set_type(node: fx.Node, dtype: torch.dtype | None) -> None:
-    kind = node.meta.get("type")
-    if dtype is not None and isinstance(kind, TensorType):
-        node.meta["type"] = TensorType(dtype, kind.shape)

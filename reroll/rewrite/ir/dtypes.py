@@ -19,6 +19,7 @@ from reroll.errors import RerollError, UsageError
 from reroll.rewrite.ir.hidden import stand_in
 from reroll.rewrite.ir.program import Input, Loop, Program, TensorType, copy
 from reroll.rewrite.ir.shapes import concrete
+from reroll.rewrite.ir.types import run_without_data, set_dtype, set_type
 from reroll.rewrite.ir.weights import Weight, WeightTable, cast
 
 aten = torch.ops.aten
@@ -125,14 +126,14 @@ def _keep_wide(node: fx.Node) -> None:
         kind = first.meta["type"]
         with graph.inserting_before(node):
             wide = graph.call_function(WIDEN, (first,))
-        wide.meta["type"] = TensorType(torch.float32, kind.shape)
+        set_type(wide, TensorType(torch.float32, kind.shape))
         node.update_arg(0, wide)
         return
     # without a dtype, the op makes whole numbers, or fp32
     kind = node.meta["type"]
     with graph.inserting_after(node):
         wide = graph.call_function(WIDEN, (node,))
-    wide.meta["type"] = kind
+    set_type(wide, kind)
     node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
 
 
@@ -173,7 +174,7 @@ def _follow(node: fx.Node, old: torch.dtype, new: torch.dtype) -> None:
         node.target, node.args = aten.to.dtype, (*node.args, torch.float32)
     kind = node.meta.get("type")
     if isinstance(kind, TensorType) and kind.dtype == old:
-        node.meta["type"] = TensorType(new, kind.shape)
+        set_dtype(node, new)
 
 
 def without_casts(program: Program) -> Program:
@@ -239,9 +240,8 @@ def _infer(
             values[node] = _infer_loop(program, loops[node], run)
         else:
             values[node] = _call(name, node, run)
-        value, kind = values[node], node.meta.get("type")
-        if isinstance(kind, TensorType) and isinstance(value, torch.Tensor):
-            node.meta["type"] = TensorType(value.dtype, kind.shape)
+        if isinstance(values[node], torch.Tensor):
+            set_dtype(node, values[node].dtype)
     return ()
 
 
@@ -251,12 +251,8 @@ def _infer_loop(program: Program, loop: Loop, run: Callable[[Any], Any]) -> Any:
 
 
 def _call(name: str, node: fx.Node, run: Callable[[Any], Any]) -> Any:
-    target: Any = node.target
-    kwargs = dict(run(node.kwargs))
-    if any(a.name == "device" for a in getattr(getattr(target, "_schema", None), "arguments", ())):
-        kwargs["device"] = "meta"
     try:
-        return target(*run(node.args), **kwargs)
+        return run_without_data(node.target, run(node.args), dict(run(node.kwargs)))
     except RerollError:
         raise
     except Exception as error:

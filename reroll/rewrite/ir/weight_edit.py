@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite.ir.program import Program, TensorType, weight_nodes
+from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.program import Program, weight_nodes
 from reroll.rewrite.ir.weights import Weight, cast
 from reroll.rewrite.ir.weights.expressions import Expr
 
@@ -105,10 +106,7 @@ class WeightEditor:
 
     def node(self, graph: fx.Graph, name: str) -> fx.Node:
         """A new node that reads a weight, at the graph's insertion point."""
-        node = graph.get_attr(name)
-        meta = self.weights[name].meta
-        node.meta["type"] = TensorType(meta.dtype, meta.shape)
-        return node
+        return Builder(graph).weight(name, self.weights[name])
 
 
 def _map(weight: Weight, function: Callable[[Expr], Expr]) -> Weight:

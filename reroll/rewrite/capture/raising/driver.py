@@ -17,6 +17,7 @@ from reroll.rewrite.ir.matching import match
 from reroll.rewrite.ir.patterns import Match, Miss, nearest
 from reroll.rewrite.ir.program import Program, TensorType
 from reroll.rewrite.ir.shapes import concrete, drop_copies, tidy_shapes
+from reroll.rewrite.ir.types import set_type, type_of
 from reroll.rewrite.ir.weights import Weight
 
 log = logging.getLogger(__name__)
@@ -209,9 +210,8 @@ def raise_linears(program: Program) -> Program:
             continue
         entry = lazy.transpose(weights[name].entries[0])
         weights = weights.with_weight(name, Weight((entry,), trainable=weights[name].trainable))
-        if "type" in node.meta:
-            kind = node.meta["type"]
-            node.meta["type"] = TensorType(kind.dtype, kind.shape[::-1])
+        if (kind := type_of(node)) is not None:
+            set_type(node, TensorType(kind.dtype, kind.shape[::-1]))
         for user in list(node.users):
             bias = user.args[0] if user.target is aten.addmm.default else None
             x = user.args[1] if user.target is aten.addmm.default else user.args[0]

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite.ir.matching import all_arguments, argument, shape
+from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.matching import all_arguments, argument, dtype, shape
 from reroll.rewrite.ir.patterns import Match, Miss
+from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.types import set_type, type_of
 
 aten = torch.ops.aten
 
@@ -71,9 +74,8 @@ def match_eager(root: fx.Node) -> Match | Miss:
 def raise_eager(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     """The attention node for a match, in the layout of the product that it replaces."""
     q, k, v, found = (match[name] for name in ("q", "k", "v", "scores"))
-    wide = q.meta.get("type")
     # a model may compute its scores in fp32 and the product with the values in half precision
-    v = v if wide is None else _converted(graph, v, wide.dtype)
+    v = _converted(graph, v, dtype(q))
     bias = _bias(graph, q, found)
     attention = torch.ops.reroll.attention.default
     kwargs: dict[str, Any] = {}
@@ -81,29 +83,21 @@ def raise_eager(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
         kwargs["softcap"] = found.softcap
     if bias is not None:
         kwargs["bias"] = bias
-    node = graph.call_function(attention, (q, k, v, found.scale), kwargs)
-    out = graph.call_function(aten.transpose.int, (node, 1, 2))
-    kind = root.meta.get("type")
-    if kind is not None:
-        batch, heads, length = shape(q)[:3]
-        width = kind.shape[-1]
-        dtype = kind.dtype if wide is None else wide.dtype
-        node.meta["type"] = type(kind)(dtype, (batch, length, heads, width))
-        out.meta["type"] = type(kind)(dtype, (batch, heads, length, width))
-        out = _converted(graph, out, kind.dtype)
+    build = Builder(graph)
+    out = build.call(
+        aten.transpose.int, build.call(attention, q, k, v, found.scale, **kwargs), 1, 2
+    )
+    out = _converted(graph, out, dtype(root))
     if len(shape(root)) == 3:
         out = graph.call_function(aten.flatten.using_ints, (out, 0, 1))
         out.meta.update(root.meta)
     return out
 
 
-def _converted(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    kind = node.meta.get("type")
-    if kind is None or kind.dtype == dtype:
+def _converted(graph: fx.Graph, node: fx.Node, wanted: torch.dtype | None) -> fx.Node:
+    if None in (wanted, dtype(node)) or dtype(node) == wanted:
         return node
-    new = graph.call_function(aten.to.dtype, (node, dtype))
-    new.meta["type"] = type(kind)(dtype, kind.shape)
-    return new
+    return Builder(graph).call(aten.to.dtype, node, wanted)
 
 
 def _strip(value: Any, found: Scores, targets: tuple[Any, ...]) -> fx.Node:
@@ -227,32 +221,26 @@ def _unrepeated(value: fx.Node, found: Scores) -> fx.Node:
 def _bias(graph: fx.Graph, q: fx.Node, found: Scores) -> fx.Node | None:
     total: fx.Node | None = None
     low = torch.finfo(torch.float32).min
-    kind = q.meta.get("type")
-    terms = list(found.terms)
+    build, terms = Builder(graph), list(found.terms)
     for condition, keep in found.kept:
         mask = condition
         if condition.target is not torch.ops.reroll.mask.default:
             zero, lowest = (0.0, low) if keep else (low, 0.0)
-            where = aten.where.Scalar
-            mask = graph.call_function(where, (condition, zero, lowest))
-            if kind is not None:
-                mask.meta["type"] = type(kind)(kind.dtype, shape(condition))
+            mask = build.call(aten.where.Scalar, condition, zero, lowest)
         terms.append((mask, 1.0))
     for node, factor in terms:
         if len(shape(node)) == 3 and len(shape(q)) == 4 and shape(node)[0] not in (1, shape(q)[1]):
             heads = shape(q)[1]
-            like = node.meta.get("type")
+            batch, like = shape(q)[0], type_of(node)
             node = graph.call_function(aten.unflatten.int, (node, 0, [-1, heads]))
             if like is not None:
-                node.meta["type"] = type(like)(like.dtype, (shape(q)[0], heads, *like.shape[1:]))
+                set_type(node, TensorType(like.dtype, (batch, heads, *like.shape[1:])))
         if factor != 1.0 and node.target is not torch.ops.reroll.mask.default:
-            scaled = graph.call_function(aten.mul.Tensor, (node, factor))
-            scaled.meta.update({"type": node.meta["type"]} if "type" in node.meta else {})
-            node = scaled
+            node = build.call(aten.mul.Tensor, node, factor)
         if total is None:
             total = node
         else:
-            total = graph.call_function(aten.add.Tensor, (total, node))
+            total = build.call(aten.add.Tensor, total, node)
     return total
 
 
@@ -283,12 +271,13 @@ def match_sdpa(root: fx.Node) -> Match | Miss:
 def raise_sdpa(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     """The attention node for torch's fused attention, in its layout."""
     q, k, v, mask, _, causal, scale, _ = all_arguments(root)
+    build = Builder(graph)
     kwargs: dict[str, Any] = {"causal": True} if causal else {}
     if mask is not None:
         kind = mask.meta.get("type")
         if kind is not None and kind.dtype == torch.bool:
             low = torch.finfo(torch.float32).min
-            mask = graph.call_function(aten.where.Scalar, (mask, 0.0, low))
+            mask = build.call(aten.where.Scalar, mask, 0.0, low)
         kwargs["bias"] = mask
     width = shape(q)[-1]
     if scale is None:
@@ -296,10 +285,5 @@ def raise_sdpa(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
             return Miss("the size of a head is not known", (root.name,), "sdpa", 2)
         scale = width**-0.5
     attention = torch.ops.reroll.attention.default
-    node = graph.call_function(attention, (q, k, v, float(scale)), kwargs)
-    out = graph.call_function(aten.transpose.int, (node, 1, 2))
-    kind = root.meta["type"]
-    b, h, s, d = kind.shape
-    node.meta["type"] = type(kind)(kind.dtype, (b, s, h, d))
-    out.meta["type"] = kind
-    return out
+    node = build.call(attention, q, k, v, float(scale), **kwargs)
+    return build.call(aten.transpose.int, node, 1, 2)

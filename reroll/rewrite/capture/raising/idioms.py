@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import (
     ANY,
     Number,
@@ -43,14 +44,6 @@ class Rule:
     name: str
     pattern: Any
     rewrite: Callable[[fx.Graph, fx.Node, Match], fx.Node | Miss]
-
-
-def call(graph: fx.Graph, like: fx.Node, op: Any, *args: Any) -> fx.Node:
-    """A new node for `op` with the type of `like`."""
-    node = graph.call_function(op, args)
-    if "type" in like.meta:
-        node.meta["type"] = like.meta["type"]
-    return node
 
 
 # root-mean-square norm
@@ -84,7 +77,7 @@ def _rms_norm(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     if weight is not None and shape(weight) != shape(x)[-1:]:
         return Miss("the weight is not over the last dimension", (weight.name,))
     eps, offset = float(match["eps"]), float(match.bound.get("offset", 0.0))
-    return call(graph, root, torch.ops.reroll.rms_norm.default, x, weight, eps, offset)
+    return Builder(graph).call(torch.ops.reroll.rms_norm.default, x, weight, eps, offset)
 
 
 def _aten_rms_norm(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
@@ -93,7 +86,7 @@ def _aten_rms_norm(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Mi
         return Miss("the norm is over more than the last dimension", (root.name,))
     if eps is None:
         eps = torch.finfo(dtype(x) or torch.float32).eps
-    return call(graph, root, torch.ops.reroll.rms_norm.default, x, weight, float(eps), 0.0)
+    return Builder(graph).call(torch.ops.reroll.rms_norm.default, x, weight, float(eps), 0.0)
 
 
 # layer norm written out
@@ -118,7 +111,7 @@ def _layer_norm(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     if any(w is not None and shape(w) != shape(x)[-1:] for w in (weight, bias)):
         return Miss("the weight is not over the last dimension", (root.name,))
     size = [shape(x)[-1]]
-    return call(graph, root, aten.layer_norm.default, x, size, weight, bias, float(match["eps"]))
+    return Builder(graph).call(aten.layer_norm.default, x, size, weight, bias, float(match["eps"]))
 
 
 # rotary position embedding
@@ -166,7 +159,7 @@ def _rope(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     interleaved = "half" not in match.bound
     if not interleaved and 2 * match["half"] != shape(x)[-1]:
         return Miss("the channels are not cut in halves", (root.name,))
-    return call(graph, root, torch.ops.reroll.rope.default, x, cos, sin, interleaved)
+    return Builder(graph).call(torch.ops.reroll.rope.default, x, cos, sin, interleaved)
 
 
 def _partial_rope(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
@@ -176,7 +169,7 @@ def _partial_rope(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Mis
     if match["dim"] not in (-1, len(shape(x)) - 1) or shape(match["cos"])[-1] != size:
         return Miss("the turned channels are not the leading ones", (root.name,))
     op = torch.ops.reroll.rope.default
-    return call(graph, root, op, x, match["cos"], match["sin"], match["interleaved"])
+    return Builder(graph).call(op, x, match["cos"], match["sin"], match["interleaved"])
 
 
 _partial_rope_pattern = Op(
@@ -216,7 +209,7 @@ def _glu(activation: str) -> Callable[[fx.Graph, fx.Node, Match], fx.Node | Miss
         gate, up = match["gate"], match["up"]
         if shape(gate) != shape(up) or dtype(gate) != dtype(up):
             return Miss("gate and up differ in shape", (gate.name, up.name))
-        return call(graph, root, torch.ops.reroll.glu.default, gate, up, activation)
+        return Builder(graph).call(torch.ops.reroll.glu.default, gate, up, activation)
 
     return rewrite
 
@@ -238,7 +231,7 @@ _gelu_tanh = Op(MUL, Op(MUL, _g, 0.5), Op(ADD, Op("aten.tanh.default", _inner), 
 
 
 def _gelu(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
-    node = call(graph, root, aten.gelu.default, match["x"])
+    node = Builder(graph).call(aten.gelu.default, match["x"])
     node.kwargs = {"approximate": "tanh"}
     return node
 
@@ -255,7 +248,7 @@ def _split_linear(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Mis
         or match["stop"] != len(shape(x)) - 2
     ):
         return Miss("the reshape does not undo the flattening", (root.name,))
-    return call(graph, root, aten.linear.default, x, match["weight"], match.bound.get("bias"))
+    return Builder(graph).call(aten.linear.default, x, match["weight"], match.bound.get("bias"))
 
 
 _flat_tokens = Op("aten.flatten.using_ints", Var("x"), Number("start"), Number("stop"))

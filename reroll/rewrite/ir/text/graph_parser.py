@@ -15,6 +15,7 @@ from reroll.rewrite.ir.hidden import NAMES, mark
 from reroll.rewrite.ir.program import TensorType
 from reroll.rewrite.ir.text.cursor import Cursor, NodeRef, WeightRef
 from reroll.rewrite.ir.text.op_names import LOOP, resolve
+from reroll.rewrite.ir.types import set_type
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,7 @@ def build_graph(
             with located(f"line {line}"):
                 raise ProgramError(f"%{name} is defined twice, first in line {before}")
         nodes[name], lines[node] = node, line
-        if value.type is not None:
-            node.meta["type"] = value.type
+        set_type(node, value.type)
         mark(node, value.hidden)
 
     for given in placeholders:

@@ -7,6 +7,7 @@ from typing import TypeVar
 from reroll.errors import ProgramError, located
 from reroll.rewrite.ir.program import Program, TensorType, weight_nodes
 from reroll.rewrite.ir.text.sections import Draft, read
+from reroll.rewrite.ir.types import set_type
 from reroll.rewrite.ir.verify import Problem, check_sources, problems
 from reroll.rewrite.ir.weights.expressions import TensorSource
 from reroll.rewrite.ir.weights.sources import MemorySource
@@ -62,7 +63,7 @@ def _type_weights(program: Program) -> None:
             weight = program.weights.get(name)
             for node in nodes if weight is not None else ():
                 assert weight is not None
-                node.meta["type"] = TensorType(weight.meta.dtype, weight.meta.shape)
+                set_type(node, TensorType(weight.meta.dtype, weight.meta.shape))
 
 
 def _required(value: T | None, what: str) -> T:

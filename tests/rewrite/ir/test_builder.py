@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.errors import ProgramError
-from reroll.rewrite.ir.inserting import insert
+from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.program import TensorType
 
 
@@ -25,7 +25,7 @@ def scaled(x: Tensor, factor: float = 2.0) -> Tensor:
 
 def test_it_computes_what_the_function_does() -> None:
     made, (x, w) = graph(("b", 3, "s", 4), (3, 4, 5))
-    out = insert(made, lambda x, w: torch.matmul(scaled(x), w).transpose(1, 2), [x, w])
+    out = Builder(made).trace(lambda x, w: torch.matmul(scaled(x), w).transpose(1, 2), x, w)
     made.output(out)
     assert out.meta["type"] == TensorType(torch.float32, ("b", "s", 3, 5))
     a, b = torch.randn(2, 3, 7, 4), torch.randn(3, 4, 5)
@@ -35,7 +35,7 @@ def test_it_computes_what_the_function_does() -> None:
 
 def test_optional_arguments_keep_their_defaults() -> None:
     made, (x,) = graph(("b", 4))
-    made.output(insert(made, scaled, [x]))
+    made.output(Builder(made).trace(scaled, x))
     a = torch.randn(2, 4)
     torch.testing.assert_close(fx.GraphModule({}, made)(a), (2 * a).softmax(-1))
 
@@ -43,4 +43,4 @@ def test_optional_arguments_keep_their_defaults() -> None:
 def test_a_size_of_the_run_is_refused() -> None:
     made, (x,) = graph(("b", 4))
     with pytest.raises(ProgramError, match="needs the size b"):
-        insert(made, lambda x: x.expand(3, x.shape[0], 4) / x.shape[0], [x])
+        Builder(made).trace(lambda x: x.expand(3, x.shape[0], 4) / x.shape[0], x)

@@ -1,0 +1,136 @@
+"""Writing into a graph: calls of ops and of Python functions, weights, and what goes around a node.
+
+Every node gets the type of what it computes: see `reroll.rewrite.ir.types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from reroll.errors import ProgramError
+from reroll.rewrite.ir.dtypes import HALVES, WIDEN, widen_node
+from reroll.rewrite.ir.program import Loop, TensorType
+from reroll.rewrite.ir.text.op_names import op_name
+from reroll.rewrite.ir.types import Sizes, infer, set_type, type_of
+from reroll.rewrite.ir.weights import Weight
+
+
+class Builder:
+    """Writes typed nodes into a graph, at its insertion point.
+
+    `loop` is the loop whose body the graph is, if it has one: it says which numbers the body is
+    given.
+    """
+
+    def __init__(self, graph: fx.Graph, loop: Loop | None = None) -> None:
+        self.graph, self.loop = graph, loop
+
+    def before(self, node: fx.Node) -> AbstractContextManager[Any]:
+        """Write in front of a node."""
+        return self.graph.inserting_before(node)
+
+    def after(self, node: fx.Node) -> AbstractContextManager[Any]:
+        """Write behind a node, in the order of the calls."""
+        return self.graph.inserting_before(node.next)
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of an op. Raises ProgramError if it does not run on values of such types."""
+        node = self.graph.call_function(op, args, kwargs)
+        infer(node, self.loop)
+        return node
+
+    def place(self, name: str, kind: TensorType | None = None) -> fx.Node:
+        """A placeholder, of a tensor or of a number."""
+        node = self.graph.placeholder(name)
+        set_type(node, kind)
+        return node
+
+    def weight(self, name: str, weight: Weight) -> fx.Node:
+        """A node that reads a weight."""
+        node = self.graph.get_attr(name)
+        set_type(node, TensorType(weight.meta.dtype, weight.meta.shape))
+        return node
+
+    def wide(self, node: fx.Node) -> fx.Node:
+        """A value in fp32, also where the Program is narrowed later."""
+        kind = type_of(node)
+        assert kind is not None
+        if kind.dtype != torch.float32:
+            return self.call(torch.ops.aten.to.dtype, node, torch.float32)
+        return node if node.target is WIDEN else self.call(WIDEN, node)
+
+    def wrap(self, node: fx.Node, write: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Put what `write` makes of a node in its place, for everything that has used it."""
+        users = list(node.users)
+        with self.after(node):
+            new = write(node)
+        for user in users:
+            user.replace_input_with(node, new)
+        return new
+
+    def trace(self, function: Callable[..., Tensor], *inputs: fx.Node) -> fx.Node:
+        """What a Python function of tensors computes, as the nodes of its ATen ops.
+
+        Raises ProgramError if the function needs a size that is known only at run time, or an op
+        that a Program cannot hold.
+        """
+        sizes = Sizes()
+        examples = [_example(node, sizes) for node in inputs]
+        # in half precision it is to be seen where the function asks for fp32 itself
+        widens = all(e.dtype not in HALVES for e in examples)
+        if widens:
+            examples = [e.to(torch.bfloat16) if e.dtype == torch.float32 else e for e in examples]
+
+        def called(*tensors: Tensor) -> Tensor:
+            # tracing would take optional arguments of the function itself for inputs
+            return function(*tensors)
+
+        traced = make_fx(called, tracing_mode="fake", pre_dispatch=True)(*examples)
+        made: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                made[node] = next(given)
+            elif node.op == "output":
+                return made[node.args[0]]  # type: ignore[no-any-return]
+            else:
+                made[node] = self._copy(node, made, sizes.named())
+                if widens:
+                    widen_node(made[node], torch.bfloat16)
+        raise ProgramError("the function returns nothing")
+
+    def _copy(
+        self, node: fx.Node, made: Mapping[fx.Node, Any], names: Mapping[int, str]
+    ) -> fx.Node:
+        if node.op != "call_function" or op_name(node.target) is None:
+            raise ProgramError(f"a program cannot hold {node.target}", where=node.name)
+        fixed = [a for a in _numbers((node.args, node.kwargs)) if a in names]
+        if fixed:
+            raise ProgramError(f"it needs the size {names[fixed[0]]}", where=node.name)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: made[n])
+        new = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            set_type(new, TensorType(value.dtype, tuple(names.get(d, d) for d in value.shape)))
+        return new
+
+
+def _example(node: fx.Node, sizes: Sizes) -> Tensor:
+    kind = type_of(node)
+    if kind is None:
+        raise ProgramError("the type of an input is not known", where=node.name)
+    return sizes.empty(kind)
+
+
+def _numbers(value: Any) -> list[int]:
+    if isinstance(value, Mapping):
+        return _numbers(list(value.values()))
+    if isinstance(value, list | tuple):
+        return [n for v in value for n in _numbers(v)]
+    return [value] if isinstance(value, int) else []
