@@ -15,6 +15,7 @@ from torch import fx
 
 from reroll.errors import PassError
 from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.hidden import mark, marks
 from reroll.rewrite.ir.program import Loop, Program, ancestors
 from reroll.rewrite.ir.weights import Weight, copy
 
@@ -86,6 +87,7 @@ def add_heads(
             ]
             args = (chosen, depth, list(at), made[0], made[1] if made[1:] else [])
             new = Builder(program.graph).call(EXIT_LINEAR, *args)
+            mark(new, marks(head))
     if whole:
         head.replace_all_uses_with(new)
     program.graph.eliminate_dead_code()
@@ -117,5 +119,7 @@ def _chosen(
                 weight_of(stop, node) if is_weight else graph.node_copy(node, values.__getitem__)
             )
         here = build.call(aten.unsqueeze.default, build.call(aten.eq.Scalar, depth, stop), -1)
-        chosen = build.call(aten.where.self, here, values[head.args[0]], chosen)  # type: ignore[index]
+        old, other = chosen, values[head.args[0]]  # type: ignore[index]
+        chosen = build.call(aten.where.self, here, other, old)
+        mark(chosen, marks(old))
     return chosen  # type: ignore[no-any-return]

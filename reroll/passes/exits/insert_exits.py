@@ -178,8 +178,9 @@ class _Builder:
         old = sorted(loop.node.users, key=list(graph.nodes).index)
         loop.node.args = (loop.name, carry, inputs, loop.trips)
         with build.after(loop.node):
-            result = build.call(operator.getitem, loop.node, len(kept) - 1)
             depth = build.call(operator.getitem, loop.node, len(kept) + 1)
+        with build.after(loop.node):
+            result = build.call(operator.getitem, loop.node, len(kept) - 1)
         for node in old:
             node.replace_all_uses_with(result)
             graph.erase_node(node)
