@@ -153,7 +153,7 @@ class LoopCore(Pass):
         embedded = loop.carry[0]
         with program.graph.inserting_before(loop.node):
             start = self._start(program.graph, embedded)
-        loop.node.args = (loop.name, (start,), (*loop.inputs, embedded), loop.trips)
+        loop.change(carry=(start,), inputs=(*loop.inputs, embedded))
         weights = program.weights.with_weight(name, adapter)
         bodies = {**program.bodies, loop.name: Body(graph, loop.period)}
         return replace(program, bodies=bodies, weights=weights), Loop(loop.node, bodies[loop.name])

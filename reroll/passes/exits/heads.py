@@ -92,9 +92,7 @@ def add_heads(
         head.replace_all_uses_with(new)
     program.graph.eliminate_dead_code()
     added = sum(weight.elements() for weight in own.values())
-    used = {str(n.target) for _, g in program.graphs() for n in g.nodes if n.op == "get_attr"}
-    table = program.weights.with_weights(own)
-    return program.with_weights(table.without(*(n for n in table if n not in used))), added
+    return program.with_weights(program.weights.with_weights(own)).pruned(), added
 
 
 def _chosen(

@@ -176,7 +176,7 @@ class _Builder:
         kept = (start, start) if options.state == "defer" else (start,)
         carry, inputs = (*kept, *fresh), (*loop.inputs, tuple(thresholds))
         old = sorted(loop.node.users, key=list(graph.nodes).index)
-        loop.node.args = (loop.name, carry, inputs, loop.trips)
+        loop.change(carry=carry, inputs=inputs)
         with build.after(loop.node):
             depth = build.call(operator.getitem, loop.node, len(kept) + 1)
         with build.after(loop.node):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,8 +72,8 @@ def with_thresholds(program: Program, loop: Loop, thresholds: dict[int, float]) 
     position = loop.places.index(place) - len(loop.carry)
     values = tuple(thresholds.get(trip, old) for trip, old in enumerate(exits.thresholds))
     inputs = (*loop.inputs[:position], values, *loop.inputs[position + 1 :])
-    loop.node.args = (loop.name, loop.carry, inputs, loop.trips)
-    return replace(program)
+    loop.change(inputs=inputs)
+    return program
 
 
 def exit_loop(program: Program) -> tuple[Loop, Exits] | None:

@@ -10,7 +10,7 @@ Node types are in `node.meta["type"]`, a `TensorType`, wherever the node makes a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -180,11 +180,26 @@ class Loop:
         position = self.places.index(value) - len(self.carry)
         return value if position < 0 else self.input_for(position, trip)
 
+    def change(
+        self,
+        *,
+        carry: Sequence[Any] | None = None,
+        inputs: Sequence[Any] | None = None,
+        trips: int | None = None,
+    ) -> None:
+        """Give the loop another carry, other inputs, or another number of trips."""
+        self.node.args = (
+            self.name,
+            self.carry if carry is None else tuple(carry),
+            self.inputs if inputs is None else tuple(inputs),
+            self.trips if trips is None else trips,
+        )
+
     def add_input(self, name: str, value: Any) -> fx.Node:
         """Give the loop one more input; returns its placeholder in the body."""
         with self.body.graph.inserting_after(self.places[-1]):
             place = self.body.graph.placeholder(name)
-        self.node.update_arg(2, (*self.inputs, value))
+        self.change(inputs=(*self.inputs, value))
         return place
 
     def drop_unused_inputs(self) -> None:
@@ -195,7 +210,7 @@ class Loop:
                 inputs.append(value)
             else:
                 self.body.graph.erase_node(place)
-        self.node.update_arg(2, tuple(inputs))
+        self.change(inputs=inputs)
 
 
 @dataclass(frozen=True)
@@ -254,6 +269,15 @@ class Program:
     def with_weights(self, weights: WeightTable) -> Program:
         """The same graphs over another weight table."""
         return replace(self, weights=weights)
+
+    def pruned(self) -> Program:
+        """The Program without the weights that no graph reads."""
+        used = {name for _, graph in self.graphs() for name in weight_nodes(graph)}
+        weights, reference = (
+            table.without(*(name for name in table if name not in used))
+            for table in (self.weights, self.reference)
+        )
+        return replace(self, weights=weights, reference=reference)
 
     def to_module(self, **options: Any) -> Any:
         """Lower to a `transformers.PreTrainedModel`: see `reroll.runtime.lowering.lower`."""

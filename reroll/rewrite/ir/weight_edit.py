@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from reroll.rewrite.ir.builder import Builder
-from reroll.rewrite.ir.program import Program, weight_nodes
+from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights import Weight, cast
 from reroll.rewrite.ir.weights.expressions import Expr
 
@@ -34,12 +34,7 @@ class WeightEditor:
         """The Program with the changed table, without what no graph reads any more."""
         for _, graph in self.program.graphs():
             graph.eliminate_dead_code()
-        used = {name for _, graph in self.program.graphs() for name in weight_nodes(graph)}
-        return replace(
-            self.program,
-            weights=self.weights.without(*(n for n in self.weights if n not in used)),
-            reference=self.reference.without(*(n for n in self.reference if n not in used)),
-        )
+        return replace(self.program, weights=self.weights, reference=self.reference).pruned()
 
     def owns(self, user: fx.Node | None, *values: Any) -> bool:
         """Whether values are weights that nothing but `user` reads, by their node, name or content.

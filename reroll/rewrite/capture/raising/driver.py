@@ -41,9 +41,7 @@ def raise_idioms(program: Program) -> Program:
     tidy_shapes(graph)
     graph.lint()
     keep_complete(program, before)
-    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    unused = [name for name in program.weights if name not in used]
-    return program.with_weights(program.weights.without(*unused))
+    return program.pruned()
 
 
 def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:

@@ -50,12 +50,7 @@ def roll_loops(program: Program) -> Program:
             break
         program = insert_loop(program, found)
     program.graph.lint()
-    used = {
-        str(n.target) for _, graph in program.graphs() for n in graph.nodes if n.op == "get_attr"
-    }
-    return program.with_weights(
-        program.weights.without(*(name for name in program.weights if name not in used))
-    )
+    return program.pruned()
 
 
 def merge_equal(graph: fx.Graph) -> None:

@@ -161,7 +161,7 @@ def pack_trips(program: Program, loop: Loop, count: int) -> tuple[Program, Loop]
         )
         for table in (program.weights, program.reference)
     )
-    loop.node.args = (loop.name, loop.carry, tuple(inputs), loop.trips // count)
+    loop.change(inputs=inputs, trips=loop.trips // count)
     bodies = {**program.bodies, loop.name: Body(graph, loop.period * count)}
     program = replace(program, bodies=bodies, weights=weights, reference=reference)
     return program, Loop(loop.node, bodies[loop.name])
@@ -175,7 +175,7 @@ def repeat_trip(program: Program, loop: Loop, trips: int) -> tuple[Program, Loop
     if loop.trips != 1:
         raise ProgramError(f"it has {loop.trips} trips, not one to be repeated", where=loop.name)
     inputs = tuple(v[0] if isinstance(v, tuple) else v for v in loop.inputs)
-    loop.node.args = (loop.name, loop.carry, inputs, trips)
+    loop.change(inputs=inputs, trips=trips)
     tables = []
     for table in (program.weights, program.reference):
         changed = {
@@ -194,7 +194,7 @@ def select_trips(program: Program, loop: Loop, trips: Sequence[int]) -> tuple[Pr
         raise ProgramError(f"trips {list(trips)} of {loop.trips} cannot be run", where=loop.name)
     stacked = _stacked(program, loop)
     inputs = tuple(_same(value, trips) for value in loop.inputs)
-    loop.node.args = (loop.name, loop.carry, inputs, len(trips))
+    loop.change(inputs=inputs, trips=len(trips))
     weights, reference = (
         table.with_weights({n: _of_trips(table[n], trips) for n in stacked if n in table})
         for table in (program.weights, program.reference)
