@@ -13,6 +13,7 @@ from reroll.rewrite.analysis.residual import Stream, Tracer, channels
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.hidden import drop_marks, named
 from reroll.rewrite.ir.matching import all_arguments
+from reroll.rewrite.ir.ops import RMS_NORM
 from reroll.rewrite.ir.patterns import Miss, nearest
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weight_edit import WeightEditor
@@ -22,7 +23,6 @@ from reroll.rewrite.pipeline.base import Context, Pass, option
 aten = torch.ops.aten
 LAYER_NORM = aten.layer_norm.default
 LINEAR = aten.linear.default
-RMS_NORM = torch.ops.reroll.rms_norm.default
 
 
 class FoldNorms(Pass):

@@ -17,18 +17,19 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.triton.linears import Fused, kinds_of
-from reroll.export.triton.sites import ATTENTION, CACHE, RECURRENCE, Site, argument, behind_cache
+from reroll.export.triton.sites import Site, argument, behind_cache
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.defaults import counts_from_zero
+from reroll.rewrite.ir.ops import ATTENTION, CACHE, GLU, RECURRENCE, RMS_NORM, ROPE
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.functions import BINARY, METHODS, makes_tensor_from_nothing
 
-aten, reroll = torch.ops.aten, torch.ops.reroll
+aten = torch.ops.aten
 
 FUNCTIONS: dict[Any, str] = {
-    reroll.rms_norm.default: "norm",
-    reroll.rope.default: "turned",
-    reroll.glu.default: "gated",
+    RMS_NORM: "norm",
+    ROPE: "turned",
+    GLU: "gated",
     aten.linear.default: "F.linear",
     aten.embedding.default: "embedding",
     aten.log_sigmoid.default: "F.logsigmoid",

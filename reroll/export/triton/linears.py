@@ -16,10 +16,11 @@ from torch import fx
 
 from reroll.export.triton.sites import argument
 from reroll.kernels.linear_rows import ACTIVATIONS
+from reroll.rewrite.ir.ops import GLU, RMS_NORM
 from reroll.rewrite.ir.program import Program
 
 LINEAR, ADD = torch.ops.aten.linear.default, torch.ops.aten.add.Tensor
-RMS_NORM, GLU = torch.ops.reroll.rms_norm.default, torch.ops.reroll.glu.default
+RMS_NORM, GLU = RMS_NORM, GLU
 # of the low-rank term: the kernel holds it whole
 LARGEST_RANK = 64
 

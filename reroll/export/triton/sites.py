@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from reroll.errors import ExportError
@@ -14,11 +13,8 @@ from reroll.mixers import Mixer, make
 from reroll.mixers.delta_form import Delta
 from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
 from reroll.mixers.linear import Linear
+from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Program, TensorType
-
-CACHE = torch.ops.reroll.cache.default
-ATTENTION = torch.ops.reroll.attention.default
-RECURRENCE = torch.ops.reroll.recurrence.default
 
 # mixers of which `bundle_runtime.prepared` does what their `prepare` does
 MIXERS = ("retention", "mamba2", "gla", "linear", "deltanet", "gated_deltanet", "kda")

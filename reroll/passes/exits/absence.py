@@ -11,14 +11,10 @@ from torch import fx
 from reroll.errors import PassError
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, MARK_KEYS, RECURRENCE
 from reroll.rewrite.ir.program import Loop, TensorType
 from reroll.rewrite.ir.types import set_type
 
-ATTENTION = torch.ops.reroll.attention.default
-MASS = torch.ops.reroll.attention_mass.default
-CACHE = torch.ops.reroll.cache.default
-RECURRENCE = torch.ops.reroll.recurrence.default
-MARK = torch.ops.reroll.mark_keys.default
 PAD = torch.ops.aten.constant_pad_nd.default
 
 HINT = "use state=propagate or state=defer"
@@ -43,14 +39,14 @@ def _mark(graph: fx.Graph, cache: fx.Node, done: fx.Node) -> None:
     k: Any = cache.args[0]
     build = Builder(graph)
     with build.before(cache):
-        marked = build.call(MARK, k, done)
+        marked = build.call(MARK_KEYS, k, done)
     cache.update_arg(0, marked)
     keys = [n for n in cache.users if n.target is operator.getitem and n.args[1] == 0]
     for key in keys:
         old, size = key.meta["type"], shape(marked)[-1]
         set_type(key, TensorType(old.dtype, (*old.shape[:-1], size)))
         for reader in list(key.users):
-            if reader.target not in (ATTENTION, MASS) or argument(reader, "k") is not key:
+            if reader.target not in (ATTENTION, ATTENTION_MASS) or argument(reader, "k") is not key:
                 raise PassError(f"{reader.name} reads keys, and is no attention", hint=HINT)
             if argument(reader, "softcap") is not None:
                 raise PassError("a key cannot hide behind scores that are capped", hint=HINT)

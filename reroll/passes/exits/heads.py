@@ -16,12 +16,12 @@ from torch import fx
 from reroll.errors import PassError
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.hidden import mark, marks
+from reroll.rewrite.ir.ops import EXIT_LINEAR
 from reroll.rewrite.ir.program import Loop, Program, ancestors
 from reroll.rewrite.ir.weights import Weight, copy
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
-EXIT_LINEAR = torch.ops.reroll.exit_linear.default
 
 HINT = "criteria that need no logits: saturation, latent, linear, mlp, gated"
 

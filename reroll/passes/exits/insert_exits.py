@@ -18,8 +18,9 @@ from reroll.passes.exits.heads import add_heads, copy_path, path_to_logits
 from reroll.passes.exits.scores import Scores, stacked_weight
 from reroll.rewrite.capture.rolling.split import find_loop, inline
 from reroll.rewrite.ir.builder import Builder
-from reroll.rewrite.ir.exits import EXIT, HOLD, exits_of
+from reroll.rewrite.ir.exits import exits_of
 from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.ops import ATTENTION, EXIT, HOLD, RECURRENCE
 from reroll.rewrite.ir.program import Body, Loop, Program, TensorType
 from reroll.rewrite.ir.weights import Expr, Weight
 from reroll.rewrite.pipeline.base import Context, Pass, option
@@ -31,7 +32,7 @@ Criterion = Literal[
 ]
 State = Literal["propagate", "defer", "skip"]
 # what reads keys or writes a state under a padding mask
-PADDED = (torch.ops.reroll.attention.default, torch.ops.reroll.recurrence.default)
+PADDED = (ATTENTION, RECURRENCE)
 
 
 class InsertExits(Pass):

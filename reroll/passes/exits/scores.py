@@ -13,13 +13,12 @@ from torch import fx
 
 from reroll.passes.exits import classifiers
 from reroll.rewrite.ir.builder import Builder
-from reroll.rewrite.ir.exits import STREAK
 from reroll.rewrite.ir.matching import shape
+from reroll.rewrite.ir.ops import RECURRENCE, RMS_NORM, STREAK
 from reroll.rewrite.ir.weights import Expr, Weight, normal, zeros
 
 aten = torch.ops.aten
 SOFTMAX = aten.softmax.int
-RECURRENCE = torch.ops.reroll.recurrence.default
 
 CHANGES = ("saturation", "latent")
 CLASSIFIERS = ("linear", "mlp", "gated")
@@ -97,7 +96,7 @@ class Scores:
     def _classifier(self, wide: fx.Node) -> fx.Node:
         """The probability that a token may leave, from its hidden state at unit RMS."""
         build, channels, units = self.build, shape(wide)[-1], self.units
-        unit = build.call(torch.ops.reroll.rms_norm.default, wide, None, 1e-6, 0.0)
+        unit = build.call(RMS_NORM, wide, None, 1e-6, 0.0)
         deviation = channels**-0.5
 
         def matrix(name: str, rows: int) -> fx.Node:

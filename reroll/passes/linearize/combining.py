@@ -18,9 +18,9 @@ from torch import Tensor, fx
 from reroll.passes.linearize.sites import Site
 from reroll.rewrite.analysis.layers import per_trip
 from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.ops import ATTENTION_MASS
 from reroll.rewrite.ir.weights import zeros
 
-MASS = torch.ops.reroll.attention_mass.default
 MUL, ADD = torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor
 
 # under a sum of weights, which is 0 where no feature is active
@@ -124,7 +124,7 @@ def _mass(site: Site, log: bool) -> fx.Node:
     kwargs = {**site.node.kwargs, **({"log": True} if log else {})}
     build = Builder(site.graph, site.layer.loop)
     with build.after(site.node):
-        return build.call(MASS, q, k, scale, **kwargs)
+        return build.call(ATTENTION_MASS, q, k, scale, **kwargs)
 
 
 def _look_alike(mass: fx.Node, attention: fx.Node) -> None:

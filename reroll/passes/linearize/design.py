@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import fx
 
@@ -21,9 +20,7 @@ from reroll.passes.linearize.sites import Site, before_rotary
 from reroll.rewrite.analysis.layers import per_trip
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
-
-RECURRENCE = torch.ops.reroll.recurrence.default
-BIDIRECTIONAL = torch.ops.reroll.bidirectional.default
+from reroll.rewrite.ir.ops import BIDIRECTIONAL, RECURRENCE
 
 Combine = Literal["disjoint", "joint", "sum"]
 Gates = Literal["learned", "calibrated", "clustered", "liger", "liger-code"]

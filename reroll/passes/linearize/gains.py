@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from reroll.passes.linearize import combining
 from reroll.passes.linearize.observed import Reach, Seen, observed
-from reroll.rewrite.analysis.layers import ATTENTION, Layer
+from reroll.rewrite.analysis.layers import Layer
+from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context
 
@@ -121,7 +122,7 @@ def least_squares(seen: Seen, reach: Reach) -> Quadratic:
 def least_joint(seen: Seen, reach: Reach, logs: bool) -> Table:
     """What a mixer misses that shares one normalisation with the window; `logs` as there."""
     assert seen.mixed is not None
-    window, mass = _windowed(ATTENTION, seen, reach), _windowed(combining.MASS, seen, reach, logs)
+    window, mass = _windowed(ATTENTION, seen, reach), _windowed(ATTENTION_MASS, seen, reach, logs)
     unite = combining.merged if logs else combining.joined
     gains = torch.cat((torch.zeros(1), torch.logspace(-3, 6, 73)))
     errors = [

@@ -14,6 +14,7 @@ from reroll.passes.tie.scaling import scale_by_step
 from reroll.rewrite.analysis.cache_fit import reuse_remark
 from reroll.rewrite.analysis.hidden_inputs import hidden_states
 from reroll.rewrite.analysis.phases import Phases, choose, cosine_distances, segment
+from reroll.rewrite.ir.ops import RMS_NORM
 from reroll.rewrite.ir.program import Loop, Program, weight_nodes
 from reroll.rewrite.ir.weights import Expr, Weight, cast, mean
 from reroll.rewrite.pipeline.base import Context, Pass, option
@@ -22,7 +23,7 @@ from reroll.rewrite.pipeline.options import nearest_name
 Layout = Literal["cycle", "sequence", "middle_cycle"]
 Init = Literal["stepwise", "average", "lower"]
 
-_NORMS = (torch.ops.reroll.rms_norm.default, torch.ops.aten.layer_norm.default)
+_NORMS = (RMS_NORM, torch.ops.aten.layer_norm.default)
 
 
 class Tie(Pass):

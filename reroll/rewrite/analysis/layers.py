@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from reroll.rewrite.capture.raising.attention import attention_arguments, set_arguments
 from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops import ATTENTION, CACHE
 from reroll.rewrite.ir.program import Loop, Program
-
-ATTENTION = torch.ops.reroll.attention.default
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def _is_self_attention(node: fx.Node) -> bool:
 def behind_cache(value: fx.Node) -> fx.Node | None:
     """The cache node that a tensor of keys or values comes out of directly."""
     source = value.args[0] if value.op == "call_function" and value.args else None
-    if isinstance(source, fx.Node) and source.target is torch.ops.reroll.cache.default:
+    if isinstance(source, fx.Node) and source.target is CACHE:
         return source
     return None
 

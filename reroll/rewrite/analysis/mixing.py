@@ -14,17 +14,17 @@ from reroll.rewrite.capture.rolling.roll import data_nodes
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, BIDIRECTIONAL, CACHE, MASK, RECURRENCE
 from reroll.rewrite.ir.program import Input, Loop, Program
 
 aten = torch.ops.aten
-own = torch.ops.reroll
 
 # the tokens' dimension
 TIME = "s"
-MASK = own.mask.default
+
 # these take documents
-_TOLD = {own.attention.default, own.attention_mass.default, own.recurrence.default}
-_KEPT = {own.cache.default, own.bidirectional.default, MASK}
+_TOLD = {ATTENTION, ATTENTION_MASS, RECURRENCE}
+_KEPT = {CACHE, BIDIRECTIONAL, MASK}
 # these move tokens to other places of a tensor, and each keeps its own value
 _LAYOUT = {
     aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int,
@@ -65,7 +65,7 @@ def mask_beside(positions: Input) -> str:
 
 
 def _is_causal(node: fx.Node) -> bool:
-    if node.target is own.recurrence.default:
+    if node.target is RECURRENCE:
         return True
     return node.target in (*_TOLD, MASK) and argument(node, "causal") is not False
 
@@ -89,7 +89,7 @@ def _written_out(program: Program) -> str | None:
     if any(n.target is MASK for n in nodes):
         return None
     for node in nodes:
-        if node.target is own.cache.default:
+        if node.target is CACHE:
             readers = [user for item in node.users for user in item.users]
             if not all(r.target in _TOLD for r in readers):
                 return f"{node.name}, which no attention op reads,"

@@ -22,13 +22,12 @@ from reroll.rewrite.capture.signature import Example
 from reroll.rewrite.capture.tracing import Halt
 from reroll.rewrite.ir.defaults import evaluate, extract, fitted, numbers
 from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.ops import ATTENTION, CACHE
 from reroll.rewrite.ir.program import Input, Program, ancestors
 from reroll.rewrite.ir.shapes import concrete
 
 log = logging.getLogger(__name__)
 
-ATTENTION = torch.ops.reroll.attention.default
-CACHE = torch.ops.reroll.cache.default
 _ANCHORS = {ATTENTION: ("q", "k", "bias"), CACHE: ("k", "v")}
 
 

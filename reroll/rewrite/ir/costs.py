@@ -17,14 +17,18 @@ from torch import fx
 
 from reroll.rewrite.ir.exits import exits_of, is_open
 from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.ops import (
+    ATTENTION,
+    ATTENTION_MASS,
+    BIDIRECTIONAL,
+    CACHE,
+    EXIT_LINEAR,
+    RECURRENCE,
+)
 from reroll.rewrite.ir.program import Dim, Loop, Program, TensorType
 from reroll.rewrite.ir.rules import find_rule
 
 aten = torch.ops.aten
-ATTENTION = torch.ops.reroll.attention.default
-CACHE = torch.ops.reroll.cache.default
-RECURRENCE = torch.ops.reroll.recurrence.default
-BIDIRECTIONAL = torch.ops.reroll.bidirectional.default
 
 CONTEXT = 1024
 
@@ -138,7 +142,7 @@ def _exit_linear(node: fx.Node, place: Place) -> int:
 
 
 register(aten.linear.default, flops=_linear)
-register(torch.ops.reroll.exit_linear.default, flops=_exit_linear)
+register(EXIT_LINEAR, flops=_exit_linear)
 for _op in (aten.mm.default, aten.bmm.default, aten.matmul.default):
     register(_op, flops=_matmul(slice(0, 2)))
 for _op in (aten.addmm.default, aten.baddbmm.default):
@@ -232,7 +236,7 @@ def _mixer(node: fx.Node, place: Place) -> tuple[str, str, tuple[int, ...]]:
 
 
 register(ATTENTION, flops=_attention)
-register(torch.ops.reroll.attention_mass.default, flops=_mass)
+register(ATTENTION_MASS, flops=_mass)
 register(RECURRENCE, flops=_recurrence_flops, state=_recurrence_state)
 # what is run from both ends cannot be continued, so it keeps nothing
 register(BIDIRECTIONAL, flops=lambda node, place: 2 * _recurrence_flops(node, place))

@@ -17,13 +17,13 @@ from torch import fx
 
 from reroll.errors import RerollError, UsageError
 from reroll.rewrite.ir.hidden import stand_in
+from reroll.rewrite.ir.ops import WIDEN
 from reroll.rewrite.ir.program import Input, Loop, Program, TensorType, copy
 from reroll.rewrite.ir.shapes import concrete
 from reroll.rewrite.ir.types import run_without_data, set_dtype, set_type
 from reroll.rewrite.ir.weights import Weight, WeightTable, cast
 
 aten = torch.ops.aten
-WIDEN = torch.ops.reroll.widen.default
 # the ops that give a value in another dtype and change nothing else
 CONVERSIONS = (aten.to.dtype, WIDEN)
 

@@ -7,14 +7,10 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
+from reroll.rewrite.ir.ops import EXIT, STREAK
 from reroll.rewrite.ir.program import Loop, Program, ancestors
-
-EXIT = torch.ops.reroll.exit.default
-HOLD = torch.ops.reroll.hold.default
-STREAK = torch.ops.reroll.streak.default
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from reroll.errors import ProgramError, RerollError
 from reroll.rewrite.ir.defaults import fitted, run_default
+from reroll.rewrite.ir.ops import ATTENTION, MASK
 from reroll.rewrite.ir.program import Input, Program
 from reroll.rewrite.ir.shapes import concrete
 from reroll.rewrite.ir.weights import WeightTable, evaluate
@@ -24,8 +25,6 @@ from reroll.rewrite.ir.weights.expressions import Apply, Expr, Meta, Source, bui
 Tensors: TypeAlias = Mapping[tuple[str, int], Tensor]
 Observe: TypeAlias = Callable[[str, int | None, fx.Node, tuple[Any, ...], Any], None]
 
-ATTENTION = torch.ops.reroll.attention.default
-MASK = torch.ops.reroll.mask.default
 
 # a padding mask is over all tokens, past and present; the interpreter has no past
 _PRESENT_OF = {"t": "s"}

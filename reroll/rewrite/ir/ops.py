@@ -437,3 +437,21 @@ def loop(body: str, carry: tuple[Any, ...], inputs: tuple[Any, ...], trips: int)
     entry that a trip uses. Returns the last trip's carry.
     """
     raise RuntimeError("a loop is run by the lowered module, not by the graph alone")
+
+
+# what the nodes of a graph call
+MASK = torch.ops.reroll.mask.default
+CACHE = torch.ops.reroll.cache.default
+ATTENTION = torch.ops.reroll.attention.default
+ATTENTION_MASS = torch.ops.reroll.attention_mass.default
+WIDEN = torch.ops.reroll.widen.default
+RMS_NORM = torch.ops.reroll.rms_norm.default
+ROPE = torch.ops.reroll.rope.default
+GLU = torch.ops.reroll.glu.default
+EXIT = torch.ops.reroll.exit.default
+HOLD = torch.ops.reroll.hold.default
+STREAK = torch.ops.reroll.streak.default
+MARK_KEYS = torch.ops.reroll.mark_keys.default
+EXIT_LINEAR = torch.ops.reroll.exit_linear.default
+RECURRENCE = torch.ops.reroll.recurrence.default
+BIDIRECTIONAL = torch.ops.reroll.bidirectional.default

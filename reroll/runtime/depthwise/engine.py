@@ -19,6 +19,7 @@ from reroll.kernels import dispatch
 from reroll.rewrite.ir.defaults import counts_from_zero
 from reroll.rewrite.ir.exits import exits_of, is_open
 from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops import CACHE
 from reroll.rewrite.ir.program import Loop, weight_nodes
 from reroll.runtime.depthwise.frames import Frame, Row, frame_of, input_at
 from reroll.runtime.depthwise.fused import Depths
@@ -26,7 +27,7 @@ from reroll.runtime.depthwise.plan import Batch, PerSegment, Plan
 from reroll.runtime.depthwise.pool import Places, Pool
 from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
 from reroll.runtime.lowering.hoisting import hoist_invariants
-from reroll.runtime.state.caches import CACHE, cache_nodes
+from reroll.runtime.state.caches import cache_nodes
 
 
 class Engine:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.kernels import dispatch
-from reroll.rewrite.ir.dtypes import WIDEN
+from reroll.rewrite.ir.ops import WIDEN
 
 aten: Any = torch.ops.aten
 

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.ops import ATTENTION, CACHE, RMS_NORM
 from reroll.rewrite.ir.program import ancestors
 from reroll.runtime.depthwise.fused import Depths, sites_of
 from reroll.runtime.functions.functions import BINARY, FUNCTIONS, METHODS, rms_norm
-from reroll.runtime.state.caches import ATTENTION, CACHE
-
-NORM = torch.ops.reroll.rms_norm.default
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Plan:
         kwargs = {k: _value(v, values) for k, v in node.kwargs.items()}
         if not any(isinstance(a, PerSegment) for a in (*args, *kwargs.values())):
             return function(*args, **kwargs)
-        if node.target is NORM and isinstance(args[1], PerSegment) and not kwargs:
+        if node.target is RMS_NORM and isinstance(args[1], PerSegment) and not kwargs:
             return _norm(args[0], args[1], sizes, *args[2:])
         rows, start, parts = sum(sizes), 0, []
         for number, size in enumerate(sizes):

@@ -15,11 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.rewrite.ir.ops import ABSENT, activate
+from reroll.rewrite.ir.ops import (
+    ABSENT,
+    EXIT,
+    EXIT_LINEAR,
+    GLU,
+    HOLD,
+    MARK_KEYS,
+    MASK,
+    RMS_NORM,
+    ROPE,
+    WIDEN,
+    activate,
+)
 from reroll.runtime.functions.documents import Documents
 
 aten = torch.ops.aten
-reroll = torch.ops.reroll
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
@@ -131,11 +142,11 @@ def exit_linear(
 def mask(padding: Tensor | Documents | None, *args: Any, **kwargs: Any) -> Tensor:
     """`reroll.mask` for attention that is written out, with padding as attentions read it."""
     if not isinstance(padding, Documents):
-        return reroll.mask(padding, *args, **kwargs)  # type: ignore[no-any-return]
-    names = [a.name for a in reroll.mask.default._schema.arguments[1:]]
+        return torch.ops.reroll.mask(padding, *args, **kwargs)  # type: ignore[no-any-return]
+    names = [a.name for a in MASK._schema.arguments[1:]]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if not given["causal"]:
-        return reroll.mask(None, *args, **kwargs)  # type: ignore[no-any-return]
+        return torch.ops.reroll.mask(None, *args, **kwargs)  # type: ignore[no-any-return]
     if given["blocks"] is not None:
         raise UsageError("blocks of tokens in packed rows need an attention that is one op")
     seen = padding.seen(given["window"], given["chunk"], given.get("prefix"))
@@ -143,14 +154,14 @@ def mask(padding: Tensor | Documents | None, *args: Any, **kwargs: Any) -> Tenso
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    reroll.mask.default: mask,
-    reroll.exit.default: exit_,
-    reroll.hold.default: hold,
-    reroll.mark_keys.default: mark_keys,
-    reroll.exit_linear.default: exit_linear,
-    reroll.rms_norm.default: rms_norm,
-    reroll.rope.default: rope,
-    reroll.glu.default: glu,
+    MASK: mask,
+    EXIT: exit_,
+    HOLD: hold,
+    MARK_KEYS: mark_keys,
+    EXIT_LINEAR: exit_linear,
+    RMS_NORM: rms_norm,
+    ROPE: rope,
+    GLU: glu,
     aten.layer_norm.default: layer_norm,
     aten.slice.Tensor: slice_,
     aten.embedding.default: embedding,
@@ -201,7 +212,7 @@ METHODS: dict[Any, str] = {
     aten.select.int: "select",
     aten.sym_size.int: "size",
     aten.to.dtype: "to",
-    reroll.widen.default: "float",
+    WIDEN: "float",
     aten.t.default: "t",
 }
 

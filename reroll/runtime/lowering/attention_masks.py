@@ -13,6 +13,7 @@ from torch import fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import all_arguments, argument, shape
+from reroll.rewrite.ir.ops import ATTENTION, CACHE
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.runtime.functions.attention import attend
 from reroll.runtime.functions.attention import mass as masses
@@ -20,8 +21,6 @@ from reroll.runtime.functions.masks import kept_bias, make_mask, visible_tokens
 from reroll.runtime.lowering.hoisting import outer_values, placeholders
 from reroll.runtime.lowering.padding import READERS
 from reroll.runtime.state.caches import (
-    ATTENTION,
-    CACHE,
     MASKED,
     cache_layers,
     cache_nodes,

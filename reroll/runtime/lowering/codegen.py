@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from reroll.rewrite.ir import ops
+from reroll.rewrite.ir.ops import CACHE, RECURRENCE
 from reroll.runtime.functions.functions import BINARY, FUNCTIONS, METHODS, makes_tensor_from_nothing
 from reroll.runtime.functions.loops import look_up, run_loop
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
 from reroll.runtime.lowering.modules import Reading
-from reroll.runtime.state.caches import CACHE, RECURRENCE
 
 aten = torch.ops.aten
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite.ir.exits import HOLD, Exits
+from reroll.rewrite.ir.exits import Exits
+from reroll.rewrite.ir.ops import CACHE, HOLD, MARK_KEYS, RECURRENCE
 from reroll.rewrite.ir.program import Loop
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
-from reroll.runtime.state.caches import CACHE, RECURRENCE, cache_nodes, owns_state
-
-MARK = torch.ops.reroll.mark_keys.default
+from reroll.runtime.state.caches import cache_nodes, owns_state
 
 
 @dataclass
@@ -96,7 +95,7 @@ def loop_exits(loop: Loop, exits: Exits) -> LoopExits:
     # a body that is told how many rows there are cannot run for fewer
     told = any(isinstance(n, fx.Node) and _is_size(n) for n in loop.inputs)
     holds = returned[0].target is HOLD
-    marks = any(n.target is MARK for n in body.nodes)
+    marks = any(n.target is MARK_KEYS for n in body.nodes)
     absent = marks and all(n.target is CACHE for n in layers)
     keeps = any(n.target is RECURRENCE for n in exits.tests)
     return LoopExits(

@@ -9,12 +9,12 @@ from torch import fx
 
 from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import shape
+from reroll.rewrite.ir.ops import EXIT_LINEAR
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.loops import keep_positions, look_up
 from reroll.runtime.lowering.modules import Reading
 
 aten = torch.ops.aten
-EXIT_LINEAR = torch.ops.reroll.exit_linear.default
 
 # what makes something of the size of the tokens
 _SIZED = {

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from reroll.rewrite.analysis.mixing import mask_beside
 from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.ops import MASK, RECURRENCE
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.documents import Documents
 from reroll.runtime.functions.masks import visible_tokens
 from reroll.runtime.lowering.hoisting import placeholders
-from reroll.runtime.state.caches import MASKED, RECURRENCE
-
-MASK = torch.ops.reroll.mask.default
+from reroll.runtime.state.caches import MASKED
 
 
 def valid_tokens(mask: Tensor | None, state: Any) -> Tensor | Documents | None:

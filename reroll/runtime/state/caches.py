@@ -11,19 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from reroll.errors import UsageError
 from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Loop, Program
 
-CACHE = torch.ops.reroll.cache.default
-RECURRENCE = torch.ops.reroll.recurrence.default
-ATTENTION = torch.ops.reroll.attention.default
-MASS = torch.ops.reroll.attention_mass.default
 # what reads keys under a mask
-MASKED = (ATTENTION, MASS)
+MASKED = (ATTENTION, ATTENTION_MASS)
 
 # where a configuration has the size of a cache layer
 _SIZES = {

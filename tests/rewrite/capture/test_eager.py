@@ -7,7 +7,8 @@ from torch import nn
 
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.capture.raising import raise_idioms
-from reroll.rewrite.capture.raising.attention import ATTENTION, attention_arguments
+from reroll.rewrite.capture.raising.attention import attention_arguments
+from reroll.rewrite.ir.ops import ATTENTION
 from tests.exported import calls, export, outputs
 from tests.programs import F32
 

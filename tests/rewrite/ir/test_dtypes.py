@@ -12,8 +12,9 @@ import transformers
 import reroll
 from reroll.errors import UsageError
 from reroll.rewrite.capture.export import rolled
-from reroll.rewrite.ir.dtypes import WIDEN, dtype_of, retype, without_casts
+from reroll.rewrite.ir.dtypes import dtype_of, retype, without_casts
 from reroll.rewrite.ir.interpret import run
+from reroll.rewrite.ir.ops import WIDEN
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.text.compare import diff, same
 from reroll.rewrite.ir.weights import WeightTable

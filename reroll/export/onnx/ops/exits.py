@@ -16,11 +16,11 @@ from torch import fx
 from reroll.export.onnx.emit.translate import TARGET
 from reroll.export.onnx.graph import Graph, Value
 from reroll.export.onnx.plan.parameters import Trip, select
-from reroll.rewrite.ir.exits import HOLD, exits_of, is_open
+from reroll.rewrite.ir.exits import exits_of, is_open
 from reroll.rewrite.ir.lowerings import find_lowering, lowering
-from reroll.rewrite.ir.ops import ABSENT
+from reroll.rewrite.ir.ops import ABSENT, CACHE, HOLD
 from reroll.rewrite.ir.program import Loop, ancestors
-from reroll.runtime.state.caches import CACHE, cache_nodes
+from reroll.runtime.state.caches import cache_nodes
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator

@@ -30,9 +30,9 @@ from reroll.export.onnx.graph import Value
 from reroll.export.onnx.ops.grouped import Appended
 from reroll.export.onnx.plan.parameters import Scan, select
 from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Program
-from reroll.runtime.state.caches import ATTENTION, CACHE, CacheLayer, cache_layers, numbering
-from reroll.runtime.state.caches import RECURRENCE as RECURRENCE
+from reroll.runtime.state.caches import CacheLayer, cache_layers, numbering
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator

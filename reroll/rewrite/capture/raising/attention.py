@@ -10,10 +10,9 @@ from torch import fx
 from reroll.rewrite.capture.raising.eager import match_eager, match_sdpa, raise_eager, raise_sdpa
 from reroll.rewrite.capture.raising.idioms import Rule
 from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops import ATTENTION, MASK
 
 aten = torch.ops.aten
-ATTENTION = torch.ops.reroll.attention.default
-MASK = torch.ops.reroll.mask.default
 
 ARGUMENTS = tuple(a.name for a in ATTENTION._schema.arguments)
 ATTENTION_RULES = (

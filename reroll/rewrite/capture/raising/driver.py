@@ -14,6 +14,7 @@ from reroll.rewrite.capture.raising.idioms import RULES, Rule
 from reroll.rewrite.ir import weights as lazy
 from reroll.rewrite.ir.hidden import keep_complete, stand_in, unmark
 from reroll.rewrite.ir.matching import match
+from reroll.rewrite.ir.ops import MASK
 from reroll.rewrite.ir.patterns import Match, Miss, nearest
 from reroll.rewrite.ir.program import Program, TensorType
 from reroll.rewrite.ir.shapes import concrete, drop_copies, tidy_shapes
@@ -146,7 +147,7 @@ def _example(node: fx.Node, generator: torch.Generator) -> Any:
     if not isinstance(kind, TensorType):
         return _integer(node)
     shape = [concrete(dim, _SIZES) for dim in kind.shape]
-    if node.target is torch.ops.reroll.mask.default:
+    if node.target is MASK:
         # a mask is not any tensor: steps that keep its meaning may change its numbers
         hidden = torch.rand(shape, generator=generator) < 0.3
         hidden[..., :2] = False

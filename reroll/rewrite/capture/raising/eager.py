@@ -14,6 +14,7 @@ from torch import fx
 
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import all_arguments, argument, dtype, shape
+from reroll.rewrite.ir.ops import ATTENTION, MASK
 from reroll.rewrite.ir.patterns import Match, Miss
 from reroll.rewrite.ir.program import TensorType
 from reroll.rewrite.ir.types import set_type, type_of
@@ -77,7 +78,7 @@ def raise_eager(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     # a model may compute its scores in fp32 and the product with the values in half precision
     v = _converted(graph, v, dtype(q))
     bias = _bias(graph, q, found)
-    attention = torch.ops.reroll.attention.default
+    attention = ATTENTION
     kwargs: dict[str, Any] = {}
     if found.softcap is not None:
         kwargs["softcap"] = found.softcap
@@ -224,7 +225,7 @@ def _bias(graph: fx.Graph, q: fx.Node, found: Scores) -> fx.Node | None:
     build, terms = Builder(graph), list(found.terms)
     for condition, keep in found.kept:
         mask = condition
-        if condition.target is not torch.ops.reroll.mask.default:
+        if condition.target is not MASK:
             zero, lowest = (0.0, low) if keep else (low, 0.0)
             mask = build.call(aten.where.Scalar, condition, zero, lowest)
         terms.append((mask, 1.0))
@@ -235,7 +236,7 @@ def _bias(graph: fx.Graph, q: fx.Node, found: Scores) -> fx.Node | None:
             node = graph.call_function(aten.unflatten.int, (node, 0, [-1, heads]))
             if like is not None:
                 set_type(node, TensorType(like.dtype, (batch, heads, *like.shape[1:])))
-        if factor != 1.0 and node.target is not torch.ops.reroll.mask.default:
+        if factor != 1.0 and node.target is not MASK:
             node = build.call(aten.mul.Tensor, node, factor)
         if total is None:
             total = node
@@ -250,7 +251,7 @@ def _mask_behind(condition: Any, found: Scores) -> fx.Node:
     while inner.target is aten.to.dtype:
         passed.append(inner.name)
         inner = inner.args[0]
-    if inner.target is not torch.ops.reroll.mask.default:
+    if inner.target is not MASK:
         return condition  # type: ignore[no-any-return]
     found.nodes += passed
     return inner  # type: ignore[no-any-return]
@@ -284,6 +285,6 @@ def raise_sdpa(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
         if not isinstance(width, int):
             return Miss("the size of a head is not known", (root.name,), "sdpa", 2)
         scale = width**-0.5
-    attention = torch.ops.reroll.attention.default
+    attention = ATTENTION
     node = build.call(attention, q, k, v, float(scale), **kwargs)
     return build.call(aten.transpose.int, node, 1, 2)

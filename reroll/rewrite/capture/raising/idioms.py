@@ -26,6 +26,7 @@ from reroll.rewrite.ir.matching import (
     is_weight,
     shape,
 )
+from reroll.rewrite.ir.ops import GLU, RMS_NORM, ROPE
 from reroll.rewrite.ir.patterns import Match, Miss
 
 aten = torch.ops.aten
@@ -77,7 +78,7 @@ def _rms_norm(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     if weight is not None and shape(weight) != shape(x)[-1:]:
         return Miss("the weight is not over the last dimension", (weight.name,))
     eps, offset = float(match["eps"]), float(match.bound.get("offset", 0.0))
-    return Builder(graph).call(torch.ops.reroll.rms_norm.default, x, weight, eps, offset)
+    return Builder(graph).call(RMS_NORM, x, weight, eps, offset)
 
 
 def _aten_rms_norm(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
@@ -86,7 +87,7 @@ def _aten_rms_norm(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Mi
         return Miss("the norm is over more than the last dimension", (root.name,))
     if eps is None:
         eps = torch.finfo(dtype(x) or torch.float32).eps
-    return Builder(graph).call(torch.ops.reroll.rms_norm.default, x, weight, float(eps), 0.0)
+    return Builder(graph).call(RMS_NORM, x, weight, float(eps), 0.0)
 
 
 # layer norm written out
@@ -159,7 +160,7 @@ def _rope(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     interleaved = "half" not in match.bound
     if not interleaved and 2 * match["half"] != shape(x)[-1]:
         return Miss("the channels are not cut in halves", (root.name,))
-    return Builder(graph).call(torch.ops.reroll.rope.default, x, cos, sin, interleaved)
+    return Builder(graph).call(ROPE, x, cos, sin, interleaved)
 
 
 def _partial_rope(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
@@ -168,7 +169,7 @@ def _partial_rope(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Mis
         return Miss("the channels that pass are not the ones that do not turn", (root.name,))
     if match["dim"] not in (-1, len(shape(x)) - 1) or shape(match["cos"])[-1] != size:
         return Miss("the turned channels are not the leading ones", (root.name,))
-    op = torch.ops.reroll.rope.default
+    op = ROPE
     return Builder(graph).call(op, x, match["cos"], match["sin"], match["interleaved"])
 
 
@@ -209,7 +210,7 @@ def _glu(activation: str) -> Callable[[fx.Graph, fx.Node, Match], fx.Node | Miss
         gate, up = match["gate"], match["up"]
         if shape(gate) != shape(up) or dtype(gate) != dtype(up):
             return Miss("gate and up differ in shape", (gate.name, up.name))
-        return Builder(graph).call(torch.ops.reroll.glu.default, gate, up, activation)
+        return Builder(graph).call(GLU, gate, up, activation)
 
     return rewrite
 
