@@ -19,9 +19,10 @@ from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.raising.driver import raise_idioms
 from reroll.rewrite.capture.rolling.roll import roll_loops
 from reroll.rewrite.ir import interpret
-from reroll.rewrite.ir.costs import Place, flops_per_token, state_bytes
+from reroll.rewrite.ir.costs import flops_per_token, state_bytes
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION
+from reroll.rewrite.ir.ops.base import Place
 from reroll.rewrite.ir.program import Loop, Program, TensorType
 from reroll.rewrite.ir.text.literals import type_to_text
 from reroll.rewrite.ir.text.op_names import op_name

@@ -209,9 +209,9 @@ def is_weight(node: fx.Node) -> bool:
     return node.op == "get_attr"
 
 
-def shape(node: fx.Node) -> tuple[Any, ...]:
-    """The shape in a node's type; empty if it has none."""
-    kind = node.meta.get("type")
+def shape(node: Any) -> tuple[Any, ...]:
+    """The shape in a node's type; empty if it has none, or is no node."""
+    kind = node.meta.get("type") if isinstance(node, fx.Node) else None
     return kind.shape if kind is not None else ()
 
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.mixers import Mixer, make
-from reroll.rewrite.ir.recurrence import after_first, scan, without_idle
+from reroll.rewrite.ir.ops.recurrence import after_first, scan, without_idle
 from reroll.runtime.functions.documents import Documents
 from reroll.runtime.functions.masks import visible_tokens
 from reroll.runtime.state.states import Rewinding

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
+from reroll.rewrite.ir.ops import is_pure
 from reroll.rewrite.ir.program import Loop, Program
 
 
@@ -47,7 +47,7 @@ def _hoist(main: fx.Graph, loop: Loop) -> None:
     known = outer_values(loop)
     moved: dict[fx.Node, fx.Node] = {}
     for node in loop.body.graph.nodes:
-        if node.op != "call_function" or not _is_pure(node):
+        if node.op != "call_function" or not is_pure(node):
             continue
         if not all(argument in known for argument in node.all_input_nodes):
             continue
@@ -71,10 +71,3 @@ def _arguments(
     node: fx.Node, known: dict[fx.Node, tuple[Any, ...]], trip: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return fx.node.map_arg((node.args, node.kwargs), lambda n: known[n][trip])  # type: ignore[return-value, arg-type]
-
-
-def _is_pure(node: fx.Node) -> bool:
-    if str(node.target).startswith(("reroll.cache", "reroll.recurrence")):
-        return False
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded not in tags

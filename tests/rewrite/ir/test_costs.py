@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from reroll.rewrite.ir import costs
-from reroll.rewrite.ir.costs import flops_per_token, register, state_bytes
+from reroll.rewrite.ir.costs import flops_per_token, state_bytes
+from reroll.rewrite.ir.ops.base import register
 from reroll.rewrite.pipeline.manager import run_passes
 from tests.captured import captured, flat, model
 from tests.programs import aten, tiny

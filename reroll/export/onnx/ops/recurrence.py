@@ -61,7 +61,7 @@ def recurrence(
     active: Any = True,
     idle: Any = None,
 ) -> Value:
-    """A token mixer on its state; see `reroll.rewrite.ir.recurrence`."""
+    """A token mixer on its state; see `reroll.rewrite.ir.ops.recurrence`."""
     _refuse_varying(delay, skip, active)
     if not active:
         return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))
@@ -87,7 +87,7 @@ def bidirectional(
     skip: Any = 0,
     active: Any = True,
 ) -> Value:
-    """A token mixer from both ends; see `reroll.rewrite.ir.recurrence`. It keeps no state."""
+    """A token mixer from both ends; see `reroll.rewrite.ir.ops.recurrence`. It keeps no state."""
     _refuse_varying(delay, skip, active)
     if not active:
         return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))

@@ -57,7 +57,7 @@ def merge_equal(graph: fx.Graph) -> None:
     """Merge nodes that compute the same thing from the same values."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or _unmergeable(node):
+        if node.op != "call_function" or not ops.is_pure(node):
             continue
         key = (node.target, _freeze(node.args), _freeze(node.kwargs))
         if key in seen:
@@ -79,11 +79,6 @@ def lift_parts(graph: fx.Graph) -> None:
             continue
         for part in reversed(parts):
             node.append(part)
-
-
-def _unmergeable(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or "reroll.cache" in str(node.target)
 
 
 def _freeze(value: Any) -> Any:

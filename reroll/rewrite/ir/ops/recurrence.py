@@ -1,7 +1,6 @@
-"""The ops of token mixers: recurrences over a sequence, in one direction or in both.
+"""Token mixers: recurrences over a sequence, in one direction or in both.
 
-`reroll.rewrite.ir.ops` has the rest of the op set. What a rule computes is looked up by its name,
-see `reroll.rewrite.ir.rules`.
+What a rule computes is looked up by its name, see `reroll.rewrite.ir.rules`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
+from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops.base import Place, count, register
 from reroll.rewrite.ir.rules import find_rule
 
 # q, k, v, gates and which tokens write [batch, time], to [batch, time, heads, d_v]
@@ -236,3 +237,39 @@ def _backward(scanned: Callable[..., Tensor]) -> Callable[..., tuple[Any, ...]]:
 
 recurrence.register_autograd(_backward(scan), setup_context=_keep_inputs)
 bidirectional.register_autograd(_backward(scan_both), setup_context=_keep_inputs)
+
+
+RECURRENCE = torch.ops.reroll.recurrence.default
+BIDIRECTIONAL = torch.ops.reroll.bidirectional.default
+
+
+def _recurrence_flops(node: fx.Node, place: Place) -> int:
+    if place.resolve(argument(node, "active")) is False:
+        return 0
+    rule, options, (heads, kv_heads, d_k, d_v) = _mixer(node, place)
+    return find_rule(rule).flops(options, heads, kv_heads, d_k, d_v)
+
+
+def _recurrence_state(node: fx.Node, place: Place) -> int:
+    if place.resolve(argument(node, "active")) is False:
+        return 0
+    rule, options, (_, kv_heads, d_k, d_v) = _mixer(node, place)
+    # tokens that have come and are not written yet
+    waiting = min(int(place.resolve(argument(node, "delay"))), place.context)
+    held = 0
+    for tensor in (*node.args[1:3], *node.args[3]):  # type: ignore[misc]
+        kind = tensor.meta["type"]  # [batch, kv_heads, time, ...]
+        held += count((kind.shape[1], *kind.shape[3:])) * kind.dtype.itemsize
+    return find_rule(rule).state_bytes(options, kv_heads, d_k, d_v) + waiting * held
+
+
+def _mixer(node: fx.Node, place: Place) -> tuple[str, str, tuple[int, ...]]:
+    """The name, options and sizes of a recurrence."""
+    rule, options = (str(place.resolve(argument(node, name))) for name in ("rule", "options"))
+    q, k, v = (shape(a) for a in node.args[:3])
+    return rule, options, tuple(count((d,)) for d in (q[1], k[1], q[3], v[3]))
+
+
+register(RECURRENCE, flops=_recurrence_flops, state=_recurrence_state)
+# what is run from both ends cannot be continued, so it keeps nothing
+register(BIDIRECTIONAL, flops=lambda node, place: 2 * _recurrence_flops(node, place))

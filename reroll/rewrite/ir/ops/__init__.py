@@ -1,0 +1,76 @@
+"""The op set of the intermediate representation: the few idioms that passes reason about.
+
+Everything else in a Program stays plain ATen. An op is one file: a `torch.library` custom op, so
+that `torch.export` and `torch.compile` keep it whole, with the body that defines it, in the
+arithmetic of transformers' eager attention; what it makes of tensors without data; its cost and its
+state; and the handle that nodes have for a target. `reroll.runtime` and the exporters register
+faster forms by handle.
+
+The one op that is not a tensor function is `loop`: the depth loop, whose body is a graph of its
+own.
+"""
+
+from reroll.rewrite.ir.ops.attention import (
+    ATTENTION,
+    ATTENTION_MASS,
+    attention,
+    attention_mass,
+    mass_of,
+)
+from reroll.rewrite.ir.ops.base import is_pure
+from reroll.rewrite.ir.ops.cache import CACHE, cache
+from reroll.rewrite.ir.ops.exit import EXIT, exit
+from reroll.rewrite.ir.ops.exit_linear import EXIT_LINEAR, exit_linear
+from reroll.rewrite.ir.ops.glu import GLU, activate, glu
+from reroll.rewrite.ir.ops.hold import HOLD, hold
+from reroll.rewrite.ir.ops.loop import loop
+from reroll.rewrite.ir.ops.mark_keys import ABSENT, MARK_KEYS, mark_keys
+from reroll.rewrite.ir.ops.mask import MASK, in_prefix, mask, visible
+from reroll.rewrite.ir.ops.recurrence import BIDIRECTIONAL, RECURRENCE, bidirectional, recurrence
+from reroll.rewrite.ir.ops.rms_norm import RMS_NORM, rms_norm
+from reroll.rewrite.ir.ops.rope import ROPE, rope
+from reroll.rewrite.ir.ops.streak import STREAK, streak
+from reroll.rewrite.ir.ops.widen import WIDEN, widen
+
+NAMESPACE = "reroll"
+
+__all__ = [
+    "ABSENT",
+    "ATTENTION",
+    "ATTENTION_MASS",
+    "BIDIRECTIONAL",
+    "CACHE",
+    "EXIT",
+    "EXIT_LINEAR",
+    "GLU",
+    "HOLD",
+    "MARK_KEYS",
+    "MASK",
+    "NAMESPACE",
+    "RECURRENCE",
+    "RMS_NORM",
+    "ROPE",
+    "STREAK",
+    "WIDEN",
+    "activate",
+    "attention",
+    "attention_mass",
+    "bidirectional",
+    "cache",
+    "exit",
+    "exit_linear",
+    "glu",
+    "hold",
+    "in_prefix",
+    "is_pure",
+    "loop",
+    "mark_keys",
+    "mask",
+    "mass_of",
+    "recurrence",
+    "rms_norm",
+    "rope",
+    "streak",
+    "visible",
+    "widen",
+]

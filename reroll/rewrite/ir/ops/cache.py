@@ -1,0 +1,66 @@
+"""The keys and values of all tokens so far: the state of attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from reroll.rewrite.ir.ops.attention import ATTENTION, keys_seen
+from reroll.rewrite.ir.ops.base import Place, count, register
+
+
+@torch.library.custom_op("reroll::cache", mutates_args=())
+def cache(k: Tensor, v: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """The state of one attention: the keys and values of all tokens so far.
+
+    `k`, `v`: [batch, kv_heads, time, head_dim] of the new tokens. The lowered module appends them
+    to the cache of the running generation; here, without one, they are all there is. `length` is
+    the number of tokens there will be, known while capturing.
+    """
+    if length is not None and length != k.shape[-2]:
+        raise ValueError("the reference of reroll::cache has no past: run the lowered module")
+    return k.clone(), v.clone()
+
+
+@cache.register_fake
+def _(k: Tensor, v: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
+    if length is None:
+        return torch.empty_like(k), torch.empty_like(v)
+    return (
+        k.new_empty(*k.shape[:-2], length, k.shape[-1]),
+        v.new_empty(*v.shape[:-2], length, v.shape[-1]),
+    )
+
+
+CACHE = torch.ops.reroll.cache.default
+
+
+def _cache(node: fx.Node, place: Place) -> int:
+    readers = _attentions(node)
+    tokens = max((keys_seen(a, place) for a in readers), default=place.context)
+    total = 0
+    for tensor in node.args[:2]:
+        assert isinstance(tensor, fx.Node)
+        kind = tensor.meta["type"]  # [batch, kv_heads, time, head_dim]
+        total += count((kind.shape[1], kind.shape[3])) * tokens * kind.dtype.itemsize
+    return total
+
+
+def _attentions(node: fx.Node) -> list[fx.Node]:
+    """The attentions that read a cache, through whatever reshapes and repeats its tensors."""
+    found: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user in seen or user.target is torch.ops.aten.linear.default:
+            continue
+        seen.add(user)
+        if user.target is ATTENTION:
+            found.append(user)
+        else:
+            stack += user.users
+    return found
+
+
+register(CACHE, state=_cache)

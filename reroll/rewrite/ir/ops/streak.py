@@ -1,0 +1,25 @@
+"""How often in a row a token was predicted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("reroll::streak", mutates_args=())
+def streak(token: Tensor, last: Tensor, count: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The token that was predicted last, and how often in a row it was predicted before.
+
+    All are [batch, time]. At an infinite threshold there is no exit, and both stay as they were.
+    """
+    if threshold == float("inf"):
+        return last.clone(), count.clone()
+    return token.clone(), torch.where(token == last, count + 1, 0)
+
+
+@streak.register_fake
+def _(token: Tensor, last: Tensor, count: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(last), torch.empty_like(count)
+
+
+STREAK = torch.ops.reroll.streak.default
