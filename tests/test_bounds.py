@@ -29,9 +29,9 @@ from reroll.recover import recover
 from reroll.recover.recipe import Settings
 from reroll.recover.sampling import sampled_texts
 from reroll.recover.stage import stages
+from reroll.rewrite.pipeline.base import PASSES
 from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.options import REQUIRED, Option
-from reroll.rewrite.pipeline.registry import registered as passes
 from reroll.runtime.depthwise import DepthScheduler
 from reroll.runtime.functions.trips import sample_trips
 from tests import tiny
@@ -75,7 +75,7 @@ def test_a_refusal_says_what_would_be_right() -> None:
 # ---- whatever is declared by its options: passes, mixers, targets, stages, measures
 
 DECLARED: list[type[Declared]] = [
-    *passes().values(), *mixers().values(), *targets().values(), *stages().values(),
+    *PASSES.all().values(), *mixers().values(), *targets().values(), *stages().values(),
     *measures().values(), Harness, Settings,
 ]  # fmt: skip
 # infinite thresholds let nobody leave; a `keep` is several things, and checked by `check_keep`
@@ -139,14 +139,14 @@ def _fits(option: Option, value: Any) -> bool:
 @pytest.mark.parametrize("name", ["window", "linearize"])
 def test_what_stays_is_checked_before_there_is_a_model(name: str, keep: Any) -> None:
     with pytest.raises(UsageError) as error:
-        passes()[name].make({"keep": keep})
+        PASSES.all()[name].make({"keep": keep})
     assert error.value.where == f"pass {name}, option keep"
 
 
 def test_options_of_mixers_are_checked_with_the_pass() -> None:
     for options in ({"slots": 0}, {"slots": HUGE}, {"slot": 4}):
         with pytest.raises(UsageError, match="slot"):
-            passes()["linearize"].make({"mixer": "gsa", "mixer_options": options})
+            PASSES.all()["linearize"].make({"mixer": "gsa", "mixer_options": options})
 
 
 # ---- functions

@@ -172,6 +172,62 @@ def test_passes_of_the_users_own(model: Path, tmp_path: Path) -> None:
     assert "nothing" in [each["name"] for each in listed]
 
 
+USERS_PLUGINS = '''
+from reroll.evaluate.measure import Measure
+from reroll.export.targets import Target
+from reroll.mixers.gla import GLA
+from reroll.recover.stages.tune import Tune
+
+class Mixed(GLA):
+    """A mixer of one's own."""
+    name = "mixed_by_me"
+
+class Written(Target):
+    """A target of one's own."""
+    name = "written_by_me"
+
+    def write(self, program, directory, progress=None):
+        (directory / "words.txt").write_text(str(program))
+        return {"words": len(str(program))}
+
+class Tuned(Tune):
+    """A stage of one's own."""
+    name = "tuned_by_me"
+
+class Counted(Measure):
+    """A measure of one's own."""
+    name = "counted_by_me"
+
+    def run(self, bench):
+        return {name: {"parameters": 7} for name in bench.sides}
+
+    def headline(self, found):
+        return {"counted": found["parameters"]}
+'''
+
+
+def test_plugins_of_every_kind(model: Path, out: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(USERS_PLUGINS)
+    load = ["--load", file]
+    found = data("plugins", *load)["plugins"]
+    mine = {p["kind"]: p["name"] for p in found if p["from"] == str(file)}
+    assert mine == {
+        "mixer": "mixed_by_me", "target": "written_by_me", "stage": "tuned_by_me",
+        "measure": "counted_by_me",
+    }  # fmt: skip
+    assert {"tie", "gla", "onnx", "distil", "perplexity"} <= {
+        p["name"] for p in found if p["from"] == "reroll"
+    }
+    passes = ["--passes", "linearize(mixer=mixed_by_me)", "--measure", "off"]
+    data("convert", model, tmp_path / "linear", *passes, *load)
+    assert "mixed_by_me" in run("show", tmp_path / "linear", *load).stdout
+    data("export", out, tmp_path / "written", "--target", "written_by_me", *load)
+    assert (tmp_path / "written" / "words.txt").read_text().startswith("program")
+    measured = data("evaluate", out, "--measures", "counted_by_me", "--text", text, *load)
+    assert measured["measures"]["counted_by_me"]["result"]["model"] == {"parameters": 7}
+
+
 def test_compare(model: Path, out: Path, text: Path) -> None:
     options = ["--text", text, "--length", 32, "--max-tokens", 128]
     found = data("compare", model, out, *options)

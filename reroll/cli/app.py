@@ -16,7 +16,7 @@ import reroll
 from reroll.bounds import BETWEEN, COUNT, COUNT_OR_NONE, POSITIVE, SEED, TOP_P, WINDOW
 from reroll.cli import reports
 from reroll.cli.options import Commands, integer, number
-from reroll.cli.terminal import Bars, Stopwatch, command, notes, write, write_json
+from reroll.cli.terminal import Bars, Load, Stopwatch, command, notes, write, write_json
 from reroll.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ app = typer.Typer(
 MODEL_HELP = "A hub id, a directory, or a .gguf file."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -46,12 +45,6 @@ Dtype = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-]
-Load = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="A Python file that defines passes; it is run. Repeatable.", show_default=False
-    ),
 ]
 Text = Annotated[
     Path | None, typer.Option(help="A file with text to measure on.", show_default="a short sample")
@@ -87,7 +80,6 @@ def inspect_command(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Say which loops and which attention a model has, and whether its capture is exact."""
     from reroll.evaluate.inspect import inspect_model
@@ -143,7 +135,6 @@ def convert(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Capture a model, run passes on it, and write a Hugging Face directory.
 
@@ -153,7 +144,7 @@ def convert(
 
     read = [f for f in (recipe, text, *(load or ())) if f is not None]
     conversion = Conversion(out, overwrite=overwrite, sources=[model, *read])
-    chosen = _pipeline(passes, recipe, load)
+    chosen = _pipeline(passes, recipe)
     content = None if text is None else _text(text)
     watch = Stopwatch()
     with Bars() as bars:
@@ -184,15 +175,12 @@ def convert(
     write_json(found) if json_ else reports.converted(found, timing)
 
 
-def _pipeline(passes: str | None, recipe: Path | None, load: list[Path] | None) -> Any:
+def _pipeline(passes: str | None, recipe: Path | None) -> Any:
     """The passes that were asked for, checked before anything takes long."""
     if passes is not None and recipe is not None:
         raise UsageError("--passes and --recipe exclude each other", hint="give one of them")
     from reroll.rewrite.pipeline.pipeline import resolve
-    from reroll.rewrite.pipeline.registry import load_file
 
-    for file in load or ():
-        load_file(file)
     return resolve(recipe if recipe is not None else passes or [])
 
 
@@ -244,7 +232,6 @@ def export_command(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write a model for another runtime. A target has options of its own: see `reroll targets`.
 
@@ -265,7 +252,6 @@ def export_command(
 def targets_command(
     name: Annotated[str | None, typer.Argument(help="One target, in full.")] = None,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """List what models can be exported to, and the options of each target."""
     from reroll.cli.exporting import targets
@@ -273,6 +259,20 @@ def targets_command(
 
     found = [t.describe() for t in ([find(name)] if name else registered().values())]
     write_json({"targets": found}) if json_ else targets(found)
+
+
+@app.command("plugins")
+@command
+def plugins_command(json_: Json = False) -> None:
+    """List passes, mixers, targets, stages and measures, and where each comes from."""
+    from reroll.rewrite.pipeline.registry import registries
+
+    found = [
+        {"kind": registry.what, "name": name, "from": registry.origin(name)}
+        for registry in registries()
+        for name in registry.all()
+    ]
+    write_json({"plugins": found}) if json_ else reports.plugins(found)
 
 
 @app.command("compare")
@@ -298,7 +298,6 @@ def compare_command(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Measure how far one model is from another, on text."""
     from reroll.evaluate.compare import compare
@@ -342,7 +341,6 @@ def generate_command(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Continue prompts. Greedy unless an option for sampling is given."""
     from reroll.evaluate.generation import generate, open_generator
@@ -381,7 +379,6 @@ def calibrate_command(
     confidence: Annotated[float, number(BETWEEN, "With which that has to hold.")] = 0.95,
     max_tokens: Annotated[int, integer(COUNT, "Use at most so many tokens.")] = 4096,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Choose the thresholds of a model's exits on text, and write them into the model."""
     from reroll.evaluate.exits import calibrate
@@ -404,16 +401,12 @@ def calibrate_command(
 @command
 def passes_command(
     name: Annotated[str | None, typer.Argument(help="One pass, in full.")] = None,
-    load: Load = None,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """List the passes, their options and their contracts."""
-    from reroll.rewrite.pipeline.registry import find, load_file, registered
+    from reroll.rewrite.pipeline.base import PASSES
 
-    for file in load or ():
-        load_file(file)
-    found = [p.describe() for p in ([find(name)] if name else registered().values())]
+    found = [p.describe() for p in ([PASSES.find(name)] if name else PASSES.all().values())]
     if json_:
         write_json({"passes": found})
     elif name:
@@ -433,7 +426,6 @@ def diff_command(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Say how the program of B differs from that of A. Exits with 1 if it does, as diff does."""
     from reroll.rewrite.ir.text.compare import diff
@@ -466,7 +458,6 @@ def show_command(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Print a model's program."""
     with Bars() as bars:

@@ -9,7 +9,7 @@ import typer
 
 from reroll.bounds import COUNT, SEED
 from reroll.cli import reports
-from reroll.cli.app import Attention, Debug, Dtype, Json, Model, Revision, Text, Trust, app
+from reroll.cli.app import Attention, Dtype, Json, Model, Revision, Text, Trust, app
 from reroll.cli.options import integer
 from reroll.cli.terminal import Bars, command, write_json
 
@@ -41,7 +41,6 @@ def evaluate_command(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Measure a model: perplexity, agreement, generation, recall, state tracking, speed, cost.
 

@@ -13,7 +13,6 @@ from reroll.cli.terminal import results, write
 from reroll.errors import ExportError
 from reroll.export.targets import find
 from reroll.rewrite.capture.pictures import picture_inputs
-from reroll.rewrite.pipeline.registry import load_file
 from reroll.writing import check_directory, new_directory
 
 Progress = Callable[[int, int, str], None]
@@ -38,8 +37,6 @@ class Export:
         self.target = find(target).parse(words)
         self.model, self.directory, self.overwrite = model, directory, overwrite
         check_directory(directory, overwrite=overwrite, sources=[model, *(load or ())])
-        for file in load or ():
-            load_file(file)
 
     def run(self, on_progress: Progress, **options: Any) -> dict[str, Any]:
         """Capture the model and write the directory; returns what was written, as JSON data."""

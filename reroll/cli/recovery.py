@@ -12,7 +12,7 @@ import typer
 
 from reroll.bounds import COUNT, SEED, TOKENS
 from reroll.cli import reports
-from reroll.cli.app import Debug, Json, Model, Revision, Trust, app
+from reroll.cli.app import Json, Model, Revision, Trust, app
 from reroll.cli.options import integer
 from reroll.cli.terminal import Bars, command, write, write_json
 from reroll.errors import UsageError
@@ -53,7 +53,6 @@ def recover(
         ),
     ] = None,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Train a rewritten model against its original, and write the result.
 
@@ -114,7 +113,6 @@ def sample(
     ] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    debug: Debug = False,
 ) -> None:
     """Write text that a model samples itself, as data to recover a rewritten model on."""
     if out.suffix != ".jsonl":

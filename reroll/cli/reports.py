@@ -316,6 +316,14 @@ def passes(found: Sequence[Found]) -> None:
     _print("reroll passes NAME describes one with its options")
 
 
+def plugins(found: Sequence[Found]) -> None:
+    """Everything that is declared by classes, of every kind."""
+    table = new_table("kind", "name", "from")
+    for each in found:
+        table.add_row(each["kind"], each["name"], escape(each["from"]))
+    _print(table)
+
+
 def one_pass(found: Found) -> None:
     """One pass in full."""
     requires = f", after {' and '.join(found['requires'])}" if found["requires"] else ""

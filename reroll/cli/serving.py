@@ -10,7 +10,7 @@ import typer
 import reroll
 from reroll.bounds import COUNT, LARGEST, Range
 from reroll.cli import reports
-from reroll.cli.app import Debug, Json, app
+from reroll.cli.app import Json, app
 from reroll.cli.options import integer
 from reroll.cli.terminal import Bars, command, write_json
 from reroll.errors import UsageError
@@ -32,7 +32,6 @@ def serve_bench(
     rounds: Annotated[int, integer(COUNT, "How often all sides run.")] = 3,
     threads: Annotated[int, integer(THREADS, "Of the processor.")] = 1,
     json_: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Answer many requests with depth-wise batching, and without, and say how fast.
 

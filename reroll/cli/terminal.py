@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import math
@@ -13,7 +14,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TextIO, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -75,19 +77,43 @@ def _plain(value: Any) -> Any:
 # ---- failing
 
 
+Load = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A Python file with passes, mixers, targets, stages or measures; it is run. "
+        "Repeatable.",
+        show_default=False,
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")]
+
+# the options of every command
+_SHARED = {
+    name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
+    for name, kind, value in (("load", Load, None), ("debug", Debug, False))
+}
+
+
 def command(function: F) -> F:
-    """A command whose errors are reported in three lines and an exit status.
+    """A command with the options of all commands, and errors in three lines and an exit status.
 
     2 means that the command was used wrongly, 1 that something else failed, 130 that it was
     interrupted. What libraries print on stdout goes to stderr.
     """
+    signature = inspect.signature(function, eval_str=True)
+    shared = {n: p for n, p in _SHARED.items() if n not in signature.parameters}
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        debug = bool(kwargs.get("debug"))
+        debug, files = bool(kwargs.get("debug")), kwargs.get("load") or ()
         with _stdout_for_results(), _logging(debug):
             try:
-                function(*args, **kwargs)
+                if files:
+                    from reroll.rewrite.pipeline.registry import load_file
+
+                    for file in files:
+                        load_file(file)
+                function(*args, **{n: v for n, v in kwargs.items() if n not in shared})
             except RerollError as error:
                 report_error(error.message, error.where, error.hint, debug)
                 raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
@@ -105,6 +131,9 @@ def command(function: F) -> F:
                 report_error(what, None, hint, debug)
                 raise typer.Exit(1) from None
 
+    parameters = [*signature.parameters.values(), *shared.values()]
+    guarded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    guarded.__annotations__ = {p.name: p.annotation for p in parameters}
     return guarded  # type: ignore[return-value]
 
 

@@ -7,7 +7,8 @@
 
         def run(self, bench: Bench) -> dict[str, Any]: ...
 
-A new measure is one file in `reroll/evaluate/measures`.
+A new measure is one file in `reroll/evaluate/measures`, or what `reroll.rewrite.pipeline.registry`
+finds elsewhere.
 """
 
 from __future__ import annotations
@@ -16,16 +17,13 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from reroll.rewrite.pipeline.declared import Declared
-from reroll.rewrite.pipeline.discovery import classes_in, look_up
+from reroll.rewrite.pipeline.registry import Registry
 
 if TYPE_CHECKING:
     from reroll.evaluate.runner import Runner
-
-FOLDER = "reroll.evaluate.measures"
 
 Suite = Literal["quick", "full"]
 Progress = Callable[[int, int, str], None]
@@ -89,16 +87,15 @@ class Measure(Declared, ABC):
         """The few numbers of one side that a table shows, by label."""
 
 
-@cache
-def measures() -> dict[str, type[Measure]]:
-    """All measures by name."""
-    found = {cls.name: cls for cls in classes_in(FOLDER, Measure)}  # type: ignore[type-abstract]
-    return dict(sorted(found.items()))
+MEASURES = Registry(
+    Measure,  # type: ignore[type-abstract]
+    "reroll.evaluate.measures",
+    "reroll.measures",
+    "--measures",
+)
 
-
-def find(name: str) -> type[Measure]:
-    """The measure of this name; UsageError with the nearest spelling if there is none."""
-    return look_up(measures(), name, "measure", "--measures")
+# all known measures; the one of a name
+measures, find = MEASURES.all, MEASURES.find
 
 
 def within(

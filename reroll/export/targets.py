@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, get_origin
 
 from reroll.errors import UsageError
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.declared import Declared
-from reroll.rewrite.pipeline.discovery import add_entry_points, classes_in, look_up
 from reroll.rewrite.pipeline.options import nearest_name, option
+from reroll.rewrite.pipeline.registry import Registry
 
-__all__ = ["Target", "find", "option", "registered"]
-
-FOLDER = "reroll.export"
-GROUP = "reroll.targets"
+__all__ = ["TARGETS", "Target", "find", "option", "registered"]
 
 # called with what is done, what there is in all, and the name of the stage
 Progress = Callable[[int, int, str], None]
@@ -91,18 +87,7 @@ def _value(text: str, kind: Any) -> Any:
     return {"true": True, "false": False, "none": None}.get(text, text)
 
 
-def registered() -> dict[str, type[Target]]:
-    """All known targets by name, sorted."""
-    return dict(sorted(_discover().items()))
+TARGETS = Registry(Target, "reroll.export", "reroll.targets")  # type: ignore[type-abstract]
 
-
-def find(name: str) -> type[Target]:
-    """The target of this name; UsageError with the nearest spelling if there is none."""
-    return look_up(_discover(), name, "target")
-
-
-@cache
-def _discover() -> dict[str, type[Target]]:
-    found = {cls.name: cls for cls in classes_in(FOLDER, Target)}  # type: ignore[type-abstract]
-    add_entry_points(GROUP, Target, lambda cls: found.setdefault(cls.name, cls))  # type: ignore[type-abstract]
-    return found
+# all known targets; the one of a name
+registered, find = TARGETS.all, TARGETS.find

@@ -7,7 +7,8 @@
 
         def loss(self, batch: Batch, models: Models) -> Loss: ...
 
-A new stage is one file in `reroll/recover/stages`.
+A new stage is one file in `reroll/recover/stages`, or what `reroll.rewrite.pipeline.registry` finds
+elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,10 +27,8 @@ from reroll.bounds import NOT_NEGATIVE, POSITIVE, SHARE, SIZE, Range
 from reroll.errors import UsageError
 from reroll.recover.data import Rows
 from reroll.rewrite.pipeline.declared import Declared
-from reroll.rewrite.pipeline.discovery import classes_in, look_up
 from reroll.rewrite.pipeline.options import option
-
-FOLDER = "reroll.recover.stages"
+from reroll.rewrite.pipeline.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -185,16 +183,10 @@ class Stage(Declared, ABC):
         return {}
 
 
-@cache
-def stages() -> dict[str, type[Stage]]:
-    """All stages by name."""
-    found = {cls.name: cls for cls in classes_in(FOLDER, Stage)}  # type: ignore[type-abstract]
-    return dict(sorted(found.items()))
+STAGES = Registry(Stage, "reroll.recover.stages", "reroll.stages", "recipe")  # type: ignore[type-abstract]
 
-
-def find(name: str) -> type[Stage]:
-    """The stage of this name; UsageError with the nearest spelling if there is none."""
-    return look_up(stages(), name, "stage", "recipe")
+# all known stages; the one of a name
+stages, find = STAGES.all, STAGES.find
 
 
 # ---- the values between trips

@@ -23,7 +23,7 @@ from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.text.compare import fingerprint, same
 from reroll.rewrite.ir.text.printer import parse
 from reroll.rewrite.ir.verify import verify
-from reroll.rewrite.pipeline.base import Pass
+from reroll.rewrite.pipeline.base import PASSES, Pass
 from reroll.rewrite.pipeline.manager import run_passes
 from reroll.rewrite.pipeline.pipeline import (
     parse_pipeline,
@@ -32,7 +32,6 @@ from reroll.rewrite.pipeline.pipeline import (
     to_recipe,
     to_text,
 )
-from reroll.rewrite.pipeline.registry import find
 from tests.captured import captured, flat
 
 
@@ -68,7 +67,7 @@ class PassSuite:
             assert each.help, f"{each.name} has no help"
         json.dumps(under_test.describe())
         for name in under_test.requires:
-            find(name)
+            PASSES.find(name)
 
     def test_it_survives_text_and_recipes(self, under_test: Pass) -> None:
         assert parse_pipeline(to_text([under_test])) == (under_test,)

@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 
+from reroll.rewrite.pipeline.base import PASSES
 from reroll.rewrite.pipeline.pipeline import resolve
-from reroll.rewrite.pipeline.registry import registered
 from tests.conformance.pass_suite import PassSuite
 
-OWN = [name for name, cls in registered().items() if cls.__module__.startswith("reroll.passes.")]
+OWN = [name for name, cls in PASSES.all().items() if cls.__module__.startswith("reroll.passes.")]
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -24,4 +24,4 @@ def test_every_pass_goes_through_the_suite(name):
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_pass_is_in_a_file_of_its_name(name):
-    assert registered()[name].__module__.rpartition(".")[2] == name
+    assert PASSES.all()[name].__module__.rpartition(".")[2] == name

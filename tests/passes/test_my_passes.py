@@ -8,6 +8,7 @@ import torch
 from reroll.rewrite.ir.interpret import materialise
 from reroll.rewrite.ir.text.printer import parse
 from reroll.rewrite.pipeline import registry
+from reroll.rewrite.pipeline.base import PASSES
 from reroll.rewrite.pipeline.manager import run_passes
 from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
@@ -20,7 +21,7 @@ EXAMPLE = ROOT / "examples" / "my_passes.py"
 def loaded():
     """The example, loaded as `--load` does, and forgotten afterwards."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(registry, "_passes", dict(registry.registered()))
+    patch.setattr(PASSES, "classes", PASSES.all())
     yield registry.load_file(EXAMPLE)
     patch.undo()
 

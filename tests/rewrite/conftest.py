@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from reroll.rewrite.pipeline import registry
+from reroll.rewrite.pipeline.base import PASSES
 
 
 @pytest.fixture
 def passes(monkeypatch):
     """A function that registers passes until the test ends."""
-    known = dict(registry.registered())
-    monkeypatch.setattr(registry, "_passes", known)
-    return lambda *classes: [registry.register(cls) for cls in classes]
+    monkeypatch.setattr(PASSES, "classes", PASSES.all())
+    return lambda *classes: [PASSES.add(cls) for cls in classes]

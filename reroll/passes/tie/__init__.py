@@ -1,1 +1,5 @@
 """Share weights between layers."""
+
+from reroll.passes.tie.tie import Tie
+
+__all__ = ["Tie"]

@@ -23,8 +23,9 @@ from reroll.rewrite.analysis.context import Context
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.options import option
+from reroll.rewrite.pipeline.registry import Registry
 
-__all__ = ["Context", "Contract", "Pass", "option"]
+__all__ = ["PASSES", "Context", "Contract", "Pass", "option"]
 
 Contract = Literal["exact", "approximate"]
 
@@ -63,3 +64,6 @@ class Pass(Declared, ABC):
             "requires": list(cls.requires),
             **declared,
         }
+
+
+PASSES = Registry(Pass, "reroll.passes", "reroll.passes", "pipeline")  # type: ignore[type-abstract]

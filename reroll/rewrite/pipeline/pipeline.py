@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from reroll.errors import UsageError
-from reroll.rewrite.pipeline.base import Pass
+from reroll.rewrite.pipeline.base import PASSES, Pass
 from reroll.rewrite.pipeline.options import plain
 from reroll.rewrite.pipeline.pipeline_parser import RESERVED, WORD, Call, parse_calls, pointed
-from reroll.rewrite.pipeline.registry import find
 
 Item: TypeAlias = "Pass | str | Mapping[str, Any]"
 Pipeline: TypeAlias = "Item | Path | Sequence[Item]"
@@ -61,7 +60,7 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
 
 def _from_call(call: Call, text: str) -> Pass:
     try:
-        cls = find(call.name)
+        cls = PASSES.find(call.name)
     except UsageError as error:
         raise pointed(text, call.position, error.message, error.hint) from None
     try:
@@ -121,7 +120,7 @@ def _from_mapping(item: Mapping[Any, Any], where: str) -> Pass:
     if not isinstance(options, Mapping):
         raise UsageError(f"the options of {name} are a mapping, not {options!r:.80}", where=where)
     try:
-        return find(str(name)).make(options)
+        return PASSES.find(str(name)).make(options)
     except UsageError as error:
         place = where if error.where is None else f"{where}, {error.where}"
         raise UsageError(error.message, place, error.hint) from None

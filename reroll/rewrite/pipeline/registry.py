@@ -1,54 +1,158 @@
-"""Where passes are found: the folder `reroll/passes`, entry points, and files that a user names.
+"""Where passes, mixers, targets, stages and measures are found.
 
-Every module of the folder is imported on the first look-up, so a new pass is one new file. Other
-distributions add theirs with an entry point of the group `reroll.passes`, whose value is a module
-or a `Pass` class.
+Each kind is declared as classes: one file of a folder, one class. Every module of the folder is
+imported on the first look-up; other distributions add theirs by an entry point, whose value is a
+module or a class; and a file that a user names may define any of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
+import logging
+import pkgutil
 import sys
-from functools import cache
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
 
 from reroll.errors import UsageError, located
-from reroll.rewrite.pipeline.base import Pass
-from reroll.rewrite.pipeline.discovery import add_entry_points, classes_in, classes_of, look_up
-from reroll.rewrite.pipeline.options import check_options
+from reroll.rewrite.pipeline.declared import Declared
+from reroll.rewrite.pipeline.options import check_options, nearest_name
 
-# by name, so that this package imports nothing of the one above it
-FOLDER = "reroll.passes"
-GROUP = "reroll.passes"
+T = TypeVar("T", bound=Declared)
 
-_passes: dict[str, type[Pass]] = {}
-_failures: list[str] = []
+log = logging.getLogger(__name__)
 
-
-def registered() -> dict[str, type[Pass]]:
-    """All known passes by name, sorted."""
-    _discover()
-    return dict(sorted(_passes.items()))
-
-
-def find(name: str) -> type[Pass]:
-    """The pass of this name; UsageError with the nearest spelling if there is none."""
-    _discover()
-    return look_up(_passes, name, "pass", "pipeline", "\n  ".join(_failures))
+# the modules that have a registry each, by name, so that nothing of the rooms above is imported
+MODULES = (
+    "reroll.rewrite.pipeline.base",
+    "reroll.mixers.registry",
+    "reroll.export.targets",
+    "reroll.recover.stage",
+    "reroll.evaluate.measure",
+)
 
 
-def register(cls: type[Pass]) -> type[Pass]:
-    """Add one pass; UsageError if another one has its name. Usable as a class decorator."""
-    _discover()
-    return _add(cls)
+class Registry(Generic[T]):
+    """The classes of one kind, by name.
+
+    `folder` is the package that they are in, `group` that of entry points. `added` is called with
+    each class.
+    """
+
+    known: list[Registry[Any]] = []  # noqa: RUF012
+
+    def __init__(
+        self,
+        base: type[T],
+        folder: str,
+        group: str,
+        where: str | None = None,
+        added: Callable[[type[T]], None] = lambda cls: None,
+    ) -> None:
+        self.base, self.folder, self.group, self.added = base, folder, group, added
+        self.what, self.where = base.what, where
+        self.classes: dict[str, type[T]] = {}
+        # which distributions' entry points classes come from, and those that failed
+        self.distributions: dict[str, str] = {}
+        self.failures: list[str] = []
+        self._discovered = False
+        Registry.known.append(self)
+
+    def all(self) -> dict[str, type[T]]:
+        """All known classes by name, sorted."""
+        self._discover()
+        return dict(sorted(self.classes.items()))
+
+    def find(self, name: str) -> type[T]:
+        """The class of this name; UsageError with the nearest spelling if there is none."""
+        known = self.all()
+        if name not in known:
+            hints = [h for h in (nearest_name(name, list(known)), *self.failures) if h]
+            what = f"there is no {self.what} {name!r}"
+            raise UsageError(what, self.where, "\n  ".join(hints) or None)
+        return known[name]
+
+    def add(self, cls: type[T]) -> type[T]:
+        """Add one class; UsageError if another one has its name. Usable as a decorator."""
+        self._discover()
+        return self._add(cls)
+
+    def classes_of(self, module: ModuleType) -> list[type[T]]:
+        """The concrete subclasses with a `name` that a module, or one of its own, defines."""
+        return [
+            value
+            for value in vars(module).values()
+            if inspect.isclass(value)
+            and issubclass(value, self.base)
+            and f"{value.__module__}.".startswith(f"{module.__name__}.")
+            and getattr(value, "name", None)
+            and not inspect.isabstract(value)
+        ]
+
+    def origin(self, name: str) -> str:
+        """Where a class comes from: "reroll", a distribution, or a file."""
+        cls = self.find(name)
+        if cls.__module__.startswith(f"{self.folder}."):
+            return "reroll"
+        return self.distributions.get(name) or _file(cls)
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(self.folder)
+        for info in pkgutil.iter_modules(package.__path__, f"{self.folder}."):
+            for cls in self.classes_of(importlib.import_module(info.name)):
+                self._add(cls)
+        for point in entry_points(group=self.group):
+            # somebody else's broken package must not take ours down, nor stay unseen
+            try:
+                for cls in self._loaded(point):
+                    self._add(cls)
+                    self.distributions[cls.name] = getattr(point.dist, "name", point.value)
+            except Exception as error:
+                failure = f"entry point {point.name} ({point.value}) failed: {error}"
+                log.warning("%s", failure)
+                self.failures.append(failure)
+
+    def _loaded(self, point: EntryPoint) -> list[type[T]]:
+        loaded = point.load()
+        return self.classes_of(loaded) if isinstance(loaded, ModuleType) else [loaded]
+
+    def _add(self, cls: type[T]) -> type[T]:
+        check_options(cls)
+        if not cls.name.isidentifier():
+            raise UsageError(f"{cls.name!r} is not a name for a {self.what}", cls.__qualname__)
+        other = self.classes.get(cls.name)
+        # loading a file again replaces its classes
+        if other is not None and _file(other) != _file(cls):
+            raise UsageError(
+                f"there are two {self.what}s called {cls.name!r}".replace("passs", "passes"),
+                where=f"{_file(other)} and {_file(cls)}",
+                hint="rename one of them",
+            )
+        self.classes[cls.name] = cls
+        self.added(cls)
+        return cls
 
 
-def load_file(path: str | Path) -> tuple[type[Pass], ...]:
-    """Run a Python file of the user's and register the passes that it defines.
+def registries() -> Iterator[Registry[Any]]:
+    """All registries, of every kind."""
+    for module in MODULES:
+        importlib.import_module(module)
+    yield from Registry.known
+
+
+def load_file(path: str | Path) -> tuple[type[Declared], ...]:
+    """Run a Python file of the user's and register what it defines: passes, mixers, targets, ...
 
     This executes the file, so it only ever happens because a person named it. Raises UsageError if
-    the file is missing, fails, or defines no pass.
+    the file is missing, fails, or defines nothing of the kind.
     """
     file = Path(path).resolve()
     if not file.is_file():
@@ -66,40 +170,18 @@ def load_file(path: str | Path) -> tuple[type[Pass], ...]:
     except Exception as error:
         del sys.modules[name]
         raise UsageError(f"{type(error).__name__}: {error}", where=str(path)) from error
-    found = classes_of(module, Pass)  # type: ignore[type-abstract]
+    # what the file defines, it has imported the base of
+    found = [(r, cls) for r in Registry.known for cls in r.classes_of(module)]
     if not found:
         raise UsageError(
-            "the file defines no pass",
+            "the file defines no pass, mixer, target, stage or measure",
             where=str(path),
-            hint="a pass is a subclass of reroll.rewrite.pipeline.base.Pass that sets `name`",
+            hint="a pass is a subclass of reroll.Pass that sets `name`",
         )
     with located(str(path)):
-        return tuple(register(cls) for cls in found)
+        return tuple(registry.add(cls) for registry, cls in found)
 
 
-@cache
-def _discover() -> None:
-    for cls in classes_in(FOLDER, Pass):  # type: ignore[type-abstract]
-        _add(cls)
-    _failures.extend(add_entry_points(GROUP, Pass, _add))  # type: ignore[type-abstract]
-
-
-def _add(cls: type[Pass]) -> type[Pass]:
-    known = _passes.get(cls.name)
-    check_options(cls)
-    if not cls.name.isidentifier():
-        raise UsageError(f"{cls.name!r} is not a name for a pass", where=cls.__qualname__)
-    # loading a file again replaces its passes
-    if known is not None and _origin(known) != _origin(cls):
-        raise UsageError(
-            f"there are two passes called {cls.name!r}",
-            where=f"{_origin(known)} and {_origin(cls)}",
-            hint="rename one of them",
-        )
-    _passes[cls.name] = cls
-    return cls
-
-
-def _origin(cls: type[Pass]) -> str:
+def _file(cls: type[Any]) -> str:
     module = sys.modules.get(cls.__module__)
     return str(getattr(module, "__file__", cls.__module__))

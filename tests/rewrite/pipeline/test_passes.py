@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 
 from reroll.errors import UsageError
-from reroll.rewrite.pipeline import discovery, registry
-from reroll.rewrite.pipeline.base import Pass, option
+from reroll.rewrite.pipeline import registry
+from reroll.rewrite.pipeline.base import PASSES, Pass, option
 from tests.rewrite.pipeline.example_passes import Colour, Everything, Plain
 
 
@@ -110,13 +110,13 @@ def test_only_options_that_differ_from_their_defaults_are_given():
 
 
 def test_every_pass_of_the_folder_is_found():
-    assert {"tie", "relax", "fold_norms"} <= set(registry.registered())
-    assert registry.find("tie").__module__ == "reroll.passes.tie.tie"
+    assert {"tie", "relax", "fold_norms"} <= set(PASSES.all())
+    assert PASSES.find("tie").__module__ == "reroll.passes.tie.tie"
 
 
 def test_an_unknown_pass_is_an_error_with_the_nearest_name():
     with pytest.raises(UsageError, match="no pass 'relaxx'\n  hint: did you mean relax"):
-        registry.find("relaxx")
+        PASSES.find("relaxx")
 
 
 def test_two_passes_of_one_name_are_an_error(passes):
@@ -160,7 +160,7 @@ def my_file(passes, tmp_path):
 
 def test_a_file_of_the_users_is_loaded(my_file):
     (mine,) = registry.load_file(my_file)
-    assert registry.find("mine") is mine
+    assert PASSES.find("mine") is mine
     assert mine.make({"amount": 2}).amount == 2
 
 
@@ -168,8 +168,8 @@ def test_loading_a_file_again_takes_its_new_contents(my_file):
     registry.load_file(my_file)
     my_file.write_text(SOURCE.format(kind="float"))
     (mine,) = registry.load_file(str(my_file))
-    assert registry.find("mine").options()["amount"].kind == "a number"
-    assert mine is registry.find("mine")
+    assert PASSES.find("mine").options()["amount"].kind == "a number"
+    assert mine is PASSES.find("mine")
 
 
 def test_files_of_one_name_do_not_replace_each_other(my_file, tmp_path):
@@ -222,34 +222,31 @@ class Point:
 @pytest.fixture
 def entry_points(monkeypatch):
     def install(*points):
-        monkeypatch.setattr(registry, "_passes", {})
-        monkeypatch.setattr(registry, "_failures", [])
-        monkeypatch.setattr(discovery, "entry_points", lambda group: points)
-        registry._discover.cache_clear()
+        monkeypatch.setattr(PASSES, "classes", {})
+        monkeypatch.setattr(PASSES, "failures", [])
+        monkeypatch.setattr(PASSES, "_discovered", False)
+        monkeypatch.setattr(registry, "entry_points", lambda group: points)
 
-    registry.registered()
-    yield install
-    monkeypatch.undo()
-    registry._discover.cache_clear()
-    registry.registered()
+    PASSES.all()
+    return install
 
 
 def test_entry_points_are_modules_or_classes(entry_points):
     from tests.rewrite.pipeline import example_passes
 
     entry_points(Point("a", example_passes))
-    assert registry.find("everything") is Everything
+    assert PASSES.find("everything") is Everything
     entry_points(Point("b", Plain))
-    assert registry.find("plain") is Plain
-    assert registry.find("tie")
+    assert PASSES.find("plain") is Plain
+    assert PASSES.find("tie")
 
 
 def test_a_broken_entry_point_leaves_the_others_alone_and_is_named(entry_points, caplog):
     entry_points(Point("broken", ImportError("no module named x")), Point("b", Plain))
-    assert registry.find("plain") is Plain
+    assert PASSES.find("plain") is Plain
     assert "broken" in caplog.text
     with pytest.raises(UsageError, match=r"other:broken\) failed: no module named x"):
-        registry.find("theirs")
+        PASSES.find("theirs")
 
 
 def test_the_summary_and_kind_of_an_undocumented_pass_are_empty():
@@ -269,4 +266,4 @@ def test_a_loaded_file_that_is_no_good_registers_nothing(passes, tmp_path):
     file.write_text(SOURCE.format(kind="set[int]"))
     with pytest.raises(UsageError):
         registry.load_file(file)
-    assert "mine" not in registry.registered()
+    assert "mine" not in PASSES.all()

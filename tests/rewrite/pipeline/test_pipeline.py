@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reroll.errors import UsageError
 from reroll.passes.relax.relax import Relax
 from reroll.passes.tie.tie import Tie
-from reroll.rewrite.pipeline import registry
+from reroll.rewrite.pipeline.base import PASSES
 from reroll.rewrite.pipeline.pipeline import (
     load_recipe,
     parse_pipeline,
@@ -72,9 +72,9 @@ EVERYTHING = st.builds(
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     patch = pytest.MonkeyPatch()
-    patch.setattr(registry, "_passes", dict(registry.registered()))
-    registry.register(Everything)
-    registry.register(Plain)
+    patch.setattr(PASSES, "classes", PASSES.all())
+    PASSES.add(Everything)
+    PASSES.add(Plain)
     yield
     patch.undo()
 
