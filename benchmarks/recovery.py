@@ -5,7 +5,7 @@ passes and, if it has a recovery, after that, beside the original, on text of an
 was trained on. Models and results are kept in `--work`, and a run that was stopped goes on where it
 was, so that long comparisons can be made in pieces.
 
-    python -m benchmarks.recovery recipes/A.yaml recipes/B.yaml --tokens 2M --work out/recovery
+    python -m benchmarks.recovery A B --tokens 2M --work out/recovery
         [--batch ROWS] [--train-only] [--recovered-only] [--model DIR] [--threads N]
         [--data FILE ...] [--text FILE] [--beside MEASURES] [--alone MEASURES]
 """
@@ -24,7 +24,7 @@ import reroll
 from reroll.cli.recovery import token_count
 from reroll.evaluate.suite import choose, evaluate
 from reroll.recover import Recipe, load_recipe, recover
-from reroll.rewrite.pipeline.pipeline import read_yaml
+from reroll.rewrite.pipeline.pipeline import read_yaml, recipe_path
 
 DATA = [f"data/text/{name}.train.txt" for name in ("pydocs", "shakespeare", "gcide", "foldoc")]
 # beside the original, and what needs no original
@@ -140,7 +140,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Run what has not been run yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="+", type=Path)
+    parser.add_argument("recipes", nargs="+", type=recipe_path)
     add_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "reroll" / "recipes"
 TOKENS = 64
 # lines of a model card that tell the time or the version
 _CHANGING = re.compile(r"[\d.e-]+ s\b")
@@ -94,7 +95,7 @@ def record(options: argparse.Namespace) -> None:
     models = options.models or sorted(
         d.name for d in (ROOT / "models").iterdir() if (d / "config.json").exists()
     )
-    recipes = options.recipes or sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
+    recipes = options.recipes or sorted(f.stem for f in RECIPES.glob("*.yaml"))
     end = time.monotonic() + 60 * options.minutes
     for name in models:
         for recipe in recipes:
@@ -103,7 +104,7 @@ def record(options: argparse.Namespace) -> None:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
-                refusal = convert(ROOT / "models" / name, ROOT / "recipes" / f"{recipe}.yaml", out)
+                refusal = convert(ROOT / "models" / name, RECIPES / f"{recipe}.yaml", out)
                 if refusal is None:
                     records[pair] = {"files": digests(out), "outputs": outputs(out)}
                 else:

@@ -31,6 +31,7 @@ from reroll.evaluate.inspect import inspect_model
 from reroll.evaluate.subjects import open_subject
 from reroll.rewrite.ir.costs import state_bytes
 from reroll.rewrite.pipeline.manager import Event
+from reroll.rewrite.pipeline.pipeline import recipe_path
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 RECIPES = ["exact", "linearize-quarter", "tie15-relax128"]
@@ -104,8 +105,8 @@ def main() -> None:
     rows = [first]
     for name in RECIPES:
         out = arguments.out / name
-        recipe = ROOT / "recipes" / f"{name}.yaml"
-        with step(f"converting by {recipe.relative_to(ROOT)}") as bars:
+        recipe = recipe_path(name)
+        with step(f"converting by the recipe {name}") as bars:
 
             def tell(event: Event, bars: Bars = bars) -> None:
                 if event.kind == "progress":

@@ -172,6 +172,15 @@ def test_passes_of_the_users_own(model: Path, tmp_path: Path) -> None:
     assert "nothing" in [each["name"] for each in listed]
 
 
+def test_a_recipe_by_its_name(model: Path, tmp_path: Path) -> None:
+    found = data("convert", model, tmp_path / "exact", "--recipe", "exact")
+    assert found["passes"] == []
+    wrong = run("convert", model, tmp_path / "none", "--recipe", "linearise")
+    assert wrong.exit_code == 2
+    assert "there is no recipe 'linearise'" in wrong.stderr
+    assert "linearize" in wrong.stderr
+
+
 USERS_PLUGINS = '''
 from reroll.evaluate.measure import Measure
 from reroll.export.targets import Target

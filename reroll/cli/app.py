@@ -105,7 +105,9 @@ def convert(
         str | None,
         typer.Option(help="Passes, such as 'tie(blocks=10), relax(rank=64)'.", show_default="none"),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML file with passes.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML file with passes, or the name of a recipe.")
+    ] = None,
     text: Text = None,
     measure: Annotated[
         str, typer.Option(help="auto, on or off: measure what each pass does.")
@@ -141,7 +143,9 @@ def convert(
     Without passes, the model is rolled and computes the same.
     """
     from reroll.cli.conversion import Conversion
+    from reroll.rewrite.pipeline.pipeline import recipe_path
 
+    recipe = None if recipe is None else recipe_path(recipe)
     read = [f for f in (recipe, text, *(load or ())) if f is not None]
     conversion = Conversion(out, overwrite=overwrite, sources=[model, *read])
     chosen = _pipeline(passes, recipe)

@@ -29,7 +29,7 @@ def recover(
     data: Annotated[
         list[str], typer.Option(help="A text file, a directory or a dataset. Repeatable.")
     ],
-    recipe: Annotated[Path, typer.Option(help="A YAML file with stages under `recover`.")],
+    recipe: Annotated[Path, typer.Option(help="A YAML file with stages, or the name of a recipe.")],
     tokens: Annotated[str, typer.Option(help="Tokens to train on, such as 500k or 2M.")],
     teacher: Annotated[
         str | None, typer.Option(help="The original.", show_default="what OUT_IN was made from")

@@ -2,7 +2,7 @@
 
 A run is a list of stages, each with its loss, what it trains and its share of the tokens:
 
-    recover("converted/", "recovered/", data=["text/"], recipe="recipes/recover.yaml", tokens=2e6)
+    recover("converted/", "recovered/", data=["text/"], recipe="recover", tokens=2e6)
 """
 
 from __future__ import annotations

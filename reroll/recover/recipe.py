@@ -21,7 +21,7 @@ from reroll.errors import UsageError
 from reroll.recover.stage import Stage, find
 from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.options import option
-from reroll.rewrite.pipeline.pipeline import read_yaml
+from reroll.rewrite.pipeline.pipeline import read_yaml, recipe_path
 
 
 class Settings(Declared):
@@ -68,6 +68,7 @@ class Recipe:
 
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a file; UsageError if there is none."""
+    path = recipe_path(path)
     return parse(read_yaml(path), str(path))
 
 

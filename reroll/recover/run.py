@@ -27,7 +27,7 @@ from reroll.rewrite.analysis.reach import check_length
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.ir.dtypes import HALVES, dtype_of, retype
 from reroll.rewrite.ir.program import Program, Step
-from reroll.rewrite.pipeline.pipeline import call_to_text
+from reroll.rewrite.pipeline.pipeline import call_to_text, recipe_path
 from reroll.runtime.lowering.recapture import stored_tensors
 from reroll.writing import check_directory, new_directory
 
@@ -86,6 +86,7 @@ def recover(
     out = Path(out)
     directory = Directory(out.with_name(f"{out.name}.run"))
     read = [m for m in (student, teacher) if m is not None and not isinstance(m, Program)]
+    recipe = recipe if isinstance(recipe, Recipe) else recipe_path(recipe)
     read += [*data, *([] if isinstance(recipe, Recipe) else [recipe])]
     check_directory(out, overwrite=overwrite, sources=read)
     check_directory(directory.path, overwrite=True, sources=read)

@@ -247,10 +247,11 @@ def test_recipes_come_back_from_their_data() -> None:
 
 
 def test_shipped_recipes_can_be_read() -> None:
-    found = [p for p in Path("recipes").glob("*.yaml") if "recover:" in p.read_text("utf-8")]
+    found = [p for p in Path("reroll/recipes").glob("*.yaml") if "recover:" in p.read_text("utf-8")]
     assert found
     for path in found:
         assert load_recipe(path).stages
+        assert load_recipe(path.stem).stages == load_recipe(path).stages
 
 
 def test_the_stages_that_there_are() -> None:

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 
 from reroll.errors import UsageError
 from reroll.rewrite.pipeline.base import PASSES, Pass
-from reroll.rewrite.pipeline.options import plain
+from reroll.rewrite.pipeline.options import nearest_name, plain
 from reroll.rewrite.pipeline.pipeline_parser import RESERVED, WORD, Call, parse_calls, pointed
 
 Item: TypeAlias = "Pass | str | Mapping[str, Any]"
@@ -76,7 +76,25 @@ def _from_call(call: Call, text: str) -> Pass:
 
 def load_recipe(path: str | Path) -> tuple[Pass, ...]:
     """The passes of a recipe file; UsageError if it is not one."""
+    path = recipe_path(path)
     return parse_recipe(read_yaml(path), str(path))
+
+
+def recipe_path(recipe: str | Path) -> Path:
+    """Where a recipe is: a file, or one that reroll ships, by its name.
+
+    Raises UsageError if there is neither.
+    """
+    path = Path(recipe)
+    if path.exists() or path.suffix in _RECIPE_SUFFIXES:
+        return path
+    shipped = {f.stem: f for f in (Path(__file__).parents[2] / "recipes").glob("*.yaml")}
+    if str(recipe) not in shipped:
+        raise UsageError(
+            f"there is no recipe {str(recipe)!r}",
+            hint=nearest_name(str(recipe), sorted(shipped)) or f"use {', '.join(sorted(shipped))}",
+        )
+    return shipped[str(recipe)]
 
 
 def read_yaml(path: str | Path) -> object:
