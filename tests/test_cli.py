@@ -21,6 +21,8 @@ import reroll
 from reroll.cli.app import app
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 PASSES = "tie(blocks=2), relax(rank=4)"
 
 

@@ -22,6 +22,8 @@ from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.samples import sample_text
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 REQUIRED = {
     "max_abs_logit_error", "relative_rms_error", "kl", "top1_agreement", "perplexity",
     "parameters", "state_bytes", "tokens",

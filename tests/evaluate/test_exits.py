@@ -16,6 +16,8 @@ from reroll.rewrite.pipeline.manager import run_passes
 from tests import tiny
 from tests.captured import captured
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TOKENS = torch.randint(3, 64, (2048,), generator=torch.Generator().manual_seed(0))
 
 

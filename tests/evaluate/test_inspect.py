@@ -23,6 +23,8 @@ from reroll.rewrite.ir.weights import Weight, scale
 from tests import tiny
 from tests.real import stored_dtype
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 REQUIRED = {
     "model", "parameters", "loops", "attention", "captured_exactly", "max_abs_logit_error",
 }  # fmt: skip

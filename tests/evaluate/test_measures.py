@@ -24,6 +24,8 @@ from reroll.rewrite.analysis.samples import sample_text
 from tests import tiny
 from tests.evaluate import fakes
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 RECALL = {"lengths": [160, 240], "pairs": [6], "entries": [5], "samples": 2}
 
 

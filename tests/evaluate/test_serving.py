@@ -13,6 +13,8 @@ from reroll.rewrite.pipeline.manager import run_passes
 from tests import tiny
 from tests.captured import captured
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 PROMPTS = [[5, 9, 3], [17, 4, 4, 30, 8], [40], [22, 23, 24, 25]]
 
 

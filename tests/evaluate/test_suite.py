@@ -24,6 +24,8 @@ from reroll.evaluate.runner import Runner
 from reroll.evaluate.subjects import open_subject
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TEXT = (
     "perplexity(contexts=[32, 64], tokens=512), agreement(contexts=[64], tokens=256), cost, "
     "generation(prompts=2, prompt=8, new=8), speed(contexts=[16, 32], decode=1, rounds=1), "

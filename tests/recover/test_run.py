@@ -26,6 +26,8 @@ from reroll.rewrite.analysis.samples import sample_text
 from reroll.rewrite.checkpoint import write_file
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TOKENS = 4 * 16 * 12
 SETTINGS = {"length": 16, "batch": 4, "held_rows": 4, "save_every": 3}
 
