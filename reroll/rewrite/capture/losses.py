@@ -32,7 +32,8 @@ def loss_of(model: Any, inputs: Mapping[str, Tensor]) -> Loss | None:
     if tokens is None or tokens.ndim != 2:
         return None
     labels = torch.arange(tokens.numel()).reshape(tokens.shape)
-    with without_data(model, getattr(model, "dtype", torch.float32)), torch.no_grad():
+    dtype = getattr(model, "dtype", torch.float32)
+    with _kept(model), without_data(model, dtype), torch.no_grad():
         # some models read numbers out of their tensors to check them, others to split by them
         for zeros in (False, True):
             try:
@@ -69,6 +70,18 @@ def _alignment(labels: Tensor, target: Tensor) -> Loss | None:
         if any(torch.equal(target.flatten(), each.flatten()) for each in targets):
             return loss
     return None
+
+
+@contextmanager
+def _kept(model: Any) -> Iterator[None]:
+    """Leave a model's configuration as it was, which classifiers write their kind of loss into."""
+    entries = vars(model.config)
+    before = dict(entries)
+    try:
+        yield
+    finally:
+        entries.clear()
+        entries.update(before)
 
 
 @contextmanager

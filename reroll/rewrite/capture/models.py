@@ -27,7 +27,7 @@ from reroll.rewrite.capture.side_files import (
     temporary_folder,
     weight_names,
 )
-from reroll.rewrite.capture.signature import adds_tokens
+from reroll.rewrite.capture.signature import adds_tokens, wraps_labels
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.ir.dtypes import DTYPES, dtype_of
 from reroll.rewrite.ir.program import Origin, Program, _service
@@ -118,6 +118,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
         files=files,
         rereads_at=rereading_length(model),
         adds_tokens=adds_tokens(model),
+        wraps_labels=wraps_labels(model),
     )
 
 

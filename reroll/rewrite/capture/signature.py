@@ -47,6 +47,22 @@ def can_generate(model: Any) -> bool:
     return getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
+def wraps_labels(model: Any) -> bool:
+    """Whether a decoder that is given labels alone begins with the last of them, as mBART does."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None:
+        return False
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    labels = torch.tensor([[pad + 1, pad + 2, pad + 3]])
+    try:
+        shifted = prepare(labels)
+    # a method of the model's own may want what its configuration does not have
+    except Exception as error:
+        log.info("how %s moves its labels is not known: %s", type(model).__name__, error)
+        return False
+    return bool(torch.equal(shifted, labels.roll(1, dims=1)))
+
+
 def adds_tokens(model: Any) -> bool:
     """Whether a decoder generates from tokens beside those given, as XLM from its mask token."""
     prepare = getattr(model, "prepare_inputs_for_generation", None)

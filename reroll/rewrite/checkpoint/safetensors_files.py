@@ -38,8 +38,8 @@ class SafetensorsSource:
             _check_shards(index, headers)
         else:
             headers = {file: read_header(file)}
-        # the shards say what they hold, whatever the index says
-        self._file_of = {name: shard for shard, header in headers.items() for name in header}
+        # the shards say what they hold, whatever the index says; in the order of safetensors
+        self._file_of = {name: file for file, header in headers.items() for name in sorted(header)}
         self._entries = {name: headers[file][name] for name, file in self._file_of.items()}
         self._where = str(path)
 

@@ -84,7 +84,8 @@ class Origin:
     label ("shifted") or with its own ("aligned"); None if it is another, or none. `cache_span` is
     the number of tokens beyond which the original computes something else with its cache than
     without: 0 if it always does, None if it never does. `adds_tokens`: the original's generation
-    reads tokens beside those that it is given.
+    reads tokens beside those that it is given. `wraps_labels`: given labels alone, its decoder
+    begins with the last of them.
     """
 
     model: str
@@ -99,6 +100,7 @@ class Origin:
     loss: Loss | None = "shifted"
     cache_span: int | None = None
     adds_tokens: bool = False
+    wraps_labels: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

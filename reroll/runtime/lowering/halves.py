@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from reroll.errors import ProgramError
+from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.program import Input, TensorType
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
 
@@ -47,6 +48,14 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
         hidden = next((n for n in crossing if isinstance(n.meta.get("type"), TensorType)), None)
     if hidden is None:
         raise ProgramError("the decoder does not read the encoder")
+    batch = next(i.type.shape[0] for i in inputs if i.role == "data")
+    if batch in shape(hidden)[1:]:
+        raise ProgramError(
+            f"the decoder reads states {list(shape(hidden))} of the encoder, whose rows are not "
+            "those of the batch",
+            where=hidden.name,
+            hint="such a model cannot be lowered",
+        )
     rest = [n for n in crossing if n is not hidden]
     near = [n for n in graph.nodes if n.op == "placeholder" and n in decoder]
     encode = _graph(graph, [], [hidden], [])

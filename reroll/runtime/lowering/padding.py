@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from reroll.rewrite.analysis.mixing import mask_beside
@@ -28,6 +29,11 @@ def valid_tokens(mask: Tensor | None, state: Any) -> Tensor | Documents | None:
     return visible_tokens(mask) if state.documents is None else state.documents
 
 
+def tokens_of(mask: Tensor) -> int:
+    """How many tokens a padding mask is over: [batch, tokens], or 4-d with a row for each query."""
+    return mask.shape[-1]
+
+
 # what makes the padding that attentions read
 READERS = (visible_tokens, valid_tokens)
 
@@ -42,6 +48,9 @@ def read_padding(program: Program, state: fx.Node) -> frozenset[str]:
     inputs = [nodes[i.name] for i in program.inputs if i.role == "padding"]
     packed = {mask_beside(i) for i in program.inputs if i.role == "positions"}
     for node in inputs:
+        for user in list(node.users):
+            if user.target is torch.ops.aten.sym_size.int and user.args[1] == 1:
+                user.target, user.args = tokens_of, (node,)
         _read(program, node, state if str(node.target) in packed else None)
     return frozenset(str(n.target) for n in inputs if any(u.target not in READERS for u in n.users))
 

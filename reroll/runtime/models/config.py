@@ -17,7 +17,7 @@ _DROPPED = {
     "layer_types", "sliding_window", "attention_chunk_size", "per_layer_config", "kv_sharing_modes",
     "text_config", "_name_or_path", "name_or_path", "quantization_config", "mlp_layer_types",
     "_attn_implementation", "attn_implementation", "rope_scaling", "return_dict",
-    "output_hidden_states", "output_attentions", "use_return_dict", "num_labels", "is_reroll",
+    "use_return_dict", "num_labels", "is_reroll",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,17 @@ _NO_EFFECT = frozenset(
         "interpolate_pos_encoding",
     }
 )
+
+
+def with_inputs(forward: Callable[..., Any], *names: str) -> inspect.Signature:
+    """The signature of a forward with inputs named that it takes among others.
+
+    A trainer keeps of a dataset what the signature names, so that these are read, or refused.
+    """
+    signature = inspect.signature(forward)
+    *parameters, others = signature.parameters.values()
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
+    return signature.replace(parameters=[*parameters, *added, others])
 
 
 class RerollPreTrainedModel(PreTrainedModel):
@@ -223,7 +234,27 @@ class RerollPreTrainedModel(PreTrainedModel):
     ) -> Exception:
         """The reason of an error in terms of the inputs, if these are at fault; else the error."""
         past = 0 if layers is None else int(layers[0].get_seq_length())
-        return out_of_reach(self.program, given, past) or error
+        known = out_of_reach(self.program, given, past)
+        if known is not None:
+            return known
+        for item in self.program.inputs:
+            value = given.get(item.name)
+            if item.role == "padding" and value is not None and value.dim() == 4:
+                return UsageError(
+                    f"a mask with a row for each query does not fit this call: {error}",
+                    where=item.name,
+                    hint="what this model computes beside attention may need the padding itself: "
+                    "give it as [batch, tokens]",
+                )
+            tokens = given.get(self.main_input_name)
+            if not item.counts or value is None or tokens is None:
+                continue
+            if value.shape[-1] != tokens.shape[1]:
+                return UsageError(
+                    f"there are {value.shape[-1]} positions for {tokens.shape[1]} tokens",
+                    where=item.name,
+                )
+        return error
 
     def _arguments(self, given: Mapping[str, Tensor | None], layers: Any) -> list[Tensor | None]:
         """The Program's inputs in order; those that were left out as the original has them."""

@@ -154,9 +154,15 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         return self._completed(values, own, past)
 
     def _shifted(self, labels: Tensor) -> Tensor:
-        """Labels moved one to the right, after the token that decoding starts with."""
-        config = self.generation_config
-        start, pad = config.decoder_start_token_id, config.pad_token_id
+        """Labels moved one to the right, behind the configuration's first token or their last."""
+        pad = self.config.pad_token_id
+        if self.program.origin.wraps_labels and pad is not None:
+            filled = labels.masked_fill(labels == -100, pad)
+            last = filled.ne(pad).sum(1, keepdim=True) - 1
+            return torch.cat([filled.gather(1, last), filled[:, :-1]], dim=1)
+        start = getattr(self.config, "decoder_start_token_id", None)
+        if start is None:
+            start = self.generation_config.decoder_start_token_id
         if start is None:
             raise UsageError(
                 "labels alone need decoder_start_token_id", hint="or give decoder_input_ids"

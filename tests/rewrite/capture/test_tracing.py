@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 from transformers import masking_utils as hf
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
@@ -192,3 +193,14 @@ def test_a_model_that_asks_whether_there_is_anything_to_pad_keeps_its_cache():
     program = capture(tiny_models.build("gemma4_unified"), roll=False)
     assert program.has_past
     assert program.origin.cache_span is None
+
+
+def test_a_classifier_does_not_keep_the_kind_of_loss_that_capture_asked_for():
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, num_labels=3,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    before = model.config.to_dict()
+    capture(model)
+    assert model.config.to_dict() == before

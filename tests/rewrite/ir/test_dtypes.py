@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -154,6 +155,19 @@ def test_a_checkpoint_whose_configuration_names_no_dtype(tmp_path: Any) -> None:
     assert program.dtype == BF16
     program.save(str(tmp_path / "out"))
     assert reroll.capture(str(tmp_path / "out"), dtype="float32").dtype == F32
+
+
+def test_of_several_dtypes_the_first_by_name_counts(tmp_path: Any) -> None:
+    model = captured.llama(tie_word_embeddings=False).to(BF16)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    data = {k: v for k, v in json.loads(file.read_text()).items() if k != "dtype"}
+    file.write_text(json.dumps(data))
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert reroll.capture(str(tmp_path)).dtype == opened.dtype == BF16
 
 
 @pytest.mark.parametrize("value", ["nonsense", "int8", "float64", torch.int64, 3, {"": "bfloat16"}])

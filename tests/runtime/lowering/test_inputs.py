@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import reroll
+from benchmarks import tiny_models
 from reroll.errors import UsageError
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.tolerances import relative_rms
@@ -167,3 +169,19 @@ def test_attention_weights_are_refused(name):
     with pytest.raises(UsageError, match="does not form attention weights"):
         lowered(name)(IDS, output_attentions=True)
     assert lowered(name)(IDS, output_attentions=False)[0].isfinite().all()
+
+
+def test_a_mask_of_four_dimensions_tells_how_many_tokens_there_are():
+    # Llama 4 scales its queries by positions that it counts from the mask's length
+    model = tiny_models.build("llama4_text")
+    seen = torch.ones(LENGTH, LENGTH).tril().bool()
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min).expand(ROWS, 1, -1, -1)
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=mask).logits
+        actual = reroll.capture(model).to_module()(IDS, attention_mask=mask).logits
+    torch.testing.assert_close(actual, expected)
+
+
+def test_positions_for_another_number_of_tokens_are_named():
+    with pytest.raises(UsageError, match=f"there are 3 positions for {LENGTH} tokens"):
+        lowered("llama")(IDS, position_ids=torch.arange(3)[None])

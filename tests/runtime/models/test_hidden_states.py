@@ -15,7 +15,7 @@ from reroll.errors import UsageError
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.rolling.split import pack_trips, split_loop
 from reroll.rewrite.ir.hidden import drop_marks
-from tests.captured import SPECIAL, TEXT, captured, flat, model
+from tests.captured import SPECIAL, TEXT, captured, flat, llama, model
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
@@ -164,3 +164,22 @@ def test_what_is_not_known_is_refused() -> None:
     drop_marks(program)
     with pytest.raises(UsageError, match="not known which values"):
         program.to_module()(IDS, output_hidden_states=True)
+
+
+def test_a_configuration_that_asks_for_them_is_kept(tmp_path) -> None:
+    model = llama(num_hidden_layers=2).eval()
+    model.config.output_hidden_states = True
+    program = reroll.capture(model)
+    program.save(str(tmp_path / "out"))
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.randint(3, 64, (2, 9))
+    for lowered in (program.to_module(), opened):
+        for a, b in zip(lowered(ids).hidden_states, model(ids).hidden_states, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_configuration_that_asks_for_attention_weights_is_refused() -> None:
+    model = llama(num_hidden_layers=2, attn_implementation="eager").eval()
+    model.config.output_attentions = True
+    with pytest.raises(UsageError, match="does not form attention weights"):
+        reroll.capture(model).to_module()(torch.ones(1, 3, dtype=torch.long))

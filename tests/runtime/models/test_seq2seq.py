@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import GenerationMixin
 
+from reroll.errors import ProgramError
+from reroll.rewrite.capture.export import capture
+from reroll.rewrite.ir.text.parser import parse
+from reroll.rewrite.ir.text.printer import to_text
 from reroll.runtime.lowering.lower import lower
 from tests import captured
 
@@ -134,3 +139,38 @@ def test_loss_and_gradients(pair: tuple[Any, Any]) -> None:
         assert_close(grads[1][name], grads[0][name])
     lowered.zero_grad()
     original.zero_grad()
+
+
+SEQ2SEQ = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 0,
+    "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["MBart", "PLBart", "Bart"])
+def test_labels_alone_are_moved_as_the_original_moves_them(name: str) -> None:
+    # mBART begins with the last label, the language; BART with the token of its configuration
+    config = getattr(transformers, f"{name}Config")(**SEQ2SEQ)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    model.generation_config.update(decoder_start_token_id=0, pad_token_id=2)
+    program = capture(model)
+    assert parse(to_text(program)).origin == program.origin
+    ids = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = decoder_ids()
+    labels[1, 4:] = -100
+    with torch.no_grad():
+        expected, actual = (m(input_ids=ids, labels=labels) for m in (model, lower(program)))
+    torch.testing.assert_close(actual.logits, expected.logits)
+    torch.testing.assert_close(actual.loss, expected.loss)
+
+
+def test_states_that_are_not_in_rows_are_refused() -> None:
+    config = transformers.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=64, tgt_vocab_size=64, **SEQ2SEQ
+    )
+    program = capture(transformers.FSMTForConditionalGeneration(config).eval())
+    with pytest.raises(ProgramError, match="whose rows are not those of the batch"):
+        lower(program)

@@ -38,6 +38,7 @@ def origin_to_json(origin: Origin) -> dict[str, Any]:
         **({} if origin.loss == "shifted" else {"loss": origin.loss}),
         **({} if origin.cache_span is None else {"cache_span": origin.cache_span}),
         **({"adds_tokens": True} if origin.adds_tokens else {}),
+        **({"wraps_labels": True} if origin.wraps_labels else {}),
     }
 
 
@@ -50,6 +51,7 @@ def origin_from_json(data: object) -> Origin:
         "loss": "shifted",
         "cache_span": None,
         "adds_tokens": False,
+        "wraps_labels": False,
     }
     fields = _object(data, wanted.split(), optional)
     revision, rereads_at, span = (fields[k] for k in ("revision", "rereads_at", "cache_span"))
@@ -71,6 +73,7 @@ def origin_from_json(data: object) -> Origin:
         loss=_loss(fields["loss"]),
         cache_span=None if span is None else _member(fields, "cache_span", int),
         adds_tokens=_member(fields, "adds_tokens", bool),
+        wraps_labels=_member(fields, "wraps_labels", bool),
     )
 
 
