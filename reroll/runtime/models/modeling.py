@@ -271,11 +271,40 @@ class RerollPreTrainedModel(PreTrainedModel):
             if value is None:
                 values[item.name] = self._default(item, values, past)
             elif item.role == "data" and value.is_floating_point():
+                if not item.type.dtype.is_floating_point:
+                    raise UsageError(
+                        f"{item.name} are whole numbers, not {value.dtype}",
+                        where=type(self).__name__,
+                    )
                 # processors give pixels and sounds in fp32, and many originals narrow them first
                 values[item.name] = value.to(item.type.dtype)
             elif item.role != "data" and value.shape[0] == 1:
                 values[item.name] = fitted(item, value, self._sizes(item, values)[0])
+            if item.role == "padding":
+                values[item.name] = self._long_enough(item, values, past)
         return list(values.values())
+
+    def _long_enough(self, item: Input, values: Mapping[str, Tensor | None], past: Any) -> Any:
+        """A padding mask [batch, tokens], which hides what is behind its end, as in transformers.
+
+        Attention that is not causal takes one that hides nothing for none.
+        """
+        mask = values[item.name]
+        if mask is None or mask.dim() != 2 or torch.compiler.is_compiling():
+            return mask
+        decoder = item.name.startswith("decoder_")
+        tokens = next(
+            values[i.name]
+            for i in self.program.inputs
+            if i.role == "data" and i.name.startswith("decoder_") == decoder
+        )
+        if tokens is None or tokens.is_floating_point():
+            return mask
+        missing = int(past) + tokens.shape[1] - mask.shape[1]
+        causal = self.program.has_past and (decoder or not self.config.is_encoder_decoder)
+        if missing <= 0 or (not causal and bool(mask.all())):
+            return mask
+        return nn.functional.pad(mask, (0, missing))
 
     def refuse_unread(self, given: Mapping[str, Any], taken: Collection[str] = ()) -> None:
         """Raise UsageError for what the Program has no input for.

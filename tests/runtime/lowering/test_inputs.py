@@ -185,3 +185,17 @@ def test_a_mask_of_four_dimensions_tells_how_many_tokens_there_are():
 def test_positions_for_another_number_of_tokens_are_named():
     with pytest.raises(UsageError, match=f"there are 3 positions for {LENGTH} tokens"):
         lowered("llama")(IDS, position_ids=torch.arange(3)[None])
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"), [("llama", 0), ("llama", 1), ("gemma3", 0), ("gemma3", 1), ("bert", 0)]
+)
+def test_what_is_behind_the_end_of_a_mask_is_hidden(name, hidden):
+    mask = torch.ones(ROWS, LENGTH - 2, dtype=torch.long)
+    mask[0, :hidden] = 0
+    check(name, {"input_ids": IDS, "attention_mask": mask})
+
+
+def test_tokens_are_whole_numbers():
+    with pytest.raises(UsageError, match=r"input_ids are whole numbers, not torch.float32"):
+        lowered("llama")(torch.ones(1, 6))

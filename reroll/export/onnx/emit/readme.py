@@ -113,8 +113,8 @@ def readme(manifest: dict[str, Any], has_genai: bool) -> str:
         lines.append(text.format(file=graph["file"], feed=given))
     else:
         shapes = {i["name"]: i["shape"] for i in graph["inputs"]}
-        given = ", ".join(f'"{n}": ...  # {shapes[n]}' for n in names)
-        lines.append(_ONCE.format(file=graph["file"], inputs=f"\n    {given}\n"))
+        given = "".join(f'\n    "{n}": ...,  # {shapes[n]}' for n in names)
+        lines.append(_ONCE.format(file=graph["file"], inputs=f"{given}\n"))
     if has_genai:
         lines.append(_GENAI.format(file=graph["file"]))
     elif manifest["states"]:
