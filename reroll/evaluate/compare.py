@@ -142,6 +142,13 @@ class _Pair:
                 f"the models have no output in common: {list(outputs[0])} and {list(outputs[-1])}",
                 where=f"{a.name} and {b.name}",
             )
+        data = [sorted(i.name for i in p.inputs if i.role == "data") for p in programs]
+        if any(names != data[0] for names in data):
+            raise UsageError(
+                f"the models read different inputs: {', '.join(data[-1])} and {', '.join(data[0])}",
+                where=f"{a.name} and {b.name}",
+                hint="compare a model with what it was converted to",
+            )
         self.output = wanted if wanted in common else common[0]
         self.logits = "logits" in self.output
         self.inputs: tuple[Input, ...] = programs[0].inputs if programs else ()

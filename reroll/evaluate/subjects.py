@@ -247,6 +247,8 @@ def open_original(name: str, opening: Opening, class_name: str | None = None) ->
             cls = _class_of(where, options)
         try:
             model = _load(cls, where, options)
+        except RerollError:
+            raise
         # transformers raises whatever the files bring it to raise
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]

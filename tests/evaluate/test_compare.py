@@ -165,6 +165,8 @@ def test_refuses_what_cannot_be_compared(model_dir: Path, tmp_path: Path) -> Non
         compare(str(model_dir), tiny.llama(vocab_size=tiny.WORDS + 1), length=LENGTH, max_tokens=64)
     with pytest.raises(UsageError, match="no output in common"):
         compare(str(model_dir), tiny.vit())
+    with pytest.raises(UsageError, match="read different inputs: input_ids and pixel_values"):
+        compare(tiny.bert(), tiny.vit())
     with pytest.raises(UsageError, match="not a model"):
         compare(str(model_dir), 3)
     with pytest.raises(RerollError):
