@@ -1,21 +1,12 @@
 """The ONNX target: a Program as graphs that stock runtimes run.
 
-graph.py                    building ONNX graphs: values, scopes, hoisting, dead code
-weights.py                  the weight file that all graphs share
-translate.py                from a Program's graphs to ONNX nodes
-segments.py, loops.py       which trips become one Loop
-aten.py, pointwise.py, reductions.py    the lowering of ATen's operators: arithmetic
-shapes.py, indexing.py, sorting.py, making.py, complex_numbers.py   and the others
-idioms.py, attention.py, experts.py, convolutions.py   and of what layers are made of
-states.py, windows.py       state as inputs and outputs; caches that do not grow
-recurrence.py, linear_attention.py   token mixers: their op, and the operator that they become
-mixers.py, mixer_parts.py   what each mixer does around the operator
-step.py, scheduler.py       one round at a time, and a host that runs it
-grouped.py, heads.py        attention as ONNX Runtime's own operator
-exits.py                    tokens that leave a loop early
-quantise.py                 block-wise integer weights
-session.py, check.py        running what was exported, beside what it was exported from
-artifact.py, manifest.py    the directory and what describes it
+graph.py    building ONNX graphs: values, scopes, hoisting, dead code
+plan/       what is decided first: which trips become one Loop, states as inputs and outputs, the
+            weight file that all graphs share, block-wise integer weights
+ops/        the lowering of each op: ATen's, what layers are made of, attention as ONNX Runtime's
+            own operator, token mixers, exits
+emit/       from a Program's graphs to ONNX nodes, the directory and what describes it, and running
+            what was exported beside what it was exported from
 """
 
 from __future__ import annotations

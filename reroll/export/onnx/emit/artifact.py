@@ -13,6 +13,7 @@ import torch
 from onnx import helper
 
 import reroll
+import reroll.export.onnx.ops
 from reroll.errors import ExportError
 from reroll.export.onnx.emit import check
 from reroll.export.onnx.emit.manifest import write_manifest
