@@ -53,14 +53,14 @@ def wraps_labels(model: Any) -> bool:
     if prepare is None:
         return False
     pad = getattr(model.config, "pad_token_id", None) or 0
-    labels = torch.tensor([[pad + 1, pad + 2, pad + 3]])
+    # a token that decoding starts with is the last label of one of two at most
+    several = [torch.arange(pad + start, pad + start + 3)[None] for start in (1, 4)]
     try:
-        shifted = prepare(labels)
+        return all(torch.equal(prepare(labels), labels.roll(1, dims=1)) for labels in several)
     # a method of the model's own may want what its configuration does not have
     except Exception as error:
         log.info("how %s moves its labels is not known: %s", type(model).__name__, error)
         return False
-    return bool(torch.equal(shifted, labels.roll(1, dims=1)))
 
 
 def adds_tokens(model: Any) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from reroll.errors import UsageError, located
 from reroll.rewrite.pipeline.declared import Declared
@@ -44,7 +44,7 @@ class Registry(Generic[T]):
     each class.
     """
 
-    known: list[Registry[Any]] = []  # noqa: RUF012
+    known: ClassVar[list[Registry[Any]]] = []
 
     def __init__(
         self,
@@ -132,7 +132,8 @@ class Registry(Generic[T]):
         # loading a file again replaces its classes
         if other is not None and _file(other) != _file(cls):
             raise UsageError(
-                f"there are two {self.what}s called {cls.name!r}".replace("passs", "passes"),
+                f"there are two {self.what}{'es' if self.what.endswith('s') else 's'} called "
+                f"{cls.name!r}",
                 where=f"{_file(other)} and {_file(cls)}",
                 hint="rename one of them",
             )

@@ -16,7 +16,7 @@ from reroll.runtime.functions.hidden import Wish, hidden_states
 from reroll.runtime.functions.loops import keep_positions
 from reroll.runtime.functions.losses import language_loss
 from reroll.runtime.models.generation import RerollGenerationMixin, without_cache
-from reroll.runtime.models.modeling import RerollPreTrainedModel, with_inputs
+from reroll.runtime.models.modeling import RerollPreTrainedModel, naming
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ _LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"}
 class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
     """A lowered causal language model: `generate`, losses and caches as in transformers."""
 
+    @naming("token_type_ids", "pixel_values")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -91,9 +92,6 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         if self._depths is not None and "depth" in outputs:
             self._depths.append(outputs["depth"][:, -1])
         return result if return_dict is not False else result.to_tuple()
-
-    _named = with_inputs(forward, "token_type_ids", "pixel_values")
-    forward.__signature__ = _named  # type: ignore[attr-defined]
 
     # the depth of each new token of the running `generate`, and the report of the last one
     _depths: list[Tensor] | None = None

@@ -12,7 +12,7 @@ from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.hidden import Wish, hidden_states
 from reroll.runtime.models.causal_lm import refuse_attentions
 from reroll.runtime.models.config import RerollConfig
-from reroll.runtime.models.modeling import RerollPreTrainedModel, with_inputs
+from reroll.runtime.models.modeling import RerollPreTrainedModel, naming
 from reroll.runtime.models.outputs import output_class
 
 # what a loss needs to know where an answer is
@@ -118,12 +118,10 @@ class RerollForTokenClassification(RerollModel):
 class RerollForQuestionAnswering(RerollModel):
     """A lowered model that finds answers in a text."""
 
+    @naming("start_positions", "end_positions", like=RerollModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As `RerollModel.forward`, with `start_positions` and `end_positions` [batch]."""
         return super().forward(*args, **kwargs)
-
-    _named = with_inputs(RerollModel.forward, "start_positions", "end_positions")
-    forward.__signature__ = _named  # type: ignore[attr-defined]
 
     def loss(
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]

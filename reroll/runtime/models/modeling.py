@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import generation_config
 from reroll.runtime.state.caches import layers_of
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 # what callers pass to any model of transformers, and what changes no output of any
 _NO_EFFECT = frozenset(
     {
@@ -41,15 +43,22 @@ _NO_EFFECT = frozenset(
 )
 
 
-def with_inputs(forward: Callable[..., Any], *names: str) -> inspect.Signature:
-    """The signature of a forward with inputs named that it takes among others.
+def naming(*names: str, like: Callable[..., Any] | None = None) -> Callable[[F], F]:
+    """Name inputs in a forward's signature that it takes among others.
 
     A trainer keeps of a dataset what the signature names, so that these are read, or refused.
+    `like` is the forward whose signature is taken, if not the own one.
     """
-    signature = inspect.signature(forward)
-    *parameters, others = signature.parameters.values()
-    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
-    return signature.replace(parameters=[*parameters, *added, others])
+
+    def named(forward: F) -> F:
+        signature = inspect.signature(like or forward)
+        *parameters, others = signature.parameters.values()
+        added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
+        whole = signature.replace(parameters=[*parameters, *added, others])
+        forward.__signature__ = whole  # type: ignore[attr-defined]
+        return forward
+
+    return named
 
 
 class RerollPreTrainedModel(PreTrainedModel):
@@ -238,7 +247,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         if known is not None:
             return known
         for item in self.program.inputs:
-            value = given.get(item.name)
+            value, tokens = given.get(item.name), self._data_beside(item, given)
             if item.role == "padding" and value is not None and value.dim() == 4:
                 return UsageError(
                     f"a mask with a row for each query does not fit this call: {error}",
@@ -246,7 +255,6 @@ class RerollPreTrainedModel(PreTrainedModel):
                     hint="what this model computes beside attention may need the padding itself: "
                     "give it as [batch, tokens]",
                 )
-            tokens = given.get(self.main_input_name)
             if not item.counts or value is None or tokens is None:
                 continue
             if value.shape[-1] != tokens.shape[1]:
@@ -292,16 +300,9 @@ class RerollPreTrainedModel(PreTrainedModel):
         mask = values[item.name]
         if mask is None or mask.dim() != 2 or torch.compiler.is_compiling():
             return mask
-        decoder = item.name.startswith("decoder_")
-        tokens = next(
-            values[i.name]
-            for i in self.program.inputs
-            if i.role == "data" and i.name.startswith("decoder_") == decoder
-        )
-        if tokens is None or tokens.is_floating_point():
-            return mask
-        missing = int(past) + tokens.shape[1] - mask.shape[1]
-        causal = self.program.has_past and (decoder or not self.config.is_encoder_decoder)
+        missing = int(past) + self._sizes(item, values)[1] - mask.shape[1]
+        decoder = item.name.startswith("decoder_") or not self.config.is_encoder_decoder
+        causal = self.program.has_past and decoder
         if missing <= 0 or (not causal and bool(mask.all())):
             return mask
         return nn.functional.pad(mask, (0, missing))
@@ -386,13 +387,22 @@ class RerollPreTrainedModel(PreTrainedModel):
         self, item: Input, values: Mapping[str, Tensor | None]
     ) -> tuple[int, int, torch.device]:
         """Batch, length and device of the data that an input of these types goes with."""
+        value = self._data_beside(item, values)
+        if value is None:
+            raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
+        return value.shape[0], value.shape[1], value.device
+
+    def _data_beside(self, item: Input, values: Mapping[str, Tensor | None]) -> Tensor | None:
+        """The data of the encoder or decoder that an input belongs to, if they are given."""
         decoder = item.name.startswith("decoder_")
-        for other in self.program.inputs:
-            value = values[other.name]
-            if other.role == "data" and other.name.startswith("decoder_") == decoder:
-                assert value is not None
-                return value.shape[0], value.shape[1], value.device
-        raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
+        return next(
+            (
+                values.get(other.name)
+                for other in self.program.inputs
+                if other.role == "data" and other.name.startswith("decoder_") == decoder
+            ),
+            None,
+        )
 
     def _tokens(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
         """The token ids; beside embeddings, ids of which only the size matters."""

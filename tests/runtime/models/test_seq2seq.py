@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 
 from reroll.errors import ProgramError
 from reroll.rewrite.capture.export import capture
+from reroll.rewrite.capture.signature import wraps_labels
 from reroll.rewrite.ir.text.parser import parse
 from reroll.rewrite.ir.text.printer import to_text
 from reroll.runtime.lowering.lower import lower
@@ -165,6 +166,13 @@ def test_labels_alone_are_moved_as_the_original_moves_them(name: str) -> None:
         expected, actual = (m(input_ids=ids, labels=labels) for m in (model, lower(program)))
     torch.testing.assert_close(actual.logits, expected.logits)
     torch.testing.assert_close(actual.loss, expected.loss)
+
+
+@pytest.mark.parametrize("start", [2, 4, 7])
+def test_a_first_token_is_not_taken_for_the_last_label(start: int) -> None:
+    # whichever of the labels that capture tries it may be
+    config = transformers.BartConfig(**{**SEQ2SEQ, "decoder_start_token_id": start})
+    assert not wraps_labels(transformers.BartForConditionalGeneration(config))
 
 
 def test_states_that_are_not_in_rows_are_refused() -> None:

@@ -1,20 +1,10 @@
-"""Lower the ops of a graph to ONNX operators, one file for each family of them."""
+"""Lower the ops of a graph to ONNX operators, one file for each family of them.
 
-from reroll.export.onnx.ops import (  # noqa: F401 - each registers its lowerings
-    aten,
-    attention,
-    complex_numbers,
-    convolutions,
-    exits,
-    experts,
-    idioms,
-    indexing,
-    making,
-    masks,
-    mixers,
-    pointwise,
-    recurrence,
-    reductions,
-    shapes,
-    sorting,
-)
+Every module of this folder is imported with it, and registers its lowerings.
+"""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
