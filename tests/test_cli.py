@@ -18,6 +18,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import reroll
+from reroll.cli import terminal
 from reroll.cli.app import app
 from reroll.rewrite.pipeline.registry import registries
 from tests import tiny
@@ -557,3 +558,12 @@ def test_an_interrupt_leaves_nothing(number: signal.Signals, model: Path, tmp_pa
     assert "interrupted" in rest
     assert "Traceback" not in rest
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".pyc") == ["slow.py"]
+
+
+def test_a_log_without_a_terminal_tells_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "LOG_INTERVAL", 0.0)
+    with terminal.Bars() as bars:
+        bars(3, 8, "weights")
+    assert "weights 3/8" in capsys.readouterr().err

@@ -35,6 +35,8 @@ F = TypeVar("F", bound=Callable[..., None])
 
 # what is faster than this shows no progress
 PATIENCE = 2.0
+# seconds between two lines of progress in a log
+LOG_INTERVAL = 30.0
 
 _results: TextIO | None = None
 
@@ -186,9 +188,13 @@ def _logging(debug: bool) -> Iterator[None]:
 
 
 class Bars:
-    """Progress on stderr, which appears once the work has taken longer than `PATIENCE`."""
+    """Progress on stderr, which appears once the work has taken longer than `PATIENCE`.
+
+    Without a terminal, as in a log, a line tells it every `LOG_INTERVAL` seconds.
+    """
 
     def __init__(self) -> None:
+        self._told = time.monotonic()
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -216,6 +222,11 @@ class Bars:
     def __call__(self, done: int, total: int, what: str) -> None:
         """Show how far the work has come; a `total` of 0 is not known."""
         self._progress.update(self._task, description=what, completed=done, total=total or None)
+        if not self._progress.console.is_terminal:
+            now = time.monotonic()
+            if now - self._told >= LOG_INTERVAL:
+                self._told = now
+                self.print(f"{what} {done}/{total}" if total else f"{what} {done}")
 
     def print(self, text: str) -> None:
         """A line above the bar."""

@@ -75,6 +75,8 @@ def _value(measured: Mapping[str, Any], key: str) -> str:
     value = measured.get(key, "")
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_inline(str(k))}: {_value(value, k)}" for k in value)
     return _inline(value if isinstance(value, str) else json.dumps(value))
 
 

@@ -153,6 +153,10 @@ class TestModelCard:
         for text in ("tie(blocks=2)", "1.2 s", "30 layers to 2", "0.01235", "99%", "abc"):
             assert text in card
 
+    def test_measures_of_several_numbers_are_told_as_text(self) -> None:
+        step = Step("tie", 1.0, (), {"state_bytes": {"1024": 10, "4096": 0.123456}})
+        assert "| 1024: 10, 4096: 0.1235 |" in self.card(steps=(step,))
+
     def test_it_does_not_name_a_place_on_a_disk(self) -> None:
         card = self.card(model="/home/me/models/name")
         assert "/home" not in card

@@ -326,3 +326,11 @@ def factors(matrix: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor]:
 
 def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def test_a_weight_function_without_annotations_says_so() -> None:
+    with pytest.raises(ProgramError, match=r"x, n of the weight function scaled.*annotat"):
+
+        @w.weight_function(lambda x, n: x)
+        def scaled(x, n):  # type: ignore[no-untyped-def]
+            return x * n

@@ -56,6 +56,12 @@ def weight_function(
 def _schema(compute: Compute) -> list[tuple[str, object, bool]]:
     """(parameter name, annotated type, variadic) of each parameter."""
     types = get_type_hints(compute)
+    bare = [n for n in inspect.signature(compute).parameters if n not in types]
+    if bare:
+        raise ProgramError(
+            f"{', '.join(bare)} of the weight function {compute.__name__}: no annotation",
+            hint="annotate each parameter: Tensor for weights, else int, float, str, ...",
+        )
     return [
         (p.name, types[p.name], p.kind is p.VAR_POSITIONAL)
         for p in inspect.signature(compute).parameters.values()
