@@ -26,6 +26,7 @@ from reroll.rewrite.ir.ops.base import Place
 from reroll.rewrite.ir.program import Loop, Program, TensorType
 from reroll.rewrite.ir.text.literals import type_to_text
 from reroll.rewrite.ir.text.op_names import op_name
+from reroll.rewrite.ir.visibility import Visibility
 
 CONTEXTS = (1024, 4096)
 ROWS, TIME = 2, 16
@@ -160,22 +161,23 @@ def _attentions(program: Program) -> Iterator[tuple[fx.Node, Place]]:
 
 
 def _attention(node: fx.Node, place: Place) -> dict[str, Any]:
-    def constant(name: str) -> Any:
-        value = place.resolve(argument(node, name))
+    def constant(value: Any) -> Any:
+        value = place.resolve(value)
         return None if isinstance(value, fx.Node) else value
 
     def given(name: str) -> bool:
         return place.resolve(argument(node, name)) is not None
 
+    limits = Visibility.of(node).map(constant)
     q, k = (_shape(node.args[position]) for position in (0, 1))
     return {
-        "causal": bool(constant("causal")),
-        "window": constant("window"),
-        "chunk": constant("chunk"),
+        "causal": bool(limits.causal),
+        "window": limits.window,
+        "chunk": limits.chunk,
         "kv_heads": k[1] if len(k) == 4 else None,
         "heads": q[1] if len(q) == 4 else None,
         "head_dim": q[3] if len(q) == 4 else None,
-        "softcap": constant("softcap"),
+        "softcap": constant(argument(node, "softcap")),
         "sinks": given("sinks"),
         "bias": given("bias"),
     }

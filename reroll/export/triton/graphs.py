@@ -17,9 +17,10 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.triton.linears import Fused, kinds_of
-from reroll.export.triton.sites import Site, argument, behind_cache
+from reroll.export.triton.sites import Site, behind_cache
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.defaults import counts_from_zero
+from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION, CACHE, GLU, RECURRENCE, RMS_NORM, ROPE
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.functions import BINARY, METHODS, makes_tensor_from_nothing
@@ -197,7 +198,7 @@ class GraphWriter:
         trip = "trip" if self.sites[node].loop else "0"
         tensors = ", ".join(self._text(behind_cache(t) or t) for t in _qkv(node))
         if kind == "recurrence":
-            tensors += f", {self._text(argument(node, 3, 'gates', []))}"
+            tensors += f", {self._text(argument(node, 'gates'))}"
         return f"run.{kind}({self.sites[node].number}, {trip}, {tensors})"
 
     def _linear(self, fused: Fused) -> str:
@@ -244,12 +245,12 @@ def _tensors(node: fx.Node) -> list[Any]:
     """The arguments of an attention or a recurrence that its values depend on."""
     found = [*_qkv(node)]
     if node.target is RECURRENCE:
-        found += argument(node, 3, "gates", [])
+        found += argument(node, "gates")
     return found
 
 
 def _qkv(node: fx.Node) -> list[Any]:
-    return [argument(node, i, name) for i, name in enumerate("qkv")]
+    return [argument(node, name) for name in "qkv"]
 
 
 def _safe(name: str) -> str:

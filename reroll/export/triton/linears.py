@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.export.triton.sites import argument
 from reroll.kernels.linear_rows import ACTIVATIONS
+from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import GLU, RMS_NORM
 from reroll.rewrite.ir.program import Program
 
@@ -62,7 +62,7 @@ class Fused:
     def key(self) -> tuple[Any, ...]:
         """What its kernel is specialised to: inputs, rank, norm, gain, bias, activation."""
         first = self.layers[0]
-        gain = self.norm is not None and argument(self.norm, 1, "weight") is not None
+        gain = self.norm is not None and argument(self.norm, "weight") is not None
         return (
             _shape(first.weights[0])[1], first.rank, self.norm is not None, gain,
             first.weights[1] is not None, self.activation,
@@ -113,9 +113,7 @@ def _with_norm(fused: Fused, ours: Set[fx.Node]) -> Fused:
 def _gated(node: fx.Node, layers: dict[fx.Node, Layer]) -> Fused | None:
     if node.target is not GLU:
         return None
-    gate, up, activation = (
-        argument(node, i, n) for i, n in enumerate(("gate", "up", "activation"))
-    )
+    gate, up, activation = (argument(node, n) for n in ("gate", "up", "activation"))
     pair = [layers.get(half) for half in (gate, up)]
     alone = len(gate.users) == len(up.users) == 1 and gate is not up
     if activation not in ACTIVATIONS or None in pair or not alone:
@@ -129,7 +127,7 @@ def _gated(node: fx.Node, layers: dict[fx.Node, Layer]) -> Fused | None:
 def _layer(node: fx.Node) -> Layer | None:
     """A linear layer, or the sum of one and of a low-rank term of the same input."""
     if node.target is LINEAR:
-        source, *weights = (argument(node, i, n) for i, n in enumerate(("input", "weight", "bias")))
+        source, *weights = (argument(node, n) for n in ("input", "weight", "bias"))
         if not all(w is None or w.op == "get_attr" for w in weights):
             return None
         return Layer(source, (*weights, None, None), (node,))
@@ -142,7 +140,7 @@ def _layer(node: fx.Node) -> Layer | None:
         if not _only_linear(down, bias=False) or down.args[0] is not whole.args[0]:  # type: ignore[union-attr]
             continue
         layer = _layer(whole)  # type: ignore[arg-type]
-        parts = [argument(n, 1, "weight") for n in (down, up)]  # type: ignore[arg-type]
+        parts = [argument(n, "weight") for n in (down, up)]  # type: ignore[arg-type]
         if layer is None or any(p.op != "get_attr" for p in parts):
             continue
         if _shape(parts[0])[0] <= LARGEST_RANK:
@@ -155,7 +153,7 @@ def _only_linear(node: Any, bias: bool = True) -> bool:
     """Whether a node is a linear layer that one other node reads."""
     if not isinstance(node, fx.Node) or node.target is not LINEAR or len(node.users) != 1:
         return False
-    return bias or argument(node, 2, "bias") is None
+    return bias or argument(node, "bias") is None
 
 
 def _shape(node: Any) -> tuple[int, ...]:

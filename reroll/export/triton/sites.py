@@ -13,8 +13,10 @@ from reroll.mixers import Mixer, make
 from reroll.mixers.delta_form import Delta
 from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
 from reroll.mixers.linear import Linear
+from reroll.rewrite.ir.matching import argument, bind
 from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Program, TensorType
+from reroll.rewrite.ir.visibility import Visibility
 
 # mixers of which `bundle_runtime.prepared` does what their `prepare` does
 MIXERS = ("retention", "mamba2", "gla", "linear", "deltanet", "gated_deltanet", "kda")
@@ -54,7 +56,7 @@ def sites_of(program: Program) -> dict[fx.Node, Site]:
                 fields = {"trips": trips.get(loop, 1)} | _attention(node)
                 found[node] = Site(len(found), node, loop, "Attention", fields)
             elif node.target is RECURRENCE:
-                mixer = make(argument(node, 4, "rule"), argument(node, 5, "options"))
+                mixer = make(argument(node, "rule"), argument(node, "options"))
                 fields = {"trips": trips.get(loop, 1)} | _recurrence(node, mixer)
                 found[node] = Site(len(found), node, loop, "Recurrence", fields, mixer)
             elif getattr(node.target, "namespace", "") == "reroll" and not _plain(node):
@@ -72,13 +74,6 @@ def behind_cache(node: Any) -> Any:
     return cache.args[int(number)]  # type: ignore[arg-type]
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a node, by place or by name."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    return node.args[position] if position < len(node.args) else default
-
-
 def _plain(node: fx.Node) -> bool:
     return str(node.target).split(".")[1] in ("rms_norm", "rope", "glu", "widen")
 
@@ -90,34 +85,32 @@ def _check_cache(node: fx.Node) -> None:
 
 
 def _attention(node: fx.Node) -> dict[str, Any]:
-    q, k, v = (_type(argument(node, i, n)) for i, n in enumerate("qkv"))
-    given = {a.name: argument(node, i, a.name, a.default_value if a.has_default_value() else None)
-             for i, a in enumerate(ATTENTION._schema.arguments)}  # fmt: skip
+    q, k, v = (_type(argument(node, name)) for name in "qkv")
+    given, seen = bind(ATTENTION, node.args, node.kwargs), Visibility.of(node)
     for name in ("chunk", "softcap", "sinks", "bias", "blocks"):
         if given[name] is not None:
             raise _cannot(f"attention with {name}", node)
-    if not given["causal"] or behind_cache(given["k"]) is None:
+    if not seen.causal or behind_cache(given["k"]) is None:
         raise _cannot("attention that is not causal or has no cache", node)
     for name in ("window", "prefix"):
         if isinstance(given[name], fx.Node):
             raise _cannot(f"attention whose {name} differs between the trips of a loop", node)
     return {
         "heads": q.shape[1], "kv_heads": k.shape[1], "k_size": k.shape[3], "v_size": v.shape[3],
-        "scale": given["scale"], "window": given["window"],
+        "scale": given["scale"], "window": seen.window,
         # without a window every token stays
-        "prefix": (given["prefix"] or 0) if given["window"] else 0,
+        "prefix": (seen.prefix or 0) if seen.window else 0,
     }  # fmt: skip
 
 
 def _recurrence(node: fx.Node, mixer: Mixer) -> dict[str, Any]:
-    q, k, v = (_type(argument(node, i, n)) for i, n in enumerate("qkv"))
+    q, k, v = (_type(argument(node, name)) for name in "qkv")
     d_k, d_v = int(k.shape[3]), int(v.shape[3])
     if mixer.name not in MIXERS:
         raise _cannot(f"the mixer {mixer.name}", node)
     if mixer.state_shapes(d_k, d_v)[0][0] > 128 or d_v > 128:
         raise _cannot("a state with more than 128 rows or columns", node)
-    delay, skip, active = (argument(node, i, n, default) for i, n, default in (
-        (7, "delay", 0), (8, "skip", 0), (9, "active", True)))  # fmt: skip
+    delay, skip, active = (argument(node, name) for name in ("delay", "skip", "active"))
     if isinstance(delay, fx.Node) or isinstance(skip, fx.Node) or active is not True:
         raise _cannot("a recurrence that differs between the trips of a loop", node)
     feature_map = mixer.feature_map if isinstance(mixer, Diagonal) else "none"

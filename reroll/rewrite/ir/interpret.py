@@ -16,9 +16,11 @@ from torch import Tensor, fx
 
 from reroll.errors import ProgramError, RerollError
 from reroll.rewrite.ir.defaults import fitted, run_default
-from reroll.rewrite.ir.ops import ATTENTION, MASK
+from reroll.rewrite.ir.matching import bind
+from reroll.rewrite.ir.ops import ATTENTION
 from reroll.rewrite.ir.program import Input, Program
 from reroll.rewrite.ir.shapes import concrete
+from reroll.rewrite.ir.visibility import Visibility
 from reroll.rewrite.ir.weights import WeightTable, evaluate
 from reroll.rewrite.ir.weights.expressions import Apply, Expr, Meta, Source, build, walk
 
@@ -250,31 +252,25 @@ class _Interpreter:
 
 def _in_order(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """The values of all arguments, by position; what is not given is the default."""
-    schema = getattr(node.target, "_schema", None)
-    rest = [] if schema is None else schema.arguments[len(args) :]
-    return (*args, *(kwargs.get(a.name, a.default_value) for a in rest))
+    if not hasattr(node.target, "_schema"):
+        return args
+    return tuple(bind(node.target, args, kwargs).values())
 
 
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *args: Any, **kwargs: Any
 ) -> Tensor:
     """`reroll::attention` by PyTorch's fused kernel, if it has neither sinks nor soft cap."""
-    names = [a.name for a in ATTENTION._schema.arguments[4:]]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    causal, window, chunk = (given.get(n) for n in ("causal", "window", "chunk"))
-    bias, padding, blocks = (given.get(n) for n in ("bias", "padding", "blocks"))
-    prefix = given.get("prefix")
-    if window == 0 or given.get("sinks") is not None or given.get("softcap") is not None:
-        exact: Tensor = ATTENTION(q, k, v, scale, **given)
+    given = bind(ATTENTION, (q, k, v, scale, *args), kwargs)
+    seen, bias = Visibility.among(given), given["bias"]
+    if seen.window == 0 or given["sinks"] is not None or given["softcap"] is not None:
+        exact: Tensor = ATTENTION(**given)
         return exact
-    length, total = q.shape[2], k.shape[2]
-    plain = window is None and chunk is None and padding is None and blocks is None
-    only_causal = bool(causal) and plain and bias is None and length == total
-    if not only_causal and (causal or not plain):
-        mask = MASK(
-            padding, q.shape[0], length, total, total - length,
-            bool(causal), window, chunk, blocks, q.dtype, prefix,
-        )  # fmt: skip
+    length, keys = q.shape[2], k.shape[2]
+    only_causal = bool(seen.causal) and not seen.is_limited and bias is None and length == keys
+    if not only_causal and (seen.causal or seen.is_limited):
+        at = torch.arange(length, device=q.device) + keys - length
+        mask = seen.added(at, keys, q.dtype)
         bias = mask if bias is None else bias + mask
     out = F.scaled_dot_product_attention(
         q, k, v, bias, is_causal=only_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

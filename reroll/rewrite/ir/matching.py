@@ -10,7 +10,7 @@ and a failed match as a `Miss` that knows how far it came.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,25 +183,27 @@ def _same(value: Any, default: Any) -> bool:
     return value is None or (not isinstance(value, fx.Node) and value == default)
 
 
+def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of an op by their names in its schema, defaults filled in."""
+    bound = {}
+    for position, argument in enumerate(op._schema.arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        else:
+            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return bound
+
+
 def all_arguments(node: fx.Node) -> tuple[Any, ...]:
     """A node's arguments in the order of the op's schema, keywords and defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    if not hasattr(node.target, "_schema"):
         return (*node.args, *node.kwargs.values())
-    values: list[Any] = list(node.args)
-    for argument in schema.arguments[len(values) :]:
-        if argument.name in node.kwargs:
-            values.append(node.kwargs[argument.name])
-        else:
-            values.append(argument.default_value)
-    return tuple(values)
+    return tuple(bind(node.target, node.args, node.kwargs).values())
 
 
 def argument(node: fx.Node, name: str) -> Any:
     """A node's argument by its name in the op's schema."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    names = [a.name for a in schema.arguments]
-    return all_arguments(node)[names.index(name)]
+    return bind(node.target, node.args, node.kwargs)[name]
 
 
 def is_weight(node: fx.Node) -> bool:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.mixers.gates import wide
-from reroll.rewrite.ir.ops import mass_of, visible
+from reroll.rewrite.ir.ops import mass_of
+from reroll.rewrite.ir.visibility import Visibility
 
 # fewer queries than this make matrices that are too small
 _SMALLEST_BLOCK = 32
@@ -58,7 +59,7 @@ class Band:
             q = start + torch.arange(self.block, device=device)[:, None]
             reach = torch.arange((self.behind + 1) * self.block, device=device)
             key = start - self.behind * self.block + reach
-            own = (key >= 0) & visible(q, key, True, self.window)
+            own = (key >= 0) & Visibility(causal=True, window=self.window).near(q, key, key)
             # a first token that the window still reaches is among the others
             first = torch.arange(self.prefix, device=device) <= q - self.window
             self.made[device] = torch.cat((first, own), -1)[:, None]
@@ -67,8 +68,8 @@ class Band:
     def written_out(self, device: torch.device) -> Tensor:
         """The mask [1, 1, length, length], True where a query may see a key."""
         at = torch.arange(self.length, device=device)
-        seen = visible(at[:, None], at, True, self.window)
-        return (seen | ((at < self.prefix) & (at[:, None] >= at)))[None, None]
+        visibility = Visibility(causal=True, window=self.window, prefix=self.prefix)
+        return visibility.seen(at, self.length)
 
 
 def attend_band(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from reroll.errors import UsageError
 from reroll.rewrite.analysis.mixing import mask_beside
 from reroll.rewrite.ir.program import Input
+from reroll.rewrite.ir.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,17 @@ class Documents:
         """On another device, for models that are spread over several."""
         return Documents(self.positions.to(*args, **kwargs))
 
-    def seen(self, window: int | None, chunk: int | None, prefix: int | None) -> Tensor:
-        """The mask [batch, 1, queries, keys] of a causal attention: see `ops.mask`."""
-        place = torch.arange(self.positions.shape[1], device=self.positions.device)
+    def seen(self, visibility: Visibility) -> Tensor:
+        """The mask [batch, 1, queries, keys] of a causal attention without padding or past."""
         number = self.number
-        behind = (number[:, :, None] == number[:, None]) & (place <= place[:, None])
-        seen = behind
-        q, kv = self.positions[:, :, None], self.positions[:, None]
-        if window is not None:
-            seen = seen & (kv > q - window)
-        if chunk is not None:
-            seen = seen & (kv // chunk == q // chunk)
-        if prefix is not None:
-            seen = seen | (behind & (self.offset < prefix)[:, None])
-        return seen[:, None]
+        near = visibility.near(
+            self.positions[:, :, None], self.positions[:, None], self.offset[:, None]
+        )
+        seen = (near & (number[:, :, None] == number[:, None]))[:, None]
+        if visibility.blocks is None:
+            return seen
+        place = torch.arange(seen.shape[-1], device=seen.device)
+        return seen | visibility.same_block(place, place)
 
 
 def documents_of(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reroll.errors import UsageError
+from reroll.rewrite.ir.matching import bind
 from reroll.rewrite.ir.ops import (
     ABSENT,
     EXIT,
@@ -28,6 +28,7 @@ from reroll.rewrite.ir.ops import (
     WIDEN,
     activate,
 )
+from reroll.rewrite.ir.visibility import Visibility
 from reroll.runtime.functions.documents import Documents
 
 aten = torch.ops.aten
@@ -143,13 +144,10 @@ def mask(padding: Tensor | Documents | None, *args: Any, **kwargs: Any) -> Tenso
     """`reroll.mask` for attention that is written out, with padding as attentions read it."""
     if not isinstance(padding, Documents):
         return torch.ops.reroll.mask(padding, *args, **kwargs)  # type: ignore[no-any-return]
-    names = [a.name for a in MASK._schema.arguments[1:]]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = bind(MASK, (padding, *args), kwargs)
     if not given["causal"]:
         return torch.ops.reroll.mask(None, *args, **kwargs)  # type: ignore[no-any-return]
-    if given["blocks"] is not None:
-        raise UsageError("blocks of tokens in packed rows need an attention that is one op")
-    seen = padding.seen(given["window"], given["chunk"], given.get("prefix"))
+    seen = padding.seen(Visibility.among(given))
     return torch.where(seen, 0.0, torch.finfo(given["dtype"]).min).to(given["dtype"])
 
 

@@ -7,12 +7,13 @@ where its keys start.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reroll.rewrite.ir.ops import in_prefix, visible
+from reroll.rewrite.ir.visibility import Visibility
 from reroll.runtime.functions.bands import Band
 from reroll.runtime.functions.documents import Documents
 
@@ -33,37 +34,30 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def make_mask(
-    layer: Any,
-    padding: Tensor | Documents | None,
-    blocks: Tensor | None,
-    like: Tensor | None,
-    length: int | None,
-    keys: int | None,
-    causal: bool,
-    window: int | None,
-    chunk: int | None,
-    prefix: int | None = None,
+    layer: Any, like: Tensor | None, length: int | None, keys: int | None, *limits: Any
 ) -> Tensor | Band | None:
     """The mask of an attention of `length` queries, before its cache `layer` is updated.
 
-    `padding` [batch, tokens] is False at keys that nobody sees, or says which documents the rows
-    pack; the other arguments are those of the attention op. `layer` is None without a cache, when
-    there are `keys` keys. `like` has the device. Returns None if every query sees all that
-    causality allows, otherwise booleans [batch or 1, 1, queries or 1, keys]; without any columns if
-    nothing is seen at all. A window over a much longer sequence is a `Band`.
+    `limits` are the fields of a `Visibility`, whose padding can also be the documents that rows
+    pack, or a 4-d mask that is passed on. `layer` is None without a cache, when there are `keys`
+    keys. `like` has the device. Returns None if every query sees all that causality allows,
+    otherwise booleans [batch or 1, 1, queries or 1, keys]; without any columns if nothing is seen
+    at all. A window over a much longer sequence is a `Band`.
     """
-    if isinstance(padding, Documents):
-        if causal and (prefix or window != 0):
-            return _packed(padding, blocks, window, chunk, prefix)
+    visibility = Visibility(*limits)
+    if isinstance(visibility.padding, Documents):
+        if visibility.causal and not visibility.is_empty:
+            return visibility.padding.seen(visibility)
         # transformers lets attention that is not causal see all documents
-        padding = None
+        visibility = replace(visibility, padding=None)
+    padding = visibility.padding
     if padding is not None and padding.dim() == 4:
-        return padding
-    if not causal and window is None and chunk is None and blocks is None:
+        return padding  # type: ignore[no-any-return]
+    if visibility.is_by_key:
         return None if padding is None else padding[:, None, None]
     assert length is not None
     assert like is not None
-    if window == 0 and not prefix:
+    if visibility.is_empty:
         return torch.empty(1, 1, length, 0, dtype=torch.bool, device=like.device)
     keys = length if keys is None else keys
     start, offset, kept = 0, keys - length, 0
@@ -72,58 +66,26 @@ def make_mask(
         offset = layer.get_seq_length()
         kept = kept_columns(layer)
         keys -= kept
-    if (
-        padding is None
-        and blocks is None
-        and start >= kept
-        and _sees_all(layer, length, keys, offset, causal, window, chunk)
-    ):
-        return None
-    band = _band(layer, length, keys, offset, window, prefix)
-    if band is not None and causal and padding is None and blocks is None and chunk is None:
-        return band
-    q = torch.arange(length, device=like.device)[:, None] + offset
-    kv = torch.arange(keys, device=like.device) + start
-    seen = visible(q, kv, causal, window)[None, None]
-    if chunk is not None:
-        first: Any = 0
-        if padding is not None:
-            first = (padding.cumsum(-1) == 0).sum(-1)[:, None, None, None]
-        seen = seen & ((kv - first) // chunk == (q - first) // chunk)
-    if prefix is not None:
-        seen = seen | (in_prefix(padding, kv, prefix) & visible(q, kv, causal, None))
-    if blocks is not None:
-        seen = seen | _same_block(blocks, q[:, 0], kv)
-    if padding is not None:
-        seen = seen & _slots(padding, start, keys)[:, None, None]
-    if kept:
-        seen = _with_kept(seen, padding, start, kept)
-    return seen
+    if padding is None and visibility.blocks is None:
+        if start >= kept and _sees_all(layer, length, keys, offset, visibility):
+            return None
+        band = _band(layer, length, keys, offset, visibility)
+        if band is not None:
+            return band
+    q = torch.arange(length, device=like.device) + offset
+    seen = visibility.seen(q, keys, start)
+    return _with_kept(seen, padding, start, kept) if kept else seen
 
 
-def _packed(
-    documents: Documents,
-    blocks: Tensor | None,
-    window: int | None,
-    chunk: int | None,
-    prefix: int | None,
-) -> Tensor:
-    """The causal mask over packed rows, which have no padding and no past."""
-    seen = documents.seen(window, chunk, prefix)
-    if blocks is None:
-        return seen
-    place = torch.arange(seen.shape[-1], device=seen.device)
-    return seen | _same_block(blocks, place, place)
-
-
-def _band(
-    layer: Any, length: int, keys: int, offset: Any, window: int | None, prefix: int | None
-) -> Band | None:
+def _band(layer: Any, length: int, keys: int, offset: Any, visibility: Visibility) -> Band | None:
     """The window over a sequence that begins here, if it is worth to leave out what is far."""
-    static = layer is not None and layer.is_compileable
-    if window is None or static or isinstance(offset, Tensor) or torch.compiler.is_compiling():
+    window = visibility.window
+    if window is None or not visibility.causal or visibility.chunk is not None:
         return None
-    band = Band(length, window, prefix or 0)
+    static = layer is not None and layer.is_compileable
+    if static or isinstance(offset, Tensor) or torch.compiler.is_compiling():
+        return None
+    band = Band(length, window, visibility.prefix or 0)
     return band if offset == 0 and keys == length and band.pays else None
 
 
@@ -145,17 +107,10 @@ def _with_kept(seen: Tensor, padding: Tensor | None, start: int, kept: int) -> T
     return torch.cat((first, seen.expand(batch, -1, -1, -1)), dim=-1)
 
 
-def _sees_all(
-    layer: Any,
-    length: int,
-    keys: int,
-    offset: Any,
-    causal: bool,
-    window: int | None,
-    chunk: int | None,
-) -> bool:
+def _sees_all(layer: Any, length: int, keys: int, offset: Any, visibility: Visibility) -> bool:
     """Whether causality alone, with queries and keys starting together, describes the mask."""
-    if not causal:
+    window, chunk = visibility.window, visibility.chunk
+    if not visibility.causal:
         near = window is None or keys <= window + 1
         return near and (chunk is None or keys <= chunk)
     if isinstance(offset, Tensor):
@@ -189,20 +144,3 @@ def kept_bias(layer: Any, bias: Tensor, padding: Tensor | None, k: Tensor) -> Te
     place = place[:, None, None].expand(-1, *bias.shape[1:-1], -1)
     first = bias.expand(padding.shape[0], *bias.shape[1:]).gather(-1, place)
     return torch.cat((first, last.expand(padding.shape[0], *last.shape[1:])), -1)
-
-
-def _slots(padding: Tensor, start: int, keys: int) -> Tensor:
-    """The part of a padding mask that the keys stand for; slots beyond it are hidden."""
-    padding = padding[:, start : start + keys]
-    missing = keys - padding.shape[1]
-    return torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding
-
-
-def _same_block(blocks: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-    """[batch, 1, queries, keys]: both in the same block; tokens that `blocks` does not cover in
-    none.
-    """
-    last = blocks.shape[1] - 1
-    of_q = blocks[:, q.clamp(max=last)].masked_fill(q > last, -1)
-    of_kv = blocks[:, kv.clamp(max=last)].masked_fill(kv > last, -1)
-    return ((of_q[:, :, None] == of_kv[:, None]) & (of_q[:, :, None] >= 0))[:, None]

@@ -7,14 +7,18 @@ share one mask; otherwise in the body, right before the layer's own cache update
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import fx
 
 from reroll.errors import ProgramError
-from reroll.rewrite.ir.matching import all_arguments, argument, shape
+from reroll.rewrite.ir.matching import argument, bind, shape
 from reroll.rewrite.ir.ops import ATTENTION, CACHE
 from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.visibility import Visibility
 from reroll.runtime.functions.attention import attend
 from reroll.runtime.functions.attention import mass as masses
 from reroll.runtime.functions.masks import kept_bias, make_mask, visible_tokens
@@ -29,7 +33,6 @@ from reroll.runtime.state.caches import (
     owns_state,
 )
 
-_VALUES = ("padding", "blocks", "causal", "window", "chunk", "prefix")
 _UNKNOWN = object()
 
 
@@ -63,51 +66,48 @@ class _Placer:
     def rewrite(self, node: fx.Node, loop: Loop | None, layers: fx.Node) -> None:
         """Turn one attention into a call of `attend`. `layers` is the cache node of its graph."""
         cache = cache_of(node)
-        values = {name: argument(node, name) for name in _VALUES}
+        limits = Visibility.of(node)
         mask: fx.Node | None = None
         number = None
         if cache is not None:
             # a trip has its own part of the layers
             of_trip = cache_nodes(cache.graph).index
             number = self.number[cache][0] if loop is None else of_trip(cache)
-        if _can_need_mask(node, values, cache):
-            masks = self._outer_masks(node, values, cache, loop)
+        if _can_need_mask(node, limits, cache):
+            masks = self._outer_masks(node, limits, cache, loop)
             if any(m is _UNKNOWN for m in masks):
-                mask = _inner_mask(node, values, cache, layers, number)
+                mask = _inner_mask(node, limits, cache, layers, number)
             elif loop is None:
                 mask = masks[0]
             else:
                 same = all(m is masks[0] for m in masks)
                 mask = loop.add_input("mask", masks[0] if same else tuple(masks))
-        if number is not None and values["prefix"] is not None:
+        if number is not None and limits.prefix is not None:
             _fit_bias(node, layers, number)
         _set_mask(node, mask)
 
     def _outer_masks(
-        self, node: fx.Node, values: dict[str, Any], cache: fx.Node | None, loop: Loop | None
+        self, node: fx.Node, limits: Visibility, cache: fx.Node | None, loop: Loop | None
     ) -> list[Any]:
         """The mask of each trip as a node of the main graph, or `_UNKNOWN`."""
         if loop is None:
             own = None if cache is None else self.number[cache][0]
-            return [self._outer_mask(node, values, own, cache or node)]
+            return [self._outer_mask(node, limits, own, cache or node)]
         known = outer_values(loop)
         masks = []
         for trip in range(loop.trips):
-            outer = {
-                k: known[v][trip] if v in known else _UNKNOWN if isinstance(v, fx.Node) else v
-                for k, v in values.items()
-            }
+            outer = limits.map(partial(_outside, known, trip))
             own = None if cache is None else self.number[cache][trip]
             masks.append(self._outer_mask(node, outer, own, loop.node))
         return masks
 
     def _outer_mask(
-        self, node: fx.Node, values: dict[str, Any], own: int | None, point: fx.Node
+        self, node: fx.Node, limits: Visibility, own: int | None, point: fx.Node
     ) -> Any:
         """A mask made before the first state if possible, else before `point`."""
-        length = self._length(node, values, own)
-        inputs = [v for v in values.values() if isinstance(v, fx.Node)]
-        if length is _UNKNOWN or _UNKNOWN in values.values() or any(not n < point for n in inputs):
+        length = self._length(node, limits, own)
+        inputs = [v for v in limits.values() if isinstance(v, fx.Node)]
+        if length is _UNKNOWN or _UNKNOWN in limits.values() or any(not n < point for n in inputs):
             return _UNKNOWN
         first = self.first_state
         if first is not None and first < point and all(n < first for n in inputs):
@@ -115,7 +115,7 @@ class _Placer:
         if own is not None and (first is None or not first < point):
             # no layer has been updated there: all of one kind have keys at the same positions
             own = [layer.reach for layer in self.plan].index(self.plan[own].reach)
-        key = (*values.values(), own, length)
+        key = (limits, own, length)
         if key not in self.made:
             graph = self.program.graph
             with graph.inserting_before(point):
@@ -123,12 +123,12 @@ class _Placer:
                 like = None if length is None else placeholders(graph)[0]
                 if isinstance(length, tuple):
                     like, length = length[0], graph.call_method("size", length)
-                self.made[key] = _make(graph, layer, values, like, length, None)
+                self.made[key] = _make(graph, layer, limits, like, length, None)
         return self.made[key]
 
-    def _length(self, node: fx.Node, values: dict[str, Any], own: int | None) -> Any:
+    def _length(self, node: fx.Node, limits: Visibility, own: int | None) -> Any:
         """The number of queries: a constant, (input, dimension), None if it does not matter."""
-        if _is_plain(values):
+        if limits.is_by_key:
             return None
         q, k = shape(argument(node, "q")), shape(argument(node, "k"))
         if len(q) != 4 or (own is None and k[2:3] != q[2:3]):
@@ -142,6 +142,13 @@ class _Placer:
         return _UNKNOWN
 
 
+def _outside(known: Mapping[fx.Node, Sequence[Any]], trip: int, value: Any) -> Any:
+    """What a value of a loop's body is outside of it, in one trip."""
+    if value in known:
+        return known[value][trip]
+    return _UNKNOWN if isinstance(value, fx.Node) else value
+
+
 def cache_of(attention: fx.Node) -> fx.Node | None:
     """The cache node whose keys an attention reads, if it is in the same graph."""
     k = argument(attention, "k")
@@ -149,32 +156,26 @@ def cache_of(attention: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) and source.target is CACHE else None
 
 
-def _can_need_mask(node: fx.Node, values: dict[str, Any], cache: fx.Node | None) -> bool:
+def _can_need_mask(node: fx.Node, limits: Visibility, cache: fx.Node | None) -> bool:
     """Whether there can be a mask that `is_causal` does not express."""
-    if any(values[name] is not None for name in ("padding", "blocks", "window", "chunk")):
+    if limits.is_limited:
         return True
-    if values["causal"] is False:
+    if limits.causal is False:
         return False
     q, k = shape(argument(node, "q")), shape(argument(node, "k"))
     return cache is not None or not q or q[2:3] != k[2:3]
 
 
-def _is_plain(values: dict[str, Any]) -> bool:
-    """Whether only the padding matters, which has no query dimension."""
-    others = (values[name] for name in ("window", "chunk", "blocks"))
-    return values["causal"] is False and all(value is None for value in others)
-
-
 def _inner_mask(
     node: fx.Node,
-    values: dict[str, Any],
+    limits: Visibility,
     cache: fx.Node | None,
     layers: fx.Node,
     number: int | None,
 ) -> fx.Node:
     """A mask made beside its attention, before the layer's own update."""
     graph, q, k = node.graph, argument(node, "q"), argument(node, "k")
-    inputs = [q, *(v for v in values.values() if isinstance(v, fx.Node))]
+    inputs = [q, *(v for v in limits.values() if isinstance(v, fx.Node))]
     late = [n.name for n in inputs if cache is not None and not n < cache]
     if late:
         raise ProgramError(
@@ -188,19 +189,17 @@ def _inner_mask(
         length = graph.call_method("size", (q, 2))
         if cache is None:
             keys = graph.call_method("size", (k, 2))
-        return _make(graph, layer, values, q, length, keys)
+        return _make(graph, layer, limits, q, length, keys)
 
 
 def _make(
-    graph: fx.Graph, layer: Any, values: dict[str, Any], like: Any, length: Any, keys: Any
+    graph: fx.Graph, layer: Any, limits: Visibility, like: Any, length: Any, keys: Any
 ) -> fx.Node:
-    padding = values["padding"]
+    padding = limits.padding
     if isinstance(padding, fx.Node) and padding.target not in READERS:
         padding = graph.call_function(visible_tokens, (padding,))
-    rest = tuple(values[name] for name in ("causal", "window", "chunk", "prefix"))
-    return graph.call_function(
-        make_mask, (layer, padding, values["blocks"], like, length, keys, *rest)
-    )
+    values = replace(limits, padding=padding).values()
+    return graph.call_function(make_mask, (layer, like, length, keys, *values))
 
 
 def _fit_bias(node: fx.Node, layers: fx.Node, number: int) -> None:
@@ -215,8 +214,7 @@ def _fit_bias(node: fx.Node, layers: fx.Node, number: int) -> None:
 
 
 def _set_mask(node: fx.Node, mask: fx.Node | None) -> None:
-    names = (a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
-    get = dict(zip(names, all_arguments(node), strict=True))
+    get = bind(node.target, node.args, node.kwargs)
     extra = [get["softcap"], get["sinks"], get["bias"]]
     while extra and extra[-1] is None:
         extra.pop()

@@ -17,6 +17,7 @@ from reroll.errors import UsageError
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.visibility import Visibility
 
 # what reads keys under a mask
 MASKED = (ATTENTION, ATTENTION_MASS)
@@ -136,14 +137,13 @@ def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int
     everything = "full_attention", None, 0
     if node is None:
         return everything
-    causal, window, chunk, prefix = (
-        argument(node, name) if loop is None else loop.resolve(argument(node, name), trip)
-        for name in ("causal", "window", "chunk", "prefix")
-    )
-    if causal is True and isinstance(window, int) and isinstance(prefix, int | None):
-        return "sliding_attention", window, prefix or 0
-    if causal is True and isinstance(chunk, int) and prefix is None:
-        return "chunked_attention", chunk, 0
+    seen = Visibility.of(node)
+    if loop is not None:
+        seen = seen.map(lambda value: loop.resolve(value, trip))
+    if seen.causal is True and isinstance(seen.window, int) and isinstance(seen.prefix, int | None):
+        return "sliding_attention", seen.window, seen.prefix or 0
+    if seen.causal is True and isinstance(seen.chunk, int) and seen.prefix is None:
+        return "chunked_attention", seen.chunk, 0
     return everything
 
 

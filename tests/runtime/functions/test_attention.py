@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reroll.rewrite.ir.ops import attention
+from reroll.rewrite.ir.visibility import Visibility
 from reroll.runtime.functions.attention import attend, mass
 from reroll.runtime.functions.bands import Band
 from reroll.runtime.functions.masks import make_mask, visible_tokens
@@ -28,17 +30,9 @@ def both(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tenso
     """The reference's result and `attend`'s, for the arguments of the attention op."""
     masked = {n: options.get(n) for n in ("padding", "blocks", "window", "chunk")}
     causal = options.get("causal", False)
-    mask = make_mask(
-        None,
-        visible_tokens(masked["padding"]),
-        masked["blocks"],
-        q,
-        q.shape[2],
-        k.shape[2],
-        causal,
-        masked["window"],
-        masked["chunk"],
-    )
+    limits = Visibility.among({**masked, "causal": causal})
+    limits = replace(limits, padding=visible_tokens(limits.padding))
+    mask = make_mask(None, q, q.shape[2], k.shape[2], *limits.values())
     rest = {n: options.get(n) for n in ("softcap", "sinks", "bias")}
     # the body of the op: through the op itself no gradient flows
     expected = attention._init_fn(q, k, v, SCALE, causal, **masked, **rest)
@@ -133,9 +127,9 @@ def test_no_mask_is_made_where_none_is_needed(causal: bool) -> None:
     ones = torch.ones(2, 6, dtype=torch.long)
     padding = visible_tokens(ones)
     assert padding is None
-    assert make_mask(None, padding, None, like, 6, 6, causal, None, None) is None
-    assert make_mask(None, padding, None, like, 6, 6, causal, 6, 6) is None
-    assert make_mask(None, padding, None, like, 6, 6, causal, 3, None) is not None
+    assert make_mask(None, like, 6, 6, causal, None, None, padding) is None
+    assert make_mask(None, like, 6, 6, causal, 6, 6, padding) is None
+    assert make_mask(None, like, 6, 6, causal, 3, None, padding) is not None
 
 
 @settings(max_examples=40, deadline=None)
@@ -150,7 +144,8 @@ def test_a_window_over_a_long_sequence_needs_no_mask_of_all_pairs(
 ) -> None:
     if window + prefix == 0:
         return
-    mask = make_mask(None, None, None, torch.empty(0), length, length, True, window, None, prefix)
+    limits = Visibility(causal=True, window=window, prefix=prefix)
+    mask = make_mask(None, torch.empty(0), length, length, *limits.values())
     assert isinstance(mask, Band) == (length >= 4 * max(window, 32))
     written = mask.written_out(torch.device("cpu")) if isinstance(mask, Band) else mask
     q, k, v = (t.requires_grad_() for t in tensors(length, length, groups))

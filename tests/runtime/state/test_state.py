@@ -54,7 +54,7 @@ def in_parts(
         now = slice(done, done + length)
         done += length
         seen = visible_tokens(padding[:, :done]) if padding is not None else None
-        mask = make_mask(own, seen, None, q, length, None, True, window, chunk, prefix)
+        mask = make_mask(own, q, length, None, True, window, chunk, seen, None, prefix)
         told = {"padding": seen} if prefix else {}
         keys, values = own.update(k[:, :, now], v[:, :, now], **told)
         parts.append(attend(q[:, :, now], keys, values, 0.3, True, mask))

@@ -13,7 +13,9 @@ from reroll.export.onnx.graph import Value
 from reroll.export.onnx.ops import grouped, masks, windows
 from reroll.export.onnx.plan.parameters import Varying
 from reroll.rewrite.ir.lowerings import lowering
-from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.matching import argument, bind, shape
+from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS
+from reroll.rewrite.ir.visibility import Visibility
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
@@ -22,35 +24,19 @@ INT, BOOL, FLOAT = torch.int64, torch.bool, torch.float32
 
 
 @lowering(TARGET, "reroll::attention.default")
-def attention(
-    g: Translator,
-    node: fx.Node,
-    q: Any,
-    k: Any,
-    v: Any,
-    scale: float,
-    causal: Any = False,
-    window: Any = None,
-    chunk: Any = None,
-    softcap: float | None = None,
-    sinks: Any = None,
-    bias: Any = None,
-    padding: Any = None,
-    blocks: Any = None,
-    prefix: Any = None,
-) -> Value:
+def attention(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     """Softmax attention, `reroll.rewrite.ir.ops.attention`: [batch, time, heads, v_head_dim]."""
-    dtype = g.dtype(node)
-    if not prefix and window == 0:
+    given, dtype = bind(ATTENTION, args, kwargs), g.dtype(node)
+    limits, scale = Visibility.among(given), given["scale"]
+    softcap, sinks = given["softcap"], given["sinks"]
+    if limits.is_empty:
         zero = g.number(0.0, dtype)
         return g.op("Expand", zero, g.shape(node.meta["type"].shape))
-    mask, length, keys = _mask(
-        g, node, dtype, k, causal, window, chunk, bias, padding, blocks, prefix
-    )
-    q, k, v = (g.tensor(x, dtype) for x in (q, k, v))
-    if grouped.fits(g, k, v, causal, sinks):
+    mask, length, keys = _mask(g, node, dtype, given, limits)
+    q, k, v = (g.tensor(given[name], dtype) for name in ("q", "k", "v"))
+    if grouped.fits(g, k, v, limits.causal, sinks):
         made = grouped.attention(g, node, q, k, v, scale, mask, softcap, keys)
-        return _if_any(g, made, window, prefix)
+        return _if_any(g, made, limits)
     if sinks is None and softcap is None:
         if mask is not None:
             mask = g.op("Expand", mask, g.shape([1, 1, length, keys]))
@@ -62,12 +48,13 @@ def attention(
             weights = g.op("Slice", weights, g.ints(0), g.ints(-1), g.ints(-1), g.ints(1))
         made = g.op("MatMul", weights, _repeated(g, node, v, "v"))
     made = g.op("Transpose", made, perm=[0, 2, 1, 3])
-    return _if_any(g, made, window, prefix)
+    return _if_any(g, made, limits)
 
 
-def _if_any(g: Translator, made: Value, window: Any, prefix: Any) -> Value:
+def _if_any(g: Translator, made: Value, limits: Visibility) -> Value:
     """Zeros in those trips whose window is 0."""
-    if prefix or not isinstance(window, Varying) or 0 not in window.values:
+    window = limits.window
+    if limits.prefix or not isinstance(window, Varying) or 0 not in window.values:
         return made
     sees = g.op("Greater", masks.reach(g, window), g.number(0, INT), dtype=BOOL)
     return g.op("Where", sees, made, g.number(0.0, made.dtype), dtype=made.dtype)
@@ -104,28 +91,13 @@ def scaled_dot_product_attention(
 
 
 @lowering(TARGET, "reroll::attention_mass.default")
-def attention_mass(
-    g: Translator,
-    node: fx.Node,
-    q: Any,
-    k: Any,
-    scale: float,
-    causal: Any = False,
-    window: Any = None,
-    chunk: Any = None,
-    softcap: float | None = None,
-    sinks: Any = None,
-    bias: Any = None,
-    padding: Any = None,
-    blocks: Any = None,
-    prefix: Any = None,
-    log: bool = False,
-) -> Value:
+def attention_mass(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     """What a softmax divides by, `reroll.rewrite.ir.ops.attention_mass`: [batch, time, heads]."""
-    mask, *_ = _mask(g, node, FLOAT, k, causal, window, chunk, bias, padding, blocks, prefix)
-    q, k = (g.tensor(x, FLOAT) for x in (q, k))
-    scores = _scores(g, node, q, k, scale, mask, softcap, sinks)
-    if log:
+    given = bind(ATTENTION_MASS, args, kwargs)
+    mask, *_ = _mask(g, node, FLOAT, given, Visibility.among(given))
+    q, k = (g.tensor(given[name], FLOAT) for name in ("q", "k"))
+    scores = _scores(g, node, q, k, given["scale"], mask, given["softcap"], given["sinks"])
+    if given["log"]:
         mass = g.op("ReduceLogSumExp", scores, g.ints(-1), keepdims=0)
         return g.op("Transpose", mass, perm=[0, 2, 1])
     highest = g.op("ReduceMax", scores, g.ints(-1), keepdims=1)
@@ -134,28 +106,20 @@ def attention_mass(
 
 
 def _mask(
-    g: Translator,
-    node: fx.Node,
-    dtype: torch.dtype,
-    k: Any,
-    causal: Any,
-    window: Any,
-    chunk: Any,
-    bias: Any,
-    padding: Any,
-    blocks: Any,
-    prefix: Any,
+    g: Translator, node: fx.Node, dtype: torch.dtype, given: dict[str, Any], limits: Visibility
 ) -> tuple[Value | None, Any, Any]:
     """What is added to scores, None if nothing is; and how many queries and keys there are."""
     length, keys = shape(argument(node, "q"))[2], shape(argument(node, "k"))[2]
-    columns = g.tensor(k).columns
+    columns = g.tensor(given["k"]).columns
     if columns is not None:
         keys = columns.count(g)
+        padding = limits.padding
         padding = g.tensor(padding) if padding is not None else windows.padding_of(g)
-        keep: Value | None = windows.visible(g, columns, window, padding)
+        keep: Value | None = windows.visible(g, columns, limits.window, padding)
     else:
-        keep = masks.visible(g, length, keys, causal, window, chunk, padding, prefix, blocks)
+        keep = masks.visible(g, limits, length, keys)
     mask = None if keep is None else masks.additive(g, dtype, keep)
+    bias = given["bias"]
     if bias is not None:
         dims = shape(argument(node, "bias"))
         bias = g.tensor(bias, dtype)

@@ -1,4 +1,4 @@
-"""Which keys a query sees, as `reroll.rewrite.ir.ops.mask` defines it.
+"""Which keys a query sees, as `reroll.rewrite.ir.visibility` defines it.
 
 Masks are additive, with the lowest finite value where nothing is to be seen: a row of left padding
 then averages all values and stays finite, as the reference does.
@@ -16,6 +16,9 @@ from reroll.export.onnx.emit.translate import TARGET
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.plan.parameters import Varying
 from reroll.rewrite.ir.lowerings import lowering
+from reroll.rewrite.ir.matching import bind
+from reroll.rewrite.ir.ops import MASK
+from reroll.rewrite.ir.visibility import Visibility
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
@@ -33,87 +36,71 @@ def additive(g: Translator, dtype: torch.dtype, keep: Value) -> Value:
 
 
 def visible(
-    g: Translator,
-    length: Any,
-    keys: Any,
-    causal: Any,
-    window: Any,
-    chunk: Any,
-    padding: Any,
-    prefix: Any = None,
-    blocks: Any = None,
-    offset: Any = None,
+    g: Translator, limits: Visibility, length: Any, keys: Any, offset: Any = None
 ) -> Value | None:
-    """Booleans [1 or batch, 1, time or 1, keys], as `reroll.rewrite.ir.ops.mask` defines them.
+    """`Visibility.seen` in ONNX: booleans [1 or batch, 1, time or 1, keys]; None if all is seen.
 
     The queries stand at the end of the keys, or from `offset`.
     """
-    tests: list[Value] = []
-    if isinstance(causal, Varying):
+    if isinstance(limits.causal, Varying):
         raise ExportError(
             "causality that differs from trip to trip has no Loop",
             hint="export with --graphs unrolled",
         )
-    if causal or window is not None or chunk is not None:
-        rows, columns = g.shape([length]), g.shape([keys])
-        zero, one = g.number(0, INT), g.number(1, INT)
-        ends = [g.op("Squeeze", v, g.ints(0)) for v in (rows, columns)]
-        if offset is None:
-            q = g.op("Range", g.op("Sub", ends[1], ends[0]), ends[1], one)
-        else:
-            first = g.tensor(offset, INT)
-            q = g.op("Range", first, g.op("Add", first, ends[0]), one)
-        q = g.op("Unsqueeze", q, g.ints(0, 1, 3))
-        kv = g.op("Unsqueeze", g.op("Range", zero, ends[1], one), g.ints(0, 1, 2))
-        before = g.op("LessOrEqual", kv, q, dtype=BOOL) if causal else None
-        if before is not None and window is None and chunk is None:
-            tests.append(before)
-        if window is not None:
-            distance = g.op("Sub", q, kv)
-            if causal:
-                near = g.op("Less", distance, reach(g, window), dtype=BOOL)
-                tests.append(_both(g, near, before))
-            else:
-                distance = g.op("Abs", distance)
-                tests.append(g.op("LessOrEqual", distance, reach(g, window), dtype=BOOL))
-        if chunk is not None:
-            tests.append(_both(g, _same_chunk(g, q, kv, chunk, padding), before))
-        if prefix is not None and tests and (window is not None or chunk is not None):
-            near = tests.pop() if len(tests) == 1 else g.op("And", *tests)
-            tests = [g.op("Or", near, _both(g, _in_prefix(g, kv, prefix, padding), before))]
-        if blocks is not None:
-            near = tests.pop() if len(tests) == 1 else g.op("And", *tests)
-            tests = [g.op("Or", near, _same_block(g, blocks, length, keys, offset))]
-    if padding is not None:
-        padding = g.tensor(padding, BOOL)
-        tests.append(g.op("Unsqueeze", padding, g.ints(1, 2)))
-    keep: Value | None = None
-    for test in tests:
-        keep = _both(g, test, keep)
+    keep = _near(g, limits, length, keys, offset)
+    if keep is not None and limits.blocks is not None:
+        keep = g.op("Or", keep, _same_block(g, limits.blocks, length, keys, offset))
+    if limits.padding is not None:
+        padding = g.tensor(limits.padding, BOOL)
+        keep = _both(g, g.op("Unsqueeze", padding, g.ints(1, 2)), keep)
     return keep
 
 
+def _near(g: Translator, limits: Visibility, length: Any, keys: Any, offset: Any) -> Value | None:
+    """`Visibility.near`: causality, window, chunk and prefix; None if none of them hides a key."""
+    window, chunk = limits.window, limits.chunk
+    if not limits.causal and window is None and chunk is None:
+        return None
+    q, kv = _positions(g, length, keys, offset)
+    before = g.op("LessOrEqual", kv, q, dtype=BOOL) if limits.causal else None
+    if window is None and chunk is None:
+        return before
+    keep: Value | None = None
+    if window is not None:
+        distance, size = g.op("Sub", q, kv), reach(g, window)
+        if limits.causal:
+            keep = _both(g, g.op("Less", distance, size, dtype=BOOL), before)
+        else:
+            keep = g.op("LessOrEqual", g.op("Abs", distance), size, dtype=BOOL)
+    if chunk is not None:
+        keep = _both(g, _both(g, _same_chunk(g, q, kv, chunk, limits.padding), before), keep)
+    if limits.prefix is not None:
+        first = _in_prefix(g, kv, limits.prefix, limits.padding)
+        keep = g.op("Or", keep, _both(g, first, before))
+    return keep
+
+
+def _positions(g: Translator, length: Any, keys: Any, offset: Any) -> tuple[Value, Value]:
+    """Where queries [1, 1, time, 1] and keys [1, 1, 1, keys] stand."""
+    rows, columns = (g.op("Squeeze", g.shape([n]), g.ints(0)) for n in (length, keys))
+    zero, one = g.number(0, INT), g.number(1, INT)
+    if offset is None:
+        q = g.op("Range", g.op("Sub", columns, rows), columns, one)
+    else:
+        first = g.tensor(offset, INT)
+        q = g.op("Range", first, g.op("Add", first, rows), one)
+    kv = g.op("Range", zero, columns, one)
+    return g.op("Unsqueeze", q, g.ints(0, 1, 3)), g.op("Unsqueeze", kv, g.ints(0, 1, 2))
+
+
 @lowering(TARGET, "reroll::mask.default")
-def mask(
-    g: Translator,
-    node: fx.Node,
-    padding: Any,
-    batch: Any,
-    length: Any,
-    keys: Any,
-    offset: Any,
-    causal: bool,
-    window: Any,
-    chunk: Any,
-    blocks: Any,
-    dtype: Any,
-    prefix: Any = None,
-) -> Value:
+def mask(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     """The additive mask, where a Program adds it to its scores itself."""
-    made = g.dtype(node)
-    keep = visible(g, length, keys, causal, window, chunk, padding, prefix, blocks, offset)
+    given, made = bind(MASK, args, kwargs), g.dtype(node)
+    length, keys = given["q_length"], given["kv_length"]
+    keep = visible(g, Visibility.among(given), length, keys, given["q_offset"])
     shown = g.number(0.0, made) if keep is None else additive(g, made, keep)
-    return g.op("Expand", shown, g.shape([batch, 1, length, keys]))
+    return g.op("Expand", shown, g.shape([given["batch"], 1, length, keys]))
 
 
 def reach(g: Translator, window: Any) -> Value:

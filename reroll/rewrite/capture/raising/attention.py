@@ -9,8 +9,9 @@ from torch import fx
 
 from reroll.rewrite.capture.raising.eager import match_eager, match_sdpa, raise_eager, raise_sdpa
 from reroll.rewrite.capture.raising.idioms import Rule
-from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.matching import argument, bind, shape
 from reroll.rewrite.ir.ops import ATTENTION, MASK
+from reroll.rewrite.ir.visibility import Visibility
 
 aten = torch.ops.aten
 
@@ -23,7 +24,7 @@ ATTENTION_RULES = (
 
 def attention_arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an attention node, by name."""
-    return {name: argument(node, name) for name in ARGUMENTS}
+    return bind(ATTENTION, node.args, node.kwargs)
 
 
 def set_arguments(node: fx.Node, arguments: dict[str, Any]) -> None:
@@ -50,8 +51,7 @@ def absorb_masks(graph: fx.Graph) -> None:
         if len(masks) == 1 and _covers(masks[0], node):
             rest = [t for t in terms if _mask_behind(t) is None]
             arguments["bias"] = _sum(graph, node, rest)
-            for name in ("causal", "window", "chunk", "blocks", "padding", "prefix"):
-                arguments[name] = argument(masks[0], name)
+            arguments |= vars(Visibility.of(masks[0]))
         set_arguments(node, arguments)
     graph.eliminate_dead_code()
 

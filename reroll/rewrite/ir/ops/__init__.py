@@ -25,7 +25,7 @@ from reroll.rewrite.ir.ops.glu import GLU, activate, glu
 from reroll.rewrite.ir.ops.hold import HOLD, hold
 from reroll.rewrite.ir.ops.loop import loop
 from reroll.rewrite.ir.ops.mark_keys import ABSENT, MARK_KEYS, mark_keys
-from reroll.rewrite.ir.ops.mask import MASK, in_prefix, mask, visible
+from reroll.rewrite.ir.ops.mask import MASK, mask
 from reroll.rewrite.ir.ops.recurrence import BIDIRECTIONAL, RECURRENCE, bidirectional, recurrence
 from reroll.rewrite.ir.ops.rms_norm import RMS_NORM, rms_norm
 from reroll.rewrite.ir.ops.rope import ROPE, rope
@@ -61,7 +61,6 @@ __all__ = [
     "exit_linear",
     "glu",
     "hold",
-    "in_prefix",
     "is_pure",
     "loop",
     "mark_keys",
@@ -71,6 +70,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "streak",
-    "visible",
     "widen",
 ]

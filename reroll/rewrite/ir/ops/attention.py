@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.ops.base import Place, count, register
-from reroll.rewrite.ir.ops.mask import mask
+from reroll.rewrite.ir.visibility import Visibility
 
 
 @torch.library.custom_op("reroll::attention", mutates_args=())
@@ -31,18 +31,16 @@ def attention(
 
     `q`: [batch, heads, time, head_dim]; `k`: [batch, kv_heads, kv_time, head_dim]; `v` likewise
     with its own head_dim. Scores are `q k^T * scale`, bounded to `softcap * tanh(scores /
-    softcap)`, plus `bias` (anything that broadcasts to [batch, heads, time, kv_time]). `causal`,
-    `window`, `chunk`, `blocks`, `padding` and `prefix` mean what they mean in `mask`, with the
-    queries at the end of the keys.
+    softcap)`, plus `bias` (anything that broadcasts to [batch, heads, time, kv_time]). The others
+    say which keys a query sees (`Visibility`), with the queries at the end of the keys.
     `sinks` [heads] are logits that take part in the normalisation and carry no value.
 
     Returns [batch, time, heads, v_head_dim]: zeros where a window is 0 and there is no prefix.
     """
-    if window == 0 and not prefix:
+    visibility = Visibility(causal, window, chunk, padding, blocks, prefix)
+    if visibility.is_empty:
         return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-    scores = _scores(
-        q, k, scale, causal, window, chunk, softcap, sinks, bias, padding, blocks, prefix
-    )
+    scores = _scores(q, k, scale, visibility, softcap, sinks, bias)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         v = v.repeat_interleave(groups, 1)
@@ -58,15 +56,10 @@ def _scores(
     q: Tensor,
     k: Tensor,
     scale: float,
-    causal: bool,
-    window: int | None,
-    chunk: int | None,
+    visibility: Visibility,
     softcap: float | None,
     sinks: Tensor | None,
     bias: Tensor | None,
-    padding: Tensor | None,
-    blocks: Tensor | None,
-    prefix: int | None,
 ) -> Tensor:
     """What the softmax of an attention is over: [batch, heads, time, keys], sinks in a last one."""
     groups = q.shape[1] // k.shape[1]
@@ -77,12 +70,10 @@ def _scores(
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias
-    if causal or window is not None or chunk or padding is not None or blocks is not None:
-        length, kv_length = q.shape[2], k.shape[2]
-        scores = scores + mask(
-            padding, q.shape[0], length, kv_length, kv_length - length,
-            causal, window, chunk, blocks, scores.dtype, prefix,
-        )  # fmt: skip
+    if visibility.causal or visibility.is_limited:
+        q_length, keys = q.shape[2], k.shape[2]
+        at = torch.arange(q_length, device=q.device) + keys - q_length
+        scores = scores + visibility.added(at, keys, scores.dtype)
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
         scores = torch.cat([scores, column], dim=-1)
@@ -123,9 +114,8 @@ def attention_mass(
     The arguments are those of `attention`; with `log` it is the log of the sum of exp(score)
     instead. Returns [batch, time, heads] in fp32.
     """
-    scores = _scores(
-        q, k, scale, causal, window, chunk, softcap, sinks, bias, padding, blocks, prefix
-    ).float()
+    visibility = Visibility(causal, window, chunk, padding, blocks, prefix)
+    scores = _scores(q, k, scale, visibility, softcap, sinks, bias).float()
     return mass_of(scores, log).transpose(1, 2).contiguous()
 
 
@@ -153,15 +143,7 @@ def keys_seen(node: fx.Node, place: Place) -> int:
     """How many keys one query of an attention sees at most."""
     length = shape(node.args[1])[2]
     keys = length if isinstance(length, int) else place.context
-    for name in ("window", "chunk"):
-        limit = place.resolve(argument(node, name))
-        if isinstance(limit, int):
-            # without causality, a window reaches to both sides
-            both = name == "window" and place.resolve(argument(node, "causal")) is False
-            # what is in sight anyway, beside what the window reaches
-            kept = place.resolve(argument(node, "prefix")) or 0
-            keys = min(keys, kept + (2 * limit + 1 if both else limit))
-    return keys
+    return Visibility.of(node).map(place.resolve).most_keys(keys)
 
 
 register(ATTENTION, flops=_attention)
