@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import reroll
 from reroll.evaluate.suite import choose, evaluate
-from reroll.rewrite.ir.costs import state_bytes
+from reroll.rewrite.analysis.costs import state_bytes
 from reroll.rewrite.ir.program import Program
 
 # what queries and keys go through first: the delta rules scale them to length one themselves, and

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import reroll
-from reroll.rewrite.ir.costs import state_bytes
+from reroll.rewrite.analysis.costs import state_bytes
 
 PIPELINES = {
     "window": "window(size=64, sinks=4)",

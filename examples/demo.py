@@ -29,7 +29,7 @@ from reroll.evaluate.compare import compare
 from reroll.evaluate.generation import generate, open_generator
 from reroll.evaluate.inspect import inspect_model
 from reroll.evaluate.subjects import open_subject
-from reroll.rewrite.ir.costs import state_bytes
+from reroll.rewrite.analysis.costs import state_bytes
 from reroll.rewrite.pipeline.manager import Event
 from reroll.rewrite.pipeline.pipeline import recipe_path
 

@@ -11,7 +11,7 @@ import torch
 
 import reroll
 from reroll.errors import ProgramError, UsageError
-from reroll.rewrite.ir.costs import flops_per_token, state_bytes
+from reroll.rewrite.analysis.costs import flops_per_token, state_bytes
 from tests import tiny
 
 

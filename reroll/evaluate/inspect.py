@@ -13,13 +13,13 @@ from torch import Tensor, fx
 from reroll.errors import RerollError, UsageError
 from reroll.evaluate.subjects import Opening, is_converted, open_original
 from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.costs import flops_per_token, state_bytes
 from reroll.rewrite.analysis.measure import measured_output
 from reroll.rewrite.analysis.samples import random_inputs
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.raising.driver import raise_idioms
 from reroll.rewrite.capture.rolling.roll import roll_loops
 from reroll.rewrite.ir import interpret
-from reroll.rewrite.ir.costs import flops_per_token, state_bytes
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION
 from reroll.rewrite.ir.ops.base import Place

@@ -13,6 +13,7 @@ from reroll.evaluate.measure import NotApplicable
 from reroll.evaluate.subjects import Subject
 from reroll.evaluate.tokenizing import special_ids
 from reroll.rewrite.analysis.reach import longest
+from reroll.rewrite.analysis.state_plan import plan_states
 
 # elements of the logits that one forward may make: 256 MB in fp32
 BUDGET = 2**26
@@ -80,10 +81,8 @@ class Runner:
     @cached_property
     def window(self) -> int | None:
         """How many of the last tokens attention sees at most; None if some layer sees them all."""
-        from reroll.runtime.state.caches import cache_layers
-
         program = self.subject.program
-        layers = [] if program is None else cache_layers(program)
+        layers = () if program is None else plan_states(program).layers
         if not layers or any(layer.size is None for layer in layers):
             return None
         return max(layer.size or 0 for layer in layers)

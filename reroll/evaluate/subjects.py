@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from reroll.errors import CheckpointError, RerollError, UsageError
 from reroll.evaluate.tokenizing import open_tokenizer, tokenizer_of
+from reroll.rewrite.analysis.costs import flops_per_token, keeps_state, state_bytes
 from reroll.rewrite.analysis.reach import out_of_reach
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.models import class_of
 from reroll.rewrite.capture.signature import is_decoder
-from reroll.rewrite.ir.costs import flops_per_token, keeps_state, state_bytes
 from reroll.rewrite.ir.program import Program
 
 log = logging.getLogger(__name__)

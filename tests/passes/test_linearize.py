@@ -14,9 +14,9 @@ from reroll.mixers import make
 from reroll.passes.linearize.look_back import measure_starts
 from reroll.passes.linearize.observed import Reach, observed, samples
 from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.costs import state_bytes
 from reroll.rewrite.analysis.layers import attention_layers
 from reroll.rewrite.capture.export import capture
-from reroll.rewrite.ir.costs import state_bytes
 from reroll.rewrite.ir.interpret import run
 from reroll.rewrite.ir.ops import recurrence
 from reroll.rewrite.ir.program import Program

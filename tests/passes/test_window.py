@@ -11,8 +11,8 @@ import torch
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.analysis import keeping
 from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.costs import state_bytes
 from reroll.rewrite.analysis.layers import attention_layers
-from reroll.rewrite.ir.costs import state_bytes
 from reroll.rewrite.ir.interpret import run
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights import scale

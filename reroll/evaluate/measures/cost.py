@@ -18,7 +18,7 @@ from torch import fx
 from reroll.bounds import COUNT
 from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.runner import Runner
-from reroll.rewrite.ir.costs import flops_per_token
+from reroll.rewrite.analysis.costs import flops_per_token
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.options import option
 

@@ -17,7 +17,8 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.triton.linears import Fused, kinds_of
-from reroll.export.triton.sites import Site, behind_cache
+from reroll.export.triton.sites import Site
+from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.defaults import counts_from_zero
 from reroll.rewrite.ir.matching import argument
@@ -196,7 +197,7 @@ class GraphWriter:
     def _state_op(self, node: fx.Node) -> str:
         kind = "recurrence" if node.target is RECURRENCE else "attention"
         trip = "trip" if self.sites[node].loop else "0"
-        tensors = ", ".join(self._text(behind_cache(t) or t) for t in _qkv(node))
+        tensors = ", ".join(self._text(before_cache(t)) for t in _qkv(node))
         if kind == "recurrence":
             tensors += f", {self._text(argument(node, 'gates'))}"
         return f"run.{kind}({self.sites[node].number}, {trip}, {tensors})"

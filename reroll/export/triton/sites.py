@@ -13,6 +13,7 @@ from reroll.mixers import Mixer, make
 from reroll.mixers.delta_form import Delta
 from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
 from reroll.mixers.linear import Linear
+from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
 from reroll.rewrite.ir.matching import argument, bind
 from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Program, TensorType
@@ -62,16 +63,6 @@ def sites_of(program: Program) -> dict[fx.Node, Site]:
             elif getattr(node.target, "namespace", "") == "reroll" and not _plain(node):
                 raise _cannot(f"the op {node.target}", node)
     return found
-
-
-def behind_cache(node: Any) -> Any:
-    """What goes into the cache of which a node is an output; None if it is none."""
-    if not isinstance(node, fx.Node) or getattr(node.target, "__name__", "") != "getitem":
-        return None
-    cache, number = node.args
-    if not isinstance(cache, fx.Node) or cache.target is not CACHE:
-        return None
-    return cache.args[int(number)]  # type: ignore[arg-type]
 
 
 def _plain(node: fx.Node) -> bool:
@@ -145,9 +136,7 @@ def gate_of(mixer: Mixer) -> int:
 
 
 def _type(node: Any) -> TensorType:
-    inner = behind_cache(node)
-    found: TensorType = (node if inner is None else inner).meta["type"]
-    return found
+    return before_cache(node).meta["type"]  # type: ignore[no-any-return]
 
 
 def _cannot(what: str, node: fx.Node) -> ExportError:

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError
-from reroll.rewrite.analysis.layers import Layer, behind_cache
+from reroll.rewrite.analysis.layers import Layer
+from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import ROPE
@@ -155,15 +156,10 @@ def site_of(layer: Layer, chosen: tuple[int, ...], edit: WeightEditor) -> Site |
     if (cache := behind_cache(k)) is not None:
         if behind_cache(v) is not cache:
             return Miss("keys and values come out of different caches", (node.name,), depth=1)
-        k, v = (cache.args[_place(n)] for n in (k, v))
+        k, v = before_cache(k), before_cache(v)
     if shape(k)[2:3] != shape(q)[2:3]:
         return Miss("the keys are not those of the tokens that ask", (node.name,), depth=2)
     return Site(layer, chosen, edit, q, k, v)
-
-
-def _place(item: fx.Node) -> int:
-    place: Any = item.args[1]
-    return int(place)
 
 
 def before_rotary(x: fx.Node) -> fx.Node:

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import fx
 
+from reroll.rewrite.analysis.state_plan import behind_cache
 from reroll.rewrite.capture.raising.attention import attention_arguments, set_arguments
 from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import ATTENTION, CACHE
+from reroll.rewrite.ir.ops import ATTENTION
 from reroll.rewrite.ir.program import Loop, Program
 
 
@@ -68,14 +69,6 @@ def _is_self_attention(node: fx.Node) -> bool:
     q, k = shape(argument(node, "q")), shape(argument(node, "k"))
     # with a cache there are more keys than queries, and which they are the cache says
     return q[2:3] == k[2:3] or behind_cache(argument(node, "k")) is not None
-
-
-def behind_cache(value: fx.Node) -> fx.Node | None:
-    """The cache node that a tensor of keys or values comes out of directly."""
-    source = value.args[0] if value.op == "call_function" and value.args else None
-    if isinstance(source, fx.Node) and source.target is CACHE:
-        return source
-    return None
 
 
 # ---- what differs from trip to trip

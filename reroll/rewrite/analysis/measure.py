@@ -13,8 +13,8 @@ from torch import Tensor
 from reroll.errors import ProgramError
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.costs import flops_per_token, keeps_state, state_bytes
 from reroll.rewrite.analysis.samples import random_inputs, token_input, token_inputs
-from reroll.rewrite.ir.costs import flops_per_token, keeps_state, state_bytes
 from reroll.rewrite.ir.interpret import run, widened
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights.store import WeightStore

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
+from reroll.rewrite.analysis.state_plan import stateful_nodes
 from reroll.rewrite.ir.defaults import counts_from_zero
 from reroll.rewrite.ir.exits import exits_of, is_open
 from reroll.rewrite.ir.matching import argument, shape
@@ -27,7 +28,6 @@ from reroll.runtime.depthwise.plan import Batch, PerSegment, Plan
 from reroll.runtime.depthwise.pool import Places, Pool
 from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
 from reroll.runtime.lowering.hoisting import hoist_invariants
-from reroll.runtime.state.caches import cache_nodes
 
 
 class Engine:
@@ -43,9 +43,9 @@ class Engine:
         if not program.has_past:
             raise _refused("it was captured without a cache")
         self.positions = next((i.name for i in program.inputs if counts_from_zero(i)), None)
-        if self.positions is None or any(cache_nodes(program.graph)):
+        if self.positions is None or any(stateful_nodes(program.graph)):
             raise _refused("its positions are no input, or a layer outside the loop has a cache")
-        if any(n.target is not CACHE for n in cache_nodes(body)):
+        if any(n.target is not CACHE for n in stateful_nodes(body)):
             raise _refused("its layers or exits have state that is not keys and values")
         self.names = [i.name for i in program.inputs]
         self.padding = {i.name for i in program.inputs if i.role == "padding"}
@@ -59,7 +59,7 @@ class Engine:
         self.absent = running is not None and running.absent
         if exits is not None:
             self.test = Plan(split_exits(self.loop, exits).test)
-        caches = cache_nodes(body)
+        caches = stateful_nodes(body)
         self.step = Plan(body)
         self.skip = Plan(body, caches)
         returned: Any = program.graph.output_node().args[0]

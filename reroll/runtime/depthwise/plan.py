@@ -8,7 +8,6 @@ low-rank term is one launch for all segments.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from reroll.rewrite.analysis.state_plan import behind_cache
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION, CACHE, RMS_NORM
 from reroll.rewrite.ir.program import ancestors
@@ -52,6 +52,12 @@ class Plan:
         self.outputs = list(returned if outputs is None else outputs)
         caches = [n for n in graph.nodes if n.target is CACHE]
         self.caches = {node: number for number, node in enumerate(caches)}
+        # of attentions over the keys of a cache, its number
+        self.attentions = {
+            node: self.caches[cache]
+            for node in graph.nodes
+            if node.target is ATTENTION and (cache := behind_cache(argument(node, "k"))) is not None
+        }
         needed = ancestors(self.outputs)
         self.places = [n for n in graph.nodes if n.op == "placeholder"]
         self.nodes = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
@@ -80,17 +86,13 @@ class Plan:
                 k, v = (values[a] for a in node.args[:2])  # type: ignore[index]
                 batch.store(self.caches[node], k, v)
                 values[node] = (k, v)
-            elif node.target is ATTENTION and (cache := self._cache_of(node)) is not None:
+            elif node in self.attentions:
                 assert batch.attend is not None
-                values[node] = batch.attend(self.caches[cache], values[node.args[0]], node)  # type: ignore[index]
+                q: Any = node.args[0]
+                values[node] = batch.attend(self.attentions[node], values[q], node)
             else:
                 values[node] = self._call(node, values, batch.sizes)
         return tuple(values[n] for n in self.outputs)
-
-    def _cache_of(self, attention: fx.Node) -> fx.Node | None:
-        k = argument(attention, "k")
-        source = k.args[0] if k.target is operator.getitem else None
-        return source if source in self.caches else None
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any], sizes: tuple[int, ...]) -> Any:
         function = self.calls[node]

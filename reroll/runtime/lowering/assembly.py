@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from reroll.rewrite.analysis.mixing import other_mixing
+from reroll.rewrite.analysis.state_plan import CacheLayer, plan_states, stateful_nodes
 from reroll.rewrite.capture.pictures import picture_inputs, text_part
 from reroll.rewrite.ir.defaults import looks_into, reads
 from reroll.rewrite.ir.exits import exits_of
@@ -26,14 +27,7 @@ from reroll.runtime.lowering.modules import Tree, Trip, build_tree
 from reroll.runtime.lowering.padding import read_padding
 from reroll.runtime.lowering.statics import is_decoder_input, split_statics
 from reroll.runtime.models.pictures import count_places, put_pictures, with_pictures
-from reroll.runtime.state.caches import (
-    CacheLayer,
-    cache_layers,
-    cache_nodes,
-    numbering,
-    tell_padding,
-    update_function,
-)
+from reroll.runtime.state.caches import tell_padding, update_function
 
 
 @dataclass
@@ -73,7 +67,7 @@ class Assembly:
     main: Callable[..., tuple[Any, ...]]
     loops: dict[str, Trips]
     tree: Tree
-    layers: list[CacheLayer]
+    layers: tuple[CacheLayer, ...]
     masks: frozenset[str]
     keeps: bool
     embeddings: str | None
@@ -90,8 +84,8 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     yet.
     """
     tree = build_tree(model, program)
-    plan = cache_layers(program)
     program = hoist_invariants(program)
+    plan = plan_states(program)
     mixing = other_mixing(program)
     layers, state = _cache_inputs(program)
     masks = read_padding(program, state)
@@ -102,15 +96,14 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
     if pictures := picture_inputs(program.inputs):
         count_places(program)
     statics = split_statics(program, state)
-    numbers = numbering(program)
-    updates = {node: update_function(node) for node in numbers}
-    for node in numbers:
+    updates = {node: update_function(node) for node in plan.numbers}
+    for node in plan.numbers:
         tell_padding(node)
     place_masks(program, layers)
     note_in_main(program, state)
     loops, sources = {}, {}
     for loop in program.loops:
-        name, caches = loop.name, cache_nodes(loop.body.graph)
+        name, caches = loop.name, stateful_nodes(loop.body.graph)
         own = {node: (updates[node], number) for number, node in enumerate(caches)}
         exits = exits_of(loop)
         running = None if exits is None else loop_exits(loop, exits)
@@ -137,9 +130,9 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
         for trip in tree.trips[name]:
             trip.__class__ = trip_type
         sources[name] = trip_type.source
-        first = numbers[caches[0]][0] if caches else 0
+        first = plan.number(caches[0]) if caches else 0
         loops[name] = Trips(tree.trips[name], first, len(caches), exits=running, hidden=hidden)
-    own = {n: (updates[n], numbers[n][0]) for n in cache_nodes(program.graph)}
+    own = {n: (updates[n], plan.number(n)) for n in stateful_nodes(program.graph)}
     graph = runnable(program.graph, readings, layers["main"], own, state)
     main, sources["main"] = compile_graph(graph, "main")
     if pictures:
@@ -150,7 +143,7 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
         main,
         loops,
         tree,
-        plan,
+        plan.layers,
         masks,
         keeps,
         embeddings,

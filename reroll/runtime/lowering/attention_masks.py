@@ -15,8 +15,15 @@ from typing import Any
 from torch import fx
 
 from reroll.errors import ProgramError
+from reroll.rewrite.analysis.state_plan import (
+    MASKED,
+    behind_cache,
+    is_stateful,
+    plan_states,
+    stateful_nodes,
+)
 from reroll.rewrite.ir.matching import argument, bind, shape
-from reroll.rewrite.ir.ops import ATTENTION, CACHE
+from reroll.rewrite.ir.ops import ATTENTION
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.visibility import Visibility
 from reroll.runtime.functions.attention import attend
@@ -24,14 +31,7 @@ from reroll.runtime.functions.attention import mass as masses
 from reroll.runtime.functions.masks import kept_bias, make_mask, visible_tokens
 from reroll.runtime.lowering.hoisting import outer_values, placeholders
 from reroll.runtime.lowering.padding import READERS
-from reroll.runtime.state.caches import (
-    MASKED,
-    cache_layers,
-    cache_nodes,
-    layer_of,
-    numbering,
-    owns_state,
-)
+from reroll.runtime.state.caches import layer_of
 
 _UNKNOWN = object()
 
@@ -56,23 +56,22 @@ class _Placer:
     def __init__(self, program: Program, layers: fx.Node) -> None:
         self.program = program
         self.layers = layers
-        self.plan = cache_layers(program)
-        self.number = numbering(program)
+        self.plan = plan_states(program)
         self.made: dict[Any, fx.Node] = {}
-        loops = {loop.node for loop in program.loops if cache_nodes(loop.body.graph)}
-        stateful = (n for n in program.graph.nodes if owns_state(n) or n in loops)
+        loops = {loop.node for loop in program.loops if stateful_nodes(loop.body.graph)}
+        stateful = (n for n in program.graph.nodes if is_stateful(n) or n in loops)
         self.first_state = next(stateful, None)
 
     def rewrite(self, node: fx.Node, loop: Loop | None, layers: fx.Node) -> None:
         """Turn one attention into a call of `attend`. `layers` is the cache node of its graph."""
-        cache = cache_of(node)
+        cache = behind_cache(argument(node, "k"))
         limits = Visibility.of(node)
         mask: fx.Node | None = None
         number = None
         if cache is not None:
             # a trip has its own part of the layers
-            of_trip = cache_nodes(cache.graph).index
-            number = self.number[cache][0] if loop is None else of_trip(cache)
+            of_trip = stateful_nodes(cache.graph).index
+            number = self.plan.number(cache) if loop is None else of_trip(cache)
         if _can_need_mask(node, limits, cache):
             masks = self._outer_masks(node, limits, cache, loop)
             if any(m is _UNKNOWN for m in masks):
@@ -91,13 +90,13 @@ class _Placer:
     ) -> list[Any]:
         """The mask of each trip as a node of the main graph, or `_UNKNOWN`."""
         if loop is None:
-            own = None if cache is None else self.number[cache][0]
+            own = None if cache is None else self.plan.number(cache)
             return [self._outer_mask(node, limits, own, cache or node)]
         known = outer_values(loop)
         masks = []
         for trip in range(loop.trips):
             outer = limits.map(partial(_outside, known, trip))
-            own = None if cache is None else self.number[cache][trip]
+            own = None if cache is None else self.plan.number(cache, trip)
             masks.append(self._outer_mask(node, outer, own, loop.node))
         return masks
 
@@ -114,7 +113,7 @@ class _Placer:
             point = first
         if own is not None and (first is None or not first < point):
             # no layer has been updated there: all of one kind have keys at the same positions
-            own = [layer.reach for layer in self.plan].index(self.plan[own].reach)
+            own = [layer.reach for layer in self.plan.layers].index(self.plan.layers[own].reach)
         key = (limits, own, length)
         if key not in self.made:
             graph = self.program.graph
@@ -147,13 +146,6 @@ def _outside(known: Mapping[fx.Node, Sequence[Any]], trip: int, value: Any) -> A
     if value in known:
         return known[value][trip]
     return _UNKNOWN if isinstance(value, fx.Node) else value
-
-
-def cache_of(attention: fx.Node) -> fx.Node | None:
-    """The cache node whose keys an attention reads, if it is in the same graph."""
-    k = argument(attention, "k")
-    source = k.args[0] if k.op == "call_function" and k.args else None
-    return source if isinstance(source, fx.Node) and source.target is CACHE else None
 
 
 def _can_need_mask(node: fx.Node, limits: Visibility, cache: fx.Node | None) -> bool:

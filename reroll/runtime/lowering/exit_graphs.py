@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from reroll.rewrite.analysis.state_plan import is_stateful, stateful_nodes
 from reroll.rewrite.ir.exits import Exits
 from reroll.rewrite.ir.ops import CACHE, HOLD, MARK_KEYS, RECURRENCE
 from reroll.rewrite.ir.program import Loop
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
-from reroll.runtime.state.caches import cache_nodes, owns_state
 
 
 @dataclass
@@ -66,7 +66,7 @@ def split_exits(loop: Loop, exits: Exits) -> Split:
     for place in places[width:]:
         values[place] = test.placeholder(place.name)
     layers = None
-    if any(map(owns_state, exits.tests)):
+    if any(map(is_stateful, exits.tests)):
         layers = test.create_node("placeholder", OWN_INPUTS[0], (None,), name=OWN_INPUTS[0])
     for number, node in enumerate(returned):
         if number not in exits.decided and node.op != "placeholder":
@@ -76,13 +76,13 @@ def split_exits(loop: Loop, exits: Exits) -> Split:
             values[node] = test.node_copy(node, lambda n: values[n])
     decided = [values[n] if i in exits.decided else new[i] for i, n in enumerate(returned)]
     test.output(tuple(decided))
-    tested = {node: values[node] for node in exits.tests if owns_state(node)}
+    tested = {node: values[node] for node in exits.tests if is_stateful(node)}
     output.args = (tuple(places[i] if i in exits.decided else n for i, n in enumerate(returned)),)
     body.eliminate_dead_code()
     fill = fx.Graph()
     filled: dict[fx.Node, fx.Node] = {}
     fill.graph_copy(body, filled)
-    fill.output(tuple(filled[n] for n in cache_nodes(body)))
+    fill.output(tuple(filled[n] for n in stateful_nodes(body)))
     fill.eliminate_dead_code()
     return Split(test, fill, tested, filled, layers)
 
@@ -91,7 +91,7 @@ def loop_exits(loop: Loop, exits: Exits) -> LoopExits:
     """The exits of a loop for running it."""
     body = loop.body.graph
     returned: Any = body.output_node().args[0]
-    layers = [n for n in cache_nodes(body) if n not in exits.tests]
+    layers = [n for n in stateful_nodes(body) if n not in exits.tests]
     # a body that is told how many rows there are cannot run for fewer
     told = any(isinstance(n, fx.Node) and _is_size(n) for n in loop.inputs)
     holds = returned[0].target is HOLD

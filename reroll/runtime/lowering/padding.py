@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.rewrite.analysis.mixing import mask_beside
+from reroll.rewrite.analysis.state_plan import MASKED
 from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import MASK, RECURRENCE
@@ -21,7 +22,6 @@ from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.documents import Documents
 from reroll.runtime.functions.masks import visible_tokens
 from reroll.runtime.lowering.hoisting import placeholders
-from reroll.runtime.state.caches import MASKED
 
 
 def valid_tokens(mask: Tensor | None, state: Any) -> Tensor | Documents | None:

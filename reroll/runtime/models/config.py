@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.models.auto import register_models
-from reroll.runtime.state.caches import cache_config, cache_layers
+from reroll.runtime.state.caches import cache_config
 
 # what belongs to the original's class, to the file that it was in, or to the cache layers
 _DROPPED = {
@@ -52,7 +53,7 @@ class RerollConfig(PreTrainedConfig):
         """The configuration of a Program's lowered model."""
         original = program.origin.config
         entries = _flat(original)
-        entries.update(cache_config(cache_layers(program)))
+        entries.update(cache_config(plan_states(program).layers))
         entries["original_model_type"] = str(original.get("model_type", ""))
         entries["dtype"] = str(program.dtype).removeprefix("torch.")
         return cls(**entries)

@@ -1,4 +1,4 @@
-"""The state of a lowered module: which cache layer each cached attention has.
+"""The state of a lowered module: the cache layers of transformers and of ours that keep it.
 
 transformers builds its caches from a configuration's `layer_types`, so a Program's cache layers, in
 the order in which they run, are written there.
@@ -6,21 +6,15 @@ the order in which they run, are written there.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from reroll.errors import UsageError
-from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE
-from reroll.rewrite.ir.program import Loop, Program
-from reroll.rewrite.ir.visibility import Visibility
-
-# what reads keys under a mask
-MASKED = (ATTENTION, ATTENTION_MASS)
+from reroll.rewrite.analysis.state_plan import CacheLayer, readers
+from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.ops import CACHE, RECURRENCE
 
 # where a configuration has the size of a cache layer
 _SIZES = {
@@ -30,121 +24,25 @@ _SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class CacheLayer:
-    """What one cache layer keeps: a transformers layer type, the window or chunk, and the sizes.
+def own_type(layer: CacheLayer) -> type | None:
+    """The class of ours that keeps this, where transformers has none."""
+    # transformers is imported by what keeps a state, not by who only plans it
+    from reroll.runtime.functions.recurrences import RecurrentLayer
+    from reroll.runtime.state.windows import WindowLayer
 
-    `prefix` is how many first tokens it keeps beside the window. A recurrence is a layer of kind
-    "hybrid_sliding": of transformers' types with a recurrent state, that is the one that also
-    counts its tokens.
-    """
-
-    kind: str
-    size: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    prefix: int = 0
-
-    @property
-    def reach(self) -> tuple[str, int | None, int]:
-        """What says which tokens it keeps."""
-        return self.kind, self.size, self.prefix
-
-    @property
-    def own_type(self) -> type | None:
-        """The class of ours that keeps this, where transformers has none."""
-        # a Program's cache layers are wanted before transformers is
-        from reroll.runtime.functions.recurrences import RecurrentLayer
-        from reroll.runtime.state.windows import WindowLayer
-
-        if self.kind == "hybrid_sliding":
-            return RecurrentLayer
-        if self.kind == "sliding_attention" and (self.prefix or not self.size):
-            return WindowLayer
-        return None
-
-    def make(self) -> Any:
-        """A new layer of `own_type`."""
-        own = self.own_type
-        assert own is not None
-        sizes = () if self.kind == "hybrid_sliding" else (self.size or 0, self.prefix)
-        return own(*sizes)
+    if layer.kind == "hybrid_sliding":
+        return RecurrentLayer
+    if layer.kind == "sliding_attention" and (layer.prefix or not layer.size):
+        return WindowLayer
+    return None
 
 
-def cache_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes of one graph that own state, in the order in which they run."""
-    return [n for n in graph.nodes if owns_state(n)]
-
-
-def owns_state(node: fx.Node) -> bool:
-    """Whether a node reads and writes state of its own."""
-    return node.op == "call_function" and node.target in (CACHE, RECURRENCE)
-
-
-def cache_layers(program: Program) -> list[CacheLayer]:
-    """Every cache layer of a Program, in the order in which they run."""
-    return [layer for _, layer in _walk(program)]
-
-
-def numbering(program: Program) -> dict[fx.Node, tuple[int, ...]]:
-    """The number of the cache layer of each cache node, trip by trip."""
-    numbers: dict[fx.Node, tuple[int, ...]] = {}
-    for number, (node, _) in enumerate(_walk(program)):
-        numbers[node] = (*numbers.get(node, ()), number)
-    return numbers
-
-
-def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
-    loops = {loop.node: loop for loop in program.loops}
-    for node in program.graph.nodes:
-        if owns_state(node):
-            yield node, _layer(node, None, 0)
-        elif node in loops:
-            loop = loops[node]
-            inner = cache_nodes(loop.body.graph)
-            for trip in range(loop.trips):
-                for cache in inner:
-                    yield cache, _layer(cache, loop, trip)
-
-
-def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
-    if node.target is RECURRENCE:
-        return CacheLayer("hybrid_sliding", 1)
-    sizes = shape(argument(node, "k"))
-    heads, dim = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
-    heads, dim = (x if isinstance(x, int) else None for x in (heads, dim))
-    kind, size, prefix = "full_attention", None, 0
-    reaches = {_reach(user, loop, trip) for user in _readers(node)}
-    if len(reaches) == 1:
-        kind, size, prefix = reaches.pop()
-    return CacheLayer(kind, size, heads, dim, prefix)
-
-
-def _readers(cache: fx.Node) -> list[fx.Node | None]:
-    """The attentions over the keys of a cache; None stands for any other use."""
-    readers: list[fx.Node | None] = []
-    for item in cache.users:
-        if item.target is not operator.getitem:
-            readers.append(None)
-            continue
-        for user in item.users:
-            readers.append(user if user.target in MASKED else None)
-    return readers
-
-
-def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int | None, int]:
-    """How far back an attention looks: a layer type, its size, and the first tokens it sees."""
-    everything = "full_attention", None, 0
-    if node is None:
-        return everything
-    seen = Visibility.of(node)
-    if loop is not None:
-        seen = seen.map(lambda value: loop.resolve(value, trip))
-    if seen.causal is True and isinstance(seen.window, int) and isinstance(seen.prefix, int | None):
-        return "sliding_attention", seen.window, seen.prefix or 0
-    if seen.causal is True and isinstance(seen.chunk, int) and seen.prefix is None:
-        return "chunked_attention", seen.chunk, 0
-    return everything
+def _make(layer: CacheLayer) -> Any:
+    """A new layer of `own_type`."""
+    own = own_type(layer)
+    assert own is not None
+    sizes = () if layer.kind == "hybrid_sliding" else (layer.size or 0, layer.prefix)
+    return own(*sizes)
 
 
 def append(
@@ -176,15 +74,14 @@ def update_function(node: fx.Node) -> Callable[..., Any]:
         from reroll.runtime.functions.recurrences import recur
 
         return recur
-    return append_exactly if None in _readers(node) else append
+    return append_exactly if None in readers(node) else append
 
 
 def tell_padding(cache: fx.Node) -> None:
     """Let a cache node take the padding, in place, if its layer has to know the first tokens."""
     if cache.target is not CACHE:
         return
-    readers = [n for n in _readers(cache) if n is not None]
-    prefixed = [n for n in readers if argument(n, "prefix") is not None]
+    prefixed = [n for n in readers(cache) if n is not None and argument(n, "prefix") is not None]
     if prefixed:
         cache.kwargs = {"padding": argument(prefixed[0], "padding")}
 
@@ -231,15 +128,15 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
             hint="make it from the model's own configuration: DynamicCache(config=model.config)",
         )
     for number, planned in enumerate(plan):
-        own = planned.own_type
+        own = own_type(planned)
         if own is not None and type(cache.layers[number]) is not own:
-            _replace(cache.layers, number, planned.make())
+            _replace(cache.layers, number, _make(planned))
     if type(cache) is DynamicCache and not cache.offloading:
         make_growing(cache.layers)
     if cache.offloading:
         # layers of ours are small, and stay where they are
         return [
-            cache.layers[n] if planned.own_type is not None else _Offloaded(cache, n)
+            cache.layers[n] if own_type(planned) is not None else _Offloaded(cache, n)
             for n, planned in enumerate(plan)
         ]
     return cache.layers  # type: ignore[no-any-return]
@@ -255,7 +152,7 @@ def _replace(layers: list[Any], number: int, own: Any) -> None:
     layers[number] = own
 
 
-def cache_config(layers: list[CacheLayer]) -> dict[str, Any]:
+def cache_config(layers: Sequence[CacheLayer]) -> dict[str, Any]:
     """The configuration entries that make transformers build these cache layers."""
     if not layers:
         return {}

@@ -14,11 +14,12 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from reroll.errors import UsageError
+from reroll.rewrite.analysis.state_plan import CacheLayer
 from reroll.rewrite.ir.ops import attention
 from reroll.runtime.functions.attention import attend
 from reroll.runtime.functions.masks import make_mask, visible_tokens
 from reroll.runtime.models.config import RerollConfig
-from reroll.runtime.state.caches import CacheLayer, cache_config, layers_of
+from reroll.runtime.state.caches import cache_config, layers_of
 from reroll.runtime.state.growing import GrowingLayer
 from tests import captured
 

@@ -23,9 +23,9 @@ from reroll.export.onnx.graph import Graph, nodes_of
 from reroll.export.onnx.plan.parameters import Settings
 from reroll.export.onnx.plan.parts import exported_part
 from reroll.export.onnx.plan.weights import WeightFile
+from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir.dtypes import HALVES, retype
 from reroll.rewrite.ir.program import Program
-from reroll.runtime.state.caches import cache_layers
 
 if TYPE_CHECKING:
     from reroll.export.onnx import Onnx
@@ -47,7 +47,7 @@ def write(
     whole, program = program, exported_part(program)
     if program is not whole:
         log.warning("%s: only the encoder is exported, the decoder is not", whole.origin.model)
-    if "logits" in program.outputs and cache_layers(program) and not program.has_past:
+    if "logits" in program.outputs and plan_states(program).layers and not program.has_past:
         raise ExportError(
             "a pass gave recurrences to a program that was captured without a cache: their state "
             "would go on from token to token, and what else mixes tokens would not",

@@ -21,12 +21,12 @@ from reroll.export.onnx.graph import ELEMENT, Graph, Value
 from reroll.export.onnx.plan.parameters import Parameter, Settings, Size, Trip, Varying
 from reroll.export.onnx.plan.states import States
 from reroll.export.onnx.plan.weights import WeightFile
+from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.defaults import reads
 from reroll.rewrite.ir.lowerings import find_lowering, op_name
 from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.program import Dim, Input, Loop, Program, TensorType
-from reroll.runtime.state.caches import numbering
 
 TARGET = "onnx"
 INT = torch.int64
@@ -296,7 +296,7 @@ def computed_inputs(program: Program) -> list[str]:
     from; and token types of a decoder, which runtimes of decoders do not know. Padding masks are
     no such inputs: runtimes give them to every model, also to one that would make its own.
     """
-    stateful = bool(numbering(program))
+    stateful = bool(plan_states(program).layers)
     return [
         i.name
         for i in program.inputs

@@ -16,11 +16,11 @@ from torch import fx
 from reroll.export.onnx.emit.translate import TARGET
 from reroll.export.onnx.graph import Graph, Value
 from reroll.export.onnx.plan.parameters import Trip, select
+from reroll.rewrite.analysis.state_plan import stateful_nodes
 from reroll.rewrite.ir.exits import exits_of, is_open
 from reroll.rewrite.ir.lowerings import find_lowering, lowering
 from reroll.rewrite.ir.ops import ABSENT, CACHE, HOLD
 from reroll.rewrite.ir.program import Loop, ancestors
-from reroll.runtime.state.caches import cache_nodes
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
@@ -115,7 +115,7 @@ def can_skip(g: Translator, loop: Loop, trip: Trip) -> bool:
         return False
     returned: Any = loop.body.graph.output_node().args[0]
     return returned[0].target is HOLD and all(
-        node.target is CACHE for node in cache_nodes(loop.body.graph)
+        node.target is CACHE for node in stateful_nodes(loop.body.graph)
     )
 
 
@@ -125,7 +125,7 @@ def run_skipping(
     """One trip: what its caches need, and the rest only if a token is not done."""
     graph, exits = loop.body.graph, exits_of(loop)
     assert exits is not None
-    needed = ancestors(cache_nodes(graph))
+    needed = ancestors(stateful_nodes(graph))
     values = g.start(graph, [*carry, *given])
     g.run_nodes(name, [n for n in graph.nodes if n in needed], values)
     body = g.graph

@@ -29,10 +29,10 @@ from torch import fx
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.ops.grouped import Appended
 from reroll.export.onnx.plan.parameters import Scan, select
+from reroll.rewrite.analysis.state_plan import CacheLayer, plan_states
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Program
-from reroll.runtime.state.caches import CacheLayer, cache_layers, numbering
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
@@ -47,8 +47,7 @@ class States:
     """The states of one graph."""
 
     def __init__(self, program: Program) -> None:
-        self.numbers: dict[fx.Node, tuple[int, ...]] = numbering(program)
-        self.layers = cache_layers(program)
+        self.numbers, self.layers = (plan := plan_states(program)).numbers, plan.layers
         self.rings = keeps_rings(program)
         self.past: dict[tuple[int, str], Value] = {}
         self.present: dict[tuple[int, str], Value] = {}

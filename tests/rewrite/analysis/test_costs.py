@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from reroll.rewrite.ir.costs import flops_per_token, state_bytes
+from reroll.rewrite.analysis.costs import flops_per_token, state_bytes
 from reroll.rewrite.ir.ops.base import FLOPS, STATE, register
 from reroll.rewrite.pipeline.manager import run_passes
 from tests.captured import captured, flat, model

@@ -1,0 +1,154 @@
+"""Which nodes of a Program keep state from one call to the next, and what they keep.
+
+A state is a cache of keys and values or the state of a recurrence. They are numbered in the order
+in which they run: a node in a loop's body has one for each trip. Whatever lowers a Program reads
+the plan: the module that runs it, the exporters, the configuration that transformers makes its
+caches from.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.visibility import Visibility
+
+# what reads keys under a mask
+MASKED = (ATTENTION, ATTENTION_MASS)
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """What one state keeps.
+
+    Attributes:
+        kind: a layer type of transformers. A recurrence is "hybrid_sliding": of the types with a
+            recurrent state, that is the one that also counts its tokens.
+        size: tokens of the window or chunk; None for all tokens.
+        kv_heads: number of key-value heads, if it is a constant.
+        head_dim: size of a key, if it is a constant.
+        prefix: how many first tokens are kept beside the window.
+    """
+
+    kind: str
+    size: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    prefix: int = 0
+
+    @property
+    def reach(self) -> tuple[str, int | None, int]:
+        """What says which tokens it keeps."""
+        return self.kind, self.size, self.prefix
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """The states of a Program.
+
+    Attributes:
+        layers: what each keeps, in the order in which they run.
+        numbers: the numbers of a node's states, trip by trip.
+    """
+
+    layers: tuple[CacheLayer, ...]
+    numbers: dict[fx.Node, tuple[int, ...]]
+
+    def number(self, node: fx.Node, trip: int = 0) -> int:
+        """The number of a node's state in a trip."""
+        return self.numbers[node][trip]
+
+
+def plan_states(program: Program) -> StatePlan:
+    """The plan of a Program's states."""
+    layers: list[CacheLayer] = []
+    numbers: dict[fx.Node, tuple[int, ...]] = {}
+    for node, layer in _walk(program):
+        numbers[node] = (*numbers.get(node, ()), len(layers))
+        layers.append(layer)
+    return StatePlan(tuple(layers), numbers)
+
+
+def is_stateful(node: fx.Node) -> bool:
+    """Whether a node reads and writes state of its own."""
+    return node.op == "call_function" and node.target in (CACHE, RECURRENCE)
+
+
+def stateful_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of one graph that keep state, in the order in which they run."""
+    return [n for n in graph.nodes if is_stateful(n)]
+
+
+def behind_cache(value: Any) -> fx.Node | None:
+    """The cache node that a tensor of keys or values is an output of; None if it is none."""
+    if not isinstance(value, fx.Node) or value.target is not operator.getitem:
+        return None
+    source = value.args[0]
+    return source if isinstance(source, fx.Node) and source.target is CACHE else None
+
+
+def before_cache(value: fx.Node) -> fx.Node:
+    """The keys or values of the new tokens alone, where `value` is an output of a cache."""
+    cache = behind_cache(value)
+    source: Any = value if cache is None else cache.args[value.args[1]]  # type: ignore[index]
+    return source  # type: ignore[no-any-return]
+
+
+def readers(cache: fx.Node) -> list[fx.Node | None]:
+    """The attentions over the keys of a cache; None stands for any other use."""
+    found: list[fx.Node | None] = []
+    for item in cache.users:
+        if item.target is not operator.getitem:
+            found.append(None)
+            continue
+        for user in item.users:
+            found.append(user if user.target in MASKED else None)
+    return found
+
+
+def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
+    loops = {loop.node: loop for loop in program.loops}
+    for node in program.graph.nodes:
+        if is_stateful(node):
+            yield node, _layer(node, None, 0)
+        elif node in loops:
+            loop = loops[node]
+            inner = stateful_nodes(loop.body.graph)
+            for trip in range(loop.trips):
+                for state in inner:
+                    yield state, _layer(state, loop, trip)
+
+
+def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
+    if node.target is RECURRENCE:
+        return CacheLayer("hybrid_sliding", 1)
+    sizes = shape(argument(node, "k"))
+    heads, dim = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
+    heads, dim = (x if isinstance(x, int) else None for x in (heads, dim))
+    kind, size, prefix = "full_attention", None, 0
+    reaches = {_reach(reader, loop, trip) for reader in readers(node)}
+    if len(reaches) == 1:
+        kind, size, prefix = reaches.pop()
+    return CacheLayer(kind, size, heads, dim, prefix)
+
+
+def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int | None, int]:
+    """How far back an attention looks: a layer type, its size, and the first tokens it sees."""
+    everything = "full_attention", None, 0
+    if node is None:
+        return everything
+    seen = Visibility.of(node)
+    if loop is not None:
+        seen = seen.map(lambda value: loop.resolve(value, trip))
+    if seen.causal is True and isinstance(seen.window, int) and isinstance(seen.prefix, int | None):
+        return "sliding_attention", seen.window, seen.prefix or 0
+    if seen.causal is True and isinstance(seen.chunk, int) and seen.prefix is None:
+        return "chunked_attention", seen.chunk, 0
+    return everything
