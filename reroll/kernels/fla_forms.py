@@ -13,21 +13,25 @@ import torch
 from torch import Tensor
 
 from reroll.mixers import Mixer, State
-from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
-from reroll.mixers.gated_deltanet import GatedDeltaNet
 
 Form = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], State], tuple[Tensor, State]]
 
+# by the core of a mixer: module and function
 _OPS = {
-    Diagonal.chunk_form: ("fla.ops.simple_gla", "chunk_simple_gla"),
-    ChannelDiagonal.chunk_form: ("fla.ops.gla", "chunk_gla"),
-    GatedDeltaNet.chunk_form: ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    ("diagonal", 1): ("fla.ops.simple_gla", "chunk_simple_gla"),
+    ("diagonal", 2): ("fla.ops.gla", "chunk_gla"),
+    ("delta", 1): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
 }
+
+
+def _op(mixer: Mixer) -> tuple[str, str] | None:
+    core = mixer.core
+    return None if core is None else _OPS.get((core.family, core.gate))
 
 
 def rejects(mixer: Mixer, k: Tensor) -> str:
     """Why it does not run this; empty if it does."""
-    if type(mixer).chunk_form not in _OPS:
+    if _op(mixer) is None:
         return f"it has no {mixer.name}"
     if k.dtype == torch.float64:
         return "it computes in fp32 or less"
@@ -38,7 +42,9 @@ def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
     """Its function in the place of `mixer.chunk_form`; `starts` as in `forms.chunk_form`."""
     from importlib import import_module
 
-    module, name = _OPS[type(mixer).chunk_form]
+    found = _op(mixer)
+    assert found is not None
+    module, name = found
     op: Any = getattr(import_module(module), name)
 
     def form(

@@ -1,14 +1,13 @@
 """Which mixers the kernels can run: chunk and step forms on a GPU, in the place of the mixer's.
 
 A kernel form takes what `Mixer.chunk_form` takes and gives what it gives. Which one fits a mixer is
-seen from the mathematics that its class inherits, not from its name, so a new mixer on `Diagonal`
-has a kernel from its first day.
+told by the core that it declares, not by its name: a new mixer on `Diagonal` has a kernel from its
+first day.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,7 @@ from torch import Tensor
 from reroll.kernels import configurations
 from reroll.kernels.recurrence import BACKWARDS, delta, diagonal, step
 from reroll.mixers import Mixer, State
-from reroll.mixers.decay import bounded_size
-from reroll.mixers.deltanet import DeltaNet
-from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
-from reroll.mixers.gated_deltanet import GatedDeltaNet
-from reroll.mixers.kda import KDA
+from reroll.mixers.core import Core
 
 Result = tuple[Tensor, State]
 Gates = tuple[Tensor, ...]
@@ -30,27 +25,17 @@ Form = Callable[[Tensor, Tensor, Tensor, Gates, State], Result]
 SHORTEST = 16
 LARGEST_HEAD = 256
 
-# what runs a chunk form: the family of kernels, and the kind of its decay
-_KINDS: dict[Any, tuple[str, int]] = {
-    Diagonal.chunk_form: ("diagonal", 1),
-    ChannelDiagonal.chunk_form: ("diagonal", 2),
-    DeltaNet.chunk_form: ("delta", 0),
-    GatedDeltaNet.chunk_form: ("delta", 1),
-    KDA.chunk_form: ("delta", 2),
-}
-
 
 def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
     """A kernel in the place of `mixer.chunk_form`; `rejects` says whether there is one.
 
     With `starts` [sequences + 1], int32, a batch of 1 is packed sequences that begin there.
     """
-    family, gate = _KINDS[type(mixer).chunk_form]
-    limit = limit_of(mixer)
+    core, limit = _core(mixer), limit_of(mixer)
 
     def form(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
-        g, x = gates[0] if gate else None, (q.flatten(1, 2), k, v)
-        if family == "delta":
+        g, x = gates[0] if core.gate else None, (q.flatten(1, 2), k, v)
+        if core.delta:
             out, end = delta(*x, g, gates[-1], state[0], starts, 1.0, limit, precision())
         else:
             out, end = diagonal(*x, g, state[0], starts, 1.0, limit, precision())
@@ -61,10 +46,10 @@ def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
 
 def step_form(mixer: Mixer) -> Form:
     """A kernel in the place of `mixer.step_form`, for the same mixers."""
-    family, gate = _KINDS[type(mixer).chunk_form]
+    core = _core(mixer)
 
     def form(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
-        g, beta = gates[0] if gate else None, gates[-1] if family == "delta" else None
+        g, beta = gates[0] if core.gate else None, gates[-1] if core.delta else None
         out, new = step(q.flatten(1, 2), k, v, g, beta, state[0])
         return torch.unflatten(out, 1, (k.shape[1], -1)), (new,)
 
@@ -73,18 +58,21 @@ def step_form(mixer: Mixer) -> Form:
 
 def limit_of(mixer: Mixer) -> int:
     """The most tokens that one chunk may have."""
-    if isinstance(mixer, ChannelDiagonal):
-        return mixer.size
-    if isinstance(mixer, KDA):
-        return bounded_size(mixer.chunk_size, mixer.floor)
-    return max(configurations.CHUNKS)
+    return mixer.longest_chunk or max(configurations.CHUNKS)
+
+
+def _core(mixer: Mixer) -> Core:
+    core = mixer.core
+    assert core is not None
+    return core
 
 
 def rejects(mixer: Mixer, k: Tensor, v: Tensor, needs_gradient: bool = False) -> str:
     """Why no kernel runs this; empty if one does."""
-    if type(mixer).chunk_form not in _KINDS:
+    core = mixer.core
+    if core is None or core.counts or (core.gate == 0 and not core.delta):
         return f"there is no kernel for {mixer.name}"
-    family, gate = _KINDS[type(mixer).chunk_form]
+    family, gate = core.family, core.gate
     if k.dtype == torch.float64:
         return "kernels compute in fp32 or less"
     limit = limit_of(mixer)

@@ -36,7 +36,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ from torch import Tensor
 from reroll.bounds import COUNT, FINITE
 from reroll.errors import UsageError
 from reroll.mixers import packing
+from reroll.mixers.core import Core
 from reroll.mixers.gates import Gate, wide
 from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.options import option
@@ -53,13 +54,33 @@ Result: TypeAlias = tuple[Tensor, State]
 Form: TypeAlias = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], State], Result]
 
 
+# what a subclass overrides if it has mathematics of its own
+_MATHEMATICS = {"prepare", "parallel_form", "chunk_form", "step_form"}
+
+
 class Mixer(Declared, ABC):
-    """A token mixer. Its fields are its options, as those of a pass are."""
+    """A token mixer. Its fields are its options, as those of a pass are.
+
+    Attributes:
+        core: the linear recurrence that it is, for kernels and exporters; None if it is none. A
+            subclass with mathematics of its own has none unless it declares one.
+        divides: the option by which it shares one normalisation with a window: `normalise` says
+            whether it divides by its own sum of weights, `log_mass` whether it gives the log of it.
+        has_slots: whether its state has `slots`, each for keys of one kind.
+        chunks_wide: whether the chunk form multiplies in fp32 whatever its inputs are.
+    """
 
     what: ClassVar[str] = "mixer"
     name: ClassVar[str] = ""
-    # whether the chunk form multiplies in fp32 whatever its inputs are
+    core: ClassVar[Core | None] = None
+    divides: ClassVar[Literal["", "normalise", "log_mass"]] = ""
+    has_slots: ClassVar[bool] = False
     chunks_wide: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "core" not in vars(cls) and _MATHEMATICS & set(vars(cls)):
+            cls.core = None
 
     chunk_size: int = option(
         64, within=COUNT, help="tokens that one chunk handles by matrix products"
@@ -77,6 +98,26 @@ class Mixer(Declared, ABC):
     @abstractmethod
     def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
         """Sizes of its state for one sequence and one key-value head."""
+
+    @property
+    def key_map(self) -> str:
+        """The feature map that queries and keys go through in `prepare`; "none" for none."""
+        return "none"
+
+    @property
+    def unit_length(self) -> bool:
+        """Whether `prepare` brings queries and keys to length one."""
+        return False
+
+    @property
+    def normalised(self) -> bool:
+        """Whether what is read is divided by the sum of weights that the core counts."""
+        return False
+
+    @property
+    def longest_chunk(self) -> int | None:
+        """The most tokens of a chunk that its decay allows; None for any number."""
+        return None
 
     def default_scale(self, d_k: int) -> float:
         """The factor on the queries if the option names none: d_k^-1/2."""

@@ -98,6 +98,10 @@ class Delta(Mixer):
         True, help="scale queries and keys to length one; without it beta may make the state grow"
     )
 
+    @property
+    def unit_length(self) -> bool:
+        return self.unit_keys
+
     def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
         return ((d_k, d_v),)
 

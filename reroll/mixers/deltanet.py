@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reroll.mixers import delta_form
 from reroll.mixers.base import Result, State
+from reroll.mixers.core import Core
 from reroll.mixers.decay import NoDecay
 from reroll.mixers.gates import Gate
 
@@ -19,6 +20,7 @@ class DeltaNet(delta_form.Delta):
     """DeltaNet: a state that overwrites what it holds under a key."""
 
     name = "deltanet"
+    core = Core("none", delta=True)
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         return (self.strength(),)

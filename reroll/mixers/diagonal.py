@@ -10,6 +10,7 @@ from torch import Tensor
 from reroll.bounds import Range
 from reroll.mixers import linear_form
 from reroll.mixers.base import Mixer, Result, State
+from reroll.mixers.core import Core
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, HeadDecay, bounded_size
 from reroll.mixers.feature_maps import FEATURE_MAPS, Name
 from reroll.rewrite.pipeline.options import option
@@ -18,7 +19,13 @@ from reroll.rewrite.pipeline.options import option
 class Diagonal(Mixer):
     """A linear recurrence whose decay is a number for each head."""
 
+    core = Core("head")
+
     feature_map: Name = option("none", help="what queries and keys go through")
+
+    @property
+    def key_map(self) -> str:
+        return self.feature_map
 
     def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
         return ((self.features(d_k), d_v),)
@@ -57,6 +64,8 @@ class Diagonal(Mixer):
 class ChannelDiagonal(Diagonal):
     """A linear recurrence whose decay is a vector over the channels of the keys."""
 
+    core = Core("channel")
+
     floor: float = option(
         -2.5,
         within=Range(below=0),
@@ -64,8 +73,7 @@ class ChannelDiagonal(Diagonal):
     )
 
     @property
-    def size(self) -> int:
-        """Tokens of a chunk: no more than the floor allows."""
+    def longest_chunk(self) -> int:
         return bounded_size(self.chunk_size, self.floor)
 
     def parallel_form(
@@ -78,7 +86,9 @@ class ChannelDiagonal(Diagonal):
     def chunk_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
     ) -> Result:
-        out, end = linear_form.chunks(q, k, v, gates[0], FactoredDecay, state[0], self.size)
+        out, end = linear_form.chunks(
+            q, k, v, gates[0], FactoredDecay, state[0], self.longest_chunk
+        )
         return out, (end,)
 
     def step_form(

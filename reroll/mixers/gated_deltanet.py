@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reroll.mixers import delta_form
 from reroll.mixers.base import Result, State
+from reroll.mixers.core import Core
 from reroll.mixers.decay import HeadDecay
 from reroll.mixers.gates import Gate, inverse_softplus, wide
 
@@ -19,6 +20,7 @@ class GatedDeltaNet(delta_form.Delta):
     """Gated DeltaNet: overwrites under a key, and fades by one number for each head."""
 
     name = "gated_deltanet"
+    core = Core("head", delta=True)
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         return decay_of_softplus(), self.strength()

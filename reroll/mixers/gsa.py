@@ -26,6 +26,8 @@ class GSA(Mixer):
     """Gated slot attention: a softmax over slots, each with a key and a value that fade."""
 
     name = "gsa"
+    divides = "log_mass"
+    has_slots = True
 
     slots: int = option(64, within=SIZE, help="slots of the state")
     floor: float = option(

@@ -11,6 +11,7 @@ import math
 from torch import Tensor
 
 from reroll.bounds import Range
+from reroll.mixers.core import Core
 from reroll.mixers.diagonal import ChannelDiagonal
 from reroll.mixers.gates import Gate, log_sigmoid, logit
 from reroll.rewrite.pipeline.options import option
@@ -20,6 +21,7 @@ class HGRN2(ChannelDiagonal):
     """HGRN2: a state that writes as much as it forgets, channel by channel."""
 
     name = "hgrn2"
+    core = Core("channel", key="forgotten")
 
     floor: float = option(-5.0, within=Range(below=0), help="log decays below are raised to it")
     lower_bound: float = option(

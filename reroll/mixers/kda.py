@@ -11,6 +11,7 @@ from torch import Tensor
 from reroll.bounds import Range
 from reroll.mixers import delta_form
 from reroll.mixers.base import Result, State
+from reroll.mixers.core import Core
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size
 from reroll.mixers.gates import Gate, logit, wide
 from reroll.rewrite.pipeline.options import option
@@ -20,12 +21,17 @@ class KDA(delta_form.Delta):
     """Kimi Delta Attention: overwrites under a key, and fades channel by channel."""
 
     name = "kda"
+    core = Core("channel", delta=True)
 
     floor: float = option(
         -5.0,
         within=Range(below=0),
         help="the lowest log decay; with it goes how long a chunk may be",
     )
+
+    @property
+    def longest_chunk(self) -> int:
+        return bounded_size(self.chunk_size, self.floor)
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         decay = Gate(
@@ -51,8 +57,9 @@ class KDA(delta_form.Delta):
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
     ) -> Result:
         log_decay, beta = gates
-        size = bounded_size(self.chunk_size, self.floor)
-        out, end = delta_form.chunks(q, k, v, beta, log_decay, FactoredDecay, state[0], size)
+        out, end = delta_form.chunks(
+            q, k, v, beta, log_decay, FactoredDecay, state[0], self.longest_chunk
+        )
         return out, (end,)
 
     def step_form(

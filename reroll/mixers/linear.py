@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reroll.mixers import linear_form
 from reroll.mixers.base import Result, State
+from reroll.mixers.core import Core
 from reroll.mixers.decay import NoDecay
 from reroll.mixers.diagonal import Diagonal
 from reroll.mixers.feature_maps import Name
@@ -25,12 +26,18 @@ class Linear(Diagonal):
     """Normalised linear attention: a sum over all tokens so far."""
 
     name = "linear"
+    core = Core("none", counts=True)
+    divides = "normalise"
 
     feature_map: Name = option("elu", help="what queries and keys go through")
     normalise: bool = option(True, help="divide by the sum of weights")
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         return ()
+
+    @property
+    def normalised(self) -> bool:
+        return self.normalise
 
     def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
         size = self.features(d_k)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from reroll.mixers.core import Core
 from reroll.mixers.diagonal import Diagonal
 from reroll.mixers.gates import Gate, inverse_softplus, pooled, wide
 
@@ -18,6 +19,7 @@ class Mamba2(Diagonal):
     """Mamba-2: a state that fades by one number for each head, with a gate on what it takes in."""
 
     name = "mamba2"
+    core = Core("head", key="gated")
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         decay = Gate(

@@ -59,7 +59,7 @@ class RWKV6(ChannelDiagonal):
         log_decay, bonus = gates
         before, own = _before(q, log_decay), _own(q, k, v, bonus)
         out, end = linear_form.chunks(
-            before, k, v, log_decay, FactoredDecay, state[0], self.size, -1
+            before, k, v, log_decay, FactoredDecay, state[0], self.longest_chunk, -1
         )
         return out + own, (end,)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.mixers import Mixer, State, make
+from reroll.mixers.feature_maps import FEATURE_MAPS
 from reroll.rewrite.analysis import tolerances
 
 # bf16 rounds to 2^-8 = 3.9e-3 of a value; a gradient sees the rounding of what comes in, of a
@@ -100,6 +101,46 @@ def with_gradients(form: Form, inputs: Inputs, **keywords: Any) -> dict[str, Ten
     return found | {f"gradient {i}": g for i, g in enumerate(grads)}
 
 
+def by_core(mixer: Mixer, inputs: Inputs) -> Tensor:
+    """`reroll.mixers.core` written out, from a state of zeros: [batch, time, heads, d_v]."""
+    core, (q, k, v, gates, _) = mixer.core, inputs
+    assert core is not None
+    scale = mixer.default_scale(D_K) if mixer.scale is None else mixer.scale
+    floors = [gate.floor for gate in mixer.gates(D_K, D_V)]
+    gates = tuple(
+        g if low is None else g.clamp(min=low) for g, low in zip(gates, floors, strict=True)
+    )
+    if mixer.key_map != "none":
+        q, k = FEATURE_MAPS[mixer.key_map](q), FEATURE_MAPS[mixer.key_map](k)
+    if mixer.unit_length:
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    if core.key == "gated":
+        k = k * gates[1][..., None]
+    elif core.key == "forgotten":
+        k = 1 - gates[0].exp()
+    if core.counts:
+        v = torch.nn.functional.pad(v, (0, 1), value=1.0)
+    q = q * scale
+    state = v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+    outs = []
+    for t in range(k.shape[2]):
+        if core.decay == "head":
+            state = state * gates[0][:, :, t, None, None].exp()
+        elif core.decay == "channel":
+            state = state * gates[0][:, :, t, :, None].exp()
+        write = v[:, :, t]
+        if core.delta:
+            held = torch.einsum("bhkv,bhk->bhv", state, k[:, :, t])
+            write = gates[-1][:, :, t, None] * (write - held)
+        state = state + k[:, :, t, :, None] * write[..., None, :]
+        read = torch.einsum("bhgk,bhkv->bhgv", q[:, :, t].unflatten(1, (k.shape[1], -1)), state)
+        if core.counts:
+            read, sums = read[..., :-1], read[..., -1:]
+            read = read / sums.clamp(min=1e-6) if mixer.normalised else read
+        outs.append(read.flatten(1, 2))
+    return torch.stack(outs, 1)
+
+
 class MixerSuite:
     """Tests of one mixer."""
 
@@ -129,6 +170,13 @@ class MixerSuite:
         numbers = sum(s[0, 0].numel() for s in inputs.state)
         assert self.mixer.state_bytes(KV_HEADS, D_K, D_V) == 4 * KV_HEADS * numbers
         assert self.mixer.flops(HEADS, KV_HEADS, D_K, D_V) > numbers
+
+    def test_its_core_is_what_it_computes(self) -> None:
+        mixer, inputs = self.mixer, draw(self.mixer)
+        if mixer.core is None:
+            return
+        expected, _ = mixer.recur(*inputs.at(slice(None)))
+        assert_close(by_core(mixer, inputs), expected, 1e-12, "what the core says")
 
     def test_its_gates_can_be_made(self) -> None:
         raw, key = torch.linspace(-4, 4, 9), torch.randn(BATCH, KV_HEADS, TIME, D_K)

@@ -39,7 +39,8 @@ class Recurrence:
     """One token mixer of a program: `scan` and `step` launch its kernels.
 
     `features` maps queries and keys; `unit` brings them to length one; decays below `floor` are
-    raised to it. A token writes `delay` tokens late, and the first `skip` tokens never do. With
+    raised to it. The `key` is as "given", multiplied by a gate ("gated"), or what the decay lets go
+    ("forgotten"). A token writes `delay` tokens late, and the first `skip` tokens never do. With
     `counted`, values have a column of ones, whose sum divides what is read if `normalise`.
     """
 
@@ -57,7 +58,7 @@ class Recurrence:
     delta: bool = False
     features: str = "none"
     unit: bool = False
-    write: bool = False
+    key: str = "given"
     floor: float | None = None
     counted: bool = False
     normalise: bool = False
@@ -267,7 +268,7 @@ def prepared(
     """
     dtype, left = k.dtype, [g.float() for g in gates]
     g = left.pop(0) if about.decay else None
-    beta = left.pop(0) if about.delta or about.write else None
+    beta = left.pop(0) if about.delta or about.key == "gated" else None
     if g is not None and about.floor is not None:
         g = g.clamp(min=about.floor)
     q, k = features(q, about.features), features(k, about.features)
@@ -275,8 +276,10 @@ def prepared(
         q, k = (
             x.float() * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6) for x in (q, k)
         )
-    if about.write and beta is not None:
+    if about.key == "gated" and beta is not None:
         k, beta = k * beta[..., None], None
+    elif about.key == "forgotten" and g is not None:
+        k = -g.expm1()
     if about.counted:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     k = k.masked_fill(~writes[..., None], 0.0)

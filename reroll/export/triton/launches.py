@@ -11,7 +11,7 @@ import torch
 
 from reroll.errors import ExportError
 from reroll.export.triton.linears import Fused
-from reroll.export.triton.sites import Site, gate_of
+from reroll.export.triton.sites import Site
 from reroll.export.triton.specialise import plain, specialised
 from reroll.kernels import configurations, delta, diagonal, linear_rows, pointwise, step, window
 
@@ -126,9 +126,9 @@ def kernel_number(site: Site, recurrences: Sequence[Site]) -> int:
 
 def _key(site: Site) -> tuple[Any, ...]:
     f = site.fields
-    if site.mixer is None:
+    if site.mixer is None or site.mixer.core is None:
         return f["heads"], f["kv_heads"], f["k_size"], f["v_size"]
-    return f["heads"], f["kv_heads"], f["state"], gate_of(site.mixer), f["delta"]
+    return f["heads"], f["kv_heads"], f["state"], site.mixer.core.gate, f["delta"]
 
 
 def _kernels(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) -> list[str]:
@@ -179,7 +179,7 @@ def _tiles(site: Site, dtype: torch.dtype, arch: str, block: int) -> dict[str, A
     """Tiles of both kernels on one GPU."""
     _, _, (rows, columns), gate, deltas = _key(site)
     assert site.mixer is not None
-    limit = getattr(site.mixer, "size", max(configurations.CHUNKS))
+    limit = site.mixer.longest_chunk or max(configurations.CHUNKS)
     found = {}
     for family, kernel in (("delta" if deltas else "diagonal", "scan"), ("step", "step")):
         entry = configurations.tiles_for(family, arch, dtype, "ieee", gate, max(rows, columns - 1),

@@ -10,17 +10,11 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.mixers import Mixer, make
-from reroll.mixers.delta_form import Delta
-from reroll.mixers.diagonal import ChannelDiagonal, Diagonal
-from reroll.mixers.linear import Linear
 from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
 from reroll.rewrite.ir.matching import argument, bind
 from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Program, TensorType
 from reroll.rewrite.ir.visibility import Visibility
-
-# mixers of which `bundle_runtime.prepared` does what their `prepare` does
-MIXERS = ("retention", "mamba2", "gla", "linear", "deltanet", "gated_deltanet", "kda")
 
 
 @dataclass(frozen=True)
@@ -97,42 +91,32 @@ def _attention(node: fx.Node) -> dict[str, Any]:
 def _recurrence(node: fx.Node, mixer: Mixer) -> dict[str, Any]:
     q, k, v = (_type(argument(node, name)) for name in "qkv")
     d_k, d_v = int(k.shape[3]), int(v.shape[3])
-    if mixer.name not in MIXERS:
+    core = mixer.core
+    if core is None:
         raise _cannot(f"the mixer {mixer.name}", node)
     if mixer.state_shapes(d_k, d_v)[0][0] > 128 or d_v > 128:
         raise _cannot("a state with more than 128 rows or columns", node)
     delay, skip, active = (argument(node, name) for name in ("delay", "skip", "active"))
     if isinstance(delay, fx.Node) or isinstance(skip, fx.Node) or active is not True:
         raise _cannot("a recurrence that differs between the trips of a loop", node)
-    feature_map = mixer.feature_map if isinstance(mixer, Diagonal) else "none"
-    if feature_map == "taylor":
+    if mixer.key_map == "taylor":
         raise _cannot("Taylor features", node)
     rows = mixer.state_shapes(d_k, d_v)[0][0]
-    counted = isinstance(mixer, Linear)
-    roles = [gate.role for gate in mixer.gates(d_k, d_v)]
     fields: dict[str, Any] = {
         "heads": q.shape[1], "kv_heads": k.shape[1], "k_size": d_k, "v_size": d_v,
-        "state": (rows, d_v + 1 if counted else d_v),
+        "state": (rows, d_v + 1 if core.counts else d_v),
         "gates": tuple(gate.shape for gate in mixer.gates(d_k, d_v)),
         "scale": mixer.default_scale(d_k) if mixer.scale is None else mixer.scale,
-        "decay": "decay" in roles,
-        "delta": isinstance(mixer, Delta),
-        "write": "write" in roles and not isinstance(mixer, Delta),
-        "features": feature_map,
-        "unit": isinstance(mixer, Delta) and mixer.unit_keys,
+        "decay": core.gate > 0,
+        "delta": core.delta,
+        "key": core.key,
+        "features": mixer.key_map,
+        "unit": mixer.unit_length,
         "floor": next((g.floor for g in mixer.gates(d_k, d_v) if g.floor is not None), None),
-        "counted": counted, "normalise": isinstance(mixer, Linear) and mixer.normalise,
+        "counted": core.counts, "normalise": mixer.normalised,
         "delay": delay, "skip": skip,
     }  # fmt: skip
     return fields
-
-
-def gate_of(mixer: Mixer) -> int:
-    """The kernels' number for the mixer's decay: none, one for each head, or for each channel."""
-    gates = mixer.gates(16, 16)
-    if not any(g.role == "decay" for g in gates):
-        return 0
-    return 2 if isinstance(mixer, ChannelDiagonal) or gates[0].shape else 1
 
 
 def _type(node: Any) -> TensorType:

@@ -50,12 +50,13 @@ class Design:
     def logs(self) -> bool:
         """Whether the mixer gives the log of what it divides by, and shares that with a window."""
         shared = self.combine == "joint" and self.reach.window > 0
-        return shared and "log_mass" in find(self.mixer).options()
+        return shared and find(self.mixer).divides == "log_mass"
 
     @property
     def slots(self) -> int:
         """Slots of the mixer's state; 0 if it has none."""
-        return int(getattr(make(self.mixer, self.mixer_options), "slots", 0))
+        mixer: Any = make(self.mixer, self.mixer_options)
+        return mixer.slots if mixer.has_slots else 0
 
     def insert(self, site: Site, projections: Projections) -> fx.Node:
         """Put a mixer beside an attention, and let their sum take its place; returns the mixer.
@@ -106,7 +107,7 @@ class Design:
 
     def _mixer(self, site: Site) -> Mixer:
         options, known = dict(self.mixer_options), find(self.mixer).options()
-        own = "normalise" in known
+        own = find(self.mixer).divides == "normalise"
         if self.logs:
             options["log_mass"] = True
             if not site.causal:

@@ -114,15 +114,14 @@ class Linearize(LayerPass):
     def check(self) -> None:
         super().check()
         find(self.mixer).make(self.mixer_options)
-        known = set(find(self.mixer).options())
-        if self.gates == "clustered" and "slots" not in known:
+        mixer = find(self.mixer)
+        if self.gates == "clustered" and not mixer.has_slots:
             raise UsageError(
                 f"{self.mixer} has no slots for clusters of keys",
                 "pass linearize, option gates",
                 "use mixer=gsa with gates=clustered",
             )
-        own = {"normalise", "log_mass"} & known
-        if self.combine == "joint" and self.feature_map == "none" and not own:
+        if self.combine == "joint" and self.feature_map == "none" and not mixer.divides:
             raise UsageError(
                 "one normalisation takes features that are not negative",
                 "pass linearize, option combine",
@@ -208,7 +207,7 @@ class Linearize(LayerPass):
     def _design(self) -> Design:
         rotary = self.rotary
         if rotary is None:
-            own = getattr(find(self.mixer).make(self.mixer_options), "feature_map", "none")
+            own = find(self.mixer).make(self.mixer_options).key_map
             rotary = self.feature_map == own == "none"
         return Design(
             self.mixer, self.mixer_options, self.gates, self.feature_map, rotary,

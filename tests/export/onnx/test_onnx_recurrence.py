@@ -13,8 +13,10 @@ from reroll.export.onnx import Onnx
 from reroll.export.onnx.emit.check import check_graph, prompts
 from reroll.export.onnx.emit.session import Session
 from reroll.export.onnx.graph import nodes_of
-from reroll.mixers import registered
+from reroll.mixers import registered, registry
+from reroll.mixers.diagonal import Diagonal
 from reroll.mixers.feature_maps import FEATURE_MAPS
+from reroll.mixers.gates import decay_gate, log_sigmoid
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.ir import lowerings
 from reroll.rewrite.ir.program import Program
@@ -192,11 +194,43 @@ def run(program: Program, path: Path) -> torch.Tensor:
 
 
 def test_a_mixer_without_a_construction_is_named(tmp_path, monkeypatch):
-    program = linearized("mixer=gla, window=0, sinks=0")
-    monkeypatch.delitem(lowerings._lowerings, ("onnx", "recurrence:gla"))
-    with pytest.raises(ExportError, match="gla has no lowering") as error:
+    program = linearized("mixer=rwkv6, window=0, sinks=0")
+    monkeypatch.delitem(lowerings._lowerings, ("onnx", "recurrence:rwkv6"))
+    with pytest.raises(ExportError, match="rwkv6 has no lowering") as error:
         Onnx().write(program, tmp_path)
-    assert "recurrence:gla" in error.value.hint
+    assert "recurrence:rwkv6" in error.value.hint
+
+
+@pytest.fixture
+def fade(monkeypatch):
+    """A mixer that is one class, registered while a test runs."""
+    monkeypatch.setattr(registry.MIXERS, "classes", dict(registered()))
+
+    class Fade(Diagonal):
+        """A decay for each head that the key's mean decides."""
+
+        name = "fade"
+
+        def gates(self, d_k, d_v):
+            return (decay_gate(from_key={"paper": lambda k: log_sigmoid(k.mean(-1))}),)
+
+    registry.register(Fade)
+    return Fade
+
+
+def test_a_new_mixer_on_a_core_is_exported_without_a_line_here(fade, tmp_path):
+    exported(linearized("mixer=fade, gates=liger, window=3, sinks=1"), tmp_path)
+
+
+def test_mathematics_of_its_own_take_the_core_away(fade):
+    class Half(fade):
+        """What is inherited no longer says what is computed."""
+
+        def prepare(self, q, k, v, gates):
+            return q, k / 2, v, gates
+
+    assert fade.core is not None
+    assert Half.core is None
 
 
 def test_update_rules_that_share_no_function_are_refused(tmp_path):

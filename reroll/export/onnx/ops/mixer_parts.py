@@ -85,7 +85,7 @@ def running_maximum(g: Translator, x: Value) -> Value:
 
 def unit_tokens(g: Translator, mixer: Any, x: Tokens) -> Tokens:
     """Queries and keys of length one, if the mixer wants that."""
-    return replace(x, q=unit(g, x.q), k=unit(g, x.k)) if mixer.unit_keys else x
+    return replace(x, q=unit(g, x.q), k=unit(g, x.k)) if mixer.unit_length else x
 
 
 def unit(g: Translator, value: Value) -> Value:
@@ -96,7 +96,7 @@ def unit(g: Translator, value: Value) -> Value:
 
 def with_features(g: Translator, mixer: Any, x: Tokens) -> Tokens:
     """Queries and keys through the feature map."""
-    name = getattr(mixer, "feature_map", "none")
+    name = mixer.key_map
     if name == "none":
         return x
     q, k = (_feature_map(g, name, value, x.d_k) for value in (x.q, x.k))

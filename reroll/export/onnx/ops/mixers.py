@@ -1,9 +1,10 @@
 """Token mixers as `LinearAttention`: what each does to its tokens before and after the operator.
 
-Most mixers are one of the operator's update rules; the others are brought to one. A normaliser is
-a further column of values. mLSTM's running maximum, known in advance, is part of its decay. RWKV-6,
-which reads before it writes, hands over every token one later. The writes of DeltaProduct are
-tokens of their own, and gated slot attention is the operator twice.
+Mixers that declare a core are one of the operator's update rules; a normaliser is a further column
+of values. The others are brought to a rule by a construction of their own. mLSTM's running maximum,
+known in advance, is part of its decay. RWKV-6, which reads before it writes, hands over every token
+one later. The writes of DeltaProduct are tokens of their own, and gated slot attention is the
+operator twice.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from reroll.export.onnx.ops.mixer_parts import (
 )
 from reroll.export.onnx.ops.recurrence import Tokens
 from reroll.export.onnx.plan.states import CONV
+from reroll.mixers import Mixer
 from reroll.mixers.gsa import NOTHING
 from reroll.mixers.mlstm import EPS
 from reroll.rewrite.ir.lowerings import lowering
@@ -40,33 +42,30 @@ if TYPE_CHECKING:
 INT, FLOAT = torch.int64, torch.float32
 
 
-@lowering(TARGET, "recurrence:retention", "recurrence:gla")
-def gated(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """A decay for each head or channel, after a feature map."""
-    return linear_attention(g, node, with_features(g, mixer, x), "gated", x.gates[0])
-
-
-@lowering(TARGET, "recurrence:mamba2")
-def mamba2(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """The step size scales the keys."""
-    x = with_features(g, mixer, x)
-    k = g.op("Mul", x.k, g.op("Unsqueeze", x.gates[1], g.ints(3)))
-    return linear_attention(g, node, replace(x, k=k), "gated", x.gates[0])
-
-
-@lowering(TARGET, "recurrence:hgrn2")
-def hgrn2(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """The key is what the decay lets go: 1 - exp(g)."""
-    x = replace(with_features(g, mixer, x), k=let_go(g, x.gates[0]))
-    return linear_attention(g, node, x, "gated", x.gates[0])
-
-
-@lowering(TARGET, "recurrence:linear")
-def linear(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """The sum of weights is a further column of values, and of the state."""
-    out = linear_attention(g, node, counted(g, with_features(g, mixer, x)), "linear")
+@lowering(TARGET, "recurrence")
+def by_core(g: Translator, node: fx.Node, mixer: Mixer, x: Tokens) -> Value:
+    """A mixer that declares its core: what it does to its keys, then the operator."""
+    core = mixer.core
+    assert core is not None
+    x = unit_tokens(g, mixer, with_features(g, mixer, x))
+    if core.key == "gated":
+        x = replace(x, k=g.op("Mul", x.k, g.op("Unsqueeze", x.gates[1], g.ints(3))))
+    elif core.key == "forgotten":
+        x = replace(x, k=let_go(g, x.gates[0]))
+    rule = {
+        (False, False): "linear",
+        (False, True): "gated",
+        (True, False): "delta",
+        (True, True): "gated_delta",
+    }[core.delta, core.gate > 0]
+    decay = x.gates[0] if core.gate else None
+    beta = x.gates[-1] if core.delta else None
+    if not core.counts:
+        return linear_attention(g, node, x, rule, decay, beta)
+    # the sum of weights is a further column of values, and of the state
+    out = linear_attention(g, node, counted(g, x), rule, decay, beta)
     values, weights = split_counted(g, out, x)
-    if not mixer.normalise:
+    if not mixer.normalised:
         return values
     return g.op("Div", values, g.op("Max", weights, g.number(1e-6, FLOAT)))
 
@@ -149,20 +148,6 @@ def gsa(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
     mass = g.op("Reshape", mass, g.ints(0, 0, x.heads, 1))
     mass = g.op("Add", mass, g.op("Log", written))
     return g.op("Concat", g.op("Div", means, written), mass, axis=3)
-
-
-@lowering(TARGET, "recurrence:deltanet")
-def deltanet(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """The delta rule without decay."""
-    x = unit_tokens(g, mixer, x)
-    return linear_attention(g, node, x, "delta", beta=x.gates[0])
-
-
-@lowering(TARGET, "recurrence:gated_deltanet", "recurrence:kda")
-def gated_delta(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """The delta rule on a state that fades by head or by channel."""
-    decay, beta = x.gates
-    return linear_attention(g, node, unit_tokens(g, mixer, x), "gated_delta", decay, beta)
 
 
 @lowering(TARGET, "recurrence:deltaproduct")

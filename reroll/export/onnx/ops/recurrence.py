@@ -1,6 +1,6 @@
 """The lowering of recurrences: which tokens write, and when; the mathematics is in `mixers`.
 
-A mixer that has no construction there can register one under "recurrence:NAME".
+A mixer without a core (`reroll.mixers.core`) can register a construction as "recurrence:NAME".
 """
 
 from __future__ import annotations
@@ -154,13 +154,15 @@ def _mixed(
     delay: int,
 ) -> Value:
     """[batch, time, heads, d_v] in fp32, by the construction of the mixer."""
+    mixer = make(rule, options)
     construction = find_lowering(TARGET, f"recurrence:{rule}")
+    if construction is None and mixer.core is not None:
+        construction = find_lowering(TARGET, "recurrence")
     if construction is None:
         raise ExportError(
             f"the mixer {rule} has no lowering to ONNX",
             hint=f'give it one: @lowering("onnx", "recurrence:{rule}")',
         )
-    mixer = make(rule, options)
     shapes: list[Any] = [a.meta["type"].shape for a in node.args[:3]]  # type: ignore[union-attr]
     heads, kv_heads, d_k, d_v = shapes[0][1], shapes[1][1], shapes[1][3], shapes[2][3]
     declared = mixer.gates(d_k, d_v)
