@@ -567,3 +567,15 @@ def test_a_log_without_a_terminal_tells_progress(
     with terminal.Bars() as bars:
         bars(3, 8, "weights")
     assert "weights 3/8" in capsys.readouterr().err
+
+
+def test_show_prints_the_lowered_code_and_its_passes(model: Path) -> None:
+    result = run("show", str(model), "--lowered", "--print-after", "make_masks")
+    assert result.exit_code == 0
+    text = result.stdout
+    assert text.index("==== after make_masks") < text.index("make_mask") < text.index("==== main")
+    assert "def forward(self" in text[text.index("==== main") :]
+    wrong = run("show", str(model), "--lowered", "--print-after", "masks")
+    assert wrong.exit_code == 2
+    assert "make_masks" in wrong.stderr
+    assert "add --lowered" in run("show", str(model), "--print-after", "make_masks").stderr

@@ -459,17 +459,39 @@ def show_command(
         bool,
         typer.Option("--flat", help="Of a model that is not converted: as captured, not rolled."),
     ] = False,
+    lowered: Annotated[
+        bool, typer.Option("--lowered", help="The Python code that its graphs are lowered to.")
+    ] = False,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(help="With --lowered: the graphs after a pass of the lowering, or all."),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
     """Print a model's program."""
+    if print_after and not lowered:
+        raise UsageError(
+            "--print-after shows passes of the lowering",
+            where="reroll show",
+            hint="add --lowered; passes of a conversion are shown by convert --print-after",
+        )
     with Bars() as bars:
         bars(0, 0, "capturing")
         program = _program(
             model, roll=not flat, revision=revision, trust_remote_code=trust_remote_code
         )
-    if json_:
+    if lowered:
+        from reroll.runtime.lowering.assembly import lowered_text
+
+        sources, after = lowered_text(program, print_after or ())
+        if json_:
+            write_json({"code": sources, "after": after})
+            return
+        for name, text in (*after.items(), *sources.items()):
+            write(f"==== {'after ' if name in after else ''}{name}\n{text.strip()}\n")
+    elif json_:
         from reroll.rewrite.ir.text.serialize import program_to_json
 
         write_json(program_to_json(program))

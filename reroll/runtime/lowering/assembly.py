@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
-from reroll.rewrite.analysis.mixing import other_mixing
-from reroll.rewrite.analysis.state_plan import CacheLayer, plan_states, stateful_nodes
+from reroll.errors import UsageError
+from reroll.rewrite.analysis.state_plan import CacheLayer, stateful_nodes
 from reroll.rewrite.capture.pictures import picture_inputs, text_part
 from reroll.rewrite.ir.defaults import looks_into, reads
-from reroll.rewrite.ir.exits import exits_of
 from reroll.rewrite.ir.program import Program
-from reroll.runtime.functions.hidden import note_in_main, observed, states_of
 from reroll.runtime.functions.loops import Trips
-from reroll.runtime.lowering.attention_masks import place_masks
 from reroll.runtime.lowering.codegen import compile_graph, runnable
-from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
 from reroll.runtime.lowering.halves import cut
-from reroll.runtime.lowering.heads import head_path, keep_before_head, take_embeddings
-from reroll.runtime.lowering.hoisting import OWN_INPUTS, hoist_invariants
 from reroll.runtime.lowering.modules import Tree, Trip, build_tree
-from reroll.runtime.lowering.padding import read_padding
-from reroll.runtime.lowering.statics import is_decoder_input, split_statics
-from reroll.runtime.models.pictures import count_places, put_pictures, with_pictures
-from reroll.runtime.state.caches import tell_padding, update_function
+from reroll.runtime.lowering.passes import PASSES, Lowering, Observer, lower_graphs
+from reroll.runtime.lowering.statics import is_decoder_input
+from reroll.runtime.models.pictures import put_pictures, with_pictures
 
 
 @dataclass
@@ -79,63 +72,32 @@ class Assembly:
     halves: HalfFunctions | None = None
 
 
-def assemble(model: nn.Module, program: Program) -> Assembly:
-    """Grow a Program's modules under `model`, and generate its code. Its weights have no data
-    yet.
+def assemble(model: nn.Module, program: Program, observe: Observer | None = None) -> Assembly:
+    """Grow a Program's modules under `model`, and generate its code. Its weights have no data yet.
+
+    `observe` is told of every pass of the lowering (see `reroll.runtime.lowering.passes`).
     """
     tree = build_tree(model, program)
-    program = hoist_invariants(program)
-    plan = plan_states(program)
-    mixing = other_mixing(program)
-    layers, state = _cache_inputs(program)
-    masks = read_padding(program, state)
-    readings = tree.readings["main"]
-    head = head_path(program, readings)
-    embeddings, takes_embeddings = take_embeddings(program, readings, state)
-    keeps = keep_before_head(program, state)
-    if pictures := picture_inputs(program.inputs):
-        count_places(program)
-    statics = split_statics(program, state)
-    updates = {node: update_function(node) for node in plan.numbers}
-    for node in plan.numbers:
-        tell_padding(node)
-    place_masks(program, layers)
-    note_in_main(program, state)
+    lowering = lower_graphs(program, tree, observe)
+    program, plan = lowering.program, lowering.plan
     loops, sources = {}, {}
     for loop in program.loops:
         name, caches = loop.name, stateful_nodes(loop.body.graph)
-        own = {node: (updates[node], number) for number, node in enumerate(caches)}
-        exits = exits_of(loop)
-        running = None if exits is None else loop_exits(loop, exits)
-        graphs = {}
-        if exits is not None:
-            split = split_exits(loop, exits)
-            own_test = {split.tested[node]: own[node] for node in split.tested}
-            graphs["test"] = runnable(split.test, tree.readings[name], split.layers, own_test)
-            own_fill = {new: own[node] for node, new in split.filled.items() if node in own}
-            filled = split.filled[layers[name]]
-            graphs["fill"] = runnable(split.fill, tree.readings[name], filled, own_fill)
-        graphs["forward"] = runnable(loop.body.graph, tree.readings[name], layers[name], own)
-        hidden, inner = states_of(loop)
-        if inner:
-            seen = observed(loop.body.graph, inner)
-            # a copy has the nodes of the original in their order
-            copies = dict(zip(loop.body.graph.nodes, seen.nodes, strict=True))
-            own_seen = {copies[node]: update for node, update in own.items()}
-            seen_layers = copies[layers[name]]
-            graphs["observed"] = runnable(seen, tree.readings[name], seen_layers, own_seen)
-        if name in statics:
-            graphs["static"] = runnable(statics[name], tree.readings[name])
-        trip_type = _trip_type(name, graphs)
+        trip_type = _trip_type(name, lowering.graphs[name])
         for trip in tree.trips[name]:
             trip.__class__ = trip_type
         sources[name] = trip_type.source
         first = plan.number(caches[0]) if caches else 0
-        loops[name] = Trips(tree.trips[name], first, len(caches), exits=running, hidden=hidden)
-    own = {n: (updates[n], plan.number(n)) for n in stateful_nodes(program.graph)}
-    graph = runnable(program.graph, readings, layers["main"], own, state)
+        loops[name] = Trips(
+            tree.trips[name],
+            first,
+            len(caches),
+            exits=lowering.exits.get(name),
+            hidden=lowering.hidden[name],
+        )
+    graph = lowering.graphs["main"]["main"]
     main, sources["main"] = compile_graph(graph, "main")
-    if pictures:
+    if pictures := picture_inputs(program.inputs):
         part = text_part(graph, pictures, program.outputs, put_pictures)
         text, sources["text"] = compile_graph(part, "text")
         main = with_pictures(main, text, program.inputs)
@@ -144,18 +106,42 @@ def assemble(model: nn.Module, program: Program) -> Assembly:
         loops,
         tree,
         plan.layers,
-        masks,
-        keeps,
-        embeddings,
-        head,
+        lowering.masks,
+        lowering.keeps,
+        lowering.embeddings,
+        lowering.head,
         sources,
         _defaults(program, sources),
-        takes_embeddings,
-        mixing,
+        lowering.takes_embeddings,
+        lowering.mixing,
     )
     if any(is_decoder_input(i.name) for i in program.inputs):
         assembly.halves = _halves(graph, program, sources)
     return assembly
+
+
+def lowered_text(
+    program: Program, print_after: Collection[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The code that a Program is lowered to by graph, and its graphs after passes of the lowering.
+
+    `print_after` names the passes; "all" stands for each. Raises UsageError for an unknown one.
+    """
+    known = [each.__name__ for each in PASSES]
+    for name in print_after:
+        if name not in (*known, "all"):
+            raise UsageError(
+                f"the lowering has no pass {name!r}",
+                where="print_after",
+                hint=f"its passes are {', '.join(known)}",
+            )
+    after: dict[str, str] = {}
+
+    def observe(name: str, lowering: Lowering) -> None:
+        if name in print_after or "all" in print_after:
+            after[name] = lowering.text()
+
+    return assemble(nn.Module(), program, observe).sources, after
 
 
 def _defaults(program: Program, sources: dict[str, str]) -> dict[str, Default]:
@@ -208,22 +194,3 @@ def _either(plain: Callable[..., Any], observed: Callable[..., Any]) -> Callable
         return (observed if observe else plain)(self, *args, **kwargs)
 
     return forward
-
-
-def _cache_inputs(program: Program) -> tuple[dict[str, fx.Node], fx.Node]:
-    """Give each graph its cache layers as an input; returns those nodes and the main graph's
-    state.
-    """
-    body_input, main_input = OWN_INPUTS
-    nodes: dict[str, fx.Node] = {}
-    for name, graph in program.graphs():
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        with graph.inserting_after(last):
-            if name == "main":
-                state = graph.create_node("placeholder", main_input, name=main_input)
-            else:
-                # a keyword, because gradient checkpointing looks for it
-                nodes[name] = graph.create_node("placeholder", body_input, (None,), name=body_input)
-    with program.graph.inserting_after(state):
-        nodes["main"] = program.graph.call_function(getattr, (state, "layers"))
-    return nodes, state

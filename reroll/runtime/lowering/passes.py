@@ -1,0 +1,224 @@
+"""Lowering as a list of passes over one record, each of which can be printed after.
+
+A pass changes the record in place. What it needs of those before it stands beside it in `PASSES`;
+after the last one, `Lowering.graphs` has a runnable graph for each function that is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import fx
+
+from reroll.rewrite.analysis.mixing import other_mixing
+from reroll.rewrite.analysis.state_plan import StatePlan, plan_states, stateful_nodes
+from reroll.rewrite.capture.pictures import picture_inputs
+from reroll.rewrite.ir.exits import exits_of
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.runtime.functions.hidden import note_in_main, observed, states_of
+from reroll.runtime.lowering.attention_masks import place_masks
+from reroll.runtime.lowering.codegen import Update, runnable
+from reroll.runtime.lowering.exit_graphs import LoopExits, loop_exits, split_exits
+from reroll.runtime.lowering.heads import head_path, keep_before_head, take_embeddings
+from reroll.runtime.lowering.hoisting import OWN_INPUTS, hoist_invariants
+from reroll.runtime.lowering.modules import Tree
+from reroll.runtime.lowering.padding import read_padding
+from reroll.runtime.lowering.statics import split_statics
+from reroll.runtime.models.pictures import count_places
+from reroll.runtime.state.caches import tell_padding, update_function
+
+
+@dataclass
+class Lowering:
+    """A Program on its way to a module that runs.
+
+    Attributes:
+        program: the Program, whose graphs the passes change.
+        tree: the modules that hold its weights.
+        plan: its states.
+        state: the node of the running forward's `State`, an input of the main graph.
+        layers: the node of its cache layers in each graph.
+        mixing: what mixes tokens and knows nothing of documents, in words.
+        masks: the padding inputs that are needed as tensors; the others may be None.
+        head: the path of the module that makes the logits.
+        embeddings: the path of the module that looks up the tokens.
+        takes_embeddings: whether embeddings can be given instead of tokens.
+        keeps: whether it applies `logits_to_keep` itself.
+        updates: how each stateful node updates its layer.
+        statics: of loops over an encoder's result, the graph of what is the same for every token.
+        exits: how each loop with exits is left.
+        hidden: the hidden states that each loop gives.
+        graphs: runnable graphs by loop ("main" for the main graph) and function.
+    """
+
+    program: Program
+    tree: Tree
+    plan: StatePlan = field(default_factory=lambda: StatePlan((), {}))
+    state: fx.Node | None = None
+    layers: dict[str, fx.Node] = field(default_factory=dict)
+    mixing: str | None = None
+    masks: frozenset[str] = frozenset()
+    head: str | None = None
+    embeddings: str | None = None
+    takes_embeddings: bool = False
+    keeps: bool = False
+    updates: dict[fx.Node, Callable[..., Any]] = field(default_factory=dict)
+    statics: dict[str, fx.Graph] = field(default_factory=dict)
+    exits: dict[str, LoopExits] = field(default_factory=dict)
+    hidden: dict[str, Any] = field(default_factory=dict)
+    graphs: dict[str, dict[str, fx.Graph]] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """All graphs as they are now."""
+        parts = []
+        for name, graph in self._named():
+            parts.append(f"---- {name}\n{graph}")
+        return "\n\n".join(parts) + "\n"
+
+    def _named(self) -> Iterator[tuple[str, fx.Graph]]:
+        if not self.graphs:
+            yield from self.program.graphs()
+        for owner, functions in self.graphs.items():
+            for name, graph in functions.items():
+                yield (owner if name == owner else f"{owner}, {name}"), graph
+
+
+LoweringPass: TypeAlias = Callable[[Lowering], None]
+# what is told after each pass: its name, and the record
+Observer: TypeAlias = Callable[[str, Lowering], None]
+
+
+def lower_graphs(program: Program, tree: Tree, observe: Observer | None = None) -> Lowering:
+    """Run all passes over a Program whose modules are those of `tree`."""
+    record = Lowering(program, tree)
+    for each in PASSES:
+        each(record)
+        if observe is not None:
+            observe(each.__name__, record)
+    return record
+
+
+def hoist(x: Lowering) -> None:
+    """Move out of loops what is the same in every trip."""
+    x.program = hoist_invariants(x.program)
+
+
+def plan_state(x: Lowering) -> None:
+    """Number the states."""
+    x.plan, x.mixing = plan_states(x.program), other_mixing(x.program)
+
+
+def add_state_inputs(x: Lowering) -> None:
+    """Give each graph its cache layers, and the main graph the state of a forward."""
+    body_input, main_input = OWN_INPUTS
+    for name, graph in x.program.graphs():
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            if name == "main":
+                x.state = graph.create_node("placeholder", main_input, name=main_input)
+            else:
+                # a keyword, because gradient checkpointing looks for it
+                x.layers[name] = graph.create_node(
+                    "placeholder", body_input, (None,), name=body_input
+                )
+    with x.program.graph.inserting_after(x.state):
+        x.layers["main"] = x.program.graph.call_function(getattr, (x.state, "layers"))
+
+
+def check_padding(x: Lowering) -> None:
+    """Let attentions read one boolean mask per padding input, or None."""
+    x.masks = read_padding(x.program, _state(x))
+
+
+def open_ends(x: Lowering) -> None:
+    """Take embeddings instead of tokens, and make logits only where they are wanted."""
+    readings = x.tree.readings["main"]
+    x.head = head_path(x.program, readings)
+    x.embeddings, x.takes_embeddings = take_embeddings(x.program, readings, _state(x))
+    x.keeps = keep_before_head(x.program, _state(x))
+
+
+def place_pictures(x: Lowering) -> None:
+    """Count the places of pictures among the tokens."""
+    if picture_inputs(x.program.inputs):
+        count_places(x.program)
+
+
+def split_encoded(x: Lowering) -> None:
+    """Split off what a decoder computes of the encoder's result alone."""
+    x.statics = split_statics(x.program, _state(x))
+
+
+def make_masks(x: Lowering) -> None:
+    """Make each attention's mask, as early and as rarely as possible.
+
+    How a state is updated depends on who reads it, which is told here for the last time.
+    """
+    x.updates = {node: update_function(node) for node in x.plan.numbers}
+    for node in x.plan.numbers:
+        tell_padding(node)
+    place_masks(x.program, x.layers)
+
+
+def note_hidden(x: Lowering) -> None:
+    """Note the hidden states outside of loops where they arise."""
+    note_in_main(x.program, _state(x))
+
+
+def make_runnable(x: Lowering) -> None:
+    """Make of every graph, and of the parts of loops with exits, what is compiled."""
+    for loop in x.program.loops:
+        x.graphs[loop.name] = _functions(x, loop)
+    own = {n: (x.updates[n], x.plan.number(n)) for n in stateful_nodes(x.program.graph)}
+    main = runnable(x.program.graph, x.tree.readings["main"], x.layers["main"], own, x.state)
+    x.graphs["main"] = {"main": main}
+
+
+PASSES: tuple[LoweringPass, ...] = (
+    hoist,
+    plan_state,
+    add_state_inputs,
+    check_padding,
+    open_ends,
+    place_pictures,
+    split_encoded,
+    make_masks,
+    note_hidden,
+    make_runnable,
+)
+
+
+def _state(x: Lowering) -> fx.Node:
+    assert x.state is not None
+    return x.state
+
+
+def _functions(x: Lowering, loop: Loop) -> dict[str, fx.Graph]:
+    """The graphs of a trip: `forward`, and what exits, hidden states and an encoder add to it."""
+    name, body, readings = loop.name, loop.body.graph, x.tree.readings[loop.name]
+    layers = x.layers[name]
+    own: dict[fx.Node, Update] = {
+        node: (x.updates[node], number) for number, node in enumerate(stateful_nodes(body))
+    }
+    graphs = {}
+    exits = exits_of(loop)
+    if exits is not None:
+        x.exits[name] = loop_exits(loop, exits)
+        split = split_exits(loop, exits)
+        own_test = {split.tested[node]: own[node] for node in split.tested}
+        graphs["test"] = runnable(split.test, readings, split.layers, own_test)
+        own_fill = {new: own[node] for node, new in split.filled.items() if node in own}
+        graphs["fill"] = runnable(split.fill, readings, split.filled[layers], own_fill)
+    graphs["forward"] = runnable(body, readings, layers, own)
+    x.hidden[name], inner = states_of(loop)
+    if inner:
+        seen = observed(body, inner)
+        # a copy has the nodes of the original in their order
+        copies = dict(zip(body.nodes, seen.nodes, strict=True))
+        own_seen = {copies[node]: update for node, update in own.items()}
+        graphs["observed"] = runnable(seen, readings, copies[layers], own_seen)
+    if name in x.statics:
+        graphs["static"] = runnable(x.statics[name], readings)
+    return graphs
