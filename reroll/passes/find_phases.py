@@ -8,6 +8,7 @@ from torch import fx
 from reroll.bounds import COUNT, SHARE
 from reroll.errors import PassError
 from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.distance import divergence
 from reroll.rewrite.analysis.hidden_inputs import (
     angular_distance,
     calibration_inputs,
@@ -145,8 +146,7 @@ def _skips(program: Program, loop: Loop, context: Context) -> str:
             shorter, _ = select_trips(edited, find_loop(edited, loop.name), rest)
             actual = outputs(shorter)
             if "logits" in output:
-                a, b = (x.float().log_softmax(-1) for x in (expected, actual))
-                effects.append((a.exp() * (a - b)).sum(-1).mean().item())
+                effects.append(divergence(expected, actual))
             else:
                 effects.append(tolerances.relative_rms(actual, expected))
     what = "KL divergence" if "logits" in output else "relative RMS error of the output"

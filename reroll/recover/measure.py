@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.evaluate.distance import Distance
 from reroll.recover.data import Source
 from reroll.recover.stage import Batch, arguments, batch_of
+from reroll.rewrite.analysis.distance import Distance
 from reroll.rewrite.analysis.hidden_inputs import cosine
 
 

@@ -16,9 +16,9 @@ import reroll
 from reroll.errors import RerollError, UsageError
 from reroll.evaluate import compare as module
 from reroll.evaluate.compare import compare
-from reroll.evaluate.distance import Distance
 from reroll.evaluate.tokenizing import make_windows, read_text, special_ids, tokenizer_of
 from reroll.rewrite.analysis import tolerances
+from reroll.rewrite.analysis.distance import Distance
 from reroll.rewrite.analysis.samples import sample_text
 from tests import tiny
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 
 from reroll.bounds import COUNT_OR_NONE, WINDOW
-from reroll.evaluate.distance import Distance
 from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
 from reroll.evaluate.measures.perplexity import Text
+from reroll.rewrite.analysis.distance import Distance
 from reroll.rewrite.pipeline.options import option
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.rewrite.analysis.layers import Layer
-from reroll.rewrite.analysis.samples import token_inputs
+from reroll.rewrite.analysis.samples import rows_of
 from reroll.rewrite.capture.raising.attention import ARGUMENTS
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context
@@ -54,8 +54,7 @@ def samples(program: Program, context: Context, count: int) -> list[Mapping[str,
     tokens, length = context.tokens(program), min(LENGTH, program.origin.positions or LENGTH)
     if tokens is None or tokens.numel() < 2 * length // 4:
         return None
-    pieces = [p for p in torch.split(tokens, length) if p.numel() >= length // 4][:count]
-    return [token_inputs(program, piece[None]) for piece in pieces]
+    return rows_of(program, tokens, length, least=length // 4)[:count]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite.analysis.context import Context
-from reroll.rewrite.analysis.samples import random_inputs, token_input, token_inputs
+from reroll.rewrite.analysis.samples import random_inputs, rows_of, token_input
 from reroll.rewrite.ir.program import Loop, Program
 
 TOKENS = 512
@@ -55,13 +55,12 @@ def values_of(
 
 def calibration_inputs(
     program: Program, context: Context, tokens: int, length: int
-) -> list[dict[str, Tensor]]:
+) -> list[Mapping[str, Tensor]]:
     """Rows of the calibration text, of random tokens without one, or random images."""
     if token_input(program) is None:
         return [random_inputs(program, rows=1, seed=seed) for seed in range(IMAGES)]
     ids, _ = context.some_tokens(program, tokens)
-    rows = [ids[:tokens][i : i + length] for i in range(0, tokens, length)]
-    return [dict(token_inputs(program, row[None])) for row in rows if row.numel() > 1]
+    return rows_of(program, ids[:tokens], length)
 
 
 def _values(

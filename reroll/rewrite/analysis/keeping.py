@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reroll.errors import PassError
 from reroll.rewrite.analysis.context import Context
+from reroll.rewrite.analysis.distance import divergence
 from reroll.rewrite.analysis.measure import measured_output
 from reroll.rewrite.analysis.samples import token_input, token_inputs
 from reroll.rewrite.ir.program import Program
@@ -81,15 +82,13 @@ class _Distance:
         twice = tokens[None, :length].repeat(1, 2)
         self.inputs: Mapping[str, Tensor] = token_inputs(program, twice)
         self.context = context
-        self.original = self._log_probabilities(program)
+        self.original = self._logits(program)
 
     def __call__(self, program: Program) -> float:
-        found = self._log_probabilities(program)
-        return float((self.original.exp() * (self.original - found)).sum(-1).mean())
+        return divergence(self.original, self._logits(program))
 
-    def _log_probabilities(self, program: Program) -> Tensor:
-        outputs = self.context.outputs(program, self.inputs)
-        return outputs[measured_output(program)].float().log_softmax(-1)
+    def _logits(self, program: Program) -> Tensor:
+        return self.context.outputs(program, self.inputs)[measured_output(program)]
 
 
 def _shown(ranking: Sequence[int], alone: Mapping[int, float]) -> str:

@@ -8,19 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.errors import ProgramError
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.context import Context
 from reroll.rewrite.analysis.costs import flops_per_token, keeps_state, state_bytes
-from reroll.rewrite.analysis.samples import random_inputs, token_input, token_inputs
+from reroll.rewrite.analysis.distance import Distance
+from reroll.rewrite.analysis.samples import random_inputs, rows_of, token_input
 from reroll.rewrite.ir.interpret import run, widened
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights.store import WeightStore
 
 LENGTH = 256
 SHORTEST = 8
+# the largest perplexity that is told
+MOST = 1e300
 MAX_TOKENS = 1024
 # logits of one measurement that are kept in memory
 MAX_LOGITS = 2**28
@@ -123,40 +127,33 @@ class Judge:
 
     def compare(self, reference: Program, program: Program) -> dict[str, Any]:
         """Relative RMS error; for logits KL divergence in nats, top-1 agreement and perplexity."""
-        pairs = list(zip(self.outputs(reference), self.outputs(program), strict=True))
-        errors = [tolerances.relative_rms(b, a) for a, b in pairs]
+        logits = "logits" in measured_output(program)
+        predicts = logits and self.kind == "text" and self.generates
+        distance = Distance(logits)
+        pairs = zip(self.outputs(reference), self.outputs(program), strict=True)
+        for inputs, (a, b) in zip(self.inputs, pairs, strict=True):
+            targets = _targets(inputs) if predicts else None
+            distance.add(a.flatten(0, -2), b.flatten(0, -2), targets)
         result: dict[str, Any] = {
             "inputs": self.kind,
-            "relative_rms_error": sum(errors) / len(errors),
+            "relative_rms_error": distance.relative_rms_error,
         }
-        if "logits" not in measured_output(program):
+        if not logits:
             return result
-        kl, agrees = [], []
-        losses: dict[str, list[Tensor]] = {"before": [], "after": []}
-        for inputs, pair in zip(self.inputs, pairs, strict=True):
-            a, b = (logits.float().log_softmax(-1).flatten(0, -2) for logits in pair)
-            kl.append((a.exp() * (a - b)).sum(-1))
-            agrees.append(a.argmax(-1) == b.argmax(-1))
-            if self.kind == "text" and self.generates:
-                losses["before"].append(_losses(inputs, a))
-                losses["after"].append(_losses(inputs, b))
-        result["kl"] = torch.cat(kl).mean().item()
-        result["top1_agreement"] = torch.cat(agrees).float().mean().item()
-        if losses["before"]:
-            result["perplexity"] = {name: _perplexity(each) for name, each in losses.items()}
-        result["tokens"] = sum(k.numel() for k in kl)
-        return result
+        result |= {"kl": distance.kl, "top1_agreement": distance.top1_agreement}
+        if predicts:
+            result["perplexity"] = {
+                # a broken model's may not fit into a number of JSON
+                name: min(distance.perplexity(side) or 0.0, MOST)
+                for side, name in enumerate(("before", "after"))
+            }
+        return result | {"tokens": distance.positions}
 
 
-def _losses(inputs: Mapping[str, Tensor], log: Tensor) -> Tensor:
-    """Negative log-likelihood [time - 1] of each next token; `log` is [time, vocabulary]."""
+def _targets(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The token after each one [time], -100 after the last."""
     ids = next(t for t in inputs.values() if t.dtype == torch.long and t.dim() == 2).flatten()
-    return -log[:-1].gather(1, ids[1:, None])[:, 0]
-
-
-def _perplexity(losses: Sequence[Tensor]) -> float:
-    # a broken model's perplexity may not fit into a float
-    return math.exp(min(torch.cat(list(losses)).mean().item(), 700.0))
+    return F.pad(ids[1:], (0, 1), value=-100)
 
 
 def _sample(
@@ -169,8 +166,7 @@ def _sample(
     count = max(2, min(MAX_TOKENS, MAX_LOGITS // (4 * width)))
     tokens, kind = context.some_tokens(program, min(count, length))
     count = min(count, tokens.numel())
-    chunks = (tokens[i : min(i + length, count)] for i in range(0, count, length))
-    return [token_inputs(program, c[None]) for c in chunks if c.numel() > 1], kind
+    return rows_of(program, tokens[:count], length), kind
 
 
 def measured_output(program: Program) -> str:

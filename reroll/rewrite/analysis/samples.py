@@ -105,3 +105,14 @@ def token_inputs(program: Program, tokens: Tensor) -> Mapping[str, Tensor]:
     assert item is not None
     inputs = random_inputs(program, rows=tokens.shape[0], length=tokens.shape[1])
     return {**inputs, item.name: tokens.to(item.type.dtype)}
+
+
+def rows_of(
+    program: Program, tokens: Tensor, length: int, least: int = 2
+) -> list[Mapping[str, Tensor]]:
+    """Tokens [time] cut into rows of at most `length`, as the inputs that a Program has for them.
+
+    A row of fewer than `least` tokens is left out.
+    """
+    rows = torch.split(tokens, length)
+    return [token_inputs(program, row[None]) for row in rows if row.numel() >= least]

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.errors import ExportError
@@ -20,6 +21,7 @@ from reroll.export.onnx.emit.session import Session
 from reroll.export.onnx.graph import nodes_of
 from reroll.export.onnx.plan.parameters import Settings
 from reroll.export.onnx.plan.quantise import bits_of, dequantised
+from reroll.rewrite.analysis.distance import Distance
 from reroll.rewrite.analysis.samples import (
     default_tokenizer,
     random_inputs,
@@ -93,7 +95,7 @@ def check_graph(
     }
 
 
-def quality(path: Path, program: Program, module: Any) -> dict[str, float] | None:
+def quality(path: Path, program: Program, module: Any) -> dict[str, float | None] | None:
     """How far a graph of another precision is from the module, on text, as it is run.
 
     Mean KL divergence in nats, top-1 agreement, and both perplexities; None for models that have no
@@ -106,19 +108,15 @@ def quality(path: Path, program: Program, module: Any) -> dict[str, float] | Non
     positions = torch.arange(tokens.shape[1])[None]
     session.reset(1)
     given = {"input_ids": tokens, "attention_mask": seen, "position_ids": positions}
+    distance = Distance(logits=True)
     with torch.no_grad():
-        expected = torch.log_softmax(module(tokens).logits.float(), -1)
-        actual = torch.log_softmax(session.run(given)["logits"].float(), -1)
-
-    def perplexity(logs: Tensor) -> float:
-        return float(logs[:, :-1].gather(-1, tokens[:, 1:, None]).mean().neg().exp())
-
-    same = expected.argmax(-1) == actual.argmax(-1)
+        expected, actual = module(tokens).logits, session.run(given)["logits"]
+    distance.add(expected[0], actual[0], F.pad(tokens[0, 1:], (0, 1), value=-100))
     return {
-        "kl_divergence": float((expected.exp() * (expected - actual)).sum(-1).mean()),
-        "top1_agreement": float(same.float().mean()),
-        "perplexity": perplexity(actual),
-        "original_perplexity": perplexity(expected),
+        "kl_divergence": distance.kl,
+        "top1_agreement": distance.top1_agreement,
+        "perplexity": distance.perplexity(1),
+        "original_perplexity": distance.perplexity(0),
         "tokens": tokens.shape[1],
     }
 

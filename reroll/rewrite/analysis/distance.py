@@ -91,6 +91,13 @@ class Distance:
         return math.exp(mean) if mean < 700 else math.inf
 
 
+def divergence(a: Tensor, b: Tensor) -> float:
+    """Mean KL(a || b) in nats of logits [..., vocabulary]."""
+    distance = Distance(logits=True)
+    distance.add(a.flatten(0, -2), b.flatten(0, -2))
+    return distance.kl
+
+
 def _larger(x: float, y: float) -> float:
     """The larger number, where one that is not a number is the largest of all."""
     return y if math.isnan(y) or (y > x and not math.isnan(x)) else x
