@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,35 @@ def save_tensors(
     """Write tensors as they come to ``model.safetensors``, or to shards with an index.
 
     ``metas`` has every tensor in the order in which ``items`` will give them; the shards are
-    planned from it, and one shard is held at a time. The same tensors give the same bytes.
-    Raises ExportError if the directory has a checkpoint already, or if the items differ from
-    what ``metas`` announced.
+    planned from it. See `write_shards`.
+    """
+    shards = plan_shards({name: meta.bytes for name, meta in metas.items()}, max_shard_bytes)
+    write_shards(directory, items, [{name: metas[name] for name in shard} for shard in shards])
+
+
+def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names in each shard: as many, in their order, as have no more than `limit` bytes."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def write_shards(
+    directory: str | Path,
+    items: Iterable[tuple[str, Tensor]],
+    shards: Sequence[Mapping[str, Meta]],
+) -> None:
+    """Write tensors as they come, one shard after the other, each of which is held once.
+
+    ``shards`` has every tensor in the order in which ``items`` will give them. The same tensors
+    give the same bytes. Raises ExportError if the directory has a checkpoint already, or if the
+    items differ from what was announced.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -138,48 +164,35 @@ def save_tensors(
             hint="choose another directory, or delete the old files",
         )
     stream = iter(items)
-    shards = _plan(metas, max_shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE_FILE
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = dict(_announced(stream, shard, metas))
+        tensors = dict(_announced(stream, shard))
         write_file(tensors, directory / file)
         weight_map.update(dict.fromkeys(shard, file))
         del tensors
     for name, _ in stream:
         raise ExportError(f"tensor {name!r} was not announced", where=str(directory))
     if len(shards) > 1:
-        total = sum(meta.bytes for meta in metas.values())
+        total = sum(meta.bytes for shard in shards for meta in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (directory / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def _plan(metas: Mapping[str, Meta], max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, meta in metas.items():
-        if shards[-1] and held + meta.bytes > max_shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += meta.bytes
-    return shards
-
-
 def _announced(
-    stream: Iterator[tuple[str, Tensor]], shard: list[str], metas: Mapping[str, Meta]
+    stream: Iterator[tuple[str, Tensor]], shard: Mapping[str, Meta]
 ) -> Iterator[tuple[str, Tensor]]:
     """The next tensors, as announced, each with memory of its own."""
     seen: set[int] = set()
-    for wanted in shard:
+    for wanted, meta in shard.items():
         name, tensor = next(stream, (None, None))
         if name != wanted or tensor is None:
             raise ExportError(f"tensor {wanted!r} should come next, but {name!r} did")
-        if meta_of(tensor) != metas[name]:
-            raise ExportError(f"tensor {name!r} is {meta_of(tensor)}, not {metas[name]}")
+        if meta_of(tensor) != meta:
+            raise ExportError(f"tensor {name!r} is {meta_of(tensor)}, not {meta}")
         tensor = tensor.detach().cpu().contiguous()
         # safetensors refuses tensors that share memory
         storage = tensor.untyped_storage()
