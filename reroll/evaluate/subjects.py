@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from reroll.rewrite.analysis.reach import out_of_reach
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.models import class_of
 from reroll.rewrite.capture.signature import is_decoder
+from reroll.rewrite.checkpoint.hub import file_of
 from reroll.rewrite.ir.program import Program
 
 log = logging.getLogger(__name__)
@@ -157,16 +158,10 @@ def open_subject(item: Any, opening: Opening | None = None) -> Subject:
 
 def is_converted(name: str, revision: str | None = None) -> bool:
     """Whether a path or hub id is that of a model that reroll wrote."""
-    file: Any = Path(name) / "config.json"
-    if not Path(name).exists():
-        from huggingface_hub import hf_hub_download
-
-        # a name that cannot be reached is reported by whoever opens it
-        with suppress(Exception):
-            file = Path(hf_hub_download(name, "config.json", revision=revision))
+    # a name that cannot be reached is reported by whoever opens it
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads(file_of(name, "config.json", revision).read_text(encoding="utf-8"))
+    except Exception:
         return False
     return isinstance(config, dict) and config.get("model_type") == "reroll"
 

@@ -11,17 +11,16 @@ tokenizer.json, ...      the original's side files, unchanged but for the class 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from reroll.errors import ExportError, UsageError
+from reroll.errors import UsageError
 from reroll.export.model_card import model_card
 from reroll.export.processing_classes import KINDS, name_classes, processing_classes
 from reroll.export.shards import Progress, save_outputs
+from reroll.export.side_files import copy_side_files
 from reroll.rewrite.checkpoint import SafetensorsSource
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.text.serialize import program_to_json
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 _WEIGHT_FILES = (
     "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"
 )  # fmt: skip
-_OWN_FILES = {"config.json", PROGRAM_FILE, "readme.md", "model.safetensors.index.json"}
 
 
 def save(
@@ -88,7 +86,7 @@ def load(directory: str | Path) -> Program:
 def _write(
     program: Program, directory: Path, progress: Progress | None, config: RerollConfig | None
 ) -> None:
-    files = _copy_files(program, directory)
+    files = copy_side_files(program, directory)
     stored = with_saved_weights(program, directory, progress)
     origin = replace(program.origin, files={name: name for name in files})
     _write_config(replace(stored, origin=origin), directory, config)
@@ -142,33 +140,6 @@ def with_saved_weights(program: Program, directory: Path, progress: Progress | N
         reference=WeightTable(),
         source=SafetensorsSource(directory),
     )
-
-
-def _copy_files(program: Program, directory: Path) -> list[str]:
-    """Copy the side files, unchanged."""
-    for name, path in program.origin.files.items():
-        target = directory / checked_file(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(path, target)
-        except OSError as error:
-            raise ExportError(
-                f"the side file {name} cannot be copied: {error.strerror}", where=str(path)
-            ) from error
-    return list(program.origin.files)
-
-
-def checked_file(name: str) -> str:
-    """A side file's name, if it stays in the directory and is not one of ours."""
-    parts = PurePosixPath(name).parts
-    bad = not parts or PurePosixPath(name).is_absolute() or {"..", "."} & {*parts, *name.split("/")}
-    if bad or re.search(r'[\\:\0"]', name):
-        raise ExportError(f"the side file {name!r:.80} would not be in the directory")
-    # in a folder they are weights of a module behind the model
-    own_weights = len(parts) == 1 and name.lower().endswith(".safetensors")
-    if name.lower() in _OWN_FILES or own_weights:
-        raise ExportError(f"the side file {name!r:.80} would replace a file of the model")
-    return name
 
 
 def _write_json(path: Path, data: Any, sort_keys: bool = False) -> None:

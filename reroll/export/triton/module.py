@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import fx
 
 import reroll
 from reroll.errors import ExportError
-from reroll.export.huggingface import checked_file, with_saved_weights
+from reroll.export.huggingface import with_saved_weights
+from reroll.export.side_files import copy_side_files
 from reroll.export.triton.graphs import LOGITS, GraphWriter
 from reroll.export.triton.launches import NUMBERS, has_kernel, has_tiles, kernel_number, kernels_of
 from reroll.export.triton.linears import Fused, fused_of, kinds_of
@@ -44,10 +44,7 @@ def write(
             progress(done, total, "writing weights")
 
     # first, so that none of them replaces what is written here
-    for name, path in program.origin.files.items():
-        goal = directory / checked_file(name)
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, goal)
+    copy_side_files(program, directory)
     text = module_text(program, target.arch)
     (directory / MODULE).write_text(text, encoding="utf-8")
     stored = with_saved_weights(program, directory, report)

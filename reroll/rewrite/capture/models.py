@@ -29,6 +29,7 @@ from reroll.rewrite.capture.side_files import (
 )
 from reroll.rewrite.capture.signature import adds_tokens, wraps_labels
 from reroll.rewrite.checkpoint import TensorSource
+from reroll.rewrite.checkpoint.hub import directory_of, file_of
 from reroll.rewrite.ir.dtypes import DTYPES, dtype_of
 from reroll.rewrite.ir.program import Origin, Program, _service
 
@@ -72,7 +73,8 @@ def open_model(
     if path.suffix == ".gguf":
         return _open_gguf(path, dtype_of(dtype))
     if not path.exists():
-        path = _download(name, revision, trust_remote_code)
+        wanted = partial(_files_to_download, name, revision, trust_remote_code)
+        path = directory_of(name, wanted, revision=revision)
     if not (path / "config.json").is_file():
         raise _no_model(path, name)
     if (path / "adapter_config.json").is_file():
@@ -343,28 +345,12 @@ def _meta_parameters() -> Iterator[None]:
         yield
 
 
-def _download(name: str, revision: str | None, trust: bool = False) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        patterns = _files_to_download(name, revision, trust)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise UsageError(f"{name} is neither a path nor a hub id") from error
-    except Exception as error:
-        raise UsageError(
-            f"cannot get the model {name}: {type(error).__name__}",
-            hint="is it a local path that does not exist, or is the hub out of reach?",
-        ) from error
-
-
 def _files_to_download(name: str, revision: str | None, trust: bool) -> list[str] | None:
     """The weights and the side files of a repository, and its Python code if that is trusted.
 
     None, for all files, if the repository cannot be listed.
     """
-    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub import list_repo_files
 
     try:
         names = list_repo_files(name, revision=revision)
@@ -373,7 +359,7 @@ def _files_to_download(name: str, revision: str | None, trust: bool) -> list[str
         return None
     modules: set[str] = set()
     if MODULES_FILE in names:
-        modules = module_folders(Path(hf_hub_download(name, MODULES_FILE, revision=revision)))
+        modules = module_folders(file_of(name, MODULES_FILE, revision))
     code = [n for n in names if trust and n.endswith(".py")]
     return ["config.json", *code, *weight_names(names), *side_names(names, modules)]
 

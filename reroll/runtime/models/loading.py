@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from reroll.errors import UsageError
+from reroll.rewrite.checkpoint.hub import directory_of
 from reroll.rewrite.ir.dtypes import retype
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.models.auto import MODELS, model_class
 from reroll.runtime.models.config import RerollConfig
-from reroll.runtime.models.pretrained import find_directory, load_program
+from reroll.runtime.models.pretrained import load_program
 from reroll.runtime.models.saving import ADAPTER_FILES
 
 
@@ -42,7 +43,7 @@ def load_model(
     hub = {
         key: kwargs.pop(key, None) for key in ("revision", "cache_dir", "token", "local_files_only")
     }
-    directory = find_directory(str(name), **hub) / (subfolder or "")
+    directory = directory_of(str(name), **hub) / (subfolder or "")
     directory, adapter = _base_and_adapter(directory, adapter_kwargs)
     program = load_program(directory)
     fitting = MODELS.get(program.origin.auto_class, MODELS["AutoModel"])[1]
@@ -75,14 +76,14 @@ def _base_and_adapter(
     """The directory of the model, and that of the adapter to put on it: see `runtime.saving`."""
     asked = (adapter_kwargs or {}).get("_adapter_model_path")
     if asked is not None:
-        return directory, find_directory(str(asked))
+        return directory, directory_of(str(asked))
     file = directory / ADAPTER_FILES[0]
     if not file.is_file():
         return directory, None
     if (directory / "config.json").is_file():
         return directory, directory
     base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return find_directory(str(base)), directory
+    return directory_of(str(base)), directory
 
 
 # arguments of from_pretrained that choose between ways of loading which are all the same here

@@ -48,25 +48,6 @@ def with_files_in(program: Program, directory: Path) -> Program:
     return replace(program, origin=replace(program.origin, files=files))
 
 
-def find_directory(name: str, **hub: Any) -> Path:
-    """A local directory, or the snapshot of a hub repository; UsageError if there is neither."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(name, **{k: v for k, v in hub.items() if v is not None}))
-    except HFValidationError as error:
-        raise UsageError(f"{name} is neither a directory nor a hub id") from error
-    except Exception as error:
-        raise UsageError(
-            f"cannot get the model {name}: {type(error).__name__}",
-            hint="is it a local path that does not exist, or is the hub out of reach?",
-        ) from error
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from reroll.rewrite.capture import models, side_files
 from reroll.rewrite.capture.side_files import side_names, weight_names
+from reroll.rewrite.checkpoint.hub import directory_of
 
 MODULES = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
 KEPT = [
@@ -69,7 +71,8 @@ def test_the_same_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         lambda _, allow_patterns, **__: asked.append(allow_patterns) or tmp_path,
     )
     for trust in (False, True):
-        assert models._download("org/model", None, trust) == tmp_path
+        wanted = partial(models._files_to_download, "org/model", None, trust)
+        assert directory_of("org/model", wanted) == tmp_path
     plain, trusted = map(set, asked)
     weights = {"model.safetensors", "model.safetensors.index.json"}
     assert plain == {"config.json", *weights, *KEPT}

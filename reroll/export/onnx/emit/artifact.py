@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from reroll.export.onnx.graph import Graph, nodes_of
 from reroll.export.onnx.plan.parameters import Settings
 from reroll.export.onnx.plan.parts import exported_part
 from reroll.export.onnx.plan.weights import WeightFile
+from reroll.export.side_files import copy_side_files
 from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir.dtypes import HALVES, retype
 from reroll.rewrite.ir.program import Program
@@ -55,7 +55,7 @@ def write(
         )
     settings = Settings(target.precision, target.opset, target.block, target.runtime)
     # first, so that none of them replaces what is written here
-    _copy_files(program, directory)
+    copy_side_files(program, directory)
     weights = WeightFile(program)
     files: dict[str, str] = {}
     for kind in dict.fromkeys(target.graphs):
@@ -104,20 +104,6 @@ def _model(built: Graph, name: str, settings: Settings) -> onnx.ModelProto:
         producer_name="reroll",
         producer_version=reroll.__version__,
     )
-
-
-def _copy_files(program: Program, directory: Path) -> None:
-    """The tokenizer, the preprocessor and the like, unchanged."""
-    for name, path in program.origin.files.items():
-        goal = directory / name
-        if directory.resolve() not in goal.resolve().parents:
-            raise ExportError(f"the side file {name!r:.80} would not be in the directory")
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(path, goal)
-        except OSError as error:
-            reason = f"the side file {name} cannot be copied: {error.strerror}"
-            raise ExportError(reason, where=str(path)) from error
 
 
 def _checked(
