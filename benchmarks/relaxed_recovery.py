@@ -28,9 +28,9 @@ from benchmarks.least_squares import MEASURED, rows
 from benchmarks.recovery import DATA
 from reroll.cli.recovery import token_count
 from reroll.recover import recover
+from reroll.recover.hooks import hooked
 from reroll.recover.measure import held_out
 from reroll.recover.recipe import Recipe, parse
-from reroll.recover.stage import hooked
 
 START = {"start_tokens": 8192, "start_free": True, "train": "new"}
 STAGES: dict[str, list[dict[str, Any]]] = {

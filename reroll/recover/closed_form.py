@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reroll.recover.stage import Batch, Models, hooked
+from reroll.recover.hooks import hooked
+from reroll.recover.stage import Batch, Models
 from reroll.rewrite.ir.weights.factors import low_rank_factors
 
 # in turn: the shared weight, and the residuals beside it

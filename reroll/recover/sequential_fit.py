@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from reroll.errors import UsageError
 from reroll.recover.closed_form import Layer, layers_to_fit, set_factors
-from reroll.recover.stage import Batch, Models, hooked
+from reroll.recover.hooks import hooked
+from reroll.recover.stage import Batch, Models
 
 # how strongly a residual stays what it was, relative to the mean size of an input
 RIDGE = 1e-2

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from reroll.recover import Batch, Models
 from reroll.recover.closed_form import fit_linear_layers
+from reroll.recover.hooks import recorded
 from reroll.recover.sequential_fit import fit_trip_by_trip
-from reroll.recover.stage import recorded
 from reroll.recover.trainable import new_names
 from reroll.rewrite.pipeline.manager import run_passes
 from tests import captured

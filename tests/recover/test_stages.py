@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 from reroll.errors import UsageError
 from reroll.recover import Batch, Models, load_recipe
+from reroll.recover.hooks import recorded
 from reroll.recover.losses import cross_entropy, mean_over_pieces
 from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.recipe import parse
-from reroll.recover.stage import arguments, recorded, stages
+from reroll.recover.stage import arguments, stages
 from reroll.recover.stages.align import Align, relative_error
 from reroll.recover.stages.distil import Distil
 from reroll.recover.stages.exits import Exits

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from reroll.bounds import COUNT_OR_NONE, POSITIVE, SHARE
 from reroll.errors import UsageError
 from reroll.recover.closed_form import fit_linear_layers
+from reroll.recover.hooks import fed, named, recorded, taken
 from reroll.recover.sequential_fit import fit_trip_by_trip
-from reroll.recover.stage import Batch, Loss, Models, Stage, fed, named, recorded, taken
+from reroll.recover.stage import Batch, Loss, Models, Stage
 from reroll.rewrite.pipeline.options import option
 
 

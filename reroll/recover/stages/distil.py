@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from reroll.bounds import COUNT, NOT_NEGATIVE, POSITIVE
+from reroll.recover.hooks import recorded
 from reroll.recover.losses import cross_entropy, mean_over_pieces, unpadded
-from reroll.recover.stage import Batch, Loss, Models, Stage, recorded
+from reroll.recover.stage import Batch, Loss, Models, Stage
 from reroll.recover.stages.align import relative_error
 from reroll.rewrite.pipeline.options import option
 

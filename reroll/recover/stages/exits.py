@@ -9,8 +9,9 @@ from torch import Tensor
 
 from reroll.bounds import COUNT, NOT_NEGATIVE
 from reroll.errors import UsageError
+from reroll.recover.hooks import recorded
 from reroll.recover.losses import cross_entropy, unpadded
-from reroll.recover.stage import Batch, Loss, Models, Stage, arguments, recorded
+from reroll.recover.stage import Batch, Loss, Models, Stage, arguments
 from reroll.recover.stages.distil import Distil
 from reroll.rewrite.pipeline.options import option
 from reroll.runtime.functions.loops import read_out
