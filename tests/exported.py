@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from reroll.rewrite.capture.export import _export, _to_program, _without_casts
 from reroll.rewrite.capture.signature import Example
 from reroll.rewrite.ir.interpret import run
-from reroll.rewrite.ir.program import Origin, Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Origin
 
 
 class _Named(nn.Module):

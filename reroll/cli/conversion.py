@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from reroll.rewrite.analysis.measure import size
-from reroll.rewrite.ir.program import Program, Step
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Step
 from reroll.writing import Paths, check_directory
 
 Progress = Callable[[int, int, str], None]

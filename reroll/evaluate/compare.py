@@ -20,7 +20,7 @@ from reroll.rewrite.analysis.distance import Distance
 from reroll.rewrite.analysis.measure import measured_output
 from reroll.rewrite.analysis.reach import check_length, longest
 from reroll.rewrite.analysis.samples import random_inputs, vocabulary
-from reroll.rewrite.ir.program import Input
+from reroll.rewrite.ir.records import Input
 
 LENGTH = 512
 MAX_TOKENS = 8192

@@ -15,7 +15,8 @@ from reroll.errors import UsageError
 from reroll.rewrite.analysis.reach import longest
 from reroll.rewrite.ir.exits import Exits, exit_loop, is_open, with_thresholds
 from reroll.rewrite.ir.interpret import materialise, run
-from reroll.rewrite.ir.program import Program, Step
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Step
 
 LENGTH = 256
 # an open threshold that no score is above

@@ -23,7 +23,8 @@ from reroll.rewrite.ir import interpret
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION
 from reroll.rewrite.ir.ops.base import Place
-from reroll.rewrite.ir.program import Loop, Program, TensorType
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import type_to_text
 from reroll.rewrite.ir.text.op_names import op_name
 from reroll.rewrite.ir.visibility import Visibility

@@ -22,12 +22,12 @@ from reroll.export.processing_classes import KINDS, name_classes, processing_cla
 from reroll.export.shards import Progress, save_outputs
 from reroll.export.side_files import copy_side_files
 from reroll.rewrite.checkpoint import SafetensorsSource
+from reroll.rewrite.checkpoint.saved import PROGRAM_FILE, load_program
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.text.serialize import program_to_json
 from reroll.rewrite.ir.weights import WeightTable, stored_name
 from reroll.rewrite.ir.weights.evaluation import Output
 from reroll.rewrite.ir.weights.expressions import Source
-from reroll.runtime.models.pretrained import PROGRAM_FILE, load_program
 from reroll.writing import filled_directory, new_directory
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def save(
 
 
 def load(directory: str | Path) -> Program:
-    """The Program in a directory that `save` wrote: see `reroll.runtime.models.pretrained`."""
+    """The Program in a directory that `save` wrote: see `reroll.rewrite.checkpoint.saved`."""
     return load_program(directory)
 
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reroll.rewrite.ir.program import Program, Step
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Step
 
 
 def model_card(program: Program) -> str:

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from reroll.errors import ExportError
+from reroll.rewrite.checkpoint.saved import PROGRAM_FILE
 from reroll.rewrite.ir.program import Program
-from reroll.runtime.models.pretrained import PROGRAM_FILE
 
 # what a saved model has of its own
 _OWN_FILES = {"config.json", PROGRAM_FILE, "readme.md", "model.safetensors.index.json"}

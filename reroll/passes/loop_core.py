@@ -27,7 +27,8 @@ from reroll.rewrite.capture.rolling.split import (
 )
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import shape
-from reroll.rewrite.ir.program import Body, Loop, Program
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.records import Body
 from reroll.rewrite.ir.weights import Weight, concat, identity, zeros
 from reroll.rewrite.pipeline.base import Context, Pass, option
 from reroll.rewrite.pipeline.selection import ranges

@@ -20,7 +20,8 @@ from reroll.rewrite.capture.rolling.split import (
     split_loop,
 )
 from reroll.rewrite.ir.builder import Builder
-from reroll.rewrite.ir.program import Body, Loop, Program
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.records import Body
 from reroll.rewrite.pipeline.base import Context, Pass, option
 
 aten = torch.ops.aten

@@ -16,8 +16,10 @@ from reroll.recover.recipe import Recipe, load_recipe
 from reroll.recover.setup import Setup, prepare
 from reroll.recover.train import OnStep, train
 from reroll.rewrite.ir.dtypes import retype
-from reroll.rewrite.ir.program import Program, Step
-from reroll.rewrite.pipeline.pipeline import call_to_text, recipe_path
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Step
+from reroll.rewrite.pipeline.call_text import call_to_text
+from reroll.rewrite.pipeline.pipeline import recipe_path
 from reroll.writing import check_directory, new_directory
 
 

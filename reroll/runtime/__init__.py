@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reroll.rewrite.checkpoint.saved import load_program
     from reroll.runtime.lowering.lower import lower
     from reroll.runtime.lowering.recapture import untie
-    from reroll.runtime.models.pretrained import load_program
 
 __all__ = ["load_program", "lower", "untie"]
 

@@ -21,7 +21,7 @@ from reroll.rewrite.analysis.samples import random_inputs
 from reroll.rewrite.ir.interpret import materialise, run
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.text.compare import fingerprint, same
-from reroll.rewrite.ir.text.printer import parse
+from reroll.rewrite.ir.text.parser import parse
 from reroll.rewrite.ir.verify import verify
 from reroll.rewrite.pipeline.base import PASSES, Pass
 from reroll.rewrite.pipeline.manager import run_passes

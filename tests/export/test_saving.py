@@ -18,7 +18,8 @@ from reroll.errors import ExportError, UsageError
 from reroll.export import shards
 from reroll.export.huggingface import save
 from reroll.export.model_card import model_card
-from reroll.rewrite.ir.program import Program, Step
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Step
 from reroll.rewrite.ir.weights import Weight, full
 from tests import captured, tiny
 

@@ -8,7 +8,7 @@ import torch
 from reroll.errors import PassError, UsageError
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.ir.interpret import materialise, run
-from reroll.rewrite.ir.text.printer import parse
+from reroll.rewrite.ir.text.parser import parse
 from reroll.rewrite.ir.verify import verify
 from reroll.rewrite.pipeline.manager import run_passes
 from reroll.rewrite.pipeline.pipeline import parse_pipeline

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reroll.rewrite.ir.interpret import materialise
-from reroll.rewrite.ir.text.printer import parse
+from reroll.rewrite.ir.text.parser import parse
 from reroll.rewrite.pipeline import registry
 from reroll.rewrite.pipeline.base import PASSES
 from reroll.rewrite.pipeline.manager import run_passes

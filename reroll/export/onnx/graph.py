@@ -21,6 +21,9 @@ from torch import Tensor
 
 Shape = tuple[int | str | None, ...]
 
+# what lowerings to ONNX are registered under
+TARGET = "onnx"
+
 ELEMENT: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
     torch.float64: TensorProto.DOUBLE,

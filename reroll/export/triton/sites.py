@@ -13,7 +13,8 @@ from reroll.mixers import Mixer, make
 from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
 from reroll.rewrite.ir.matching import argument, bind
 from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
-from reroll.rewrite.ir.program import Program, TensorType
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.visibility import Visibility
 
 

@@ -12,7 +12,8 @@ from reroll.errors import PassError
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, MARK_KEYS, RECURRENCE
-from reroll.rewrite.ir.program import Loop, TensorType
+from reroll.rewrite.ir.program import Loop
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.types import set_type
 
 PAD = torch.ops.aten.constant_pad_nd.default

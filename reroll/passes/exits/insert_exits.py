@@ -21,7 +21,8 @@ from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.exits import exits_of
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION, EXIT, HOLD, RECURRENCE
-from reroll.rewrite.ir.program import Body, Loop, Program, TensorType
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.records import Body, TensorType
 from reroll.rewrite.ir.weights import Expr, Weight
 from reroll.rewrite.pipeline.base import Context, Pass, option
 

@@ -15,7 +15,7 @@ from reroll.mixers.gates import wide
 from reroll.passes.linearize.clusters import Clusters
 from reroll.passes.linearize.sites import LINEAR, Site, before_rotary
 from reroll.rewrite.ir.builder import Builder
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.weights import Expr, Source, cast, concat, full, normal, zeros
 from reroll.rewrite.ir.weights.expressions import meta_of
 

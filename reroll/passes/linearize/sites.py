@@ -16,7 +16,7 @@ from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import ROPE
 from reroll.rewrite.ir.patterns import Miss
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.weight_edit import WeightEditor
 from reroll.rewrite.ir.weights import Expr, Weight
 

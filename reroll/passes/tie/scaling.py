@@ -13,7 +13,8 @@ from reroll.errors import PassError
 from reroll.rewrite.analysis.residual import Tracer
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.patterns import Miss
-from reroll.rewrite.ir.program import Loop, Program, TensorType
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.weights import Weight, normal, zeros
 
 aten = torch.ops.aten

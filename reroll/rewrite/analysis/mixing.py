@@ -15,7 +15,8 @@ from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, BIDIRECTIONAL, CACHE, MASK, RECURRENCE
-from reroll.rewrite.ir.program import Input, Loop, Program
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.records import Input
 
 aten = torch.ops.aten
 

@@ -17,7 +17,8 @@ from torch import fx
 from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.patterns import Miss
-from reroll.rewrite.ir.program import Loop, Program, TensorType
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.records import TensorType
 
 aten = torch.ops.aten
 

@@ -11,7 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx
 
-from reroll.rewrite.ir.program import Input, Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Input
 from reroll.rewrite.ir.shapes import concrete
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from reroll.errors import CaptureError
 from reroll.rewrite.ir.hidden import stand_in
-from reroll.rewrite.ir.program import Dim, TensorType
+from reroll.rewrite.ir.records import Dim, TensorType
 from reroll.rewrite.ir.types import set_type
 
 aten = torch.ops.aten

@@ -52,7 +52,8 @@ from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
 from reroll.rewrite.ir.dtypes import DTYPES, HALVES, dtype_of, retype, retype_graphs, without_casts
 from reroll.rewrite.ir.hidden import NAMES, count, take_marks
 from reroll.rewrite.ir.patterns import Miss
-from reroll.rewrite.ir.program import NO_CACHE, Input, Origin, Program, TensorType, copy
+from reroll.rewrite.ir.program import Program, copy
+from reroll.rewrite.ir.records import NO_CACHE, Input, Origin, TensorType
 from reroll.rewrite.ir.text.compare import same
 from reroll.rewrite.ir.weights import Meta, Source, Weight, WeightTable
 

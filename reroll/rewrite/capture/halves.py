@@ -21,7 +21,8 @@ from reroll.rewrite.capture import clean
 from reroll.rewrite.ir.dtypes import follow_limits
 from reroll.rewrite.ir.hidden import NAMES, mark, marks, unmark
 from reroll.rewrite.ir.patterns import Miss
-from reroll.rewrite.ir.program import Program, TensorType, copy
+from reroll.rewrite.ir.program import Program, copy
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.types import set_dtype, set_type, type_of
 
 aten = torch.ops.aten

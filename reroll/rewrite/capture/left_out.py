@@ -23,7 +23,8 @@ from reroll.rewrite.capture.tracing import Halt
 from reroll.rewrite.ir.defaults import evaluate, extract, fitted, numbers
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION, CACHE
-from reroll.rewrite.ir.program import Input, Program, ancestors
+from reroll.rewrite.ir.program import Program, ancestors
+from reroll.rewrite.ir.records import Input
 from reroll.rewrite.ir.shapes import concrete
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from reroll.rewrite.capture.halves import without_data
-from reroll.rewrite.ir.program import Loss
+from reroll.rewrite.ir.records import Loss
 
 log = logging.getLogger(__name__)
 

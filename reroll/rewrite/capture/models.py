@@ -30,8 +30,10 @@ from reroll.rewrite.capture.side_files import (
 from reroll.rewrite.capture.signature import adds_tokens, wraps_labels
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.checkpoint.hub import directory_of, file_of
+from reroll.rewrite.checkpoint.saved import load_program
 from reroll.rewrite.ir.dtypes import DTYPES, dtype_of
-from reroll.rewrite.ir.program import Origin, Program, _service
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Origin
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def open_model(
             hint="merge it with peft (merge_and_unload) and save the result, or delete its files",
         )
     if _read_json(path / "config.json").get("model_type") == "reroll":
-        return _service("load")(str(path))  # type: ignore[no-any-return]
+        return load_program(path)
     return _open_directory(path, name, dtype_of(dtype), revision, trust_remote_code)
 
 

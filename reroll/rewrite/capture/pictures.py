@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from reroll.errors import ProgramError
-from reroll.rewrite.ir.program import Input, copy
+from reroll.rewrite.ir.program import copy
+from reroll.rewrite.ir.records import Input
 
 ROLE = "pictures"
 MERGE = torch.ops.aten.masked_scatter.default

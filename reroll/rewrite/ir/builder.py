@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.dtypes import HALVES, widen_node
 from reroll.rewrite.ir.ops import WIDEN
-from reroll.rewrite.ir.program import Loop, TensorType
+from reroll.rewrite.ir.program import Loop
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.op_names import op_name
 from reroll.rewrite.ir.types import Sizes, infer, set_type, type_of
 from reroll.rewrite.ir.weights import Weight

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reroll.rewrite.ir.program import Input, Program, ancestors
+from reroll.rewrite.ir.program import Program, ancestors
+from reroll.rewrite.ir.records import Input
 
 SIZE = torch.ops.aten.sym_size.int
 

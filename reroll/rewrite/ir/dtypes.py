@@ -18,7 +18,8 @@ from torch import fx
 from reroll.errors import RerollError, UsageError
 from reroll.rewrite.ir.hidden import stand_in
 from reroll.rewrite.ir.ops import WIDEN
-from reroll.rewrite.ir.program import Input, Loop, Program, TensorType, copy
+from reroll.rewrite.ir.program import Loop, Program, copy
+from reroll.rewrite.ir.records import Input, TensorType
 from reroll.rewrite.ir.shapes import concrete
 from reroll.rewrite.ir.types import run_without_data, set_dtype, set_type
 from reroll.rewrite.ir.weights import Weight, WeightTable, cast

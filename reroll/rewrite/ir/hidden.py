@@ -8,10 +8,13 @@ entries of an output are the marked values in the order in which they are comput
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import fx
 
-from reroll.rewrite.ir.program import Program
+if TYPE_CHECKING:
+    from reroll.rewrite.ir.program import Program
+
 
 HIDDEN = "hidden"
 # what transformers calls these outputs

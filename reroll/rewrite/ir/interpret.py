@@ -18,7 +18,8 @@ from reroll.errors import ProgramError, RerollError
 from reroll.rewrite.ir.defaults import fitted, run_default
 from reroll.rewrite.ir.matching import bind
 from reroll.rewrite.ir.ops import ATTENTION
-from reroll.rewrite.ir.program import Input, Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Input
 from reroll.rewrite.ir.shapes import concrete
 from reroll.rewrite.ir.visibility import Visibility
 from reroll.rewrite.ir.weights import WeightTable, evaluate

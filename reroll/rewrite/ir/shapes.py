@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from reroll.rewrite.ir.hidden import stand_in
-from reroll.rewrite.ir.program import Dim
+from reroll.rewrite.ir.records import Dim
 
 aten = torch.ops.aten
 

@@ -15,7 +15,8 @@ from torch import Tensor, fx
 
 from reroll.errors import ProgramError, RerollError
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.program import Dim, Loop, TensorType
+from reroll.rewrite.ir.program import Loop
+from reroll.rewrite.ir.records import Dim, TensorType
 
 # primes, so that a size is seldom one of them by chance
 _SIZES = (100003, 100019, 100043, 100049, 100057, 100069, 100103, 100109)

@@ -15,7 +15,8 @@ from torch import fx
 
 from reroll.errors import CheckpointError, ProgramError
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.program import Loop, Program, TensorType
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import type_to_text
 from reroll.rewrite.ir.verify_nodes import fitting, node_problem
 from reroll.rewrite.ir.weights import Source

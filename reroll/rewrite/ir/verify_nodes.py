@@ -11,7 +11,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import misfit, nodes_in
 from reroll.rewrite.ir.text.op_names import op_name
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from reroll.rewrite.analysis.context import Context
 from reroll.rewrite.ir.program import Program
+from reroll.rewrite.pipeline.call_text import call_to_text
 from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.options import option
 from reroll.rewrite.pipeline.registry import Registry
@@ -51,8 +52,6 @@ class Pass(Declared, ABC):
         """
 
     def __str__(self) -> str:
-        from reroll.rewrite.pipeline.pipeline import call_to_text
-
         return call_to_text(self.name, self.given())
 
     @classmethod

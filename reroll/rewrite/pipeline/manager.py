@@ -15,7 +15,8 @@ from reroll.rewrite.analysis.context import LARGE, Context
 from reroll.rewrite.analysis.measure import Judge, Violation, difference, size
 from reroll.rewrite.analysis.samples import Tokenizer
 from reroll.rewrite.ir.hidden import keep_complete
-from reroll.rewrite.ir.program import Program, Step
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Step
 from reroll.rewrite.pipeline.base import Pass
 from reroll.rewrite.pipeline.pipeline import Pipeline, resolve
 

@@ -17,16 +17,14 @@ Python:
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from reroll.errors import UsageError
 from reroll.rewrite.pipeline.base import PASSES, Pass
-from reroll.rewrite.pipeline.options import nearest_name, plain
-from reroll.rewrite.pipeline.pipeline_parser import RESERVED, WORD, Call, parse_calls, pointed
+from reroll.rewrite.pipeline.options import nearest_name
+from reroll.rewrite.pipeline.pipeline_parser import Call, parse_calls, pointed
 
 Item: TypeAlias = "Pass | str | Mapping[str, Any]"
 Pipeline: TypeAlias = "Item | Path | Sequence[Item]"
@@ -158,27 +156,3 @@ def to_recipe(passes: Iterable[Pass]) -> str:
 def to_text(passes: Iterable[Pass]) -> str:
     """The canonical line of text of some passes; `parse_pipeline` reads it back."""
     return ", ".join(map(str, passes))
-
-
-def call_to_text(name: str, options: Mapping[str, Any]) -> str:
-    """A pass's name and options as text."""
-    if not options:
-        return name
-    return f"{name}({', '.join(f'{k}={value_to_text(plain(v))}' for k, v in options.items())})"
-
-
-def value_to_text(value: Any) -> str:
-    """A value as it stands in a pipeline."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, str):
-        bare = WORD.fullmatch(value) and value.lower() not in RESERVED
-        return value if bare else json.dumps(value)
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    if isinstance(value, list):
-        return f"[{', '.join(map(value_to_text, value))}]"
-    if isinstance(value, Mapping):
-        pairs = (f"{value_to_text(k)}: {value_to_text(v)}" for k, v in value.items())
-        return f"{{{', '.join(pairs)}}}"
-    return repr(value)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.rewrite.analysis.mixing import mask_beside
-from reroll.rewrite.ir.program import Input
+from reroll.rewrite.ir.records import Input
 from reroll.rewrite.ir.visibility import Visibility
 
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import shape
-from reroll.rewrite.ir.program import Input, TensorType
+from reroll.rewrite.ir.records import Input, TensorType
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
 
 _ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv}

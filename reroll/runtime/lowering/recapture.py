@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from reroll.errors import ProgramError, UsageError
 from reroll.rewrite.capture.side_files import GENERATION_FILE, generation_file
-from reroll.rewrite.ir.program import Origin, Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Origin
 from reroll.rewrite.ir.weights import Weight, WeightTable, stored_name
 from reroll.rewrite.ir.weights.expressions import Meta, Source, meta_of
 from reroll.rewrite.ir.weights.sources import MemorySource

@@ -28,17 +28,15 @@ def model_class(auto_class: str) -> Any:
 
 
 @cache
-def register_models() -> None:
-    """Register the lowered models with transformers' auto classes, once."""
+def register_models(config: Any) -> None:
+    """Register the lowered models with transformers' auto classes, once, under their config."""
     from transformers.models.auto import modeling_auto
-
-    from reroll.runtime.models.config import RerollConfig
 
     for auto_class, (_, name) in MODELS.items():
         mapping = getattr(modeling_auto, auto_class)._model_mapping
-        mapping.register(RerollConfig, _LazyModel(auto_class), exist_ok=True)
+        mapping.register(config, _LazyModel(auto_class), exist_ok=True)
         # Trainer and pipelines look the names of classes up, such as for whether labels are shifted
-        mapping._model_mapping.setdefault(RerollConfig.model_type, name)
+        mapping._model_mapping.setdefault(config.model_type, name)
 
 
 class _LazyModel:

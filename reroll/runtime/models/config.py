@@ -40,7 +40,7 @@ class RerollConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # whoever loads a saved model makes its configuration first, and then asks for its class
-        register_models()
+        register_models(RerollConfig)
         super().__post_init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:

@@ -13,7 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reroll.errors import UsageError
 from reroll.rewrite.capture.side_files import GENERATION_FILE
-from reroll.rewrite.ir.program import NO_CACHE, Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import NO_CACHE
 
 log = logging.getLogger(__name__)
 

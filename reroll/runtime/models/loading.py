@@ -11,11 +11,11 @@ import torch
 
 from reroll.errors import UsageError
 from reroll.rewrite.checkpoint.hub import directory_of
+from reroll.rewrite.checkpoint.saved import load_program
 from reroll.rewrite.ir.dtypes import retype
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.models.auto import MODELS, model_class
 from reroll.runtime.models.config import RerollConfig
-from reroll.runtime.models.pretrained import load_program
 from reroll.runtime.models.saving import ADAPTER_FILES
 
 

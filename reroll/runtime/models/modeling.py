@@ -16,7 +16,8 @@ from reroll.rewrite.analysis.reach import out_of_reach
 from reroll.rewrite.capture.pictures import ROLE
 from reroll.rewrite.ir.defaults import fitted, ordinary_token
 from reroll.rewrite.ir.dtypes import retype
-from reroll.rewrite.ir.program import Input, Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Input
 from reroll.rewrite.ir.weights.evaluation import Output, evaluate_outputs
 from reroll.runtime.functions.documents import Documents, documents_of
 from reroll.runtime.functions.loops import State

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.rewrite.capture.pictures import MERGE, ROLE
-from reroll.rewrite.ir.program import Input, Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Input
 
 
 def put_pictures(embeddings: Tensor, places: Tensor, features: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.tolerances import relative_rms
 from reroll.rewrite.ir.defaults import counts_from_zero, reads
 from reroll.rewrite.ir.interpret import complete, run
-from reroll.rewrite.ir.program import Input, Program, TensorType
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Input, TensorType
 from reroll.rewrite.ir.text.compare import diff, fingerprint, same
 from reroll.rewrite.ir.text.serialize import program_from_json, program_to_json
 from reroll.rewrite.ir.verify import verify

@@ -17,7 +17,8 @@ from reroll.rewrite.capture.rolling import roll_loops
 from reroll.rewrite.capture.rolling.roll import merge_equal
 from reroll.rewrite.checkpoint import MemorySource
 from reroll.rewrite.ir.interpret import run
-from reroll.rewrite.ir.program import Input, Origin, Program, TensorType
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Input, Origin, TensorType
 from reroll.rewrite.ir.weights import Weight, WeightTable
 from reroll.rewrite.ir.weights.expressions import Meta, Source
 from tests.captured import SPECIAL, TEXT, captured, flat

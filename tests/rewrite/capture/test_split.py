@@ -7,7 +7,7 @@ from reroll.errors import ProgramError
 from reroll.rewrite.analysis.samples import random_inputs
 from reroll.rewrite.capture.rolling.split import find_loop, pack_trips, repeat_trip, split_loop
 from reroll.rewrite.ir.interpret import run
-from reroll.rewrite.ir.text.printer import parse
+from reroll.rewrite.ir.text.parser import parse
 from reroll.rewrite.ir.verify import verify
 from reroll.rewrite.pipeline.manager import run_passes
 from tests.captured import captured

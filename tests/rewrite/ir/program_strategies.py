@@ -11,7 +11,8 @@ from torch import fx
 
 from reroll.rewrite.checkpoint import MemorySource
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.program import Body, Input, Origin, Program, Step, TensorType
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Body, Input, Origin, Step, TensorType
 from reroll.rewrite.ir.weights import Weight, WeightTable
 from reroll.rewrite.ir.weights.expressions import Meta, Source
 from tests.programs import F32, aten, call, reroll, typed

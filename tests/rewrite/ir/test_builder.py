@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.builder import Builder
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.records import TensorType
 
 
 def graph(*shapes: tuple[int | str, ...]) -> tuple[fx.Graph, list[fx.Node]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from reroll.rewrite.ir.program import Body, Origin, Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Body, Origin
 from reroll.rewrite.ir.text.compare import diff, fingerprint, same
 from reroll.rewrite.ir.weights import Weight, scale
 from tests.programs import aten, replaced, tiny

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from reroll.errors import ProgramError
-from reroll.rewrite.ir.program import Origin
+from reroll.rewrite.ir.records import Origin
 from reroll.rewrite.ir.text.compare import same
 from reroll.rewrite.ir.text.origin_json import origin_from_json, origin_to_json
 from reroll.rewrite.ir.text.serialize import program_from_json, program_to_json

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from reroll.rewrite.checkpoint import MemorySource
-from reroll.rewrite.ir.program import Input, Origin, Program, TensorType
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Input, Origin, TensorType
 from reroll.rewrite.ir.shapes import concrete, drop_copies, tidy_shapes
 from reroll.rewrite.ir.weights import WeightTable
 from tests.exported import calls, export, outputs

@@ -19,7 +19,8 @@ from reroll.rewrite.capture.export import capture
 from reroll.rewrite.checkpoint import MemorySource
 from reroll.rewrite.ir.text import op_names
 from reroll.rewrite.ir.text.compare import same
-from reroll.rewrite.ir.text.printer import parse, to_text
+from reroll.rewrite.ir.text.parser import parse
+from reroll.rewrite.ir.text.printer import to_text
 from reroll.rewrite.ir.verify import verify
 from tests.programs import tiny
 from tests.rewrite.ir.program_strategies import programs

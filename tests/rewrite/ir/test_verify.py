@@ -12,7 +12,8 @@ from torch import fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.program import Body, Input, Program, TensorType
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Body, Input, TensorType
 from reroll.rewrite.ir.verify import problems, verify
 from reroll.rewrite.ir.verify_nodes import accepts, call_problem, fitting
 from reroll.rewrite.ir.weights import WeightTable

@@ -14,7 +14,7 @@ from reroll.rewrite.analysis.samples import sample_text
 from reroll.rewrite.ir.interpret import run
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.text.compare import fingerprint, same
-from reroll.rewrite.ir.text.printer import parse
+from reroll.rewrite.ir.text.parser import parse
 from reroll.rewrite.ir.weights import build, scale
 from reroll.rewrite.pipeline.base import Context, Pass, option
 from reroll.rewrite.pipeline.manager import run_passes

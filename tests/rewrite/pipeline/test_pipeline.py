@@ -10,6 +10,7 @@ from reroll.errors import UsageError
 from reroll.passes.relax.relax import Relax
 from reroll.passes.tie.tie import Tie
 from reroll.rewrite.pipeline.base import PASSES
+from reroll.rewrite.pipeline.call_text import value_to_text
 from reroll.rewrite.pipeline.pipeline import (
     load_recipe,
     parse_pipeline,
@@ -17,7 +18,6 @@ from reroll.rewrite.pipeline.pipeline import (
     resolve,
     to_recipe,
     to_text,
-    value_to_text,
 )
 from reroll.rewrite.pipeline.pipeline_parser import RESERVED, WORD, parse_calls
 from tests.rewrite.pipeline.example_passes import Colour, Everything, Plain

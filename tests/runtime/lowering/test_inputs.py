@@ -13,7 +13,7 @@ from benchmarks import tiny_models
 from reroll.errors import UsageError
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.tolerances import relative_rms
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.records import TensorType
 from reroll.runtime.lowering.lower import lower
 from tests import captured
 

@@ -203,7 +203,7 @@ def test_only_ops_are_called(tmp_path: Path, old: str, new: str) -> None:
 
 def test_a_directory_that_is_not_ours(tmp_path: Path) -> None:
     captured.model("llama").save_pretrained(str(tmp_path))
-    from reroll.runtime.models.pretrained import load_program
+    from reroll.rewrite.checkpoint.saved import load_program
 
     with pytest.raises(UsageError, match="did not save"):
         load_program(tmp_path)

@@ -17,7 +17,8 @@ from torch import fx
 
 from reroll.errors import ExportError, RerollError, located
 from reroll.export.onnx.emit.loops import emit_loop
-from reroll.export.onnx.graph import ELEMENT, Graph, Value
+from reroll.export.onnx.graph import ELEMENT, TARGET, Graph, Value
+from reroll.export.onnx.ops.arguments import repeated
 from reroll.export.onnx.plan.parameters import Parameter, Settings, Size, Trip, Varying
 from reroll.export.onnx.plan.states import States
 from reroll.export.onnx.plan.weights import WeightFile
@@ -25,10 +26,9 @@ from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.defaults import reads
 from reroll.rewrite.ir.lowerings import find_lowering, op_name
-from reroll.rewrite.ir.matching import shape
-from reroll.rewrite.ir.program import Dim, Input, Loop, Program, TensorType
+from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.records import Dim, Input, TensorType
 
-TARGET = "onnx"
 INT = torch.int64
 
 _ARITHMETIC: dict[type[ast.AST], str] = {
@@ -303,19 +303,6 @@ def computed_inputs(program: Program) -> list[str]:
         if i.role != "padding"
         and (i.default is not None or (i.role == "zeros" if stateful else i.counts))
     ]
-
-
-def shape_of(node: fx.Node, argument: int = 0) -> tuple[Any, ...]:
-    """The shape of one of a node's arguments; empty if that is a number."""
-    source: Any = node.args[argument]
-    return shape(source) if isinstance(source, fx.Node) else ()
-
-
-def repeated(value: Value, is_repeated: bool) -> Value:
-    """The value, marked as one half twice in its last dimension."""
-    if value.repeated == is_repeated:
-        return value
-    return Value(value.name, value.dtype, value.scope, is_repeated)
 
 
 def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:

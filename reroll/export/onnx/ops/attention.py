@@ -8,8 +8,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
-from reroll.export.onnx.emit.translate import TARGET
-from reroll.export.onnx.graph import Value
+from reroll.export.onnx.graph import TARGET, Value
 from reroll.export.onnx.ops import grouped, masks, windows
 from reroll.export.onnx.plan.parameters import Varying
 from reroll.rewrite.ir.lowerings import lowering

@@ -14,8 +14,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
-from reroll.export.onnx.emit.translate import TARGET
-from reroll.export.onnx.graph import Value
+from reroll.export.onnx.graph import TARGET, Value
 from reroll.rewrite.ir.lowerings import lowering, op_name
 
 if TYPE_CHECKING:

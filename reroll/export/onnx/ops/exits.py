@@ -13,8 +13,7 @@ import torch
 from onnx import helper
 from torch import fx
 
-from reroll.export.onnx.emit.translate import TARGET
-from reroll.export.onnx.graph import Graph, Value
+from reroll.export.onnx.graph import TARGET, Graph, Value
 from reroll.export.onnx.plan.parameters import Trip, select
 from reroll.rewrite.analysis.state_plan import stateful_nodes
 from reroll.rewrite.ir.exits import exits_of, is_open

@@ -14,8 +14,7 @@ from onnx import helper
 from torch import fx
 
 from reroll.errors import ExportError
-from reroll.export.onnx.emit.translate import TARGET
-from reroll.export.onnx.graph import ELEMENT, Graph, Value
+from reroll.export.onnx.graph import ELEMENT, TARGET, Graph, Value
 from reroll.export.onnx.plan.parameters import Parameter
 from reroll.rewrite.ir.lowerings import lowering
 from reroll.rewrite.ir.matching import shape

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reroll.export.onnx.graph import Value
-from reroll.rewrite.ir.program import Dim
+from reroll.rewrite.ir.records import Dim
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator

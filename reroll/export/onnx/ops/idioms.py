@@ -10,8 +10,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
-from reroll.export.onnx.emit.translate import TARGET
-from reroll.export.onnx.graph import Value
+from reroll.export.onnx.graph import TARGET, Value
 from reroll.export.onnx.ops import windows
 from reroll.export.onnx.plan import quantise
 from reroll.export.onnx.plan import weights as forms

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
-from reroll.export.onnx.emit.translate import TARGET, shape_of
-from reroll.export.onnx.graph import Value
+from reroll.export.onnx.graph import TARGET, Value
+from reroll.export.onnx.ops.arguments import shape_of
 from reroll.export.onnx.ops.complex_numbers import by_parts
 from reroll.rewrite.ir.lowerings import lowering, op_name
 from reroll.rewrite.ir.matching import shape

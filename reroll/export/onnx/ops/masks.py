@@ -12,8 +12,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
-from reroll.export.onnx.emit.translate import TARGET
-from reroll.export.onnx.graph import Value
+from reroll.export.onnx.graph import TARGET, Value
 from reroll.export.onnx.plan.parameters import Varying
 from reroll.rewrite.ir.lowerings import lowering
 from reroll.rewrite.ir.matching import bind

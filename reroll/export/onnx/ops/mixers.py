@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from reroll.export.onnx.emit.translate import TARGET
-from reroll.export.onnx.graph import Value
+from reroll.export.onnx.graph import TARGET, Value
 from reroll.export.onnx.ops.linear_attention import linear_attention
 from reroll.export.onnx.ops.mixer_parts import (
     END,

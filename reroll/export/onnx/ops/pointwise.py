@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from reroll.export.onnx.emit.translate import TARGET, repeated
-from reroll.export.onnx.graph import Value
+from reroll.export.onnx.graph import TARGET, Value
+from reroll.export.onnx.ops.arguments import repeated
 from reroll.rewrite.ir.lowerings import lowering, op_name
 
 if TYPE_CHECKING:

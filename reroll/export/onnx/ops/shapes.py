@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from reroll.errors import ExportError
-from reroll.export.onnx.emit.translate import TARGET, repeated, shape_of
-from reroll.export.onnx.graph import Value
+from reroll.export.onnx.graph import TARGET, Value
 from reroll.export.onnx.ops import heads
+from reroll.export.onnx.ops.arguments import repeated, shape_of
 from reroll.export.onnx.ops.complex_numbers import by_parts
 from reroll.export.onnx.plan.parameters import Parameter
 from reroll.rewrite.ir.lowerings import lowering, op_name

@@ -14,7 +14,8 @@ from reroll.errors import ExportError
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.plan import weights as forms
 from reroll.export.onnx.plan.weights import Form
-from reroll.rewrite.ir.program import Dim, Program
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import Dim
 from reroll.rewrite.ir.weights import Weight
 from reroll.rewrite.ir.weights.expressions import Meta
 

@@ -16,7 +16,8 @@ from reroll.rewrite.ir.hidden import keep_complete, stand_in, unmark
 from reroll.rewrite.ir.matching import match
 from reroll.rewrite.ir.ops import MASK
 from reroll.rewrite.ir.patterns import Match, Miss, nearest
-from reroll.rewrite.ir.program import Program, TensorType
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.shapes import concrete, drop_copies, tidy_shapes
 from reroll.rewrite.ir.types import set_type, type_of
 from reroll.rewrite.ir.weights import Weight

@@ -16,7 +16,7 @@ from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import all_arguments, argument, dtype, shape
 from reroll.rewrite.ir.ops import ATTENTION, MASK
 from reroll.rewrite.ir.patterns import Match, Miss
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.types import set_type, type_of
 
 aten = torch.ops.aten

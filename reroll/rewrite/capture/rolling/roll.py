@@ -28,7 +28,8 @@ from reroll.rewrite.capture.rolling.unify import Region, Unifier, unify
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.hidden import drop_marks, stand_in, unmark
 from reroll.rewrite.ir.patterns import Miss, nearest
-from reroll.rewrite.ir.program import Body, Program, weight_nodes
+from reroll.rewrite.ir.program import Program, weight_nodes
+from reroll.rewrite.ir.records import Body
 from reroll.rewrite.ir.weights import Weight
 
 log = logging.getLogger(__name__)

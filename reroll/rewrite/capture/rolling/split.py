@@ -21,7 +21,8 @@ from torch import fx
 from reroll.errors import ProgramError
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.hidden import mark, marks, unmark
-from reroll.rewrite.ir.program import Body, Loop, Program, weight_nodes
+from reroll.rewrite.ir.program import Loop, Program, weight_nodes
+from reroll.rewrite.ir.records import Body
 from reroll.rewrite.ir.weights import Weight, WeightTable
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 if TYPE_CHECKING:
-    from reroll.rewrite.ir.program import Dim, Loop
+    from reroll.rewrite.ir.program import Loop
+    from reroll.rewrite.ir.records import Dim
 
 
 @dataclass(frozen=True)

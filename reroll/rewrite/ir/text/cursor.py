@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from reroll.errors import ProgramError
-from reroll.rewrite.ir.program import Dim, TensorType
+from reroll.rewrite.ir.records import Dim, TensorType
 from reroll.rewrite.ir.text.literals import MAX_DEPTH, MAX_INT, WORDS
 
 MAX_LINE = 2**20

@@ -12,7 +12,7 @@ from torch import fx
 from reroll.errors import ProgramError, located
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.hidden import NAMES, mark
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.cursor import Cursor, NodeRef, WeightRef
 from reroll.rewrite.ir.text.op_names import LOOP, resolve
 from reroll.rewrite.ir.types import set_type

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite.ir.program import TensorType
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.weights.expressions import DTYPE_NAMES
 
 MAX_DEPTH = 32

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar, get_args
 
 from reroll.errors import ProgramError, located
-from reroll.rewrite.ir.program import Loss, Origin, Step
+from reroll.rewrite.ir.records import Loss, Origin, Step
 
 MAX_DEPTH = 64
 

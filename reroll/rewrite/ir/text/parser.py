@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 from reroll.errors import ProgramError, located
-from reroll.rewrite.ir.program import Program, TensorType, weight_nodes
+from reroll.rewrite.ir.program import Program, weight_nodes
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.sections import Draft, read
 from reroll.rewrite.ir.types import set_type
 from reroll.rewrite.ir.verify import Problem, check_sources, problems

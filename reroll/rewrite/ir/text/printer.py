@@ -33,20 +33,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.hidden import marks
-from reroll.rewrite.ir.program import Program, TensorType
+from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import Namer, bare, node_name, type_to_text, value_to_text
 from reroll.rewrite.ir.text.op_names import op_name
 from reroll.rewrite.ir.text.origin_json import origin_to_json
-from reroll.rewrite.ir.text.parser import parse
 from reroll.rewrite.ir.weights import WeightTable, table_to_text
 
-__all__ = ["graph_lines", "node_to_text", "parse", "statements", "to_text"]
+if TYPE_CHECKING:
+    from reroll.rewrite.ir.program import Program
 
 
 def to_text(program: Program) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ProgramError, located
-from reroll.rewrite.ir.program import Body, Input, Origin
+from reroll.rewrite.ir.records import Body, Input, Origin
 from reroll.rewrite.ir.text.cursor import Cursor
 from reroll.rewrite.ir.text.graph_parser import (
     Placeholder,
