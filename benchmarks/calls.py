@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import tiny_models
+from benchmarks.tiny_configs import TEXT_IDS
 from reroll.rewrite.analysis.tolerances import forward, relative_rms
 
 CALLS = ("ids", "mask", "left", "right", "everything")
@@ -43,7 +44,7 @@ def make_calls(model: Any, seed: int = 0) -> dict[str, Inputs]:
         return {"ids": given}
     ids = given.pop("input_ids")
     # tokens where the example has padding
-    ids = ids.where(ids >= tiny_models.TEXT_IDS.start, torch.full_like(ids, 17))
+    ids = ids.where(ids >= TEXT_IDS.start, torch.full_like(ids, 17))
     accepted = set(inspect.signature(model.forward).parameters)
     given.pop("attention_mask", None)
     # less than the smallest window, or a row would see nothing

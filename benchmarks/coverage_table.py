@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +98,7 @@ def _tables(rows: Sequence[Row]) -> str:
 
 def _counts(rows: Sequence[Row]) -> str:
     doors = list(dict.fromkeys(row.door for row in rows))
-    measures = {
+    measures: dict[str, Callable[[Row], int]] = {
         "types measured": lambda row: True,
         "captured": lambda row: row.nodes is not None,
         "flat program bit-identical": lambda row: row.exact,

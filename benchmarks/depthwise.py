@@ -33,6 +33,7 @@ from reroll.evaluate.exits import scores_at, with_open
 from reroll.evaluate.serving import answer, compare_serving
 from reroll.rewrite.ir.exits import exit_loop
 from reroll.runtime.depthwise import DepthScheduler
+from reroll.runtime.depthwise.engine import Engine
 from reroll.runtime.depthwise.frames import Row, frame_of
 
 LEVELS = (0.4, 0.3, 0.2, 0.1, 0.05)
@@ -41,29 +42,16 @@ TRIPS, SKIPS, HEAD, START = "one trip", "all trips not made", "head", "start of 
 
 def parts(model: Any, prompts: list[list[int]], counts: list[int]) -> dict[int, dict[str, float]]:
     """The processor's time of each part of a tick, in milliseconds, by the number of rows."""
-    found = {}
+    found: dict[int, dict[str, float]] = {}
     for count in counts:
         scheduler = DepthScheduler(model, slots=count, length=64)
         for prompt in prompts[:count]:
             scheduler.submit(prompt, max_new_tokens=8)
         scheduler.tick()
-        engine, now = scheduler.engine, scheduler._rows
-
-        def at(trip: int, now: list[Row] = now) -> list[Row]:
-            for row in now:
-                row.trip, row.left = trip, False
-            return now
-
-        half = engine.trips // 2
-        slots = [row.slot for row in now]
+        now = scheduler._rows
+        calls = _calls(scheduler.engine, now)
         with torch.no_grad():
             frame_of(now)
-            calls: dict[str, Callable[[], Any]] = {
-                TRIPS: lambda engine=engine, at=at: engine.run_step(at(0)),
-                SKIPS: lambda engine=engine, at=at, half=half: engine.run_skips(at(half)),
-                HEAD: lambda engine=engine, now=now: engine.logits(now),
-                START: lambda engine=engine, slots=slots: engine.start(slots, [5] * len(slots)),
-            }
             found[count] = {}
             for name, call in calls.items():
                 times = []
@@ -75,9 +63,29 @@ def parts(model: Any, prompts: list[list[int]], counts: list[int]) -> dict[int, 
     return found
 
 
+def _calls(engine: Engine, now: list[Row]) -> dict[str, Callable[[], Any]]:
+    """What a tick does with these rows, by name."""
+    half = engine.trips // 2
+    slots = [row.slot for row in now]
+
+    def at(trip: int) -> list[Row]:
+        for row in now:
+            row.trip, row.left = trip, False
+        return now
+
+    return {
+        TRIPS: lambda: engine.run_step(at(0)),
+        SKIPS: lambda: engine.run_skips(at(half)),
+        HEAD: lambda: engine.logits(now),
+        START: lambda: engine.start(slots, [5] * len(slots)),
+    }
+
+
 def opened(program: Any, at: list[int], prompts: list[list[int]], options: Any) -> Any:
     """The program with thresholds at quantiles of the scores of what it generates at full depth."""
-    loop, exits = exit_loop(program)
+    inserted = exit_loop(program)
+    assert inserted is not None
+    loop, exits = inserted
     run = answer(program.to_module(), prompts, slots=16, tokens=options.tokens)
     rows = [torch.tensor(p + t[:-1]) for p, t in zip(prompts, run["tokens"], strict=True)]
     new = options.tokens - 1

@@ -93,7 +93,9 @@ def main() -> None:
     for criterion in options.criteria.split(","):
         text = f"insert_exits(at=[{options.at}], criterion={criterion})"
         program = reroll.run_passes(original, text, measure=False)
-        loop, exits = exit_loop(program)
+        inserted = exit_loop(program)
+        assert inserted is not None
+        loop, exits = inserted
         at = [int(stop) - 1 for stop in options.at.split(",")]
         if expected is None:
             full = program.to_module()

@@ -76,9 +76,10 @@ def selftest() -> list[dict[str, Any]]:
             trains = name != "gated_deltanet"
             q, k, v, gates = draw(mixer, TESTED, dtype)
             leaves = [t.detach().requires_grad_(trains) for t in (q, k, v, *gates)]
+            queries, keys, values, *rest = leaves
             with dispatch.use("triton"):
-                out, (end,) = dispatch.chunk(mixer, *leaves[:3], leaves[3:])
-            wanted, (state,) = mixer.parallel(*leaves[:3], leaves[3:])
+                out, (end,) = dispatch.chunk(mixer, queries, keys, values, rest)
+            wanted, (state,) = mixer.parallel(queries, keys, values, rest)
             errors = {"out": _far(out, wanted), "state": _far(end, state)}
             if trains:
                 seed = torch.randn_like(out)
@@ -90,10 +91,10 @@ def selftest() -> list[dict[str, Any]]:
                     with _only(family):
                         ours = torch.autograd.grad(out, leaves, seed, retain_graph=True)
                     errors[f"gradients, {family}"] = max(map(_far, ours, theirs))
-            token = [t[:, :, :1].detach() for t in leaves]
+            queries, keys, values, *rest = (t[:, :, :1].detach() for t in leaves)
             with dispatch.use("triton"):
-                stepped = dispatch.step(mixer, *token[:3], token[3:], (state.detach(),))
-            again = mixer.step(*token[:3], token[3:], (state.detach(),))
+                stepped = dispatch.step(mixer, queries, keys, values, rest, (state.detach(),))
+            again = mixer.step(queries, keys, values, rest, (state.detach(),))
             errors |= {
                 "step": _far(stepped[0], again[0]),
                 "after": _far(stepped[1][0], again[1][0]),
@@ -180,10 +181,11 @@ def _run(
     mixer: Any, backend: Any, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], backward: bool
 ) -> Callable[[], Any]:
     leaves = [t.detach().requires_grad_(backward) for t in (q, k, v, *gates)]
+    queries, keys, values, *rest = leaves
 
     def run() -> None:
         with dispatch.use(backend):
-            out, _ = dispatch.chunk(mixer, *leaves[:3], leaves[3:])
+            out, _ = dispatch.chunk(mixer, queries, keys, values, rest)
         if backward:
             torch.autograd.grad(out, leaves, torch.ones_like(out))
 
@@ -192,9 +194,10 @@ def _run(
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Callable[[], Any]:
     leaves = [t.detach().requires_grad_(backward) for t in (q, k, v)]
+    queries, keys, values = leaves
 
     def run() -> None:
-        out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         if backward:
             torch.autograd.grad(out, leaves, torch.ones_like(out))
 

@@ -107,7 +107,8 @@ def main() -> None:
         chosen = {name: CONFIGURATIONS.get(name, name) for name in names}
     rows: list[dict[str, Any]] = []
     for name, text in chosen.items():
-        after, remarks = program, ()
+        after = program
+        remarks: tuple[str, ...] = ()
         if text:
             after = reroll.run_passes(program, text, text=sample, measure=False)
             remarks = after.origin.steps[-1].remarks

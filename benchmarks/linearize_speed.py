@@ -71,7 +71,8 @@ def measure(models: dict[str, Any], context: int, steps: int) -> dict[str, float
 def drift(model: Any, contexts: list[int], steps: int) -> dict[int, float]:
     """Seconds of a token at each context over those at the first, the contexts in turn."""
     caches = {context: after_prompt(model, context) for context in contexts}
-    token, seconds = torch.tensor([[100]]), {context: [] for context in contexts}
+    token = torch.tensor([[100]])
+    seconds: dict[int, list[float]] = {context: [] for context in contexts}
     for step in range(steps + 3):
         for context in contexts if step % 2 else contexts[::-1]:
             start = time.perf_counter()

@@ -43,7 +43,7 @@ class Llama:
     def __init__(self, python: Path, gguf: Path, cache: str, threads: int) -> None:
         self.name = f"llama.cpp {gguf.stem}, {cache} cache"
         self.folder = tempfile.TemporaryDirectory()
-        words = [python, Path(__file__).with_name("llama_peer.py"), gguf]
+        words: list[object] = [python, Path(__file__).with_name("llama_peer.py"), gguf]
         words += ["--folder", self.folder.name, "--cache", cache, "--threads", threads]
         self.process = subprocess.Popen(
             [str(word) for word in words],

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import reroll
-from reroll.export.onnx import Onnx
+from reroll.export.onnx import Kind, Onnx
 from reroll.writing import new_directory
 
 TIED = "tie(blocks=10), relax(rank=16)"
@@ -95,7 +95,7 @@ def main() -> None:
     for name in options.only.split(","):
         out = options.work / name.replace(" ", "-")
         # a Loop that gathers all weights of the original is slow, and is the same graph otherwise
-        graphs = ("loop", "unrolled") if "tie" in PASSES[name] else ("unrolled",)
+        graphs: tuple[Kind, ...] = ("loop", "unrolled") if "tie" in PASSES[name] else ("unrolled",)
         if not out.exists():
             program = reroll.capture(options.model, dtype="float32")
             program = reroll.run_passes(program, PASSES[name], measure=False)

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ ROOM = 64
 def export(options: argparse.Namespace, name: str, precision: str, blocks: str) -> Path:
     """The directory of one exported model, made in a process of its own if it is not there."""
     tied = f"-{blocks}" if "tied" in name else ""
-    out = options.work / f"{name.replace(' ', '-')}{tied}-{precision}"
+    out: Path = options.work / f"{name.replace(' ', '-')}{tied}-{precision}"
     if not out.exists():
         kinds = ",".join(GRAPHS.get(name, ("unrolled", "loop")))
         words = [sys.executable, "-m", "benchmarks.onnx_speed", "--export-only", str(out)]
@@ -246,7 +247,7 @@ def main() -> None:
                 )
     for path in paths:
         label = "peer" if path == options.peer else f"{path.parent.name} {path.stem}"
-        sides[label] = lambda path=path: Graph(path, options.threads, config)
+        sides[label] = partial(Graph, path, options.threads, config)
     rows = {}
     for context in map(int, filter(None, options.contexts.split(","))):
         speeds = rows[context] = measure(sides, llamas, context, options.rounds)

@@ -88,7 +88,8 @@ class Layer(nn.Module):
             for gate, raw in zip(self.gates, self.raw, strict=True)
         ]
         out, _ = self.mixer.chunk(q, k, v, gates)
-        return self.head(self.norm(out.flatten(2)))[:, 1:]
+        answers: Tensor = self.head(self.norm(out.flatten(2)))[:, 1:]
+        return answers
 
 
 def train(task: str, name: str, steps: int, length: int, seed: int) -> dict[str, float]:

@@ -32,7 +32,7 @@ class Reader:
     def number(self, kind: str) -> int:
         """The next unsigned integer, by its struct letter: B, H or I."""
         (value,) = struct.unpack("<" + kind, self.take(struct.calcsize(kind)))
-        return value
+        return int(value)
 
     def string(self) -> str:
         """The next string."""

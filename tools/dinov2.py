@@ -135,7 +135,8 @@ def backbone_output(network: onnx.ModelProto, pixels: torch.Tensor) -> torch.Ten
 
 def is_last_norm(node: onnx.NodeProto) -> bool:
     """Whether a node adds the bias of the norm after the last layer."""
-    return node.name.startswith("/backbone/layernorm/Add_1")
+    name: str = node.name
+    return name.startswith("/backbone/layernorm/Add_1")
 
 
 def unexpected(what: str) -> PrepareError:

@@ -7,6 +7,7 @@ CTranslate2 fuses the attention projections: `linear_0` of self-attention holds 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def model_config(variables: Variables, tokenizer: WhisperTokenizer) -> WhisperCo
 
 
 def generation_config(
-    settings: dict, config: WhisperConfig, tokenizer: WhisperTokenizer
+    settings: dict[str, Any], config: WhisperConfig, tokenizer: WhisperTokenizer
 ) -> GenerationConfig:
     """What `generate` needs to know of the CTranslate2 model's `config.json`."""
     token = tokenizer.convert_tokens_to_ids
@@ -93,9 +94,10 @@ def generation_config(
     )
 
 
-def language_tokens(settings: dict, tokenizer: WhisperTokenizer) -> list[str]:
+def language_tokens(settings: dict[str, Any], tokenizer: WhisperTokenizer) -> list[str]:
     """The tokens that name a language, such as `<|de|>`."""
-    return tokenizer.convert_ids_to_tokens(settings["lang_ids"])
+    tokens: list[str] = tokenizer.convert_ids_to_tokens(settings["lang_ids"])
+    return tokens
 
 
 def layer_count(variables: Variables, side: str) -> int:

@@ -315,7 +315,7 @@ def compare_command(
             max_tokens=max_tokens or None,
             batch=batch,
             dtype=dtype,
-            attention=attention,  # type: ignore[arg-type]
+            attention=attention,
             revision=revision,
             trust_remote_code=trust_remote_code,
             on_progress=bars,

@@ -66,7 +66,7 @@ def evaluate_command(
             chosen,
             suite=suite,  # type: ignore[arg-type]
             text=text,
-            opening=Opening(dtype, attention, revision, trust_remote_code),  # type: ignore[arg-type]
+            opening=Opening(dtype, attention, revision, trust_remote_code),
             seed=seed,
             tasks=tasks,
             limit=limit,

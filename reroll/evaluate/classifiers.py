@@ -47,7 +47,7 @@ def exit_states(model: Any, tokens: Tensor | Sequence[int]) -> ExitStates:
         )
     trips = exit_trips(model.program, exits)
     tokens = torch.as_tensor(tokens, dtype=torch.long)
-    rows = [r for r in torch.split(tokens, LENGTH) if len(r) > 1]  # type: ignore[no-untyped-call]
+    rows = [r for r in torch.split(tokens, LENGTH) if len(r) > 1]
     states: dict[int, list[Tensor]] = {trip: [] for trip in trips}
     labels: dict[int, list[Tensor]] = {trip: [] for trip in trips}
     with torch.no_grad():

@@ -103,7 +103,7 @@ def calibrate(
     loop, exits = found
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     length = min(LENGTH, longest(program) or LENGTH)
-    rows = [r for r in torch.split(tokens, length) if len(r) == length]  # type: ignore[no-untyped-call]
+    rows = [r for r in torch.split(tokens, length) if len(r) == length]
     if len(rows) < 2:
         raise UsageError(
             f"{len(tokens)} tokens are too few to calibrate on", hint=f"give {4 * length} or more"

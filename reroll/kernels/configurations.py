@@ -37,7 +37,8 @@ def key(family: str, target: str, numbers: str, gate: int, size: int, chunk: int
 
 def head_size(k: int, v: int) -> int:
     """The larger head size, rounded up to a power of two from 64."""
-    return max(64, triton.next_power_of_2(max(k, v)))
+    size: int = triton.next_power_of_2(max(k, v))
+    return max(64, size)
 
 
 def find(family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int) -> Tiles | None:

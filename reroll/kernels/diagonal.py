@@ -263,7 +263,8 @@ def sequences_of(k: Tensor, starts: Tensor | None) -> int:
 def slots_of(k: Tensor, starts: Tensor | None, size: int) -> int:
     """Room for the states of all chunks of `size` tokens."""
     if starts is None:
-        return k.shape[0] * triton.cdiv(k.shape[2], size)
+        chunks: int = triton.cdiv(k.shape[2], size)
+        return k.shape[0] * chunks
     return k.shape[2] // size + starts.shape[0] - 1
 
 

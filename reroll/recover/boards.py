@@ -25,7 +25,7 @@ def tensorboard(folder: str | Path) -> Callable[[Mapping[str, Any]], None]:
     # of several processes, only the one that is called writes
     @cache
     def writer() -> Any:
-        return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        return SummaryWriter(str(folder))
 
     def write(step: Mapping[str, Any]) -> None:
         for name, value in step.items():

@@ -42,7 +42,7 @@ class Rows:
 
     def split(self, size: int) -> list[Rows]:
         """Pieces of at most `size` rows."""
-        parts = zip(self.data.split(size), self.mask.split(size), strict=True)  # type: ignore[no-untyped-call]
+        parts = zip(self.data.split(size), self.mask.split(size), strict=True)
         return [Rows(*part) for part in parts]
 
 

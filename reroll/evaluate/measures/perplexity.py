@@ -142,7 +142,7 @@ class Text:
             self.bytes_from = "offsets"
             offsets = [0, *accumulate(len(c.encode()) for c in text)]
             ends = accumulate((end for _, end in found["offset_mapping"]), max)
-            self._ends = [0, *(offsets[end] for end in ends)]
+            self._ends: list[int] = [0, *(offsets[end] for end in ends)]
         else:
             self.bytes_from = "average"
             rate = len(text.encode()) / len(self.ids)

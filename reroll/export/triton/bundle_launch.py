@@ -24,7 +24,7 @@ def architecture() -> str:
     return wanted if wanted in ARCHS else ARCHS[0]
 
 
-def tiles_of(table: dict[str, Any]) -> dict[str, Any]:
+def tiles_of(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The block sizes for this GPU."""
     return table[architecture()]
 

@@ -52,7 +52,8 @@ def launch_linear(kernel: Any, tiles: Any, x: Any, layers: Any, activation: str)
     kernel[(triton.cdiv(outputs, tiles["BN"]), 1)](
         flat, *pointers, y, len(flat), outputs, flat.stride(0), y.stride(0), eps, offset, **tiles
     )
-    return y.unflatten(0, given.shape[:-1])
+    out: Tensor = y.unflatten(0, given.shape[:-1])
+    return out
 
 
 def by_torch(x: Any, layers: Any, activation: str) -> Tensor:
@@ -65,7 +66,9 @@ def by_torch(x: Any, layers: Any, activation: str) -> Tensor:
     return outs[0] if len(outs) == 1 else gated(outs[0], outs[1], activation)
 
 
-def linear_error(run: Any, about: dict[str, Any], dtype: torch.dtype, device: Any) -> float:
+def linear_error(
+    run: Any, about: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> float:
     """How far a kernel is from the definition in fp32, relative, for three rows."""
     draw = _Draw(dtype, device)
     inputs, rank, outputs, activation = about["inputs"], about["rank"], 80, about["activation"]
@@ -89,7 +92,7 @@ def linear_error(run: Any, about: dict[str, Any], dtype: torch.dtype, device: An
     return _far(found, glu(outs[0], outs[1], activation) if activation else outs[0])
 
 
-def pointwise_errors(dtype: torch.dtype, device: Any) -> dict[str, float]:
+def pointwise_errors(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """How far the other kernels are from the definitions, relative."""
     draw = _Draw(dtype, device)
     x, gain, cos, sin = draw(2, 3, 5, 48), draw(48), draw(2, 1, 5, 32), draw(2, 1, 5, 32)
@@ -104,12 +107,12 @@ def pointwise_errors(dtype: torch.dtype, device: Any) -> dict[str, float]:
 class _Draw:
     """Random numbers of the size that a sum over the last dimension leaves at one."""
 
-    def __init__(self, dtype: torch.dtype, device: Any) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.random = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
-        x = torch.randn(*shape, generator=self.random) / shape[-1] ** 0.5
+        x: Tensor = torch.randn(*shape, generator=self.random) / shape[-1] ** 0.5
         return x.to(self.device, self.dtype)
 
 

@@ -29,7 +29,7 @@ LINEARS: list[Any] = []
 DTYPE: torch.dtype = torch.float32
 
 
-class Named(dict):  # type: ignore[type-arg]
+class Named(dict[str, Tensor]):
     """Weights of the main graph by name; `trips[loop][trip]` are those of a trip of a loop."""
 
     trips: dict[str, list[dict[str, Tensor]]]
@@ -56,7 +56,8 @@ class Model:
         with torch.no_grad():
             self.w = _weights(Path(directory), self.device)
             self.states = States(SITES, slots, max_length, DTYPE, self.device)
-        self.graphs: dict[int, Any] = {}
+        # by the number of rows: the graph, what it reads and what it writes
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor], Tensor]] = {}
 
     @torch.no_grad()
     def prefill(self, ids: Any, mask: Any = None, slots: Any = None) -> Tensor:
@@ -67,7 +68,7 @@ class Model:
         ids = torch.as_tensor(ids, device=self.device)
         kept = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=self.device)
         run = Prefill(self.states, SITES, self._slots(len(ids), slots), kept.bool())
-        logits = main(self.w, run, ids)
+        logits: Tensor = main(self.w, run, ids)
         self.states.count[run.slots] = kept.long().sum(-1)
         return logits
 
@@ -82,7 +83,7 @@ class Model:
 
     def _step(self, tokens: Tensor, slots: Tensor) -> Tensor:
         run = Decode(self.states, SITES, slots)
-        logits = main(self.w, run, tokens[:, None])[:, -1]
+        logits: Tensor = main(self.w, run, tokens[:, None])[:, -1]
         self.states.count[slots] += 1
         return logits
 

@@ -346,7 +346,8 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Gated linear unit."""
     if activation == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
-    return getattr(F, activation)(gate) * up
+    activated: Tensor = getattr(F, activation)(gate)
+    return activated * up
 
 
 def token_by_token(

@@ -15,13 +15,14 @@ from reroll.rewrite.pipeline.options import (
     REQUIRED,
     Option,
     nearest_name,
-    option,
     options_of,
     plain,
 )
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
+# without field specifiers: type checkers find a default of theirs by its keyword only, and that of
+# `option` stands first
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Declared:
     """Base of what is declared by its options.

@@ -81,7 +81,8 @@ class LowRank:
         if self.bias:
             bias = weight(self.bias)
             out = out + (bias if isinstance(bias, Tensor) else depths.stacked(self.bias)[depth])
-        return out.unflatten(0, x.shape[:-1])
+        whole: Tensor = out.unflatten(0, x.shape[:-1])
+        return whole
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Score:
         head = weight(self.weight)
         _, lead, entropy, _ = layers.confidence(x.flatten(0, -2), head, precision())
         out = lead if self.criterion == "margin" else 1 - entropy / math.log(len(head))
-        return out.unflatten(0, x.shape[:-1])
+        whole: Tensor = out.unflatten(0, x.shape[:-1])
+        return whole
 
 
 Site = LowRank | Score

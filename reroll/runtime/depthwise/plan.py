@@ -83,7 +83,7 @@ class Plan:
                 values[node] = weight(str(node.target))
             elif node in self.caches:
                 assert batch.store is not None
-                k, v = (values[a] for a in node.args[:2])  # type: ignore[index]
+                k, v = (values[a] for a in node.args[:2])
                 batch.store(self.caches[node], k, v)
                 values[node] = (k, v)
             elif node in self.attentions:
@@ -148,4 +148,5 @@ def _function(node: fx.Node) -> Callable[..., Any]:
         return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
     if target in BINARY and len(node.args) == 2 and not node.kwargs:
         return BINARY[target]
-    return FUNCTIONS.get(target, target)
+    function: Callable[..., Any] = FUNCTIONS.get(target, target)
+    return function

@@ -109,7 +109,8 @@ def mass_band(q: Tensor, k: Tensor, scale: float, band: Band, log: bool) -> Tens
 def _blocks(x: Tensor, band: Band) -> Tensor:
     """Time into [blocks, block]; zeros complete the last."""
     missing = band.count * band.block - x.shape[2]
-    return F.pad(x, (0, 0, 0, missing)).unflatten(2, (band.count, band.block))
+    blocks: Tensor = F.pad(x, (0, 0, 0, missing)).unflatten(2, (band.count, band.block))
+    return blocks
 
 
 def _queries(q: Tensor, band: Band) -> Tensor:

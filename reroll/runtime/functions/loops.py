@@ -146,7 +146,7 @@ class _Given(nn.Module):
 
 def look_up(table: nn.Module, ids: Tensor, state: State) -> Tensor:
     """The embeddings of the tokens, or those that the caller gave instead."""
-    return table(ids) if state.embeddings is None else state.embeddings  # type: ignore[no-any-return]
+    return table(ids) if state.embeddings is None else state.embeddings
 
 
 def keep_positions(values: Tensor, state: State) -> Tensor:

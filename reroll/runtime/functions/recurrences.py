@@ -93,7 +93,7 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         self.recurrent_states, self.waiting, self._past = {}, None, None
         self.cumulative_length = 0
 
-    def update(  # type: ignore[override]
+    def update(
         self,
         mixer: Mixer,
         q: Tensor,

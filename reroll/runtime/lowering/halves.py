@@ -43,7 +43,7 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
     encoder, decoder = _sides(graph, roles)
     output = next(iter(reversed(graph.nodes)))
     crossing = _crossing(graph, encoder, decoder, output)
-    hidden = output.args[0][hidden_output] if hidden_output is not None else None  # type: ignore[index]
+    hidden = output.args[0][hidden_output] if hidden_output is not None else None
     if hidden not in encoder:
         hidden = next((n for n in crossing if isinstance(n.meta.get("type"), TensorType)), None)
     if hidden is None:
@@ -60,7 +60,7 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
     near = [n for n in graph.nodes if n.op == "placeholder" and n in decoder]
     encode = _graph(graph, [], [hidden], [])
     extend = _graph(graph, [hidden], rest, [hidden])
-    decode = _graph(graph, [hidden, *rest], list(output.args[0]), [hidden, *rest, *near])  # type: ignore[arg-type]
+    decode = _graph(graph, [hidden, *rest], list(output.args[0]), [hidden, *rest, *near])
     data = {n for n in encoder if n.op == "placeholder"}
     for half in (extend, decode):
         late = [n for n in half.nodes if n.op == "placeholder" and n.users]
@@ -159,7 +159,7 @@ def _graph(
 
 def _nodes_in(value: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
+    fx.node.map_arg(value, found.append)
     return found
 
 

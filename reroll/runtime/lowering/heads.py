@@ -39,7 +39,7 @@ def logits_head(program: Program) -> fx.Node | None:
     if "logits" not in program.outputs:
         return None
     output = next(iter(reversed(program.graph.nodes)))
-    node = output.args[0][program.outputs.index("logits")]  # type: ignore[index]
+    node = output.args[0][program.outputs.index("logits")]
     while isinstance(node, fx.Node) and node.target in _POINTWISE and len(node.users) == 1:
         tensors = [n for n in node.all_input_nodes if n.op != "get_attr"]
         if len(tensors) != 1 or len(shape(tensors[0])) != 3:
@@ -47,7 +47,7 @@ def logits_head(program: Program) -> fx.Node | None:
         node = tensors[0]
     if not isinstance(node, fx.Node) or node.target not in (aten.linear.default, EXIT_LINEAR):
         return None
-    hidden = shape(node.args[0])  # type: ignore[arg-type]
+    hidden = shape(node.args[0])
     return node if len(node.users) == 1 and len(hidden) == 3 else None
 
 

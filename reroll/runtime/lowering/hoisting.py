@@ -70,4 +70,4 @@ def _hoist(main: fx.Graph, loop: Loop) -> None:
 def _arguments(
     node: fx.Node, known: dict[fx.Node, tuple[Any, ...]], trip: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return fx.node.map_arg((node.args, node.kwargs), lambda n: known[n][trip])  # type: ignore[return-value, arg-type]
+    return fx.node.map_arg((node.args, node.kwargs), lambda n: known[n][trip])

@@ -90,7 +90,10 @@ class RerollForMaskedLM(RerollModel):
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
         logits = outputs["logits"]
-        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        found: Tensor = self.loss_function(
+            logits=logits, labels=labels, vocab_size=logits.shape[-1]
+        )
+        return found
 
 
 class RerollForSequenceClassification(RerollModel):
@@ -99,7 +102,8 @@ class RerollForSequenceClassification(RerollModel):
     def loss(
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
-        return self.loss_function(labels, outputs["logits"], self.config)
+        found: Tensor = self.loss_function(labels, outputs["logits"], self.config)
+        return found
 
 
 class RerollForImageClassification(RerollForSequenceClassification):
@@ -112,7 +116,8 @@ class RerollForTokenClassification(RerollModel):
     def loss(
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
-        return self.loss_function(outputs["logits"], labels, self.config)
+        found: Tensor = self.loss_function(outputs["logits"], labels, self.config)
+        return found
 
 
 class RerollForQuestionAnswering(RerollModel):
@@ -127,4 +132,7 @@ class RerollForQuestionAnswering(RerollModel):
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
         positions = (kwargs.get("start_positions"), kwargs.get("end_positions"))
-        return self.loss_function(outputs["start_logits"], outputs["end_logits"], *positions)
+        found: Tensor = self.loss_function(
+            outputs["start_logits"], outputs["end_logits"], *positions
+        )
+        return found

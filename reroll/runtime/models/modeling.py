@@ -378,7 +378,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         """A default that follows from sizes, as the input's role says."""
         batch, length, device = self._sizes(item, values)
         if item.counts:
-            positions = torch.arange(length, device=device) + past
+            positions: Tensor = torch.arange(length, device=device) + past
             return positions.expand(batch, -1)
         if item.role == "padding":
             return torch.ones(batch, int(past) + length, dtype=item.type.dtype, device=device)
@@ -444,7 +444,8 @@ class RerollPreTrainedModel(PreTrainedModel):
         reading = self._embedding_path()
         if reading is None:
             raise NotImplementedError("the model has no input embeddings")
-        return self.get_submodule(reading)
+        module: nn.Module = self.get_submodule(reading)
+        return module
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         reading = self._embedding_path()
@@ -488,9 +489,9 @@ def _flat(value: Any) -> list[Any]:
 
 
 class _Shared:
-    """Something that copies of a model share."""
+    """The Program that copies of a model share."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Program) -> None:
         self.value = value
 
     def __deepcopy__(self, memo: Any) -> _Shared:

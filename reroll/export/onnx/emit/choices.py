@@ -75,7 +75,7 @@ class _Following(TorchDispatchMode):
     """Takes the choices that it is given for those of topk, one after the other."""
 
     def __init__(self, choices: Iterator[Tensor], tolerance: float) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.choices, self.tolerance = choices, tolerance
 
     def __torch_dispatch__(

@@ -207,8 +207,9 @@ def _genai_config(
 def _shares_buffers(path: Path, states: list[dict[str, Any]]) -> bool:
     """Whether every cache may be one buffer, as past and as present: its operator appends to it."""
     nodes = onnx.load(str(path), load_external_data=False).graph.node
-    count = sum(node.op_type == "GroupQueryAttention" for node in nodes)
-    return 0 < count == sum(s["part"] == "key" for s in states)
+    count: int = sum(node.op_type == "GroupQueryAttention" for node in nodes)
+    keys: int = sum(s["part"] == "key" for s in states)
+    return 0 < count == keys
 
 
 def _generation(program: Program) -> dict[str, Any]:

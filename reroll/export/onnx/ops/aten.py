@@ -245,13 +245,13 @@ def clamp(
     high = bounds.get("max", second)
     if "clamp_max" in op_name(node.target):
         low, high = None, first
-    x = g.tensor(x, g.dtype(node))
+    out = g.tensor(x, g.dtype(node))
     for kind, bound, nothing in (("Max", low, -math.inf), ("Min", high, math.inf)):
         if isinstance(bound, Varying):
             bound = replace(bound, values=tuple(nothing if v is None else v for v in bound.values))
         if bound is not None:
-            x = g.op(kind, x, g.tensor(bound, x.dtype))
-    return x
+            out = g.op(kind, out, g.tensor(bound, out.dtype))
+    return out
 
 
 @lowering(

@@ -84,8 +84,8 @@ def conv_transpose(
 
 
 def _each(values: Any, dims: int, default: int) -> list[int]:
-    values = [values] if isinstance(values, int) else list(values) or [default]
-    return values * dims if len(values) == 1 else values
+    numbers: list[int] = [values] if isinstance(values, int) else list(values) or [default]
+    return numbers * dims if len(numbers) == 1 else numbers
 
 
 def _pads(padding: Any, dims: int) -> list[int]:

@@ -79,7 +79,7 @@ def exit_linear(
     linear = find_lowering(TARGET, "aten::linear.default")
     assert linear is not None
     depth = g.tensor(depth, INT)
-    heads = [
+    heads: list[Value] = [
         linear(g, node, x, weight, biases[number] if biases else None)
         for number, weight in enumerate(weights)
     ]

@@ -72,19 +72,19 @@ def nan_to_num(
 ) -> Value:
     """Numbers in the place of what is none, and of infinities."""
     dtype = g.dtype(node)
-    largest, x = torch.finfo(dtype).max, g.tensor(x, dtype)
+    largest, out = torch.finfo(dtype).max, g.tensor(x, dtype)
     above, below = (
-        g.op("IsInf", x, dtype=torch.bool, **{f"detect_{other}": 0})
+        g.op("IsInf", out, dtype=torch.bool, **{f"detect_{other}": 0})
         for other in ("negative", "positive")
     )
     for mark, value, default in (
-        (g.op("IsNaN", x, dtype=torch.bool), nan, 0.0),
+        (g.op("IsNaN", out, dtype=torch.bool), nan, 0.0),
         (above, posinf, largest),
         (below, neginf, -largest),
     ):
         filled = g.number(default if value is None else value, dtype)
-        x = g.op("Where", mark, filled, x, dtype=dtype)
-    return x
+        out = g.op("Where", mark, filled, out, dtype=dtype)
+    return out
 
 
 @lowering(TARGET, "aten::square.default")

@@ -94,7 +94,7 @@ class Settings:
 def nodes_in(value: Any) -> tuple[fx.Node, ...]:
     """The nodes in an argument."""
     found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
+    fx.node.map_arg(value, found.append)
     return tuple(found)
 
 

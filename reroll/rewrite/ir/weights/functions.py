@@ -28,7 +28,7 @@ from reroll.rewrite.ir.weights.registry import weight_function
 def elementwise(*metas: Meta) -> Meta:
     """Broadcast shapes, promote dtypes."""
     try:
-        shape = torch.broadcast_shapes(*(m.shape for m in metas))  # type: ignore[no-untyped-call]
+        shape = torch.broadcast_shapes(*(m.shape for m in metas))
     except RuntimeError:
         shapes = " and ".join(dict.fromkeys(str(m) for m in metas))
         raise ProgramError(f"shapes {shapes} do not broadcast") from None
