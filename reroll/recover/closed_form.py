@@ -26,7 +26,10 @@ from torch import Tensor, nn
 
 from reroll.recover.hooks import hooked
 from reroll.recover.stage import Batch, Models
+from reroll.rewrite.analysis.low_rank import factor_names
+from reroll.rewrite.ir.program import Program, weight_nodes
 from reroll.rewrite.ir.weights.factors import low_rank_factors
+from reroll.runtime.lowering.placement import places
 
 # in turn: the shared weight, and the residuals beside it
 ROUNDS = 2
@@ -78,16 +81,13 @@ def layers_to_fit(models: Models) -> list[Layer]:
     theirs = dict(models.teacher.named_modules(remove_duplicate=False))
     ours = dict(models.module.named_modules(remove_duplicate=False))
     uses = Counter(id(m.weight) for m in ours.values() if isinstance(m, nn.Linear))
+    factors_of = _factors(models.module.program)
     found: list[Layer] = []
     for name, module in ours.items():
         other = theirs.get(name)
         if not isinstance(module, nn.Linear) or not isinstance(other, nn.Linear):
             continue
-        pairs = [
-            (part, module.get_submodule(key.replace("lora_down", "lora_up")))
-            for key, part in module.named_children()
-            if key.startswith("lora_down")
-        ]
+        pairs = [(ours[down], ours[up]) for down, up in factors_of.get(name, ())]
         factors = [
             (down, up)
             for down, up in pairs
@@ -96,7 +96,22 @@ def layers_to_fit(models: Models) -> list[Layer]:
         if module.weight.shape == other.weight.shape and (
             factors or (uses[id(module.weight)] > 1 and module.weight.requires_grad)
         ):
-            found.append(Layer(name, module, other, tuple(factors)))  # type: ignore[arg-type]
+            found.append(Layer(name, module, other, tuple(factors)))
+    return found
+
+
+def _factors(program: Program) -> dict[str, list[tuple[str, str]]]:
+    """By the name of a linear module, the names of the modules (down, up) of its residuals."""
+    place, found = places(program), dict[str, list[tuple[str, str]]]()
+    trips = {name: loop.trips for loop in program.loops for name in weight_nodes(loop.body.graph)}
+    for weight, pairs in factor_names(program).items():
+        for trip in range(trips.get(weight, 1)):
+            for pair in pairs:
+                linears = [place[name].at(trip).linear for name in (weight, *pair)]
+                paths = [".".join(linear.path) for linear in linears if linear is not None]
+                if len(paths) == len(linears):
+                    base, down, up = paths
+                    found.setdefault(base, []).append((down, up))
     return found
 
 

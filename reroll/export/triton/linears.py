@@ -15,11 +15,12 @@ import torch
 from torch import fx
 
 from reroll.kernels.linear_rows import ACTIVATIONS
+from reroll.rewrite.analysis.low_rank import low_rank_term
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import GLU, RMS_NORM
 from reroll.rewrite.ir.program import Program
 
-LINEAR, ADD = torch.ops.aten.linear.default, torch.ops.aten.add.Tensor
+LINEAR = torch.ops.aten.linear.default
 RMS_NORM, GLU = RMS_NORM, GLU
 # of the low-rank term: the kernel holds it whole
 LARGEST_RANK = 64
@@ -131,29 +132,17 @@ def _layer(node: fx.Node) -> Layer | None:
         if not all(w is None or w.op == "get_attr" for w in weights):
             return None
         return Layer(source, (*weights, None, None), (node,))
-    if node.target is not ADD or len(node.args) != 2 or node.kwargs:
+    term = low_rank_term(node)
+    if term is None or term.base is not term.whole:
         return None
-    for whole, up in (node.args, node.args[::-1]):
-        if not _only_linear(whole) or not _only_linear(up, bias=False):
-            continue
-        down = up.args[0]  # type: ignore[union-attr]
-        if not _only_linear(down, bias=False) or down.args[0] is not whole.args[0]:  # type: ignore[union-attr]
-            continue
-        layer = _layer(whole)  # type: ignore[arg-type]
-        parts = [argument(n, "weight") for n in (down, up)]  # type: ignore[arg-type]
-        if layer is None or any(p.op != "get_attr" for p in parts):
-            continue
-        if _shape(parts[0])[0] <= LARGEST_RANK:
-            nodes = (down, up, whole, node)
-            return Layer(layer.source, (*layer.weights[:2], *parts), nodes)  # type: ignore[arg-type]
-    return None
-
-
-def _only_linear(node: Any, bias: bool = True) -> bool:
-    """Whether a node is a linear layer that one other node reads."""
-    if not isinstance(node, fx.Node) or node.target is not LINEAR or len(node.users) != 1:
-        return False
-    return bias or argument(node, "bias") is None
+    nodes = (term.down, term.up, term.whole, node)
+    layer = _layer(term.whole)
+    if layer is None or any(len(n.users) != 1 for n in nodes[:3]):
+        return None
+    parts = [argument(n, "weight") for n in nodes[:2]]
+    if _shape(parts[0])[0] > LARGEST_RANK:
+        return None
+    return Layer(layer.source, (*layer.weights[:2], *parts), nodes)
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.kernels import dispatch
+from reroll.rewrite.analysis.low_rank import low_rank_term
 from reroll.rewrite.ir.ops import WIDEN
 
 aten: Any = torch.ops.aten
@@ -125,18 +126,15 @@ def sites_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> dict[fx.No
 
 
 def _low_rank(node: fx.Node) -> LowRank | None:
-    if node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+    term = low_rank_term(node)
+    if term is None or term.base is not term.whole:
         return None
-    layer, up = node.args
-    down = _linear(up)[0] if _linear(up) else None
-    if not _linear(layer) or not _linear(down):
+    inside = (term.whole, term.up, term.down)
+    parts = [_linear(layer) for layer in inside]
+    if not all(parts) or not _alone(inside, node):
         return None
-    (x, weight, bias), (_, b, b_bias) = _linear(layer), _linear(up)
-    other, a, a_bias = _linear(down)
-    inside: Any = (layer, up, down)
-    if other is not x or a_bias or b_bias or not _alone(inside, node):
-        return None
-    return LowRank(x, weight, bias, a, b, inside)
+    (x, weight, bias), (_, up, _), (_, down, _) = parts
+    return LowRank(x, weight, bias, down, up, inside)
 
 
 def _margin(node: fx.Node) -> Score | None:

@@ -1,0 +1,70 @@
+"""Low-rank terms beside linear layers, found by what a graph computes: W x + B (A x)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from reroll.rewrite.ir.matching import argument, is_weight
+from reroll.rewrite.ir.program import Program
+
+LINEAR = torch.ops.aten.linear.default
+ADD = torch.ops.aten.add.Tensor
+
+
+@dataclass(frozen=True)
+class LowRankTerm:
+    """The linear nodes of W x, which may have a bias, of A x and of B (A x).
+
+    `whole` is itself a sum where there are several terms.
+    """
+
+    whole: fx.Node
+    down: fx.Node
+    up: fx.Node
+
+    @property
+    def base(self) -> fx.Node:
+        """The linear node of W x, beside all terms."""
+        inner = low_rank_term(self.whole)
+        return self.whole if inner is None else inner.base
+
+
+def low_rank_term(node: Any) -> LowRankTerm | None:
+    """The low-rank term that a node adds to a linear layer of the same input; None if none."""
+    if not isinstance(node, fx.Node) or node.target is not ADD:
+        return None
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    for whole, up in (node.args, node.args[::-1]):
+        down = up.args[0] if _is_layer(up, bias=False) else None  # type: ignore[union-attr]
+        if not isinstance(whole, fx.Node) or not _is_layer(down, bias=False):
+            continue
+        term = LowRankTerm(whole, down, up)  # type: ignore[arg-type]
+        base = term.base
+        if _is_layer(base) and base.args[0] is down.args[0]:  # type: ignore[union-attr]
+            return term
+    return None
+
+
+def factor_names(program: Program) -> dict[str, list[tuple[str, str]]]:
+    """By the name of a weight W, the names of the factors (A, B) of its low-rank terms."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for _, graph in program.graphs():
+        for node in graph.nodes:
+            term = low_rank_term(node)
+            if term is not None:
+                layers = (term.base, term.down, term.up)
+                weight, *factors = (str(argument(n, "weight").target) for n in layers)
+                found.setdefault(weight, []).append((factors[0], factors[1]))
+    return found
+
+
+def _is_layer(node: Any, bias: bool = True) -> bool:
+    """Whether a node is a linear layer with a weight; without `bias`, one that has none."""
+    if not isinstance(node, fx.Node) or node.target is not LINEAR:
+        return False
+    return is_weight(argument(node, "weight")) and (bias or argument(node, "bias") is None)
