@@ -6,8 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # touched when the environment has what pyproject.toml and constraints.txt ask for
 INSTALLED := $(VENV)/.installed
+# the same, with what builds the site
+INSTALLED_DOCS := $(VENV)/.installed-docs
 
-.PHONY: demo test test-slow models lint clean
+.PHONY: demo test test-slow models lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.models smollm2-135m-instruct text:wiki
@@ -29,6 +31,11 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# a warning, such as a link that leads nowhere, is an error; nothing is fetched
+docs: $(INSTALLED_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "the site is in build/site"
+
 # models, data and the environment stay: they take long to make
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
@@ -40,4 +47,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
