@@ -171,7 +171,7 @@ class GraphWriter:
             return f"torch.ops.{str(target).replace('::', '.')}"
         raise ExportError(
             f"a bundle has no {target}",
-            hint="the huggingface and onnx targets know more",
+            hint="export --target onnx knows more ops, and the saved model runs them all",
         )
 
     def _loop(self, node: fx.Node) -> list[str]:

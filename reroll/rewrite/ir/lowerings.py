@@ -39,6 +39,11 @@ def lowering(target: str, *ops: str) -> Callable[[Function], Function]:
     return register
 
 
+def from_file(path: str) -> list[str]:
+    """The ops of which a Python file gives a lowering, sorted."""
+    return sorted(op for (_, op), known in _lowerings.items() if _identity(known)[0] == path)
+
+
 def find_lowering(target: str, op: Any) -> Lowering | None:
     """The lowering of an op, given as it stands in a graph, or None."""
     return _lowerings.get((target, op_name(op)))

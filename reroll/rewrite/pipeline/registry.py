@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from reroll.errors import UsageError, located
+from reroll.rewrite.ir.lowerings import from_file
 from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.options import check_options, nearest_name
 
@@ -152,6 +153,7 @@ def registries() -> Iterator[Registry[Any]]:
 def load_file(path: str | Path) -> tuple[type[Declared], ...]:
     """Run a Python file of the user's and register what it defines: passes, mixers, targets, ...
 
+    A file may also only give lowerings of ops. Returns the classes that it defines.
     This executes the file, so it only ever happens because a person named it. Raises UsageError if
     the file is missing, fails, or defines nothing of the kind.
     """
@@ -173,9 +175,9 @@ def load_file(path: str | Path) -> tuple[type[Declared], ...]:
         raise UsageError(f"{type(error).__name__}: {error}", where=str(path)) from error
     # what the file defines, it has imported the base of
     found = [(r, cls) for r in Registry.known for cls in r.classes_of(module)]
-    if not found:
+    if not found and not from_file(str(file)):
         raise UsageError(
-            "the file defines no pass, mixer, target, stage or measure",
+            "the file defines no pass, mixer, target, stage or measure, and no lowering of an op",
             where=str(path),
             hint="a pass is a subclass of reroll.Pass that sets `name`",
         )

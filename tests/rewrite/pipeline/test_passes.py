@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from reroll.errors import UsageError
+from reroll.rewrite.ir import lowerings
 from reroll.rewrite.pipeline import registry
 from reroll.rewrite.pipeline.base import PASSES, Pass, option
 from tests.rewrite.pipeline.example_passes import Colour, Everything, Plain
@@ -200,6 +201,17 @@ def test_a_file_that_is_no_good_is_named(passes, tmp_path, text, message):
     with pytest.raises(UsageError, match=message) as caught:
         registry.load_file(file)
     assert str(file) in str(caught.value)
+
+
+def test_a_file_may_only_give_lowerings(tmp_path, monkeypatch):
+    monkeypatch.setattr(lowerings, "_lowerings", dict(lowerings._lowerings))
+    file = tmp_path / "lowerings.py"
+    file.write_text(
+        "from reroll.rewrite.ir.lowerings import lowering\n"
+        '@lowering("onnx", "my::op.default")\ndef op(g, node, x):\n    return x\n'
+    )
+    assert registry.load_file(file) == ()
+    assert lowerings.from_file(str(file)) == ["my::op.default"]
 
 
 def test_a_missing_file_is_named(tmp_path):
