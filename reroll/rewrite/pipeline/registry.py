@@ -73,7 +73,10 @@ class Registry(Generic[T]):
         """The class of this name; UsageError with the nearest spelling if there is none."""
         known = self.all()
         if name not in known:
-            hints = [h for h in (nearest_name(name, list(known)), *self.failures) if h]
+            near = nearest_name(name, list(known)) or ""
+            own = f"--load FILE finds a {self.what} of your own, and so does an entry point"
+            hints = [near, *self.failures, *([] if near.startswith("did") else [own])]
+            hints = [hint for hint in hints if hint]
             what = f"there is no {self.what} {name!r}"
             raise UsageError(what, self.where, "\n  ".join(hints) or None)
         return known[name]
