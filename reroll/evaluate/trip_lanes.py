@@ -17,8 +17,9 @@ STYLE = """
 :root { --l: .86; --c: .095; --arc: .6; }
 @media (prefers-color-scheme: dark) { :root { --l: .44; --c: .085; --arc: .72; } }
 .loop .scroll { container-type: inline-size; }
-.lanes { display: grid; grid-template-columns: repeat(var(--n), minmax(18px, 1fr)); gap: 2px 1px;
-  min-width: calc(var(--n) * 19px); font-size: 11px; line-height: 1.3; padding-bottom: 4px; }
+.lanes { display: grid; grid-template-columns: repeat(var(--n), minmax(var(--w), 1fr));
+  gap: 2px 1px; min-width: calc(var(--n) * (var(--w) + 1px)); font-size: 11px; line-height: 1.3;
+  padding-bottom: 4px; }
 .label { grid-column: 1 / -1; position: sticky; left: 0; max-width: 100cqi; color: var(--soft);
   font-size: 12.5px; line-height: 1.4; margin-top: .55rem; justify-self: start; }
 .label b { color: var(--ink); font-weight: 600; }
@@ -57,7 +58,9 @@ def lanes(loop: LoopPicture, tallest: int) -> str:
             for t in loop.trips
         ),
     ]
-    style = f"--n: {len(loop.trips)}"
+    # numbers of three digits need more
+    width = NARROWEST if len(loop.trips) <= 100 else 24
+    style = f"--n: {len(loop.trips)}; --w: {width}px"
     return scroll(
         f'<div class="lanes" style="{style}">{"".join(parts)}</div>', f"trips of {loop.name}"
     )
