@@ -100,6 +100,16 @@ def test_a_recurrence_that_is_not_active_is_not_seen(window: int) -> None:
     assert loop.trips[0].parameters < loop.trips[1].parameters
 
 
+@pytest.mark.parametrize(
+    "options", ["mixer=linear, combine=joint", "mixer=retention, combine=sum", "mixer=gsa"]
+)
+def test_however_a_mixer_is_combined_idle_trips_read_nothing_of_it(options: str) -> None:
+    loop = loop_of(rewritten("llama", f"linearize({options}, window=4, keep=[0, 2])"))
+    assert [len(trip.mixings) for trip in loop.trips] == [1, 2, 1, 2]
+    gates = [s.index for s in loop.sharing if any("mixer" in name for name in s.weights)]
+    assert gates == [(None, 0, None, 1)]
+
+
 def test_exits_stand_where_they_were_inserted() -> None:
     program = rewritten("llama", "insert_exits(at=[1, 2], criterion=margin)")
     exits = loop_of(program).exits
