@@ -316,6 +316,41 @@ def test_show_prints_text_that_parses(model: Path, out: Path) -> None:
     assert data("show", out)["format"] >= 1
 
 
+def test_show_writes_a_page(model: Path, out: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    shown = run("show", out, "--html", page, "--against", model)
+    assert (shown.exit_code, shown.stdout) == (0, "")
+    assert "page.html" in shown.stderr
+    text = page.read_text(encoding="utf-8")
+    assert "tie(blocks=2)" in text
+    assert text.count("<article>") == 2
+    found = data("show", out, "--html", page)
+    assert set(found) == {"page", "programs"}
+    assert found["programs"][0]["name"] == "out"
+    assert page.read_text(encoding="utf-8").count("<article>") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--against", "other"], "--html FILE"),
+        (["--html", "page.html", "--lowered"], "exclude each other"),
+        (["--html", "/nowhere/page.html"], "no such directory"),
+        (["--html", "/usr/share"], "not a file"),
+    ],
+)
+def test_pages_that_are_refused_before_a_model_is_opened(arguments: list[str], words: str) -> None:
+    assert words in refused("show", "no-such-model", *arguments)
+
+
+def test_a_page_replaces_nothing_that_is_read(out: Path, tmp_path: Path) -> None:
+    file = tmp_path / "program.txt"
+    file.write_text(run("show", out).stdout)
+    assert "read from there" in refused("show", file, "--html", file)
+    assert "read from there" in refused("show", out, "--html", file, "--against", file)
+
+
 def test_diff(model: Path, out: Path, tmp_path: Path) -> None:
     same = run("diff", model, model)
     assert (same.exit_code, same.stdout) == (0, "")

@@ -437,9 +437,9 @@ def diff_command(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with Bars() as bars:
         bars(0, 2, f"opening {a}")
-        before = _program(a, **options)
+        before = program_of(a, **options)
         bars(1, 2, f"opening {b}")
-        after = _program(b, **options)
+        after = program_of(b, **options)
     text = diff(before, after, context=context)
     if json_:
         write_json({"a": a, "b": b, "same": not text, "diff": text.splitlines()})
@@ -451,55 +451,7 @@ def diff_command(
         raise typer.Exit(1)
 
 
-@app.command("show")
-@command
-def show_command(
-    model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model, or any other.")],
-    flat: Annotated[
-        bool,
-        typer.Option("--flat", help="Of a model that is not converted: as captured, not rolled."),
-    ] = False,
-    lowered: Annotated[
-        bool, typer.Option("--lowered", help="The Python code that its graphs are lowered to.")
-    ] = False,
-    print_after: Annotated[
-        list[str] | None,
-        typer.Option(help="With --lowered: the graphs after a pass of the lowering, or all."),
-    ] = None,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-) -> None:
-    """Print a model's program."""
-    if print_after and not lowered:
-        raise UsageError(
-            "--print-after shows passes of the lowering",
-            where="reroll show",
-            hint="add --lowered; passes of a conversion are shown by convert --print-after",
-        )
-    with Bars() as bars:
-        bars(0, 0, "capturing")
-        program = _program(
-            model, roll=not flat, revision=revision, trust_remote_code=trust_remote_code
-        )
-    if lowered:
-        from reroll.runtime.lowering.assembly import lowered_text
-
-        sources, after = lowered_text(program, print_after or ())
-        if json_:
-            write_json({"code": sources, "after": after})
-            return
-        for name, text in (*after.items(), *sources.items()):
-            write(f"==== {'after ' if name in after else ''}{name}\n{text.strip()}\n")
-    elif json_:
-        from reroll.rewrite.ir.text.serialize import program_to_json
-
-        write_json(program_to_json(program))
-    else:
-        write(str(program))
-
-
-def _program(name: str, **options: Any) -> Program:
+def program_of(name: str, **options: Any) -> Program:
     """The Program of a model, or of a file with a program's text."""
     path = Path(name)
     if path.is_file() and path.suffix != ".gguf":

@@ -201,7 +201,7 @@ def compared(found: Found) -> None:
 
 def evaluated(found: Found, page: Path | None) -> None:
     """What `evaluate` measured."""
-    from reroll.evaluate.report import number as shown
+    from reroll.evaluate.pages import number as shown
     from reroll.evaluate.report import problems, rows
 
     beside = found["original"] is not None

@@ -1,4 +1,7 @@
-"""The plots of an evaluation, as SVG text. matplotlib is imported when a plot is drawn."""
+"""The plots of an evaluation, as SVG text. matplotlib is imported when a plot is drawn.
+
+A line of one point is no line: what was measured at one place only is written as a table.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reroll.errors import UsageError
+from reroll.evaluate.pages import escape, number
 
 Found = Mapping[str, Any]
 SIDES = ("model", "original")
 COLORS = {"model": "#c44e34", "original": "#3b6ea5"}
+# not by colour alone
+MARKERS = {"model": "o", "original": "s"}
 INCH = 3.2
 
 
@@ -27,7 +33,7 @@ def need_matplotlib() -> None:
 
 
 def figures(found: Found) -> Iterator[tuple[str, str]]:
-    """Captions and SVG of all plots that the results have data for."""
+    """Captions and HTML of all plots that the results have data for."""
     results = {k: v["result"] for k, v in found["measures"].items() if v["status"] == "done"}
     if "perplexity" in results:
         panels = [("perplexity", _lines(results["perplexity"], "contexts", "perplexity"))]
@@ -67,28 +73,64 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def curves(
-    panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]],
-    label: str,
-    chance: Sequence[float | None] = (),
-) -> str:
-    """One panel for each title, a line in it for each side, over a logarithmic axis."""
+Panel = tuple[str, Mapping[str, Sequence[tuple[float, float]]]]
+
+
+def curves(panels: Sequence[Panel], label: str, chance: Sequence[float | None] = ()) -> str:
+    """A panel for each title with lines of several points, and a table of all other numbers."""
+    known = [*chance, *[None] * (len(panels) - len(chance))]
+    drawn: list[tuple[Panel, float | None]] = []
+    written: list[tuple[Panel, float | None]] = []
+    for panel, by_chance in zip(panels, known, strict=True):
+        several = any(len({x for x, _ in points}) > 1 for points in panel[1].values())
+        (drawn if several else written).append((panel, by_chance))
+    parts = [_lines_drawn(drawn, label)] if drawn else []
+    return "".join([*parts, *([_written(written, label)] if written else [])])
+
+
+def _lines_drawn(panels: Sequence[tuple[Panel, float | None]], label: str) -> str:
+    """A line for each side over a logarithmic axis, in each panel."""
     figure, axes = _figure(len(panels))
-    for number, (axis, (title, lines)) in enumerate(zip(axes, panels, strict=True)):
+    for axis, ((title, lines), chance) in zip(axes, panels, strict=True):
         for side, points in lines.items():
             x, y = zip(*points, strict=True)
-            axis.plot(x, y, marker="o", color=COLORS[side], label=side)
+            axis.plot(x, y, marker=MARKERS[side], color=COLORS[side], label=side)
             axis.set_xscale("log", base=2)
             axis.set_xticks(x, [f"{v:,}" for v in x])
-        if number < len(chance) and chance[number] is not None:
-            axis.axhline(chance[number], color="#999", linestyle=":", label="chance")
+        if chance is not None:
+            axis.axhline(chance, color="#999", linestyle=":", label="chance")
             axis.set_ylim(-0.05, 1.05)
         axis.set_title(title)
         axis.set_xlabel(label)
         axis.minorticks_off()
-    if axes:
-        axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False)
     return _svg(figure)
+
+
+def _written(panels: Sequence[tuple[Panel, float | None]], label: str) -> str:
+    """Numbers that were measured at one place each."""
+    rows = [
+        (title, side, x, y, chance)
+        for (title, lines), chance in panels
+        for side, points in lines.items()
+        for x, y in points
+    ]
+    return _table(("", "", label, "measured", "chance"), rows) if rows else ""
+
+
+def _table(heads: Sequence[str], rows: Sequence[tuple[str | float | None, ...]]) -> str:
+    """A table of words and numbers; a column of numbers has a head."""
+    top = "".join(f'<th class="n">{escape(head)}</th>' for head in heads)
+    lines = []
+    for row in rows:
+        cells = (
+            f"<td>{escape(value)}</td>"
+            if isinstance(value, str)
+            else f'<td class="n">{escape(number(value))}</td>'
+            for value in row
+        )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _accuracies(result: Found, name: str) -> str:
@@ -116,6 +158,12 @@ def _recall(result: Found) -> Iterator[tuple[str, str]]:
             cells = result.get(side, {}).get(task, {}).get("cells")
             if cells:
                 maps.append((f"{task}, {side}", cells))
+    single = [(title, cells) for title, cells in maps if len(cells) == 1]
+    maps = [(title, cells) for title, cells in maps if len(cells) > 1]
+    if single:
+        rows = [(title, c["length"], c["depth"], c["accuracy"]) for title, (c,) in single]
+        heads = ("", "tokens in context", "depth", "accuracy")
+        yield "Recall at one depth and length.", _table(heads, rows)
     if maps:
         window = result.get("window")
         note = f" The window is {window:,} tokens." if window else ""
@@ -138,10 +186,11 @@ def heat_maps(maps: Sequence[tuple[str, Sequence[Found]]]) -> str:
             row, column = depths.index(each["depth"]), lengths.index(each["length"])
             values[row][column] = each["accuracy"]
             color = "white" if each["accuracy"] > 0.6 else "black"
-            place = {"ha": "center", "va": "center", "color": color}
+            place = {"ha": "center", "va": "center", "color": color, "zorder": 3}
             axis.text(column, row, f"{each['accuracy']:.2f}", **place)
-        corners = range(len(lengths)), range(len(depths))
-        axis.pcolormesh(*corners, values, vmin=0, vmax=1, cmap="Blues", shading="nearest")
+        # the edges of the cells: from their centres alone, a single one would have no area
+        edges = ([n - 0.5 for n in range(len(each) + 1)] for each in (lengths, depths))
+        axis.pcolormesh(*edges, values, vmin=0, vmax=1, cmap="Blues", edgecolors="white")
         axis.invert_yaxis()
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         axis.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
@@ -174,10 +223,10 @@ def waterfall(title: str, steps: Sequence[tuple[str, float, float]]) -> str:
     figure, (axis,) = _figure(1, width=max(2.0, 0.5 + 0.35 * len(steps)))
     names = ["before", *(name if len(name) < 28 else f"{name[:27]}…" for name, _, _ in steps)]
     axis.bar(0, steps[0][1], color="#999")
-    for number, (_, before, after) in enumerate(steps, 1):
+    for place, (_, before, after) in enumerate(steps, 1):
         color = COLORS["original"] if after <= before else COLORS["model"]
-        axis.bar(number, after - before, bottom=before, color=color)
-        axis.annotate(f"{after:,.4g}", (number, max(before, after)), ha="center", va="bottom")
+        axis.bar(place, after - before, bottom=before, color=color)
+        axis.annotate(f"{after:,.4g}", (place, max(before, after)), ha="center", va="bottom")
     axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
     # room for the numbers above the bars
     axis.set_ylim(0, 1.15 * max(value for _, *pair in steps for value in pair))
@@ -193,7 +242,8 @@ def _figure(panels: int, width: float = 1.0) -> tuple[Any, list[Any]]:
     need_matplotlib()
     from matplotlib.figure import Figure
 
-    columns = min(panels, 3) or 1
+    # four fill two rows
+    columns = 2 if panels == 4 else min(panels, 3) or 1
     rows = -(-panels // columns) or 1
     size = (INCH * 1.25 * columns * width, INCH * rows)
     figure = Figure(figsize=size, layout="constrained")
@@ -210,5 +260,7 @@ def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "reroll", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    _, _, text = buffer.getvalue().partition("<svg")
+    # what is one panel wide fits a narrow screen
+    kind = "narrow" if figure.get_figwidth() < 2 * INCH else "wide"
+    return f'<svg class="{kind}"{text}'

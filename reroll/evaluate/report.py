@@ -5,13 +5,14 @@ The page needs no other file and no network: its plots are SVG inside it.
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reroll.writing import Paths, check_file, new_file
+from reroll.evaluate import pages
+from reroll.evaluate.pages import document, escape, number, scroll
+from reroll.writing import Paths
 
 Found = Mapping[str, Any]
 Number = float | int | None
@@ -55,26 +56,15 @@ def problems(found: Found) -> list[tuple[str, str, str]]:
     ]
 
 
-def number(value: Number) -> str:
-    """A number for people; a dash for none."""
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if abs(value) < 10**4 else f"{value:,.0f}"
-
-
 # ---- the page
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1b1b1b; background: #fff; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
-  border-bottom: 1px solid #ddd; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
-figcaption, .note { color: #555; } pre { overflow: auto; background: #f6f6f6; padding: .6rem; }
+figure { margin: 1.5rem 0 2rem; } figcaption { margin: .1rem 0 .5rem; }
+figure svg { display: block; max-width: 100%; height: auto; border-radius: 8px;
+  background: #fff; }
+/* what is drawn side by side stays readable on a narrow screen, and scrolls */
+@media (max-width: 40rem) { figure svg.wide { max-width: none; } }
+details { margin: .3rem 0; }
 """
 
 
@@ -86,13 +76,12 @@ def check_page(path: Path, sources: Paths = ()) -> None:
     from reroll.evaluate import plots
 
     plots.need_matplotlib()
-    check_file(path, overwrite=True, sources=sources)
+    pages.check_page(path, sources)
 
 
 def write_page(found: Found, path: Path) -> None:
     """Write the page; the file is whole, or as it was before."""
-    with new_file(path, overwrite=True) as file:
-        file.write_text(page(found), encoding="utf-8")
+    pages.write(page(found), path)
 
 
 def page(found: Found) -> str:
@@ -101,37 +90,35 @@ def page(found: Found) -> str:
 
     title = f"Evaluation of {found['model']}"
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="note">{html.escape(_about(found))}</p>',
-        *_table(found),
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="note">{escape(_about(found))}</p>',
+        "<h2>Summary</h2>",
+        scroll("".join(_table(found)), "summary"),
     ]
-    for caption, svg in plots.figures(found):
-        parts += [f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"]
+    for caption, drawn in plots.figures(found):
+        parts += [f"<figure><figcaption>{escape(caption)}</figcaption>"]
+        parts += [scroll(drawn, caption), "</figure>"]
     parts.append("<h2>Everything</h2>")
     for name, each in found["measures"].items():
         text = json.dumps(each, indent=1, ensure_ascii=False, default=str)
         parts.append(
-            f"<details><summary>{html.escape(name)}: {html.escape(each['status'])}, "
-            f"{each['seconds']:.1f} s</summary><pre>{html.escape(text)}</pre></details>"
+            f"<details><summary>{escape(name)}: {escape(each['status'])}, "
+            f"{each['seconds']:.1f} s</summary><pre>{escape(text)}</pre></details>"
         )
-    return "\n".join([*parts, "</body></html>", ""])
+    return document(title, parts, STYLE)
 
 
 def _about(found: Found) -> str:
     beside = f" beside {found['original']}" if found["original"] else ""
     return (
         f"{found['suite']} suite{beside}, seed {found['seed']}, text: {found['text']}, "
-        f"{found['dtype']['model']}, {found['threads']} threads, {found['seconds']:.0f} s"
+        f"{found['dtype']['model']}, threads: {found['threads']}, {found['seconds']:.0f} s"
     )
 
 
 def _table(found: Found) -> Iterator[str]:
-    yield "<h2>Summary</h2><table>"
     heads = '<th class="n">model</th><th class="n">original</th><th class="n">ratio</th>'
-    yield f"<tr><th>measure</th><th></th>{heads}</tr>"
+    yield f"<table><thead><tr><th>measure</th><th></th>{heads}</tr></thead><tbody>"
     before = ""
     for row in rows(found):
         name = "" if row.measure == before else row.measure
@@ -139,8 +126,8 @@ def _table(found: Found) -> Iterator[str]:
         cells = "".join(
             f'<td class="n">{number(v)}</td>' for v in (row.model, row.original, row.ratio)
         )
-        yield f"<tr><td>{html.escape(name)}</td><td>{html.escape(row.label)}</td>{cells}</tr>"
+        yield f"<tr><td>{escape(name)}</td><td>{escape(row.label)}</td>{cells}</tr>"
     for name, status, reason in problems(found):
-        words = html.escape(f"{status}: {reason}")
-        yield f'<tr><td>{html.escape(name)}</td><td colspan="4">{words}</td></tr>'
-    yield "</table>"
+        words = escape(f"{status}: {reason}")
+        yield f'<tr><td>{escape(name)}</td><td colspan="4">{words}</td></tr>'
+    yield "</tbody></table>"

@@ -8,6 +8,7 @@ transformer is small beside them. Ops of our own say what they cost in their own
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import fx
 from reroll.rewrite.ir.exits import exits_of, is_open
 from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.ops.base import FLOPS, STATE, Cost, Place, count, register
-from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.program import Loop, Program
 
 aten = torch.ops.aten
 
@@ -41,26 +42,30 @@ def keeps_state(program: Program) -> bool:
     return any(n.target in STATE for _, graph in program.graphs() for n in graph.nodes)
 
 
+def state_of(nodes: Iterable[fx.Node], place: Place) -> int:
+    """Bytes of state that some nodes hold at one place; those of a whole trip are `working`."""
+    return _sum(nodes, STATE, place)
+
+
+def working(loop: Loop, trip: int) -> list[fx.Node]:
+    """The nodes of a loop's body without those that decide about an exit that is closed."""
+    exits = exits_of(loop)
+    # where nobody can leave, no score is computed
+    closed = exits is not None and not is_open(exits.thresholds[trip])
+    skipped = exits.tests if exits is not None and closed else frozenset()
+    return [node for node in loop.body.graph.nodes if node not in skipped]
+
+
 def _total(program: Program, rules: dict[Any, Cost], context: int) -> int:
-    total = _graph(program.graph, rules, Place(context))
+    total = _sum(program.graph.nodes, rules, Place(context))
     for loop in program.loops:
-        exits = exits_of(loop)
         for trip in range(loop.trips):
-            # where nobody can leave, no score is computed
-            closed = exits is not None and not is_open(exits.thresholds[trip])
-            skipped = exits.tests if exits is not None and closed else frozenset()
-            total += _graph(loop.body.graph, rules, Place(context, loop, trip), skipped)
+            total += _sum(working(loop, trip), rules, Place(context, loop, trip))
     return total
 
 
-def _graph(
-    graph: fx.Graph,
-    rules: dict[Any, Cost],
-    place: Place,
-    skipped: frozenset[fx.Node] = frozenset(),
-) -> int:
-    nodes = (n for n in graph.nodes if n.target in rules and n not in skipped)
-    return sum(rules[n.target](n, place) for n in nodes)
+def _sum(nodes: Iterable[fx.Node], rules: dict[Any, Cost], place: Place) -> int:
+    return sum(rules[n.target](n, place) for n in nodes if n.target in rules)
 
 
 # ---- matrix products
