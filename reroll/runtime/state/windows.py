@@ -101,7 +101,7 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
         self.first_values = _taken(self.first_values, values, here)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the next update's number of columns, and the position of the first after `kept`."""
+        """Return the next update's number of columns, and the first position after `kept`."""
         held = self._held()
         return self.kept + held + query_length, self.cumulative_length - held
 
@@ -142,7 +142,7 @@ def _last(tensor: Tensor, start: int) -> Tensor:
 
 
 def _taken(old: Tensor | None, new: Tensor, here: Tensor) -> Tensor:
-    """Select tokens of `new` where `here` is True for a place, else keep those of `old`.
+    """Take the tokens of `new` that `here` marks for each column, else keep those of `old`.
 
     `new` is [batch, heads, time, size], `here` [batch, n, time]. Returns [batch, heads, n, size].
     """
