@@ -30,10 +30,11 @@ def save_model(
     save_peft_format: bool = True,
     **layout: Any,
 ) -> None:
-    """Write a lowered model, or its adapter, to a directory. `state` has its tensors if given.
+    """Write a lowered model, or its adapter, to a directory; `state` has its tensors if given.
 
-    Raises UsageError for a module that the Program has no place for, for tensors that are missing,
-    and for a directory whose adapter would be put on a model that had none.
+    Raises UsageError for a module that the Program has no place for, and for missing tensors. It
+    also raises for a directory that holds an adapter if the model has none, because loading would
+    add it.
     """
     del layout
     adapted = bool(getattr(model, "_hf_peft_config_loaded", False))
