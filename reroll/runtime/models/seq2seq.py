@@ -154,10 +154,10 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         return self._completed(values, own, past)
 
     def _shifted(self, labels: Tensor) -> Tensor:
-        """Shift labels right by one, behind the start token or, where labels wrap, their last
-        token.
+        """Shift labels right by one, behind the start token or their own last token.
 
-        Raises UsageError if no start token is known.
+        Their last token comes first where the original wraps labels. Raises UsageError if no start
+        token is known.
         """
         pad = self.config.pad_token_id
         if self.program.origin.wraps_labels and pad is not None:
