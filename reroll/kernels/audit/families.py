@@ -135,7 +135,7 @@ def _confidence(variant: Variant, tiles: Tiles) -> Any:
 
 
 def _linear_rows(variant: Variant, tiles: Tiles) -> Any:
-    """With all that there may be; the size is the rank of the low-rank term."""
+    """Launch with norm, bias and residual; `size` is the rank of the low-rank residual."""
     rows, inputs, outputs, rank = 16, 576, 1536, variant.size
 
     def empty(*shape: int) -> Tensor:
@@ -151,7 +151,7 @@ def _linear_rows(variant: Variant, tiles: Tiles) -> Any:
 
 
 def _pointwise(variant: Variant, tiles: Tiles) -> None:
-    """Of rows as long as the size says."""
+    """Launch all kernels on rows of length `size`."""
     sizes = variant.size, 128
     row, head = (torch.empty(4, 64, n, dtype=variant.dtype, device="meta") for n in sizes)
     pointwise.norm(row, row[0, 0], 1e-6)
@@ -165,7 +165,7 @@ def _nothing_to_choose(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]
 
 
 def _few_rows(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Tiles of few rows: narrow ones, as a step has few columns for many processors."""
+    """Yield tiles of few rows: narrow ones, so that a decoding step occupies many processors."""
     for columns, inputs, stages in ((16, 128, 3), (16, 64, 2), (32, 64, 2), (16, 32, 1)):
         yield {
             "BM": linear_rows.ROWS, "BN": columns, "BK": inputs, "num_warps": 4,
@@ -174,7 +174,7 @@ def _few_rows(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
 
 
 def _squares(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Tiles of rows, columns and inputs: many rows in a prompt, few in a step of decoding."""
+    """Yield tiles of rows, columns and inputs: many rows in a prompt, few in a decoding step."""
     prompt = kernel == "window_attention_tile"
     for rows in (64, 32, 16) if prompt else (depth_lora.ROWS,):
         for columns in (64, 32, 16):
