@@ -1,13 +1,13 @@
 """The Triton target: a program as one Python module with its kernels, and its weights.
 
-sites.py             where the program has state
-linears.py           which linear layers are one kernel with their norm, low-rank term and gate
+sites.py             attentions and recurrences, which have state
+linears.py           linear layers that are one kernel with their norm, low-rank residual and gate
 graphs.py            its graphs as Python functions
 specialise.py        kernels as text, with the program's constants in them
 launches.py          the kernels of its recurrences, and the functions that launch them
-module.py            model.py, put together
-precompile.py        binaries of the kernels, for GPUs that are not there
-bundle_*.py          what every bundle has; copied as they are
+module.py            the text of model.py, and the other files
+precompile.py        binaries of the kernels, compiled without a GPU
+bundle_*.py          the common parts of all bundles, copied as they are
 """
 
 from __future__ import annotations

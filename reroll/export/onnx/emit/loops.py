@@ -36,7 +36,7 @@ def run_trip(
     g: Translator, loop: Loop, trip: Trip, carry: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """Emit one trip, or the running one of several, and return the carry after it."""
-    # imported here, because `exits` imports the translator, which imports this module
+    # imported late: the lowerings of ops build on the translator, which builds on this module
     from reroll.export.onnx.ops import exits
 
     given = [_input(g, value, trip) for value in inputs]
