@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
 _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"
-# by the entry of a configuration that names the class
+# by the configuration entry that names the class
 KINDS = {
     "tokenizer_class": Kind(
         "AutoTokenizer", "tokenization_utils_base", "PreTrainedTokenizerBase",

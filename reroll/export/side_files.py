@@ -1,4 +1,4 @@
-"""The files beside a model: its tokenizer, preprocessor and the like."""
+"""Side files of a model: its tokenizer, preprocessor and similar files."""
 
 from __future__ import annotations
 

@@ -92,5 +92,5 @@ def _value(text: str, kind: Any) -> Any:
 
 TARGETS = Registry(Target, "reroll.export", "reroll.targets")  # type: ignore[type-abstract]
 
-# all known targets; the one of a name
+# functions that return all known targets, and the one of a name
 registered, find = TARGETS.all, TARGETS.find

@@ -47,7 +47,10 @@ def confidence_part(
     D: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (parts, blocks of rows); writes numbers [parts, 4, rows] and tokens [parts, rows]."""
+    """Compute one part of the vocabulary; grid (parts, blocks of rows).
+
+    Writes numbers [parts, 4, rows] and tokens [parts, rows].
+    """
     part, i_m = tl.program_id(0), tl.program_id(1)
     om = i_m * BM + tl.arange(0, BM)
     here = om < rows

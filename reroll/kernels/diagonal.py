@@ -1,17 +1,17 @@
 """Triton kernels: S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t, in chunks.
 
 The mathematics is that of `reroll.mixers.linear_form` and `decay`, which are the references. A
-chunk of BT tokens is a few matrix products; chunks are chained by the state. The log decay g has
-one number for each head and token (GATE 1), one for each channel of the keys (GATE 2), or is absent
-(GATE 0). With GATE 2, exp(G_i - G_j) is split in two factors anchored in the middle of the chunk,
-so BT times the largest -g must not be above 160.
+chunk of BT tokens is a few matrix products; the state passes from chunk to chunk. The log decay g
+has one number for each head and token (GATE 1), one for each channel of the keys (GATE 2), or is
+absent (GATE 0). With GATE 2, exp(G_i - G_j) is split into two factors relative to the middle of the
+chunk. So BT times the largest -g must not be above 160.
 
 Shapes: q [batch, kv_heads * GROUPS, time, K], k [batch, kv_heads, time, K], v [.., V], g [batch,
-kv_heads, time] or [.., K], with any strides but that of the last dimension, which is 1; o [batch,
-time, heads, V]; states [sequences, kv_heads, K, V] in fp32. With VARLEN the batch is 1, and
+kv_heads, time] or [.., K]. Strides are arbitrary, except that of the last dimension, which is 1. o
+[batch, time, heads, V]; states [sequences, kv_heads, K, V] in fp32. With VARLEN the batch is 1, and
 `starts` [sequences + 1] says where the packed sequences begin and end. States before each chunk are
-stored at h[slot + number of the chunk, kv_heads, K, V], where the slots of a sequence begin at
-`start // BT + its number`: room for all chunks, known without looking.
+stored at h[slot + number of the chunk, kv_heads, K, V]. The slots of a sequence begin at `start //
+BT + its number`: this leaves room for all chunks, and depends on no tensor's values.
 
 Loads are widened to fp32 at once, and narrowed only as operands of a matrix product.
 """

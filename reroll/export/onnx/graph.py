@@ -74,7 +74,7 @@ class Graph:
 
     @property
     def root(self) -> Graph:
-        """The model's own graph."""
+        """Graph of the model itself."""
         return self if self.outer is None else self.outer.root
 
     @property
@@ -193,9 +193,9 @@ class Graph:
         return Value(name, tensor.dtype, self)
 
     def output(self, value: Value, name: str, shape: Shape | None) -> None:
-        """Make a value an output of this graph under a name of its own."""
+        """Make a value an output of this graph, under a separate name."""
         self.reserve([name])
-        # an identity, because a value may be two outputs, or an input as well
+        # an Identity node, because a value may be two outputs, or also an input
         self.nodes.append(helper.make_node("Identity", [value.name], [name], name=f"{name}/output"))
         self.outputs.append(type_of(name, value.dtype, shape))
 

@@ -26,9 +26,9 @@ class Triton(Target):
     """A Python bundle that imports torch and triton only: model.py, weights, tokenizer, manifest.
 
     For causal models. model.py has the kernels with the program's shapes in them, its graphs line
-    by line, prefill and decoding (a CUDA graph for each batch size), and `selftest`, which holds
-    every kernel against its definition on the machine that is to run it. Block sizes are those
-    that spill nothing on each GPU of `arch`. How fast it is on a GPU has not been measured.
+    by line, prefill and decoding (a CUDA graph for each batch size), and `selftest`, which compares
+    every kernel with its definition on the machine that runs it. Block sizes are those without
+    spills on each GPU of `arch`. Its speed on a GPU has not been measured.
     """
 
     name = "triton"

@@ -146,7 +146,7 @@ class GraphWriter:
         if node in self.linears:
             return [f"{node.name} = {self._linear(self.linears[node])}"]
         if target is CACHE or behind_cache(node) is not None:
-            # the state is in `run`
+            # `run` holds the caches
             return []
         if node.op == "call_method":
             text = self._method(str(target), args, kwargs)

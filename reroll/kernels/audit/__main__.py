@@ -1,10 +1,10 @@
-"""Compile what the manifest ships, print what came out, and fail on a spill.
+"""Compile the configurations of the manifest, print measures of them, and fail on a spill.
 
     python -m reroll.kernels.audit [--targets sm_90,...] [--families ...] [--sizes 64,...]
         [--summary | --json]
 
 Registers, spills, shared memory and matrix instructions are read from the binaries, which are built
-with no GPU. `--summary` prints a line for each GPU and family, and what fails. Exits with 1 if a
+without a GPU. `--summary` prints a line for each GPU and family, and failures. Exits with 1 if a
 shipped configuration spills, does not fit, or does not compile.
 """
 

@@ -99,7 +99,7 @@ def compiled(launch: Launch, target: str) -> Measured:
     source, options = _source(launch)
     try:
         built = triton.compile(source, target=TARGETS[target], options=options)
-    except Exception as error:  # whatever the compiler stumbles over is what we want to know
+    except Exception as error:  # every failure of the compiler is a result of the measurement
         return Measured(error=_reason(error))
     if "cubin" in built.asm:
         return _of_cubin(built.asm["cubin"], built.metadata.shared, target)

@@ -3,9 +3,9 @@
     python -m reroll.kernels.audit.sweep [--targets sm_90,...] [--families ...] [--sizes 64,...]
         [--only ENTRY,...]
 
-For each variant the first candidates in order of preference are taken that neither spill nor ask
-for more shared memory than there is. What no candidate does is left out, and the dispatcher takes
-another form there. Nothing is timed: there may be no GPU.
+For each variant the first candidates in order of preference are taken that neither spill nor need
+more shared memory than a GPU has. Variants without such a candidate get no entry, and the
+dispatcher chooses another form for them. Nothing is timed, because there may be no GPU.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Engine:
             return {}
         return {str(n.target): None for n in self.test.nodes if n.op == "get_attr"}
 
-    # ---- the parts
+    # ---- the parts of the model
 
     def start(self, slots: Sequence[int], tokens: Sequence[int]) -> list[Row]:
         """Make the rows, in front of the first trip, of one new token for each slot."""

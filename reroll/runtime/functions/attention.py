@@ -57,7 +57,7 @@ def attend(
         mask, causal = _additive(bias, mask, causal, q), False
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and length == 1:
-        # the queries of one KV head are rows of one matrix: nothing is repeated
+        # the query heads of one KV head are rows of one matrix, so that keys are not repeated
         batch, heads = q.shape[:2]
         q = q.reshape(batch, heads // groups, groups, q.shape[3])
         if mask is not None and mask.shape[1] > 1:

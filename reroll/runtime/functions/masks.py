@@ -53,7 +53,7 @@ def make_mask(
     if isinstance(visibility.padding, Documents):
         if visibility.causal and not visibility.is_empty:
             return visibility.padding.seen(visibility)
-        # transformers lets attention that is not causal see all documents
+        # in transformers, attention that is not causal sees all documents
         visibility = replace(visibility, padding=None)
     padding = visibility.padding
     if padding is not None and padding.dim() == 4:

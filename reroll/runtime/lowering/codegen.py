@@ -47,7 +47,7 @@ def compile_graph(graph: fx.Graph, name: str) -> tuple[Callable[..., Any], str]:
     code = graph.python_code("self")
     source = code.src
     filename = f"<reroll {name}>"
-    # so that tracebacks and debuggers show the lines
+    # lets tracebacks and debuggers show the source lines
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = dict(code.globals)
     exec(compile(source, filename, "exec"), namespace)

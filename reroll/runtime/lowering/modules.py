@@ -1,7 +1,7 @@
 """The module tree of a lowered Program: its weights under their names, one module per trip.
 
 A weight `model.layers.*.mlp.up_proj.weight` of a loop is the parameter `weight` of an `nn.Linear`
-at `model.layers.<trip>.mlp.up_proj`, one for each trip; trips that share an entry share the
+at `model.layers.<trip>.mlp.up_proj`, one for each trip. Trips that share an entry share the
 Parameter, not the module, so that an adapter can be attached to each depth.
 """
 

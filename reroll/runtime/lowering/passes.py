@@ -32,7 +32,7 @@ from reroll.runtime.state.caches import tell_padding, update_function
 
 @dataclass
 class Lowering:
-    """A Program on its way to a module that runs.
+    """A Program during its lowering to a module that runs.
 
     Attributes:
         program: the Program, whose graphs the passes change.
@@ -40,16 +40,16 @@ class Lowering:
         plan: its states.
         state: the node of the running forward's `State`, an input of the main graph.
         layers: the node of its cache layers in each graph.
-        mixing: what mixes tokens and knows nothing of documents, in words.
+        mixing: the name of an operation that mixes tokens of different documents, if any.
         masks: the padding inputs that are needed as tensors; the others may be None.
-        head: the path of the module that makes the logits.
+        head: the path of the module that computes the logits.
         embeddings: the path of the module that looks up the tokens.
         takes_embeddings: whether embeddings can be given instead of tokens.
         keeps: whether it applies `logits_to_keep` itself.
-        updates: how each stateful node updates its layer.
-        statics: of loops over an encoder's result, the graph of what is the same for every token.
-        exits: how each loop with exits is left.
-        hidden: the hidden states that each loop gives.
+        updates: the function by which each stateful node updates its layer.
+        statics: for loops over an encoder's result, the graph of values that no token changes.
+        exits: the properties of exits, for each loop that has them.
+        hidden: the hidden states of each loop.
         graphs: runnable graphs by loop ("main" for the main graph) and function.
     """
 
@@ -133,7 +133,7 @@ def check_padding(x: Lowering) -> None:
 
 
 def open_ends(x: Lowering) -> None:
-    """Take embeddings instead of tokens, and make logits only where they are wanted."""
+    """Take embeddings instead of tokens, and compute logits only where they are wanted."""
     readings = x.tree.readings["main"]
     x.head = head_path(x.program, readings)
     x.embeddings, x.takes_embeddings = take_embeddings(x.program, readings, _state(x))

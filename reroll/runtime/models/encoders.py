@@ -1,4 +1,4 @@
-"""Lowered models that run once over their input: encoders of text, images and sound."""
+"""Lowered models that run once over their input: encoders of text, images and audio."""
 
 from __future__ import annotations
 

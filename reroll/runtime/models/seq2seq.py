@@ -69,7 +69,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
             **{k: v for k, v in kwargs.items() if k in self._input_names},
         }
         if given.get(self.main_input_name) is None:
-            # by position, the main input comes first whatever its name
+            # if given by position, the main input is the first argument, whatever its name
             given[self.main_input_name] = input_ids
         if encoder_outputs is None:
             encoder_outputs = self.encode(given, output_hidden_states)

@@ -57,7 +57,7 @@ class Translator:
         self.states = States(program)
         self._given: dict[str, Value] = {}
 
-    # ---- the walk
+    # ---- translation of graphs
 
     def run(self) -> Graph:
         """Translate the whole Program."""

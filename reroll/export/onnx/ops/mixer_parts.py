@@ -64,7 +64,7 @@ def running_maximum(g: Translator, x: Value) -> Value:
     x = g.op("Reshape", x, shape)
 
     def seen(count: Value, *, itself: bool) -> Value:
-        # 0 where a row sees a column, else -inf: [count, count]
+        # 0 where a row includes a column, else -inf: [count, count]
         end = g.op("Squeeze", count, g.ints(0))
         places = g.op("Range", g.number(0, INT), end, g.number(1, INT))
         rows, columns = (g.op("Unsqueeze", places, g.ints(axis)) for axis in (1, 0))

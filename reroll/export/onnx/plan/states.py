@@ -113,7 +113,7 @@ class States:
         past = g.op("Shape", self.past[growing[0]], start=2, end=3, dtype=INT)
         return g.op("Add", past, g.sizes["s"])
 
-    # ---- of the running trip
+    # ---- states of the running trip
 
     def of(self, g: Translator, node: fx.Node) -> tuple[int, ...]:
         """Return the numbers of a node's states in the running trips."""

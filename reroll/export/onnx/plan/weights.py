@@ -27,7 +27,7 @@ from reroll.rewrite.ir.weights.expressions import Meta
 
 FILE = "weights.bin"
 
-# runtimes map the file into memory by pages
+# the page size, because runtimes map the file into memory
 _ALIGNMENT = 4096
 
 
