@@ -56,7 +56,7 @@ class Onnx(Target):
 
     def check_options(self) -> None:
         if not self.graphs:
-            raise UsageError("graphs must name one at least: loop, unrolled, step")
+            raise UsageError("graphs must name at least one of loop, unrolled, step")
         if self.block & (self.block - 1):
             raise UsageError(
                 f"block must be a power of two from 16, not {self.block}",

@@ -124,7 +124,7 @@ class GraphWriter:
             value = {"data": "input_ids"}.get(item.role)
             value = "run.position" if counts_from_zero(item) else value
             if value is None or (item.role == "data" and item.name != "input_ids"):
-                raise ExportError(f"a bundle has nothing for the input {item.name}")
+                raise ExportError(f"a bundle cannot provide the input {item.name}")
             if place.name != value:
                 lines.append(f"    {place.name} = {value}")
         return lines
@@ -171,7 +171,7 @@ class GraphWriter:
             return f"torch.ops.{str(target).replace('::', '.')}"
         raise ExportError(
             f"a bundle has no {target}",
-            hint="the huggingface and onnx targets know more",
+            hint="the huggingface and onnx targets support more ops",
         )
 
     def _loop(self, node: fx.Node) -> list[str]:

@@ -129,5 +129,5 @@ def _type(node: Any) -> TensorType:
 
 def _cannot(what: str, node: fx.Node) -> ExportError:
     return ExportError(
-        f"a bundle cannot have {what}", where=node.name, hint="the onnx target may know it"
+        f"a bundle cannot have {what}", where=node.name, hint="the onnx target may support it"
     )

@@ -57,7 +57,7 @@ def _note(at: str, entry: dict[str, Any] | None) -> None:
     """Set an entry of the manifest, or remove it where no candidate works."""
     entries = json.loads(MANIFEST.read_text("utf-8"))["entries"] if MANIFEST.exists() else {}
     if entry is None:
-        log.warning("%s: nothing without spills", at)
+        log.warning("%s: no candidate without spills", at)
         entries.pop(at, None)
     else:
         log.info("%s: %s", at, entry["registers"])

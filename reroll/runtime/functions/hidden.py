@@ -72,7 +72,7 @@ def hidden_states(model: Any, wish: Wish) -> tuple[HiddenStates | None, Wish]:
         raise UsageError(
             "it is not known which values of the model are its hidden states",
             where=type(model).__name__,
-            hint="the capture found none that its layers share, or a pass has replaced some",
+            hint="its layers have no hidden states in common, or a pass has replaced some",
         )
     return HiddenStates(), wish
 

@@ -144,8 +144,8 @@ def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> 
         if asked or past is not None:
             raise without_cache(
                 model,
-                "a forward returns none and takes none",
-                "leave use_cache out; give all tokens",
+                "a forward can neither take nor return one",
+                "leave use_cache out, and pass all tokens",
             )
         return False
     if model.training and model.is_gradient_checkpointing:

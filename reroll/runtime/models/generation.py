@@ -27,7 +27,7 @@ def generation_config(program: Program) -> GenerationConfig | None:
             return GenerationConfig.from_pretrained(Path(path).parent, Path(path).name)
         # transformers then uses the configuration, too
         except (OSError, ValueError, TypeError) as error:
-            log.warning("%s cannot be read, and is passed over: %s", path, error)
+            log.warning("%s cannot be read, and is ignored: %s", path, error)
     original = dict(program.origin.config)
     try:
         config = CONFIG_MAPPING[original.get("model_type")].from_dict(original)
@@ -71,10 +71,10 @@ class RerollGenerationMixin(GenerationMixin):
             role = "draft for another model" if drafts else "check what a draft model proposes"
             raise without_cache(self, f"it cannot {role}", "generate without an assistant")
         if model_kwargs.get("past_key_values") is not None:
-            raise without_cache(self, "past_key_values mean nothing to it", "give it all tokens")
+            raise without_cache(self, "it cannot use past_key_values", "pass all tokens")
         if model_kwargs.get("inputs_embeds") is not None:
             hint = "give it input_ids"
-            raise without_cache(self, "it cannot go on from embeddings, which it reads once", hint)
+            raise without_cache(self, "it cannot generate after embeddings", hint)
         if generation_config.use_cache and self.program.origin.cache_span == 0:
             hint = "use_cache=False gives what the original gives with use_cache=False"
             raise without_cache(self, "it does not generate as the original does with one", hint)

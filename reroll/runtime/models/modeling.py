@@ -256,7 +256,7 @@ class RerollPreTrainedModel(PreTrainedModel):
                 return UsageError(
                     f"a mask with a row for each query does not fit this call: {error}",
                     where=item.name,
-                    hint="what this model computes beside attention may need the padding itself: "
+                    hint="other operations than attention may need the padding mask: "
                     "give it as [batch, tokens]",
                 )
             if not item.counts or value is None or tokens is None:

@@ -22,7 +22,7 @@ def put_pictures(embeddings: Tensor, places: Tensor, features: Tensor) -> Tensor
     wanted, given = int(places.sum()), features.numel()
     if wanted != given:
         raise UsageError(
-            f"the text has {wanted // width} places for pictures, which fill {given // width}",
+            f"the text has {wanted // width} places for pictures, not {given // width}",
             hint="make the inputs with the model's processor",
         )
     return embeddings.masked_scatter(places, features)

@@ -147,7 +147,7 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
 def _replace(layers: list[Any], number: int, own: Any) -> None:
     if layers[number].get_seq_length():
         raise UsageError(
-            f"layer {number} of the cache is full of what another model has put there",
+            f"layer {number} of the cache holds tokens, in another format than this model's",
             hint="begin with an empty cache: DynamicCache(config=model.config)",
         )
     own.record_past = getattr(layers[number], "record_past", False)

@@ -261,7 +261,7 @@ class Translator:
         try:
             return Size(self, self._computed(ast.parse(dim, mode="eval").body))
         except (KeyError, SyntaxError) as error:
-            raise ExportError(f"nothing says how large {dim!r} is") from error
+            raise ExportError(f"no input of the graph gives the size {dim!r}") from error
 
     def _computed(self, tree: ast.AST) -> Value:
         if isinstance(tree, ast.Constant):

@@ -47,7 +47,7 @@ def grouped_mm(
         raise ExportError(
             "only [rows, inputs] by [experts, inputs, outputs] in groups, without a bias, has a "
             "lowering to ONNX",
-            hint="add the bias behind it, or use matmul where every matrix has as many rows",
+            hint="add the bias afterwards, or use matmul for groups of equal size",
         )
     rows, ends = g.tensor(rows, dtype), g.tensor(ends, INT)
     first = g.op("Slice", ends, g.ints(0), g.ints(-1), g.ints(0))

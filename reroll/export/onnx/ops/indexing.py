@@ -186,7 +186,7 @@ def scatter(
     if reduce is not None:
         reduction = _REDUCTIONS.get(reduce)
         if reduction is None or not include_self:
-            raise ExportError(f"scatter with {reduce!r} of what is new has no lowering to ONNX")
+            raise ExportError(f"scatter with {reduce!r} of new elements has no lowering to ONNX")
     x, indices = g.tensor(x, dtype), g.tensor(indices, INT)
     size = g.op("Shape", indices, dtype=INT)
     if isinstance(node.args[3], fx.Node) and len(shape_of(node, 3)):

@@ -44,7 +44,7 @@ def visible(
     """
     if isinstance(limits.causal, Varying):
         raise ExportError(
-            "causality that differs from trip to trip has no Loop",
+            "causality that differs from trip to trip cannot be in an ONNX Loop",
             hint="export with --graphs unrolled",
         )
     keep = _near(g, limits, length, keys, offset)

@@ -133,7 +133,7 @@ class NoStates:
 def _refuse_varying(*options: Any) -> None:
     if any(isinstance(x, Varying) for x in options):
         raise ExportError(
-            "a recurrence that differs from trip to trip has no Loop",
+            "a recurrence that differs from trip to trip cannot be in an ONNX Loop",
             hint="export this model with --graphs unrolled",
         )
 

@@ -262,7 +262,7 @@ def pad(
 ) -> Value:
     """Pad with one number."""
     if mode != "constant":
-        raise ExportError(f"a border of the kind {mode!r} has no lowering to ONNX")
+        raise ExportError(f"padding in the mode {mode!r} has no lowering to ONNX")
     return constant_pad(g, node, x, sizes, value)
 
 

@@ -137,7 +137,7 @@ class Varying:
         place = select(self.g, [distinct.index(v) for v in self.values], self.trip)
         if all(isinstance(v, Value) for v in distinct):
             if self.trip.rows:
-                raise ExportError("a tensor that differs from trip to trip cannot go by rows")
+                raise ExportError("a tensor that differs by trip cannot be selected by row")
             stack = self.g.op("Concat", *(self._lifted(v) for v in distinct), axis=0)
             made = self.g.op("Gather", stack, place, axis=0)
             return Value(made.name, made.dtype, made.scope, all(v.repeated for v in distinct))
@@ -207,8 +207,8 @@ class Parameter:
         """
         if self.by_rows and rank is None:
             raise ExportError(
-                f"{self.name} differs from round to round, and goes into an op that cannot take it "
-                "row by row",
+                f"{self.name} differs from round to round, and is read by an op that cannot take "
+                "one value for each row",
                 hint="export this model with --graphs loop,unrolled",
             )
         return self.as_(self.form, rank)
@@ -248,7 +248,7 @@ class Parameter:
         assert self.trip is not None
         if self.by_rows:
             raise ExportError(
-                f"{self.name} differs from round to round, and its experts cannot be taken by rows",
+                f"{self.name} differs from round to round, and experts cannot be selected by row",
                 hint="export this model with --graphs loop,unrolled",
             )
         stack = g.graph.stored(*g.weights.stack(self.name, form), form.dtype)
