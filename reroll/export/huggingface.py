@@ -1,11 +1,12 @@
-"""Saving a Program as a Hugging Face directory, which `from_pretrained` loads after `import
-reroll`.
+"""Save a Program as a Hugging Face directory, which loads with `from_pretrained`.
 
-config.json              what transformers asks a configuration for
+config.json              the configuration, for transformers
 program.json             the Program: graphs, weight table, recipe; no code
 model.safetensors        every distinct weight once, or shards of them with an index
 README.md                the model card
-tokenizer.json, ...      the original's side files, unchanged but for the class that they name
+tokenizer.json, ...      the original's side files; only the class that they name may change
+
+`import reroll` registers the classes that `from_pretrained` needs.
 """
 
 from __future__ import annotations
@@ -46,20 +47,21 @@ def save(
     progress: Progress | None = None,
     config: RerollConfig | None = None,
 ) -> None:
-    """Write a Program to a directory that is there whole or not at all.
+    """Write a Program to a directory, which appears whole or not at all.
 
-    Weights are computed and written one shard at a time; `progress` is called with the bytes done
-    and in all. With `overwrite`, a directory that exists is replaced; with "files", only its files
-    of the same names are, and weights that it had. Loading what was saved and saving it again gives
-    the same bytes. `config` is the configuration to write, by default the Program's own.
+    Weights are computed and written one shard at a time. `progress` is called with the bytes
+    written and the total. With `overwrite`, an existing directory is replaced. With "files", only
+    its files of the same names and its former weights are. Loading what was saved and saving it
+    again gives the same bytes. `config` is the configuration to write, by default the Program's
+    own.
 
     Raises UsageError if the directory exists or cannot be written, or if the Program was captured
-    from it; and ExportError if the disk is full, or if a side file is missing or its name leads out
-    of the directory.
+    from it. Raises ExportError if the disk is full, or if a side file is missing or its name leads
+    out of the directory.
     """
     place = Path(directory).resolve()
     read = [Path(p).resolve() for p in program.origin.paths if Path(p).exists()]
-    # what reroll saved may be saved again where it is, since it is whole without what it replaces
+    # a directory that reroll saved may be replaced: the new one is complete before that
     if (place / PROGRAM_FILE).is_file():
         read = [p for p in read if p not in (place, *place.parents)]
     if overwrite != "files":
@@ -72,14 +74,14 @@ def save(
             where=str(directory),
             hint="name another directory",
         )
-    # weights of an earlier save would be read instead of, or beside, what is written
+    # weights of an earlier save are removed, because loading would read them, too
     filled = filled_directory(place, without=_WEIGHT_FILES)
     with filled if place.is_dir() else new_directory(place) as temporary:
         _write(program, temporary, progress, config)
 
 
 def load(directory: str | Path) -> Program:
-    """The Program in a directory that `save` wrote: see `reroll.rewrite.checkpoint.saved`."""
+    """Load the Program of a directory that `save` wrote: `reroll.rewrite.checkpoint.saved`."""
     return load_program(directory)
 
 
@@ -97,7 +99,7 @@ def _write(
 
 
 def _classes(program: Program) -> dict[str, str]:
-    """The classes of tokenizer and processors that the original's directory gives."""
+    """Return the classes of tokenizer and processors that the original's directory gives."""
     names = {file for kind in KINDS.values() for file in kind.files}
     files = {name: path for name, path in program.origin.files.items() if name in names}
     folders = dict.fromkeys(Path(path).parent for path in files.values())
@@ -119,7 +121,7 @@ def _write_config(program: Program, directory: Path, given: RerollConfig | None)
 
 
 def with_saved_weights(program: Program, directory: Path, progress: Progress | None) -> Program:
-    """Write every distinct weight once; returns the Program over the tensors in the files."""
+    """Write every distinct weight once, and return the Program over the tensors in the files."""
     saved = {
         key: Output(stored_name(name, entry), 0, program.weights[name].entries[entry])
         for key, (name, entry) in program.weights.distinct().items()

@@ -1,4 +1,4 @@
-"""The README.md of a saved model: what it was made from, how, and what was measured."""
+"""The README.md of a saved model: its original, the passes that ran, and the measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reroll.rewrite.ir.records import Step
 
 
 def model_card(program: Program) -> str:
-    """A model card with the metadata that the hub reads."""
+    """Return a model card with the metadata that the hub reads."""
     return "\n".join([*_metadata(program), "", *_body(program)]) + "\n"
 
 
@@ -82,7 +82,7 @@ def _value(measured: Mapping[str, Any], key: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text on one line that cannot become markup: names and remarks come from files."""
+    """Escape text to one line without markup: names and remarks come from files."""
     text = " ".join(text.split())
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)
 

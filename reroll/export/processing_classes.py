@@ -1,8 +1,8 @@
 """The classes of tokenizers and processors, which transformers often derives from the model type.
 
-A converted model has a type of its own. Where the files beside a model name no class, the saved
-config.json does, which transformers' auto classes read next; where they name another one than the
-model type gives, the copy of the file is changed.
+A converted model has a model type of its own. Where its side files name no class, the saved
+config.json does, which transformers' auto classes read next. Where they name another class than the
+original's model type gives, the copied file is changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unittest import mock
 
 
 class Kind(NamedTuple):
-    """One of transformers' auto classes: the base of what it opens, and the files that it reads."""
+    """An auto class of transformers, the base of the classes it loads, and the files it reads."""
 
     auto_class: str
     module: str
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
 _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR = "processor_config.json"
-# by the entry of a configuration that names the class
+# by the configuration entry that names the class
 KINDS = {
     "tokenizer_class": Kind(
         "AutoTokenizer", "tokenization_utils_base", "PreTrainedTokenizerBase",
@@ -53,10 +53,10 @@ KINDS = {
 
 
 def processing_classes(directory: Path) -> dict[str, str]:
-    """The names of the classes that transformers' auto classes choose, by the entry for them.
+    """Return the classes that transformers' auto classes choose, by configuration entry.
 
-    Nothing is opened: each class is asked for, and returned in the place of an object of it. No
-    code from the directory is run; where transformers would run some, there is no entry.
+    No object is loaded: `from_pretrained` returns the class instead. No code from the directory is
+    run. Where transformers would run some, there is no entry.
     """
     import transformers
 
@@ -72,20 +72,20 @@ def processing_classes(directory: Path) -> dict[str, str]:
                 chosen = getattr(transformers, kind.auto_class).from_pretrained(
                     str(directory), trust_remote_code=False, local_files_only=True
                 )
-            # the reasons that there is none have no common type
+            # the errors of directories without such a class have no common type
             except Exception:
                 continue
-            # a directory without a processor gives its tokenizer
+            # for a directory without a processor, AutoProcessor returns its tokenizer
             if isinstance(chosen, type) and issubclass(chosen, _base(kind)):
                 found[key] = chosen.__name__
     return found
 
 
 def name_classes(directory: Path, wanted: Mapping[str, str]) -> dict[str, str]:
-    """Make a saved directory give the classes that are wanted.
+    """Make a saved directory load with the classes that are wanted.
 
-    Returns what has to be in config.json, which is written already, and is changed here. Files that
-    name another class are changed as well.
+    Changes its config.json, and files that name another class. Returns the entries that were added
+    to config.json.
     """
     found = processing_classes(directory)
     entries = {key: name for key, name in wanted.items() if found.get(key) != name}
@@ -105,7 +105,7 @@ def name_classes(directory: Path, wanted: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def _unopened(kinds: Mapping[str, Kind]) -> Iterator[None]:
-    """Let `from_pretrained` return the class that it is called on."""
+    """Let `from_pretrained` return the class on which it is called."""
     with ExitStack() as stack:
         for kind in kinds.values():
             own = classmethod(lambda cls, *args, **kwargs: cls)

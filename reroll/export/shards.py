@@ -1,4 +1,4 @@
-"""Computing weights into safetensors files, one shard at a time."""
+"""Compute weights into safetensors files, one shard at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reroll.rewrite.ir.weights.expressions import TensorSource
 
 Progress = Callable[[int, int], None]
 
-# what is held while it fills
+# bytes of one shard, which are in memory while it is written
 SHARD_BYTES = 2**29
 
 
@@ -26,8 +26,8 @@ def save_outputs(
 ) -> None:
     """Compute tensors and write them to `model.safetensors`, or to shards with an index.
 
-    Which shard a tensor is in depends on the order of `outputs` only, not on the order in which
-    they are best computed. `progress` is called with the bytes done and the bytes in all.
+    The shard of a tensor depends on the order of `outputs` only, not on the order of computing.
+    `progress` is called with the bytes written and the total.
     """
     by_name = {o.name: o for o in outputs}
     sizes = {o.name: o.expr.meta.bytes for o in outputs}

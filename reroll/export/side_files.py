@@ -1,4 +1,4 @@
-"""The files beside a model: its tokenizer, preprocessor and the like."""
+"""Side files of a model: its tokenizer, preprocessor and similar files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reroll.errors import ExportError
 from reroll.rewrite.checkpoint.saved import PROGRAM_FILE
 from reroll.rewrite.ir.program import Program
 
-# what a saved model has of its own
+# the files that saving a model writes itself
 _OWN_FILES = {"config.json", PROGRAM_FILE, "readme.md", "model.safetensors.index.json"}
 
 
@@ -29,12 +29,15 @@ def copy_side_files(program: Program, directory: Path) -> list[str]:
 
 
 def checked_file(name: str) -> str:
-    """A side file's name, if it stays in the directory and is not one of ours."""
+    """Return a side file's name; raise ExportError if it is unsafe.
+
+    It may not leave the directory, nor be the name of a file that saving writes itself.
+    """
     parts = PurePosixPath(name).parts
     bad = not parts or PurePosixPath(name).is_absolute() or {"..", "."} & {*parts, *name.split("/")}
     if bad or re.search(r'[\\:\0"]', name):
         raise ExportError(f"the side file {name!r:.80} would not be in the directory")
-    # in a folder they are weights of a module behind the model
+    # weights in a folder belong to a module that runs after the model
     own_weights = len(parts) == 1 and name.lower().endswith(".safetensors")
     if name.lower() in _OWN_FILES or own_weights:
         raise ExportError(f"the side file {name!r:.80} would replace a file of the model")

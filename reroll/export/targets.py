@@ -19,7 +19,7 @@ from reroll.rewrite.pipeline.registry import Registry
 
 __all__ = ["TARGETS", "Target", "find", "option", "registered"]
 
-# called with what is done, what there is in all, and the name of the stage
+# called with the amount done, the total, and the name of the stage
 Progress = Callable[[int, int, str], None]
 
 
@@ -38,15 +38,18 @@ class Target(Declared, ABC):
     def write(
         self, program: Program, directory: Path, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Write the Program into a directory that is empty, and say what was written, as JSON data.
+        """Write the Program into an empty directory, and return JSON data about what was written.
 
-        Raises ExportError if the Program cannot be expressed or a check fails; whatever is in the
-        directory then is thrown away.
+        Raises ExportError if the Program cannot be expressed or a check fails. The caller then
+        deletes the directory.
         """
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Self:
-        """A target with options as a command line has them: `--graphs loop,step --check`."""
+        """Make a target from options of a command line: `--graphs loop,step --check`.
+
+        Raises UsageError for unknown options and missing values.
+        """
         declared = cls.options()
         options: dict[str, Any] = {}
         left = list(words)
@@ -75,7 +78,7 @@ class Target(Declared, ABC):
 
 
 def _value(text: str, kind: Any) -> Any:
-    """A word of the command line as the value that an option wants."""
+    """Convert a word of the command line to the value that an option takes."""
     if get_origin(kind) in (list, tuple):
         inner = get_args(kind)[0]
         return [_value(part.strip(), inner) for part in text.split(",") if part.strip()]
@@ -89,5 +92,5 @@ def _value(text: str, kind: Any) -> Any:
 
 TARGETS = Registry(Target, "reroll.export", "reroll.targets")  # type: ignore[type-abstract]
 
-# all known targets; the one of a name
+# functions that return all known targets, and the one of a name
 registered, find = TARGETS.all, TARGETS.find

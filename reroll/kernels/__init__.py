@@ -9,14 +9,14 @@ layers.py                           kernels of single layers as ops of PyTorch
 dispatch.py                         own kernel, flash-linear-attention, compiled or eager form
 configurations.py                   block sizes, from the manifest that the sweep writes
 delta.py                            the delta rule forward
-step.py                             one token onto a pool of states
-linear_rows.py                      linear layers of few rows, with norm, low-rank term and gate
+step.py                             one token of a recurrence, with a pool of states
+linear_rows.py                      linear layers of few rows, with norm, low-rank residual, gate
 depth_lora.py                       a linear layer whose rows are at different depths
-confidence.py                       how sure a head is, without its logits
+confidence.py                       confidence of a head, without its logits in memory
 window.py                           attention over a window and sinks, with a linear branch
 pointwise.py                        norms, rotary embeddings, gates
-interpreter.py                      Triton's interpreter, mended, for tests without a GPU
-audit/                              compiling for GPUs that are not there, and what came out
+interpreter.py                      corrections of Triton's interpreter, for tests without a GPU
+audit/                              compilation without a GPU, and measures of the binaries
 
 The references of the kernels are the forms of `reroll.mixers`.
 """

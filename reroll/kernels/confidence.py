@@ -1,10 +1,10 @@
-"""Triton kernel: how sure a head is of its next token, without its logits in memory.
+"""Triton kernel: the confidence of a head in its next token, without writing logits to memory.
 
-From hidden states and the matrix of the vocabulary: the highest probability, how far it is above
-the second, the entropy, and the likeliest token. The vocabulary is cut into parts; each program
-keeps the two highest logits of its part, the sum of exp(l - highest) and that of l exp(l - highest)
-while it goes through it; the parts are put together afterwards, a few numbers for each row. Such
-scores decide exits: CALM (arXiv 2207.07061), section 3.5.
+From hidden states and the vocabulary matrix it computes the highest probability, its lead over the
+second, the entropy, and the likeliest token. The vocabulary is split into parts, one for each
+program. A program keeps the two highest logits of its part, the sum of exp(l - highest) and that of
+l exp(l - highest). The parts are then combined, a few numbers for each row. Such scores decide
+exits: CALM (arXiv 2207.07061), section 3.5.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from reroll.kernels.diagonal import number_type
 
 
 class Confidence(NamedTuple):
-    """Of each row: the highest probability, its lead over the second, the entropy in nats, the
+    """Confidence of each row's prediction.
+
+    These are the highest probability, its lead over the second, the entropy in nats, and the
     likeliest token.
     """
 
@@ -31,7 +33,7 @@ class Confidence(NamedTuple):
 
 
 def confidence_reference(hidden: Tensor, weight: Tensor) -> Confidence:
-    """The definition, in fp32: hidden [rows, D], weight [vocabulary, D]."""
+    """Compute the definition in fp32: hidden [rows, D], weight [vocabulary, D]."""
     log_p = (hidden.float() @ weight.float().T).log_softmax(-1)
     top = log_p.topk(2, -1)
     p = top.values.exp()
@@ -45,7 +47,10 @@ def confidence_part(
     D: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (parts, blocks of rows); writes numbers [parts, 4, rows] and tokens [parts, rows]."""
+    """Compute one part of the vocabulary; grid (parts, blocks of rows).
+
+    Writes numbers [parts, 4, rows] and tokens [parts, rows].
+    """
     part, i_m = tl.program_id(0), tl.program_id(1)
     om = i_m * BM + tl.arange(0, BM)
     here = om < rows
@@ -71,7 +76,7 @@ def confidence_part(
         second = tl.maximum(tl.maximum(second, tl.max(others, axis=1)), tl.minimum(best, high))
         token = tl.where(high > best, (part * per_part + j) * BN + at, token)
         new = tl.maximum(best, high)
-        # a part may begin behind the end of the vocabulary, and then has seen nothing
+        # a part may begin after the end of the vocabulary, and then has no finite logit
         shift = tl.where(new == float("-inf"), 0.0, new)
         shrink = tl.exp(best - shift)
         p = tl.exp(seen - shift[:, None])
@@ -90,7 +95,7 @@ def confidence(
     hidden: Tensor, weight: Tensor, tiles: dict[str, Any], parts: int = 132,
     precision: str = "ieee",
 ) -> Confidence:  # fmt: skip
-    """See `confidence_reference`; `tiles` has BM, BN, BK, `parts` is how many share the work."""
+    """Compute `confidence_reference`; `tiles` has BM, BN, BK, `parts` is the number of programs."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     blocks = triton.cdiv(vocabulary, tiles["BN"])
     per_part = triton.cdiv(blocks, min(parts, blocks))
@@ -105,7 +110,7 @@ def confidence(
     high, part = best.max(0)
     scale = (best - high).exp()
     z = (total * scale).sum(0)
-    # the second is the highest but one of all parts, or the best of another part
+    # the second is that of the best part, or the highest of another part
     others = torch.cat([best.scatter(0, part[None], float("-inf")), second]).max(0).values
     entropy = z.log() + high - (weighted * scale).sum(0) / z
     token = tokens.gather(0, part[None])[0].long()

@@ -1,7 +1,7 @@
-"""Block sizes of the kernels, for each GPU: from the manifest that `audit.sweep` writes.
+"""Block sizes of the kernels for each GPU, from the manifest that `audit.sweep` writes.
 
-An entry is `family/target/dtype/gate/size/chunk`: what `key` makes of a call. `size` is the larger
-of the two head sizes, rounded up to a power of two. Kernels of one family share their BT.
+An entry is `family/target/dtype/gate/size/chunk`, as `key` writes it for a call. `size` is the
+larger of the two head sizes, rounded up to a power of two. Kernels of one family share their BT.
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def number_name(dtype: torch.dtype, precision: str) -> str:
-    """What the products of a kernel are computed in: bf16, fp16, tf32 or ieee."""
+    """Return the type of a kernel's products: bf16, fp16, tf32 or ieee."""
     return precision if dtype == torch.float32 else _NAMES[dtype]
 
 
 def key(family: str, target: str, numbers: str, gate: int, size: int, chunk: int) -> str:
-    """The name of an entry of the manifest."""
+    """Return the name of an entry of the manifest."""
     return f"{family}/{target}/{numbers}/gate{gate}/{size}/{chunk}"
 
 
 def head_size(k: int, v: int) -> int:
-    """The larger head size, rounded up to a power of two from 64."""
+    """Return the larger head size, rounded up to a power of two from 64."""
     size: int = triton.next_power_of_2(max(k, v))
     return max(64, size)
 
 
 def find(family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int) -> Tiles | None:
-    """The tiles for these keys and values, with chunks of `limit` tokens or fewer; None if none."""
+    """Return the tiles for these keys and values, or None.
+
+    Chunks have `limit` tokens or fewer.
+    """
     size = max(k.shape[-1], v.shape[-1])
     return tiles_for(family, target(k.device), k.dtype, precision, gate, size, limit)
 
@@ -50,13 +53,13 @@ def find(family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: in
 def tiles_for(
     family: str, target: str, dtype: torch.dtype, precision: str, gate: int, size: int, limit: int
 ) -> Tiles | None:
-    """The tiles on a target for heads of `size`; None if there are none without spills."""
+    """Return the tiles on a target for heads of `size`; None if there are none without spills."""
     if gate < 2:
-        # the decays of a head bound no chunk, and no decay is one of 0
+        # a decay per head does not limit the chunk, and no decay is a log decay of 0
         gate, limit = 1, max(CHUNKS)
     numbers = number_name(dtype, precision)
     if numbers == "fp16" or family == "step":
-        # fp16 has the tiles of bf16: its registers are the same. A step computes in fp32 always
+        # fp16 uses the tiles of bf16, which need as many registers. A step always computes in fp32
         numbers = "bf16"
     for chunk in CHUNKS:
         entry = manifest().get(key(family, target, numbers, gate, head_size(size, size), chunk))
@@ -67,12 +70,12 @@ def tiles_for(
 
 
 def vocabulary_tiles(target: str, dtype: torch.dtype, precision: str) -> Any:
-    """The tile of `confidence`; None if there is none."""
+    """Return the tile of `confidence`, or None."""
     return _tile("confidence", "confidence_part", target, dtype, precision, 1024)
 
 
 def depth_tiles(target: str, dtype: torch.dtype, precision: str, rank: int) -> Any:
-    """The tile of `depth_lora` with a low-rank term of up to `rank`; None if there is none."""
+    """Return the tile of `depth_lora` with a low-rank residual of up to `rank`, or None."""
     size = 16 if rank <= 16 else 64 if rank <= 64 else rank
     return _tile("depth_lora", "depth_lora_tile", target, dtype, precision, size)
 
@@ -80,7 +83,7 @@ def depth_tiles(target: str, dtype: torch.dtype, precision: str, rank: int) -> A
 def _tile(
     family: str, kernel: str, target: str, dtype: torch.dtype, precision: str, size: int
 ) -> Any:
-    # fp16 has the tiles of bf16, and fp64 none
+    # fp16 uses the tiles of bf16, and fp64 has none
     kind = torch.bfloat16 if dtype == torch.float16 else dtype
     if kind not in (torch.float32, torch.bfloat16):
         return None
@@ -89,7 +92,7 @@ def _tile(
 
 
 def linear_tiles(target: str, dtype: torch.dtype, gated: bool, rank: int) -> Any:
-    """The tile of `linear_rows` with a low-rank term of up to `rank`; None if there is none."""
+    """Return the tile of `linear_rows` with a low-rank residual of up to `rank`, or None."""
     size = 0 if rank == 0 else 16 if rank <= 16 else 64
     numbers = number_name(dtype, "ieee")
     entry = manifest().get(key("linear_rows", target, numbers, int(gated), size, 16))
@@ -98,7 +101,7 @@ def linear_tiles(target: str, dtype: torch.dtype, gated: bool, rank: int) -> Any
 
 @cache
 def manifest() -> dict[str, Any]:
-    """What the sweep found, by key."""
+    """Return the entries of the manifest by key."""
     text = resources.files("reroll.kernels").joinpath("manifest.json").read_text("utf-8")
     entries: dict[str, Any] = json.loads(text)["entries"]
     return entries
@@ -106,7 +109,7 @@ def manifest() -> dict[str, Any]:
 
 @cache
 def target(device: torch.device) -> str:
-    """Whose tiles to take: those of the nearest older GPU; those of sm_90 in the interpreter."""
+    """Return the GPU whose tiles to use: the nearest older one, or sm_90 in the interpreter."""
     if device.type != "cuda" or interpreter.active():
         return "sm_90"
     if torch.version.hip:

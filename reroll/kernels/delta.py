@@ -1,14 +1,16 @@
-"""Triton kernel: the (gated) delta rule forward, in chunks, with the triangular inverse inside.
+"""Triton kernel: forward of the (gated) delta rule in chunks, with the triangular inverse inside.
 
 S_t = A_t S_{t-1} + b_t k_t (v_t - k_t A_t S_{t-1})^T, o_t = scale q_t S_t. The mathematics is that
-of `reroll.mixers.delta_form`, which is the reference, with the gates of `diagonal`. The state goes
-through the chunks, so the system of a chunk is solved for what the state leaves of the values at
-once: u = (I + M)^-1 b (v - k S), where M_ij = b_i k_i . k_j with what fades between them, j < i.
+of `reroll.mixers.delta_form`, which is the reference, with the gates of `diagonal`. The state
+passes through the chunks in order. So the system of a chunk is solved for the values less what the
+state predicts: u = (I + M)^-1 b (v - k S), where M_ij = b_i k_i . k_j times the decay between them,
+j < i.
 
-The inverse is put together from those of blocks of 1, 2, 4, ... rows on the diagonal: with X that
-of the blocks of one size and C what of M connects pairs of them, X - X C X is that of the blocks of
-twice the size. Every number on the way is one of an inverse, so nothing is lost where keys are
-alike and b is near 2; powers of M, as a Neumann series has them, grow there beyond all bounds.
+The inverse is built from those of diagonal blocks of 1, 2, 4, ... rows. Let X be the inverse of the
+blocks of one size, and C the part of M that connects pairs of them. Then X - X C X is the inverse
+of the blocks of twice the size. Every intermediate number is one of an inverse, so no precision is
+lost where keys are similar and b is near 2. Powers of M, as in a Neumann series, grow without bound
+there.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def delta_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, start: Tensor | None,
     starts: Tensor | None, scale: float, tiles: dict[str, dict[str, Any]], precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output [batch, time, heads, V] and the last state [sequences, kv_heads, K, V].
+    """Compute the output [batch, time, heads, V] and the last state [sequences, kv_heads, K, V].
 
     `beta` [batch, kv_heads, time]; the rest is as in `diagonal.forward`.
     """

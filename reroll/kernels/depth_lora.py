@@ -1,9 +1,9 @@
-"""Triton kernel: a linear layer with a low-rank term for each row's own depth, in one launch.
+"""Triton kernel: a linear layer with a low-rank residual for each row's own depth, in one launch.
 
-y = x W^T + (x A_d^T) B_d^T, where d is the depth that a row is at: relaxed recursive layers
-(arXiv 2410.20672, equation 3) under continuous depth-wise batching (section 3.8 there), where the
-rows of a batch are in different trips of a loop. Rows are sorted by depth into tiles of one depth
-each; W is read once for all of them, and the tile of x is shared by all three products.
+y = x W^T + (x A_d^T) B_d^T, where d is the depth of a row. This is the relaxed recursive layer of
+arXiv 2410.20672, equation 3. Under continuous depth-wise batching (section 3.8 there), the rows of
+a batch are in different trips of a loop. Rows are sorted by depth into tiles of one depth each. W
+is read once for all of them, and the tile of x is shared by all three products.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import Tensor
 
 from reroll.kernels.diagonal import number_type
 
-# the most rows of a tile; a product of a tensor core has so many
+# the most rows of a tile: the number of rows in a product of a tensor core
 ROWS = 16
 
 
 def depth_lora_reference(
     x: Tensor, weight: Tensor, down: Tensor, up: Tensor, depth: Tensor
 ) -> Tensor:
-    """The definition, in fp32: x [rows, K], weight [N, K], down [depths, R, K], up [depths, N, R],
-    depth [rows]; returns [rows, N].
+    """Compute the definition in fp32, and return [rows, N].
+
+    The shapes are x [rows, K], weight [N, K], down [depths, R, K], up [depths, N, R], depth [rows].
     """
     x, weight, down, up = (t.float() for t in (x, weight, down, up))
     low = torch.einsum("mk,mrk->mr", x, down[depth])
@@ -38,8 +39,10 @@ def depth_lora_tile(
     R: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of N, tiles). `tiles` has, for each tile, its depth (below 0: none), the first
-    of its rows in `order`, and their number.
+    """Compute one tile; grid (blocks of N, tiles).
+
+    `tiles` has for each tile its depth (below 0: unused), the first of its rows in `order`, and
+    their number.
     """
     i_n, i_m = tl.program_id(0), tl.program_id(1)
     depth = tl.load(tiles + i_m * 3).to(tl.int64)
@@ -74,10 +77,11 @@ def depth_lora_tile(
 
 
 def tiles_by_depth(depth: Tensor, depths: int, size: int) -> tuple[Tensor, Tensor]:
-    """Rows in the order of their depth, and tiles of up to `size` rows of one depth each.
+    """Sort rows by their depth, and cut them into tiles of up to `size` rows of one depth each.
 
-    Returns `order` [rows] and [tiles, 3] of depth, first row, rows; the number of tiles depends on
-    the shapes alone, so nothing waits for the GPU. Depths below 0 are left out.
+    Returns `order` [rows] and [tiles, 3] of depth, first row, number of rows. The number of tiles
+    depends on the shapes alone, so that the host does not wait for the GPU. Depths below 0 are left
+    out.
     """
     rows = depth.shape[0]
     order = depth.argsort(stable=True).int()
@@ -100,8 +104,9 @@ def depth_lora(
     x: Tensor, weight: Tensor, down: Tensor, up: Tensor, order: Tensor, table: Tensor,
     tiles: dict[str, Any], precision: str = "ieee",
 ) -> Tensor:  # fmt: skip
-    """See `depth_lora_reference`; `order` and `table` are `tiles_by_depth` of at most BM rows,
-    `tiles` has BM, BN, BK. A row at a depth below 0 is left out.
+    """Compute `depth_lora_reference`; rows at a depth below 0 are not written.
+
+    `order` and `table` are `tiles_by_depth` of at most BM rows, and `tiles` has BM, BN, BK.
     """
     rows, (outputs, inputs), rank = x.shape[0], weight.shape, down.shape[1]
     y = x.new_empty(rows, outputs)

@@ -1,17 +1,17 @@
 """Triton kernels: S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t, in chunks.
 
 The mathematics is that of `reroll.mixers.linear_form` and `decay`, which are the references. A
-chunk of BT tokens is a few matrix products; chunks are chained by the state. The log decay g has
-one number for each head and token (GATE 1), one for each channel of the keys (GATE 2), or is absent
-(GATE 0). With GATE 2, exp(G_i - G_j) is split in two factors anchored in the middle of the chunk,
-so BT times the largest -g must not be above 160.
+chunk of BT tokens is a few matrix products; the state passes from chunk to chunk. The log decay g
+has one number for each head and token (GATE 1), one for each channel of the keys (GATE 2), or is
+absent (GATE 0). With GATE 2, exp(G_i - G_j) is split into two factors relative to the middle of the
+chunk. So BT times the largest -g must not be above 160.
 
 Shapes: q [batch, kv_heads * GROUPS, time, K], k [batch, kv_heads, time, K], v [.., V], g [batch,
-kv_heads, time] or [.., K], with any strides but that of the last dimension, which is 1; o [batch,
-time, heads, V]; states [sequences, kv_heads, K, V] in fp32. With VARLEN the batch is 1, and
+kv_heads, time] or [.., K]. Strides are arbitrary, except that of the last dimension, which is 1. o
+[batch, time, heads, V]; states [sequences, kv_heads, K, V] in fp32. With VARLEN the batch is 1, and
 `starts` [sequences + 1] says where the packed sequences begin and end. States before each chunk are
-stored at h[slot + number of the chunk, kv_heads, K, V], where the slots of a sequence begin at
-`start // BT + its number`: room for all chunks, known without looking.
+stored at h[slot + number of the chunk, kv_heads, K, V]. The slots of a sequence begin at `start //
+BT + its number`: this leaves room for all chunks, and depends on no tensor's values.
 
 Loads are widened to fp32 at once, and narrowed only as operands of a matrix product.
 """
@@ -200,10 +200,10 @@ def read(
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The output from the states before each chunk; grid (blocks of V, chunks, sequences * heads).
+    """Compute the output from the states before each chunk, for all chunks at once.
 
-    All chunks at once, and the channels of the keys block by block: for heads whose state is too
-    large to be held while chunks are read.
+    The grid is (blocks of V, chunks, sequences * heads). Channels of the keys are read block by
+    block, for heads whose state is too large to stay in registers.
     """
     i_v, i, i_nh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, query_head = i_nh // (H * GROUPS), i_nh % (H * GROUPS)
@@ -243,7 +243,7 @@ def read(
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Of batch, heads and time; the last dimension of a kernel's tensor lies together."""
+    """Return the strides of batch, heads and time; the last dimension must be contiguous."""
     if x is None:
         return 0, 0, 0
     assert x.dim() == 3 or x.shape[-1] == 1 or x.stride(-1) == 1
@@ -251,17 +251,17 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def kind_of_gate(g: Tensor | None) -> int:
-    """0 without a gate, 1 for one number for each head, 2 for one for each channel."""
+    """Return 0 without a gate, 1 for one number for each head, 2 for one for each channel."""
     return 0 if g is None else g.dim() - 2
 
 
 def sequences_of(k: Tensor, starts: Tensor | None) -> int:
-    """How many sequences there are: rows of the batch, or packed ones."""
+    """Return the number of sequences: rows of the batch, or packed ones."""
     return k.shape[0] if starts is None else starts.shape[0] - 1
 
 
 def slots_of(k: Tensor, starts: Tensor | None, size: int) -> int:
-    """Room for the states of all chunks of `size` tokens."""
+    """Return the number of slots for the states of all chunks of `size` tokens."""
     if starts is None:
         chunks: int = triton.cdiv(k.shape[2], size)
         return k.shape[0] * chunks
@@ -272,7 +272,7 @@ def chunk_states(
     k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None, starts: Tensor | None,
     tiles: dict[str, Any], dtype: torch.dtype, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The states before each chunk [slots, kv_heads, K, V], and after the last, in fp32."""
+    """Compute the states before each chunk [slots, kv_heads, K, V], and the last ones in fp32."""
     K, V = k.shape[3], v.shape[3]
     h = k.new_empty(slots_of(k, starts, tiles["BT"]), k.shape[1], K, V, dtype=dtype)
     end = k.new_empty(sequences_of(k, starts), k.shape[1], K, V, dtype=torch.float32)
@@ -284,10 +284,10 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None, starts: Tensor | None,
     scale: float, tiles: dict[str, dict[str, Any]], precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output [batch, time, heads, V] and the last state [sequences, kv_heads, K, V].
+    """Compute the output [batch, time, heads, V] and the last state [sequences, kv_heads, K, V].
 
-    `tiles` has the blocks of the kernel `scan`, which does all in one launch, or of `states` and
-    `read`, which share their BT.
+    `tiles` has the blocks of the kernel `scan`, which is one launch, or of `states` and `read`,
+    which share their BT.
     """
     groups = q.shape[1] // k.shape[1]
     o = v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
@@ -336,7 +336,7 @@ def _scan(
 
 
 def number_type(x: Tensor) -> Any:
-    """Triton's name for the dtype of a tensor."""
+    """Return Triton's type for the dtype of a tensor."""
     return {
         torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
     }[x.dtype]  # fmt: skip

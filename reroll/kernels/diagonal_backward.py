@@ -1,14 +1,14 @@
 """Triton kernels: the gradients of the chunked recurrence of `diagonal`.
 
-The gradient of a state runs backward in time like the state runs forward: dS_{t-1} = diag(a_t)
-(dS_t) + q_t do_t^T, taken at the end of each chunk and stored there (`scan_back`). Then all chunks
-are independent: `gradients_qkg` for queries, keys and decays, `gradients_v` for values.
-`diagonal_fused` has all of it in one launch, and shares what stands here first.
+The gradient of a state runs backward in time as the state runs forward: dS_{t-1} = diag(a_t) (dS_t)
++ q_t do_t^T. It is computed at the end of each chunk and stored there (`scan_back`). Then all
+chunks are independent: `gradients_qkg` for queries, keys and decays, `gradients_v` for values.
+`diagonal_fused` computes all of it in one launch, with functions of this file.
 
 With G the sum of log decays from the start of the sequence, a token's query contributes q . dq to
-the gradient of G_t and its key -k . dk; what comes after a chunk contributes S . dS at its end. The
-gradient of g_t is the sum of these over t and all later tokens. Yang et al., 2023 (arXiv
-2312.06635), section 4 and appendix C.
+the gradient of G_t, and its key contributes -k . dk. The tokens after a chunk contribute S . dS at
+its end. The gradient of g_t is the sum of these over t and all later tokens. Yang et al., 2023
+(arXiv 2312.06635), section 4 and appendix C.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from reroll.kernels.diagonal import (
 def through_scores(
     dA, b_q, b_k, G, Gn, low, DT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the gradient of a chunk's scores, before they fade, gives to queries and to keys; and
-    what the gradient of G has of it.
+    """Propagate the gradient of a chunk's scores, before their decay, to queries, keys and G.
 
-    Operands are rounded once: what a pair of tokens gives to q . dq it takes from k . dk.
+    Operands are rounded once, so that a pair of tokens adds to q . dq exactly what it subtracts
+    from k . dk.
     """
     rise, fall = tl.exp(G - 0.5 * Gn), tl.exp(0.5 * Gn - G)
     if GATE == 2:
@@ -62,7 +62,7 @@ def through_scores(
 
 @triton.jit
 def of_gate(x, GATE: tl.constexpr):
-    """A part of the gradient of G [BT, BK], added up over channels that share a gate: [BT, 1]."""
+    """Sum a part of the gradient of G [BT, BK] over channels that share a gate: [BT, 1]."""
     if GATE == 1:
         x = tl.sum(x, axis=1)[:, None]
     return x
@@ -72,8 +72,9 @@ def of_gate(x, GATE: tl.constexpr):
 def store_decay_gradient(
     dg, through, after, t, here, ck, dg_t, K: tl.constexpr, GATE: tl.constexpr
 ):  # fmt: skip
-    """The gradient of g from that of G, `through` as `of_gate` has it, and that of G at the end of
-    the chunk.
+    """Store the gradient of g from the gradient of G at each token and at the end of the chunk.
+
+    `through` is the former, as `of_gate` returns it; `after` is the latter.
     """
     if GATE == 1:
         from_here = tl.sum(through, axis=1)
@@ -96,7 +97,10 @@ def scan_back(
     HAS_END: tl.constexpr, STORE_START: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the states after each chunk; grid (blocks of V, blocks of K, sequences * kv)."""
+    """Compute the gradients of the states after each chunk, from the last chunk to the first.
+
+    The grid is (blocks of V, blocks of K, sequences * kv_heads).
+    """
     i_v, i_k, i_nh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, head = i_nh // H, i_nh % H
     row, first, length, slot = sequence(n, starts, T, BT, VARLEN)
@@ -137,9 +141,10 @@ def gradients_qkg(
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, keys and decays; grid (blocks of K, chunks, sequences * kv_heads).
+    """Compute gradients of queries, keys and decays.
 
-    With GATE 1 each block of K writes a part of the gradient of g, at dg + block * dg_part.
+    The grid is (blocks of K, chunks, sequences * kv_heads). With GATE 1 each block of K writes a
+    part of the gradient of g, at dg + block * dg_part.
     """
     i_k, i, i_nh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, head = i_nh // H, i_nh % H
@@ -162,7 +167,7 @@ def gradients_qkg(
 
     b_k = tile(k, t, k_t, ck, here, K)
     G, Gn = decays(g, t, g_t, ck, here, BT, K, GATE)
-    # through the state: what the keys wrote, and what of the chunk's first state is left at its end
+    # through the state: the keys' writes, and the rest of the chunk's first state at its end
     b_dk = tl.zeros([BT, BK], dtype=tl.float32)
     held = tl.zeros([BK], dtype=tl.float32)
     for j in range(tl.cdiv(V, BV)):
@@ -213,7 +218,7 @@ def gradients_v(
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr,
     VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of values; grid (blocks of V, chunks, sequences * kv_heads)."""
+    """Compute gradients of values; grid (blocks of V, chunks, sequences * kv_heads)."""
     i_v, i, i_nh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n, head = i_nh // H, i_nh % H
     row, first, length, slot = sequence(n, starts, T, BT, VARLEN)
@@ -264,7 +269,7 @@ def backward(
     do: Tensor, d_end: Tensor | None, scale: float, tiles: dict[str, dict[str, Any]],
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, g and the first state; `do` is [batch, heads, time, V].
+    """Compute the gradients of q, k, v, g and the first state; `do` is [batch, heads, time, V].
 
     `tiles` has the blocks of `states`, `scan_back`, `gradients_qkg` and `gradients_v`, which share
     their BT. Gradients have the layout of [batch, time, heads, size].
@@ -307,12 +312,12 @@ def backward(
 
 
 def like_by_time(x: Tensor) -> Tensor:
-    """An empty [batch, heads, time, size] that lies in memory as [batch, time, heads, size]."""
+    """Make an empty [batch, heads, time, size] laid out as [batch, time, heads, size]."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def _gradient_of_gate(g: Tensor | None, blocks: int) -> Tensor | None:
-    """Room for the gradient of the gate, in parts that are to be added up."""
+    """Allocate the gradient of the gate, in parts that are to be summed."""
     if g is None:
         return None
     parts = blocks if g.dim() == 3 else 1

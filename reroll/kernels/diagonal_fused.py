@@ -1,11 +1,11 @@
-"""Triton kernel: the gradients of the chunked recurrence of `diagonal`, all of them in one launch.
+"""Triton kernel: all gradients of the chunked recurrence of `diagonal`, in one launch.
 
-One program has a sequence and a key-value head. It goes forward through the chunks and stores the
-state before each, then backward with the gradient of the state, and is done with each chunk as it
-leaves it: queries, keys, values and gates are read twice, states are written and read once, their
-gradients never leave the chip. Both the state and its gradient are held whole, so only heads whose
-states fit into registers have tiles for it; `diagonal_backward` is for the others. The mathematics
-is described there.
+Each program computes one sequence and one key-value head. It runs forward through the chunks and
+stores the state before each. Then it runs backward with the gradient of the state, and completes
+each chunk before the next. Queries, keys, values and gates are read twice, states are written and
+read once, and gradients of states stay on the chip. The state and its gradient are in registers, so
+only heads with small enough states have tiles for it; `diagonal_backward` is for the others. The
+mathematics is described there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def store_states(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr, BT: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Go forward through the chunks from the state S, and store the state before each."""
+    """Run forward through the chunks from the state S, and store the state before each."""
     for i in range(tl.cdiv(length, BT)):
         before, inside = state_tile(h, (slot + i) * H + head, ck, cv, K, V)
         tl.store(before, S.to(h.dtype.element_ty), mask=inside)
@@ -63,8 +63,10 @@ def store_states(
 def through_state(
     D, b_k, b_v, b_h, G, Gn, DT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """What D, the gradient of the state after a chunk, gives: to its keys and values, to the
-    gradient of G at its tokens and at its end.
+    """Propagate D, the gradient of the state after a chunk.
+
+    Returns its part of the gradients of keys and values, and of G at the tokens and at the end of
+    the chunk.
     """
     held = tl.sum(b_h.to(tl.float32) * D, axis=1)
     fades = tl.exp(Gn - G)
@@ -83,7 +85,7 @@ def fused_back(
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr,
     HAS_START: tl.constexpr, HAS_END: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * kv_heads); BK and BV are at least K and V."""
+    """Compute all gradients; grid (sequences * kv_heads). BK and BV are at least K and V."""
     i_nh = tl.program_id(0)
     n, head = i_nh // H, i_nh % H
     row, first, length, slot = sequence(n, starts, T, BT, VARLEN)
@@ -106,7 +108,7 @@ def fused_back(
     store_states(
         S, k, v, g, h, slot, length, ck, cv, head, k_t, v_t, g_t, H, K, V, GATE, BT, DT, PRECISION
     )
-    # a thread may read states that another one of the program has written
+    # a thread may read states that another thread of the program has written
     tl.debug_barrier()
 
     D = tl.zeros([BK, BV], dtype=tl.float32)
@@ -126,7 +128,7 @@ def fused_back(
         b_h = tl.load(before, mask=inside, other=0.0)
         b_dk, b_dv, through, after = through_state(D, b_k, b_v, b_h, G, Gn, DT, GATE, PRECISION)
         D = D * tl.trans(tl.exp(Gn))
-        # queries are not to be read before this: they would take registers until here
+        # keeps the compiler from loading queries earlier, which would occupy registers until here
         tl.debug_barrier()
         for r in range(GROUPS):
             b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
@@ -134,7 +136,7 @@ def fused_back(
             A = faded(scores(b_q, b_k, G, Gn, low, DT, GATE, PRECISION), G, low, GATE)
             b_dv = tl.dot(tl.trans(A.to(DT)), b_do, acc=b_dv, input_precision=PRECISION)
             dA = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-            # read again: it would take registers until here
+            # loaded again, because it would otherwise occupy registers until here
             b_h = tl.load(before, mask=inside, other=0.0)
             b_dq = tl.dot(b_do, tl.trans(b_h.to(DT)), input_precision=PRECISION) * tl.exp(G)
             to_q, to_k, between_them = through_scores(dA, b_q, b_k, G, Gn, low, DT, GATE, PRECISION)
@@ -162,7 +164,7 @@ def fused_backward(
     do: Tensor, d_end: Tensor | None, scale: float, tiles: dict[str, dict[str, Any]],
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """What `diagonal_backward.backward` gives; `tiles` has the blocks of `fused_back`."""
+    """Compute what `diagonal_backward.backward` does; `tiles` has the blocks of `fused_back`."""
     size, heads, K, V = tiles["fused_back"], k.shape[1], k.shape[3], v.shape[3]
     count = sequences_of(k, starts)
     h = k.new_empty(slots_of(k, starts, size["BT"]), heads, K, V)

@@ -1,14 +1,14 @@
-"""What runs a token mixer: a kernel of ours or of flash-linear-attention, or a form in PyTorch; and
-whether a kernel of ours runs what is no mixer (`runs`).
+"""Choose what runs a token mixer: a Triton kernel, flash-linear-attention, or a form in PyTorch.
 
-`chunk` and `step` do what the mixer's methods of these names do. By themselves they take, on a GPU,
-the first of `triton`, `fla` and `eager` that can do it, and `eager` elsewhere; why one was rejected
-is logged once. `use` forces one, and then a rejection is an error:
+`chunk` and `step` compute what the mixer's methods of these names do. On a GPU they use the first
+of `triton`, `fla` and `eager` that supports the call, and `eager` elsewhere. The reason for
+rejecting a backend is logged once. `use` forces a backend, and then a rejection is an error:
 
     with dispatch.use("triton"):
         model(...)
 
-The environment variable REROLL_MIXER_BACKEND does the same for a whole process.
+The environment variable REROLL_MIXER_BACKEND does the same for a whole process. `runs` says whether
+one of reroll's kernels runs an operation that is no mixer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 @contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Run mixers with this backend inside of the block."""
+    """Run mixers with this backend inside the block."""
     token = _forced.set(_known(backend))
     try:
         yield
@@ -49,7 +49,7 @@ def use(backend: Backend) -> Iterator[None]:
 
 
 def chosen() -> str:
-    """The backend that was asked for; `auto` if none was."""
+    """Return the backend that was requested; `auto` if none was."""
     return _forced.get() or _known(os.environ.get(VARIABLE, "auto"))
 
 
@@ -63,8 +63,9 @@ def chunk(
     padding: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> Result:
-    """What `mixer.chunk` gives. Kernels take all packed sequences at once; the other forms take
-    each as a row of its own.
+    """Compute `mixer.chunk` with the chosen backend.
+
+    Kernels take all packed sequences at once; the other forms take each as a row of its own.
     """
     name = _pick(mixer, k, v, _trains(q, k, v, *gates))
     if name == "eager":
@@ -89,7 +90,10 @@ def step(
     state: State | None = None,
     padding: Tensor | None = None,
 ) -> Result:
-    """What `mixer.step` gives. It has one kernel, which has no gradient; the others are eager."""
+    """Compute `mixer.step` with the chosen backend.
+
+    There is one kernel, which has no gradient; all other cases run in eager mode.
+    """
     trains = _trains(q, k, v, *gates)
     if trains or chosen() not in ("auto", "triton") or _pick(mixer, k, v, trains) != "triton":
         return mixer.step(q, k, v, gates, state, padding)
@@ -99,14 +103,15 @@ def step(
 
 
 def considers_kernels(device: torch.device) -> bool:
-    """Whether `runs` can be true at all: kernels are forced, or these are tensors of a GPU."""
+    """Whether `runs` can be true at all: kernels are forced, or tensors are on a GPU."""
     wanted = chosen()
     return wanted == "triton" or (wanted == "auto" and device.type == "cuda")
 
 
 def runs(kernel: Literal["depth_lora", "confidence"], x: Tensor, rank: int = 0) -> bool:
-    """Whether a kernel of `layers` runs on a tensor like `x`, or PyTorch's operations do; `rank` is
-    that of a low-rank term.
+    """Whether a kernel of `layers` runs on a tensor like `x`, and not PyTorch's operations.
+
+    `rank` is that of a low-rank residual. Raises UsageError if Triton is forced and does not.
     """
     if not considers_kernels(x.device):
         return False
@@ -123,7 +128,7 @@ def runs(kernel: Literal["depth_lora", "confidence"], x: Tensor, rank: int = 0) 
 
 
 def _chunk_form(name: str, mixer: Mixer) -> Callable[..., Any]:
-    """What makes the kernel's form of a mixer, for packed sequences too."""
+    """Return the function that makes the backend's form of a mixer, also for packed sequences."""
     if name == "triton":
         from reroll.kernels import forms
 
@@ -155,7 +160,7 @@ def _pick(mixer: Mixer, k: Tensor, v: Tensor, trains: bool) -> str:
 
 
 def _rejection(name: str, mixer: Mixer, k: Tensor, v: Tensor, trains: bool) -> str:
-    """Why a backend does not run this; empty if it does."""
+    """Return why a backend does not run a call; empty if it does."""
     if name in ("eager", "compiled"):
         return ""
     missing = _missing(name, k.device.type)
@@ -172,7 +177,7 @@ def _rejection(name: str, mixer: Mixer, k: Tensor, v: Tensor, trains: bool) -> s
 
 @cache
 def _missing(name: str, device: str) -> str:
-    """What a backend lacks on this machine."""
+    """Return what a backend lacks on this machine; empty if nothing."""
     try:
         import triton
     except ImportError:

@@ -1,7 +1,7 @@
-"""Chunk forms of flash-linear-attention, for mixers that it has: 0.6 or newer, on a GPU.
+"""Chunk forms of flash-linear-attention, for mixers that it supports: 0.6 or newer, on a GPU.
 
-Its tensors are [batch, time, heads, size] with as many heads of keys as of queries, so shared ones
-are repeated; it has forward and backward of the gated delta rule too, which we have not.
+Its tensors are [batch, time, heads, size] with as many key heads as query heads, so shared ones are
+repeated. It also has a backward of the gated delta rule, for which reroll has no kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reroll.mixers import Mixer, State
 
 Form = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], State], tuple[Tensor, State]]
 
-# by the core of a mixer: module and function
+# module and function by the core of a mixer: family and gate
 _OPS = {
     ("diagonal", 1): ("fla.ops.simple_gla", "chunk_simple_gla"),
     ("diagonal", 2): ("fla.ops.gla", "chunk_gla"),
@@ -30,7 +30,7 @@ def _op(mixer: Mixer) -> tuple[str, str] | None:
 
 
 def rejects(mixer: Mixer, k: Tensor) -> str:
-    """Why it does not run this; empty if it does."""
+    """Return why it does not run a mixer on such keys; empty if it does."""
     if _op(mixer) is None:
         return f"it has no {mixer.name}"
     if k.dtype == torch.float64:
@@ -39,7 +39,7 @@ def rejects(mixer: Mixer, k: Tensor) -> str:
 
 
 def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
-    """Its function in the place of `mixer.chunk_form`; `starts` as in `forms.chunk_form`."""
+    """Return its function in place of `mixer.chunk_form`; `starts` is as in `forms.chunk_form`."""
     from importlib import import_module
 
     found = _op(mixer)
@@ -62,7 +62,7 @@ def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
             initial_state=state[0].repeat_interleave(groups, 1), output_final_state=True,
             cu_seqlens=None if starts is None else starts.long(),
         )  # fmt: skip
-        # query heads that share keys have the same state
+        # query heads that share keys have equal states
         shared = end.unflatten(1, (-1, groups)).mean(2)
         return torch.unflatten(out.transpose(1, 2), 1, (k.shape[1], groups)), (shared,)
 

@@ -1,8 +1,7 @@
-"""Which mixers the kernels can run: chunk and step forms on a GPU, in the place of the mixer's.
+"""Chunk and step forms that run kernels on a GPU, in place of a mixer's own.
 
-A kernel form takes what `Mixer.chunk_form` takes and gives what it gives. Which one fits a mixer is
-told by the core that it declares, not by its name: a new mixer on `Diagonal` has a kernel from its
-first day.
+A kernel form has the arguments and results of `Mixer.chunk_form`. It is chosen by the core that a
+mixer declares, not by its name. So a new mixer on `Diagonal` has a kernel without further work.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ Result = tuple[Tensor, State]
 Gates = tuple[Tensor, ...]
 Form = Callable[[Tensor, Tensor, Tensor, Gates, State], Result]
 
-# a kernel's products are at least so long
+# a matrix product of a kernel is over at least this many tokens
 SHORTEST = 16
 LARGEST_HEAD = 256
 
 
 def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
-    """A kernel in the place of `mixer.chunk_form`; `rejects` says whether there is one.
+    """Return a kernel in place of `mixer.chunk_form`; `rejects` says whether there is one.
 
-    With `starts` [sequences + 1], int32, a batch of 1 is packed sequences that begin there.
+    With `starts` [sequences + 1], int32, the row of a batch of 1 packs sequences that begin there.
     """
     core, limit = _core(mixer), limit_of(mixer)
 
@@ -45,7 +44,7 @@ def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
 
 
 def step_form(mixer: Mixer) -> Form:
-    """A kernel in the place of `mixer.step_form`, for the same mixers."""
+    """Return a kernel in place of `mixer.step_form`, for the same mixers."""
     core = _core(mixer)
 
     def form(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
@@ -57,7 +56,7 @@ def step_form(mixer: Mixer) -> Form:
 
 
 def limit_of(mixer: Mixer) -> int:
-    """The most tokens that one chunk may have."""
+    """Return the largest number of tokens in a chunk."""
     return mixer.longest_chunk or max(configurations.CHUNKS)
 
 
@@ -68,7 +67,7 @@ def _core(mixer: Mixer) -> Core:
 
 
 def rejects(mixer: Mixer, k: Tensor, v: Tensor, needs_gradient: bool = False) -> str:
-    """Why no kernel runs this; empty if one does."""
+    """Return why no kernel runs a mixer on such keys and values; empty if one does."""
     core = mixer.core
     if core is None or core.counts or (core.gate == 0 and not core.delta):
         return f"there is no kernel for {mixer.name}"
@@ -84,7 +83,7 @@ def rejects(mixer: Mixer, k: Tensor, v: Tensor, needs_gradient: bool = False) ->
     if max(features, v.shape[-1]) > LARGEST_HEAD:
         return f"heads are larger than {LARGEST_HEAD}"
     like = k.new_empty(0, features)
-    # of each, one must have tiles
+    # in each tuple, at least one family must have tiles
     used: list[tuple[str, ...]] = [(family,), ("step",)] + [BACKWARDS] * needs_gradient
     for names in used:
         found = (configurations.find(n, like, v, gate, precision(), limit) for n in names)
@@ -94,5 +93,5 @@ def rejects(mixer: Mixer, k: Tensor, v: Tensor, needs_gradient: bool = False) ->
 
 
 def precision() -> str:
-    """Of fp32 products, as PyTorch is told to have it: tf32 unless it is `highest`."""
+    """Return PyTorch's setting for fp32 products: ieee if it is `highest`, else tf32."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

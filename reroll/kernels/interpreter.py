@@ -1,10 +1,10 @@
-"""Triton's interpreter, mended where it is wrong: kernels run on CPU tensors, to be tested.
+"""Triton's interpreter with corrections, to test kernels on CPU tensors.
 
-The interpreter is chosen when Triton is first imported, by TRITON_INTERPRET=1. It keeps bf16 as
+The interpreter is chosen when Triton is first imported, by TRITON_INTERPRET=1. It stores bf16 as
 16-bit integers, multiplies their bits in `tl.dot` and truncates where a GPU rounds
-(triton-lang/triton#11584). `install` mends this; kernels must still widen what they load before
-they compute with it. What other people's kernels need beside is here too: an autotuner that asks
-for no GPU, and loop numbers that are tensors.
+(triton-lang/triton#11584). `install` corrects this. Kernels must still widen loaded values before
+they compute with them. Two more patches are for other packages' kernels: an autotuner that needs no
+GPU, and loop numbers with tensor methods.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def active() -> bool:
 
 @cache
 def install() -> None:
-    """Mend the interpreter, if it is active; once."""
+    """Correct the interpreter, once, if it is active."""
     if not active() or find_spec("triton") is None:
         return
     import triton.language as tl
@@ -58,8 +58,8 @@ def install() -> None:
         return self.fn.run(*args, **kwargs, **pruned[0].all_kwargs())
 
     def patch_once(function: Any) -> Any:
-        # a launch patches the language; doing it again for each call of a function takes most of
-        # the time
+        # a launch patches the language; without this, each call of a function patches it again,
+        # which takes most of the time
         seen = [m for m in function.__globals__.values() if m is tl or m is tl.core]
         if any(tl.core.is_builtin(m.load) for m in seen):
             return patch_language(function)
@@ -72,7 +72,7 @@ def install() -> None:
 
 
 def _rounded(data: Any) -> Any:
-    """fp32 to the bits of bf16, rounded to the nearest, ties to even."""
+    """Convert fp32 to the bits of bf16, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
     up = ((bits >> 16) & 1) + np.uint32(0x7FFF)
     narrow = ((bits + up) >> 16).astype(np.uint16)
@@ -89,7 +89,7 @@ class _Number(int):
 
 
 def give_ranges(package: str) -> None:
-    """Let the numbers of `range` in another package's kernels have a method `to`."""
+    """Add a method `to` to the numbers of `range` in another package's kernels."""
 
     def numbers(*bounds: Any) -> Any:
         plain = (int(b.handle.data.item()) if hasattr(b, "handle") else int(b) for b in bounds)

@@ -1,7 +1,7 @@
-"""The kernels of single layers as ops of PyTorch, for inference.
+"""Kernels of single layers as PyTorch ops, for inference.
 
-A linear layer whose rows are at different depths, and how sure a head is. They stand beside the
-ops of `recurrence`, have fake forms for `torch.compile`, and no gradient.
+These are a linear layer whose rows are at different depths, and the confidence of a head. They are
+in the namespace of the ops of `recurrence`, have fake forms for `torch.compile`, and no gradient.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def depth_lora(
     table: Tensor,
     precision: str,
 ) -> Tensor:
-    """A linear layer with the low-rank term of each row's depth d: x W^T + (x A_d^T) B_d^T.
+    """Compute a linear layer with the low-rank residual of each row's depth d.
 
-    `x` [rows, K], `weight` [N, K], `down` [depths, R, K], `up` [depths, N, R]. `order` and `table`
-    are `depth_lora.tiles_by_depth` of the rows' depths with tiles of `depth_lora.ROWS` rows.
-    `precision` of products in fp32: `ieee` or `tf32`.
+    x W^T + (x A_d^T) B_d^T, with `x` [rows, K], `weight` [N, K], `down` [depths, R, K], `up`
+    [depths, N, R]. `order` and `table` are `depth_lora.tiles_by_depth` of the rows' depths with
+    tiles of `depth_lora.ROWS` rows. `precision` of products in fp32: `ieee` or `tf32`.
 
-    Returns [rows, N] in the dtype of x; UsageError if the manifest has no tiles.
+    Returns [rows, N] in the dtype of x. Raises UsageError if the manifest has no tiles.
     """
     tiles = configurations.depth_tiles(_target(x), x.dtype, precision, down.shape[1])
     if tiles is None:
@@ -52,11 +52,11 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 def confidence(
     hidden: Tensor, weight: Tensor, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How sure a head is of its next token, without logits: see `confidence.Confidence`.
+    """Compute the confidence of a head without its logits: see `confidence.Confidence`.
 
     `hidden` [rows, K], `weight` [vocabulary, K]. Returns the highest probability, its lead, the
-    entropy in nats (fp32) and the token (int64), [rows] each; UsageError if the manifest has no
-    tiles.
+    entropy in nats (fp32) and the token (int64), [rows] each. Raises UsageError if the manifest has
+    no tiles.
     """
     tiles = configurations.vocabulary_tiles(_target(hidden), hidden.dtype, precision)
     if tiles is None:
@@ -75,7 +75,7 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def rejects(kernel: str, x: Tensor, rank: int = 0) -> str:
-    """Why a kernel of this file does not run on tensors like these; empty if it does."""
+    """Return why a kernel of this file does not run on such tensors; empty if it does."""
     where = _target(x), x.dtype, forms.precision()
     if kernel == "confidence":
         found = configurations.vocabulary_tiles(*where)

@@ -1,15 +1,16 @@
-"""Triton kernel: linear layers of a few rows, as in a step of decoding, with what stands around
-them: an RMS norm before, a low-rank term beside, a gated linear unit behind.
+"""Triton kernel: linear layers of a few rows, as in decoding, fused with adjacent operations.
+
+These are an RMS norm before, a low-rank residual, and a gated linear unit behind:
 
     n = x / sqrt(mean(x^2) + eps) (gain + offset)        or x, without a norm
     y = n W^T + b + (n A^T) B^T                          without the last term if there is no A, B
     y = act(y_gate) y_up                                 with a second set of weights
 
-A step of decoding reads each weight once and computes next to nothing, so what these parts cost
-apart from each other is launches: here all of it is one. The rows are scaled after the product, so
-the norm needs no pass of its own over x; x times the gain is rounded to the operands' dtype where
-PyTorch rounds n, so fp16, which that may leave, has no tiles. With one depth for all rows, the
-low-rank term is that of `depth_lora` without sorting.
+A decoding step reads each weight once and computes very little, so separate launches would dominate
+its time: here all is one launch. Rows are scaled after the product, so the norm needs no separate
+pass over x. The product of x and gain is rounded to the operands' dtype where PyTorch rounds n. It
+may overflow fp16, which therefore has no tiles. With one depth for all rows, the low-rank residual
+is that of `depth_lora` without sorting.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from reroll.kernels.diagonal import number_type
 
-# rows of one tile: with more, weights would be read again for each
+# rows of one tile; with more rows, weights are read once for each tile
 ROWS = 16
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 class Norm(NamedTuple):
-    """An RMS norm: gain [K] or None, what is added to the sum and to the gain."""
+    """An RMS norm: gain [K] or None, and the numbers added to the mean square and to the gain."""
 
     gain: Tensor | None
     eps: float
@@ -38,7 +39,7 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """Weight [N, K], bias [N], down [R, K] and up [N, R]; None where there is none."""
+    """Weight [N, K], bias [N], down [R, K] and up [N, R]; the last three may be None."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -49,7 +50,10 @@ class Linear(NamedTuple):
 def linear_rows_reference(
     x: Tensor, norm: Norm | None, layers: tuple[Linear, ...], activation: str = ""
 ) -> Tensor:
-    """The definition, in fp32: x [rows, K]; one layer, or the gate and the other half of a unit."""
+    """Compute the definition in fp32, for x [rows, K].
+
+    `layers` are one layer, or the gate and the other half of a gated linear unit.
+    """
     x = x.float()
     if norm is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
@@ -166,7 +170,7 @@ def linear_rows(
     x: Tensor, norm: Norm | None, layers: tuple[Linear, ...], activation: str = "", *,
     tiles: dict[str, Any], precision: str = "ieee",
 ) -> Tensor:  # fmt: skip
-    """See `linear_rows_reference`; `tiles` has BM, BN, BK."""
+    """Compute `linear_rows_reference`; `tiles` has BM, BN, BK."""
     first, second = layers[0], layers[-1]
     (rows, inputs), outputs = x.shape, first.weight.shape[0]
     rank = 0 if first.down is None else first.down.shape[0]

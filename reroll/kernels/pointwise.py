@@ -1,7 +1,8 @@
-"""Triton kernels for what a block does to each token beside its products: RMS norm, rotary
-embedding, and the product of a gated linear unit. Each reads its inputs once and writes once;
-PyTorch takes a launch, and a pass over memory, for each operation in them. The references are the
-ops `reroll::rms_norm`, `reroll::rope` and `reroll::glu`. Computed in fp32.
+"""Triton kernels: RMS norm, rotary embedding, and the product of a gated linear unit.
+
+Each reads its inputs once and writes once; PyTorch needs a launch, and a pass over memory, for each
+operation in them. The references are the ops `reroll::rms_norm`, `reroll::rope` and `reroll::glu`.
+They compute in fp32.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from reroll.kernels.linear_rows import activated
 
-# elements of a program of `glu_part`, and vectors of one of `rope_part`
+# elements in a program of `glu_part`, and vectors in a program of `rope_part`
 BLOCK, VECTORS = 1024, 8
 
 

@@ -1,4 +1,4 @@
-"""The kernels of recurrences as ops of PyTorch, in the namespace `reroll_kernels`.
+"""Kernels of recurrences as PyTorch ops, in the namespace `reroll_kernels`.
 
 They have fake forms for `torch.compile` and `torch.export`, and launch kernels with the tiles of
 `configurations`. `diagonal` has a gradient. `delta` and `step` have none: they are for inference.
@@ -20,7 +20,7 @@ from reroll.kernels.diagonal_fused import fused_backward
 from reroll.kernels.step import step as one_step
 
 NAMESPACE = "reroll_kernels"
-# families of tiles that do the backward of `diagonal`: the first that there is does it
+# families of kernels for the backward of `diagonal`: the first with tiles is used
 BACKWARDS: tuple[str, ...] = ("diagonal_fused", "diagonal_backward")
 
 
@@ -36,15 +36,16 @@ def diagonal(
     limit: int,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t, in chunks on a GPU.
+    """Compute S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t, in chunks on a GPU.
 
     `q` [batch, heads, time, K], `k` [batch, kv_heads, time, K], `v` [..., V], `g` [batch, kv_heads,
     time] or [..., K] or None, `start` [sequences, kv_heads, K, V] or None. `starts` [sequences + 1]
     int32: where packed sequences begin and end, in a batch of 1. Chunks have `limit` tokens or
-    fewer, and with a decay for each channel must keep the sum of -g in a chunk below 160.
-    `precision` of products in fp32: `ieee` or `tf32`.
+    fewer. With a decay for each channel, the sum of -g in a chunk must stay below 160. `precision`
+    of products in fp32: `ieee` or `tf32`.
 
-    Returns the output [batch, time, heads, V] and the last states in fp32.
+    Returns the output [batch, time, heads, V] and the last states in fp32. Raises UsageError if the
+    manifest has no tiles.
     """
     q, k, v, g, start, starts = map(_together, (q, k, v, g, start, starts))
     tiles = _tiles("diagonal", k, v, g, precision, limit)
@@ -74,8 +75,10 @@ def diagonal_backward(
     limit: int,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, g (empty without one) and the first state: in one launch where the
-    manifest has tiles for it, in four elsewhere.
+    """Compute the gradients of q, k, v, g (empty without one) and the first state.
+
+    It is one launch where the manifest has tiles for that, and four elsewhere. Raises UsageError if
+    it has tiles for neither.
     """
     q, k, v, g, start, starts = map(_together, (q, k, v, g, start, starts))
     do = _together(do.transpose(1, 2))
@@ -132,7 +135,10 @@ def delta(
     limit: int,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """The delta rule in chunks, as `diagonal` is called; `beta` [batch, kv_heads, time]."""
+    """Compute the delta rule in chunks, with the arguments of `diagonal`.
+
+    `beta` is [batch, kv_heads, time].
+    """
     q, k, v, start, starts = map(_together, (q, k, v, start, starts))
     g = g if g is None or g.dim() == 3 else _together(g)
     tiles = _tiles("delta", k, v, g, precision, limit)
@@ -153,8 +159,10 @@ def _(
 def step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: q [rows, heads, K], k, v [rows, kv_heads, ...], g and beta without time, state
-    [rows, kv_heads, K, V]. Returns [rows, heads, V] and the new states.
+    """Compute one token, and return its outputs [rows, heads, V] and the new states.
+
+    q [rows, heads, K], k, v [rows, kv_heads, ...], g and beta without time, state [rows, kv_heads,
+    K, V].
     """
     q, k, v, state = map(_together, (q, k, v, state))
     g = None if g is None else g.contiguous()
@@ -173,14 +181,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, g: Any, beta: Any, state: Tensor) -> tupl
 
 
 def _together(x: Any) -> Any:
-    """A tensor whose last dimension lies together in memory; None stays None."""
+    """Return a tensor with a contiguous last dimension, copied if necessary; None stays None."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _tiles(
     family: str, k: Tensor, v: Tensor, g: Tensor | None, precision: str, limit: int
 ) -> configurations.Tiles:
-    # float32 gates of one head need not lie together: their last dimension is time
+    # gates with one number per head need no contiguous last dimension, which is time
     found = configurations.find(family, k, v, kind_of_gate(g), precision, limit)
     if found is None:
         raise _no_kernel(family, k, v, kind_of_gate(g), limit)

@@ -1,8 +1,8 @@
-"""Triton kernel: one token of a recurrence, for decoding; states lie in slots of a pool.
+"""Triton kernel: one token of a recurrence, for decoding; states are in slots of a pool.
 
 S <- A S + b k (v - k A S)^T with the delta rule, S <- A S + k v^T without; o = gain scale q S. One
-launch reads each state once and writes it once: gates are made of their raw numbers, queries and
-keys brought to length one, and heads scaled on the way. The reference is `Mixer.step`.
+launch reads each state once and writes it once. It also computes gates from their raw numbers,
+normalises queries and keys to length one, and scales heads. The reference is `Mixer.step`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# what a raw gate becomes: itself, log sigmoid(x) / normaliser, -softplus(x), floor sigmoid(x)
+# log decays of a raw gate x: x, log sigmoid(x) / normaliser, -softplus(x), floor sigmoid(x)
 GIVEN, LOG_SIGMOID, SOFTPLUS, FLOOR_SIGMOID = 0, 1, 2, 3
 
 
@@ -90,12 +90,12 @@ def step(
     activation: int = GIVEN, normaliser: float = 1.0, floor: float | None = None,
     unit: bool = False, gain: Tensor | None = None, tiles: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """One token onto states, in place, or `into` another pool; returns [rows, heads, V].
+    """Apply one token to states, in place, or `into` another pool; return [rows, heads, V].
 
     `q` [rows, heads, K], `k` [rows, kv_heads, K], `v` [.., V], `g` [rows, kv_heads] or [.., K] or
-    None, `beta` [rows, kv_heads] for the delta rule, `state` [slots, kv_heads, K, V] in fp32,
-    `slots` [rows] int32: where each row's state is; a row below 0 is not touched, and what is
-    returned for it means nothing. `gain` [heads] multiplies what is read.
+    None, `beta` [rows, kv_heads] for the delta rule, `state` [slots, kv_heads, K, V] in fp32.
+    `slots` [rows] int32 are the slots of the rows' states. A row with a slot below 0 changes no
+    state, and its output is undefined. `gain` [heads] multiplies the output.
     """
     rows, heads, K = k.shape
     V = v.shape[2]

@@ -1,15 +1,18 @@
-"""Triton kernel: attention over a window and the first tokens, and a linear branch under the same
-normaliser.
+"""Triton kernel: attention over a window and the first tokens, with an optional linear branch.
+
+The branch shares the normaliser of the softmax:
 
     o = (sum_near exp(s - m) v + e^-m gain f(q) H) / (sum_near exp(s - m) + e^-m gain f(q) z)
 
-where `near` are the last `window` tokens and the first `prefix`, m the highest of their scores, and
-H, z the sums of f(k) v^T and f(k) over all tokens between: LoLCATs (arXiv 2410.10254), equation 6.
-Without a branch it is attention over a window with sinks (arXiv 2309.17453). Only tiles of keys
-that some query of a block may see are read, so the work grows with the length, not its square.
+Here `near` are the last `window` tokens and the first `prefix`, and m is the highest of their
+scores. H and z are the sums of f(k) v^T and f(k) over all tokens between: LoLCATs (arXiv
+2410.10254), equation 6. Without a branch it is attention over a window with sinks (arXiv
+2309.17453). Only tiles of keys that some query of a block may see are read, so the work grows with
+the length, not its square.
 
-The branch is given as what a chunked linear recurrence, `window` tokens late, reads: `far` [batch,
-time, heads, V + 1], whose last column is the sum of weights (`linear` with a column of ones).
+The branch is given as the output of a chunked linear recurrence that is delayed by `window` tokens.
+It is `far` [batch, time, heads, V + 1], whose last column is the sum of weights (`linear` with a
+column of ones).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def window_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, prefix: int = 0,
     far: Tensor | None = None, first: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The definition, in fp32: q [batch, heads, time, K], k, v [batch, kv_heads, time, ...].
+    """Compute the definition in fp32: q [batch, heads, time, K], k, v [batch, kv_heads, time, ...].
 
     `first` [batch] is each row's first token that is not padding. Returns [batch, time, heads, V].
     """
@@ -101,7 +104,7 @@ def window_attention_tile(
     m = tl.full([BM], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BM], dtype=tl.float32)
     acc = tl.zeros([BM, BV], dtype=tl.float32)
-    # the window of the block's first query begins here, and tiles of the first tokens end before
+    # the tile where the window of the block's first query begins; the first tokens' tiles end there
     low = tl.maximum(i_m * BM - window + 1, 0) // BN * BN
     for j in range(begin // BN, tl.cdiv(tl.minimum(begin + prefix, low), BN)):
         column = j * BN + tl.arange(0, BN)
@@ -135,7 +138,7 @@ def window_attention(
     far: Tensor | None = None, first: Tensor | None = None, *, tiles: dict[str, Any],
     precision: str = "ieee",
 ) -> Tensor:  # fmt: skip
-    """See `window_reference`; `tiles` has BM, BN. Rows of padding give zeros."""
+    """Compute `window_reference`; `tiles` has BM, BN. Rows of padding give zeros."""
     heads, K, V = q.shape[1], k.shape[3], v.shape[3]
     o = v.new_empty(q.shape[0], q.shape[2], heads, V)
     window_attention_tile[(triton.cdiv(q.shape[2], tiles["BM"]), q.shape[0] * heads)](

@@ -1,12 +1,12 @@
 """The ONNX target: a Program as graphs that stock runtimes run.
 
 graph.py    building ONNX graphs: values, scopes, hoisting, dead code
-plan/       what is decided first: which trips become one Loop, states as inputs and outputs, the
+plan/       decisions before writing: trips that become one Loop, states as inputs and outputs, the
             weight file that all graphs share, block-wise integer weights
-ops/        the lowering of each op: ATen's, what layers are made of, attention as ONNX Runtime's
-            own operator, token mixers, exits
-emit/       from a Program's graphs to ONNX nodes, the directory and what describes it, and running
-            what was exported beside what it was exported from
+ops/        the lowering of each op: ATen's, norms and projections, attention as ONNX Runtime's own
+            operator, token mixers, exits
+emit/       translation of a Program's graphs to ONNX nodes, the directory with its description,
+            and the comparison of exported graphs with the torch module
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Onnx(Target):
         within=Range(least=23, most=27),
         help="the version of the ONNX operators; 23 is the first with Attention",
     )
-    # of targets, `check_options` looks at the options together
+    # hides the method `check` of `Declared`, for which targets have `check_options`
     check: bool = option(  # type: ignore[assignment]
         False, help="run each graph beside the torch module; write nothing if off"
     )
@@ -56,7 +56,7 @@ class Onnx(Target):
 
     def check_options(self) -> None:
         if not self.graphs:
-            raise UsageError("graphs must name one at least: loop, unrolled, step")
+            raise UsageError("graphs must name at least one of loop, unrolled, step")
         if self.block & (self.block - 1):
             raise UsageError(
                 f"block must be a power of two from 16, not {self.block}",

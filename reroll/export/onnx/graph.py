@@ -1,8 +1,8 @@
-"""Building ONNX graphs: values with dtypes, nested scopes, and nothing computed twice.
+"""Build ONNX graphs: values with dtypes, nested scopes, and no repeated computation.
 
-A node goes to the outermost scope that has all its inputs, and two equal nodes are one. So what is
-the same in every trip of a loop is computed once in front of it, and what all layers share (masks,
-rotary tables) is computed once, without anybody having to arrange for it.
+A node goes to the outermost scope that has all its inputs, and two equal nodes become one. So
+values that are the same in every trip of a loop are computed once in front of it. Values that all
+layers share (masks, rotary tables) are computed once, without further work by lowerings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 Shape = tuple[int | str | None, ...]
 
-# what lowerings to ONNX are registered under
+# the name under which lowerings to ONNX are registered
 TARGET = "onnx"
 
 ELEMENT: dict[torch.dtype, int] = {
@@ -42,10 +42,10 @@ ELEMENT: dict[torch.dtype, int] = {
 class Value:
     """A tensor in an ONNX graph.
 
-    `scope` is the graph that makes it; graphs inside that one see it too. `repeated`: its last
-    dimension is one half twice, as that of rotary tables is. `columns` says which tokens the keys
-    of a window are: see `windows`; `appended` what a cache was put together from: see `grouped`;
-    `heads` what its heads were before they were put apart: see `heads`.
+    `scope` is the graph that computes it, and graphs inside that one can read it, too. `repeated`
+    says that its last dimension is one half twice, as in rotary tables. `columns` says which tokens
+    the keys of a window are (see `windows`). `appended` are the tensors of which a cache was
+    concatenated (see `grouped`). `heads` is the value before its heads were split (see `heads`).
     """
 
     name: str
@@ -59,10 +59,10 @@ class Value:
 
 @dataclass(eq=False)
 class Graph:
-    """One ONNX graph that is being built: a model's, or the body of a Loop inside `outer`."""
+    """One ONNX graph under construction: a model's, or the body of a Loop inside `outer`."""
 
     outer: Graph | None = None
-    # a branch of an If keeps what depends on the graph around it, so that it runs only if taken
+    # nodes of a branch of an If stay in it if they read the outer graph, to run only if taken
     is_branch: bool = False
     nodes: list[NodeProto] = field(default_factory=list)
     inputs: list[ValueInfoProto] = field(default_factory=list)
@@ -74,18 +74,18 @@ class Graph:
 
     @property
     def root(self) -> Graph:
-        """The model's own graph."""
+        """Graph of the model itself."""
         return self if self.outer is None else self.outer.root
 
     @property
     def depth(self) -> int:
-        """How many graphs this one is inside of."""
+        """Number of graphs around this one."""
         return 0 if self.outer is None else 1 + self.outer.depth
 
     # ---- nodes
 
     def op(self, kind: str, *inputs: Value | None, hint: str = "", **attributes: Any) -> Value:
-        """One node with one output. `dtype` is that of the output, the first input's by default."""
+        """Add one node with one output; `dtype` is the output's, by default the first input's."""
         return self.ops(kind, *inputs, hints=(hint or kind.lower(),), **attributes)[0]
 
     def ops(
@@ -97,8 +97,11 @@ class Graph:
         domain: str = "",
         **attributes: Any,
     ) -> tuple[Value, ...]:
-        """One node with an output for each hint. Absent inputs are None."""
-        # fusions of ONNX Runtime crash on an empty name at the end; a function counts its inputs
+        """Add one node with an output for each hint, or return the outputs of an equal one.
+
+        Absent inputs are None. `dtype` is the outputs', by default the first input's.
+        """
+        # fusions of ONNX Runtime crash on an empty name at the end; a function needs all its inputs
         while not domain and inputs and inputs[-1] is None:
             inputs = inputs[:-1]
         given = [v for v in inputs if v is not None]
@@ -131,7 +134,7 @@ class Graph:
         return outputs
 
     def fresh(self, hint: str) -> str:
-        """A name that no other value of the model has."""
+        """Return a name that no other value of the model has."""
         hint = re.sub(r"[^\w.]", "_", hint) or "value"
         names = self.root._names
         name = hint
@@ -143,13 +146,13 @@ class Graph:
         return name
 
     def reserve(self, names: Iterable[str]) -> None:
-        """Keep names for what comes later."""
+        """Reserve names for later use."""
         self.root._names.update(names)
 
-    # ---- what is there from the start
+    # ---- constants, inputs and outputs
 
     def constant(self, data: Any, dtype: torch.dtype) -> Value:
-        """A small tensor inside the file; equal ones are one."""
+        """Return a small tensor inside the file; equal tensors are stored once."""
         root = self.root
         tensor = torch.as_tensor(data).to(dtype)
         array = array_of(tensor)
@@ -164,7 +167,7 @@ class Graph:
         return root._known[key][0]
 
     def stored(self, name: str, proto: TensorProto, dtype: torch.dtype) -> Value:
-        """A tensor of the weight file, under its name there."""
+        """Return a tensor of the weight file, under its name there."""
         root = self.root
         key = ("stored", name)
         if key not in root._known:
@@ -174,13 +177,13 @@ class Graph:
         return root._known[key][0]
 
     def input(self, name: str, dtype: torch.dtype, shape: Shape | None) -> Value:
-        """An input of this graph."""
+        """Add an input of this graph."""
         self.root._names.add(name)
         self.inputs.append(type_of(name, dtype, shape))
         return Value(name, dtype, self)
 
     def default_input(self, name: str, tensor: Tensor) -> Value:
-        """An input of the model that may be left out."""
+        """Add an input of the model that may be left out."""
         if name not in self.initializers:
             array = array_of(tensor)
             self.initializers[name] = helper.make_tensor(
@@ -190,14 +193,14 @@ class Graph:
         return Value(name, tensor.dtype, self)
 
     def output(self, value: Value, name: str, shape: Shape | None) -> None:
-        """Make a value an output of this graph under a name of its own."""
+        """Make a value an output of this graph, under a separate name."""
         self.reserve([name])
-        # an identity, because a value may be two outputs, or an input as well
+        # an Identity node, because a value may be two outputs, or also an input
         self.nodes.append(helper.make_node("Identity", [value.name], [name], name=f"{name}/output"))
         self.outputs.append(type_of(name, value.dtype, shape))
 
     def finish(self, name: str) -> GraphProto:
-        """The graph without what nothing depends on."""
+        """Build the graph, without nodes and initializers that no output depends on."""
         nodes = live(self.nodes, {o.name for o in self.outputs})
         used = {name for node in nodes for name in reads(node)}
         return helper.make_graph(
@@ -210,12 +213,12 @@ class Graph:
 
 
 def type_of(name: str, dtype: torch.dtype, shape: Shape | None) -> ValueInfoProto:
-    """The type of a graph's input or output; a dimension that is not a size is a name."""
+    """Return the type of a graph's input or output; symbolic dimensions are names."""
     return helper.make_tensor_value_info(name, ELEMENT[dtype], shape)
 
 
 def array_of(tensor: Tensor) -> Any:
-    """A tensor's elements as numpy has them; bfloat16, which numpy lacks, as its bits."""
+    """Convert a tensor to numpy; bfloat16, which numpy lacks, becomes its bits."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy()
@@ -223,7 +226,7 @@ def array_of(tensor: Tensor) -> Any:
 
 
 def nodes_of(graph: GraphProto) -> Iterable[NodeProto]:
-    """All nodes of a graph, those of bodies included."""
+    """Yield all nodes of a graph, including those of bodies."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -232,7 +235,7 @@ def nodes_of(graph: GraphProto) -> Iterable[NodeProto]:
 
 
 def reads(node: NodeProto) -> Iterable[str]:
-    """The names that a node reads, those inside its bodies included."""
+    """Yield the names that a node reads, including those that its bodies read from outside."""
     yield from (n for n in node.input if n)
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
@@ -244,7 +247,7 @@ def reads(node: NodeProto) -> Iterable[str]:
 
 
 def live(nodes: Sequence[NodeProto], wanted: set[str]) -> list[NodeProto]:
-    """The nodes that something wanted depends on, in the same order."""
+    """Return the nodes on which a wanted value depends, in the same order."""
     wanted = set(wanted)
     kept = []
     for node in reversed(nodes):

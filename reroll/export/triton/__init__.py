@@ -1,13 +1,13 @@
 """The Triton target: a program as one Python module with its kernels, and its weights.
 
-sites.py             where the program has state
-linears.py           which linear layers are one kernel with their norm, low-rank term and gate
+sites.py             attentions and recurrences, which have state
+linears.py           linear layers that are one kernel with their norm, low-rank residual and gate
 graphs.py            its graphs as Python functions
 specialise.py        kernels as text, with the program's constants in them
 launches.py          the kernels of its recurrences, and the functions that launch them
-module.py            model.py, put together
-precompile.py        binaries of the kernels, for GPUs that are not there
-bundle_*.py          what every bundle has; copied as they are
+module.py            the text of model.py, and the other files
+precompile.py        binaries of the kernels, compiled without a GPU
+bundle_*.py          the common parts of all bundles, copied as they are
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Triton(Target):
     """A Python bundle that imports torch and triton only: model.py, weights, tokenizer, manifest.
 
     For causal models. model.py has the kernels with the program's shapes in them, its graphs line
-    by line, prefill and decoding (a CUDA graph for each batch size), and `selftest`, which holds
-    every kernel against its definition on the machine that is to run it. Block sizes are those
-    that spill nothing on each GPU of `arch`. How fast it is on a GPU has not been measured.
+    by line, prefill and decoding (a CUDA graph for each batch size), and `selftest`, which compares
+    every kernel with its definition on the machine that runs it. Block sizes are those without
+    spills on each GPU of `arch`. Its speed on a GPU has not been measured.
     """
 
     name = "triton"

@@ -1,7 +1,7 @@
-"""A Program's graphs as Python: one function for each, line by line.
+"""Write a Program's graphs as Python: one function for each, line by line.
 
 Weights are read from a dictionary `w`; `run` is the bundle's `Prefill` or `Decode`, which holds the
-states. What a graph computes for masks alone is left out: `run` knows which tokens there are.
+states. Nodes that only serve masks are left out: `run` knows the tokens of each row.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ FUNCTIONS: dict[Any, str] = {
     aten.flatten.using_ints: "torch.flatten",
 }
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/"}
-# an output of the program that a host needs; others are left out
+# the output of the program that a host needs; others are left out
 LOGITS = "logits"
 
 
 class GraphWriter:
-    """The functions of a Program's graphs."""
+    """Writer of the functions of a Program's graphs."""
 
     def __init__(
         self, program: Program, sites: Mapping[fx.Node, Site], linears: Mapping[fx.Node, Fused]
@@ -63,18 +63,18 @@ class GraphWriter:
             name: f"trip_of_{_safe(name)}" if name != "main" else "main"
             for name, _ in program.graphs()
         }
-        # bodies first: what a loop needs of its inputs depends on its body
+        # bodies first: which inputs a loop needs depends on its body
         self.live: dict[str, set[fx.Node]] = {}
         for name, graph in reversed(list(program.graphs())):
             self.live[name] = self._live(graph)
 
     def source(self) -> str:
-        """All functions, bodies of loops first."""
+        """Return the source of all functions, bodies of loops first."""
         bodies = [self._function(name, g) for name, g in self.program.graphs() if name != "main"]
         return "\n\n\n".join([*bodies, self._function("main", self.program.graph)])
 
     def _live(self, graph: fx.Graph) -> set[fx.Node]:
-        """The nodes that the output needs, arguments for masks left out."""
+        """Return the nodes that the output depends on, without arguments for masks."""
         found: set[fx.Node] = set()
         stack: list[Any] = [next(iter(reversed(graph.nodes)))]
         while stack:
@@ -85,7 +85,7 @@ class GraphWriter:
         return found
 
     def _needed(self, node: fx.Node) -> Any:
-        """The arguments of a node that the value of its function depends on."""
+        """Return the arguments of a node on which the value of its function depends."""
         if node.target in (RECURRENCE, ATTENTION):
             return _tensors(node)
         if node in self.linears:
@@ -124,7 +124,7 @@ class GraphWriter:
             value = {"data": "input_ids"}.get(item.role)
             value = "run.position" if counts_from_zero(item) else value
             if value is None or (item.role == "data" and item.name != "input_ids"):
-                raise ExportError(f"a bundle has nothing for the input {item.name}")
+                raise ExportError(f"a bundle cannot provide the input {item.name}")
             if place.name != value:
                 lines.append(f"    {place.name} = {value}")
         return lines
@@ -146,7 +146,7 @@ class GraphWriter:
         if node in self.linears:
             return [f"{node.name} = {self._linear(self.linears[node])}"]
         if target is CACHE or behind_cache(node) is not None:
-            # the state is in `run`
+            # `run` holds the caches
             return []
         if node.op == "call_method":
             text = self._method(str(target), args, kwargs)
@@ -243,7 +243,7 @@ class _Raw(str):
 
 
 def _tensors(node: fx.Node) -> list[Any]:
-    """The arguments of an attention or a recurrence that its values depend on."""
+    """Return the arguments of an attention or a recurrence on which its values depend."""
     found = [*_qkv(node)]
     if node.target is RECURRENCE:
         found += argument(node, "gates")

@@ -1,4 +1,4 @@
-"""The kernels of a program's recurrences, specialised, and the functions that launch them."""
+"""Sources of a program's kernels, specialised to its shapes, and their launch functions."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ NUMBERS = {
 }  # fmt: skip
 
 
-# what launches them needs torch and triton alone, as a bundle does
+# these launch functions are copied, because they need only torch and triton
 POINTWISE = (pointwise.norm, pointwise.turned, pointwise.gated)
 
 
 def kernels_of(
     sites: Sequence[Site], linears: Sequence[Fused], dtype: torch.dtype, archs: Sequence[str]
 ) -> str:
-    """The source of all kernels and launch functions; sites with equal shapes share them.
+    """Return the source of all kernels and launch functions; sites with equal shapes share them.
 
-    `linears` has one of each kind, as `kinds_of` gives them.
-
-    Raises ExportError if the manifest has no tiles for one of the GPUs.
+    `linears` has one of each kind, as `kinds_of` returns them. Raises ExportError if the manifest
+    has no tiles for one of the GPUs.
     """
     recurrences = [site for site in sites if site.mixer is not None]
     attentions = [site for site in sites if has_kernel(site)]
@@ -64,7 +63,7 @@ def kernels_of(
 
 
 def has_kernel(site: Site) -> bool:
-    """Whether an attention has a kernel for prompts: its heads must not be too large."""
+    """Whether an attention has a kernel for prompts: its heads have at most 128 channels."""
     f = site.fields
     return site.mixer is None and max(f["k_size"], f["v_size"]) <= 128
 
@@ -119,7 +118,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def kernel_number(site: Site, recurrences: Sequence[Site]) -> int:
-    """The number of the site's kernels: that of the first of its kind with the same shapes."""
+    """Return the number of the site's kernels: that of the first site with the same shapes."""
     keys = [_key(s) for s in recurrences]
     return keys.index(_key(site))
 
@@ -176,7 +175,10 @@ def _power(size: int) -> int:
 
 
 def _tiles(site: Site, dtype: torch.dtype, arch: str, block: int) -> dict[str, Any]:
-    """Tiles of both kernels on one GPU."""
+    """Return the tiles of both kernels on one GPU.
+
+    Raises ExportError if the manifest has none.
+    """
     _, _, (rows, columns), gate, deltas = _key(site)
     assert site.mixer is not None
     limit = site.mixer.longest_chunk or max(configurations.CHUNKS)

@@ -1,8 +1,8 @@
-"""Which linear layers of a program are one kernel with what stands around them, for few rows.
+"""Find linear layers that are one kernel with adjacent operations, for few rows.
 
-An RMS norm before, a low-rank term beside (as `relax` makes it) and a gated linear unit behind are
-launches of their own in a step of decoding; `kernels.linear_rows` does a layer with all of them.
-Layers that have none of these are left to PyTorch, and so are all when there are more rows.
+An RMS norm before, a low-rank residual (as `relax` makes it) and a gated linear unit behind would
+be separate launches in a decoding step. `kernels.linear_rows` computes a layer with all of them.
+Layers without any of these are left to PyTorch, and so are all layers when there are more rows.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from reroll.rewrite.ir.program import Program
 
 LINEAR = torch.ops.aten.linear.default
 RMS_NORM, GLU = RMS_NORM, GLU
-# of the low-rank term: the kernel holds it whole
+# the largest rank of a low-rank residual, which the kernel keeps in registers
 LARGEST_RANK = 64
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its input, and the nodes of weight, bias, down and up; None where there is none.
+    """A linear layer: its input, and the nodes of weight, bias, down and up, which may be None.
 
-    `nodes` are what the layer is made of, its result last.
+    `nodes` are the nodes of the layer, its result last.
     """
 
     source: fx.Node
@@ -39,12 +39,12 @@ class Layer:
 
     @property
     def rank(self) -> int:
-        """Of the low-rank term; 0 without one."""
+        """Rank of the low-rank residual; 0 without one."""
         return 0 if self.weights[2] is None else int(_shape(self.weights[2])[0])
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What both layers of a gated unit must have in common."""
+        """Properties that both layers of a gated unit must share."""
         return self.source, _shape(self.weights[0]), self.weights[1] is None, self.rank
 
 
@@ -52,7 +52,8 @@ class Layer:
 class Fused:
     """A node that one kernel computes: a layer, or two layers and the unit that they gate.
 
-    `norm` is the norm before, if the kernel does that too; then it is not computed elsewhere.
+    `norm` is the norm before it, if the kernel computes that too; then it is not computed
+    elsewhere.
     """
 
     layers: tuple[Layer, ...]
@@ -61,7 +62,7 @@ class Fused:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What its kernel is specialised to: inputs, rank, norm, gain, bias, activation."""
+        """Inputs, rank, norm, gain, bias and activation, to which its kernel is specialised."""
         first = self.layers[0]
         gain = self.norm is not None and argument(self.norm, "weight") is not None
         return (
@@ -71,7 +72,10 @@ class Fused:
 
 
 def fused_of(program: Program) -> dict[fx.Node, Fused]:
-    """All of a program's graphs, in their order; none in fp16, whose range a kernel may leave."""
+    """Find the fused layers of a program's graphs, in order.
+
+    There are none in fp16, whose range a kernel may exceed.
+    """
     found: dict[fx.Node, Fused] = {}
     if program.dtype not in (torch.float32, torch.bfloat16):
         return found
@@ -81,7 +85,7 @@ def fused_of(program: Program) -> dict[fx.Node, Fused]:
 
 
 def kinds_of(fused: Sequence[Fused]) -> list[Fused]:
-    """One for each kernel, in the order of their first use."""
+    """Return one fused layer for each kernel, in the order of first use."""
     return list({f.key: f for f in reversed(fused)}.values())[::-1]
 
 
@@ -104,7 +108,7 @@ def _in_graph(graph: fx.Graph) -> dict[fx.Node, Fused]:
 
 
 def _with_norm(fused: Fused, ours: Set[fx.Node]) -> Fused:
-    """With the norm before it, if nothing but layers reads that."""
+    """Add the norm before a fused layer, if only fused layers read it."""
     source = fused.layers[0].source
     if source.target is RMS_NORM and all(user in ours for user in source.users):
         return Fused(fused.layers, fused.activation, source)
@@ -126,7 +130,7 @@ def _gated(node: fx.Node, layers: dict[fx.Node, Layer]) -> Fused | None:
 
 
 def _layer(node: fx.Node) -> Layer | None:
-    """A linear layer, or the sum of one and of a low-rank term of the same input."""
+    """Match a linear layer, or the sum of one and of a low-rank residual of the same input."""
     if node.target is LINEAR:
         source, *weights = (argument(node, n) for n in ("input", "weight", "bias"))
         if not all(w is None or w.op == "get_attr" for w in weights):

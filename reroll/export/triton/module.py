@@ -1,4 +1,4 @@
-"""model.py and what lies beside it: weights, manifest, README, tokenizer."""
+"""Write model.py and the other files of a bundle: weights, manifest, README, tokenizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from reroll.export.targets import Progress
     from reroll.export.triton import Triton
 
-# names that stand in, in the files that are copied, for what the bundle has of its own
+# placeholders in the copied files, which the bundle defines itself
 OURS = ("ARCHS", "SITES", "LINEARS", "DTYPE", "main")
 STAND_IN = "# the bundle has its own"
 
@@ -43,7 +43,7 @@ def write(
         if progress is not None:
             progress(done, total, "writing weights")
 
-    # first, so that none of them replaces what is written here
+    # first, so that no side file replaces a file written here
     copy_side_files(program, directory)
     text = module_text(program, target.arch)
     (directory / MODULE).write_text(text, encoding="utf-8")
@@ -58,7 +58,7 @@ def write(
         "kernels": [line.split("(")[0][4:] for line in text.splitlines()
                     if line.startswith(("def near_", "def scan_", "def step_", "def linear_"))],
         "weights": _weights(stored),
-        # only a run on a GPU can say it
+        # only a run on a GPU can measure it
         "gpu_speed": "not measured",
     }  # fmt: skip
     if target.precompiled:
@@ -72,7 +72,11 @@ def write(
 
 
 def module_text(program: Program, archs: tuple[str, ...]) -> str:
-    """The source of model.py; the same for the same program."""
+    """Return the source of model.py, which is the same for the same program.
+
+    Raises ExportError for a program that is no causal language model with a cache, and for other
+    dtypes than fp32, fp16 and bf16.
+    """
     if LOGITS not in program.outputs:
         raise ExportError(
             "a bundle is a causal language model, and the program has no logits",
@@ -85,11 +89,11 @@ def module_text(program: Program, archs: tuple[str, ...]) -> str:
         )
     if program.dtype not in NUMBERS:
         raise ExportError(f"a bundle computes in fp32, fp16 or bf16, not {program.dtype}")
-    # what nothing needs has no state
+    # attentions and recurrences whose output is not used get no state
     program = _without_dead_sites(program)
     sites, fused = sites_of(program), fused_of(program)
     if not all(has_tiles(f, program.dtype, archs) for f in fused.values()):
-        # layers share their norms: all are PyTorch's then
+        # layers may share a norm, so all of them are left to PyTorch
         fused = {}
     kinds = kinds_of(list(fused.values()))
     parts = [
@@ -116,7 +120,7 @@ def _without_dead_sites(program: Program) -> Program:
 
 
 def _copied(file: str) -> str:
-    """A file of this folder without its docstring, its imports, and what stands in for ours."""
+    """Return a file of this folder without its docstring, imports and placeholders."""
     text = resources.files("reroll.export.triton").joinpath(file).read_text("utf-8")
     tree = ast.parse(text)
     drop: set[int] = set()
@@ -155,7 +159,7 @@ def _linear_list(kinds: Sequence[Fused]) -> str:
 
 
 def _weights(stored: Program) -> dict[str, Any]:
-    """Which tensors of the files each graph reads, and in which trip."""
+    """Return the tensors that each graph reads, and the entry of each trip."""
 
     def of(names: Any) -> dict[str, Any]:
         return {

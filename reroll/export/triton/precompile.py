@@ -1,7 +1,8 @@
-"""Binaries of a bundle's kernels, for GPUs that are not there.
+"""Compile binaries of a bundle's kernels, without a GPU.
 
-A process of its own imports model.py without the interpreter, and compiles what its launches
-would be. The binaries are for hosts with a launcher of their own; model.py compiles from source.
+A separate process imports model.py without the interpreter, and compiles the kernels that its
+launches would run. The binaries are for hosts with a launcher of their own; model.py compiles from
+source.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ FOLDER = "binaries"
 
 
 def precompile(directory: Path, archs: Sequence[str]) -> list[dict[str, Any]]:
-    """Write the binaries; returns what a launcher needs to know. ExportError if one fails."""
+    """Write the binaries, and return the data that a launcher needs.
+
+    Raises ExportError if a kernel does not compile.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "reroll.export.triton.precompile", str(directory), *archs],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -39,7 +43,7 @@ def precompile(directory: Path, archs: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Compile what is named on the command line: a directory, then GPUs."""
+    """Compile the bundle in a directory for GPUs, both named on the command line."""
     directory, *archs = sys.argv[1:]
     model = _module(Path(directory))
     folder = Path(directory) / FOLDER
@@ -53,7 +57,7 @@ def main() -> None:
 
 
 def _runs(model: Any) -> list[Callable[[], Any]]:
-    """Calls that launch every kernel of a bundle, each once, on tensors without data."""
+    """Return calls that launch every kernel of a bundle once, on tensors without data."""
     runs: dict[Any, Callable[[], Any]] = {}
     for site in model.SITES:
         if isinstance(site, model.Recurrence):

@@ -1,4 +1,4 @@
-"""README.md of a bundle."""
+"""The README.md of a bundle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def readme(found: Mapping[str, Any]) -> str:
-    """What the bundle is and how it is run."""
+    """Return the text that describes a bundle and how to run it."""
     passes = "\n".join(f"- `{text}`" for text in found["passes"]) or "- none"
     kernels = ", ".join(f"`{name}`" for name in found["kernels"]) or "none: it has no recurrence"
     return _TEXT.format(

@@ -1,4 +1,4 @@
-"""Where a Program has state: its attentions and recurrences, as a bundle's runtime takes them."""
+"""Find a Program's attentions and recurrences, with the arguments that a bundle's runtime takes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from reroll.rewrite.ir.visibility import Visibility
 
 @dataclass(frozen=True)
 class Site:
-    """One attention or recurrence node.
+    """An attention or recurrence node.
 
     Attributes:
-        number: its place among all.
+        number: its position among all.
         node: the node.
         loop: the name of the loop whose body it is in; empty in the main graph.
         kind: `Attention` or `Recurrence` of the bundle.
         fields: the arguments of that class.
-        mixer: of a recurrence.
+        mixer: the mixer of a recurrence.
     """
 
     number: int
@@ -40,7 +40,10 @@ class Site:
 
 
 def sites_of(program: Program) -> dict[fx.Node, Site]:
-    """All sites, in the order of the graphs; ExportError for one that a bundle cannot have."""
+    """Find all sites, in the order of the graphs.
+
+    Raises ExportError for a site or an op that a bundle does not support.
+    """
     trips = {loop.name: loop.trips for loop in program.loops}
     found: dict[fx.Node, Site] = {}
     for name, graph in program.graphs():
@@ -84,7 +87,7 @@ def _attention(node: fx.Node) -> dict[str, Any]:
     return {
         "heads": q.shape[1], "kv_heads": k.shape[1], "k_size": k.shape[3], "v_size": v.shape[3],
         "scale": given["scale"], "window": seen.window,
-        # without a window every token stays
+        # without a window all tokens are kept, so first tokens need no place of their own
         "prefix": (seen.prefix or 0) if seen.window else 0,
     }  # fmt: skip
 
@@ -126,5 +129,5 @@ def _type(node: Any) -> TensorType:
 
 def _cannot(what: str, node: fx.Node) -> ExportError:
     return ExportError(
-        f"a bundle cannot have {what}", where=node.name, hint="the onnx target may know it"
+        f"a bundle cannot have {what}", where=node.name, hint="the onnx target may support it"
     )

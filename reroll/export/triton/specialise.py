@@ -1,7 +1,7 @@
-"""Kernels as source text, with what is constant in a program written into them.
+"""Source text of kernels, with a program's constants written into them.
 
-A constant parameter goes, its name becomes its value, and branches that it decides are taken or
-left out. Comments are lost with it; docstrings stay.
+A constant parameter is removed, its name is replaced by its value, and branches that it decides are
+resolved. This drops comments but keeps docstrings.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 
 def specialised(kernel: Any, name: str, constants: Mapping[str, object]) -> str:
-    """The source of a kernel under a new name; `constants` are values by parameter, or
-    expressions as text.
+    """Return the source of a kernel under a new name.
+
+    `constants` are values by parameter, or expressions as text.
     """
     function = _parsed(kernel)
     function.name = name
@@ -29,7 +30,7 @@ def specialised(kernel: Any, name: str, constants: Mapping[str, object]) -> str:
 
 
 def plain(function: Any) -> str:
-    """The source of a function that kernels call, as it is, with its comments."""
+    """Return the unchanged source of a function that kernels call, with its comments."""
     return textwrap.dedent(inspect.getsource(function.fn)).rstrip()
 
 
@@ -58,7 +59,7 @@ class _Fold(ast.NodeTransformer):
 
 
 def _decided(test: ast.expr) -> bool | None:
-    """What a condition is, if nothing in it is open."""
+    """Return the truth value of a condition, or None if it depends on names or calls."""
     if any(isinstance(n, ast.Name | ast.Call) for n in ast.walk(test)):
         return None
     return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {"__builtins__": {}}))

@@ -1,4 +1,4 @@
-"""Compiling every kernel for GPUs that are not there, and reading what came out of it.
+"""Compile every kernel for GPUs without having one, and measure the binaries.
 
 families.py     which kernels there are, for which shapes, and which tiles they may have
 compiling.py    one kernel ahead of time: registers, spills, shared memory, instructions

@@ -1,10 +1,10 @@
-"""Compile what the manifest ships, print what came out, and fail on a spill.
+"""Compile the configurations of the manifest, print measures of them, and fail on a spill.
 
     python -m reroll.kernels.audit [--targets sm_90,...] [--families ...] [--sizes 64,...]
         [--summary | --json]
 
 Registers, spills, shared memory and matrix instructions are read from the binaries, which are built
-with no GPU. `--summary` prints a line for each GPU and family, and what fails. Exits with 1 if a
+without a GPU. `--summary` prints a line for each GPU and family, and failures. Exits with 1 if a
 shipped configuration spills, does not fit, or does not compile.
 """
 
@@ -26,7 +26,7 @@ HEAD = ("configuration", "kernel", "registers", "spilled", "shared", "matrix ins
 
 
 def audit(targets: list[str], families: list[str], sizes: list[str]) -> list[dict[str, Any]]:
-    """One record for each kernel of each shipped configuration that was asked for."""
+    """Measure each kernel of each shipped configuration that was selected, one record for each."""
     records = []
     with Worker() as worker:
         for at, entry in manifest().items():
@@ -46,7 +46,7 @@ def audit(targets: list[str], families: list[str], sizes: list[str]) -> list[dic
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--families", default=",".join(FAMILIES))
@@ -65,12 +65,12 @@ def main() -> None:
         if chosen.summary and bad:
             sys.stdout.write(f"\n{table(bad)}")
         sys.stdout.write(f"{len(records)} kernels, {len(bad)} that must not be shipped\n")
-    # a selection that is empty shows nothing
+    # an empty selection proves nothing
     sys.exit(1 if bad or not records else 0)
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The records as a Markdown table."""
+    """Return the records as a Markdown table."""
     lines = []
     for r in records:
         numbers = (r["registers"], r["spilled"], r["shared"], r["tensor_core"])
@@ -79,8 +79,10 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    """The records by GPU and family. Matrix instructions are counted in bf16 and tf32, where a
-    family has any; `spilled` counts kernels.
+    """Return a Markdown table of the records by GPU and family.
+
+    Matrix instructions are counted in bf16 and tf32, where a family has any; `spilled` counts
+    kernels.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in records:

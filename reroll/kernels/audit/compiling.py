@@ -1,8 +1,8 @@
-"""One kernel compiled ahead of time, with no GPU, and what its binary says.
+"""Compile one kernel ahead of time, without a GPU, and measure its binary.
 
-`launches` runs a launch function on tensors without data and notes what it would have launched, so
-signatures are those of real calls. `compiled` builds one of these for a target. No spill does not
-mean fast: this only says what a GPU would be given.
+`launches` runs a launch function on tensors without data and records what it would launch, so
+signatures are those of real calls. `compiled` builds one of these for a target. A binary without
+spills need not be fast: speed is not measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# bytes that one program may have: CUDA C programming guide, table of technical specifications;
+# bytes of shared memory per program: CUDA C programming guide, table of technical specifications;
 # AMD CDNA 3 instruction set architecture, section 3
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TENSOR_CORE = {
@@ -40,7 +40,7 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a binary says about one kernel.
+    """Resources that one kernel's binary needs.
 
     Attributes:
         registers: of a thread.
@@ -57,7 +57,7 @@ class Measured:
     error: str = ""
 
     def problem(self, target: str) -> str:
-        """Why this must not be shipped; empty if it may."""
+        """Return why this must not be shipped; empty if it may."""
         if self.error:
             return self.error
         if self.spilled:
@@ -67,12 +67,12 @@ class Measured:
         return ""
 
     def data(self, target: str) -> dict[str, Any]:
-        """As JSON data, with what is wrong with it."""
+        """Return JSON data, including the problem."""
         return {**asdict(self), "problem": self.problem(target)}
 
 
 def launches(run: Callable[[], Any]) -> list[Launch]:
-    """What `run` would launch: kernel, arguments and keyword arguments of each."""
+    """Record what `run` would launch: kernel, arguments and keyword arguments of each."""
     found: list[Launch] = []
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -99,7 +99,7 @@ def compiled(launch: Launch, target: str) -> Measured:
     source, options = _source(launch)
     try:
         built = triton.compile(source, target=TARGETS[target], options=options)
-    except Exception as error:  # whatever the compiler stumbles over is what we want to know
+    except Exception as error:  # every failure of the compiler is a result of the measurement
         return Measured(error=_reason(error))
     if "cubin" in built.asm:
         return _of_cubin(built.asm["cubin"], built.metadata.shared, target)
@@ -107,7 +107,7 @@ def compiled(launch: Launch, target: str) -> Measured:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of the innermost cause: a compiler's messages quote the source first."""
+    """Return the last line of the innermost cause: a compiler's messages quote the source first."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
@@ -115,7 +115,7 @@ def _reason(error: BaseException) -> str:
 
 
 def binary(launch: Launch, target: str) -> tuple[bytes, dict[str, Any]]:
-    """The binary of a launch and what a driver needs to know to load it."""
+    """Return the binary of a launch, and what a driver needs to load it."""
     source, options = _source(launch)
     built = triton.compile(source, target=TARGETS[target], options=options)
     kind = "cubin" if "cubin" in built.asm else "hsaco"
@@ -126,7 +126,7 @@ def binary(launch: Launch, target: str) -> tuple[bytes, dict[str, Any]]:
 def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     kernel, args, kwargs = launch
     options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
-    # what Triton 3.10 changes by default is said here
+    # set explicitly, because Triton 3.10 changes the default
     options["enable_fp_fusion"] = True
     given = dict(zip(kernel.arg_names, args, strict=False))
     given |= {k: v for k, v in kwargs.items() if k in kernel.arg_names}
@@ -143,7 +143,7 @@ def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
 
 
 def _type(value: Any, constant: bool) -> str:
-    # as a real launch does, one is a constant
+    # as in a real launch, the integer 1 is a constant
     if constant or (isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, float):
@@ -165,7 +165,7 @@ def _of_cubin(cubin: bytes, shared: int, target: str) -> Measured:
     if found is None:
         return Measured(error="cuobjdump says nothing about resources")
     registers, stack, _, local = map(int, found.groups())
-    # the stack holds spilled registers and nothing else: our kernels have no arrays
+    # the stack holds spilled registers only, because the kernels have no arrays
     count = len(re.findall(TENSOR_CORE[target], code))
     return Measured(registers, stack + local, shared, count)
 
@@ -178,7 +178,7 @@ def _of_amdgcn(text: str, shared: int) -> Measured:
     return Measured(
         number("vgpr_count"),
         number("vgpr_spill_count"),
-        # the text says 0: what a launch asks for is in the metadata alone
+        # the text says 0: only the metadata has what a launch requests
         shared,
         len(re.findall(TENSOR_CORE["gfx942"], text)),
     )

@@ -1,7 +1,7 @@
-"""Which kernels there are, for which shapes they are shipped, and which tiles they may have.
+"""Families of kernels, the shapes for which they are shipped, and the tiles they may have.
 
 A family is a launch function and the kernels that it launches, under one choice of BT. Candidates
-stand in order of preference: fewer programs that redo each other's work first, then smaller ones.
+are in order of preference: first those in which fewer programs repeat work, then smaller ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Tile = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of call: what products are computed in, the gate, the head size, the chunk's limit."""
+    """A kind of call: the type of products, the gate, the head size, the limit of a chunk."""
 
     numbers: str
     gate: int
@@ -43,12 +43,12 @@ class Variant:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of queries, keys and values."""
+        """Dtype of queries, keys and values."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.numbers, torch.float32)
 
     @property
     def precision(self) -> str:
-        """Of products in fp32."""
+        """Precision of products in fp32."""
         return self.numbers if self.dtype == torch.float32 else "ieee"
 
 
@@ -56,8 +56,8 @@ class Variant:
 class Family:
     """Kernels that are launched together.
 
-    `plans` are the sets of kernels that do it, the preferred one first; `call` launches them.
-    Tiles must do with each of `groups`, query heads for a key-value head.
+    `plans` are the alternative sets of kernels, the preferred one first; `call` launches them.
+    Tiles must work with each number in `groups`, the query heads for a key-value head.
     """
 
     name: str
@@ -135,7 +135,7 @@ def _confidence(variant: Variant, tiles: Tiles) -> Any:
 
 
 def _linear_rows(variant: Variant, tiles: Tiles) -> Any:
-    """With all that there may be; the size is the rank of the low-rank term."""
+    """Launch with norm, bias and residual; `size` is the rank of the low-rank residual."""
     rows, inputs, outputs, rank = 16, 576, 1536, variant.size
 
     def empty(*shape: int) -> Tensor:
@@ -151,7 +151,7 @@ def _linear_rows(variant: Variant, tiles: Tiles) -> Any:
 
 
 def _pointwise(variant: Variant, tiles: Tiles) -> None:
-    """Of rows as long as the size says."""
+    """Launch all kernels on rows of length `size`."""
     sizes = variant.size, 128
     row, head = (torch.empty(4, 64, n, dtype=variant.dtype, device="meta") for n in sizes)
     pointwise.norm(row, row[0, 0], 1e-6)
@@ -165,7 +165,7 @@ def _nothing_to_choose(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]
 
 
 def _few_rows(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Tiles of few rows: narrow ones, as a step has few columns for many processors."""
+    """Yield tiles of few rows: narrow ones, so that a decoding step occupies many processors."""
     for columns, inputs, stages in ((16, 128, 3), (16, 64, 2), (32, 64, 2), (16, 32, 1)):
         yield {
             "BM": linear_rows.ROWS, "BN": columns, "BK": inputs, "num_warps": 4,
@@ -174,7 +174,7 @@ def _few_rows(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
 
 
 def _squares(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Tiles of rows, columns and inputs: many rows in a prompt, few in a step of decoding."""
+    """Yield tiles of rows, columns and inputs: many rows in a prompt, few in a decoding step."""
     prompt = kernel == "window_attention_tile"
     for rows in (64, 32, 16) if prompt else (depth_lora.ROWS,):
         for columns in (64, 32, 16):
@@ -183,7 +183,7 @@ def _squares(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
 
 
 def _chunked(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Tiles of the kernels of a chunked recurrence."""
+    """Yield tiles of the kernels of a chunked recurrence."""
     whole = max(16, variant.size)
     wide = [b for b in (64, 32, 16) if b <= whole]
     if kernel == "fused_back":
@@ -212,7 +212,7 @@ def _delta(variant: Variant, tiles: Tiles) -> Any:
 
 def _step(variant: Variant, tiles: Tiles) -> Any:
     x = {name: t[:, :, 0] if name != "start" else t for name, t in _shapes(variant).items()}
-    # the delta rule, which does most
+    # with the delta rule, the variant with the most work
     beta, slots = (torch.empty(*shape, device="meta") for shape in (x["k"].shape[:2], (2,)))
     return step.step(
         x["q"], x["k"], x["v"], x.get("g"), beta, x["start"], slots.int(), scale=0.5,
@@ -221,18 +221,18 @@ def _step(variant: Variant, tiles: Tiles) -> Any:
 
 
 def _stepped(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Tiles of the kernel of one token: as few columns as give each a warp's width of work."""
+    """Yield tiles of the kernel for one token: few columns, so that each warp has enough work."""
     for bv, warps in ((16, 1), (16, 2), (8, 1), (8, 2), (8, 4)):
         yield {"BV": bv, "num_warps": warps}
 
 
 def _variants() -> Iterator[Variant]:
-    """Shapes of chunked kernels. Heads of 32 have the tiles of 64."""
+    """Yield the shapes of chunked kernels; heads of 32 use the tiles of 64."""
     for size in (64, 128, 256):
         for numbers in ("bf16", "tf32"):
             yield Variant(numbers, 1, size, 64)
             yield Variant(numbers, 2, size, 32)
-        # without tensor cores, only what is small fits
+        # without tensor cores, only small chunks and heads fit into registers
         if size <= 128:
             yield Variant("ieee", 1, size, 16)
             yield Variant("ieee", 2, size, 16)
@@ -240,14 +240,14 @@ def _variants() -> Iterator[Variant]:
 
 def _fused_variants() -> Iterator[Variant]:
     for variant in _variants():
-        # two larger states, and chunks of 64, take more registers than there are
+        # larger states, of which there are two, and chunks of 64 need too many registers
         if variant.size == 64:
             yield replace(variant, limit=min(variant.limit, 32))
 
 
 def _delta_variants() -> Iterator[Variant]:
     for variant in _variants():
-        # the inverse of a longer chunk takes more registers than there are
+        # the inverse of a longer chunk needs too many registers
         if variant.size <= 128:
             yield replace(variant, limit=min(variant.limit, 32))
 
@@ -258,9 +258,9 @@ def _step_variants() -> Iterator[Variant]:
             yield Variant("bf16", gate, size, 16)
 
 
-# one query head for a state, and several, over which kernels go in a loop
+# numbers of query heads for a state: one, and several, for which kernels loop
 GROUPS = (1, 3)
-# low-rank terms up to these, or none
+# largest ranks of low-rank residuals; 0 is none
 RANKS = (0, 16, 64)
 NUMBERS = ("bf16", "tf32", "ieee")
 
@@ -269,7 +269,7 @@ FAMILIES = {
     for family in (
         Family(
             "diagonal",
-            # a large state is read in a launch of its own, by many programs
+            # with a large state, outputs are computed in a separate launch by many programs
             lambda v: [("scan",), ("states", "read")][:: 1 if v.size <= 128 else -1],
             _chunked,
             tuple(_variants()),
@@ -345,5 +345,5 @@ FAMILIES = {
         ),
     )
 }
-# what a kernel of the manifest is called in its file, if not the same
+# a kernel's name in its file, where it differs from that in the manifest
 KERNEL_NAMES = {"states": "scan"}

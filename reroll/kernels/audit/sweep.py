@@ -3,9 +3,9 @@
     python -m reroll.kernels.audit.sweep [--targets sm_90,...] [--families ...] [--sizes 64,...]
         [--only ENTRY,...]
 
-For each variant the first candidates in order of preference are taken that neither spill nor ask
-for more shared memory than there is. What no candidate does is left out, and the dispatcher takes
-another form there. Nothing is timed: there may be no GPU.
+For each variant the first candidates in order of preference are taken that neither spill nor need
+more shared memory than a GPU has. Variants without such a candidate get no entry, and the
+dispatcher chooses another form for them. Nothing is timed, because there may be no GPU.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 def sweep(
     families: list[str], targets: list[str], sizes: list[str], only: Sequence[str] = ()
 ) -> None:
-    """Write entries of the manifest for these families and targets, each as it is found; `only`
-    names entries, if not all are to be chosen anew.
+    """Write entries of the manifest for these families and targets, each as it is found.
+
+    `only` names the entries to choose again, if not all.
     """
     with Worker() as worker:
         for target in targets:
@@ -53,10 +54,10 @@ def sweep(
 
 
 def _note(at: str, entry: dict[str, Any] | None) -> None:
-    """Put an entry into the manifest, or take it out where no candidate does it."""
+    """Set an entry of the manifest, or remove it where no candidate works."""
     entries = json.loads(MANIFEST.read_text("utf-8"))["entries"] if MANIFEST.exists() else {}
     if entry is None:
-        log.warning("%s: nothing without spills", at)
+        log.warning("%s: no candidate without spills", at)
         entries.pop(at, None)
     else:
         log.info("%s: %s", at, entry["registers"])
@@ -70,7 +71,7 @@ def _registers(found: dict[str, Any]) -> dict[str, int]:
 
 
 def main() -> None:
-    """Sweep what is asked for, and keep what the manifest has of the rest."""
+    """Sweep the selected entries, and keep the others in the manifest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--families", default=",".join(FAMILIES))
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def _text(data: dict[str, Any]) -> str:
-    """JSON with one entry on each line."""
+    """Return JSON with one entry on each line."""
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in data["entries"].items()]
     body = ",\n".join(lines)
     return f'{{\n "triton": {json.dumps(data["triton"])},\n "entries": {{\n{body}\n }}\n}}\n'

@@ -1,4 +1,4 @@
-"""A process that compiles: reads jobs as lines of JSON, answers each with a line.
+"""A process that compiles: it reads jobs as lines of JSON, and answers each with a line.
 
 Jobs: {"do": "choose", "family", "variant", "target"} finds tiles; {"do": "measure", ..., "tiles"}
 compiles given ones. Triton must not be interpreting, so this is a process of its own.
@@ -17,12 +17,15 @@ from reroll.kernels.configurations import CHUNKS, Tiles
 
 
 def measure(family: Family, variant: Variant, tiles: Tiles, target: str) -> dict[str, Measured]:
-    """Every kernel of a family with these tiles."""
+    """Measure every kernel of a family with these tiles."""
     return {name: _one(family, variant, tiles, name, target) for name in tiles}
 
 
 def choose(family: Family, variant: Variant, target: str) -> tuple[Tiles, dict[str, Measured]]:
-    """The first plan and chunk for which each kernel has tiles without spills; empty if none."""
+    """Find the first plan and chunk for which each kernel has tiles without spills.
+
+    Both results are empty if there is none.
+    """
     for plan in family.plans(variant):
         for bt in (c for c in CHUNKS if c <= variant.limit):
             tiles: Tiles = {}
@@ -45,7 +48,7 @@ def choose(family: Family, variant: Variant, target: str) -> tuple[Tiles, dict[s
 
 
 def _one(family: Family, variant: Variant, tiles: Tiles, name: str, target: str) -> Measured:
-    """A kernel with the number of query heads for a state with which it comes out worst."""
+    """Measure a kernel for each number of query heads per state, and combine the worst."""
     found = []
     for groups in family.groups:
         found.append(_built(family, replace(variant, groups=groups), tiles, name, target))

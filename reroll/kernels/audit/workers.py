@@ -1,4 +1,4 @@
-"""Starting a process that compiles, from one that may be interpreting."""
+"""Start a process that compiles, from one that may be interpreting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Worker:
-    """A `worker` process, asked one job at a time; ends with the `with` block."""
+    """A `worker` process that runs one job at a time, and ends with the `with` block."""
 
     def __enter__(self) -> Self:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -35,7 +35,7 @@ class Worker:
         self.process.wait()
 
     def ask(self, **job: Any) -> dict[str, Any]:
-        """The answer to a job; RerollError if the process dies of it."""
+        """Return the answer to a job; raise RerollError if the process dies."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")

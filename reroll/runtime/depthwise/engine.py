@@ -1,8 +1,8 @@
-"""A lowered model taken apart for running rows at different depths.
+"""A lowered model split into parts that run rows at different depths.
 
-The model's graph is cut at its loop: `before` makes what the loop starts with from a token and its
-position, `step` is one trip, `test` decides about exits, `skip` makes the keys and values of trips
-that are not made, and `after` makes logits.
+The model's graph is cut at its loop. `before` computes the loop's first carry from a token and its
+position, and `step` runs one trip. `test` decides about exits, `skip` computes keys and values of
+trips that are not run, and `after` computes logits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from reroll.runtime.lowering.hoisting import hoist_invariants
 
 
 class Engine:
-    """The parts of a model; raises UsageError for a model that cannot be taken apart like this."""
+    """The parts of a model that run rows at different depths.
+
+    Raises UsageError for a model that cannot be split like this.
+    """
 
     def __init__(self, model: Any, slots: int, length: int) -> None:
         self.model = model
@@ -53,9 +56,9 @@ class Engine:
         self.thresholds = exits.thresholds if exits else ()
         self.done = exits.done if exits else None
         running = None if exits is None else loop_exits(self.loop, exits)
-        # with exact caches, trips are made also for tokens that have left
+        # with exact caches, the remaining trips also run for tokens that have left
         self.defers = running is not None and not running.holds
-        # nobody has to be told of tokens that are not there: a slot begins without any
+        # absent tokens need no update: the pool marks all positions behind a prompt as absent
         self.absent = running is not None and running.absent
         if exits is not None:
             self.test = Plan(split_exits(self.loop, exits).test)
@@ -67,7 +70,7 @@ class Engine:
         self.results = sorted(results)
         logits = returned[program.outputs.index("logits")]
         self.after = Plan(_cut(program.graph, list(results.values()), [logits]))
-        # those of the results that the logits depend on come first in its placeholders
+        # the inputs of the loop, which `before` computes together with the first carry
         self.given = [n for n in dict.fromkeys(_leaves(self.loop.inputs)) if n is not None]
         self.before = Plan(program.graph, [*self.loop.carry, *self.given])
         self.trips = self.loop.trips
@@ -94,10 +97,10 @@ class Engine:
             return {}
         return {str(n.target): None for n in self.test.nodes if n.op == "get_attr"}
 
-    # ---- the parts
+    # ---- the parts of the model
 
     def start(self, slots: Sequence[int], tokens: Sequence[int]) -> list[Row]:
-        """Rows in front of the first trip, for one new token of each slot."""
+        """Make the rows, in front of the first trip, of one new token for each slot."""
         lengths = [self.pool.lengths[s] for s in slots]
         ids, at = (torch.tensor(x, device=self.device)[:, None] for x in (tokens, lengths))
         values = {"input_ids": ids, self.positions: at}
@@ -116,14 +119,14 @@ class Engine:
         return Frame.of(list(made[: self.width]), inputs, list(zip(slots, lengths, strict=True)))
 
     def run_step(self, rows: Sequence[Row]) -> None:
-        """One trip for rows that are sorted by their trips; their carry and trip move on."""
+        """Run one trip for rows that are sorted by trip, and advance their carry and trip."""
         frame = self._frame(rows)
         trips = [row.trip for row in rows]
         inputs, batch = self._batched(frame, trips)
         weight = self._weight(trips)
         new = self.step.run([*frame.carry, *inputs], weight, batch)
         if any(self.is_tested(trip) for trip in set(trips)):
-            # rows without an exit here have an infinite threshold
+            # trips without an exit have an infinite threshold
             new = self.test.run([*frame.carry, *new, *inputs], weight, batch)
             assert self.done is not None
             for row, left in zip(rows, new[self.done].flatten().tolist(), strict=True):
@@ -133,13 +136,13 @@ class Engine:
             row.trip += 1
 
     def is_tested(self, trip: int) -> bool:
-        """Whether anybody can leave after a trip."""
+        """Whether tokens can leave after a trip."""
         return bool(self.thresholds) and is_open(self.thresholds[trip])
 
     def run_skips(self, rows: Sequence[Row]) -> None:
-        """Keys and values of the trips that rows do not make, from the state that they left with.
+        """Store keys and values of the trips that rows skip, from the hidden state at their exit.
 
-        One run for all rows and trips: what all trips have in common is computed at once.
+        All rows and trips are one run, so that what all trips share is computed once.
         """
         if self.absent:
             return
@@ -151,20 +154,23 @@ class Engine:
         self.skip.run([*every.carry, *inputs], self._weight(trips), batch)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
-        """[rows, vocabulary] of the next tokens."""
+        """Compute the logits [rows, vocabulary] of the next tokens."""
         carry = self._frame(rows).carry
         given = [carry[i] for i in self.results]
         found: Tensor = self.after.run(given, self.main.__getitem__, Batch((len(rows),)))[0]
         return found[:, 0]
 
     def depth(self, row: Row) -> int:
-        """How many trips a row made: a loop with exits counts them."""
+        """Return how many trips a row ran; a loop with exits counts them in its carry."""
         return row.trip if self.done is None else int(row.carry[self.done + 1])
 
     # ---- a batch
 
     def _frame(self, rows: Sequence[Row]) -> Frame:
-        """What the loop carries for some rows; kept, because the next trip often has the same."""
+        """Return the frame of some rows.
+
+        The last one is cached, because the next trip often has the same rows.
+        """
         if self.frame is None or not self.frame.has(rows):
             self.frame = frame_of(rows)
         return self.frame
@@ -193,7 +199,7 @@ class Engine:
         return inputs, Batch(sizes, store, attend, depths)
 
     def _stacked(self, name: str) -> Tensor:
-        """A weight of all trips, copied side by side when a kernel first asks for it."""
+        """Return a weight stacked over all trips, copied when a kernel first needs it."""
         if name not in self._stacks:
             self._stacks[name] = torch.stack(self.weights[name])
         return self._stacks[name]
@@ -222,7 +228,11 @@ def _leaves(values: Sequence[Any]) -> list[fx.Node]:
 
 
 def _cut(graph: fx.Graph, starts: list[fx.Node], outputs: list[fx.Node]) -> fx.Graph:
-    """The part of a graph from some values, in the order of their numbers, to others."""
+    """Extract the part of a graph that computes `outputs` from the values `starts`.
+
+    The starts become placeholders, sorted by their index in the loop's result. Raises UsageError if
+    an output depends on other values.
+    """
     new = fx.Graph()
     values = {
         node: new.placeholder(node.name)
@@ -241,7 +251,10 @@ def _cut(graph: fx.Graph, starts: list[fx.Node], outputs: list[fx.Node]) -> fx.G
 
 
 def _groups(program: Any, loop: Loop) -> list[list[int]]:
-    """Trips that share all matrices that any two trips share, in the order of the first of each."""
+    """Group trips that share every matrix that is shared by any two trips.
+
+    Groups are in the order of their first trips.
+    """
     tied = [
         program.weights[n].index
         for n in weight_nodes(loop.body.graph)

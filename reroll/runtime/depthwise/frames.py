@@ -1,4 +1,4 @@
-"""What the loop carries for rows on their way, held together as long as the rows stay together."""
+"""Carried values of rows in the loop, kept in one batch as long as the same rows run together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Place = tuple[int, int]
 
 @dataclass(eq=False)
 class Row:
-    """One token on its way: its slot and place there, and its next trip.
+    """One token in the loop: its slot, its position in the request, and its next trip.
 
-    What the loop has for it stands at `index` of a frame. `left`: it left before the last trip. A
-    row in the `background` has given its token out already, and only makes the caches exact.
+    Its carried values are at `index` of a frame. `left` says that it has left before the last trip.
+    A row in the `background` has already given its output, and runs only to make the caches exact.
     """
 
     slot: int
@@ -32,16 +32,16 @@ class Row:
 
     @property
     def carry(self) -> list[Tensor]:
-        """What the loop carries for it: [1, ...] each."""
+        """Carried values of this row: [1, ...] each."""
         return [value[self.index : self.index + 1] for value in self.frame.carry]
 
 
 @dataclass(eq=False)
 class Frame:
-    """Carried values and inputs of the loop for several rows; `places` are their slots and places.
+    """Carried values and loop inputs of several rows; `places` are their slots and positions.
 
-    A tensor among the inputs has one row for each of them, or is the same for all; an input that is
-    a tuple has one value for each trip.
+    A tensor among the inputs either has one row for each of them, or is the same for all. An input
+    that is a tuple has one value for each trip.
     """
 
     carry: list[Tensor]
@@ -51,19 +51,19 @@ class Frame:
 
     @staticmethod
     def of(carry: list[Tensor], inputs: list[Any], places: list[Place]) -> list[Row]:
-        """The rows of a new frame."""
+        """Make the rows of a new frame."""
         frame = Frame(carry, inputs, places)
         frame.rows = [Row(*place, frame, number) for number, place in enumerate(places)]
         return frame.rows
 
     def has(self, rows: Sequence[Row]) -> bool:
-        """Whether it is of these rows, in this order."""
+        """Whether the frame consists of these rows, in this order."""
         return len(rows) == len(self.rows) and all(
             mine is row and row.frame is self for mine, row in zip(self.rows, rows, strict=True)
         )
 
     def select(self, numbers: Tensor, rows: Sequence[Row]) -> Frame:
-        """The frame of some of its rows by their numbers; a row may come more than once."""
+        """Copy some rows to a new frame, by their numbers; a row may be selected more than once."""
         count = len(self.places)
 
         def of(value: Any) -> Any:
@@ -77,7 +77,7 @@ class Frame:
 
 
 def frame_of(rows: Sequence[Row]) -> Frame:
-    """A new frame of rows that may come from several; the rows move to it."""
+    """Make a new frame of rows that may come from several frames, and move the rows to it."""
     sources = list(dict.fromkeys(row.frame for row in rows))
     parts = []
     order: list[Row] = []
@@ -112,7 +112,7 @@ def _joined(parts: Sequence[Frame]) -> Frame:
 
 
 def input_at(value: Any, trips: Sequence[int], sizes: Sequence[int]) -> Any:
-    """What rows in several trips, so many in each, have for an input of the loop."""
+    """Return the value of a loop input for rows of several trips, `sizes` rows in each."""
     if not isinstance(value, tuple):
         return value
     own = [value[trip] for trip in trips]

@@ -1,7 +1,7 @@
-"""Parts of a graph that a kernel does in one launch, where the dispatcher takes kernels.
+"""Parts of a graph that one kernel launch can compute, where the dispatcher chooses kernels.
 
-A linear layer with its low-rank term, whose rows may be in different trips; and the scores of exits
-that come from a head's logits, which are then never in memory.
+These are a linear layer with its low-rank residual, whose rows may be in different trips, and exit
+scores of a head's logits. The kernel for scores never writes the logits to memory.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ aten: Any = torch.ops.aten
 
 
 class Depths:
-    """The rows of a batch by the trips they are in, as kernels take them.
+    """Trips of the rows of a batch, as kernels take them.
 
-    `order` are the trips of its segments and `sizes` their rows; `stacked` gives a weight of all
-    trips [trips, ...] by its name.
+    `order` are the trips of its segments, and `sizes` their numbers of rows. `stacked` returns a
+    weight of all trips [trips, ...] by name.
     """
 
     def __init__(
@@ -36,8 +36,9 @@ class Depths:
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
 
     def tables(self, trips: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The trip of each row, and what `depth_lora` takes of them; made on the host, which knows
-        the trips, and once.
+        """Return the trip of each row, and the two tables that `depth_lora` takes.
+
+        They are computed once, on the host, which knows the trips.
         """
         if self._tables is None:
             from reroll.kernels.depth_lora import ROWS, tiles_by_depth
@@ -50,9 +51,10 @@ class Depths:
 
 @dataclass(frozen=True)
 class LowRank:
-    """x W^T + (x A^T) B^T, with nodes for x and names of weights; `inside` are nodes of it alone.
+    """A linear layer with a low-rank residual: x W^T + (x A^T) B^T.
 
-    `bias` is a name, or empty.
+    `x` is a node; the others are names of weights, `bias` possibly empty. `inside` are nodes whose
+    values nothing else uses.
     """
 
     x: fx.Node
@@ -63,14 +65,14 @@ class LowRank:
     inside: tuple[fx.Node, ...] = field(repr=False)
 
     def runs(self, weight: Callable[[str], Any]) -> bool:
-        """Whether a kernel does it, for weights as a batch has them: W is to be shared."""
+        """Whether a kernel computes it for the weights of a batch: all rows must share W."""
         down = weight(self.down)
         rank = len(down if isinstance(down, Tensor) else down.values[0])
         found = weight(self.weight)
         return isinstance(found, Tensor) and dispatch.runs("depth_lora", found, rank)
 
     def run(self, x: Tensor, weight: Callable[[str], Any], depths: Depths) -> Tensor:
-        """[rows, 1, N] from x [rows, 1, K]."""
+        """Compute the outputs [rows, 1, N] of x [rows, 1, K]."""
         from reroll.kernels import layers
         from reroll.kernels.forms import precision
 
@@ -88,7 +90,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Score:
-    """How sure a head is: `margin` or `entropy`, as `insert_exits` has them."""
+    """Confidence of a head by `criterion`: `margin` or `entropy`, as in `insert_exits`."""
 
     x: fx.Node
     weight: str
@@ -96,12 +98,12 @@ class Score:
     inside: tuple[fx.Node, ...] = field(repr=False)
 
     def runs(self, weight: Callable[[str], Any]) -> bool:
-        """Whether a kernel does it, for weights as a batch has them: the head is to be shared."""
+        """Whether a kernel computes it for the weights of a batch: all rows must share the head."""
         found = weight(self.weight)
         return isinstance(found, Tensor) and dispatch.runs("confidence", found)
 
     def run(self, x: Tensor, weight: Callable[[str], Any], depths: Depths) -> Tensor:
-        """[rows, 1] from hidden states [rows, 1, K]."""
+        """Compute the scores [rows, 1] of hidden states [rows, 1, K]."""
         from reroll.kernels import layers
         from reroll.kernels.forms import precision
 
@@ -116,7 +118,7 @@ Site = LowRank | Score
 
 
 def sites_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> dict[fx.Node, Site]:
-    """The parts that kernels could do, by the node whose value they give."""
+    """Find the parts that kernels can compute, by the node of their result."""
     found = {}
     for node in nodes:
         site = _low_rank(node) or _margin(node) or _entropy(node)
@@ -138,7 +140,7 @@ def _low_rank(node: fx.Node) -> LowRank | None:
 
 
 def _margin(node: fx.Node) -> Score | None:
-    """softmax, the first of its two highest less the second."""
+    """Match softmax, and its highest value minus the second highest."""
     if node.target is not aten.sub.Tensor or len(node.args) != 2:
         return None
     picks: Any = node.args
@@ -153,7 +155,7 @@ def _margin(node: fx.Node) -> Score | None:
 
 
 def _entropy(node: fx.Node) -> Score | None:
-    """1 + (the sum of p log p) / log(vocabulary)."""
+    """Match 1 + (the sum of p log p) / log(vocabulary)."""
     part = _of(node, aten.add.Tensor, 1.0)
     if part is None or part.target is not aten.div.Tensor:
         return None
@@ -183,7 +185,7 @@ def _score(node: fx.Node, criterion: str, p: Any, inside: tuple[Any, ...]) -> Sc
 
 
 def _linear(node: Any) -> Any:
-    """The input of a linear layer and the names of its weight and bias; None if it is none."""
+    """Return the input of a linear layer and its weight and bias names; None for other nodes."""
     if not isinstance(node, fx.Node) or node.target is not aten.linear.default or node.kwargs:
         return None
     x, *weights = node.args
@@ -194,12 +196,12 @@ def _linear(node: Any) -> Any:
 
 
 def _of(node: Any, target: Any, *rest: Any) -> Any:
-    """The first argument of a call, if that is what it is; else None."""
+    """Return the first argument of a call of `target` with other arguments `rest`, else None."""
     if not isinstance(node, fx.Node) or node.target is not target or node.kwargs:
         return None
     return node.args[0] if tuple(node.args[1:]) == rest else None
 
 
 def _alone(inside: Sequence[fx.Node], node: fx.Node) -> bool:
-    """Whether nothing but `node` depends on these."""
+    """Whether no node but `node` and these themselves reads their values."""
     return all(user is node or user in inside for n in inside for user in n.users)

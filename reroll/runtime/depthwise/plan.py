@@ -1,9 +1,9 @@
-"""Running a graph for rows of which each may be in another trip of the loop.
+"""Run a graph for rows of which each may be in another trip of the loop.
 
-Rows are sorted by trip, so that the rows of one trip are a segment. A weight that all trips in the
-batch share is used once for all rows; of a weight that differs, such as a norm or a low-rank
-factor, every segment gets its own. Where the dispatcher takes kernels, a linear layer with its
-low-rank term is one launch for all segments.
+Rows are sorted by trip, and the rows of one trip are a segment. A weight that all trips in the
+batch share is applied once to all rows. A weight that differs, such as a norm or a low-rank factor,
+is applied by segment. Where the dispatcher chooses kernels, a linear layer with its low-rank
+residual is one launch for all segments.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from reroll.runtime.functions.functions import BINARY, FUNCTIONS, METHODS, rms_n
 
 @dataclass(frozen=True)
 class PerSegment:
-    """A value that each segment has its own of."""
+    """A value that differs by segment."""
 
     values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one run: how many are in each segment, and where their caches are.
+    """Rows of one run: the size of each segment, and access to their caches.
 
-    `store(number, k, v)` takes new keys and values, `attend(number, q, node)` gives an attention's
-    result; `number` counts the caches of one trip. With `depths`, kernels may run.
+    `store(number, k, v)` stores new keys and values, and `attend(number, q, node)` computes an
+    attention; `number` counts the caches of one trip. With `depths`, kernels may run.
     """
 
     sizes: tuple[int, ...]
@@ -45,14 +45,14 @@ class Batch:
 
 
 class Plan:
-    """A graph, or the part of it that gives some of its values, ready to run."""
+    """A graph, or the part of it that computes some of its values, prepared to run."""
 
     def __init__(self, graph: fx.Graph, outputs: Sequence[fx.Node] | None = None) -> None:
         returned: Any = graph.output_node().args[0]
         self.outputs = list(returned if outputs is None else outputs)
         caches = [n for n in graph.nodes if n.target is CACHE]
         self.caches = {node: number for number, node in enumerate(caches)}
-        # of attentions over the keys of a cache, its number
+        # the number of the cache whose keys each attention reads
         self.attentions = {
             node: self.caches[cache]
             for node in graph.nodes
@@ -67,7 +67,7 @@ class Plan:
     def run(
         self, given: Iterable[Any], weight: Callable[[str], Any], batch: Batch
     ) -> tuple[Any, ...]:
-        """The outputs for the values of the placeholders; `weight` gives weights by name."""
+        """Compute the outputs from placeholder values; `weight` returns weights by name."""
         values: dict[fx.Node, Any] = dict(zip(self.places, given, strict=True))
         depths = batch.depths
         sites = {} if depths is None else self.sites
@@ -125,7 +125,7 @@ class Plan:
 def _norm(
     x: Tensor, weight: PerSegment, sizes: tuple[int, ...], eps: float, offset: float = 0.0
 ) -> Tensor:
-    """`rms_norm` of all rows at once, each with the weight of its segment."""
+    """Compute `rms_norm` of all rows at once, each with the weight of its segment."""
     counts = torch.tensor(sizes, device=x.device)
     every = torch.stack(weight.values)
     own = every.repeat_interleave(counts, 0, output_size=sum(sizes)).float() + offset

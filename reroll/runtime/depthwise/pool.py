@@ -1,4 +1,4 @@
-"""The caches of all running requests: one tensor for each cache of a trip, one slot per request."""
+"""Caches of all running requests: one tensor for each cache of a trip, one slot per request."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from reroll.errors import UsageError
 from reroll.rewrite.ir.ops import ABSENT
 from reroll.runtime.functions.attention import attend
 
-# up to so many keys in all, those of a batch are copied side by side and attended to at once
+# up to this many keys (rows times length), one attention runs over a copy of all rows' keys
 TOGETHER = 4096
 
 
 class Places:
-    """Where the keys of the rows of a batch are: their trips, slots and positions there."""
+    """Trips, slots and positions of the keys of a batch's rows."""
 
     def __init__(
         self, trips: Sequence[int], places: Sequence[tuple[int, int]], device: torch.device
@@ -31,10 +31,10 @@ class Places:
         self.masks: dict[tuple[int | None, ...], Tensor | None] = {}
 
     def mask(self, windows: Sequence[int | None]) -> Tensor | None:
-        """Which keys each row sees [rows, 1, 1, longest]; None if each sees all."""
+        """Return which keys each row sees [rows, 1, 1, longest], or None if each sees all."""
         key = tuple(windows)
         if key not in self.masks:
-            # on the host, which then need not wait to know whether there is anything to mask
+            # on the host, so that testing whether anything is masked does not wait for the device
             last, keys = torch.tensor(self.positions)[:, None], torch.arange(self.longest)
             seen = keys <= last
             if any(window is not None for window in windows):
@@ -46,11 +46,11 @@ class Places:
 
 
 class Pool:
-    """Keys and values [trips, slots, kv_heads, length, size] of each cache that a trip has.
+    """Keys and values [trips, slots, kv_heads, length, size] of each cache in a trip.
 
     `kinds` are the types of keys and values of one trip. `lengths[slot]` counts the tokens of a
-    request that have been given out. With `absent`, tokens are not there until they are stored: see
-    `reroll.rewrite.ir.ops.mark_keys`.
+    request whose outputs are known. With `absent`, positions are marked as absent until they are
+    stored: see `reroll.rewrite.ir.ops.mark_keys`.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Pool:
             raise UsageError("the sizes of a cache layer are known only when the model runs")
         self.length, self.absent = length, absent
         self.lengths = [0] * slots
-        # what nobody has written yet is read with no weight, and has to be finite for that
+        # unwritten positions are read with weight 0, so they must be finite
         self.keys, self.values = (
             [like.new_zeros(trips, slots, kind[i][1], length, kind[i][3]) for kind in kinds]
             for i in (0, 1)
         )
 
     def fill(self, slot: int, cache: Any, length: int) -> None:
-        """Copy the caches of a prompt, that of one row, into a slot."""
+        """Copy the cache of a prompt, a batch of one row, into a slot."""
         for number, pair in enumerate(zip(self.keys, self.values, strict=True)):
             for trip in range(len(pair[0])):
                 layer = cache.layers[trip * len(self.keys) + number]
@@ -86,7 +86,7 @@ class Pool:
         self.lengths[slot] = length
 
     def store(self, number: int, places: Places, k: Tensor, v: Tensor) -> None:
-        """Put the keys and values [rows, kv_heads, 1, size] of tokens into their places."""
+        """Write the keys and values [rows, kv_heads, 1, size] of tokens to their positions."""
         trips, slots, positions = places.index
         self.keys[number][trips, slots, :, positions] = k[:, :, 0]
         self.values[number][trips, slots, :, positions] = v[:, :, 0]
@@ -100,9 +100,9 @@ class Pool:
         windows: Sequence[int | None],
         softcap: float | None,
     ) -> Tensor:
-        """Attention of new tokens `q` [rows, heads, 1, size] over their own requests' caches.
+        """Compute attention of new tokens over their own requests' caches.
 
-        Returns [rows, 1, heads, size].
+        `q` is [rows, heads, 1, size]. Returns [rows, 1, heads, size].
         """
         keys, values = self.keys[number], self.values[number]
         longest, (trips, slots, _) = places.longest, places.index

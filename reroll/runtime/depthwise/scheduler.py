@@ -1,9 +1,9 @@
 """Continuous depth-wise batching: requests join and leave a batch at any depth of the loop.
 
-Relaxed Recursive Transformers (arXiv 2410.20672), section 2.4, as a running system. Trips that
-share their weights run together, whatever token they belong to: while one request is in the second
-round through the blocks, another that left early is in the first round of its next token. A token
-that leaves makes room at once, and new requests join while others run.
+It implements section 2.4 of Relaxed Recursive Transformers (arXiv 2410.20672). Trips that share
+their weights run together, for tokens of any request. While one request is in the second round
+through the blocks, another that left early is in the first round of its next token. A token that
+leaves makes room at once, and new requests join while others run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Mode = Literal["depth", "compact", "lockstep"]
 
 @dataclass
 class Request:
-    """A prompt and what has been generated for it; `prompt` [length] are token ids."""
+    """A prompt and the tokens generated for it; `prompt` [length] are token ids."""
 
     number: int
     prompt: Tensor
@@ -43,9 +43,9 @@ class Request:
 
 @dataclass
 class Counts:
-    """What a scheduler has done: trips run for batches and for rows, skipped ones, logits made.
+    """Work done by a scheduler: trips of batches and of rows, skipped trips, and rows of logits.
 
-    `prompt_seconds` and `prompt_cpu_seconds` went into prompts, by the clock and the processor's.
+    `prompt_seconds` and `prompt_cpu_seconds` are the wall-clock and processor times of prompts.
     """
 
     batches: int = 0
@@ -59,10 +59,10 @@ class Counts:
 class DepthScheduler:
     """Greedy decoding of many requests in one batch, each at its own depth.
 
-    Every stream gets the tokens that it would get alone. `slots` requests run at once, the others
-    wait; none may have more than `length` tokens with its prompt. `mode` is there to compare with:
-    `compact` starts all tokens together and drops those that are done, `lockstep` does not drop
-    them and waits for the slowest.
+    Every request gets the tokens that it would get alone. `slots` requests run at once, and the
+    others wait. No request may have more than `length` tokens including its prompt. Two values of
+    `mode` are for comparison: `compact` starts all tokens together and drops those that have left;
+    `lockstep` keeps them and waits for the slowest.
 
         with DepthScheduler(model, slots=16) as scheduler:
             number = scheduler.submit(ids, max_new_tokens=64)
@@ -97,9 +97,10 @@ class DepthScheduler:
     def submit(
         self, prompt: Tensor | Sequence[int], *, max_new_tokens: int = 64, stop: Sequence[int] = ()
     ) -> int:
-        """Add a request, also while others run; returns its number.
+        """Add a request, also while others run, and return its number.
 
-        `prompt` are token ids [length]; `stop` are ids that end it, after they have been given.
+        `prompt` are token ids [length]; `stop` are ids that end the request, after they have been
+        yielded.
         """
         ids = torch.as_tensor(prompt, dtype=torch.long).flatten()
         if self._closed:
@@ -121,7 +122,7 @@ class DepthScheduler:
         return request.number
 
     def stream(self, number: int) -> Iterator[int]:
-        """The tokens of a request as they come; others go on meanwhile."""
+        """Yield the tokens of a request as they are generated; other requests advance meanwhile."""
         if number not in self._requests:
             raise UsageError(f"there is no request {number}")
         request, given = self._requests[number], 0
@@ -134,20 +135,23 @@ class DepthScheduler:
             self.tick()
 
     def tokens(self, number: int) -> list[int]:
-        """The tokens of a request so far."""
+        """Return the tokens of a request so far."""
         if number not in self._requests:
             raise UsageError(f"there is no request {number}")
         return list(self._requests[number].tokens)
 
     def run(self, *, while_full: bool = False) -> None:
-        """Go on until all requests are answered, or until a slot stays free for want of them."""
+        """Run until all requests are complete.
+
+        With `while_full`, stop when a slot is free and no request waits.
+        """
         while self._waiting or self._running:
             self.tick()
             if while_full and self._free and not self._waiting:
                 return
 
     def depth_report(self) -> DepthReport:
-        """How many trips the tokens so far made; first tokens, which prompts give, not counted."""
+        """Count generated tokens by trips, except first tokens, which come from the prompts."""
         counts: dict[int, int] = {}
         for request in self._requests.values():
             for depth in request.depths:
@@ -155,7 +159,7 @@ class DepthScheduler:
         return DepthReport(dict(sorted(counts.items())))
 
     def close(self) -> None:
-        """Forget all requests and caches."""
+        """Drop all requests and caches."""
         self._closed = True
         self._waiting.clear()
         self._rows, self._ended, self._running = [], [], {}
@@ -166,11 +170,11 @@ class DepthScheduler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ---- one tick: one group of trips, for all rows that are at one of them
+    # ---- one tick: one group of trips, for all rows whose next trip is in it
 
     @torch.no_grad()
     def tick(self) -> None:
-        """Let requests join, run one batch of trips, and give out the tokens that are through."""
+        """Admit requests, run one batch of trips, and append the tokens of completed rows."""
         self._admit()
         if not self._rows:
             return
@@ -190,13 +194,13 @@ class DepthScheduler:
     def _has_ended(self, row: Row) -> bool:
         if row.background or self.mode != "lockstep":
             return row.trip == self.engine.trips or (not row.background and row.left)
-        # everybody waits until all have left
+        # in lockstep, every row waits until all have left
         return row.trip == self.engine.trips or all(
             r.left for r in self._rows if r.trip == row.trip
         )
 
     def _next_rows(self) -> list[Row]:
-        """The rows of the next group of trips that has any, sorted by trip."""
+        """Return the rows of the next group of trips that has any, sorted by trip."""
         groups = self.engine.groups
         for ahead in range(1, len(groups) + 1):
             number = (self._group + ahead) % len(groups)
@@ -207,7 +211,7 @@ class DepthScheduler:
         raise AssertionError("a row is at a trip of no group")
 
     def _finish(self, rows: list[Row]) -> None:
-        """Give out the next tokens of rows that are through, and start the ones after those."""
+        """Choose the next tokens of completed rows, and start the rows of these tokens."""
         engine = self.engine
         left = [r for r in rows if r.trip < engine.trips]
         if left and not engine.defers:
@@ -223,13 +227,13 @@ class DepthScheduler:
             if self._give(request, token):
                 going.append((row.slot, token))
         if engine.defers:
-            # the rest of their trips is made beside those of the next tokens, which come after
+            # the remaining trips run in the background, ahead of the next token's in each group
             behind = [replace(r, background=True) for r in rows if r.trip < engine.trips]
             self._rows += [r for r in behind if r.slot in self._running]
         self._begin(going)
 
     def _give(self, request: Request, token: int) -> bool:
-        """Add a token to a request; whether it wants more."""
+        """Append a token to a request; return whether it is still incomplete."""
         request.tokens.append(token)
         if len(request.tokens) < request.limit and token not in request.stop:
             return True
@@ -249,7 +253,7 @@ class DepthScheduler:
             self._rows += self.engine.start(slots, tokens)
 
     def _admit(self) -> None:
-        """Run the prompts of waiting requests while there are slots."""
+        """Run the prompts of waiting requests while slots are free."""
         if self.mode != "depth" and self._rows:
             return
         going = []

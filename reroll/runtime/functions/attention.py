@@ -1,7 +1,8 @@
 """Softmax attention for the lowered module: PyTorch's fused kernel wherever it can express the op.
 
-The reference is `reroll.rewrite.ir.ops.attention`. Here the mask is a boolean tensor that was made
-once per forward (see `masks`), or None where every query may see every key, but for causality.
+The reference is `reroll.rewrite.ir.ops.attention`. The mask here is a boolean tensor that was made
+once per forward (see `masks`). It is None where every query may see every key that causality
+allows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from reroll.rewrite.ir.ops import mass_of
 from reroll.runtime.functions.bands import Band, attend_band, mass_band
 
-# the explicit path holds the scores of this many queries at a time
+# `_explicit` and `mass` hold the scores of this many queries in memory at a time
 _QUERY_BLOCK = 1024
 
 
@@ -28,11 +29,12 @@ def attend(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention of `q` [batch, heads, time, head_dim] over `k`, `v` [batch, kv_heads, keys, ...].
+    """Compute attention of `q` over `k` and `v`.
 
-    `mask` [batch or 1, 1, time or 1, keys] is True where a query may see a key, or is added to the
-    scores if it is floating. Without one, `causal` says that query i sees the keys up to i; keys
-    beyond the last query are slots that a static cache has not filled. Returns [batch, time, heads,
+    `q` is [batch, heads, time, head_dim]; `k` and `v` are [batch, kv_heads, keys, ...]. `mask`
+    [batch or 1, 1, time or 1, keys] is True where a query may see a key; a floating-point mask is
+    added to the scores. Without a mask, `causal` lets query i see the keys up to i. Keys beyond the
+    last query are then the unfilled slots of a static cache. Returns [batch, time, heads,
     v_head_dim]; zeros if the mask has no columns.
     """
     length = q.shape[2]
@@ -55,7 +57,7 @@ def attend(
         mask, causal = _additive(bias, mask, causal, q), False
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and length == 1:
-        # the queries of one KV head are rows of one matrix: nothing is repeated
+        # the query heads of one KV head are rows of one matrix, so that keys are not repeated
         batch, heads = q.shape[:2]
         q = q.reshape(batch, heads // groups, groups, q.shape[3])
         if mask is not None and mask.shape[1] > 1:
@@ -69,8 +71,9 @@ def attend(
 
 
 def _fit(bias: Tensor, keys: int) -> Tensor:
-    """A bias over all tokens for the keys that a cache returns: the last ones, or empty slots
-    too.
+    """Fit a bias over all tokens to the keys that a cache returns.
+
+    A cache may return the last keys only, or unfilled slots behind them.
     """
     extra = keys - bias.shape[-1]
     if extra == 0 or bias.shape[-1] == 1:
@@ -79,7 +82,10 @@ def _fit(bias: Tensor, keys: int) -> Tensor:
 
 
 def _additive(bias: Tensor, mask: Tensor | None, causal: bool, q: Tensor) -> Tensor:
-    """One additive mask; the lowest finite value keeps rows finite that see nothing."""
+    """Combine bias, mask and causality into one additive mask.
+
+    Hidden keys get the lowest finite value, so that queries that see no key give finite outputs.
+    """
     bias = bias.to(q.dtype)
     if causal:
         mask = _causal(q.shape[2], q.device)
@@ -91,7 +97,7 @@ def _hide(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return scores
     if mask.dtype == torch.bool:
-        # added, as the op says: a row that sees nothing then is the mean of all values
+        # added, as the op defines it: a query that sees no key gets the mean of all values
         lowest = torch.finfo(scores.dtype).min
         mask = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill(
             ~mask, lowest
@@ -115,8 +121,9 @@ def _explicit(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Scores written out, a block of queries at a time. Returns [batch, heads, time,
-    v_head_dim].
+    """Compute attention from explicit scores, a block of queries at a time.
+
+    Returns [batch, heads, time, v_head_dim].
     """
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     if causal:
@@ -182,7 +189,7 @@ def mass(
     bias: Tensor | None = None,
     log: bool = False,
 ) -> Tensor:
-    """`reroll.attention_mass` with the mask that `attend` takes: [batch, time, heads] in fp32."""
+    """Compute `reroll.attention_mass` with a mask as in `attend`: [batch, time, heads] in fp32."""
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     if isinstance(mask, Band):
         if softcap is None and sinks is None and bias is None:

@@ -1,8 +1,8 @@
-"""Packed rows: several documents in one row, told apart by position ids that begin anew.
+"""Packed rows: several documents in one row, told apart by position ids that start again.
 
 As in transformers, a forward without a padding mask and without a cache keeps documents apart: a
-step of the positions other than one begins another. Attention then sees its own document only, and
-windows, chunks, first tokens and recurrences count from where that begins.
+new document starts wherever the position does not increase by one. Attention then sees its own
+document only. Windows, chunks, first tokens and recurrences count from the start of the document.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from reroll.rewrite.ir.visibility import Visibility
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of packed rows, by the `positions` [batch, time] of their tokens."""
+    """Documents of packed rows, given by the `positions` [batch, time] of their tokens."""
 
     positions: Tensor
 
     @property
     def number(self) -> Tensor:
-        """Which document of its row a token belongs to [batch, time]."""
+        """Number of each token's document within its row: [batch, time]."""
         return F.pad((self.positions.diff(dim=-1) != 1).long().cumsum(-1), (1, 0))
 
     @property
     def offset(self) -> Tensor:
-        """How many tokens of its document stand before a token [batch, time]."""
+        """Number of tokens of the same document before each token: [batch, time]."""
         place = torch.arange(self.positions.shape[1], device=self.positions.device)
         begins = F.pad(self.positions.diff(dim=-1) != 1, (1, 0), value=True)
         return place - torch.where(begins, place, 0).cummax(-1).values
 
     def to(self, *args: Any, **kwargs: Any) -> Documents:
-        """On another device, for models that are spread over several."""
+        """Move the positions to another device, for models that are spread over several."""
         return Documents(self.positions.to(*args, **kwargs))
 
     def seen(self, visibility: Visibility) -> Tensor:
-        """The mask [batch, 1, queries, keys] of a causal attention without padding or past."""
+        """Return the mask [batch, 1, queries, keys] of causal attention without padding or past."""
         number = self.number
         near = visibility.near(
             self.positions[:, :, None], self.positions[:, None], self.offset[:, None]
@@ -59,10 +59,11 @@ class Documents:
 def documents_of(
     inputs: tuple[Input, ...], given: Mapping[str, Tensor | None], mixing: str | None
 ) -> Documents | None:
-    """The documents of packed rows, or None if every row is one document.
+    """Find the documents of packed rows; return None if every row is one document.
 
-    `given` are the inputs of a forward without a cache; `mixing` says what else than attention and
-    recurrences mixes the tokens. Raises UsageError if such a model is given packed rows.
+    `given` are the inputs of a forward without a cache. `mixing` names an operation, other than
+    attention and recurrences, that mixes tokens. Raises UsageError if a model that has such an
+    operation gets packed rows.
     """
     item = next((i for i in inputs if i.role == "positions"), None)
     positions = None if item is None else given.get(item.name)

@@ -1,12 +1,12 @@
-"""Running a loop with exits: tokens that are done make no more trips.
+"""Run a loop with exits: tokens that have left run no more trips.
 
-A body with exits is compiled to three functions: `forward` runs the layer, `test` decides who is
-done, and is called only after trips where somebody may leave, and `fill` computes keys and values
-or the update of a state alone, for layers that a token skips.
+A body with exits is compiled to three functions. `forward` runs the layer. `test` decides which
+tokens leave, and is called only after trips at which tokens can leave. `fill` computes only the
+keys and values, or the state update, of a layer that a token skips.
 
-While one token per row is decoded, rows that are done are taken out of the batch: `forward` runs
-for the others only. In longer inputs every trip runs for all tokens, and those that are done keep
-their hidden state, which gives the same.
+While one token per row is decoded, rows that have left are taken out of the batch, and `forward`
+runs for the others only. In longer inputs every trip runs for all tokens, and tokens that have left
+keep their hidden state; the result is the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def can_compact(exits: LoopExits, carry: tuple[Any, ...], layers: Sequence[Any]) -> bool:
-    """Whether rows that are done can be left out of this forward."""
+    """Whether rows that have left can be taken out of the batch in this forward."""
     return (
         exits.compact
         and carry[0].shape[1] == 1
@@ -38,7 +38,7 @@ def can_compact(exits: LoopExits, carry: tuple[Any, ...], layers: Sequence[Any])
 
 
 def _has_rows(layer: Any) -> bool:
-    """Whether a cache layer can be updated some rows at a time."""
+    """Whether a cache layer can be updated for some rows of the batch at a time."""
     return can_split(layer) or (isinstance(layer, DynamicLayer) and not layer.is_sliding)
 
 
@@ -49,13 +49,13 @@ def run_compacted(
     values: Sequence[Any],
     layers: Sequence[Any],
 ) -> tuple[Tensor, ...]:
-    """One trip for the rows that are not done; the others do what has to be done to the caches."""
+    """Run one trip for the rows that have not left, and only the cache updates for the others."""
     done = carry[exits.done][:, 0]
     batch = done.shape[0]
     rest = done.nonzero()[:, 0]
     if len(rest) == 0:
         return trip(*carry, *values, past_key_values=layers)  # type: ignore[no-any-return]
-    # the test's own layers stand behind those of the body
+    # the exit test's own state follows the layers of the body, and can be split
     plain = [layer for layer in layers if not can_split(layer)]
     known = exits.absent and len(plain) == exits.caches
     known = known and all(layer.get_seq_length() for layer in plain)
@@ -98,21 +98,24 @@ def run_compacted(
 
 
 def _absent(layer: Any, rows: int) -> tuple[Tensor, Tensor]:
-    """Keys that nobody reads, and values: one token for each row."""
+    """Return the key and value of an absent token for each row.
+
+    No query attends to such a key.
+    """
     k, v = (t.new_zeros(rows, t.shape[1], 1, t.shape[3]) for t in (layer.keys, layer.values))
     k[..., -1] = ABSENT
     return k, v
 
 
 class _Parts:
-    """A layer of a size of its own, taken apart into done rows and the others."""
+    """A layer that replaces its tensors, split by rows into those that have left and the others."""
 
     def __init__(self, layer: Any, batch: int, rest: Tensor, live: Tensor) -> None:
         self.layer, self.batch = layer, batch
         self.parts = [(rows, rows_of(layer, rows, batch)) for rows in (rest, live)]
 
     def leave_out(self) -> None:
-        """Nothing: only layers that are not updated come here."""
+        """Do nothing: only the state of the exit test gets here, which `fill` does not update."""
 
     def filling(self) -> Any:
         return self.parts[0][1]
@@ -125,7 +128,10 @@ class _Parts:
 
 
 class _Shared:
-    """A cache layer that takes the keys and values of done rows first, then those of the others."""
+    """A cache layer that is updated by rows that have left first, then by the others.
+
+    Both parts are written in one update of the whole batch.
+    """
 
     def __init__(self, layer: Any, batch: int, rest: Tensor, live: Tensor) -> None:
         self.layer, self.batch, self.rest, self.live = layer, batch, rest, live
@@ -139,11 +145,11 @@ class _Shared:
         return self
 
     def leave_out(self) -> None:
-        """Let done rows be absent."""
+        """Mark the tokens of rows that have left as absent."""
         self.held = _absent(self.layer, len(self.rest))
 
     def finish(self) -> None:
-        """Nothing: the layer itself is updated by the rows that are not done."""
+        """Do nothing: `update` has already written to the shared layer."""
 
     def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         assert self.held is not None
@@ -164,7 +170,10 @@ class _Shared:
 
 
 class _Filling:
-    """The side of a `_Shared` layer that done rows write to; nobody reads what it returns."""
+    """Interface of a `_Shared` layer for the rows that have left.
+
+    What `update` returns is not read.
+    """
 
     def __init__(self, shared: _Shared) -> None:
         self.shared = shared
@@ -184,7 +193,7 @@ class _Filling:
 
 @dataclass(frozen=True)
 class DepthReport:
-    """How many trips tokens made: a count of tokens for each number of trips."""
+    """Histogram of the number of trips per token."""
 
     histogram: Mapping[int, int]
 
@@ -194,12 +203,12 @@ class DepthReport:
 
     @property
     def mean(self) -> float:
-        """Trips per token; 0 without tokens."""
+        """Mean number of trips per token; 0 without tokens."""
         total = sum(depth * count for depth, count in self.histogram.items())
         return total / max(self.tokens, 1)
 
     def as_data(self) -> dict[str, Any]:
-        """As JSON data: the mean, and tokens by the number of trips."""
+        """Return JSON data: the mean, and the number of tokens by number of trips."""
         return {"mean": self.mean, "histogram": dict(self.histogram)}
 
     def __str__(self) -> str:
@@ -208,7 +217,7 @@ class DepthReport:
 
 
 def depth_report(depths: Sequence[Tensor]) -> DepthReport:
-    """The report of the `depth` outputs of several forwards."""
+    """Count tokens by trips from the `depth` outputs of several forwards."""
     counts: dict[int, int] = {}
     for depth in torch.cat([d.flatten() for d in depths]).tolist() if depths else []:
         counts[depth] = counts.get(depth, 0) + 1

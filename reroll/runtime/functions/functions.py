@@ -1,7 +1,7 @@
-"""What the ops of a graph become in the lowered module: PyTorch's own functions and methods.
+"""The PyTorch functions and methods that the ops of a graph become in the lowered module.
 
-An op that is not in these tables is called as the ATen operator that it is, which does the same
-with a few microseconds more of dispatch.
+An op that is not in these tables is called as its ATen operator, which gives the same result with a
+few microseconds more of dispatch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
-    """`reroll.rms_norm` on the fused kernel, in fp32 for narrower dtypes as the op says."""
+    """Compute `reroll.rms_norm` with the fused kernel, in fp32 for narrower dtypes."""
     if x.dtype == torch.float32:
         if weight is not None and offset:
             weight = weight + offset
@@ -47,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """`reroll.rope` in few operations."""
+    """Compute `reroll.rope` in few operations."""
     size = cos.shape[-1]
     turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
     if interleaved:
@@ -60,7 +60,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """`reroll.glu`."""
+    """Compute `reroll.glu`."""
     return activate(gate, activation) * up
 
 
@@ -72,7 +72,7 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    """`aten.layer_norm` without its cuDNN switch."""
+    """Compute `aten.layer_norm`, ignoring its cuDNN switch."""
     del cudnn_enable
     return F.layer_norm(x, shape, weight, bias, eps)
 
@@ -84,7 +84,7 @@ def slice_(
     end: int | None = None,
     step: int = 1,
 ) -> Tensor:
-    """`aten.slice` by indexing."""
+    """Compute `aten.slice` by indexing."""
     if dim == -1 or dim == x.dim() - 1:
         return x[..., start:end:step]
     return x[(slice(None),) * (dim % x.dim()) + (slice(start, end, step),)]
@@ -97,23 +97,23 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """`aten.embedding` in the order of `torch.nn.functional`."""
+    """Compute `aten.embedding` with the argument order of `torch.nn.functional`."""
     del padding_idx
     return F.embedding(indices, weight, None, None, 2.0, scale_grad_by_freq, sparse)
 
 
 def exit_(done: Tensor, score: Tensor, threshold: float) -> Tensor:
-    """`reroll.exit` without the dispatch of an op of its own."""
+    """Compute `reroll.exit` without the dispatch of a custom op."""
     return done | (score > threshold)
 
 
 def hold(done: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """`reroll.hold`, through which gradients flow."""
+    """Compute `reroll.hold` so that gradients flow through it."""
     return torch.where(done[..., None], old, new)
 
 
 def mark_keys(k: Tensor, absent: Tensor) -> Tensor:
-    """`reroll.mark_keys`, through which gradients flow."""
+    """Compute `reroll.mark_keys` so that gradients flow through it."""
     mark = (absent.to(k.dtype) * ABSENT)[:, None, :, None]
     return torch.cat((k, mark.expand(-1, k.shape[1], -1, -1)), -1)
 
@@ -125,7 +125,7 @@ def exit_linear(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
 ) -> Tensor:
-    """`reroll.exit_linear` with one product for each token."""
+    """Compute `reroll.exit_linear` with one matrix product for each token."""
     heads = [(w, biases[n] if biases else None) for n, w in enumerate(weights)]
     place = torch.zeros_like(depth)
     for number, stop in enumerate(stops, 1):
@@ -141,7 +141,7 @@ def exit_linear(
 
 
 def mask(padding: Tensor | Documents | None, *args: Any, **kwargs: Any) -> Tensor:
-    """`reroll.mask` for attention that is written out, with padding as attentions read it."""
+    """Compute `reroll.mask` for explicit attention, from padding or packed documents."""
     if not isinstance(padding, Documents):
         return torch.ops.reroll.mask(padding, *args, **kwargs)  # type: ignore[no-any-return]
     given = bind(MASK, (padding, *args), kwargs)
@@ -188,7 +188,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.conv2d.default: F.conv2d,
 }
 
-# two plain operands: with an alpha or a rounding mode they stay as they are
+# used for two plain operands only: calls with an alpha or a rounding mode stay ATen calls
 BINARY: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: operator.add,
     aten.sub.Tensor: operator.sub,
@@ -216,7 +216,7 @@ METHODS: dict[Any, str] = {
 
 
 def makes_tensor_from_nothing(target: Any) -> bool:
-    """Whether an op makes a tensor without being given one, so that it has to be told a device."""
+    """Whether an op makes a tensor from no tensor argument, so that it has to be given a device."""
     schema = getattr(target, "_schema", None)
     if schema is None or not any(a.name == "device" for a in schema.arguments):
         return False

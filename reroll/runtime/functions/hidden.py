@@ -1,4 +1,4 @@
-"""The hidden states of a forward: what a Program's marks say, collected while it runs."""
+"""The hidden states of a forward: values that the Program marks, collected while it runs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from reroll.rewrite.ir.hidden import marks, named
 from reroll.rewrite.ir.program import Loop, Program
 
 Names = tuple[str, ...]
-# what `output_hidden_states` may be: which entries, as in transformers
+# values of `output_hidden_states`, as in transformers: all, none, or the numbers of entries
 Wish = bool | int | Sequence[int] | None
 
 
 @dataclass(frozen=True)
 class TripStates:
-    """The hidden states of one loop: of what a trip is given, by position, and of what it computes.
+    """Hidden states of one loop's trips: inputs and outputs of a trip, by position.
 
-    `extra`: a trip returns its own behind the carry if it is asked to `observe`; otherwise they are
-    what it returns anyway, at these positions.
+    `given` are positions in the carry that a trip takes, `returned` positions in the one that it
+    returns. Where some marked values are not in the carry, `returned` is empty. A trip called with
+    `observe` then returns all of them behind the carry, in the order of `extra`.
     """
 
     given: tuple[tuple[int, Names], ...]
@@ -34,18 +35,18 @@ NO_STATES = TripStates((), ())
 
 
 class HiddenStates:
-    """The entries of each output so far."""
+    """Entries collected so far for each output."""
 
     def __init__(self) -> None:
         self.entries: dict[str, list[Tensor]] = {}
 
     def add(self, value: Tensor, names: Names) -> None:
-        """One more entry of these outputs."""
+        """Append an entry to these outputs."""
         for name in names:
             self.entries.setdefault(name, []).append(value)
 
     def chosen(self, name: str, wish: Wish) -> tuple[Tensor | None, ...] | None:
-        """The entries of one output; None in the place of those that are not asked for."""
+        """Return the entries of one output, with None in place of those that were not requested."""
         found = self.entries.get(name)
         if found is None:
             return None
@@ -57,10 +58,11 @@ class HiddenStates:
 
 
 def hidden_states(model: Any, wish: Wish) -> tuple[HiddenStates | None, Wish]:
-    """What collects the hidden states of one forward of a lowered model, if they are wanted.
+    """Make the collector of one forward's hidden states, and resolve which are wanted.
 
-    `wish` is `output_hidden_states` of the caller, or None for the configuration's. Raises
-    UsageError if it is not known which values they are.
+    `wish` is the caller's `output_hidden_states`; None means the configuration's. The collector is
+    None if none are wanted. Raises UsageError if the Program does not mark which values are hidden
+    states.
     """
     if wish is None:
         wish = model.config.output_hidden_states
@@ -70,20 +72,23 @@ def hidden_states(model: Any, wish: Wish) -> tuple[HiddenStates | None, Wish]:
         raise UsageError(
             "it is not known which values of the model are its hidden states",
             where=type(model).__name__,
-            hint="the capture found none that its layers share, or a pass has replaced some",
+            hint="its layers have no hidden states in common, or a pass has replaced some",
         )
     return HiddenStates(), wish
 
 
 def note(value: Tensor, state: Any, names: Names) -> Tensor:
-    """A value of the main graph, which is an entry of some outputs."""
+    """Record a value of the main graph as an entry of some outputs, and return it."""
     if state.hidden is not None:
         state.hidden.add(value, names)
     return value
 
 
 def note_in_main(program: Program, state: fx.Node) -> None:
-    """Let the main graph tell its `state` of its marked values, in place."""
+    """Insert `note` after every marked value of the main graph, in place.
+
+    `state` is the graph's state input.
+    """
     graph = program.graph
     for node in [n for n in graph.nodes if marks(n)]:
         with graph.inserting_after(node):
@@ -93,7 +98,7 @@ def note_in_main(program: Program, state: fx.Node) -> None:
 
 
 def states_of(loop: Loop) -> tuple[TripStates, list[fx.Node]]:
-    """The hidden states of a loop, and the nodes that a trip has to return beside its carry."""
+    """Return the hidden states of a loop, and the nodes to be returned behind its carry."""
     given = tuple((i, marks(p)) for i, p in enumerate(loop.places[: len(loop.carry)]) if marks(p))
     inner = [n for n in loop.body.graph.nodes if n.op != "placeholder" and marks(n)]
     returned: Any = loop.body.graph.output_node().args[0]
@@ -104,7 +109,7 @@ def states_of(loop: Loop) -> tuple[TripStates, list[fx.Node]]:
 
 
 def observed(graph: fx.Graph, extra: Sequence[fx.Node]) -> fx.Graph:
-    """A copy of a body that returns some of its nodes behind the carry."""
+    """Copy a body so that it also returns the nodes of `extra` behind the carry."""
     new = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -124,7 +129,7 @@ def run_observed(
     values: Sequence[Any],
     layers: Any,
 ) -> tuple[Any, ...]:
-    """One trip whose hidden states are wanted; returns its carry."""
+    """Run one trip and collect its hidden states; returns its carry."""
     for position, names in states.given:
         hidden.add(carry[position], names)
     options = {"observe": True} if states.extra else {}

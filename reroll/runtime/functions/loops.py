@@ -1,4 +1,4 @@
-"""Running a loop: its trips in turn, each with its own weights, inputs and cache layers."""
+"""Run a loop: its trips in order, each with its own weights, inputs and cache layers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trips:
-    """The trips of one loop, and the cache layers that belong to each."""
+    """Trips of one loop, and the cache layers that belong to each."""
 
     modules: Sequence[nn.Module]
     first_layer: int
     layers_per_trip: int
-    # set by `set_trips`: how many trips to run, and how many of the last ones take gradients
+    # set by `set_trips`: number of trips to run, and number of the last ones that get gradients
     count: int | None = None
     backprop: int | None = None
     exits: LoopExits | None = None
     hidden: TripStates = NO_STATES
 
     def schedule(self, layers: Sequence[Any] | None) -> Sequence[nn.Module]:
-        """The modules to run, in order."""
+        """Return the modules to run, in order."""
         if self.count is None:
             return self.modules
         if layers is not None and self.layers_per_trip and self.count > len(self.modules):
@@ -47,11 +47,11 @@ class Trips:
 
 @dataclass
 class State:
-    """What one forward carries along: cache layers, loops, and what the caller wants of it.
+    """State of one forward: cache layers, loops, and what the caller requests.
 
-    `keep` is `logits_to_keep`: how many of the last positions, or which, 0 for all. `hidden`
-    collects hidden states, if the caller asked for them. `documents` are those of
-    packed rows.
+    `keep` is `logits_to_keep`: the number of last positions, or their indices; 0 means all.
+    `hidden` collects hidden states if the caller asked for them. `embeddings` replace the token ids
+    if the caller gave them. `documents` are those of packed rows.
     """
 
     loops: Mapping[str, Trips]
@@ -63,7 +63,7 @@ class State:
 
 
 def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
-    """The last carry of a loop. An input that is a tuple has one value per trip."""
+    """Run a loop and return its last carry; an input that is a tuple has one value per trip."""
     trips = state.loops[name]
     layers, count, start = state.layers, trips.layers_per_trip, trips.first_layer
     schedule, exits = trips.schedule(layers), trips.exits
@@ -92,7 +92,7 @@ def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any,
 
 
 def run_static(state: State, name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the trips of a loop compute from `inputs` and their weights alone, trip after trip."""
+    """Compute what trips derive from `inputs` and their weights alone, in the order of trips."""
     values: list[Any] = []
     for trip in state.loops[name].modules:
         values.extend(trip.static(*inputs))  # type: ignore[operator]
@@ -100,10 +100,11 @@ def run_static(state: State, name: str, inputs: tuple[Any, ...]) -> tuple[Any, .
 
 
 def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tensor:
-    """The logits of a lowered model if its last loop returned `hidden` [batch, time, width].
+    """Compute the logits of a lowered model from the result of its last loop.
 
-    `depth` is the number of trips after which that was, which matters where exits have heads of
-    their own; 0 is the full depth. `inputs` are those of the model's forward. No trip is made.
+    `hidden` [batch, time, width] takes the place of that result. `depth` is the number of trips
+    after which it was computed; 0 is the full depth. It matters where exits have heads of their
+    own. `inputs` are those of the model's forward. No trip runs.
     """
     loops = model._assembly.loops
     kept, last = dict(loops), model.program.loops[-1].name
@@ -120,9 +121,9 @@ def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tenso
 
 
 class _Given(nn.Module):
-    """A trip that computes nothing: hidden states are given, or stay as they were.
+    """A trip that computes nothing: it returns given hidden states, or its carry unchanged.
 
-    `counter` is the position of the carried value that counts trips, and `depth` what it then is.
+    `counter` is the position of the carried value that counts trips, which is set to `depth`.
     """
 
     def __init__(self, hidden: Tensor | None, counter: int | None, depth: int) -> None:
@@ -133,7 +134,7 @@ class _Given(nn.Module):
         del past_key_values
         if self.hidden is None:
             return carry
-        # beside the hidden state, a loop with exits may carry the one that a token left with
+        # a loop with exits may also carry the hidden state with which each token left
         shape = carry[0].shape
         values = [
             self.hidden if isinstance(value, Tensor) and value.shape == shape else value
@@ -145,12 +146,12 @@ class _Given(nn.Module):
 
 
 def look_up(table: nn.Module, ids: Tensor, state: State) -> Tensor:
-    """The embeddings of the tokens, or those that the caller gave instead."""
+    """Look up the embeddings of the tokens, or return those that the caller gave instead."""
     return table(ids) if state.embeddings is None else state.embeddings
 
 
 def keep_positions(values: Tensor, state: State) -> Tensor:
-    """The positions of [batch, time, ...] whose outputs the caller wants."""
+    """Select the positions of [batch, time, ...] for which the caller wants logits."""
     if isinstance(state.keep, Tensor):
         return values[:, state.keep]
     return values[:, -state.keep :] if state.keep else values

@@ -1,4 +1,4 @@
-"""The loss of a lowered language model: the one that its original computes."""
+"""The loss of a lowered language model: the one that the original computes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 
-# by the program's loss, the name that it has in transformers
+# names of transformers' losses by `origin.loss`
 _NAMES = {"shifted": "ForCausalLM", "aligned": "ForMaskedLM"}
 
 
 def language_loss(model: Any, logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """The cross entropy of logits [batch, time, vocabulary] and labels [batch, time], a scalar.
+    """Compute the cross entropy of logits and labels, a scalar.
 
-    It is that of the original, unless the model's `loss_function` was set. `options` are those of
-    losses in transformers. Raises UsageError if the original's is not known.
+    `logits` are [batch, time, vocabulary], `labels` [batch, time]. The loss is the original's,
+    unless the model's `loss_function` was set. `options` are those of losses in transformers.
+    Raises UsageError if the original's loss is not known.
     """
     from transformers.loss.loss_utils import LOSS_MAPPING
 

@@ -1,8 +1,8 @@
 """Attention masks of the lowered module: made once per forward, and only where one is needed.
 
-A mask is over the keys that a cache layer will return, which are not always all tokens so far: a
-sliding layer has dropped the oldest, a static one has slots that are still empty. The layer says
-where its keys start.
+A mask covers the keys that a cache layer will return, which are not always all tokens so far. A
+sliding layer has dropped the oldest keys, and a static layer has unfilled slots. The layer says at
+which token its keys start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from reroll.runtime.functions.documents import Documents
 
 
 def visible_tokens(mask: Tensor | None) -> Tensor | None:
-    """A padding mask as booleans, or None if it hides nothing; a 4-d mask is passed on as it is."""
+    """Convert a padding mask to booleans, or to None if it hides nothing.
+
+    A 4-d mask is returned as it is.
+    """
     if mask is None:
         return None
     if mask.dim() == 4:
@@ -29,26 +32,28 @@ def visible_tokens(mask: Tensor | None) -> Tensor | None:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether a tensor can be looked into: not while compiling, and not on the meta device."""
+    """Whether a tensor's values can be read: not while compiling, and not on the meta device."""
     return not torch.compiler.is_compiling() and tensor.device.type != "meta"
 
 
 def make_mask(
     layer: Any, like: Tensor | None, length: int | None, keys: int | None, *limits: Any
 ) -> Tensor | Band | None:
-    """The mask of an attention of `length` queries, before its cache `layer` is updated.
+    """Make the mask of an attention of `length` queries, before its cache `layer` is updated.
 
-    `limits` are the fields of a `Visibility`, whose padding can also be the documents that rows
-    pack, or a 4-d mask that is passed on. `layer` is None without a cache, when there are `keys`
-    keys. `like` has the device. Returns None if every query sees all that causality allows,
-    otherwise booleans [batch or 1, 1, queries or 1, keys]; without any columns if nothing is seen
-    at all. A window over a much longer sequence is a `Band`.
+    `limits` are the fields of a `Visibility`. Its padding can also be the documents of packed rows,
+    or a 4-d mask that is returned as is. Without a cache, `layer` is None and `keys` is the number
+    of keys. `like` is a tensor on the wanted device.
+
+    Returns None if every query sees all that causality allows, otherwise booleans [batch or 1, 1,
+    queries or 1, keys]. These have no columns if nothing is visible. A window over a much longer
+    sequence gives a `Band`.
     """
     visibility = Visibility(*limits)
     if isinstance(visibility.padding, Documents):
         if visibility.causal and not visibility.is_empty:
             return visibility.padding.seen(visibility)
-        # transformers lets attention that is not causal see all documents
+        # in transformers, attention that is not causal sees all documents
         visibility = replace(visibility, padding=None)
     padding = visibility.padding
     if padding is not None and padding.dim() == 4:
@@ -78,7 +83,7 @@ def make_mask(
 
 
 def _band(layer: Any, length: int, keys: int, offset: Any, visibility: Visibility) -> Band | None:
-    """The window over a sequence that begins here, if it is worth to leave out what is far."""
+    """Return the `Band` of a window over a sequence without a past, if that is faster."""
     window = visibility.window
     if window is None or not visibility.causal or visibility.chunk is not None:
         return None
@@ -90,13 +95,13 @@ def _band(layer: Any, length: int, keys: int, offset: Any, visibility: Visibilit
 
 
 def kept_columns(layer: Any) -> int:
-    """How many columns a layer puts before the others: first tokens that it keeps for good."""
+    """Return the number of leading columns that a layer keeps for good: its first tokens."""
     count: int = getattr(layer, "kept", 0)
     return count
 
 
 def _with_kept(seen: Tensor, padding: Tensor | None, start: int, kept: int) -> Tensor:
-    """The mask with columns for kept first tokens, except those that are among the others."""
+    """Add columns for kept first tokens, False where a token also has a column among the others."""
     number = torch.arange(kept, device=seen.device)
     if padding is None:
         past = (number < start)[None]
@@ -108,13 +113,13 @@ def _with_kept(seen: Tensor, padding: Tensor | None, start: int, kept: int) -> T
 
 
 def _sees_all(layer: Any, length: int, keys: int, offset: Any, visibility: Visibility) -> bool:
-    """Whether causality alone, with queries and keys starting together, describes the mask."""
+    """Whether the mask is causality alone, with queries and keys that start at the same token."""
     window, chunk = visibility.window, visibility.chunk
     if not visibility.causal:
         near = window is None or keys <= window + 1
         return near and (chunk is None or keys <= chunk)
     if isinstance(offset, Tensor):
-        # a static cache: one step always has empty slots, a first prefill only slots after its own
+        # static cache: a decoding step always has unfilled slots, a first prefill only at the end
         if length == 1 or not _has_values(offset):
             return False
         offset = int(offset)
@@ -127,9 +132,9 @@ def _sees_all(layer: Any, length: int, keys: int, offset: Any, visibility: Visib
 
 
 def kept_bias(layer: Any, bias: Tensor, padding: Tensor | None, k: Tensor) -> Tensor:
-    """A bias over all tokens, for the keys `k` that a layer's update has just returned.
+    """Fit a bias over all tokens to the keys `k` that a layer's update has just returned.
 
-    `bias` [..., tokens]; only where the layer keeps first tokens is there anything to do.
+    `bias` is [..., tokens]. It changes only where the layer keeps first tokens.
     """
     kept = getattr(layer, "shown", 0)
     if not kept or bias.shape[-1] == 1:
@@ -139,7 +144,7 @@ def kept_bias(layer: Any, bias: Tensor, padding: Tensor | None, k: Tensor) -> Te
         return torch.cat((bias[..., :kept], last), -1)
     number = padding.long().cumsum(-1)[:, None]
     wanted = torch.arange(1, kept + 1, device=bias.device)[:, None]
-    # where a row has too few, the mask hides what is found
+    # in rows with fewer first tokens, the mask hides the wrong columns that argmax gives
     place = ((number == wanted) & padding.bool()[:, None]).long().argmax(-1)
     place = place[:, None, None].expand(-1, *bias.shape[1:-1], -1)
     first = bias.expand(padding.shape[0], *bias.shape[1:]).gather(-1, place)

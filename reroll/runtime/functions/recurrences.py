@@ -1,7 +1,7 @@
 """Token mixers in the lowered module: in chunks for several tokens, step by step for one.
 
-The state lives in transformers' linear-attention cache layer: `RecurrentLayer` is one that counts
-its tokens, can go back, and holds the tokens that a delayed mixer has yet to write.
+The state is in transformers' linear-attention cache layer. `RecurrentLayer` extends that layer: it
+counts its tokens, can undo tokens, and holds the tokens that a delayed mixer has yet to write.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def recur(
     active: bool = True,
     idle: Tensor | None = None,
 ) -> Tensor:
-    """`reroll.recurrence` onto the state of a cache layer, or from the zero state without one.
+    """Run `reroll.recurrence` on the state of a cache layer, or from the zero state without one.
 
-    `padding` is over all tokens, past and new, or says which documents a row packs.
+    `padding` covers all tokens, past and new, or holds the documents of packed rows.
     """
     documents = None
     if isinstance(padding, Documents):
@@ -71,10 +71,11 @@ def recur(
 
 
 class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
-    """The state of a mixer in `recurrent_states`, and the tokens that wait in `waiting`.
+    """State of a mixer in `recurrent_states`, and the tokens not yet written in `waiting`.
 
     `waiting` holds the keys, values and gates [batch, kv_heads, time, ...] of the last `delay`
-    tokens and which of them write [batch, time]. A layer of a trip without a mixer only counts.
+    tokens, and which of them are written [batch, time]. In trips without a mixer, the layer only
+    counts.
     """
 
     state_names = ("recurrent_states", "waiting", "cumulative_length")
@@ -105,7 +106,10 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         skip: int,
         idle: Tensor | None = None,
     ) -> Tensor:
-        """What the new tokens read [batch, time, heads, d_v]; they write, or wait to."""
+        """Update the state with new tokens and return their outputs [batch, time, heads, d_v].
+
+        With a `delay`, tokens are written to the state that many tokens later.
+        """
         time = q.shape[2]
 
         def again(count: int) -> None:
@@ -129,12 +133,12 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         return out
 
     def count(self, time: int) -> None:
-        """Count tokens that no mixer sees."""
+        """Count tokens in a trip that has no active mixer."""
         self._recorded(time, self.count)
         self.cumulative_length += time
 
     def _writes(self, k: Tensor, padding: Tensor | None, skip: int) -> Tensor | None:
-        """Which of the new tokens write: all (None), or [batch, time]."""
+        """Return which new tokens are written to the state: [batch, time], or None for all."""
         past, time = self.cumulative_length, k.shape[2]
         if padding is None:
             if past >= skip:
@@ -145,13 +149,13 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         return (after_first(writes, k, skip) if skip else writes)[:, -time:]
 
     def _wait(self, tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Any]:
-        """The tokens whose turn it is, as many as have come; these wait in their place."""
+        """Return the tokens whose delay has passed, as many as are new; queue the new ones."""
         batch, _, time = tensors[0].shape[:3]
         if writes is None:
             writes = torch.ones(batch, time, dtype=torch.bool, device=tensors[0].device)
         old = self.waiting
         if old is None:
-            # before the first token there are none that write
+            # before the first token, the queue holds tokens that are never written
             old = [t.new_zeros(*t.shape[:2], delay, *t.shape[3:]) for t in tensors]
             old.append(writes.new_zeros(batch, delay))
         pairs = zip(old[:-1], tensors, strict=True)
@@ -159,7 +163,7 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         self.waiting = [_last(t, delay) for t in held[:-1]] + [held[-1][:, -delay:]]
         return [*(t[:, :, :time] for t in held[:-1]), held[-1][:, :time]]
 
-    # ---- what a cache asks of its layers
+    # ---- the interface of cache layers
 
     def get_seq_length(self) -> int:
         return int(self.cumulative_length)
@@ -182,6 +186,6 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
 
 
 def _last(tensor: Tensor, count: int) -> Tensor:
-    # a view would keep all of a long prompt alive
+    # a view would keep the memory of a long prompt allocated
     part = tensor[:, :, -count:]
     return part.clone() if tensor.shape[2] > 2 * count else part

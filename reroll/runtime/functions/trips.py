@@ -1,4 +1,4 @@
-"""How often a loop runs, where all its trips are alike."""
+"""The number of trips that a loop runs, where all its trips are alike."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def set_trips(
     backprop: int | None,
     name: str | None,
 ) -> None:
-    """See `RerollPreTrainedModel.set_trips`."""
+    """Set the number of trips of loops; see `RerollPreTrainedModel.set_trips`."""
     alike = {loop.name: loop.trips for loop in program.loops if trips_are_alike(program, loop)}
-    # a layer that runs once is a loop too, which only its name can mean
+    # a layer that runs once is a loop of one trip: it is changed only when named
     chosen = [n for n, count in alike.items() if n == name or (name is None and count > 1)]
     if not chosen:
         raise UsageError(
@@ -47,7 +47,7 @@ def trips_are_alike(program: Program, loop: Loop) -> bool:
 def sample_trips(
     mean: float, *, backprop: int = 8, spread: float = 0.5, generator: torch.Generator | None = None
 ) -> tuple[int, int]:
-    """A random number of trips for one training step, and how many of them take gradients.
+    """Draw a random number of trips for one training step, and how many of them get gradients.
 
     Poisson(rate) + 1 with log(rate) normal around log(mean) - spread^2 / 2: the distribution of
     arXiv 2502.05171, section 3.3. Gradients flow through the last `backprop` trips at most.

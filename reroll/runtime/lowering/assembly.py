@@ -1,4 +1,4 @@
-"""Putting a lowered Program together: its modules, and one function for each of its graphs."""
+"""Assemble a lowered Program: its modules, and one function for each of its graphs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from reroll.runtime.models.pictures import put_pictures, with_pictures
 
 @dataclass
 class HalfFunctions:
-    """The functions of an encoder-decoder model: see `halves`."""
+    """Functions of an encoder-decoder model: see `halves`."""
 
     encode: Callable[..., tuple[Any, ...]]
     extend: Callable[..., tuple[Any, ...]]
@@ -34,9 +34,9 @@ class HalfFunctions:
 
 @dataclass(frozen=True)
 class Default:
-    """What stands for an input that is left out: a function of the module and of other inputs.
+    """Default of an input that is left out: a function of the module and of other inputs.
 
-    Of those in `reads` that are not in `looks_into`, it takes the sizes only.
+    Of the inputs in `reads`, only those in `looks_into` need values; the others need sizes only.
     """
 
     function: Callable[..., tuple[Any, ...]]
@@ -51,10 +51,10 @@ class Assembly:
     `main` takes the module, the Program's inputs in order and a `State`, and returns the outputs.
     `masks` are the padding inputs that it needs as tensors; the others may be None. `keeps` says
     whether it applies `logits_to_keep` itself. `embeddings` and `head` are the paths of the modules
-    that look up the tokens and make the logits. `sources` is the generated code by graph.
-    `defaults` make the inputs that are left out and do not follow from sizes alone.
-    `takes_embeddings`: embeddings can be given instead of tokens. `mixing` names what mixes tokens
-    and knows nothing of documents.
+    that look up the tokens and compute the logits. `sources` is the generated code by graph.
+    `defaults` compute inputs that are left out and do not follow from sizes alone.
+    `takes_embeddings` says whether embeddings can be given instead of tokens. `mixing` names an
+    operation that mixes tokens of different documents, if there is one.
     """
 
     main: Callable[..., tuple[Any, ...]]
@@ -73,9 +73,9 @@ class Assembly:
 
 
 def assemble(model: nn.Module, program: Program, observe: Observer | None = None) -> Assembly:
-    """Grow a Program's modules under `model`, and generate its code. Its weights have no data yet.
+    """Build a Program's modules under `model` and generate its code; its weights have no data yet.
 
-    `observe` is told of every pass of the lowering (see `reroll.runtime.lowering.passes`).
+    `observe` is called after every pass of the lowering (see `reroll.runtime.lowering.passes`).
     """
     tree = build_tree(model, program)
     lowering = lower_graphs(program, tree, observe)
@@ -123,9 +123,9 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
 def lowered_text(
     program: Program, print_after: Collection[str] = ()
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The code that a Program is lowered to by graph, and its graphs after passes of the lowering.
+    """Return the code of a lowered Program by graph, and its graphs after passes of the lowering.
 
-    `print_after` names the passes; "all" stands for each. Raises UsageError for an unknown one.
+    `print_after` names the passes; "all" means each. Raises UsageError for an unknown name.
     """
     known = [each.__name__ for each in PASSES]
     for name in print_after:
@@ -145,7 +145,7 @@ def lowered_text(
 
 
 def _defaults(program: Program, sources: dict[str, str]) -> dict[str, Default]:
-    """The functions of inputs that may be left out."""
+    """Compile the functions of inputs that may be left out."""
     functions = {}
     for item in program.inputs:
         if item.default is not None:
@@ -156,7 +156,10 @@ def _defaults(program: Program, sources: dict[str, str]) -> dict[str, Default]:
 
 
 def reassemble(model: Any, program: Program) -> Assembly:
-    """The code of a Program for a model that has its modules: one that differs in dtypes alone."""
+    """Generate the code of a Program for a model that has its modules.
+
+    The Program may differ from the model's own in dtypes only.
+    """
     own: Assembly = model._assembly
     new = assemble(nn.Module(), program)
     for name, trips in new.tree.trips.items():
@@ -188,7 +191,7 @@ def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[Trip]:
 
 
 def _either(plain: Callable[..., Any], observed: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a trip that returns its hidden states as well if it is asked to."""
+    """Make the forward of a trip that also returns its hidden states if `observe` is set."""
 
     def forward(self: Trip, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
         return (observed if observe else plain)(self, *args, **kwargs)

@@ -1,8 +1,9 @@
-"""Giving every attention of a Program its mask, made as early and as rarely as possible.
+"""Give every attention of a Program its mask, made as early and as rarely as possible.
 
-After this, an attention is a call of `attend` with a mask that `make_mask` made: in the main graph,
-before any state is touched, if what it depends on is known there, so that all layers of one kind
-share one mask; otherwise in the body, right before the layer's own cache update.
+Afterwards, each attention is a call of `attend` with a mask made by `make_mask`. If the main graph
+knows everything that the mask depends on, the mask is made there before any state is updated. All
+layers of one kind then share it. Otherwise it is made in the body, right before the layer's own
+cache update.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ _UNKNOWN = object()
 
 
 def place_masks(program: Program, layers: dict[str, fx.Node]) -> None:
-    """Rewrite all attentions in place; `layers` has each graph's node of its cache layers."""
+    """Rewrite all attentions in place; `layers` is the node of each graph's cache layers."""
     placer = _Placer(program, layers["main"])
     loops = {loop.node: loop for loop in program.loops}
-    # in the order in which they run: a mask that is made for one is there for the next
+    # in running order, so that a mask made for one attention can be reused by later ones
     for node in list(program.graph.nodes):
         if node.target in MASKED:
             placer.rewrite(node, None, layers["main"])
@@ -63,13 +64,16 @@ class _Placer:
         self.first_state = next(stateful, None)
 
     def rewrite(self, node: fx.Node, loop: Loop | None, layers: fx.Node) -> None:
-        """Turn one attention into a call of `attend`. `layers` is the cache node of its graph."""
+        """Turn one attention into a call of `attend`.
+
+        `layers` is the node of its graph's cache layers.
+        """
         cache = behind_cache(argument(node, "k"))
         limits = Visibility.of(node)
         mask: fx.Node | None = None
         number = None
         if cache is not None:
-            # a trip has its own part of the layers
+            # a body gets its trip's part of the layers, so numbers count within the body
             of_trip = stateful_nodes(cache.graph).index
             number = self.plan.number(cache) if loop is None else of_trip(cache)
         if _can_need_mask(node, limits, cache):
@@ -88,7 +92,7 @@ class _Placer:
     def _outer_masks(
         self, node: fx.Node, limits: Visibility, cache: fx.Node | None, loop: Loop | None
     ) -> list[Any]:
-        """The mask of each trip as a node of the main graph, or `_UNKNOWN`."""
+        """Make the mask of each trip as a node of the main graph; `_UNKNOWN` if impossible."""
         if loop is None:
             own = None if cache is None else self.plan.number(cache)
             return [self._outer_mask(node, limits, own, cache or node)]
@@ -103,7 +107,7 @@ class _Placer:
     def _outer_mask(
         self, node: fx.Node, limits: Visibility, own: int | None, point: fx.Node
     ) -> Any:
-        """A mask made before the first state if possible, else before `point`."""
+        """Make a mask before the first stateful node if possible, else before `point`."""
         length = self._length(node, limits, own)
         inputs = [v for v in limits.values() if isinstance(v, fx.Node)]
         if length is _UNKNOWN or _UNKNOWN in limits.values() or any(not n < point for n in inputs):
@@ -112,7 +116,7 @@ class _Placer:
         if first is not None and first < point and all(n < first for n in inputs):
             point = first
         if own is not None and (first is None or not first < point):
-            # no layer has been updated there: all of one kind have keys at the same positions
+            # no layer has been updated there, so all of one kind hold keys at the same positions
             own = [layer.reach for layer in self.plan.layers].index(self.plan.layers[own].reach)
         key = (limits, own, length)
         if key not in self.made:
@@ -126,7 +130,10 @@ class _Placer:
         return self.made[key]
 
     def _length(self, node: fx.Node, limits: Visibility, own: int | None) -> Any:
-        """The number of queries: a constant, (input, dimension), None if it does not matter."""
+        """Return the number of queries: a constant, (input, dimension), None or `_UNKNOWN`.
+
+        It is None where the mask does not depend on it.
+        """
         if limits.is_by_key:
             return None
         q, k = shape(argument(node, "q")), shape(argument(node, "k"))
@@ -142,14 +149,14 @@ class _Placer:
 
 
 def _outside(known: Mapping[fx.Node, Sequence[Any]], trip: int, value: Any) -> Any:
-    """What a value of a loop's body is outside of it, in one trip."""
+    """Return the value outside the loop that a value of its body has in one trip."""
     if value in known:
         return known[value][trip]
     return _UNKNOWN if isinstance(value, fx.Node) else value
 
 
 def _can_need_mask(node: fx.Node, limits: Visibility, cache: fx.Node | None) -> bool:
-    """Whether there can be a mask that `is_causal` does not express."""
+    """Whether an attention may need a mask that `is_causal` does not express."""
     if limits.is_limited:
         return True
     if limits.causal is False:
@@ -165,7 +172,10 @@ def _inner_mask(
     layers: fx.Node,
     number: int | None,
 ) -> fx.Node:
-    """A mask made beside its attention, before the layer's own update."""
+    """Make a mask in the attention's own graph, before the layer's cache update.
+
+    Raises ProgramError if it depends on a value that is computed after the update.
+    """
     graph, q, k = node.graph, argument(node, "q"), argument(node, "k")
     inputs = [q, *(v for v in limits.values() if isinstance(v, fx.Node))]
     late = [n.name for n in inputs if cache is not None and not n < cache]
@@ -195,7 +205,7 @@ def _make(
 
 
 def _fit_bias(node: fx.Node, layers: fx.Node, number: int) -> None:
-    """Cut an attention's bias to the keys that its cache layer returns."""
+    """Fit an attention's bias to the keys that its cache layer returns."""
     graph, bias, padding = node.graph, argument(node, "bias"), argument(node, "padding")
     if bias is None:
         return

@@ -1,4 +1,4 @@
-"""From a graph to Python: straight-line source with PyTorch's own functions and module calls."""
+"""Generate Python from a graph: straight-line code of PyTorch functions and module calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reroll.runtime.lowering.modules import Reading
 
 aten = torch.ops.aten
 
-# how a cache node updates its layer, and the number of that
+# the function that updates a stateful node's cache layer, and the number of that layer
 Update = tuple[Callable[..., Any], int]
 
 
@@ -29,22 +29,25 @@ def runnable(
     caches: Mapping[fx.Node, Update] | None = None,
     state: fx.Node | None = None,
 ) -> fx.Graph:
-    """A copy of a graph that calls only what is fast to call.
+    """Copy a graph so that it calls only functions that are fast to call.
 
-    `layers` is the node of its cache layers, `caches` says how each cache node updates which, and
-    `state` is the main graph's running state. Weights become attributes or calls of the modules
-    that hold them, ops become functions and methods of PyTorch, and what makes a tensor from
-    nothing makes it beside the graph's first input.
+    `layers` is the node of its cache layers, `caches` gives the update of each stateful node, and
+    `state` is the node of the main graph's `State`. Weights become attributes, or calls of the
+    modules that hold them. Ops become functions and methods of PyTorch. Ops that make a tensor from
+    no tensor get the device of the graph's first input.
     """
     return _Rewriter(graph, readings, layers, caches or {}, state).run()
 
 
 def compile_graph(graph: fx.Graph, name: str) -> tuple[Callable[..., Any], str]:
-    """The function of a graph, whose first argument is the module that it reads, and its source."""
+    """Compile a graph to a function, and return it with its source.
+
+    The function's first argument is the module that holds the weights.
+    """
     code = graph.python_code("self")
     source = code.src
     filename = f"<reroll {name}>"
-    # so that tracebacks and debuggers show the lines
+    # lets tracebacks and debuggers show the source lines
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = dict(code.globals)
     exec(compile(source, filename, "exec"), namespace)
@@ -139,7 +142,7 @@ class _Rewriter:
         return module
 
     def _device(self) -> Any:
-        """The device of the first input, as a node that `_map` leaves alone."""
+        """Return the device of the first input, as a node that `_map` does not change."""
         if self.device is None:
             first = next(iter(self.new.nodes))
             self.device = self.new.call_function(getattr, (first, "device"))

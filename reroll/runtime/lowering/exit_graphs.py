@@ -1,4 +1,4 @@
-"""A body with exits taken apart into what runs a trip, what decides, and what fills caches."""
+"""Split a body with exits into graphs that run a trip, decide about exits, and fill caches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from reroll.runtime.lowering.hoisting import OWN_INPUTS
 
 @dataclass
 class LoopExits:
-    """What a running loop needs to know of its exits.
+    """Properties of a loop's exits that running it depends on.
 
-    `holds`: what is carried first stays as it is for tokens that are done; `compact`: rows of them
-    can be left out. `absent`: layers that they skip only have to know that they are not there;
-    `caches` is how many there are in a trip. `keeps`: the test has state of its own, so that it
-    needs the cache layers.
+    `done` is the position of the carried flag of tokens that have left. `holds` says that the first
+    carried value stays unchanged for these tokens, and `compact` that their rows can be left out.
+    `absent` says that skipped layers only need to know which tokens are absent. `caches` counts the
+    layers with state in a trip. `keeps` says that the exit test has state and needs the cache
+    layers.
     """
 
     done: int
@@ -36,9 +37,9 @@ class LoopExits:
 
 @dataclass
 class Split:
-    """The functions beside `forward`, and what each node of the body that owns state is in them.
+    """The `test` and `fill` graphs of a body, and the copies of its stateful nodes in each.
 
-    `layers` is the node of the cache layers in `test`; None if it has no state.
+    `layers` is the node of the cache layers in `test`, or None if the test has no state.
     """
 
     test: fx.Graph
@@ -49,10 +50,10 @@ class Split:
 
 
 def split_exits(loop: Loop, exits: Exits) -> Split:
-    """Take the tests out of a body, in place.
+    """Move the exit tests out of a body, in place, and return the graphs `test` and `fill`.
 
-    `test` takes the carry from before the trip, that from after it, and the loop's inputs, and
-    returns the carry with what was decided. `fill` takes what the body takes.
+    `test` takes the carry before the trip, the carry after it, and the loop's inputs. It returns
+    the carry with its decisions. `fill` takes the same arguments as the body.
     """
     body = loop.body.graph
     output = body.output_node()
@@ -88,11 +89,11 @@ def split_exits(loop: Loop, exits: Exits) -> Split:
 
 
 def loop_exits(loop: Loop, exits: Exits) -> LoopExits:
-    """The exits of a loop for running it."""
+    """Return the properties of a loop's exits."""
     body = loop.body.graph
     returned: Any = body.output_node().args[0]
     layers = [n for n in stateful_nodes(body) if n not in exits.tests]
-    # a body that is told how many rows there are cannot run for fewer
+    # a body that gets the number of rows as an input cannot run for fewer
     told = any(isinstance(n, fx.Node) and _is_size(n) for n in loop.inputs)
     holds = returned[0].target is HOLD
     marks = any(n.target is MARK_KEYS for n in body.nodes)
@@ -107,6 +108,6 @@ def _is_size(node: fx.Node) -> bool:
     if node.target is torch.ops.aten.sym_size.int:
         return True
     inputs = node.all_input_nodes
-    # arithmetic on sizes; what makes a tensor of them is none
+    # arithmetic on sizes is a size; an ATen op that makes a tensor of sizes is not
     own = not isinstance(node.target, torch._ops.OpOverload)
     return own and bool(inputs) and all(map(_is_size, inputs))

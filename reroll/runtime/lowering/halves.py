@@ -1,8 +1,8 @@
-"""Cutting the graph of an encoder-decoder model in two, so that the encoder runs once.
+"""Cut the graph of an encoder-decoder model in two, so that the encoder runs once.
 
-The cut is by dependency: what does not depend on the decoder's inputs is the encoder's. What
-crosses the cut is the encoder's output; its first part is the last hidden state, and the others,
-such as the keys and values of the cross-attentions, follow from that.
+Nodes that do not depend on the decoder's inputs belong to the encoder. The values that cross the
+cut are the encoder's output. The first of them is the last hidden state; the others, such as keys
+and values of cross-attentions, follow from it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv}
 
 @dataclass
 class Halves:
-    """The graphs of an encoder-decoder model; each takes the Program's inputs and the state last.
+    """Graphs of an encoder-decoder model; each takes the Program's inputs, and the state last.
 
-    `encode` returns the hidden state, `extend` takes it first and returns the rest of what crosses
-    the cut, `decode` takes all of that first and returns the outputs.
+    `encode` returns the hidden state. `extend` takes it first and returns the other values that
+    cross the cut. `decode` takes all of these first and returns the outputs.
     """
 
     encode: fx.Graph
@@ -35,9 +35,10 @@ class Halves:
 
 
 def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -> Halves:
-    """Cut a main graph. `hidden_output` is the output that is the encoder's hidden state, if any.
+    """Cut a main graph into encoder and decoder.
 
-    Raises ProgramError if what crosses the cut does not follow from one hidden state.
+    `hidden_output` is the index of the output that is the encoder's hidden state, or None. Raises
+    ProgramError if the values that cross the cut do not follow from one hidden state.
     """
     roles = {i.name: i.role for i in inputs}
     encoder, decoder = _sides(graph, roles)
@@ -74,7 +75,10 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
 
 
 def _sides(graph: fx.Graph, roles: dict[str, str]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The nodes that need the encoder's data only, and those that need the decoder or its cache."""
+    """Find the nodes of the encoder, which need only its data, and those of the decoder.
+
+    The decoder's nodes need its inputs or its cache.
+    """
     encoder: set[fx.Node] = set()
     decoder: set[fx.Node] = set()
     for node in graph.nodes:
@@ -98,7 +102,7 @@ def _is_cache(node: fx.Node) -> bool:
 def _crossing(
     graph: fx.Graph, encoder: set[fx.Node], decoder: set[fx.Node], output: fx.Node
 ) -> list[fx.Node]:
-    """The encoder's values that the decoder or the output reads; sizes are read again instead."""
+    """Find the encoder's values that the decoder or the output reads, without sizes."""
     outputs = set(output.all_input_nodes)
     return [
         node
@@ -110,7 +114,7 @@ def _crossing(
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Whether a node says something about a tensor that any other of its size can say as well."""
+    """Whether a node is a size or device, which another tensor of the same size can provide."""
     if node.op == "call_method" and node.target == "size":
         return True
     if node.target is getattr:
@@ -121,9 +125,9 @@ def _is_size(node: fx.Node) -> bool:
 def _graph(
     whole: fx.Graph, given: list[fx.Node], wanted: list[Any], elsewhere: list[fx.Node]
 ) -> fx.Graph:
-    """A graph over `given` and all inputs that computes the wanted values.
+    """Build a graph over `given` and all inputs that computes the wanted values.
 
-    Sizes that the whole graph reads from what is not at hand are read from `elsewhere`.
+    Sizes of tensors that it does not compute are read from those of `elsewhere`.
     """
     other = {n: _other_size(n, elsewhere) for n in whole.nodes if _is_size(n) and elsewhere}
     needed: set[fx.Node] = set()
@@ -164,7 +168,7 @@ def _nodes_in(value: Any) -> list[fx.Node]:
 
 
 def _other_size(node: fx.Node, tensors: list[fx.Node]) -> tuple[fx.Node, Any] | None:
-    """A tensor at hand and its dimension of the same name; for a device, any tensor."""
+    """Find one of `tensors` and its dimension of the same name; for a device, return any tensor."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or node.target in _ARITHMETIC:
         return None

@@ -1,4 +1,4 @@
-"""Both ends of a model: embeddings instead of tokens, and logits only where they are wanted."""
+"""Input and output of a model: embeddings instead of tokens, and logits only where wanted."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from reroll.runtime.lowering.modules import Reading
 
 aten = torch.ops.aten
 
-# what makes something of the size of the tokens
+# ops that read only the size of the tokens
 _SIZED = {
     aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.new_ones.default,
     aten.new_zeros.default, aten.new_full.default,
 }  # fmt: skip
-# what gives the same tokens in another form
+# ops that return the same tokens in another shape or dtype
 _ALIKE = {aten.reshape.default, aten.to.dtype, aten.contiguous.default, aten.unsqueeze.default}
 
-# what may stand between the last matrix and the logits: one tensor in, position by position
+# pointwise ops on one tensor, which may come between the last matrix product and the logits
 _POINTWISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,
     aten.add.Scalar, aten.tanh.default, aten.neg.default, *CONVERSIONS,
@@ -32,7 +32,7 @@ _POINTWISE = {
 
 
 def logits_head(program: Program) -> fx.Node | None:
-    """The linear node that makes the logits of every position, if there is such a one.
+    """Find the linear node that computes the logits of every position; None if there is none.
 
     Where exits have heads of their own, it is an `exit_linear`.
     """
@@ -52,7 +52,7 @@ def logits_head(program: Program) -> fx.Node | None:
 
 
 def keep_before_head(program: Program, state: fx.Node) -> bool:
-    """Drop positions before the head's matrix, in place; False if there is no head to do it at."""
+    """Drop positions before the head's matrix product, in place; return whether there is a head."""
     head = logits_head(program)
     if head is None:
         return False
@@ -67,7 +67,7 @@ def keep_before_head(program: Program, state: fx.Node) -> bool:
 
 
 def head_path(program: Program, readings: Mapping[str, Reading]) -> str | None:
-    """The module that makes the logits."""
+    """Return the path of the module that computes the logits, or None."""
     head = logits_head(program)
     weight = head.args[1] if head is not None else None
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
@@ -80,8 +80,8 @@ def take_embeddings(
 ) -> tuple[str | None, bool]:
     """Let a caller give embeddings instead of tokens, in place.
 
-    Returns the tokens' module, and whether embeddings can stand for the tokens: not where these are
-    read for something else as well.
+    Returns the path of the module that looks up the tokens, and whether embeddings can replace
+    them. They cannot where the tokens are also read for another purpose.
     """
     main = next(i.name for i in program.inputs if i.role == "data")
     for node in program.graph.nodes:
@@ -98,9 +98,9 @@ def take_embeddings(
 
 
 def _is_read(ids: fx.Node, lookup: fx.Node) -> bool:
-    """Whether token ids are used beside one lookup, for more than their size.
+    """Whether token ids are used for more than one lookup and their size.
 
-    Even a comparison counts: a model that looks for a token does something else without tokens.
+    Even a comparison counts: a model that looks for a token cannot do so without tokens.
     """
     stack = [ids]
     for node in stack:
@@ -114,5 +114,5 @@ def _is_read(ids: fx.Node, lookup: fx.Node) -> bool:
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Whether a node is a size of its argument, or its device."""
+    """Whether a node reads a size of its argument, or its device."""
     return node.target in (aten.sym_size.int, getattr, "size")

@@ -1,7 +1,7 @@
-"""Moving out of a loop's body what is the same in every trip, so that it is computed once.
+"""Move values that are the same in every trip out of a loop's body, to compute them once.
 
 A body computes some values from the loop's inputs alone: `cos.unsqueeze(1)`, a slice of a bias, a
-cast of the padding mask. They move in front of the loop, and the body takes them as inputs.
+cast of the padding mask. They are computed before the loop, and the body takes them as inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reroll.rewrite.ir.program import Loop, Program
 
 
 def hoist_invariants(program: Program) -> Program:
-    """A Program whose bodies hold no computation that gives the same value in every trip."""
+    """Return a Program whose bodies compute no value that is the same in every trip."""
     program = program.edit()
     for loop in program.loops:
         _hoist(program.graph, loop)
@@ -25,17 +25,17 @@ def hoist_invariants(program: Program) -> Program:
     return program
 
 
-# the arguments that lowering adds: a body's cache layers, and the state of a running forward
+# the arguments that lowering adds: a body's cache layers, and the main graph's `State`
 OWN_INPUTS = ("past_key_values", "state")
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
-    """The placeholders of a graph as the Program has them, in order."""
+    """Return the placeholders that a graph had in the Program, in order."""
     return [n for n in graph.nodes if n.op == "placeholder" and n.target not in OWN_INPUTS]
 
 
 def outer_values(loop: Loop) -> dict[fx.Node, tuple[Any, ...]]:
-    """What each input placeholder of a body stands for outside, trip by trip."""
+    """Return the value, trip by trip, that each input placeholder of a body has outside of it."""
     inputs = loop.places[len(loop.carry) :]
     return {
         node: tuple(loop.input_for(position, trip) for trip in range(loop.trips))

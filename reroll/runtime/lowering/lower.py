@@ -1,4 +1,4 @@
-"""Lowering: a Program as a torch module that transformers can run, train and save."""
+"""Lower a Program to a torch module that transformers can run, train and save."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ def lower(
     device: torch.device | str | None = None,
     meta: bool = False,
 ) -> Any:
-    """A `transformers.PreTrainedModel` that runs a Program, in eval mode.
+    """Make a `transformers.PreTrainedModel` that runs a Program, in eval mode.
 
-    `dtype` is the Program's own, or a wider one. With `meta`, its parameters have no data.
-
-    Raises UsageError for a dtype that would change what the Program computes.
+    `dtype` is the Program's own, or a wider one. With `meta`, its parameters have no data. Raises
+    UsageError for a dtype that would change what the Program computes.
     """
     from reroll.runtime.models.auto import model_class
 

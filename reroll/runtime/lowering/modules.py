@@ -1,7 +1,7 @@
 """The module tree of a lowered Program: its weights under their names, one module per trip.
 
 A weight `model.layers.*.mlp.up_proj.weight` of a loop is the parameter `weight` of an `nn.Linear`
-at `model.layers.<trip>.mlp.up_proj`, one for each trip; trips that share an entry share the
+at `model.layers.<trip>.mlp.up_proj`, one for each trip. Trips that share an entry share the
 Parameter, not the module, so that an adapter can be attached to each depth.
 """
 
@@ -22,24 +22,24 @@ from reroll.runtime.lowering.placement import Path, Place, path_of, places
 
 
 class Scope(nn.Module):
-    """A named place in the tree that holds weights and other places."""
+    """A module without a forward that holds weights and other modules."""
 
-    # transformers asks this of whatever is called `encoder`
+    # transformers reads this attribute of every module that is named `encoder`
     main_input_name = "input_ids"
 
 
 class Trip(GradientCheckpointingLayer):
     """One trip of a loop; each body has a subclass, whose instances share one `forward`."""
 
-    # of the subclasses
+    # the generated code, set by subclasses
     source: str = ""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the code of a graph gets at a weight: chains of attributes from its own module.
+    """Paths by which a graph's code reads a weight: chains of attributes from its own module.
 
-    `linear` and `lookup` are the modules to call where the weight is multiplied or looked up in.
+    `linear` and `lookup` are the modules to call for a product with the weight or a lookup in it.
     """
 
     weight: str
@@ -49,14 +49,14 @@ class Reading:
 
 @dataclass
 class Slot:
-    """The places of one stored tensor in the tree."""
+    """Modules and attribute names that hold one stored tensor."""
 
     meta: Meta
     trainable: bool
     holders: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def fill(self, tensor: Tensor) -> None:
-        """Put a tensor in all places, as one Parameter if it can be trained, else as a buffer."""
+        """Set the tensor in all holders: one Parameter if it is trainable, else a buffer."""
         parameter = self.trainable and tensor.dtype.is_floating_point
         value = nn.Parameter(tensor) if parameter else tensor
         for module, leaf in self.holders:
@@ -68,13 +68,13 @@ class Slot:
                 module.register_buffer(leaf, value)
 
     def fill_meta(self) -> None:
-        """Put a tensor without data in all places."""
+        """Set a tensor without data in all holders."""
         self.fill(torch.empty(self.meta.shape, dtype=self.meta.dtype, device="meta"))
 
 
 @dataclass
 class Tree:
-    """The trips of each loop, how each graph reads each weight, and where each tensor has to go."""
+    """Trips of each loop, readings of each weight by graph, and the holders of each tensor."""
 
     trips: dict[str, list[Trip]] = field(default_factory=dict)
     readings: dict[str, dict[str, Reading]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Tree:
 
 
 def build_tree(model: nn.Module, program: Program) -> Tree:
-    """Grow the modules of a Program under `model`, with parameters on the meta device."""
+    """Build the modules of a Program under `model`, with parameters on the meta device."""
     builder = _Builder(model, program)
     for loop in program.loops:
         builder.add_loop(loop)
@@ -100,7 +100,7 @@ class _Builder:
         self.tree = Tree()
 
     def add_loop(self, loop: Loop) -> None:
-        """The trips of a loop, and below them its weights."""
+        """Build the trips of a loop, and the modules of its weights below them."""
         names = list(weight_nodes(loop.body.graph))
         root = self._root(loop, names)
         trips = []
@@ -116,7 +116,7 @@ class _Builder:
         self.tree.trips[loop.name] = trips
 
     def add_weight(self, name: str, trip: int) -> Reading:
-        """The modules of one weight in one trip, read from the model."""
+        """Build the modules of one weight in one trip, and return how the model reads it."""
         weight, place = self.program.weights[name], self.places[name].at(trip)
         holders = []
         if place.linear is not None:
@@ -145,7 +145,7 @@ class _Builder:
         )
 
     def _root(self, loop: Loop, names: list[str]) -> Path:
-        """Where the trips stand: where most of their weights are, if nothing else is there."""
+        """Return the path of the trips: that of most of their weights, if it is unused."""
         starts = Counter(n[: n.index("*.") + 1] for n in names if "*." in n)
         for start, _ in starts.most_common():
             root = path_of(start)
@@ -155,13 +155,13 @@ class _Builder:
         return ("loops", *path_of(loop.name), "*")
 
     def _from_trip(self, reading: Reading, trip: Trip, path: Path, link: str) -> Reading:
-        """A reading from the model as the trip has it: below itself, or through a link."""
+        """Convert a reading from the model to one from a trip: a path below the trip, or a link."""
         prefix = ".".join(path) + "."
 
         def local(chain: str | None, role: str) -> str | None:
             if chain is None or chain.startswith(prefix):
                 return chain and chain.removeprefix(prefix)
-            # a link is no child, so that a weight that is elsewhere keeps one name
+            # a link is no submodule, so that a weight outside the trip keeps a single name
             owner, _, leaf = chain.rpartition(".")
             trip.__dict__[f"{link}_{role}"] = self.model.get_submodule(owner)
             return f"{link}_{role}.{leaf}"
@@ -171,13 +171,13 @@ class _Builder:
         return Reading(weight, local(reading.linear, "linear"), local(reading.lookup, "lookup"))
 
     def _first(self, place: Place) -> Path:
-        """The module that a weight is read from as a plain tensor."""
+        """Return the path of the module whose weight is read as a plain tensor."""
         if place.linear is not None:
             return place.linear.path
         return place.lookup.path if place.lookup is not None else place.owner
 
     def _module(self, path: Path, make: Callable[[], nn.Module]) -> nn.Module:
-        """The module at a path, made if it is not there, with the scopes above it."""
+        """Return the module at a path; create it, and the scopes above it, where missing."""
         module = self.model
         for number, part in enumerate(path):
             if part not in module._modules:
@@ -193,7 +193,7 @@ class _Builder:
 
 
 def tied_names(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(name, first name) of every parameter that has another name already."""
+    """Yield (name, first name) of every parameter that already has another name."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in first:

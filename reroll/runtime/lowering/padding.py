@@ -1,9 +1,9 @@
-"""Padding masks as the lowered module reads them: checked once per forward, and often absent.
+"""Padding masks as the lowered module reads them: checked once per forward, and often None.
 
-A caller need not give a padding mask, and one that hides nothing costs as much as any other. So the
-attentions of a Program read one boolean mask per input, or None, and the input itself is made up
-only where something else depends on it, such as positions that are counted from it. Where a row
-packs several documents, what they read in place of the mask is which.
+A caller may leave the padding mask out, and one that hides nothing costs as much as any other. So
+the attentions of a Program read one boolean mask per input, or None. The input itself is made only
+where something else depends on it, such as positions that are counted from it. For packed rows,
+attentions read the `Documents` in place of the mask.
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ from reroll.runtime.lowering.hoisting import placeholders
 
 
 def valid_tokens(mask: Tensor | None, state: Any) -> Tensor | Documents | None:
-    """A padding mask as `visible_tokens` has it, or the documents of a forward over packed rows."""
+    """Return the documents of a forward over packed rows, else the mask of `visible_tokens`."""
     return visible_tokens(mask) if state.documents is None else state.documents
 
 
 def tokens_of(mask: Tensor) -> int:
-    """How many tokens a padding mask is over: [batch, tokens], or 4-d with a row for each query."""
+    """Return the number of tokens of a padding mask: [batch, tokens], or 4-d.
+
+    A 4-d mask has a row of keys for each query.
+    """
     return mask.shape[-1]
 
 
-# what makes the padding that attentions read
+# the functions that compute the padding that attentions read
 READERS = (visible_tokens, valid_tokens)
 
 
 def read_padding(program: Program, state: fx.Node) -> frozenset[str]:
     """Let attentions read padding through one of `READERS`, changing the graphs in place.
 
-    `state` is the main graph's running state. Returns the names of the padding inputs that are
-    still needed as tensors.
+    `state` is the node of the main graph's `State`. Returns the names of the padding inputs that
+    are still needed as tensors.
     """
     nodes = {str(n.target): n for n in placeholders(program.graph)}
     inputs = [nodes[i.name] for i in program.inputs if i.role == "padding"]
@@ -89,6 +92,6 @@ def _is_padding_only(node: fx.Node) -> bool:
 
 
 def _hides(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a node takes another one as padding."""
+    """Whether a node takes another one as its padding."""
     takes = user.target in (*MASKED, RECURRENCE, MASK)
     return takes and argument(user, "padding") is node

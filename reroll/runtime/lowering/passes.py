@@ -1,7 +1,7 @@
 """Lowering as a list of passes over one record, each of which can be printed after.
 
-A pass changes the record in place. What it needs of those before it stands beside it in `PASSES`;
-after the last one, `Lowering.graphs` has a runnable graph for each function that is compiled.
+A pass changes the record in place. `PASSES` is their order. After the last one, `Lowering.graphs`
+has a runnable graph for each function that is compiled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from reroll.runtime.state.caches import tell_padding, update_function
 
 @dataclass
 class Lowering:
-    """A Program on its way to a module that runs.
+    """A Program during its lowering to a module that runs.
 
     Attributes:
         program: the Program, whose graphs the passes change.
@@ -40,16 +40,16 @@ class Lowering:
         plan: its states.
         state: the node of the running forward's `State`, an input of the main graph.
         layers: the node of its cache layers in each graph.
-        mixing: what mixes tokens and knows nothing of documents, in words.
+        mixing: the name of an operation that mixes tokens of different documents, if any.
         masks: the padding inputs that are needed as tensors; the others may be None.
-        head: the path of the module that makes the logits.
+        head: the path of the module that computes the logits.
         embeddings: the path of the module that looks up the tokens.
         takes_embeddings: whether embeddings can be given instead of tokens.
         keeps: whether it applies `logits_to_keep` itself.
-        updates: how each stateful node updates its layer.
-        statics: of loops over an encoder's result, the graph of what is the same for every token.
-        exits: how each loop with exits is left.
-        hidden: the hidden states that each loop gives.
+        updates: the function by which each stateful node updates its layer.
+        statics: for loops over an encoder's result, the graph of values that no token changes.
+        exits: the properties of exits, for each loop that has them.
+        hidden: the hidden states of each loop.
         graphs: runnable graphs by loop ("main" for the main graph) and function.
     """
 
@@ -71,7 +71,7 @@ class Lowering:
     graphs: dict[str, dict[str, fx.Graph]] = field(default_factory=dict)
 
     def text(self) -> str:
-        """All graphs as they are now."""
+        """Print all graphs as they are now."""
         parts = []
         for name, graph in self._named():
             parts.append(f"---- {name}\n{graph}")
@@ -86,7 +86,7 @@ class Lowering:
 
 
 LoweringPass: TypeAlias = Callable[[Lowering], None]
-# what is told after each pass: its name, and the record
+# called after each pass with its name and the record
 Observer: TypeAlias = Callable[[str, Lowering], None]
 
 
@@ -101,12 +101,12 @@ def lower_graphs(program: Program, tree: Tree, observe: Observer | None = None) 
 
 
 def hoist(x: Lowering) -> None:
-    """Move out of loops what is the same in every trip."""
+    """Move values that are the same in every trip out of loops."""
     x.program = hoist_invariants(x.program)
 
 
 def plan_state(x: Lowering) -> None:
-    """Number the states."""
+    """Number the states, and find operations that mix tokens of different documents."""
     x.plan, x.mixing = plan_states(x.program), other_mixing(x.program)
 
 
@@ -133,7 +133,7 @@ def check_padding(x: Lowering) -> None:
 
 
 def open_ends(x: Lowering) -> None:
-    """Take embeddings instead of tokens, and make logits only where they are wanted."""
+    """Take embeddings instead of tokens, and compute logits only where they are wanted."""
     readings = x.tree.readings["main"]
     x.head = head_path(x.program, readings)
     x.embeddings, x.takes_embeddings = take_embeddings(x.program, readings, _state(x))
@@ -141,20 +141,20 @@ def open_ends(x: Lowering) -> None:
 
 
 def place_pictures(x: Lowering) -> None:
-    """Count the places of pictures among the tokens."""
+    """Count the positions of pictures among the tokens."""
     if picture_inputs(x.program.inputs):
         count_places(x.program)
 
 
 def split_encoded(x: Lowering) -> None:
-    """Split off what a decoder computes of the encoder's result alone."""
+    """Split off what a decoder computes from the encoder's result alone."""
     x.statics = split_statics(x.program, _state(x))
 
 
 def make_masks(x: Lowering) -> None:
     """Make each attention's mask, as early and as rarely as possible.
 
-    How a state is updated depends on who reads it, which is told here for the last time.
+    How a state is updated depends on which nodes read it; this pass is the last that can see them.
     """
     x.updates = {node: update_function(node) for node in x.plan.numbers}
     for node in x.plan.numbers:
@@ -163,12 +163,12 @@ def make_masks(x: Lowering) -> None:
 
 
 def note_hidden(x: Lowering) -> None:
-    """Note the hidden states outside of loops where they arise."""
+    """Insert calls that record the hidden states of the main graph."""
     note_in_main(x.program, _state(x))
 
 
 def make_runnable(x: Lowering) -> None:
-    """Make of every graph, and of the parts of loops with exits, what is compiled."""
+    """Make the graphs that are compiled, from every graph and the parts of loops with exits."""
     for loop in x.program.loops:
         x.graphs[loop.name] = _functions(x, loop)
     own = {n: (x.updates[n], x.plan.number(n)) for n in stateful_nodes(x.program.graph)}
@@ -196,7 +196,7 @@ def _state(x: Lowering) -> fx.Node:
 
 
 def _functions(x: Lowering, loop: Loop) -> dict[str, fx.Graph]:
-    """The graphs of a trip: `forward`, and what exits, hidden states and an encoder add to it."""
+    """Return the graphs of a trip: `forward`, and those for exits, hidden states and an encoder."""
     name, body, readings = loop.name, loop.body.graph, x.tree.readings[loop.name]
     layers = x.layers[name]
     own: dict[fx.Node, Update] = {
@@ -215,7 +215,7 @@ def _functions(x: Lowering, loop: Loop) -> dict[str, fx.Graph]:
     x.hidden[name], inner = states_of(loop)
     if inner:
         seen = observed(body, inner)
-        # a copy has the nodes of the original in their order
+        # a copy has the same nodes in the same order
         copies = dict(zip(body.nodes, seen.nodes, strict=True))
         own_seen = {copies[node]: update for node, update in own.items()}
         graphs["observed"] = runnable(seen, readings, copies[layers], own_seen)

@@ -1,4 +1,4 @@
-"""Where the weights of a Program stand in the module tree, and in what kind of module."""
+"""Place the weights of a Program in the module tree: at which path, in which kind of module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEAD = ("lm_head",)
 
 @dataclass(frozen=True)
 class Linear:
-    """The `nn.Linear` that multiplies by a weight."""
+    """An `nn.Linear` that multiplies by a weight."""
 
     path: Path
     inputs: int
@@ -33,7 +33,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Lookup:
-    """The `nn.Embedding` that looks rows up in a weight. The row `padding` is not trained."""
+    """An `nn.Embedding` that looks up rows of a weight; the row `padding` is not trained."""
 
     path: Path
     rows: int
@@ -43,9 +43,9 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Place:
-    """The modules that hold a weight; a path may have a `*` for the trip.
+    """Modules that hold a weight; a path may contain a `*` for the trip.
 
-    A weight that is neither multiplied nor looked up in is the parameter `leaf` of a plain `owner`.
+    A weight that is neither multiplied nor looked up is the parameter `leaf` of a plain `owner`.
     """
 
     owner: Path
@@ -54,7 +54,7 @@ class Place:
     lookup: Lookup | None = None
 
     def at(self, trip: int) -> Place:
-        """The place in one trip."""
+        """Return the place in one trip."""
         linear, lookup = self.linear, self.lookup
         if linear is not None:
             linear = replace(linear, path=_at(linear.path, trip))
@@ -64,7 +64,10 @@ class Place:
 
 
 def places(program: Program) -> dict[str, Place]:
-    """The place of every weight that a graph reads."""
+    """Return the place of every weight that a graph reads.
+
+    Raises ProgramError for a weight that the Program's table does not have.
+    """
     users: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
     for graph_name, graph in program.graphs():
         for name, nodes in weight_nodes(graph).items():
@@ -82,7 +85,7 @@ def places(program: Program) -> dict[str, Place]:
             padding = {argument(u, "padding_idx") for u in tables} - {-1}
             lookup = Lookup(path[:-1], rows, columns, min(padding, default=None))
         if linear is not None and lookup is not None:
-            # tied: the two modules have the names that transformers gives them
+            # tied: head and embeddings are two modules with transformers' names
             if path[:-1] == HEAD:
                 lookup = replace(lookup, path=("input_embeddings",))
             else:
@@ -94,7 +97,7 @@ def places(program: Program) -> dict[str, Place]:
 def _linears(
     program: Program, users: dict[str, list[tuple[fx.Node, fx.Node]]]
 ) -> dict[str, Linear]:
-    """The weights and biases that an `nn.Linear` of their own name can hold."""
+    """Find the weights and biases that an `nn.Linear` of the same name can hold."""
     found = {}
     for name, uses in users.items():
         calls = [u for n, u in uses if u.target is aten.linear.default and u.args[1] is n]
@@ -112,7 +115,7 @@ def _linears(
 
 
 def bias_name(linear: fx.Node) -> str | None:
-    """The weight that a linear node adds, "" for a computed one, None for none."""
+    """Return the name of the bias that a linear node adds, "" for a computed one, None for none."""
     bias = linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
     if not isinstance(bias, fx.Node):
         return None
@@ -120,7 +123,10 @@ def bias_name(linear: fx.Node) -> str | None:
 
 
 def path_of(name: str) -> Path:
-    """A weight's name as attributes: word characters only, and no name that a module has itself."""
+    """Convert a weight's name to a path of attributes.
+
+    Parts have word characters only, and differ from names that modules use themselves.
+    """
     first, *rest = name.split(".")
     return (_attribute(first, _model_names()), *(_attribute(p, _MODULE_NAMES) for p in rest))
 
@@ -135,7 +141,7 @@ _MODULE_NAMES = frozenset(dir(nn.Module())) | {"gradient_checkpointing", "main_i
 
 @cache
 def _model_names() -> frozenset[str]:
-    """What a lowered model uses for itself."""
+    """Return the attribute names that a lowered model uses itself."""
     from transformers import PreTrainedModel
 
     own = {"config", "generation_config", "program", "code", "loops"}

@@ -1,4 +1,4 @@
-"""From a lowered model back to a Program: the same graphs over the present weights."""
+"""Convert a lowered model back to a Program: the same graphs over the present weights."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ MERGE = "merge adapters first (merge_and_unload); with shared weights, after rer
 def program_of(
     model: Any, state: Mapping[str, Tensor] | None = None, *, adapters: bool = False
 ) -> Program:
-    """The Program of a lowered model with its present weights, or with those of a state dict.
+    """Return the Program of a lowered model with its present weights, or those of a state dict.
 
-    Trips whose weight is one Parameter share an entry; trips that were untied since have their own,
-    and so has a head that no longer is the table of embeddings. Edits of the configuration and of
-    the generation settings are in its origin. Raises UsageError for a module that the Program has
-    no place for; with `adapters`, those of peft are left out instead.
+    Trips whose weight is one Parameter share an entry. Trips that were untied since have their own,
+    and so has a head that is no longer tied to the embeddings. Edits of the configuration and of
+    the generation settings go to its origin. Raises UsageError for a module that the Program has no
+    place for; with `adapters`, those of peft are ignored instead.
     """
     if not adapters:
         _check_modules(model)
@@ -48,12 +48,12 @@ def program_of(
 
 
 def stored_tensors(model: Any) -> tuple[WeightTable, dict[str, Tensor]]:
-    """The weight table of a lowered model as it is now, and its tensors as a file names them."""
+    """Return the present weight table of a lowered model, and its tensors by stored name."""
     return _stored(model, _with_own_heads(model), None)
 
 
 def from_stored(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict under the model's names, given one under the names of a saved file.
+    """Rename a state dict from the names of a saved file to the model's names.
 
     A file names a shared weight by the number of its entry, a module by the number of its trip. A
     state dict that does not have exactly the names of a file is returned as it is.
@@ -68,7 +68,7 @@ def from_stored(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def kept_tensors(model: Any, program: Program) -> Iterator[Tensor]:
-    """The tensors of a lowered model that have the dtype that they have in another Program."""
+    """Yield the tensors of a lowered model whose dtype is the same in another Program."""
     found = places(program)
     for name, weight in program.weights.items():
         if weight.meta.dtype == model.program.weights[name].meta.dtype:
@@ -78,11 +78,11 @@ def kept_tensors(model: Any, program: Program) -> Iterator[Tensor]:
 
 
 def untie(model: Any) -> None:
-    """Give every trip its own copy of weights that trips share, so that they change apart.
+    """Give every trip its own copy of weights that trips share, so that they change independently.
 
-    An adapter that is merged changes the weight below it; merging the adapters of several trips
-    into one shared weight would add them all up. So this comes before a merge: weights with an
-    adapter are untied, or all weights if there is none.
+    Merging an adapter changes the weight below it. Merging the adapters of several trips into one
+    shared weight would add all of them to it. So this is called before a merge: it unties the
+    weights that have an adapter, or all weights if there is none.
     """
     found = places(model.program)
     held = {
@@ -114,7 +114,7 @@ def _stored(
     table: dict[str, Weight] = {}
     tensors: dict[str, Tensor] = {}
     sources: dict[int, Source] = {}
-    # the places of each stored tensor
+    # the module tree's places of each stored tensor
     held: dict[str, list[Place]] = {}
     for name, weight in program.weights.items():
         trips = 1 if weight.index is None else len(weight.index)
@@ -142,7 +142,10 @@ def _stored(
 
 
 def _given(places: list[Place], state: Mapping[str, Tensor]) -> Tensor:
-    """What a state dict has for a weight, under any of its names."""
+    """Return a state dict's tensor for a weight, under any of its names.
+
+    Raises UsageError if there is none, or if names of one parameter have different tensors.
+    """
     names = [
         ".".join((*path, *around, place.leaf))
         for place in places
@@ -183,12 +186,15 @@ def _check_tensor(name: str, tensor: Tensor, meta: Meta) -> None:
 
 
 def _paths(place: Place) -> list[tuple[str, ...]]:
-    """The modules that hold a weight; the first is the one that is multiplied by it."""
+    """Return the paths of the modules that hold a weight; the `nn.Linear` is first."""
     return [p.path for p in (place.linear, place.lookup) if p is not None] or [place.owner]
 
 
 def _holder(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
-    """The module at a path, and whether an adapter is around it."""
+    """Return the module at a path, and whether an adapter wraps it.
+
+    For an adapter, the module is the one inside it.
+    """
     module = model.get_submodule(".".join(path))
     for inner in ("base_layer", "original_module"):
         if isinstance(held := getattr(module, inner, None), nn.Module):
@@ -196,11 +202,11 @@ def _holder(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
     return module, False
 
 
-# ---- what was changed around the weights
+# ---- changes of modules and configuration
 
 
 def _with_own_heads(model: Any) -> Program:
-    """The model's Program, with a weight of its own for a head that was tied and no longer is."""
+    """Return the model's Program, with a weight of its own for a head that is no longer tied."""
     program: Program = model.program
     for name, place in places(program).items():
         if place.linear is None or place.lookup is None:
@@ -220,7 +226,7 @@ def _with_own_heads(model: Any) -> Program:
 
 
 def _move(node: fx.Node, new: str, *, tables: bool) -> None:
-    """Let the lookups in a weight read it under a new name, or else all its other users."""
+    """Let the lookups in a weight read it under a new name, or all its other users."""
     users = [u for u in node.users if tables == _is_lookup(u, node)]
     if not users:
         return
@@ -272,7 +278,7 @@ def _check_modules(model: Any) -> None:
 
 
 def _origin(model: Any) -> Origin:
-    """The origin of the model's Program with its configuration and settings as they are now."""
+    """Return the origin of the model's Program with the present configuration and settings."""
     origin: Origin = model.program.origin
     before, now = RerollConfig.from_program(model.program).to_dict(), model.config.to_dict()
     edits = {k: v for k, v in now.items() if k not in _OF_THE_FILES and before.get(k, _GONE) != v}
@@ -286,7 +292,7 @@ def _origin(model: Any) -> Origin:
 
 
 _GONE = object()
-# of a configuration: what says where it was, and in what form it is saved
+# configuration entries that describe the saved files, not the model
 _OF_THE_FILES = {
     "architectures", "dtype", "torch_dtype", "transformers_version", "program_file", "model_type",
     "_name_or_path", "original_model_type",

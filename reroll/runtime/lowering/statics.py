@@ -1,9 +1,9 @@
-"""What a decoder's layers compute from the encoder alone: done once, not at every token.
+"""Compute values that decoder layers derive from the encoder alone once, not at every token.
 
 In an encoder-decoder model, each decoder layer projects the encoder's states to the keys and values
-of its cross-attention. Those projections use the layer's own weights, so they stand in the body of
-the decoder's loop; here they move into a function of their own, which the main graph calls once
-before the loop, and the body takes what they give as per-trip inputs.
+of its cross-attention. These projections use the layer's own weights, so they are in the body of
+the decoder's loop. They become a function of their own, which the main graph calls once before the
+loop. The body takes its results as per-trip inputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from reroll.runtime.lowering.hoisting import outer_values, placeholders
 
 
 def split_statics(program: Program, state: fx.Node) -> dict[str, fx.Graph]:
-    """Move the static parts out of the bodies, in place; returns their graphs by loop."""
+    """Move the static parts out of the bodies, in place; return their graphs by loop."""
     found = {}
     for loop in program.loops:
         encoded = encoder_nodes(program)
@@ -37,9 +37,7 @@ def is_decoder_input(name: str) -> bool:
 
 
 def encoder_nodes(program: Program) -> set[fx.Node]:
-    """The nodes of the main graph that depend on the encoder's data and on nothing of the
-    decoder.
-    """
+    """Find the main graph's nodes that depend on the encoder's data and not on the decoder."""
     if not any(is_decoder_input(i.name) for i in program.inputs):
         return set()
     roles = {i.name: i.role for i in program.inputs}
@@ -66,7 +64,7 @@ def _split(program: Program, loop: Loop, encoded: set[fx.Node], state: fx.Node) 
     }
     static = _static_nodes(loop.body.graph, set(fixed))
     border = [node for node in static if any(user not in static for user in node.users)]
-    # a size is not worth a function, and an int is not a tensor to keep
+    # sizes are excluded: they are cheap to compute, and are no tensors
     border = [node for node in border if node.meta.get("type") is not None]
     if not border:
         return None
@@ -90,7 +88,7 @@ def _split(program: Program, loop: Loop, encoded: set[fx.Node], state: fx.Node) 
 
 
 def _static_nodes(body: fx.Graph, fixed: set[fx.Node]) -> dict[fx.Node, None]:
-    """The nodes that depend on the fixed inputs and, beside them, on weights only."""
+    """Find the nodes that depend only on weights and at least one of the fixed inputs."""
     static: dict[fx.Node, None] = {}
     for node in body.nodes:
         if node.op != "call_function" or not node.all_input_nodes:
@@ -104,7 +102,7 @@ def _static_nodes(body: fx.Graph, fixed: set[fx.Node]) -> dict[fx.Node, None]:
 def _extract(
     body: fx.Graph, border: list[fx.Node], static: dict[fx.Node, None]
 ) -> tuple[fx.Graph, list[fx.Node]]:
-    """A graph that computes the border, and the body's placeholders that it takes."""
+    """Build a graph that computes the border; return it and the placeholders it reads."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     used = [place for place in placeholders(body) if any(user in static for user in place.users)]

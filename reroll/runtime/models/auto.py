@@ -1,4 +1,4 @@
-"""The lowered models by transformers' auto classes, which import them when they are first used."""
+"""The lowered models by transformers' auto classes, which import them at first use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-# the module and the name of the lowered model of each auto class
+# module and class name of the lowered model by auto class
 MODELS = {
     "AutoModel": ("encoders", "RerollModel"),
     "AutoModelForCausalLM": ("causal_lm", "RerollForCausalLM"),
@@ -22,7 +22,7 @@ MODELS = {
 
 
 def model_class(auto_class: str) -> Any:
-    """The lowered model class that one of transformers' auto classes loads."""
+    """Return the lowered model class that one of transformers' auto classes loads."""
     module, name = MODELS.get(auto_class, MODELS["AutoModel"])
     return getattr(import_module(f"reroll.runtime.models.{module}"), name)
 
@@ -35,12 +35,12 @@ def register_models(config: Any) -> None:
     for auto_class, (_, name) in MODELS.items():
         mapping = getattr(modeling_auto, auto_class)._model_mapping
         mapping.register(config, _LazyModel(auto_class), exist_ok=True)
-        # Trainer and pipelines look the names of classes up, such as for whether labels are shifted
+        # Trainer and pipelines use class names, for example to know whether labels are shifted
         mapping._model_mapping.setdefault(config.model_type, name)
 
 
 class _LazyModel:
-    """Stands for a lowered model class until something of it is needed."""
+    """Placeholder of a lowered model class, which is imported when it is first used."""
 
     def __init__(self, auto_class: str) -> None:
         self._auto = auto_class

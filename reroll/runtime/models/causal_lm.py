@@ -20,7 +20,7 @@ from reroll.runtime.models.modeling import RerollPreTrainedModel, naming
 
 log = logging.getLogger(__name__)
 
-# what a loss takes beside logits and labels
+# the arguments of a loss other than logits and labels
 _LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
 
 
@@ -42,14 +42,14 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits [batch, time, vocabulary] of the next token.
+        """Compute the logits [batch, time, vocabulary] of the next token.
 
         `attention_mask` [batch, past + time] is 0 at padding. Without it and without a cache,
-        `position_ids` that begin anew within a row are separate documents, as in transformers.
-        `inputs_embeds` [batch, time, width] stand in for the embeddings of `input_ids`. `labels`
-        are the input ids, -100 where they do not count. `logits_to_keep`: only the last so many
-        positions, or those of a tensor. `output_hidden_states`: those of the original, all or by
-        number.
+        `position_ids` that start again within a row begin a new document, as in transformers.
+        `inputs_embeds` [batch, time, width] replace the embeddings of `input_ids`. `labels` are the
+        input ids, -100 where they do not count. `logits_to_keep` is the number of last positions to
+        compute logits for, or a tensor of positions. `output_hidden_states` requests the original's
+        hidden states: all, or by number.
         """
         refuse_attentions(self, kwargs)
         self.refuse_unread({"position_ids": position_ids, **kwargs}, _LOSS_OPTIONS)
@@ -93,12 +93,12 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             self._depths.append(outputs["depth"][:, -1])
         return result if return_dict is not False else result.to_tuple()
 
-    # the depth of each new token of the running `generate`, and the report of the last one
+    # the depths of new tokens in the running `generate`, and the report of the last `generate`
     _depths: list[Tensor] | None = None
     depth_report: DepthReport | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; of a model with exits, `depth_report` says then how deep it went."""
+        """Generate as in transformers; for a model with exits, set `depth_report` afterwards."""
         if "depth" not in self.program.outputs:
             return super().generate(*args, **kwargs)
         self._depths = []
@@ -117,35 +117,35 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        # in the signature, transformers reads whether embeddings are taken
+        # transformers reads from this signature that `inputs_embeds` are accepted
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         if "position_ids" not in self._input_names:
-            # transformers makes them for every forward that names them
+            # transformers makes them for every forward that has them in its signature
             inputs.pop("position_ids", None)
         if not kwargs.get("is_first_iteration") and kwargs.get("use_cache"):
-            # which are in the cache by now
+            # after the first step, the features of the pictures are in the cache
             for name in picture_inputs(self.program.inputs):
                 inputs.pop(name, None)
         return inputs
 
 
 class RerollForConditionalGeneration(RerollForCausalLM):
-    """A lowered language model that reads pictures in the prompt, and text without any as well."""
+    """A lowered language model that reads text, with or without pictures in the prompt."""
 
 
 def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> bool:
-    """Whether a forward keeps its keys and values: as asked, and by default when not training.
+    """Whether a forward uses a cache: as requested, and by default when not training.
 
-    Raises UsageError if a model that keeps none is asked to.
+    Raises UsageError if a model without a cache is asked for one.
     """
     if not model.keeps_cache:
         if asked or past is not None:
             raise without_cache(
                 model,
-                "a forward returns none and takes none",
-                "leave use_cache out; give all tokens",
+                "a forward can neither take nor return one",
+                "leave use_cache out, and pass all tokens",
             )
         return False
     if model.training and model.is_gradient_checkpointing:
@@ -156,7 +156,7 @@ def wants_cache(model: RerollPreTrainedModel, asked: bool | None, past: Any) -> 
 
 
 def check_span(model: RerollPreTrainedModel, past: Any, tokens: Tensor | None) -> None:
-    """Raise UsageError where the original's cache would have dropped what its attention sees."""
+    """Raise UsageError where the original's cache would have dropped tokens still visible."""
     span = model.program.origin.cache_span
     before = 0 if span is None or past is None else past.get_seq_length()
     if span is not None and tokens is not None and before and before + tokens.shape[1] > span:
@@ -169,7 +169,7 @@ def check_span(model: RerollPreTrainedModel, past: Any, tokens: Tensor | None) -
 
 
 def refuse_attentions(model: RerollPreTrainedModel, wishes: dict[str, Any]) -> None:
-    """Attention weights are never formed, so nobody can have them: UsageError if one asks."""
+    """Raise UsageError if attention weights are requested, which a lowered model never computes."""
     asked = wishes.pop("output_attentions", None)
     if getattr(model.config, "output_attentions", False) if asked is None else asked:
         raise UsageError(

@@ -12,7 +12,7 @@ from reroll.rewrite.ir.program import Program
 from reroll.runtime.models.auto import register_models
 from reroll.runtime.state.caches import cache_config
 
-# what belongs to the original's class, to the file that it was in, or to the cache layers
+# entries that belong to the original's class, to its file, or to the cache layers
 _DROPPED = {
     "model_type", "architectures", "transformers_version", "auto_map", "dtype", "torch_dtype",
     "layer_types", "sliding_window", "attention_chunk_size", "per_layer_config", "kv_sharing_modes",
@@ -25,9 +25,9 @@ _DROPPED = {
 class RerollConfig(PreTrainedConfig):
     """Configuration of a model that reroll has lowered.
 
-    It has the original configuration's entries under their names, those of a nested text model on
-    the top level, and beside them `original_model_type`, `program_file`, and what transformers
-    needs to build the caches.
+    It has the original configuration's entries under their names, those of a nested text model at
+    the top level. It adds `original_model_type`, `program_file`, and what transformers needs to
+    build the caches.
     """
 
     model_type = "reroll"
@@ -39,18 +39,18 @@ class RerollConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # whoever loads a saved model makes its configuration first, and then asks for its class
+        # loading a saved model makes its configuration first, and then looks up its class
         register_models(RerollConfig)
         super().__post_init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """This configuration: it has the text model's entries on its own level."""
+        """Return this configuration, which has the text model's entries at the top level."""
         del decoder, encoder
         return self
 
     @classmethod
     def from_program(cls, program: Program) -> RerollConfig:
-        """The configuration of a Program's lowered model."""
+        """Make the configuration of a Program's lowered model."""
         original = program.origin.config
         entries = _flat(original)
         entries.update(cache_config(plan_states(program).layers))
@@ -60,7 +60,7 @@ class RerollConfig(PreTrainedConfig):
 
 
 def _flat(original: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a configuration, those of its text model under the names that it lacks."""
+    """Merge the entries of a nested text model, and those under general names, into one level."""
     entries = dict(original)
     nested = original.get("text_config")
     if isinstance(nested, Mapping):
@@ -73,7 +73,7 @@ def _flat(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attribute_map(model_type: Any) -> Mapping[str, str]:
-    """The names that transformers' class gives the entries of a model type beside their own."""
+    """Return the general names of configuration entries of a model type, with the names it uses."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:

@@ -1,4 +1,4 @@
-"""Lowered models that run once over their input: encoders of text, images and sound."""
+"""Lowered models that run once over their input: encoders of text, images and audio."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.modeling import RerollPreTrainedModel, naming
 from reroll.runtime.models.outputs import output_class
 
-# what a loss needs to know where an answer is
+# inputs of a loss for question answering: the position of the answer
 _LOSS_INPUTS = frozenset({"start_positions", "end_positions"})
 
 
@@ -42,11 +42,11 @@ class RerollModel(RerollPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The Program's outputs as a `ModelOutput`, with `loss` first if there are `labels`.
+        """Compute the Program's outputs as a `ModelOutput`, with `loss` first for `labels`.
 
-        The main input may be given by position whatever its name, and `inputs_embeds` [batch, time,
-        width] stand in for the embeddings of `input_ids`. `output_hidden_states`: those of the
-        original, all or by number.
+        The main input may be given by position, whatever its name. `inputs_embeds` [batch, time,
+        width] replace the embeddings of `input_ids`. `output_hidden_states` requests the original's
+        hidden states: all, or by number.
         """
         refuse_attentions(self, kwargs)
         given = {
@@ -79,7 +79,7 @@ class RerollModel(RerollPreTrainedModel):
     def loss(
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
-        """The loss of the model's task."""
+        """Compute the loss of the model's task."""
         raise UsageError(f"{type(self).__name__} has no loss", hint="compute one from its outputs")
 
 
@@ -121,11 +121,11 @@ class RerollForTokenClassification(RerollModel):
 
 
 class RerollForQuestionAnswering(RerollModel):
-    """A lowered model that finds answers in a text."""
+    """A lowered model that finds the span of an answer in a text."""
 
     @naming("start_positions", "end_positions", like=RerollModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `RerollModel.forward`, with `start_positions` and `end_positions` [batch]."""
+        """Run `RerollModel.forward`; `start_positions` and `end_positions` [batch] give a loss."""
         return super().forward(*args, **kwargs)
 
     def loss(

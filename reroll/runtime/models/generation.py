@@ -1,4 +1,4 @@
-"""Generation by a lowered model: the original's settings, and what there is instead of a cache."""
+"""Generation by a lowered model: the original's settings, with a cache or without one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 
 def generation_config(program: Program) -> GenerationConfig | None:
-    """The original model's settings: its file of them, else what its configuration says."""
+    """Return the original's generation settings, from its file or else its configuration."""
     path = program.origin.files.get(GENERATION_FILE)
     if path is not None and Path(path).is_file():
         try:
             return GenerationConfig.from_pretrained(Path(path).parent, Path(path).name)
-        # transformers, too, then goes by the configuration
+        # transformers then uses the configuration, too
         except (OSError, ValueError, TypeError) as error:
-            log.warning("%s cannot be read, and is passed over: %s", path, error)
+            log.warning("%s cannot be read, and is ignored: %s", path, error)
     original = dict(program.origin.config)
     try:
         config = CONFIG_MAPPING[original.get("model_type")].from_dict(original)
@@ -39,12 +39,12 @@ def generation_config(program: Program) -> GenerationConfig | None:
 class RerollGenerationMixin(GenerationMixin):
     """transformers' `generate` for lowered models, with a cache or without.
 
-    A model that was captured without a cache reads all tokens again for each new one.
+    A model that was captured without a cache processes all tokens again for each new one.
     """
 
     @property
     def keeps_cache(self) -> bool:
-        """Whether a cache can hold what new tokens need of those before."""
+        """Whether a cache can hold all that new tokens need of earlier ones."""
         raise NotImplementedError
 
     def _prepare_cache_for_generation(
@@ -71,10 +71,10 @@ class RerollGenerationMixin(GenerationMixin):
             role = "draft for another model" if drafts else "check what a draft model proposes"
             raise without_cache(self, f"it cannot {role}", "generate without an assistant")
         if model_kwargs.get("past_key_values") is not None:
-            raise without_cache(self, "past_key_values mean nothing to it", "give it all tokens")
+            raise without_cache(self, "it cannot use past_key_values", "pass all tokens")
         if model_kwargs.get("inputs_embeds") is not None:
             hint = "give it input_ids"
-            raise without_cache(self, "it cannot go on from embeddings, which it reads once", hint)
+            raise without_cache(self, "it cannot generate after embeddings", hint)
         if generation_config.use_cache and self.program.origin.cache_span == 0:
             hint = "use_cache=False gives what the original gives with use_cache=False"
             raise without_cache(self, "it does not generate as the original does with one", hint)
@@ -84,7 +84,10 @@ class RerollGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; where the original drops its cache at some length, so does this."""
+        """Prepare inputs as in transformers.
+
+        Drops the cache at the length at which the original drops its own.
+        """
         limit = self.program.origin.rereads_at
         crossed = limit is not None and input_ids.shape[1] >= limit
         if crossed and past_key_values and past_key_values.get_seq_length() < limit:
@@ -95,13 +98,13 @@ class RerollGenerationMixin(GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The padding mask as it is: the model makes its own masks, also for static caches."""
+        """Return the padding mask unchanged: the model makes its own masks."""
         del kwargs
         return attention_mask
 
 
 def without_cache(model: Any, consequence: str, hint: str) -> UsageError:
-    """The error of a caller who wants a cache of a model that was captured without one."""
+    """Make the error for a cache that is requested of a model captured without one."""
     remarks = model.program.origin.remarks
     why = "".join(f" ({remark})" for remark in remarks if remark.startswith(NO_CACHE))
     return UsageError(

@@ -1,4 +1,4 @@
-"""Loading a saved model as transformers' `from_pretrained` does."""
+"""Load a saved model as transformers' `from_pretrained` does."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def load_model(
     output_loading_info: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """The lowered model in a directory or hub repository that reroll saved, in eval mode.
+    """Load the lowered model of a directory or hub repository that reroll saved, in eval mode.
 
-    `dtype` is the Program's own or "auto", or fp32 for one in half precision; `device_map` is one
+    `dtype` is the Program's own or "auto", or fp32 for one in half precision. `device_map` is one
     device. Other arguments change entries of the configuration, as in transformers.
 
-    Raises UsageError for what a lowered model cannot do, such as quantisation on load, and for a
-    class that does not run it.
+    Raises UsageError for options that a lowered model does not support, such as quantisation on
+    load, and for a class that does not run this model.
     """
     hub = {
         key: kwargs.pop(key, None) for key in ("revision", "cache_dir", "token", "local_files_only")
@@ -47,7 +47,7 @@ def load_model(
     directory, adapter = _base_and_adapter(directory, adapter_kwargs)
     program = load_program(directory)
     fitting = MODELS.get(program.origin.auto_class, MODELS["AutoModel"])[1]
-    # what reads pictures is a language model as well
+    # a model that reads pictures can be loaded as a language model, too
     reads_text = cls.__name__ == "RerollForCausalLM" and fitting == "RerollForConditionalGeneration"
     if cls.__name__ not in (fitting, "RerollPreTrainedModel") and not reads_text:
         raise UsageError(
@@ -73,7 +73,7 @@ def load_model(
 def _base_and_adapter(
     directory: Path, adapter_kwargs: dict[str, Any] | None
 ) -> tuple[Path, Path | None]:
-    """The directory of the model, and that of the adapter to put on it: see `runtime.saving`."""
+    """Return the directory of the model, and that of the adapter to add to it, if there is one."""
     asked = (adapter_kwargs or {}).get("_adapter_model_path")
     if asked is not None:
         return directory, directory_of(str(asked))
@@ -86,7 +86,7 @@ def _base_and_adapter(
     return directory_of(str(base)), directory
 
 
-# arguments of from_pretrained that choose between ways of loading which are all the same here
+# arguments of from_pretrained that make no difference for a lowered model
 _NO_EFFECT = {
     "low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "force_download",
     "attn_implementation", "_from_auto", "_commit_hash", "code_revision",
@@ -97,16 +97,16 @@ _NO_EFFECT = {
 def _config(
     directory: Path, name: str, program: Program, config: Any, kwargs: dict[str, Any]
 ) -> RerollConfig:
-    """The configuration in a directory, changed by keyword.
+    """Load the configuration of a directory, changed by keyword arguments.
 
-    Raises UsageError for a change of what the Program fixes.
+    Raises UsageError for an unknown option, or a change of an entry that the Program fixes.
     """
     kwargs = {k: v for k, v in kwargs.items() if k not in _NO_EFFECT}
     stored = RerollConfig.from_pretrained(directory)
     own = config if isinstance(config, RerollConfig) else copy.deepcopy(stored)
     for option, value in kwargs.items():
         if not hasattr(own, option):
-            # callers such as lm-eval pass None for what they do not ask for
+            # callers such as lm-eval pass None for options that they do not use
             if value is None:
                 continue
             raise UsageError(
@@ -116,16 +116,16 @@ def _config(
         setattr(own, option, value)
     _check_fixed(own.to_dict(), stored.to_dict(), name)
     own.dtype = program.dtype
-    # what peft writes down as the model below an adapter
+    # peft records this as the base model of an adapter
     own.name_or_path = name
     return own
 
 
 def _check_fixed(own: dict[str, Any], stored: dict[str, Any], name: str) -> None:
-    """Raise UsageError for an entry of the original's configuration that has another value.
+    """Raise UsageError if an entry of the original's configuration has another value.
 
-    What all configurations have, and the numbers of tokens, are read when a lowered model runs; the
-    rest has become its graph.
+    Entries that all configurations have, and token ids, are read when a lowered model runs. All
+    others are fixed in its graph.
     """
     free = RerollConfig().to_dict().keys()
     for key, value in stored.items():
@@ -139,7 +139,10 @@ def _check_fixed(own: dict[str, Any], stored: dict[str, Any], name: str) -> None
 
 
 def _device(device_map: Any) -> torch.device | None:
-    """The one device of a device map."""
+    """Return the only device of a device map; None for the default device.
+
+    Raises UsageError if there are several devices, or if it is no device.
+    """
     if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
         device_map = next(iter(device_map.values()))
     if device_map is None:

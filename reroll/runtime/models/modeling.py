@@ -1,4 +1,4 @@
-"""The base of all lowered models: a `PreTrainedModel` that runs a Program's generated code."""
+"""The base class of all lowered models: a `PreTrainedModel` that runs generated code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from reroll.runtime.state.caches import layers_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# what callers pass to any model of transformers, and what changes no output of any
+# arguments that callers pass to every model of transformers, and that change no output
 _NO_EFFECT = frozenset(
     {
         "use_cache",
@@ -45,10 +45,11 @@ _NO_EFFECT = frozenset(
 
 
 def naming(*names: str, like: Callable[..., Any] | None = None) -> Callable[[F], F]:
-    """Name inputs in a forward's signature that it takes among others.
+    """Add inputs to a forward's signature that it takes as keyword arguments.
 
-    A trainer keeps of a dataset what the signature names, so that these are read, or refused.
-    `like` is the forward whose signature is taken, if not the own one.
+    A trainer keeps only the columns of a dataset that are in the signature. With these added, the
+    columns are either read or refused. `like` is a forward whose signature is extended instead of
+    the function's own.
     """
 
     def named(forward: F) -> F:
@@ -65,7 +66,7 @@ def naming(*names: str, like: Callable[..., Any] | None = None) -> Callable[[F],
 class RerollPreTrainedModel(PreTrainedModel):
     """A lowered Program with the interface of transformers' models.
 
-    Its weights are under the original's names, one module per trip of a loop. Made by
+    Its weights have the original's names, with one module per trip of a loop. It is made by
     `reroll.runtime.lowering.lower` or `from_pretrained`.
     """
 
@@ -97,20 +98,20 @@ class RerollPreTrainedModel(PreTrainedModel):
 
     @property
     def program(self) -> Program:
-        """The Program that this model runs, with the weights that it was made from."""
+        """The Program that this model runs, with the weights from which it was made."""
         return self._program.value
 
     @property
     def keeps_cache(self) -> bool:
-        """Whether a cache holds all that new tokens need of those before, so they are read alone.
+        """Whether a cache holds all that new tokens need of earlier ones.
 
-        A model that was captured without a cache keeps none, even if a pass has put recurrences
-        into it: what else mixes its tokens has no state.
+        New tokens are then computed alone. A model that was captured without a cache keeps none,
+        even if a pass has inserted recurrences: its other operations that mix tokens have no state.
         """
         return bool(self._assembly.layers) and self.program.has_past
 
     def load_weights(self, device: torch.device | str | None = None) -> None:
-        """Compute the Program's weights and put them in place."""
+        """Compute the Program's weights and set them in the modules."""
         slots = self._assembly.tree.slots
         table = self.program.weights
         slot_of = {at: slots[key] for key, at in table.distinct().items() if key in slots}
@@ -119,11 +120,11 @@ class RerollPreTrainedModel(PreTrainedModel):
             slot_of[name, entry].fill(tensor.to(device) if device is not None else tensor)
 
     def code(self) -> Mapping[str, str]:
-        """The generated Python source: "main", and one function per loop."""
+        """Return the generated Python source: "main", and one function per loop."""
         return dict(self._assembly.sources)
 
     def compile_trips(self, **options: Any) -> None:
-        """Compile what loops run, each body once for all its trips: `torch.compile` by region.
+        """Compile the body of each loop once for all its trips, by `torch.compile`.
 
         `options` are those of `torch.compile`.
         """
@@ -133,17 +134,17 @@ class RerollPreTrainedModel(PreTrainedModel):
     def set_trips(
         self, trips: int | None, *, backprop: int | None = None, loop: str | None = None
     ) -> None:
-        """Run another number of trips from now on; None is the number of the Program.
+        """Set the number of trips for later forwards; None is the number of the Program.
 
-        For loops whose trips are all alike, as `loop_core` makes them: one of them by name, or all
-        that have several.
-        `backprop`: gradients flow through the last so many trips only. `reroll.sample_trips` draws
-        numbers for training. Raises UsageError if the trips differ, or are less than one.
+        It applies to loops whose trips are all alike, as `loop_core` makes them: to the one that
+        `loop` names, or to all with several trips. With `backprop`, gradients flow through that
+        many last trips only. `reroll.sample_trips` draws numbers for training. Raises UsageError if
+        the trips differ, or if a number is less than one.
         """
         set_trips(self.program, self._assembly.loops, trips, backprop, loop)
 
     def trip_modules(self) -> list[nn.Module]:
-        """The trips of all loops, in the order in which they run."""
+        """Return the trips of all loops, in the order in which they run."""
         return [t for trips in self._assembly.loops.values() for t in trips.modules]
 
     @classmethod
@@ -155,7 +156,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         return load_model(cls, pretrained_model_name_or_path, **kwargs)
 
     def to_program(self) -> Program:
-        """The Program with the weights that the model has now."""
+        """Return the Program with the present weights of the model."""
         return program_of(self)
 
     def save_pretrained(
@@ -166,11 +167,11 @@ class RerollPreTrainedModel(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save as `Program.save` does, with the weights and the configurations of now.
+        """Save as `Program.save` does, with the present weights and configurations.
 
-        See `reroll.runtime.models.saving`. A directory that exists is kept, and its files are
-        replaced.
-        Arguments that say how transformers lays out its own checkpoints have no effect.
+        See `reroll.runtime.models.saving`. In an existing directory, only files of the same names
+        are replaced. Arguments that say how transformers lays out its own checkpoints have no
+        effect.
         """
         from reroll.runtime.models.saving import save_model
 
@@ -183,14 +184,15 @@ class RerollPreTrainedModel(PreTrainedModel):
             save_model(self, str(save_directory), state_dict, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict of this model, or the tensors of a file that it saved."""
+        """Load a state dict of this model, or the tensors of a file that it has saved."""
         return super().load_state_dict(from_stored(self, state_dict), *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move the model, or bring it to another dtype: `to`, `half` and others end here.
+        """Move the model or change its dtype; `to`, `half` and others call this.
 
-        Another dtype is another Program. What that keeps in fp32, as the frequencies of rotary
-        embeddings, stays in fp32. Raises UsageError where it does not run in the dtype.
+        Another dtype means another Program. Tensors that this Program keeps in fp32, such as the
+        frequencies of rotary embeddings, stay in fp32. Raises UsageError if the Program does not
+        run in the dtype.
         """
         if "_assembly" not in self.__dict__:
             return super()._apply(fn, recurse)
@@ -212,9 +214,9 @@ class RerollPreTrainedModel(PreTrainedModel):
     def documents(
         self, given: Mapping[str, Tensor | None], use_cache: bool | None, past: Any
     ) -> Documents | None:
-        """The documents of packed rows, where the original would keep them apart: without a cache.
+        """Find the documents of packed rows, where the original keeps them apart: without a cache.
 
-        `use_cache` is what the caller asked for.
+        `use_cache` is what the caller requested.
         """
         caches = self.config.use_cache if use_cache is None else use_cache
         trains = self.training and self.is_gradient_checkpointing
@@ -225,8 +227,9 @@ class RerollPreTrainedModel(PreTrainedModel):
     def run_program(
         self, given: Mapping[str, Tensor | None], past: Any = None, **wishes: Any
     ) -> tuple[dict[str, Tensor], State]:
-        """The outputs of the Program by name. `past` is a transformers cache; see `State` for
-        wishes.
+        """Run the Program, and return its outputs by name and the final `State`.
+
+        `past` is a transformers cache; see `State` for `wishes`.
         """
         if wishes.get("embeddings") is not None:
             self._refuse_derived(given)
@@ -242,7 +245,7 @@ class RerollPreTrainedModel(PreTrainedModel):
     def explained(
         self, error: Exception, given: Mapping[str, Tensor | None], layers: Any
     ) -> Exception:
-        """The reason of an error in terms of the inputs, if these are at fault; else the error."""
+        """Convert an error to one about the inputs if these caused it, else return it unchanged."""
         past = 0 if layers is None else int(layers[0].get_seq_length())
         known = out_of_reach(self.program, given, past)
         if known is not None:
@@ -253,7 +256,7 @@ class RerollPreTrainedModel(PreTrainedModel):
                 return UsageError(
                     f"a mask with a row for each query does not fit this call: {error}",
                     where=item.name,
-                    hint="what this model computes beside attention may need the padding itself: "
+                    hint="other operations than attention may need the padding mask: "
                     "give it as [batch, tokens]",
                 )
             if not item.counts or value is None or tokens is None:
@@ -266,7 +269,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         return error
 
     def _arguments(self, given: Mapping[str, Tensor | None], layers: Any) -> list[Tensor | None]:
-        """The Program's inputs in order; those that were left out as the original has them."""
+        """Return the Program's inputs in order, with the original's defaults for those left out."""
         values = {i.name: given.get(i.name) for i in self.program.inputs}
         past = 0 if layers is None else layers[0].get_seq_length()
         return self._completed(values, self.program.inputs, past)
@@ -274,7 +277,10 @@ class RerollPreTrainedModel(PreTrainedModel):
     def _completed(
         self, values: dict[str, Tensor | None], items: Iterable[Input], past: Any
     ) -> list[Tensor | None]:
-        """All values, those of `items` that were left out computed; one row stands for a batch."""
+        """Return all values in order, computing those of `items` that were left out.
+
+        Values with one row are expanded to the batch. Raises UsageError for floats in place of ids.
+        """
         for item in items:
             value = values[item.name]
             if value is None:
@@ -285,7 +291,7 @@ class RerollPreTrainedModel(PreTrainedModel):
                         f"{item.name} are whole numbers, not {value.dtype}",
                         where=type(self).__name__,
                     )
-                # processors give pixels and sounds in fp32, and many originals narrow them first
+                # processors return pixels and audio in fp32, which many originals convert first
                 values[item.name] = value.to(item.type.dtype)
             elif item.role != "data" and value.shape[0] == 1:
                 values[item.name] = fitted(item, value, self._sizes(item, values)[0])
@@ -294,9 +300,9 @@ class RerollPreTrainedModel(PreTrainedModel):
         return list(values.values())
 
     def _long_enough(self, item: Input, values: Mapping[str, Tensor | None], past: Any) -> Any:
-        """A padding mask [batch, tokens], which hides what is behind its end, as in transformers.
+        """Extend a padding mask [batch, tokens] to all tokens, with zeros, as in transformers.
 
-        Attention that is not causal takes one that hides nothing for none.
+        For attention that is not causal, a mask that hides nothing stays as it is.
         """
         mask = values[item.name]
         if mask is None or mask.dim() != 2 or torch.compiler.is_compiling():
@@ -309,10 +315,10 @@ class RerollPreTrainedModel(PreTrainedModel):
         return nn.functional.pad(mask, (0, missing))
 
     def refuse_unread(self, given: Mapping[str, Any], taken: Collection[str] = ()) -> None:
-        """Raise UsageError for what the Program has no input for.
+        """Raise UsageError for values that the Program has no input for.
 
-        `taken` are names that the caller makes use of itself. Token types of nothing but zero are
-        what a Program without them takes for granted, unless the capture left them out.
+        `taken` are names that the caller uses itself. Token types that are all zero are accepted,
+        unless the capture left that input out.
         """
         for name, value in given.items():
             known = name in self._input_names or name in _NO_EFFECT or name in taken
@@ -325,7 +331,7 @@ class RerollPreTrainedModel(PreTrainedModel):
             raise self.unread_input(name)
 
     def unread_input(self, name: str) -> UsageError:
-        """The error of an input that the Program does not have."""
+        """Make the error for an input that the Program does not have."""
         captured = f"it was captured with {', '.join(sorted(self._input_names))}"
         return UsageError(
             f"the model has no input {name}",
@@ -334,16 +340,19 @@ class RerollPreTrainedModel(PreTrainedModel):
         )
 
     def _left_out(self, name: str) -> str | None:
-        """The remark on an input that the capture left out."""
+        """Return the remark about an input that the capture left out, or None."""
         word = re.compile(rf"\b{re.escape(name)}\b")
         return next((r for r in self.program.origin.remarks if word.search(r)), None)
 
     def _default(
         self, item: Input, values: Mapping[str, Tensor | None], past: Any
     ) -> Tensor | None:
-        """What stands for an input that was left out."""
+        """Return the default of an input that was left out; None if a missing value is allowed.
+
+        Raises UsageError for an input that has no default.
+        """
         own = self._assembly.defaults.get(item.name)
-        # without the past, a mask that is made of tokens covers too little, and none hides nothing
+        # after a past, a mask computed from the new tokens is too short, and no mask hides nothing
         if own is not None and (item.role != "padding" or _is_zero(past)):
             return self._computed(item, own, values, past)
         if item.role == "data":
@@ -355,7 +364,7 @@ class RerollPreTrainedModel(PreTrainedModel):
     def _computed(
         self, item: Input, own: Default, values: Mapping[str, Tensor | None], past: Any
     ) -> Tensor:
-        """A default that is a function of the inputs before it."""
+        """Compute a default that is a function of the inputs before it."""
         given = []
         for other in self.program.inputs:
             if other.name not in own.reads:
@@ -375,7 +384,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         return fitted(item, value, batch)
 
     def _counted(self, item: Input, values: Mapping[str, Tensor | None], past: Any) -> Tensor:
-        """A default that follows from sizes, as the input's role says."""
+        """Compute a default that follows from sizes, according to the input's role."""
         batch, length, device = self._sizes(item, values)
         if item.counts:
             positions: Tensor = torch.arange(length, device=device) + past
@@ -387,14 +396,14 @@ class RerollPreTrainedModel(PreTrainedModel):
     def _sizes(
         self, item: Input, values: Mapping[str, Tensor | None]
     ) -> tuple[int, int, torch.device]:
-        """Batch, length and device of the data that an input of these types goes with."""
+        """Return batch, length and device of the data that an input belongs to."""
         value = self._data_beside(item, values)
         if value is None:
             raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
         return value.shape[0], value.shape[1], value.device
 
     def _data_beside(self, item: Input, values: Mapping[str, Tensor | None]) -> Tensor | None:
-        """The data of the encoder or decoder that an input belongs to, if they are given."""
+        """Return the data of the encoder or decoder that an input belongs to, or None."""
         decoder = item.name.startswith("decoder_")
         return next(
             (
@@ -406,7 +415,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         )
 
     def _tokens(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
-        """The token ids; beside embeddings, ids of which only the size matters."""
+        """Return the token ids; for embeddings, ids of the same size whose values are not read."""
         if embeddings is None:
             return ids
         if ids is not None or not self._assembly.takes_embeddings:
@@ -417,7 +426,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         )
 
     def _refuse_derived(self, given: Mapping[str, Tensor | None]) -> None:
-        """Refuse embeddings where other tokens would have to be made of the tokens."""
+        """Raise UsageError for embeddings where another input is computed from the tokens."""
         for item in self.program.inputs:
             if item.role == "data" and item.default is not None and given.get(item.name) is None:
                 raise UsageError(
@@ -425,11 +434,12 @@ class RerollPreTrainedModel(PreTrainedModel):
                     where=type(self).__name__,
                 )
 
-    # ---- what transformers asks of its models
+    # ---- the interface of transformers' models
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """Refuse what `generate` was given and the Program does not read, before transformers
-        does.
+        """Raise UsageError for arguments of `generate` that the Program does not read.
+
+        transformers' own check runs afterwards, on the others.
         """
         named = inspect.signature(self.forward).parameters
         self.refuse_unread({k: v for k, v in model_kwargs.items() if k not in named})
@@ -469,10 +479,10 @@ class RerollPreTrainedModel(PreTrainedModel):
         return self._assembly.embeddings
 
     def init_weights(self) -> None:
-        """Nothing: the weights come from the Program."""
+        """Do nothing: the weights come from the Program."""
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: tied weights are one Parameter from the start."""
+        """Do nothing: tied weights are one Parameter from the start."""
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         return dict(self._tied_weights_keys or {})
@@ -489,7 +499,7 @@ def _flat(value: Any) -> list[Any]:
 
 
 class _Shared:
-    """The Program that copies of a model share."""
+    """A reference to the Program, which copies of a model share."""
 
     def __init__(self, value: Program) -> None:
         self.value = value
@@ -499,5 +509,5 @@ class _Shared:
 
 
 def _is_zero(past: Any) -> bool:
-    # the length of a static cache is a tensor, and is not looked into while compiling
+    # the length of a static cache is a tensor, whose value cannot be read while compiling
     return isinstance(past, int) and past == 0

@@ -1,4 +1,4 @@
-"""The outputs of lowered models that have no output class of their own in transformers."""
+"""Output classes of lowered models for which transformers has none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 @cache
 def output_class(names: tuple[str, ...]) -> type[ModelOutput]:
-    """A `ModelOutput` with these fields, in order, all optional."""
+    """Make a `ModelOutput` class with these fields, in order, all optional."""
     fields = [(name, Tensor | None, field(default=None)) for name in names]
     namespace = {"__module__": __name__, "__doc__": f"The outputs {', '.join(names)}."}
     return make_dataclass("RerollOutput", fields, bases=(ModelOutput,), namespace=namespace)

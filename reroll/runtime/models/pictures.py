@@ -1,4 +1,4 @@
-"""Running a Program that reads pictures: all of it with pictures, its text part without."""
+"""Run a Program that reads pictures: all of it with pictures, its text part without."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reroll.rewrite.ir.records import Input
 
 
 def put_pictures(embeddings: Tensor, places: Tensor, features: Tensor) -> Tensor:
-    """Embeddings [batch, time, width] with features of pictures at `places`, in their order.
+    """Write features of pictures into embeddings [batch, time, width] at `places`, in order.
 
     Raises UsageError unless there are as many places as features.
     """
@@ -22,14 +22,14 @@ def put_pictures(embeddings: Tensor, places: Tensor, features: Tensor) -> Tensor
     wanted, given = int(places.sum()), features.numel()
     if wanted != given:
         raise UsageError(
-            f"the text has {wanted // width} places for pictures, which fill {given // width}",
+            f"the text has {wanted // width} places for pictures, not {given // width}",
             hint="make the inputs with the model's processor",
         )
     return embeddings.masked_scatter(places, features)
 
 
 def count_places(program: Program) -> None:
-    """Let a main graph count the places that pictures take before it fills them, in place."""
+    """Let a main graph check the number of places for pictures before filling them, in place."""
     for node in program.graph.nodes:
         if node.target is MERGE:
             node.target = put_pictures
@@ -38,8 +38,8 @@ def count_places(program: Program) -> None:
 def with_pictures(
     whole: Callable[..., Any], text: Callable[..., Any], inputs: tuple[Input, ...]
 ) -> Callable[..., Any]:
-    """The function that calls `whole` where pictures are given, and `text` elsewhere."""
-    # behind the module, which comes first
+    """Make a function that calls `whole` if pictures are given, else `text`."""
+    # arguments begin at 1: the module is argument 0
     places = {i: item for i, item in enumerate(inputs, 1) if item.role == ROLE}
 
     def main(*arguments: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Saving a lowered model as transformers' `save_pretrained` does.
+"""Save a lowered model as transformers' `save_pretrained` does.
 
 config.json, program.json, ...     the model, with the weights and configurations of now
 adapter_config.json, ...           the active adapter of peft, if there is one
 
-A model that has adapters of peft (`add_adapter`) is saved as transformers saves one: the adapter
-alone, with the directory that the model was loaded from. A model that was not loaded from a
-directory is saved beside its adapter, and `from_pretrained` puts the adapter back on.
+A model that has adapters of peft (`add_adapter`) is saved as transformers saves one: only the
+adapter, with the path from which the model was loaded. A model that was not loaded from a
+directory is saved with its adapter, and `from_pretrained` adds the adapter again.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def save_model(
     save_peft_format: bool = True,
     **layout: Any,
 ) -> None:
-    """Write a lowered model, or its adapter, to a directory. `state` has its tensors if given.
+    """Write a lowered model, or its adapter, to a directory; `state` has its tensors if given.
 
-    Raises UsageError for a module that the Program has no place for, for tensors that are missing,
-    and for a directory whose adapter would be put on a model that had none.
+    Raises UsageError for a module that the Program has no place for, and for missing tensors. It
+    also raises for a directory that holds an adapter if the model has none, because loading would
+    add it.
     """
     del layout
     adapted = bool(getattr(model, "_hf_peft_config_loaded", False))

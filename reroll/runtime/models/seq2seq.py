@@ -22,7 +22,7 @@ from reroll.runtime.state.caches import layers_of
 
 
 class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
-    """A lowered encoder-decoder model. In generation, the encoder runs once."""
+    """A lowered encoder-decoder model, whose encoder runs once in generation."""
 
     def forward(
         self,
@@ -42,11 +42,11 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits [batch, time, vocabulary] of the decoder's next token.
+        """Compute the logits [batch, time, vocabulary] of the decoder's next token.
 
-        `encoder_outputs` is what `get_encoder()` returned, or any output whose first item is the
+        `encoder_outputs` is the result of `get_encoder()`, or any output whose first item is the
         encoder's last hidden state. `labels` are the decoder's tokens, -100 where they do not
-        count; without `decoder_input_ids`, those are the labels moved one to the right.
+        count. Without `decoder_input_ids`, the decoder gets the labels shifted right by one.
         """
         refuse_attentions(self, kwargs)
         self.refuse_unread(kwargs)
@@ -69,7 +69,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
             **{k: v for k, v in kwargs.items() if k in self._input_names},
         }
         if given.get(self.main_input_name) is None:
-            # by position, the main input comes first whatever its name
+            # if given by position, the main input is the first argument, whatever its name
             given[self.main_input_name] = input_ids
         if encoder_outputs is None:
             encoder_outputs = self.encode(given, output_hidden_states)
@@ -102,7 +102,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
     def encode(
         self, given: Mapping[str, Tensor | None], output_hidden_states: Wish = None
     ) -> BaseModelOutput:
-        """The encoder's last hidden state, and whatever else the decoder computes from it alone."""
+        """Compute the encoder's last hidden state, and what the decoder derives from it alone."""
         values = self._half_arguments(given, "encoder")
         states, wish = hidden_states(self, output_hidden_states)
         state = State(self._assembly.loops, hidden=states)
@@ -143,7 +143,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
     def _half_arguments(
         self, given: Mapping[str, Tensor | None], half: str, state: State | None = None
     ) -> list[Tensor | None]:
-        """All inputs in order, those of the other half left out unless they are given."""
+        """Return all inputs in order; those of the other half are None unless given."""
         past: Any = 0
         if state is not None and state.layers is not None:
             past = state.layers[0].get_seq_length()
@@ -154,7 +154,11 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         return self._completed(values, own, past)
 
     def _shifted(self, labels: Tensor) -> Tensor:
-        """Labels moved one to the right, behind the configuration's first token or their last."""
+        """Shift labels right by one, behind the start token or their own last token.
+
+        Their last token comes first where the original wraps labels. Raises UsageError if no start
+        token is known.
+        """
         pad = self.config.pad_token_id
         if self.program.origin.wraps_labels and pad is not None:
             filled = labels.masked_fill(labels == -100, pad)
@@ -175,20 +179,20 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
         mask = inputs.get("decoder_attention_mask")
         if mask is not None and "decoder_position_ids" in self._input_names:
-            # counted from the first token that is not padding
+            # positions count from the first token that is not padding
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
             length = inputs["decoder_input_ids"].shape[1]
             inputs.setdefault("decoder_position_ids", positions[:, -length:])
         return inputs
 
     def get_encoder(self, modality: str | None = None) -> Any:
-        """The encoder as something to call with the encoder's inputs."""
+        """Return the encoder as a callable that takes the encoder's inputs."""
         del modality
         return Encoder(self)
 
 
 class RerollForSpeechSeq2Seq(RerollForSeq2SeqLM):
-    """A lowered model from sound to text; `decoder_input_ids` are its prompt as it is."""
+    """A lowered model from speech to text; `decoder_input_ids` are its prompt, without changes."""
 
     def _prepare_decoder_input_ids_for_generation(
         self,
@@ -198,7 +202,7 @@ class RerollForSpeechSeq2Seq(RerollForSeq2SeqLM):
         *rest: Any,
         **kw: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        # transformers puts the start token before any prompt but that of its own speech models
+        # transformers prepends the start token to all prompts except those of its own speech models
         prompt = model_kwargs.pop("decoder_input_ids", None)
         if prompt is not None:
             return prompt, model_kwargs
@@ -215,7 +219,7 @@ class Encoder:
         self.main_input_name = model.main_input_name
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
-        """The output for the encoder's inputs, the main one by position or all by keyword."""
+        """Encode the encoder's inputs: the main one by position, or all by keyword."""
         given = dict(kwargs)
         wish = given.pop("output_hidden_states", None)
         if args:

@@ -1,7 +1,7 @@
-"""The state of a lowered module: the cache layers of transformers and of ours that keep it.
+"""The state of a lowered module, in cache layers of transformers and of reroll.
 
-transformers builds its caches from a configuration's `layer_types`, so a Program's cache layers, in
-the order in which they run, are written there.
+transformers builds its caches from a configuration's `layer_types`. That entry therefore lists the
+cache layers of a Program, in the order in which they run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reroll.rewrite.analysis.state_plan import CacheLayer, readers
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import CACHE, RECURRENCE
 
-# where a configuration has the size of a cache layer
+# the configuration entry that holds a cache layer's size, by kind
 _SIZES = {
     "sliding_attention": "sliding_window",
     "hybrid_sliding": "sliding_window",
@@ -25,8 +25,8 @@ _SIZES = {
 
 
 def own_type(layer: CacheLayer) -> type | None:
-    """The class of ours that keeps this, where transformers has none."""
-    # transformers is imported by what keeps a state, not by who only plans it
+    """Return reroll's class for a cache layer, or None where transformers has one for it."""
+    # imported here, because transformers is needed to hold a state but not to plan one
     from reroll.runtime.functions.recurrences import RecurrentLayer
     from reroll.runtime.state.windows import WindowLayer
 
@@ -38,7 +38,7 @@ def own_type(layer: CacheLayer) -> type | None:
 
 
 def _make(layer: CacheLayer) -> Any:
-    """A new layer of `own_type`."""
+    """Make a new layer of `own_type`."""
     own = own_type(layer)
     assert own is not None
     sizes = () if layer.kind == "hybrid_sliding" else (layer.size or 0, layer.prefix)
@@ -48,8 +48,9 @@ def _make(layer: CacheLayer) -> Any:
 def append(
     layers: Any, number: int, k: Tensor, v: Tensor, **options: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Add new keys and values to a cache layer; all of them so far, or just these without a
-    cache. `options` may be the padding: see `tell_padding`.
+    """Add new keys and values to a cache layer, and return all of them so far.
+
+    Without a cache, returns the new ones. `options` may be the padding: see `tell_padding`.
     """
     return (k, v) if layers is None else layers[number].update(k, v, **options)
 
@@ -57,7 +58,7 @@ def append(
 def append_exactly(
     layers: Any, number: int, k: Tensor, v: Tensor, **options: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`append`, without the slots that a static layer has not filled."""
+    """Run `append`, and cut off the slots that a static layer has not filled."""
     keys, values = append(layers, number, k, v, **options)
     if layers is None or not layers[number].is_compileable:
         return keys, values
@@ -66,9 +67,9 @@ def append_exactly(
 
 
 def update_function(node: fx.Node) -> Callable[..., Any]:
-    """How to update the layer of a node that owns state.
+    """Return the function that updates the layer of a stateful node.
 
-    Only attention can do with slots that are empty.
+    Only attention can take keys that include unfilled slots.
     """
     if node.target is RECURRENCE:
         from reroll.runtime.functions.recurrences import recur
@@ -78,7 +79,7 @@ def update_function(node: fx.Node) -> Callable[..., Any]:
 
 
 def tell_padding(cache: fx.Node) -> None:
-    """Let a cache node take the padding, in place, if its layer has to know the first tokens."""
+    """Pass the padding to a cache node, in place, if its layer has to find the first tokens."""
     if cache.target is not CACHE:
         return
     prefixed = [n for n in readers(cache) if n is not None and argument(n, "prefix") is not None]
@@ -87,12 +88,12 @@ def tell_padding(cache: fx.Node) -> None:
 
 
 def layer_of(layers: Any, number: int) -> Any:
-    """One cache layer, or None without a cache."""
+    """Return one cache layer, or None without a cache."""
     return None if layers is None else layers[number]
 
 
 class _Offloaded:
-    """A layer of a cache that moves its layers between devices: it has to be updated by number."""
+    """A layer of a cache that moves its layers between devices: it is updated through the cache."""
 
     def __init__(self, cache: Any, number: int) -> None:
         self.cache, self.number = cache, number
@@ -109,9 +110,10 @@ class _Offloaded:
 
 
 def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
-    """The layers of a transformers cache, made now where it makes them on demand.
+    """Return the layers of a transformers cache, creating those that it creates on demand.
 
-    A layer that is still empty gives way to one of ours where the plan wants one.
+    An empty layer is replaced by one of reroll's where the plan requires it. Raises UsageError if
+    the cache has too few layers, or if a layer to be replaced is not empty.
     """
     from transformers import DynamicCache
 
@@ -134,7 +136,7 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
     if type(cache) is DynamicCache and not cache.offloading:
         make_growing(cache.layers)
     if cache.offloading:
-        # layers of ours are small, and stay where they are
+        # reroll's own layers are small, so they are not offloaded
         return [
             cache.layers[n] if own_type(planned) is not None else _Offloaded(cache, n)
             for n, planned in enumerate(plan)
@@ -145,7 +147,7 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
 def _replace(layers: list[Any], number: int, own: Any) -> None:
     if layers[number].get_seq_length():
         raise UsageError(
-            f"layer {number} of the cache is full of what another model has put there",
+            f"layer {number} of the cache holds tokens, in another format than this model's",
             hint="begin with an empty cache: DynamicCache(config=model.config)",
         )
     own.record_past = getattr(layers[number], "record_past", False)
@@ -153,7 +155,7 @@ def _replace(layers: list[Any], number: int, own: Any) -> None:
 
 
 def cache_config(layers: Sequence[CacheLayer]) -> dict[str, Any]:
-    """The configuration entries that make transformers build these cache layers."""
+    """Return the configuration entries that make transformers build these cache layers."""
     if not layers:
         return {}
     config: dict[str, Any] = {
@@ -166,7 +168,7 @@ def cache_config(layers: Sequence[CacheLayer]) -> dict[str, Any]:
         if layer.kind in _SIZES:
             own[_SIZES[layer.kind]] = max(1, (layer.size or 0) + layer.prefix)
         for name, value in own.items():
-            # the first layer that has a size says it for all that do not differ
+            # the first layer with this entry sets the default; layers that differ override it
             if value is not None and config.setdefault(name, value) != value:
                 overrides.setdefault(str(number), {})[name] = value
     if overrides:

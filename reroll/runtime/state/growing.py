@@ -1,7 +1,7 @@
 """A cache layer that grows in place.
 
-transformers' dynamic layer copies all keys and values so far at every token. This one keeps room
-for more behind them and writes the new ones there, so that a token costs a token.
+transformers' dynamic layer copies all keys and values so far at every token. This one allocates
+spare room behind them and writes new ones there, so that a token costs only its own copy.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-# room for a quarter more, and for this many tokens at least
+# spare room is a quarter of the tokens, and at least this many
 _ROOM = 64
 
 
 class GrowingLayer(DynamicLayer):
     """A dynamic layer whose `keys` and `values` are the filled part of larger tensors.
 
-    Whatever replaces `keys` and `values` (cropping, reordering beams, moving to another device)
-    makes the next update start over with tensors of its own, and so does a copy of the layer. Where
-    gradients flow, and in compiled code, it does what `DynamicLayer` does.
+    If anything replaces `keys` and `values` (cropping, reordering beams, moving to another device),
+    the next update allocates new tensors. So does a copy of the layer. Where gradients flow, and in
+    compiled code, it does what `DynamicLayer` does.
     """
 
     keys: Tensor | None
@@ -51,12 +51,12 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _has_room(self, total: int) -> bool:
-        """Whether the present keys and values are our own and have room behind them."""
+        """Whether keys and values are in the layer's own tensors, with room for `total` tokens."""
         if self._whole is None or self._filled is None or self._whole[0].shape[2] < total:
             return False
         if self.keys is not self._filled[0] or self.values is not self._filled[1]:
             return False
-        # what was made in inference mode cannot be written to outside of it
+        # inference tensors cannot be written to outside of inference mode
         return torch.is_inference_mode_enabled() or not self._whole[0].is_inference()
 
     def reset(self) -> None:
@@ -70,7 +70,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _enlarged(old: Tensor, past: int, new: Tensor, total: int) -> Tensor:
-    """A tensor with room for more, the past copied into it."""
+    """Allocate a tensor with spare room, and copy the past into it."""
     room = total + max(total // 4, _ROOM)
     whole = new.new_empty(*new.shape[:2], room, new.shape[3])
     if past:
@@ -79,7 +79,7 @@ def _enlarged(old: Tensor, past: int, new: Tensor, total: int) -> Tensor:
 
 
 def make_growing(layers: list[Any]) -> None:
-    """Let the full-attention layers of a dynamic cache that is still empty grow in place."""
+    """Turn the empty full-attention layers of a dynamic cache into `GrowingLayer`s, in place."""
     if torch.compiler.is_compiling():
         return
     for layer in layers:

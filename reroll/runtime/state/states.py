@@ -1,4 +1,4 @@
-"""State of constant size that can go back: snapshots of a cache, and layers that undo tokens."""
+"""State of constant size that can be rewound: snapshots of a cache, and layers that undo tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from reroll.errors import UsageError
 class Rewinding:
     """A cache layer that replaces its tensors at every update and never writes into them.
 
-    `state_names` are the attributes that are its state. A snapshot therefore is a few references,
-    and while `record_past` is on (transformers' `activate_past_recording`), `crop` can undo tokens:
-    it goes back to the state before an update and does that again with fewer tokens.
+    `state_names` are the attributes that hold its state, so a snapshot is a few references. While
+    `record_past` is on (transformers' `activate_past_recording`), `crop` can undo tokens. It
+    restores the state before an update and repeats that update with fewer tokens.
     """
 
     state_names: ClassVar[tuple[str, ...]]
@@ -26,7 +26,7 @@ class Rewinding:
     _past: list[tuple[tuple[Any, ...], int, Callable[[int], Any]]] | None = None
 
     def snapshot(self) -> tuple[Any, ...]:
-        """The state as it is, for `restore`."""
+        """Return the present state, for `restore`."""
         return tuple(getattr(self, name) for name in self.state_names)
 
     def restore(self, saved: tuple[Any, ...]) -> None:
@@ -39,12 +39,18 @@ class Rewinding:
         self.record_past = True
 
     def _recorded(self, length: int, again: Callable[[int], Any]) -> None:
-        """Remember the present state: `length` tokens come now, `again(n)` adds the first n."""
+        """Record the present state before `length` tokens are added.
+
+        `again(n)` adds the first n of these tokens to the state.
+        """
         if self.record_past:
             self._past = [*(self._past or ()), (self.snapshot(), length, again)]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor of the state, row by row the same, by `change` of it."""
+        """Replace every tensor of the state by `change` of it.
+
+        `change` selects, repeats or moves rows of the batch, which are the first dimension.
+        """
         raise NotImplementedError
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -57,7 +63,10 @@ class Rewinding:
         self._each(lambda x: x[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Undo the last -`tokens_to_remove` tokens, and forget what could be undone before."""
+        """Undo the last -`tokens_to_remove` tokens, and drop the recorded past.
+
+        Raises UsageError for a positive number, and if that many tokens were not recorded.
+        """
         if tokens_to_remove > 0:
             raise UsageError("crop takes the tokens to remove as a negative number")
         remove, past = -tokens_to_remove, self._past or []
@@ -78,21 +87,21 @@ class Rewinding:
         self._past = None
 
 
-# ---- some rows of a batch at a time
+# ---- rows of a batch
 
-# what a layer of transformers' that replaces its tensors has beside its settings
+# the state attributes of transformers' sliding layer, which replaces its tensors
 _SLIDING = ("keys", "values", "cumulative_length", "is_initialized")
 _FLAGS = ("has_previous_state", "is_initialized")
 
 
 def can_split(layer: Any) -> bool:
-    """Whether a layer replaces its tensors at every update, so that its rows can be told apart."""
+    """Whether a layer replaces its tensors at every update, so that it can be split by rows."""
     kinds = (Rewinding, DynamicSlidingWindowLayer)
     return isinstance(layer, kinds) and not getattr(layer, "record_past", False)
 
 
 def rows_of(layer: Any, rows: Tensor, batch: int) -> Any:
-    """A layer of its own with the state of some rows of a batch."""
+    """Copy a layer with the state of some rows of a batch."""
     part = copy(layer)
     for name in _names(layer):
         value = getattr(layer, name)
@@ -101,7 +110,7 @@ def rows_of(layer: Any, rows: Tensor, batch: int) -> Any:
 
 
 def join_rows(layer: Any, parts: Sequence[tuple[Tensor, Any]], batch: int) -> None:
-    """Give a layer the state of layers of some rows each, which together are the batch."""
+    """Set a layer's state from layers that hold some rows each, and together the whole batch."""
 
     def joined(*tensors: Tensor) -> Tensor:
         whole = tensors[0].new_empty(batch, *tensors[0].shape[1:])
@@ -121,7 +130,7 @@ def _names(layer: Any) -> list[str]:
 
 
 def _mapped(function: Callable[..., Tensor], values: Sequence[Any]) -> Any:
-    """A function on the tensors of values of one structure; of truths, whether all are true."""
+    """Apply a function to the tensors of values of one structure; join booleans by `all`."""
     first = values[0]
     if isinstance(first, Tensor):
         return function(*values)
@@ -133,12 +142,12 @@ def _mapped(function: Callable[..., Tensor], values: Sequence[Any]) -> Any:
 
 
 def snapshot(cache: Any) -> list[Any]:
-    """What a transformers cache holds now; take it from a cache that this model has filled."""
+    """Return the present state of a transformers cache that this model has filled."""
     return [_state(layer) for layer in cache.layers]
 
 
 def restore(cache: Any, saved: list[Any]) -> None:
-    """Bring a cache back to where it was, any number of tokens later."""
+    """Return a cache to the state of a snapshot, any number of tokens later."""
     for layer, state in zip(cache.layers, saved, strict=True):
         if isinstance(layer, Rewinding):
             layer.restore(state)

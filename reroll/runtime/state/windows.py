@@ -1,4 +1,4 @@
-"""A cache layer for attention over a window and the first tokens: its size does not grow."""
+"""A cache layer of constant size for attention over a window and the first tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from reroll.runtime.state.states import Rewinding
 
 
 class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
-    """The keys and values of the last tokens, and of the first `prefix` that are not padding.
+    """Keys and values of the last tokens, and of the first `prefix` tokens that are not padding.
 
     `keys` and `values` [batch, kv_heads, time, head_dim] hold the last `window - 1` tokens, as
-    transformers' sliding layer does; the first ones are beside them in `first_keys` and
-    `first_values`. What `update` returns has these in front, as `kept` columns, as soon as the
-    window has moved off the start. Keys are as they were made, at the positions that they had.
+    transformers' sliding layer does. The first tokens are in `first_keys` and `first_values`. Once
+    the window has moved past the start, `update` returns these in front, as `kept` columns. Keys
+    keep the positions with which they were computed.
     """
 
     state_names = (
@@ -31,9 +31,9 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
     values: Tensor | None
     first_keys: Tensor | None = None
     first_values: Tensor | None = None
-    # whether all rows have all of their first tokens
+    # whether all `prefix` first tokens of every row are stored
     filled = False
-    # the `kept` of the last update
+    # the value of `kept` at the last update
     shown = 0
 
     def __init__(self, window: int, prefix: int = 0) -> None:
@@ -43,7 +43,7 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
 
     @property
     def kept(self) -> int:
-        """How many columns of the next update are first tokens from before the others."""
+        """Number of leading columns in the next update that hold tokens from before the window."""
         return self.prefix if self.cumulative_length > self._held() else 0
 
     def update(
@@ -54,9 +54,10 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
         padding: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values that the new tokens may see: kept ones, past ones, their own.
+        """Store new keys and values, and return all that the new tokens may see.
 
-        `padding` [batch, tokens] is False where a token, past or new, is none.
+        These are the kept first tokens, past tokens and the new ones, in this order. `padding`
+        [batch, tokens], over past and new tokens, is False at padding.
         """
         length, past = key_states.shape[2], self.cumulative_length
 
@@ -85,7 +86,7 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
         return shown
 
     def _keep_first(self, keys: Tensor, values: Tensor, padding: Tensor | None) -> None:
-        """Put those of the new tokens aside that are among the first of their rows."""
+        """Store those of the new tokens that are among the first of their rows."""
         batch, _, length, _ = keys.shape
         past, wanted = self.cumulative_length, torch.arange(self.prefix, device=keys.device)
         if padding is None:
@@ -100,7 +101,7 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
         self.first_values = _taken(self.first_values, values, here)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many columns there will be, and the position of the first that is not `kept`."""
+        """Return the next update's number of columns, and the first position after `kept`."""
         held = self._held()
         return self.kept + held + query_length, self.cumulative_length - held
 
@@ -135,13 +136,16 @@ def _join(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _last(tensor: Tensor, start: int) -> Tensor:
-    # a view would keep all of a long prompt alive
+    # a view would keep the memory of a long prompt allocated
     part = tensor[:, :, start:]
     return part.clone() if start > part.shape[2] else part
 
 
 def _taken(old: Tensor | None, new: Tensor, here: Tensor) -> Tensor:
-    """The tokens of `new` [batch, heads, time, size] where `here` [batch, n, time], else `old`."""
+    """Take the tokens of `new` that `here` marks for each column, else keep those of `old`.
+
+    `new` is [batch, heads, time, size], `here` [batch, n, time]. Returns [batch, heads, n, size].
+    """
     place = here.long().argmax(-1)[:, None, :, None]
     found = new.gather(2, place.expand(-1, new.shape[1], -1, new.shape[3]))
     if old is None:

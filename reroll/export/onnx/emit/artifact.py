@@ -1,4 +1,4 @@
-"""The directory: graphs, weights, tokenizer, and what says how to use them."""
+"""Write the directory: graphs, weights, tokenizer, and files that describe their use."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# what the format of a file says about its reader; the format that came with opset 27 is 14, but
-# nothing here needs it, and ONNX Runtime 1.31, which has the operators, reads 13 at most
+# IR version by opset; opset 27 came with version 14, but no graph here needs it, and ONNX
+# Runtime 1.31, which has the operators, reads 13 at most
 IR_VERSION = {23: 11, 24: 12, 25: 12, 26: 13, 27: 13}
 CONTRIB = "com.microsoft"
 
@@ -54,7 +54,7 @@ def write(
             hint="export the model without that pass",
         )
     settings = Settings(target.precision, target.opset, target.block, target.runtime)
-    # first, so that none of them replaces what is written here
+    # first, so that no side file replaces a file written here
     copy_side_files(program, directory)
     weights = WeightFile(program)
     files: dict[str, str] = {}
@@ -84,7 +84,7 @@ def write(
 def _graphs(
     program: Program, kind: str, weights: WeightFile, settings: Settings
 ) -> dict[str, Graph]:
-    """The graphs of one kind by name. Their weights are those that `weights` will write."""
+    """Return the graphs of one kind by name; `weights` will write the weights that they read."""
     if kind == "step":
         return step_graphs(program, weights, settings)
     return {kind: Translator(program, weights, settings, rolled=kind == "loop").run()}
@@ -113,7 +113,7 @@ def _checked(
     files: dict[str, str],
     progress: Progress | None,
 ) -> dict[str, Any]:
-    # the graph computes in fp32 where it is not asked for less: so does what it is compared with
+    # the graph computes in fp32 unless told otherwise, so the module it is compared with does, too
     program = retype(program, torch.float32) if program.dtype in HALVES else program
     module = program.to_module().eval()
     results: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def _checked(
     check.round_weights(module, program, settings)
     for kind, file in files.items():
         if kind in ("embed", "step", "head"):
-            # these make sense together only: see `scheduler`
+            # these three only run together: see `scheduler`
             continue
 
         def report(done: int, total: int, kind: str = kind) -> None:

@@ -1,7 +1,8 @@
-"""What was exported against what it was exported from: the same inputs through both.
+"""Compare an exported graph with the torch module on the same inputs.
 
-Causal models are given a batch of three prompts of different lengths, padded on the left, and then
-decode token by token, both with their caches; every logit of a token that is no padding counts.
+A causal model gets a batch of three prompts of different lengths, padded on the left. Then it
+decodes token by token; graph and module both use their caches. Logits of all tokens except padding
+are compared.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights import stored_name
 from reroll.runtime.lowering.recapture import stored_tensors
 
-# relative RMS of outputs. Quantised weights are compared with a module whose weights are rounded
-# alike, and without the rounding of activations that a runtime adds
+# relative RMS of outputs; with quantised weights, the module's weights are rounded equally, and
+# the runtime's rounding of activations is switched off
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 1e-3, "int4": 1e-3}
 
 ROWS, PROMPT, STEPS = 3, 24, 64
-# with activations in fp32, a quantised graph is slow
+# fewer steps, because a quantised graph is slow with activations in fp32
 QUANTISED_STEPS = 8
-# tokens of text that quality is measured on
+# tokens of text on which quality is measured
 TEXT = 256
 
 Inputs = Mapping[str, Tensor]
@@ -56,10 +57,10 @@ def check_graph(
     steps: int = STEPS,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Check one graph file: by ONNX's own checker, and by running it beside the torch module.
+    """Check one graph file by ONNX's checker, and by comparing its outputs with the module's.
 
     Returns the largest relative RMS error of any output at any step. Raises ExportError if it is
-    above the tolerance, or the checker or ONNX Runtime refuses the graph.
+    above the tolerance, or if the checker or ONNX Runtime refuses the graph.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -96,10 +97,10 @@ def check_graph(
 
 
 def quality(path: Path, program: Program, module: Any) -> dict[str, float | None] | None:
-    """How far a graph of another precision is from the module, on text, as it is run.
+    """Measure the distance of a graph with lower precision from the module, on text.
 
-    Mean KL divergence in nats, top-1 agreement, and both perplexities; None for models that have no
-    logits.
+    The graph rounds activations as in normal use. Returns mean KL divergence in nats, top-1
+    agreement, and both perplexities; None for models without logits or states.
     """
     session = Session(path)
     if not session.past or program.outputs[0] != "logits":
@@ -122,7 +123,7 @@ def quality(path: Path, program: Program, module: Any) -> dict[str, float | None
 
 
 def _session(path: Path, choices: Choices) -> Session:
-    """A session that tells its choices, and rounds no activations of quantised products."""
+    """Open a session whose choices are outputs, and whose quantised products keep fp32 inputs."""
     model = onnx.load(str(path), load_external_data=False)
     for node in nodes_of(model.graph):
         for attribute in node.attribute:
@@ -138,7 +139,7 @@ def _session(path: Path, choices: Choices) -> Session:
 
 
 def round_weights(module: Any, program: Program, settings: Settings) -> None:
-    """Give a module the weights that its quantised ones stand for."""
+    """Replace a module's weights by the values to which quantisation rounds them."""
     if settings.bits is None:
         return
     table, tensors = stored_tensors(module)
@@ -152,9 +153,9 @@ def round_weights(module: Any, program: Program, settings: Settings) -> None:
 
 
 def _room(program: Program) -> int:
-    """How many tokens fit behind a prompt."""
+    """Return how many tokens can follow a prompt."""
     length = program.origin.positions
-    # a model may keep its first positions for padding
+    # a model may reserve its first positions for padding
     first = max((first_position(i) or 0 for i in program.inputs), default=0)
     return STEPS if length is None else length - first - PROMPT
 
@@ -165,9 +166,10 @@ Compared = Iterator[tuple[str, Tensor, Tensor]]
 def _once(
     program: Program, module: Any, session: Session, choices: Choices, steps: int
 ) -> Compared:
-    """Outputs of a model without state; positions that are padding do not count.
+    """Compare the outputs of a model without state, except at padding.
 
-    One that predicts tokens runs at two lengths, because it is run again for each new token.
+    A model that predicts tokens is run at two lengths, because decoding runs it again for each new
+    token.
     """
     for length in (16, 17) if program.outputs[0] == "logits" else (16,):
         yield from _at_length(program, module, session, choices, length)
@@ -199,7 +201,7 @@ def _completed(program: Program, inputs: Inputs) -> dict[str, Tensor]:
 def _decoded(
     program: Program, module: Any, session: Session, choices: Choices, steps: int
 ) -> Compared:
-    """Logits of a prompt and of the tokens after it, which the torch module chooses."""
+    """Compare the outputs for a prompt and for the tokens that the module then chooses."""
     tokens, seen = prompts(program)
     session.reset(ROWS)
     past: Any = None
@@ -223,7 +225,7 @@ def _decoded(
 
 
 def prompts(program: Program, rows: int = ROWS, length: int = PROMPT) -> tuple[Tensor, Tensor]:
-    """Token ids [rows, length] of text, and the mask of a batch that is padded on the left."""
+    """Return token ids [rows, length] of text, and the mask of a batch padded on the left."""
     tokenizer = default_tokenizer(program)
     if tokenizer is not None:
         ids = torch.tensor(list(tokenizer(sample_text()))[: rows * length]).reshape(rows, length)

@@ -1,10 +1,10 @@
-"""Choices of an ONNX graph, made by the torch module that it is compared with.
+"""Make a torch module follow the top-k choices of the ONNX graph with which it is compared.
 
-Which k elements are the largest is no continuous function. Scores that are equal, or closer than
-rounding, may be chosen either way: torch leaves open which of equal ones it takes, ONNX takes the
-first. What follows from the choice differs by much: another expert, another key that is read. So
-the graph tells what it chose, and where that is as good as the module's own choice, the module
-takes it. All else is then compared as closely as ever.
+The indices of the k largest elements are no continuous function of the scores. Scores that are
+equal, or differ by rounding only, may be chosen either way. Torch does not say which of equal ones
+it takes, and ONNX takes the first. The consequences of a choice differ by much: another expert, or
+another key. So the graph's choices become outputs. Where they are as good as the module's own, the
+module uses them, and all other values are compared with the usual tolerance.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reroll.export.onnx.ops.sorting import CHOSEN
 
 _NAME = re.compile(rf"{CHOSEN}(_\d+)?")
-# below it, a score is a mask
+# scores below it are masked
 _MASK = -1e30
 
 
 class Choices:
-    """What the graph of a model chooses, in the order in which it does: `tell` adds the outputs."""
+    """Top-k choices of a model's graph, in running order; `tell` makes them outputs."""
 
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
-        # the outputs with choices: of the graph, or of each round of a Loop
+        # names of outputs that hold choices, grouped by Loop; `loops` are those with one per round
         self.groups: list[tuple[str, ...]] = []
         self.loops: set[str] = set()
 
     def tell(self, graph: onnx.GraphProto) -> None:
-        """Make outputs of the choices in a graph and in its Loops."""
+        """Make the choices in a graph and in its Loops outputs of the graph."""
         for node in graph.node:
             if node.op_type == "TopK" and _NAME.fullmatch(node.output[1]):
                 self.groups.append((node.output[1],))
@@ -55,7 +55,7 @@ class Choices:
                     self.loops.update(stacks)
 
     def of(self, outputs: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """The choices of one run, in the order in which they were made."""
+        """Yield the choices of one run, in the order in which they were made."""
         for group in self.groups:
             found = [outputs[name] for name in group]
             if group[0] not in self.loops:
@@ -66,13 +66,13 @@ class Choices:
 
     @contextmanager
     def taken(self, outputs: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let a torch module choose as the graph did in this run, where that is as good."""
+        """Let a torch module use the graph's choices of this run, where they are as good."""
         with _Following(self.of(outputs), self.tolerance):
             yield
 
 
 class _Following(TorchDispatchMode):
-    """Takes the choices that it is given for those of topk, one after the other."""
+    """A dispatch mode that replaces results of topk by given choices, one after the other."""
 
     def __init__(self, choices: Iterator[Tensor], tolerance: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -95,7 +95,10 @@ class _Following(TorchDispatchMode):
 
 
 def as_good(chosen: Tensor, best: Tensor, scores: Tensor, dim: int, tolerance: float) -> bool:
-    """Whether chosen scores are the best ones, up to a part of the largest score in their row."""
+    """Whether the chosen scores are the best ones, within a tolerance.
+
+    `tolerance` is relative to the largest absolute score in the row.
+    """
     a, b = (each.double().sort(dim).values for each in (chosen, best))
     size = scores.double().where(scores > _MASK, 0.0).abs().amax(dim, keepdim=True)
     near = (a - b).abs() <= tolerance * size

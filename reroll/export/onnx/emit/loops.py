@@ -1,4 +1,4 @@
-"""Depth loops: trips written out, or an ONNX Loop over rounds of them."""
+"""Emit depth loops: trips one after the other, or an ONNX Loop over rounds of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOOL, INT = torch.bool, torch.int64
 def emit_loop(
     g: Translator, loop: Loop, carry: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """The last carry of a depth loop, all trips run."""
+    """Emit all trips of a depth loop, and return its last carry."""
     carry = tuple(g.tensor(value) for value in carry)
     for segment in rolled(g.program, loop) if g.rolled else unrolled(loop):
         if segment.rounds == 1:
@@ -35,8 +35,8 @@ def emit_loop(
 def run_trip(
     g: Translator, loop: Loop, trip: Trip, carry: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """The carry after one trip, or after the one of several that is running."""
-    # it needs what this module gives the translator
+    """Emit one trip, or the running one of several, and return the carry after it."""
+    # imported late: the lowerings of ops build on the translator, which builds on this module
     from reroll.export.onnx.ops import exits
 
     given = [_input(g, value, trip) for value in inputs]
@@ -51,7 +51,7 @@ def run_trip(
 
 
 def _input(g: Translator, value: Any, trip: Trip) -> Any:
-    """What a body's input is in the trips that are meant."""
+    """Return a body's input in the given trips."""
     if not isinstance(value, tuple):
         return value
     values = tuple(value[number] for number in trip.numbers)

@@ -1,4 +1,4 @@
-"""What describes an exported directory: manifest.json, genai_config.json and README.md.
+"""Write the files that describe an exported directory.
 
 manifest.json       for programs: files with checksums, inputs, outputs, states, checks
 genai_config.json   for onnxruntime-genai
@@ -35,7 +35,7 @@ def write_manifest(
     weights: WeightFile,
     checked: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write the three files; returns the manifest."""
+    """Write the three files, and return the manifest."""
     graphs = {kind: _graph(directory / file) for kind, file in files.items()}
     states = _states(next(iter(graphs.values())))
     config = _genai_config(program, states, directory, files)
@@ -79,7 +79,10 @@ def write_manifest(
 
 
 def _decoding(program: Program, states: list[dict[str, Any]]) -> str | None:
-    """What a run of a causal model takes: new tokens with "states", or the "whole" sequence."""
+    """Return what a run of a causal model takes: new tokens ("states") or all ("whole").
+
+    Returns None for other models.
+    """
     if states:
         return "states"
     return "whole" if program.origin.auto_class == "AutoModelForCausalLM" else None
@@ -107,7 +110,7 @@ def _described(item: Any) -> dict[str, Any]:
 
 
 def _states(graph: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every state: which output is which input of the next run."""
+    """Describe every state: which output is which input of the next run."""
     prefix = PAST.partition(".")[0]
     found = []
     for item in graph["inputs"]:
@@ -134,10 +137,10 @@ _GROWING = ("key", "value")
 def _genai_config(
     program: Program, states: list[dict[str, Any]], directory: Path, files: dict[str, str]
 ) -> dict[str, Any] | None:
-    """What onnxruntime-genai wants to know of a decoder.
+    """Return the configuration of a decoder for onnxruntime-genai.
 
-    None for other models, and for those that have states which it does not know: windows, what
-    waits beside them, what mLSTM and GSA keep, and keys or values of several sizes.
+    Returns None for other models, and for states that it does not support: windows, tokens that
+    wait, the additional states of mLSTM and GSA, and keys or values of several sizes.
     """
     parts = {s["part"] for s in states if not s["grows"]}
     if not states or program.outputs[0] != "logits" or not parts <= {RECURRENT, CONV}:
@@ -205,7 +208,10 @@ def _genai_config(
 
 
 def _shares_buffers(path: Path, states: list[dict[str, Any]]) -> bool:
-    """Whether every cache may be one buffer, as past and as present: its operator appends to it."""
+    """Whether past and present of every cache may be the same buffer.
+
+    They may where GroupQueryAttention appends to all of them.
+    """
     nodes = onnx.load(str(path), load_external_data=False).graph.node
     count: int = sum(node.op_type == "GroupQueryAttention" for node in nodes)
     keys: int = sum(s["part"] == "key" for s in states)

@@ -1,4 +1,4 @@
-"""The README of an exported directory: how to run what is in it."""
+"""The README of an exported directory: how to run its graphs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ _PARTS = {"encoder": ("This is the model's encoder; its decoder is not exported.
 
 
 def readme(manifest: dict[str, Any], has_genai: bool) -> str:
-    """The text, from what the manifest says."""
+    """Return the README's text from the manifest."""
     graphs = manifest["graphs"]
     kind = next((k for k in ("unrolled", "loop") if k in graphs), next(iter(graphs)))
     graph = graphs[kind]

@@ -1,9 +1,9 @@
-"""A host for `step.onnx`: continuous depth-wise batching, as a reference.
+"""A reference scheduler for `step.onnx`: continuous depth-wise batching.
 
-Requests come at any time. Every tick runs one round for all rows that are in flight, each at its
-own depth; a row that has made its last round gets its next token and starts again at depth zero. So
-a new request joins at once, and rows of different depths share a batch (Bae et al., 2024, arXiv
-2410.20672, "continuous depth-wise batching"). Prompts are run alone.
+Requests may come at any time. Every tick runs one round for all running rows, each at its own
+depth. A row that has completed its last round gets its next token, and starts again at depth zero.
+So a new request joins at once, and rows of different depths share a batch (Bae et al., 2024, arXiv
+2410.20672, "continuous depth-wise batching"). Prompts run alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Array = Any
 
 @dataclass
 class Row:
-    """One request: its tokens, where it is, and its states by round."""
+    """One request: its tokens, its depth and length, and its states by round."""
 
     tokens: list[int]
     left: int
@@ -35,7 +35,7 @@ class Row:
 
 
 class DepthScheduler:
-    """Greedy generation of many requests over the graphs in a directory."""
+    """Greedy generation of many requests with the graphs in a directory."""
 
     def __init__(self, directory: str | Path, rounds: int, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
@@ -52,11 +52,11 @@ class DepthScheduler:
         self.names = [i.name for i in self.step.get_inputs()]
         self.past = [i for i in self.step.get_inputs() if i.name.startswith("past_key_values")]
         self.rows: list[Row] = []
-        # how many rows each tick ran
+        # number of rows in each tick
         self.batches: list[int] = []
 
     def submit(self, tokens: list[int], new_tokens: int) -> Row:
-        """Start a request: its prompt runs now, its first token joins the next tick."""
+        """Start a request: its prompt runs now, and its first token joins the next tick."""
         sizes = {"batch_size": 1, GROWS: 0}
         empty = {
             p.name: np.zeros([sizes.get(d, d) for d in p.shape], np.float32) for p in self.past
@@ -70,7 +70,7 @@ class DepthScheduler:
         return row
 
     def tick(self) -> None:
-        """One round for all rows."""
+        """Run one round for all rows."""
         self.rows = [row for row in self.rows if row.left]
         if not self.rows:
             return
@@ -85,7 +85,7 @@ class DepthScheduler:
         row.depth, row.length = 0, row.length + len(tokens)
 
     def _finish(self, row: Row) -> None:
-        """The next token of a row that has made all its rounds."""
+        """Choose the next token of a row that has completed all rounds."""
         (logits, *_) = self.head.run(["logits"], {HIDDEN: row.hidden[:, -1:]})
         token = int(logits[0, -1].argmax())
         row.made.append(token)
@@ -94,7 +94,10 @@ class DepthScheduler:
             self._start(row, [token])
 
     def _run(self, rows: list[Row]) -> None:
-        """One round for rows of one length of input, padded on the left to the longest past."""
+        """Run one round for rows with equally many new tokens.
+
+        Shorter pasts are padded on the left.
+        """
         longest = max(row.length for row in rows)
         new = rows[0].hidden.shape[1]
         feed: dict[str, Array] = {

@@ -1,4 +1,4 @@
-"""Running an exported graph in ONNX Runtime, token after token."""
+"""Run an exported graph in ONNX Runtime, with its caches."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _UNRELEASED = "ALLOW_RELEASED_ONNX_OPSET_ONLY=0 in the environment lets it try"
 class Session:
     """An ONNX graph and the caches of one batch of sequences.
 
-    `run` takes the Program's inputs, without the caches, and returns the outputs; the caches that
-    come out go in again the next time.
+    `run` takes the Program's inputs, without the caches, and returns the outputs. The caches that a
+    run returns are inputs of the next one. Raises ExportError if ONNX Runtime refuses the graph.
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
@@ -26,7 +26,7 @@ class Session:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # warnings, such as those about shapes that a batch of this size does not have
+        # no warnings, for example about shapes that differ from this batch's
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(
@@ -45,11 +45,11 @@ class Session:
 
     @property
     def past(self) -> list[str]:
-        """The inputs that hold what was before."""
+        """Names of the inputs that hold states from earlier runs."""
         return [name for name in self.inputs if name.startswith("past_key_values.")]
 
     def reset(self, batch: int) -> None:
-        """Forget everything, for a new batch of this size."""
+        """Empty the caches, for a new batch of this size."""
         import numpy as np
 
         kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -61,7 +61,7 @@ class Session:
             self.state[name] = np.zeros(shape, kinds[item.type])
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs for the next tokens of the batch, by name."""
+        """Return the outputs for the next tokens of the batch, by name."""
         given = {name: value.numpy() for name, value in inputs.items() if name in self.inputs}
         values = self.session.run(None, {**given, **self.state})
         found = dict(zip(self.outputs, values, strict=True))

@@ -1,9 +1,9 @@
-"""One round of trips for a host that schedules: each row of the batch has a depth of its own.
+"""Graphs for one round of trips, for a host that schedules: each row has a depth of its own.
 
-The model comes in three graphs. `embed.onnx` makes the hidden states of tokens, `step.onnx` runs
-one round on them, and `head.onnx` makes the outputs. In `step.onnx`, `depth` [batch] says which
-round each row is in: its low-rank residuals and norms are gathered by it, and the states of that
-row are those of that round. State N of the graph is state `N + depth * states` of the model.
+The model becomes three graphs. `embed.onnx` computes the hidden states of tokens, `step.onnx` runs
+one round on them, and `head.onnx` computes the outputs. In `step.onnx`, `depth` [batch] is the
+round of each row. Low-rank residuals and norms are gathered by it, and the states of a row are
+those of its round. State N of the graph is state `N + depth * states` of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INT = torch.int64
 
 
 def step_graphs(program: Program, weights: WeightFile, settings: Settings) -> dict[str, Graph]:
-    """The three graphs by name.
+    """Return the three graphs by name.
 
     Raises ExportError if the model is not one loop whose trips share blocks in one cycle.
     """
@@ -72,18 +72,18 @@ def step_graphs(program: Program, weights: WeightFile, settings: Settings) -> di
 
 
 class _Part(Translator):
-    """A translator of some nodes of the main graph."""
+    """Translator of some nodes of the main graph."""
 
     def __init__(self, program: Program, weights: WeightFile, settings: Settings) -> None:
         super().__init__(program, weights, settings, rolled=True)
         self.graph.reserve([*program.outputs, AFTER])
 
     def begin(self, places: list[fx.Node]) -> dict[fx.Node, Any]:
-        """The Program's inputs that are needed."""
+        """Return the values of the Program's inputs at these placeholders."""
         return {p: self.given(str(p.target)) for p in places}
 
     def hidden(self, shape: Any, name: str) -> Value:
-        """The carried value as an input."""
+        """Add the carried value as an input."""
         value = self.graph.input(name, self.settings.dtype, self.settings.axes(shape))
         for position, dim in enumerate(shape[:2]):
             if isinstance(dim, str):

@@ -1,8 +1,8 @@
-"""From a Program's graphs to ONNX nodes: the walk, and what lowerings have at hand.
+"""Translate a Program's graphs to ONNX nodes, with the helpers that lowerings use.
 
-A lowering is a function (g, node, *args, **kwargs) with the arguments of the op: tensors are
-`Value`s, weights are `Parameter`s until somebody asks for a form of them, sizes known only at run
-time are `Size`s, and what differs from trip to trip is `Varying`. It returns what the op gives.
+A lowering is a function (g, node, *args, **kwargs) with the arguments of the op. Tensors are
+`Value`s. Weights are `Parameter`s until a form of them is requested. Sizes known only at run time
+are `Size`s, and values that differ by trip are `Varying`. It returns the results of the op.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FUNCTIONS = {"FloorDiv": "Div", "Max": "Max", "Min": "Min"}
 
 
 class Translator:
-    """One ONNX graph of a Program. `loops` decides which trips become a Loop."""
+    """Translator of a Program to one ONNX graph; `rolled` says whether trips may become a Loop."""
 
     def __init__(
         self, program: Program, weights: WeightFile, settings: Settings, rolled: bool
@@ -57,7 +57,7 @@ class Translator:
         self.states = States(program)
         self._given: dict[str, Value] = {}
 
-    # ---- the walk
+    # ---- translation of graphs
 
     def run(self) -> Graph:
         """Translate the whole Program."""
@@ -73,7 +73,7 @@ class Translator:
         return self.graph
 
     def output(self, name: str, value: Any, node: Any) -> None:
-        """Make a value an output of the graph; floats come out in fp32."""
+        """Make a value an output of the graph; floats are converted to fp32."""
         made = self.tensor(value)
         if made.dtype.is_floating_point:
             made = self.cast(made, torch.float32)
@@ -81,7 +81,7 @@ class Translator:
         self.graph.root.output(made, name, self.settings.axes(shape))
 
     def given(self, name: str) -> Value:
-        """An input of the Program by name: one of the graph, or what stands for it."""
+        """Return an input of the Program by name: a graph input, or its computed default."""
         if name not in self._given:
             item = next(i for i in self.program.inputs if i.name == name)
             computed = name in computed_inputs(self.program)
@@ -89,7 +89,7 @@ class Translator:
         return self._given[name]
 
     def _stand_in(self, item: Input) -> Value:
-        """What the model has in the place of an input that its caller leaves out."""
+        """Compute the default of an input that the graph does not take."""
         shape = item.type.shape
         if item.default is not None:
             arguments = [self.given(name) for name in reads(item)]
@@ -114,18 +114,21 @@ class Translator:
         return value if dtype == kind.dtype else self.cast(value, self.real(kind.dtype))
 
     def walk(self, name: str, graph: fx.Graph, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """What a graph returns for these arguments."""
+        """Translate a graph for these arguments, and return its results."""
         return self.run_nodes(name, list(graph.nodes), self.start(graph, arguments))
 
     def start(self, graph: fx.Graph, arguments: Sequence[Any]) -> dict[fx.Node, Any]:
-        """The values of a graph's placeholders."""
+        """Return the values of a graph's placeholders."""
         places = [n for n in graph.nodes if n.op == "placeholder"]
         return dict(zip(places, arguments, strict=True))
 
     def run_nodes(
         self, name: str, nodes: Sequence[fx.Node], values: dict[fx.Node, Any]
     ) -> tuple[Any, ...]:
-        """Translate some nodes of a graph in order, adding to `values`; what the output returns."""
+        """Translate some nodes of a graph in order into `values`.
+
+        Returns the values of the output node; () if it is not among them.
+        """
         for node in nodes:
             if node.op == "placeholder":
                 continue
@@ -144,7 +147,7 @@ class Translator:
         return ()
 
     def _origin(self, node: fx.Node) -> str:
-        """Which module of the original a node comes after: that of the nearest weight before it."""
+        """Name the module of the original near a node: that of the nearest weight before it."""
         front, seen = [node], {node}
         while front and node not in self.loops:
             for each in front:
@@ -181,7 +184,7 @@ class Translator:
             ) from error
 
     def _is_constant(self, node: fx.Node) -> bool:
-        """Whether an op makes the same tensor always, such as `linspace` of numbers."""
+        """Whether an op always makes the same tensor, such as `linspace` of numbers."""
         tags = getattr(node.target, "tags", ())
         is_random = torch.Tag.nondeterministic_seeded in tags
         return not is_random and not node.all_input_nodes and "type" in node.meta
@@ -189,24 +192,24 @@ class Translator:
     # ---- nodes
 
     def op(self, kind: str, *inputs: Value | None, **attributes: Any) -> Value:
-        """One ONNX node with one output; see `Graph.op`."""
+        """Add one ONNX node with one output; see `Graph.op`."""
         return self.graph.op(kind, *inputs, **attributes)
 
     def number(self, value: Any, dtype: torch.dtype) -> Value:
-        """A number, or nested lists of numbers, as a constant."""
+        """Return a number, or nested lists of numbers, as a constant."""
         return self.graph.constant(value, dtype)
 
     def ints(self, *values: int) -> Value:
-        """A list of integers as ONNX takes shapes and axes."""
+        """Return a list of integers as a constant, for shapes and axes."""
         return self.graph.constant(list(values), INT)
 
     def tensor(
         self, value: Any, dtype: torch.dtype | None = None, rank: int | None = None
     ) -> Value:
-        """Any argument as a tensor, in a dtype if one is given.
+        """Convert any argument to a tensor, in a dtype if one is given.
 
-        `rank` is that of what it is combined with: a weight that differs from row to row then has
-        its rows first.
+        `rank` is the rank of the tensor with which it is combined. A weight that differs by row
+        then has its rows first.
         """
         if isinstance(value, Parameter):
             value = value.plain(rank)
@@ -220,14 +223,17 @@ class Translator:
         return value if dtype is None else self.cast(value, dtype)
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
-        """A value in a dtype; itself if it is in that already."""
+        """Convert a value to a dtype, if it has another one."""
         if value.dtype == dtype:
             return value
         made = self.op("Cast", value, to=ELEMENT[dtype], dtype=dtype)
         return repeated(made, value.repeated)
 
     def real(self, dtype: torch.dtype, node: fx.Node | None = None) -> torch.dtype:
-        """The dtype to compute in where the Program has `dtype`; of complex ones, their parts'."""
+        """Return the dtype to compute in for a dtype of the Program.
+
+        For complex dtypes, it is the dtype of the parts.
+        """
         if dtype.is_complex:
             return torch.float32
         if not dtype.is_floating_point or dtype == torch.float64:
@@ -235,13 +241,16 @@ class Translator:
         return torch.float32 if node is not None and node in self.wide else self.settings.dtype
 
     def dtype(self, node: fx.Node) -> torch.dtype:
-        """The dtype of what a node of the Program makes, in ONNX."""
+        """Return the dtype in ONNX of a node's result."""
         return self.real(node.meta["type"].dtype, node)
 
     # ---- sizes
 
     def size(self, dim: Dim) -> int | Size:
-        """A dimension by its name in the Program: a number, or a size known at run time."""
+        """Return a dimension by its name in the Program: a number, or a size known at run time.
+
+        Raises ExportError if no input has that size.
+        """
         if isinstance(dim, int):
             return dim
         if dim in self.sizes:
@@ -252,7 +261,7 @@ class Translator:
         try:
             return Size(self, self._computed(ast.parse(dim, mode="eval").body))
         except (KeyError, SyntaxError) as error:
-            raise ExportError(f"nothing says how large {dim!r} is") from error
+            raise ExportError(f"no input of the graph gives the size {dim!r}") from error
 
     def _computed(self, tree: ast.AST) -> Value:
         if isinstance(tree, ast.Constant):
@@ -270,7 +279,7 @@ class Translator:
         raise KeyError(ast.dump(tree))
 
     def shape(self, dims: Sequence[Any]) -> Value:
-        """Sizes, numbers and names of dimensions as one tensor of int64."""
+        """Combine sizes, numbers and names of dimensions into one tensor of int64."""
         dims = [self.size(d) if isinstance(d, str) else d for d in dims]
         if all(isinstance(d, int) for d in dims):
             return self.ints(*dims)
@@ -278,7 +287,7 @@ class Translator:
         return self.op("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
 
     def reshape(self, x: Value, before: Sequence[Dim], after: Sequence[Dim]) -> Value:
-        """A reshape between two shapes of the Program, with as few sizes as can be."""
+        """Reshape between two shapes of the Program, with as few run-time sizes as possible."""
         target: list[Any] = []
         for position, dim in enumerate(after):
             same = position < len(before) and before[: position + 1] == after[: position + 1]
@@ -290,11 +299,11 @@ class Translator:
 
 
 def computed_inputs(program: Program) -> list[str]:
-    """The Program's inputs that its graphs compute by themselves, as the model does without them.
+    """Return the Program's inputs that its graphs compute themselves.
 
-    These are the inputs with a default of their own; positions where there is no past to count
-    from; and token types of a decoder, which runtimes of decoders do not know. Padding masks are
-    no such inputs: runtimes give them to every model, also to one that would make its own.
+    These are inputs with a default of their own, and positions where there is no past to count
+    from. So are token types of a decoder, which runtimes of decoders do not support. Padding masks
+    stay inputs: runtimes give them to every model, even to one with a default for them.
     """
     stateful = bool(plan_states(program).layers)
     return [

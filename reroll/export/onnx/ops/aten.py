@@ -1,4 +1,4 @@
-"""The lowering of ATen operators: arithmetic, comparisons, logic, choices and conversions."""
+"""Lower ATen operators: arithmetic, comparisons, logic, selection and conversions."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ _BINARY = {
 }
 
 
-# what arithmetic on booleans is
+# the logical operators of arithmetic on booleans
 _BOOLEAN = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "And"}
 
 
 @lowering(TARGET, *_BINARY)
 def binary(g: Translator, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Any:
-    """Two operands, in the dtype of the result."""
+    """Combine two operands, in the dtype of the result."""
     kind = _BINARY[op_name(node.target)]
     if isinstance(a, Complex) or isinstance(b, Complex):
         return complex_binary(g, node, kind, a, b)
@@ -72,7 +72,7 @@ def binary(g: Translator, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Any:
 
 @lowering(TARGET, "aten::rsub.Scalar", "aten::rsub.Tensor")
 def rsub(g: Translator, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Value:
-    """B - alpha * a."""
+    """Compute b - alpha * a."""
     dtype, rank = g.dtype(node), len(shape(node))
     left = g.tensor(a, dtype, rank)
     if alpha != 1:
@@ -90,7 +90,7 @@ def rsub(g: Translator, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Value:
 def divide_rounded(
     g: Translator, node: fx.Node, a: Any, b: Any, rounding_mode: str | None = "floor"
 ) -> Value:
-    """A quotient that is rounded down, or towards zero."""
+    """Divide, and round down or towards zero."""
     dtype, rank = g.dtype(node), len(shape(node))
     left, right = g.tensor(a, dtype, rank), g.tensor(b, dtype, rank)
     if dtype.is_floating_point:
@@ -99,25 +99,25 @@ def divide_rounded(
             return made
         return g.op("Floor", made) if rounding_mode == "floor" else truncated(g, made)
     if rounding_mode == "floor":
-        # Div of integers rounds towards zero; less the remainder, it rounds nothing
+        # Div of integers rounds towards zero; without the remainder, the quotient is exact
         left = g.op("Sub", left, g.op("Mod", left, right))
     return g.op("Div", left, right)
 
 
 def truncated(g: Translator, x: Value) -> Value:
-    """Without its fraction."""
+    """Drop the fraction."""
     return g.op("Mul", g.op("Sign", x), g.op("Floor", g.op("Abs", x)))
 
 
 @lowering(TARGET, "aten::trunc.default")
 def trunc(g: Translator, node: fx.Node, x: Any) -> Value:
-    """Without its fraction."""
+    """Drop the fraction."""
     return truncated(g, g.tensor(x))
 
 
 @lowering(TARGET, "aten::remainder.Tensor", "aten::remainder.Scalar")
 def remainder(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
-    """What a division leaves, with the sign of the divisor."""
+    """Compute the remainder of a division, with the sign of the divisor."""
     dtype, rank = g.dtype(node), len(shape(node))
     left, right = g.tensor(a, dtype, rank), g.tensor(b, dtype, rank)
     if not dtype.is_floating_point:
@@ -130,14 +130,14 @@ def remainder(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
 
 @lowering(TARGET, "aten::fmod.Tensor", "aten::fmod.Scalar")
 def fmod(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
-    """What a division leaves, with the sign of the dividend."""
+    """Compute the remainder of a division, with the sign of the dividend."""
     dtype, rank = g.dtype(node), len(shape(node))
     return g.op("Mod", g.tensor(a, dtype, rank), g.tensor(b, dtype, rank), fmod=1)
 
 
 @lowering(TARGET, "aten::addcmul.default", "aten::addcdiv.default")
 def add_scaled(g: Translator, node: fx.Node, x: Any, a: Any, b: Any, *, value: Any = 1) -> Value:
-    """A tensor plus the product or the quotient of two others."""
+    """Add the product or the quotient of two tensors to a third one."""
     dtype, rank = g.dtype(node), len(shape(node))
     kind = "Mul" if "mul" in op_name(node.target) else "Div"
     made = g.op(kind, g.tensor(a, dtype, rank), g.tensor(b, dtype, rank))
@@ -148,7 +148,7 @@ def add_scaled(g: Translator, node: fx.Node, x: Any, a: Any, b: Any, *, value: A
 
 @lowering(TARGET, "aten::lerp.Scalar", "aten::lerp.Tensor")
 def lerp(g: Translator, node: fx.Node, a: Any, b: Any, weight: Any) -> Value:
-    """What lies between two tensors."""
+    """Interpolate linearly between two tensors."""
     dtype, rank = g.dtype(node), len(shape(node))
     left = g.tensor(a, dtype, rank)
     way = g.op("Sub", g.tensor(b, dtype, rank), left)
@@ -177,7 +177,7 @@ _UNEQUAL = [f"aten::{name}.{kind}" for name in ("ne", "not_equal") for kind in (
 
 @lowering(TARGET, *_COMPARISONS, *_UNEQUAL)
 def compare(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
-    """A comparison of two operands in their common dtype."""
+    """Compare two operands in their common dtype."""
     left, right = together(g, a, b)
     kind = _COMPARISONS.get(op_name(node.target))
     if kind is not None:
@@ -188,7 +188,10 @@ def compare(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
 
 
 def together(g: Translator, a: Any, b: Any) -> tuple[Value, Value]:
-    """Two operands in one dtype: numbers follow tensors, unless a float meets an integer."""
+    """Convert two operands to one dtype.
+
+    Numbers take the dtype of tensors, unless a float is combined with integers.
+    """
     values = [v if isinstance(v, int | float) else g.tensor(v) for v in (a, b)]
     dtypes = [v.dtype for v in values if isinstance(v, Value)]
     dtype = dtypes[0] if len(dtypes) == 1 else torch.promote_types(*dtypes)
@@ -198,7 +201,7 @@ def together(g: Translator, a: Any, b: Any) -> tuple[Value, Value]:
     return left, right
 
 
-# of booleans, and of integers bit by bit
+# operators for booleans, and bitwise ones for integers
 _LOGIC = {
     "aten::logical_and.default": ("And", ""),
     "aten::logical_or.default": ("Or", ""),
@@ -219,7 +222,7 @@ _LOGIC = {
 
 @lowering(TARGET, *_LOGIC)
 def logic(g: Translator, node: fx.Node, *operands: Any) -> Value:
-    """Logic on booleans, or on the bits of integers."""
+    """Apply a logical operator to booleans, or a bitwise one to integers."""
     dtype, rank = g.dtype(node), len(shape(node))
     truth, bits = _LOGIC[op_name(node.target)]
     kind = truth if dtype == torch.bool else bits
@@ -240,7 +243,7 @@ def logic(g: Translator, node: fx.Node, *operands: Any) -> Value:
 def clamp(
     g: Translator, node: fx.Node, x: Any, first: Any = None, second: Any = None, **bounds: Any
 ) -> Value:
-    """Bounds on either side."""
+    """Limit values to bounds on either side."""
     low = bounds.get("min", first)
     high = bounds.get("max", second)
     if "clamp_max" in op_name(node.target):
@@ -262,7 +265,7 @@ def clamp(
     "aten::where.ScalarOther",
 )
 def where(g: Translator, node: fx.Node, condition: Any, a: Any, b: Any) -> Value:
-    """Elements of `a` or of `b`."""
+    """Select elements of `a` or of `b` by a condition."""
     dtype, rank = g.dtype(node), len(shape(node))
     sides = g.tensor(a, dtype, rank), g.tensor(b, dtype, rank)
     return g.op("Where", g.tensor(condition, torch.bool), *sides, dtype=dtype)
@@ -270,12 +273,12 @@ def where(g: Translator, node: fx.Node, condition: Any, a: Any, b: Any) -> Value
 
 @lowering(TARGET, "aten::masked_fill.Scalar", "aten::masked_fill.Tensor")
 def masked_fill(g: Translator, node: fx.Node, x: Any, mask: Any, value: Any) -> Value:
-    """One number where a mask is true."""
+    """Replace elements by a number where a mask is true."""
     return where(g, node, mask, _finite(g, value, g.dtype(node)), x)
 
 
 def _finite(g: Translator, value: Any, dtype: torch.dtype) -> Any:
-    """A number that a narrower dtype than the Program's can hold."""
+    """Limit a finite number to the range of a narrower dtype than the Program's."""
     if isinstance(value, int | float) and dtype.is_floating_point and math.isfinite(value):
         bound = torch.finfo(dtype)
         return min(max(value, bound.min), bound.max)
@@ -293,7 +296,7 @@ def _finite(g: Translator, value: Any, dtype: torch.dtype) -> Any:
     "reroll::widen.default",
 )
 def to(g: Translator, node: fx.Node, x: Any, dtype: Any = None, *_: Any, **__: Any) -> Any:
-    """A conversion; where the Program widens a half precision, there may be nothing to do."""
+    """Convert to the node's dtype in ONNX, which the tensor may have already."""
     return g.tensor(x, g.dtype(node))
 
 
@@ -312,5 +315,5 @@ def to(g: Translator, node: fx.Node, x: Any, dtype: Any = None, *_: Any, **__: A
 )
 @by_parts
 def same(g: Translator, node: fx.Node, x: Any, *_: Any, **__: Any) -> Value:
-    """The tensor itself."""
+    """Return the tensor unchanged."""
     return g.tensor(x)

@@ -1,4 +1,4 @@
-"""The lowering of attention: the Attention operator with a mask that is made once."""
+"""Lower attention to the Attention operator, with a mask that is computed once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ INT, BOOL, FLOAT = torch.int64, torch.bool, torch.float32
 
 @lowering(TARGET, "reroll::attention.default")
 def attention(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
-    """Softmax attention, `reroll.rewrite.ir.ops.attention`: [batch, time, heads, v_head_dim]."""
+    """Lower softmax attention, `reroll.rewrite.ir.ops.attention`.
+
+    The result is [batch, time, heads, v_head_dim].
+    """
     given, dtype = bind(ATTENTION, args, kwargs), g.dtype(node)
     limits, scale = Visibility.among(given), given["scale"]
     softcap, sinks = given["softcap"], given["sinks"]
@@ -51,7 +54,7 @@ def attention(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
 
 
 def _if_any(g: Translator, made: Value, limits: Visibility) -> Value:
-    """Zeros in those trips whose window is 0."""
+    """Return zeros in trips whose window is 0."""
     window = limits.window
     if limits.prefix or not isinstance(window, Varying) or 0 not in window.values:
         return made
@@ -73,7 +76,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Value:
-    """Attention as a model calls it beside its layers: [batch, heads, time, d] in and out."""
+    """Lower attention outside of layers' own op: [batch, heads, time, d] in and out."""
     dtype = g.dtype(node)
     if len(shape(node)) != 4:
         raise ExportError(
@@ -91,7 +94,10 @@ def scaled_dot_product_attention(
 
 @lowering(TARGET, "reroll::attention_mass.default")
 def attention_mass(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
-    """What a softmax divides by, `reroll.rewrite.ir.ops.attention_mass`: [batch, time, heads]."""
+    """Lower the denominator of a softmax, `reroll.rewrite.ir.ops.attention_mass`.
+
+    The result is [batch, time, heads].
+    """
     given = bind(ATTENTION_MASS, args, kwargs)
     mask, *_ = _mask(g, node, FLOAT, given, Visibility.among(given))
     q, k = (g.tensor(given[name], FLOAT) for name in ("q", "k"))
@@ -107,7 +113,7 @@ def attention_mass(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> V
 def _mask(
     g: Translator, node: fx.Node, dtype: torch.dtype, given: dict[str, Any], limits: Visibility
 ) -> tuple[Value | None, Any, Any]:
-    """What is added to scores, None if nothing is; and how many queries and keys there are."""
+    """Return the additive mask, or None, and the numbers of queries and keys."""
     length, keys = shape(argument(node, "q"))[2], shape(argument(node, "k"))[2]
     columns = g.tensor(given["k"]).columns
     if columns is not None:
@@ -138,7 +144,7 @@ def _scores(
     softcap: float | None,
     sinks: Any,
 ) -> Value:
-    """Scores written out, for what the operator does not know: [batch, heads, time, keys].
+    """Compute explicit scores, where the operator lacks an option: [batch, heads, time, keys].
 
     Sinks are a last column.
     """
@@ -159,7 +165,7 @@ def _scores(
 
 
 def _repeated(g: Translator, node: fx.Node, x: Value, name: str) -> Value:
-    """Keys or values, once for each head of queries."""
+    """Repeat keys or values for each query head."""
     heads = shape(argument(node, "q"))[1]
     batch, kv_heads, _, width = shape(argument(node, name))
     if heads == kv_heads:

@@ -1,6 +1,6 @@
-"""The lowering of complex numbers, which ONNX lacks: rotary embeddings that multiply by them.
+"""Lower complex numbers, which ONNX lacks: rotary embeddings that multiply by them.
 
-A complex tensor is a pair of real ones. What only moves elements moves both alike.
+A complex tensor is a pair of real ones. Ops that only move elements apply to both alike.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Complex:
-    """A complex tensor as its two parts."""
+    """A complex tensor as its real and imaginary parts."""
 
     real: Value
     imaginary: Value
 
 
 def by_parts(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A lowering that moves elements, for complex tensors as well."""
+    """Extend a lowering that moves elements to complex tensors."""
 
     @wraps(function)
     def applied(g: Translator, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,40 +48,40 @@ def by_parts(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @lowering(TARGET, "aten::view_as_complex.default")
 def view_as_complex(g: Translator, node: fx.Node, x: Any) -> Complex:
-    """Pairs in the last dimension as complex numbers."""
+    """Combine pairs in the last dimension into complex numbers."""
     x = g.tensor(x)
     return Complex(*(g.op("Gather", x, g.number(i, torch.int64), axis=-1) for i in (0, 1)))
 
 
 @lowering(TARGET, "aten::view_as_real.default")
 def view_as_real(g: Translator, node: fx.Node, x: Complex) -> Value:
-    """Complex numbers as pairs in a last dimension."""
+    """Return complex numbers as pairs in a last dimension."""
     parts = (g.op("Unsqueeze", part, g.ints(-1)) for part in (x.real, x.imaginary))
     return g.op("Concat", *parts, axis=-1)
 
 
 @lowering(TARGET, "aten::complex.default")
 def from_parts(g: Translator, node: fx.Node, real: Any, imaginary: Any) -> Complex:
-    """The complex numbers of these parts."""
+    """Make complex numbers from their parts."""
     return Complex(g.tensor(real), g.tensor(imaginary))
 
 
 @lowering(TARGET, "aten::polar.default")
 def polar(g: Translator, node: fx.Node, size: Any, angle: Any) -> Complex:
-    """The complex numbers of this size and angle."""
+    """Make complex numbers from absolute value and angle."""
     size, angle = g.tensor(size), g.tensor(angle)
     return Complex(*(g.op("Mul", size, g.op(kind, angle)) for kind in ("Cos", "Sin")))
 
 
 @lowering(TARGET, "aten::real.default", "aten::imag.default")
 def one_part(g: Translator, node: fx.Node, x: Complex) -> Value:
-    """One part of complex numbers."""
+    """Return the real or the imaginary part."""
     return x.real if "real" in op_name(node.target) else x.imaginary
 
 
 @lowering(TARGET, "aten::conj.default", "aten::_conj.default", "aten::conj_physical.default")
 def conjugate(g: Translator, node: fx.Node, x: Complex) -> Complex:
-    """With the other sign of the imaginary part."""
+    """Negate the imaginary part."""
     return Complex(x.real, g.op("Neg", x.imaginary))
 
 
@@ -89,7 +89,7 @@ def conjugate(g: Translator, node: fx.Node, x: Complex) -> Complex:
 def fourier(
     g: Translator, node: fx.Node, x: Any, size: Any = None, dim: Any = None, norm: Any = None
 ) -> Complex:
-    """The Fourier transform along one dimension or several."""
+    """Compute the Fourier transform along one dimension or several."""
     rank = len(node.meta["type"].shape)
     if size is not None or norm not in (None, "backward"):
         raise ExportError(
@@ -108,7 +108,7 @@ def fourier(
 
 
 def complex_binary(g: Translator, node: fx.Node, kind: str, a: Any, b: Any) -> Complex:
-    """Arithmetic in which one operand at least is complex."""
+    """Lower arithmetic in which at least one operand is complex."""
     if kind == "Mul":
         return _product(g, a, b)
     if kind == "Div" and not isinstance(b, Complex):

@@ -1,4 +1,4 @@
-"""The lowering of convolutions and of pooling, over one or two dimensions."""
+"""Lower convolutions and pooling, over one or two dimensions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def conv(
     dilation: Sequence[int] = (),
     groups: int = 1,
 ) -> Value:
-    """A convolution."""
+    """Lower a convolution."""
     dims, dtype = len(shape(node)) - 2, g.dtype(node)
     dilations = _each(dilation, dims, 1)
     kernel = shape_of(node, 1)[2:]
@@ -68,7 +68,7 @@ def conv_transpose(
     groups: int = 1,
     dilation: Sequence[int] = (),
 ) -> Value:
-    """A transposed convolution."""
+    """Lower a transposed convolution."""
     dims, dtype = len(shape(node)) - 2, g.dtype(node)
     return g.op(
         "ConvTranspose",
@@ -93,7 +93,7 @@ def _pads(padding: Any, dims: int) -> list[int]:
 
 
 def _same(kernel: Sequence[int], dilations: Sequence[int]) -> list[int]:
-    """The borders, before and then after, with which a convolution keeps its size."""
+    """Return the padding, before and then after, with which a convolution keeps its size."""
     whole = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
     before = [w // 2 for w in whole]
     return [*before, *(w - b for w, b in zip(whole, before, strict=True))]
@@ -110,7 +110,7 @@ def max_pool(
     dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> Value:
-    """The largest element under a kernel."""
+    """Compute the largest element under a kernel."""
     dims = 1 if "1d" in op_name(node.target) else 2
     sizes = _each(kernel, dims, 1)
     return _pooled(
@@ -138,7 +138,7 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Value:
-    """The mean of what is under a kernel."""
+    """Compute the mean of the elements under a kernel."""
     dims = 1 if "1d" in op_name(node.target) else 2
     sizes = _each(kernel, dims, 1)
     if divisor_override is not None or ceil_mode:
@@ -159,7 +159,7 @@ def avg_pool(
 
 
 def _pooled(g: Translator, kind: str, node: fx.Node, x: Any, **options: Any) -> Value:
-    """A pooling, also of a tensor without a batch, which ONNX does not know."""
+    """Lower a pooling, also of a tensor without a batch, which ONNX does not support."""
     dims = len(options["kernel_shape"])
     x = g.tensor(x, g.dtype(node))
     if len(shape(node)) == dims + 2:
@@ -170,7 +170,7 @@ def _pooled(g: Translator, kind: str, node: fx.Node, x: Any, **options: Any) -> 
 
 @lowering(TARGET, "aten::adaptive_avg_pool1d.default", "aten::adaptive_avg_pool2d.default")
 def adaptive_avg_pool(g: Translator, node: fx.Node, x: Any, sizes: Sequence[int]) -> Value:
-    """The means of equal parts, so many along each dimension."""
+    """Compute the means of equal parts, with a given number along each dimension."""
     dims = 1 if "1d" in op_name(node.target) else 2
     before = shape_of(node)[-dims:]
     wanted = _each(sizes, dims, 1)
@@ -197,7 +197,7 @@ def im2col(
     padding: Any = 0,
     stride: Any = 1,
 ) -> Value:
-    """All patches under a kernel, as columns: a convolution with kernels of a single one."""
+    """Return all patches under a kernel as columns, by a convolution with one-hot kernels."""
     high, wide = _each(kernel, 2, 1)
     channels, dtype = shape_of(node)[1], g.dtype(node)
     picks = torch.eye(high * wide).reshape(high * wide, 1, high, wide).repeat(channels, 1, 1, 1)
@@ -232,7 +232,7 @@ def upsample(
     corners: Any = False,
     factors: Any = None,
 ) -> Value:
-    """Another size by interpolation."""
+    """Resize by interpolation."""
     kind = next(kind for kind in _RESIZE if f"_{kind}" in op_name(node.target))
     if kind == "nearest":
         place, factors = "asymmetric", corners

@@ -1,8 +1,8 @@
-"""Exits: tokens that are done keep their hidden state, and a trip that nobody needs is skipped.
+"""Lower exits: tokens that have left keep their hidden state, and unneeded trips are skipped.
 
-The thresholds are an input with a default, one for each trip. In a Loop, a trip whose tokens are
-all done computes keys and values for its caches and nothing else: an `If` in the body. Where trips
-are written out, nothing is skipped, and the results are the same.
+The thresholds are an input with a default, one for each trip. In a Loop, a trip whose tokens have
+all left computes only keys and values for its caches: an `If` in the body. Where trips are
+unrolled, none is skipped, and the results are the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ THRESHOLDS = "exit_thresholds"
 
 @lowering(TARGET, "reroll::exit.default")
 def exit_(g: Translator, node: fx.Node, done: Any, score: Any, threshold: Any) -> Value:
-    """Who is done: those who were, and those whose score is above the threshold."""
+    """Return which tokens have left, including those whose score is above the threshold."""
     bound = _threshold(g)
     if bound is None:
         return g.tensor(done, BOOL)
@@ -40,7 +40,7 @@ def exit_(g: Translator, node: fx.Node, done: Any, score: Any, threshold: Any) -
 
 @lowering(TARGET, "reroll::hold.default")
 def hold(g: Translator, node: fx.Node, done: Any, old: Any, new: Any) -> Value:
-    """The old hidden state where a token is done."""
+    """Select the old hidden state where a token has left."""
     dtype = g.dtype(node)
     is_done = g.op("Unsqueeze", g.tensor(done, BOOL), g.ints(2))
     return g.op("Where", is_done, g.tensor(old, dtype), g.tensor(new, dtype), dtype=dtype)
@@ -50,7 +50,7 @@ def hold(g: Translator, node: fx.Node, done: Any, old: Any, new: Any) -> Value:
 def streak(
     g: Translator, node: fx.Node, token: Any, last: Any, count: Any, threshold: Any
 ) -> tuple[Value, Value]:
-    """The token predicted last, and how often in a row before this trip."""
+    """Return the last predicted token, and how often in a row it was predicted before this trip."""
     last, count = g.tensor(last, INT), g.tensor(count, INT)
     if _threshold(g) is None:
         return last, count
@@ -62,7 +62,7 @@ def streak(
 
 @lowering(TARGET, "reroll::mark_keys.default")
 def mark_keys(g: Translator, node: fx.Node, k: Any, absent: Any) -> Value:
-    """Keys with one more channel, which says who is not there."""
+    """Extend keys by a channel that marks absent tokens."""
     dtype = g.dtype(node)
     k = g.tensor(k, dtype)
     mark = g.op("Mul", g.cast(g.tensor(absent, BOOL), dtype), g.number(ABSENT, dtype))
@@ -75,7 +75,7 @@ def mark_keys(g: Translator, node: fx.Node, k: Any, absent: Any) -> Value:
 def exit_linear(
     g: Translator, node: fx.Node, x: Any, depth: Any, stops: Any, weights: Any, biases: Any
 ) -> Value:
-    """A product with the matrix of the exit that a token left by; all of them are computed."""
+    """Multiply by the matrix of the exit at which a token left; all products are computed."""
     linear = find_lowering(TARGET, "aten::linear.default")
     assert linear is not None
     depth = g.tensor(depth, INT)
@@ -91,7 +91,7 @@ def exit_linear(
 
 
 def _threshold(g: Translator) -> Value | None:
-    """The threshold of the running trip; None where nobody can leave."""
+    """Return the threshold of the running trip; None where no token can leave."""
     loop = next(loop for loop in g.program.loops if exits_of(loop) is not None)
     exits = exits_of(loop)
     assert exits is not None
@@ -108,7 +108,7 @@ def _threshold(g: Translator) -> Value | None:
 
 
 def can_skip(g: Translator, loop: Loop, trip: Trip) -> bool:
-    """Whether a trip may be run for its caches only, once all its tokens are done."""
+    """Whether a trip may run for its caches only, once all its tokens have left."""
     exits = exits_of(loop)
     if trip.repeat is None or exits is None or not any(map(is_open, exits.thresholds)):
         return False
@@ -121,7 +121,10 @@ def can_skip(g: Translator, loop: Loop, trip: Trip) -> bool:
 def run_skipping(
     g: Translator, loop: Loop, name: str, carry: tuple[Any, ...], given: list[Any]
 ) -> tuple[Any, ...]:
-    """One trip: what its caches need, and the rest only if a token is not done."""
+    """Emit a trip's cache updates, and an `If` for the rest of the trip.
+
+    The rest runs unless all tokens have left.
+    """
     graph, exits = loop.body.graph, exits_of(loop)
     assert exits is not None
     needed = ancestors(stateful_nodes(graph))

@@ -1,8 +1,8 @@
-"""The lowering of a mixture's experts: each group of rows times the matrix of its own expert.
+"""Lower a mixture of experts: each group of rows times the matrix of its own expert.
 
-A Loop goes over those experts that have rows, so that a token costs the matrices of its experts
-alone, however many there are. Each matrix is copied out of the stack once in every run in which its
-expert has rows; beside the result, that one matrix is all the memory that it takes.
+A Loop runs over the experts that have rows, so that a token costs only the matrices of its own
+experts. In every run, the matrix of each expert with rows is copied out of the stack once. Apart
+from the result, this needs the memory of one matrix.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def grouped_mm(
     bias: Any = None,
     out_dtype: Any = None,
 ) -> Value:
-    """Rows [n, inputs], sorted by expert, times weight [experts, inputs, outputs].
+    """Multiply rows [n, inputs], sorted by expert, by weight [experts, inputs, outputs].
 
-    Expert i has the rows before `ends[i]` that are no other's; rows behind the last are zero.
+    Expert i has the rows from `ends[i - 1]` to before `ends[i]`; rows after the last end are zero.
     """
     dtype, outputs = g.dtype(node), shape(node)[-1]
     ends = offs if ends is None else ends
@@ -47,14 +47,14 @@ def grouped_mm(
         raise ExportError(
             "only [rows, inputs] by [experts, inputs, outputs] in groups, without a bias, has a "
             "lowering to ONNX",
-            hint="add the bias behind it, or use matmul where every matrix has as many rows",
+            hint="add the bias afterwards, or use matmul for groups of equal size",
         )
     rows, ends = g.tensor(rows, dtype), g.tensor(ends, INT)
     first = g.op("Slice", ends, g.ints(0), g.ints(-1), g.ints(0))
     starts = g.op("Concat", g.ints(0), first, axis=0)
     busy = g.op("NonZero", g.op("Less", starts, ends, dtype=BOOL), dtype=INT)
     busy = g.op("Squeeze", busy, g.ints(0))
-    # rows that are no expert's, of which there are none unless experts are spread over processes
+    # rows of no expert, which exist only if experts are distributed over processes
     last = g.op("Slice", ends, g.ints(-1), g.ints(2**62), g.ints(0))
     count = g.op("Sub", g.op("Shape", rows, start=0, end=1, dtype=INT), last)
     size = g.op("Concat", count, g.ints(outputs), axis=0)
@@ -66,7 +66,7 @@ def grouped_mm(
 def _products(
     g: Translator, rows: Value, weight: Any, busy: Value, bounds: tuple[Value, Value], rest: Value
 ) -> Value:
-    """A sequence of tensors: the products of the experts that have rows, and what comes last."""
+    """Return a sequence of tensors: the products of the experts that have rows, then `rest`."""
     outer = g.graph
     count = g.op("Squeeze", g.op("Shape", busy, dtype=INT), g.ints(0))
     start = g.op("SequenceConstruct", rest)
@@ -92,12 +92,12 @@ def _products(
 
 
 def _sequence(value: Value) -> Any:
-    """The type of a sequence of tensors."""
+    """Return the type of a sequence of tensors."""
     return helper.make_tensor_sequence_value_info(value.name, ELEMENT[value.dtype], None)
 
 
 def _matrix(g: Translator, weight: Any, expert: Value) -> Value:
-    """The matrix [inputs, outputs] of one expert."""
+    """Return the matrix [inputs, outputs] of one expert."""
     if isinstance(weight, Parameter):
         return weight.slice(expert)
     return g.op("Gather", g.tensor(weight), expert, axis=0)

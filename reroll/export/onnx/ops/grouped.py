@@ -1,8 +1,8 @@
-"""Attention as ONNX Runtime's GroupQueryAttention: `--runtime ort`.
+"""Lower attention to ONNX Runtime's GroupQueryAttention: `--runtime ort`.
 
-The operator appends the new keys and values to the cache itself. A host that gives the same buffer
-as past and as present, longer than there are tokens, saves the copy of the cache at every token.
-How many tokens there are is said by the padding mask, not by the buffer.
+The operator appends the new keys and values to the cache itself. If a host passes the same buffer
+as past and as present, with room for more tokens, the cache is not copied at every token. The
+number of tokens is given by the padding mask, not by the buffer.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ INT, INT32 = torch.int64, torch.int32
 
 @dataclass(frozen=True)
 class Appended:
-    """Where the keys or values of all tokens came from: those before, and the new ones."""
+    """The two parts of concatenated keys or values: those of the past, and the new ones."""
 
     past: Value
     new: Value
-    # of the state, unless a Loop collects what is new
+    # the number of the state, or None if a Loop collects the new tokens
     number: int | None
     part: str
 
 
 def fits(g: Translator, k: Value, v: Value, causal: Any, sinks: Any) -> bool:
-    """Whether the operator can do this attention: causal, over a cache that grows."""
+    """Whether the operator supports an attention: causal, over a cache that grows."""
     grows = k.appended is not None and v.appended is not None
     return g.settings.runtime == "ort" and grows and causal is True and sinks is None
 
@@ -52,9 +52,10 @@ def attention(
     softcap: float | None,
     keys: Any,
 ) -> Value:
-    """[batch, time, heads, v_head_dim]. The mask is additive, [1 or batch, 1 or heads, time, keys].
+    """Compute [batch, time, heads, v_head_dim] with GroupQueryAttention.
 
-    All rows are as long as the batch is: what is padding, the mask says.
+    The mask is additive, [1 or batch, 1 or heads, time, keys]. All rows have the length of the
+    batch; padding is hidden by the mask.
     """
     batch, heads, length, _ = shape(argument(node, "q"))
     kv_heads, d_v = shape(argument(node, "v"))[1::2]

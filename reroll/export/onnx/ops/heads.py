@@ -1,8 +1,8 @@
-"""Heads put apart and together again: what is the same tensor is not turned twice.
+"""Split and merge heads without transposing the same tensor twice.
 
-Models cut projections into heads and turn them to [batch, heads, time, d]; an operator such as
-GroupQueryAttention wants them as they were. A value remembers that, and what is then not read
-leaves the graph.
+Models split projections into heads and transpose them to [batch, heads, time, d]. An operator such
+as GroupQueryAttention needs the unsplit tensor. Values keep a reference to it, and nodes that are
+then unused are removed from the graph.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Heads:
-    """`flat` is the value as [batch, time, heads * d]; `axis` is where its heads are, 2 or 1."""
+    """The value before its heads were split.
+
+    `flat` is the value as [batch, time, heads * d]; `axis` is the dimension of the heads, 2 or 1.
+    """
 
     flat: Value
     axis: int
 
 
 def reshape(g: Translator, x: Value, before: Sequence[Dim], after: Sequence[Dim]) -> Value:
-    """A reshape between two shapes of the Program, which may put heads apart or together."""
+    """Reshape between two shapes of the Program, which may split or merge heads."""
     before, after = tuple(before), tuple(after)
     if _apart(after, before) and x.heads is not None and x.heads.axis == 2:
         flat: Value = x.heads.flat
@@ -42,7 +45,7 @@ def _apart(flat: tuple[Dim, ...], heads: tuple[Dim, ...]) -> bool:
 
 
 def transpose(g: Translator, x: Value, order: Sequence[int]) -> Value:
-    """Dimensions in another order."""
+    """Permute dimensions."""
     made = g.op("Transpose", x, perm=list(order))
     if x.heads is None or list(order) != [0, 2, 1, 3]:
         return made
@@ -50,7 +53,7 @@ def transpose(g: Translator, x: Value, order: Sequence[int]) -> Value:
 
 
 def flat(g: Translator, x: Value) -> Value:
-    """[batch, heads, time, d] as [batch, time, heads * d]."""
+    """Reshape [batch, heads, time, d] to [batch, time, heads * d]."""
     if x.heads is not None and x.heads.axis == 1:
         found: Value = x.heads.flat
         return found

@@ -1,4 +1,4 @@
-"""The lowering of what layers are made of: projections, norms, rotary embedding, gates, caches."""
+"""Lower the parts of layers: projections, norms, rotary embedding, gates, caches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @lowering(TARGET, "aten::linear.default")
 def linear(g: Translator, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> Value:
-    """X times the transposed weight [outputs, inputs], plus a bias."""
+    """Multiply x by the transposed weight [outputs, inputs], and add a bias."""
     dtype, rank = g.dtype(node), len(node.meta["type"].shape)
     x = g.tensor(x, dtype)
     if not isinstance(weight, Parameter) or weight.is_transposed:
@@ -41,7 +41,7 @@ def linear(g: Translator, node: fx.Node, x: Any, weight: Any, bias: Any = None) 
 
 
 def _gemm(g: Translator, node: fx.Node, x: Value, weight: Parameter) -> Value:
-    """The product with a matrix that is stored untransposed: Gemm takes that, for rank 2 only."""
+    """Multiply by a matrix that is stored untransposed, as Gemm allows for rank 2 only."""
     outputs, inputs = weight.meta.shape
     source: Any = node.args[0]
     before, after = source.meta["type"].shape, node.meta["type"].shape
@@ -56,20 +56,20 @@ def _hint(weight: Parameter) -> str:
 
 @lowering(TARGET, "aten::matmul.default", "aten::bmm.default", "aten::mm.default")
 def matmul(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
-    """A product of matrices."""
+    """Multiply matrices."""
     return g.op("MatMul", g.tensor(a, g.dtype(node)), g.tensor(b, g.dtype(node)))
 
 
 @lowering(TARGET, "aten::einsum.default")
 def einsum(g: Translator, node: fx.Node, equation: str, operands: Sequence[Any], **_: Any) -> Value:
-    """A sum of products over the indices that an equation names."""
+    """Sum products over the indices that an equation names."""
     values = [g.tensor(v, g.dtype(node)) for v in operands]
     return g.op("Einsum", *values, equation=equation.replace(" ", ""))
 
 
 @lowering(TARGET, "aten::addmm.default", "aten::baddbmm.default")
 def addmm(g: Translator, node: fx.Node, c: Any, a: Any, b: Any, **factors: Any) -> Value:
-    """A product of matrices, plus another."""
+    """Multiply matrices, and add a third one."""
     dtype = g.dtype(node)
     made = g.op("MatMul", g.tensor(a, dtype), g.tensor(b, dtype))
     left, right = g.tensor(c, dtype), made
@@ -82,7 +82,7 @@ def addmm(g: Translator, node: fx.Node, c: Any, a: Any, b: Any, **factors: Any) 
 
 @lowering(TARGET, "aten::embedding.default")
 def embedding(g: Translator, node: fx.Node, table: Any, ids: Any, *_: Any) -> Value:
-    """Rows of a table."""
+    """Look up rows of a table."""
     ids = g.tensor(ids)
     if isinstance(table, Parameter) and quantise.applies(g, table):
         return g.cast(quantise.look_up(g, table, ids), g.dtype(node))
@@ -96,7 +96,7 @@ def embedding(g: Translator, node: fx.Node, table: Any, ids: Any, *_: Any) -> Va
 def rms_norm(
     g: Translator, node: fx.Node, x: Any, weight: Any, eps: float, offset: float = 0.0
 ) -> Value:
-    """RMSNormalization, in fp32 inside; the offset goes into the stored weight."""
+    """Lower to RMSNormalization, in fp32 inside; the offset is added to the stored weight."""
     x = g.tensor(x)
     rank, width = len(node.meta["type"].shape), node.meta["type"].shape[-1]
     by_rows = isinstance(weight, Parameter) and weight.by_rows
@@ -126,7 +126,7 @@ def layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Value:
-    """LayerNormalization over the last dimensions, in fp32 inside."""
+    """Lower to LayerNormalization over the last dimensions, in fp32 inside."""
     x, axis = g.tensor(x), -len(shape)
     rank = len(node.meta["type"].shape)
     given = [v for v in (weight, bias) if v is not None]
@@ -142,7 +142,7 @@ def layer_norm(
 
 @lowering(TARGET, "aten::_weight_norm.default")
 def weight_norm(g: Translator, node: fx.Node, v: Any, size: Any, dim: int = 0) -> Value:
-    """A weight whose slices along one dimension have given lengths."""
+    """Scale a weight so that its slices along one dimension have given lengths."""
     rank, dtype = len(node.meta["type"].shape), g.dtype(node)
     v, size = g.tensor(v, dtype), g.tensor(size, dtype)
     others = [i for i in range(rank) if i != dim % rank]
@@ -161,10 +161,13 @@ def group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Value:
-    """Each group of channels of [batch, channels, ...] by its own mean and variance, in fp32."""
+    """Normalise each group of channels by its own mean and variance, in fp32.
+
+    The input is [batch, channels, ...].
+    """
     dims, dtype = node.meta["type"].shape, g.dtype(node)
     x = g.op("Reshape", g.tensor(x, torch.float32), g.ints(0, groups, -1))
-    # a norm over the last dimension is one over all positions of a group
+    # after the reshape, the last dimension holds all positions of a group
     centred = g.op("Sub", x, g.op("ReduceMean", x, g.ints(2), keepdims=1))
     variance = g.op("ReduceMean", g.op("Mul", centred, centred), g.ints(2), keepdims=1)
     scale = g.op("Sqrt", g.op("Add", variance, g.number(eps, torch.float32)))
@@ -187,7 +190,10 @@ def _ones(g: Translator, shape: Sequence[int], dtype: torch.dtype) -> Value:
 def rope(
     g: Translator, node: fx.Node, x: Any, cos: Any, sin: Any, interleaved: bool = False
 ) -> Value:
-    """RotaryEmbedding where the tables are one half twice, as that operator wants them."""
+    """Lower to RotaryEmbedding if both tables are one half twice, as that operator requires.
+
+    Other rotary embeddings are written out.
+    """
     x, cos, sin = g.tensor(x), g.tensor(cos), g.tensor(sin)
     types: list[Any] = [arg.meta["type"].shape for arg in node.args[:2]]  # type: ignore[union-attr]
     width, size = types[0][-1], types[1][-1]
@@ -195,7 +201,7 @@ def rope(
     if not interleaved and cos.repeated and sin.repeated and fits:
         halves = [_first_half(g, table, size, x.dtype) for table in (cos, sin)]
         if types[1][0] != types[0][0]:
-            # one row of positions for all of the batch, which that operator does not broadcast
+            # one row of positions for the whole batch, which the operator does not broadcast
             rows = g.shape([types[0][0], 1, 1])
             halves = [g.op("Expand", half, rows) for half in halves]
         part = size if size < width else 0
@@ -217,13 +223,13 @@ def rope(
 
 
 def _first_half(g: Translator, table: Value, size: int, dtype: torch.dtype) -> Value:
-    """[batch, 1, time, size] as [batch, time, size / 2]."""
+    """Return the first half of a table: [batch, 1, time, size] as [batch, time, size / 2]."""
     half = g.op("Slice", table, g.ints(0), g.ints(size // 2), g.ints(-1), g.ints(1))
     return g.cast(g.op("Squeeze", half, g.ints(1)), dtype)
 
 
 def _quarter(g: Translator, x: Value, size: int) -> Value:
-    """(-second half, first half)."""
+    """Return (-second half, first half)."""
     first, second = g.graph.ops(
         "Split", x, g.ints(size // 2, size // 2), hints=("first", "second"), axis=-1
     )
@@ -231,7 +237,7 @@ def _quarter(g: Translator, x: Value, size: int) -> Value:
 
 
 def _interleaved(g: Translator, node: fx.Node, x: Value, size: int) -> Value:
-    """Each pair (a, b) as (-b, a)."""
+    """Return each pair (a, b) as (-b, a)."""
     source: Any = node.args[0]
     shape = source.meta["type"].shape
     parts = [g.op("Slice", x, g.ints(i), g.ints(2**62), g.ints(-1), g.ints(2)) for i in (1, 0)]
@@ -242,20 +248,20 @@ def _interleaved(g: Translator, node: fx.Node, x: Value, size: int) -> Value:
 
 @lowering(TARGET, "aten::glu.default")
 def halves(g: Translator, node: fx.Node, x: Any, dim: int = -1) -> Value:
-    """One half of a dimension times the sigmoid of the other."""
+    """Multiply one half of a dimension by the sigmoid of the other."""
     parts = g.graph.ops("Split", g.tensor(x), hints=("up", "gate"), axis=dim, num_outputs=2)
     return g.op("Mul", parts[0], g.op("Sigmoid", parts[1]))
 
 
 @lowering(TARGET, "reroll::glu.default")
 def glu(g: Translator, node: fx.Node, gate: Any, up: Any, activation: str) -> Value:
-    """activation(gate) * up."""
+    """Compute activation(gate) * up."""
     gate, up = g.tensor(gate), g.tensor(up)
     return g.op("Mul", activate(g, gate, activation), up)
 
 
 def activate(g: Translator, x: Value, activation: str) -> Value:
-    """The activation functions that `glu` knows."""
+    """Apply an activation function of `glu`."""
     if activation == "silu":
         return g.op("Mul", x, g.op("Sigmoid", x))
     if activation in ("gelu", "gelu_tanh"):
@@ -267,7 +273,7 @@ def activate(g: Translator, x: Value, activation: str) -> Value:
 
 @lowering(TARGET, "reroll::cache.default")
 def cache(g: Translator, node: fx.Node, k: Any, v: Any, length: Any = None) -> Any:
-    """The keys and values so far, with the new ones at their end."""
+    """Append new keys and values to a cache, and return all of them."""
     k, v = g.tensor(k), g.tensor(v)
     if all(g.states.ring(number) is not None for number in g.states.of(g, node)):
         return windows.append(g, node, k, v)

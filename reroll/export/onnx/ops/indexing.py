@@ -1,4 +1,4 @@
-"""The lowering of ATen operators that look up and scatter."""
+"""Lower ATen operators that look up and scatter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INT = torch.int64
 
 @lowering(TARGET, "aten::index.Tensor")
 def index(g: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Value:
-    """Indexing with tensors of indices, which are broadcast together, or with masks."""
+    """Index with tensors of indices, which are broadcast together, or with masks."""
     axes, places = _by_axis(g, node, indices)
     x_rank, rank = len(shape_of(node)), len(shape(node))
     if len(axes) == 1:
@@ -34,7 +34,7 @@ def index(g: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Value
         turned = _turned(g, g.tensor(x), [*axes, *others])
         made = g.op("GatherND", turned, _stacked(g, places))
         if axes == list(range(axes[0], axes[0] + len(axes))):
-            # indices that stand together are where they were, else in front
+            # the dimensions of adjacent indices stay in place; otherwise they come first
             new = rank - len(others)
             order = [*range(new, new + axes[0]), *range(new), *range(new + axes[0], rank)]
             made = _turned(g, made, order)
@@ -43,7 +43,10 @@ def index(g: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Value
 
 
 def _by_axis(g: Translator, node: fx.Node, indices: Sequence[Any]) -> tuple[list[int], list[Value]]:
-    """Which dimensions are indexed, and by what; a mask is the indices of its true elements."""
+    """Return the indexed dimensions, and the indices of each.
+
+    A mask becomes the indices of its true elements.
+    """
     sources: Any = node.args[1]
     axes: list[int] = []
     places: list[Value] = []
@@ -66,7 +69,7 @@ def _by_axis(g: Translator, node: fx.Node, indices: Sequence[Any]) -> tuple[list
 
 
 def _remember_sizes(g: Translator, node: fx.Node, made: Value) -> None:
-    """How many elements a mask has let through, which every trip finds anew."""
+    """Record the number of elements that a mask selects, which every trip computes again."""
     for axis, dim in enumerate(shape(node)):
         if isinstance(dim, str) and re.fullmatch(r"u\d+", dim):
             g.sizes[dim] = g.op("Shape", made, start=axis, end=axis + 1, dtype=INT)
@@ -78,11 +81,11 @@ def _turned(g: Translator, x: Value, order: Sequence[int]) -> Value:
 
 
 def _stacked(g: Translator, indices: Sequence[Value]) -> Value:
-    """Indices of several dimensions, broadcast, as GatherND wants them: [..., dimensions]."""
+    """Broadcast indices of several dimensions, and stack them for GatherND: [..., dimensions]."""
     if len(indices) > 1:
         size: Value | None = None
         for value in indices:
-            # a sum of zeros of all shapes has the shape of them all
+            # the sum of zeros of all shapes has the broadcast shape
             zero = g.op("Mul", value, g.number(0, INT))
             size = zero if size is None else g.op("Add", size, zero)
         assert size is not None
@@ -99,7 +102,7 @@ def index_put(
     values: Any,
     accumulate: bool = False,
 ) -> Value:
-    """A tensor with other elements at the places that tensors of indices, or masks, say."""
+    """Replace the elements of a tensor at given indices or where masks are true."""
     dtype, rank = g.dtype(node), len(shape(node))
     x = g.tensor(x, dtype)
     if _is_one_mask(g, indices) and not accumulate and not shape_of(node, 2):
@@ -131,16 +134,16 @@ def _is_one_mask(g: Translator, indices: Sequence[Any]) -> bool:
 @lowering(TARGET, "aten::index_select.default")
 @by_parts
 def index_select(g: Translator, node: fx.Node, x: Any, dim: int, indices: Any) -> Value:
-    """Some indices of a dimension."""
+    """Select some indices of a dimension."""
     return g.op("Gather", g.tensor(x), g.tensor(indices), axis=dim)
 
 
 @lowering(TARGET, "aten::gather.default")
 def gather(g: Translator, node: fx.Node, x: Any, dim: int, indices: Any, **_: Any) -> Value:
-    """Elements by an index for each."""
+    """Gather elements by an index for each."""
     x, indices = g.tensor(x), g.tensor(indices, INT)
     rank = len(shape(node))
-    # torch reads the first rows of what has more of them than the indices have
+    # torch reads only as many rows of x as the indices have
     others = [i for i in range(rank) if i != dim % rank]
     if any(shape(node)[i] != shape_of(node)[i] for i in others):
         ends = g.op("Gather", g.op("Shape", indices, dtype=INT), g.ints(*others), axis=0)
@@ -178,17 +181,17 @@ def scatter(
     *,
     include_self: bool = True,
 ) -> Value:
-    """A tensor with other elements at the index of each."""
+    """Replace the elements of a tensor at the index of each."""
     dtype, reduction = g.dtype(node), _SCATTER[op_name(node.target)]
     if reduce is not None:
         reduction = _REDUCTIONS.get(reduce)
         if reduction is None or not include_self:
-            raise ExportError(f"scatter with {reduce!r} of what is new has no lowering to ONNX")
+            raise ExportError(f"scatter with {reduce!r} of new elements has no lowering to ONNX")
     x, indices = g.tensor(x, dtype), g.tensor(indices, INT)
     size = g.op("Shape", indices, dtype=INT)
     if isinstance(node.args[3], fx.Node) and len(shape_of(node, 3)):
         rank = len(shape(node))
-        # torch takes no more elements than there are indices
+        # torch reads only as many elements of the source as there are indices
         updates = g.op("Slice", g.tensor(source, dtype), g.ints(*[0] * rank), size)
     else:
         updates = g.op("Expand", g.tensor(source, dtype), size)
@@ -199,7 +202,7 @@ def scatter(
 def index_add(
     g: Translator, node: fx.Node, x: Any, dim: int, indices: Any, source: Any, *, alpha: Any = 1
 ) -> Value:
-    """A tensor with slices added at some indices of a dimension."""
+    """Add slices to a tensor at some indices of a dimension."""
     dtype, rank = g.dtype(node), len(shape(node))
     x, source = g.tensor(x, dtype), g.tensor(source, dtype)
     if alpha != 1:

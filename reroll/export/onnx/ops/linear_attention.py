@@ -1,7 +1,7 @@
-"""The LinearAttention operator, and the function that defines it where a runtime has no kernel.
+"""The LinearAttention operator, and a function that defines it for runtimes without a kernel.
 
-Up to opset 26 it is `com.microsoft.LinearAttention`. The model carries a function of the same name:
-a runtime with a kernel uses that, any other runs the function, token by token. From opset 27 it is
+Up to opset 26 it is `com.microsoft.LinearAttention`. The model carries a function of the same name.
+A runtime with a kernel uses that; any other runs the function, token by token. From opset 27 it is
 a standard operator.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reroll.export.onnx.ops.recurrence import Tokens
 
 CONTRIB, NAME = "com.microsoft", "LinearAttention"
-# where the operator is standard
+# the first opset in which the operator is standard
 STANDARD = 27
 FLOAT = torch.float32
 
@@ -36,9 +36,9 @@ def linear_attention(
     beta: Value | None = None,
     part: str = "recurrent_state",
 ) -> Value:
-    """[batch, time, heads * d_v] of tokens, on one part of the node's state.
+    """Compute [batch, time, heads * d_v] for tokens, with one part of the node's state.
 
-    `decay` [batch, kv_heads, time], or with d_k at the end if `x.by_channel`; `beta` without.
+    `decay` [batch, kv_heads, time] also has d_k at the end if `x.by_channel`; `beta` never does.
     """
     numbers = g.states.of(g, node)
     past = g.states.read(g, numbers, part, (x.kv_heads, x.d_k, x.d_v), FLOAT)
@@ -64,13 +64,16 @@ def linear_attention(
 
 
 def _packed(g: Translator, value: Value, width: int) -> Value:
-    """[batch, heads, time, d] as [batch, time, heads * d]."""
+    """Reshape [batch, heads, time, d] to [batch, time, heads * d]."""
     turned = g.op("Transpose", value, perm=[0, 2, 1, 3])
     return g.op("Reshape", turned, g.ints(0, 0, width))
 
 
 def _packed_gate(g: Translator, gate: Value | None, width: int | None) -> Value | None:
-    """[batch, kv_heads, time] as [batch, time, kv_heads]; with channels of the key as well."""
+    """Reshape a gate [batch, kv_heads, time] to [batch, time, kv_heads].
+
+    With channels of the key, it becomes [batch, time, kv_heads * d_k].
+    """
     if gate is None:
         return None
     if width is not None:
@@ -79,7 +82,10 @@ def _packed_gate(g: Translator, gate: Value | None, width: int | None) -> Value 
 
 
 def _define(g: Translator, rule: str) -> None:
-    """Put the function of an update rule into the model; all its recurrences share one."""
+    """Add the function of an update rule to the model, for all its recurrences.
+
+    Raises ExportError if it has recurrences of two rules.
+    """
     functions = g.graph.root.functions
     known, _ = functions.setdefault(NAME, (rule, definition(rule)))
     if known != rule:
@@ -89,7 +95,7 @@ def _define(g: Translator, rule: str) -> None:
         )
 
 
-# what a token does to the state [batch, kv_heads, d_k, d_v]
+# steps of a token's update of the state [batch, kv_heads, d_k, d_v]
 _FADE = """
     kept = Exp(g)
     kept_column = Unsqueeze(kept, last)
@@ -105,10 +111,10 @@ _WRITE = "written = Identity(v)"
 
 
 def definition(rule: str) -> onnx.FunctionProto:
-    """The operator as a function of ONNX's own operators, token by token, for one update rule.
+    """Define the operator by ONNX's own operators, token by token, for one update rule.
 
-    S *= exp(decay); S += k (beta (v - k S))^T, or S += k v^T; output = scale q S. Sizes and
-    numbers of heads are those of the inputs.
+    S *= exp(decay); S += k (beta (v - k S))^T, or S += k v^T; output = scale q S. Sizes and numbers
+    of heads are those of the inputs.
     """
     fades, corrects = "gated" in rule, "delta" in rule
     gates = [("decay", "g")] * fades + [("beta", "b")] * corrects
@@ -160,7 +166,7 @@ def definition(rule: str) -> onnx.FunctionProto:
 
 
 def _by_token(name: str, result: str, shape: str) -> str:
-    """[batch, time, kv_heads * d] as [time, batch, kv_heads, d]."""
+    """Return the text that reshapes [batch, time, kv_heads * d] to [time, batch, kv_heads, d]."""
     return f"""
     {name}_parts = Reshape({name}, {shape})
     {result} = Transpose <perm = [1, 0, 2, 3]> ({name}_parts)"""

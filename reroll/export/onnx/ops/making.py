@@ -1,4 +1,4 @@
-"""The lowering of sizes, and of tensors that are made of numbers."""
+"""Lower sizes, and tensors that are made of numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INT = torch.int64
 
 @lowering(TARGET, "aten::sym_size.int")
 def sym_size(g: Translator, node: fx.Node, x: Any, dim: int) -> Any:
-    """The size of a dimension."""
+    """Return the size of a dimension."""
     return g.size(shape_of(node)[dim])
 
 
@@ -39,18 +39,18 @@ _SIZE_ARITHMETIC = {
 
 @lowering(TARGET, *_SIZE_ARITHMETIC)
 def size_arithmetic(g: Translator, node: fx.Node, a: Any, b: Any) -> Any:
-    """Arithmetic with sizes."""
+    """Compute with sizes."""
     kind = _SIZE_ARITHMETIC[op_name(node.target)]
     left, right = g.shape([a]), g.shape([b])
     if kind == "Div":
-        # Div rounds towards zero; less the remainder, it rounds nothing
+        # Div rounds towards zero; without the remainder, the quotient is exact
         left = g.op("Sub", left, g.op("Mod", left, right))
     return Size(g, g.op(kind, left, right))
 
 
 @lowering(TARGET, "aten::item.default", "aten::_local_scalar_dense.default")
 def item(g: Translator, node: fx.Node, x: Any) -> Any:
-    """The one element of a tensor as a number; whole numbers serve as sizes."""
+    """Return the only element of a tensor as a number; integers can be used as sizes."""
     x = g.tensor(x)
     if x.dtype.is_floating_point:
         return g.op("Reshape", x, g.shape([]))
@@ -59,13 +59,13 @@ def item(g: Translator, node: fx.Node, x: Any) -> Any:
 
 @lowering(TARGET, "operator.neg")
 def negative_size(g: Translator, node: fx.Node, a: Any) -> Any:
-    """A size with the other sign, as in rounding up."""
+    """Negate a size, as in rounding up."""
     return Size(g, g.op("Neg", g.shape([a])))
 
 
 @lowering(TARGET, "aten::arange.default", "aten::arange.start", "aten::arange.start_step")
 def arange(g: Translator, node: fx.Node, *bounds: Any, **_: Any) -> Value:
-    """Numbers from start (0) to before the end, by steps (1)."""
+    """Return numbers from start (default 0) to before the end, by steps (default 1)."""
     start, end, step = 0, bounds[0], 1
     if len(bounds) > 1:
         start, end = bounds[:2]
@@ -83,17 +83,17 @@ _FULL = {
     for prefix, suffix in (("", ""), ("", "_like"), ("new_", ""))
 }
 _FULL |= dict.fromkeys(("aten::fill.Scalar", "aten::scalar_tensor.default"))
-# what is in an empty tensor does not matter
+# the contents of an empty tensor are arbitrary
 _FULL["aten::empty.memory_format"] = 0
 
 
 @lowering(TARGET, *_FULL)
 def full(g: Translator, node: fx.Node, *args: Any, **_: Any) -> Value:
-    """A tensor of one value, in the shape of the result."""
+    """Fill a tensor of the result's shape with one value."""
     value: Any = _FULL[op_name(node.target)]
     dtype = g.dtype(node)
     if value is None:
-        # the last of those that are given by position
+        # the value is the last positional argument
         value = args[-1]
     if isinstance(value, Value | Size):
         filled = g.tensor(value, dtype)

@@ -1,7 +1,7 @@
-"""Which keys a query sees, as `reroll.rewrite.ir.visibility` defines it.
+"""Attention masks by `reroll.rewrite.ir.visibility`.
 
-Masks are additive, with the lowest finite value where nothing is to be seen: a row of left padding
-then averages all values and stays finite, as the reference does.
+Masks are additive, with the lowest finite value where a key is hidden. A query of left padding then
+averages all values and stays finite, as in the reference.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 INT, BOOL = torch.int64, torch.bool
 
-# fp16 has no room for a score below its lowest value
+# for fp16, a value that leaves room for the score that is added
 LOWEST = {torch.float16: -3e4}
 
 
 def additive(g: Translator, dtype: torch.dtype, keep: Value) -> Value:
-    """0 where a query may see a key, else the lowest value."""
+    """Return 0 where a query may see a key, else the lowest value."""
     lowest = LOWEST.get(dtype, torch.finfo(dtype).min)
     return g.op("Where", keep, g.number(0.0, dtype), g.number(lowest, dtype), dtype=dtype)
 
@@ -37,13 +37,14 @@ def additive(g: Translator, dtype: torch.dtype, keep: Value) -> Value:
 def visible(
     g: Translator, limits: Visibility, length: Any, keys: Any, offset: Any = None
 ) -> Value | None:
-    """`Visibility.seen` in ONNX: booleans [1 or batch, 1, time or 1, keys]; None if all is seen.
+    """Compute `Visibility.seen` in ONNX: booleans [1 or batch, 1, time or 1, keys].
 
-    The queries stand at the end of the keys, or from `offset`.
+    Returns None if nothing is hidden. The queries are the last tokens of the keys, or begin at
+    `offset`.
     """
     if isinstance(limits.causal, Varying):
         raise ExportError(
-            "causality that differs from trip to trip has no Loop",
+            "causality that differs from trip to trip cannot be in an ONNX Loop",
             hint="export with --graphs unrolled",
         )
     keep = _near(g, limits, length, keys, offset)
@@ -56,7 +57,7 @@ def visible(
 
 
 def _near(g: Translator, limits: Visibility, length: Any, keys: Any, offset: Any) -> Value | None:
-    """`Visibility.near`: causality, window, chunk and prefix; None if none of them hides a key."""
+    """Compute `Visibility.near`: causality, window, chunk and prefix; None if nothing is hidden."""
     window, chunk = limits.window, limits.chunk
     if not limits.causal and window is None and chunk is None:
         return None
@@ -80,7 +81,7 @@ def _near(g: Translator, limits: Visibility, length: Any, keys: Any, offset: Any
 
 
 def _positions(g: Translator, length: Any, keys: Any, offset: Any) -> tuple[Value, Value]:
-    """Where queries [1, 1, time, 1] and keys [1, 1, 1, keys] stand."""
+    """Return the positions of queries [1, 1, time, 1] and keys [1, 1, 1, keys]."""
     rows, columns = (g.op("Squeeze", g.shape([n]), g.ints(0)) for n in (length, keys))
     zero, one = g.number(0, INT), g.number(1, INT)
     if offset is None:
@@ -94,7 +95,7 @@ def _positions(g: Translator, length: Any, keys: Any, offset: Any) -> tuple[Valu
 
 @lowering(TARGET, "reroll::mask.default")
 def mask(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
-    """The additive mask, where a Program adds it to its scores itself."""
+    """Return the additive mask, where a Program adds it to its scores itself."""
     given, made = bind(MASK, args, kwargs), g.dtype(node)
     length, keys = given["q_length"], given["kv_length"]
     keep = visible(g, Visibility.among(given), length, keys, given["q_offset"])
@@ -103,7 +104,7 @@ def mask(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
 
 
 def reach(g: Translator, window: Any) -> Value:
-    """A window's size; trips without one see everything."""
+    """Return a window's size; for trips without one, a number larger than any distance."""
     if isinstance(window, Varying):
         sizes = tuple(2**62 if size is None else size for size in window.values)
         window = Varying(g, sizes, window.trip)
@@ -115,7 +116,7 @@ def _both(g: Translator, test: Value, other: Value | None) -> Value:
 
 
 def _in_prefix(g: Translator, kv: Value, prefix: Any, padding: Any) -> Value:
-    """Whether a key is among the first that are not padding: [1 or batch, 1, 1, keys]."""
+    """Return whether a key is among the first that are not padding: [1 or batch, 1, 1, keys]."""
     count = g.tensor(prefix, INT)
     if padding is None:
         return g.op("Less", kv, count, dtype=BOOL)
@@ -125,7 +126,10 @@ def _in_prefix(g: Translator, kv: Value, prefix: Any, padding: Any) -> Value:
 
 
 def _same_chunk(g: Translator, q: Value, kv: Value, chunk: Any, padding: Any) -> Value:
-    """Whether query and key lie in one chunk, counted from the first token that is no padding."""
+    """Return whether query and key are in one chunk.
+
+    Chunks count from the first token that is not padding.
+    """
     size = reach(g, chunk)
     if padding is not None:
         counts = g.op("CumSum", g.tensor(padding, INT), g.number(-1, INT))
@@ -133,15 +137,15 @@ def _same_chunk(g: Translator, q: Value, kv: Value, chunk: Any, padding: Any) ->
         first = g.op("ReduceSum", leading, g.ints(-1), keepdims=1)
         first = g.op("Unsqueeze", first, g.ints(1, 2))
         q, kv = g.op("Sub", q, first), g.op("Sub", kv, first)
-    # floor division of what may be negative: the remainder has the divisor's sign
+    # floor division of numbers that may be negative: Mod has the sign of the divisor
     places = [g.op("Div", g.op("Sub", v, g.op("Mod", v, size)), size) for v in (q, kv)]
     return g.op("Equal", *places, dtype=BOOL)
 
 
 def _same_block(g: Translator, blocks: Any, length: Any, keys: Any, offset: Any) -> Value:
-    """Whether query and key have one number of 0 or more: [batch, 1, time, keys].
+    """Return whether query and key have the same block number, 0 or more: [batch, 1, time, keys].
 
-    `blocks` [batch, tokens] are the last of the keys; those before them are in no block.
+    `blocks` [batch, tokens] are for the last tokens of the keys; earlier ones are in no block.
     """
     if offset is not None:
         raise ExportError("a mask over blocks whose queries are not the last keys has no lowering")

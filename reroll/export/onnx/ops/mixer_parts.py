@@ -1,4 +1,4 @@
-"""What the constructions of mixers have in common: feature maps, normalisers, a running maximum."""
+"""Parts of mixers' lowerings: feature maps, normalisers, a running maximum."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
 
 INT, BOOL, FLOAT = torch.int64, torch.bool, torch.float32
-# past the end of anything
+# larger than any size
 END = 2**62
 
 
 def let_go(g: Translator, decay: Value) -> Value:
-    """1 - exp(g)."""
+    """Compute 1 - exp(g), the forgotten part of a state."""
     return g.op("Sub", g.number(1.0, FLOAT), g.op("Exp", decay))
 
 
 def counted(g: Translator, x: Tokens) -> Tokens:
-    """The tokens with a column of ones behind their values, in which weights add up."""
+    """Append a column of ones to the values, in which weights add up."""
     one = g.number(1.0, FLOAT)
     v = g.op("Pad", x.v, g.ints(0, 0, 0, 0, 0, 0, 0, 1), one)
     return replace(x, v=v, d_v=x.d_v + 1)
 
 
 def split_counted(g: Translator, out: Value, x: Tokens) -> tuple[Value, Value]:
-    """What comes out of counted values: [batch, time, heads, d_v], and the sum of weights."""
+    """Split the output of counted values: [batch, time, heads, d_v], and the sum of weights."""
     out = g.op("Reshape", out, g.ints(0, 0, x.heads, x.d_v + 1))
     values, weights = g.graph.ops(
         "Split", out, g.ints(x.d_v, 1), hints=("values", "weights"), axis=3
@@ -42,17 +42,17 @@ def split_counted(g: Translator, out: Value, x: Tokens) -> tuple[Value, Value]:
 
 
 def grouped(g: Translator, x: Tokens, value: Value) -> Value:
-    """[batch, kv_heads, time, d] for every query head."""
+    """Repeat [batch, kv_heads, time, d] for every query head."""
     groups = x.heads // x.kv_heads
     value = g.op("Expand", g.op("Unsqueeze", value, g.ints(2)), g.ints(1, 1, groups, 1, 1))
     return g.op("Reshape", value, g.shape(["b", x.heads, "s", -1]))
 
 
 def running_maximum(g: Translator, x: Value) -> Value:
-    """The highest number so far at each token; [batch, kv_heads, time].
+    """Compute the largest number so far at each token: [batch, kv_heads, time].
 
-    ONNX has no such operator. In pieces of about sqrt(time) tokens: inside of each piece, then over
-    the ends of the pieces before it.
+    ONNX has no such operator. Time is cut into pieces of about sqrt(time) tokens. The maximum is
+    computed inside each piece, and then over the ends of earlier pieces.
     """
     new: Any = g.size("s")
     lowest = g.number(-math.inf, FLOAT)
@@ -64,7 +64,7 @@ def running_maximum(g: Translator, x: Value) -> Value:
     x = g.op("Reshape", x, shape)
 
     def seen(count: Value, *, itself: bool) -> Value:
-        # 0 where a row sees a column, else -inf: [count, count]
+        # 0 where a row includes a column, else -inf: [count, count]
         end = g.op("Squeeze", count, g.ints(0))
         places = g.op("Range", g.number(0, INT), end, g.number(1, INT))
         rows, columns = (g.op("Unsqueeze", places, g.ints(axis)) for axis in (1, 0))
@@ -84,29 +84,29 @@ def running_maximum(g: Translator, x: Value) -> Value:
 
 
 def unit_tokens(g: Translator, mixer: Any, x: Tokens) -> Tokens:
-    """Queries and keys of length one, if the mixer wants that."""
+    """Normalise queries and keys to length one, if the mixer requires it."""
     return replace(x, q=unit(g, x.q), k=unit(g, x.k)) if mixer.unit_length else x
 
 
 def unit(g: Translator, value: Value) -> Value:
-    """Vectors of length one, up to a small floor under the length."""
+    """Normalise vectors to length one, with a small floor under the length."""
     squares = g.op("ReduceSum", g.op("Mul", value, value), g.ints(-1), keepdims=1)
     return g.op("Div", value, g.op("Sqrt", g.op("Add", squares, g.number(1e-6, FLOAT))))
 
 
 def with_features(g: Translator, mixer: Any, x: Tokens) -> Tokens:
-    """Queries and keys through the feature map."""
+    """Apply the mixer's feature map to queries and keys."""
     name = mixer.key_map
     if name == "none":
         return x
     q, k = (_feature_map(g, name, value, x.d_k) for value in (x.q, x.k))
-    # features of a zero need not be zero
+    # the features of a zero key need not be zero
     k = k if x.writes is None else g.op("Mul", k, x.writes)
     return replace(x, q=q, k=k, d_k=mixer.features(x.d_k))
 
 
 def _feature_map(g: Translator, name: str, x: Value, d_k: int) -> Value:
-    """See `reroll.mixers.feature_maps`."""
+    """Apply a feature map of `reroll.mixers.feature_maps`."""
     one = g.number(1.0, FLOAT)
     if name == "elu":
         return g.op("Add", g.op("Elu", x), one)

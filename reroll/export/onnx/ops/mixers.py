@@ -1,10 +1,10 @@
-"""Token mixers as `LinearAttention`: what each does to its tokens before and after the operator.
+"""Lower token mixers to `LinearAttention`, with changes of its inputs and outputs.
 
-Mixers that declare a core are one of the operator's update rules; a normaliser is a further column
-of values. The others are brought to a rule by a construction of their own. mLSTM's running maximum,
-known in advance, is part of its decay. RWKV-6, which reads before it writes, hands over every token
-one later. The writes of DeltaProduct are tokens of their own, and gated slot attention is the
-operator twice.
+Mixers that declare a core are update rules of the operator; a normaliser is an additional column of
+values. Each other mixer has a construction of its own. mLSTM's running maximum is computed in
+advance, and becomes part of its decay. RWKV-6 reads before it writes, so each token is passed one
+step later. The writes of DeltaProduct are separate tokens. Gated slot attention uses the operator
+twice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ INT, FLOAT = torch.int64, torch.float32
 
 @lowering(TARGET, "recurrence")
 def by_core(g: Translator, node: fx.Node, mixer: Mixer, x: Tokens) -> Value:
-    """A mixer that declares its core: what it does to its keys, then the operator."""
+    """Lower a mixer that declares its core: transform its keys, then apply the operator."""
     core = mixer.core
     assert core is not None
     x = unit_tokens(g, mixer, with_features(g, mixer, x))
@@ -61,7 +61,7 @@ def by_core(g: Translator, node: fx.Node, mixer: Mixer, x: Tokens) -> Value:
     beta = x.gates[-1] if core.delta else None
     if not core.counts:
         return linear_attention(g, node, x, rule, decay, beta)
-    # the sum of weights is a further column of values, and of the state
+    # the sum of weights is an additional column of values, and of the state
     out = linear_attention(g, node, counted(g, x), rule, decay, beta)
     values, weights = split_counted(g, out, x)
     if not mixer.normalised:
@@ -71,7 +71,7 @@ def by_core(g: Translator, node: fx.Node, mixer: Mixer, x: Tokens) -> Value:
 
 @lowering(TARGET, "recurrence:mlstm")
 def mlstm(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """Exponential writes below a running maximum m_t = max(f_t + m_{t-1}, i_t).
+    """Lower exponential writes below a running maximum m_t = max(f_t + m_{t-1}, i_t).
 
     All m of the new tokens follow from f, i and the m before them. With f_t + m_{t-1} - m_t as the
     decay and exp(i_t - m_t) k_t as the key, the state is that of the mixer.
@@ -101,10 +101,11 @@ def mlstm(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
 
 @lowering(TARGET, "recurrence:gsa")
 def gsa(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """A softmax over slots between two recurrences: of the keys of slots, and of their values.
+    """Lower a softmax over slots between two recurrences: of the slots' keys, and of their values.
 
-    The keys of slots fade by slot, which is what is read; the operator fades by what is read with.
-    So every slot of the first recurrence is a head of its own, with one value channel.
+    The slots' keys decay by slot, which is the channel that is read. The operator decays by the
+    channel of its keys. So every slot of the first recurrence is a head of its own, with one value
+    channel.
     """
     slots, kv_heads, groups = mixer.slots, x.kv_heads, x.heads // x.kv_heads
     (decay,) = x.gates
@@ -140,7 +141,7 @@ def gsa(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
     out = linear_attention(g, node, values, "gated", decay)
     if not mixer.log_mass:
         return out
-    # the last channel is how much of what was read had been written
+    # the last channel is the part of the softmax's weight that falls on written tokens
     means, written = split_counted(g, out, replace(x, d_v=x.d_v - 1))
     written = g.op("Max", written, g.number(NOTHING, FLOAT))
     mass = g.op("ReduceLogSumExp", scores, g.ints(3), keepdims=0)
@@ -151,7 +152,7 @@ def gsa(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
 
 @lowering(TARGET, "recurrence:deltaproduct")
 def deltaproduct(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """Every write a token of its own: the state fades at the first of them, the last one reads."""
+    """Lower every write to a separate token: the first decays the state, the last reads it."""
     x = unit_tokens(g, mixer, x)
     decay, beta, keys, values = x.gates
     steps, axis = mixer.steps, g.ints(3)
@@ -179,9 +180,10 @@ def deltaproduct(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
 
 @lowering(TARGET, "recurrence:rwkv6")
 def rwkv6(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
-    """Read before write: the operator gets each token one later, and a bonus for the token itself.
+    """Lower read before write: the operator gets each token one step later.
 
-    So the state is without the last token, which waits beside it, as that of a convolution would.
+    The bonus for the token itself is added to the output. The state is without the last token,
+    which is stored in a separate state, as for a convolution.
     """
     x = with_features(g, mixer, x)
     decay, bonus = x.gates

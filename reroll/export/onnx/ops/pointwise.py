@@ -1,4 +1,4 @@
-"""The lowering of functions of one operand, element by element, and of activations."""
+"""Lower element-wise functions of one operand, and activations."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ _UNARY = {
 
 @lowering(TARGET, *_UNARY)
 def unary(g: Translator, node: fx.Node, x: Any) -> Value:
-    """A function of one operand, element by element."""
+    """Apply a function of one operand to each element."""
     x = g.tensor(x, g.dtype(node))
     return repeated(g.op(_UNARY[op_name(node.target)], x), x.repeated)
 
 
 @lowering(TARGET, "aten::isnan.default", "aten::isinf.default")
 def test(g: Translator, node: fx.Node, x: Any) -> Value:
-    """Which elements are no number, or infinite."""
+    """Return which elements are NaN, or infinite."""
     x = g.tensor(x)
     if not x.dtype.is_floating_point:
         return g.op("Not", g.op("Equal", x, x, dtype=torch.bool))
@@ -70,7 +70,7 @@ def nan_to_num(
     posinf: float | None = None,
     neginf: float | None = None,
 ) -> Value:
-    """Numbers in the place of what is none, and of infinities."""
+    """Replace NaN and infinities by numbers."""
     dtype = g.dtype(node)
     largest, out = torch.finfo(dtype).max, g.tensor(x, dtype)
     above, below = (
@@ -89,14 +89,14 @@ def nan_to_num(
 
 @lowering(TARGET, "aten::square.default")
 def square(g: Translator, node: fx.Node, x: Any) -> Value:
-    """X * x."""
+    """Compute x * x."""
     x = g.tensor(x, g.dtype(node))
     return g.op("Mul", x, x)
 
 
 @lowering(TARGET, "aten::expm1.default")
 def expm1(g: Translator, node: fx.Node, x: Any) -> Value:
-    """exp(x) - 1, as tanh(x / 2) (exp(x) + 1): near zero nothing cancels."""
+    """Compute exp(x) - 1 as tanh(x / 2) (exp(x) + 1), without cancellation near zero."""
     dtype = g.dtype(node)
     x = g.tensor(x, dtype)
     half = g.op("Tanh", g.op("Mul", x, g.number(0.5, dtype)))
@@ -105,7 +105,7 @@ def expm1(g: Translator, node: fx.Node, x: Any) -> Value:
 
 @lowering(TARGET, "aten::log1p.default")
 def log1p(g: Translator, node: fx.Node, x: Any) -> Value:
-    """log(1 + x); what rounding took from 1 + x is made up for by a factor."""
+    """Compute log(1 + x), with a factor that corrects the rounding of 1 + x."""
     dtype = g.dtype(node)
     x, one = g.tensor(x, dtype), g.number(1.0, dtype)
     whole = g.op("Add", x, one)
@@ -116,7 +116,7 @@ def log1p(g: Translator, node: fx.Node, x: Any) -> Value:
 
 @lowering(TARGET, "aten::exp2.default", "aten::log2.default")
 def base_two(g: Translator, node: fx.Node, x: Any) -> Value:
-    """Powers and logarithms of two."""
+    """Compute powers of two or logarithms to base two."""
     dtype = g.dtype(node)
     x = g.tensor(x, dtype)
     if "exp" in op_name(node.target):
@@ -124,7 +124,8 @@ def base_two(g: Translator, node: fx.Node, x: Any) -> Value:
     return g.op("Div", g.op("Log", x), g.number(math.log(2), dtype))
 
 
-# of Giles, "Approximating the erfinv function" (2012), in single precision: highest power first
+# coefficients of Giles, "Approximating the erfinv function" (2012), single precision, highest
+# power first
 _ERFINV_CENTRE = (
     2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087,
     -0.00125372503, -0.00417768164, 0.246640727, 1.50140941,
@@ -137,7 +138,7 @@ _ERFINV_TAIL = (
 
 @lowering(TARGET, "aten::erfinv.default")
 def erfinv(g: Translator, node: fx.Node, x: Any) -> Value:
-    """The inverse of erf, by two polynomials: one for the centre, one for the tails."""
+    """Compute the inverse of erf by two polynomials: one for the centre, one for the tails."""
     kind = torch.float32
     x, one = g.tensor(x, kind), g.number(1.0, kind)
     rest = g.op("Mul", g.op("Sub", one, x), g.op("Add", one, x))
@@ -150,7 +151,7 @@ def erfinv(g: Translator, node: fx.Node, x: Any) -> Value:
 
 
 def _polynomial(g: Translator, x: Value, factors: tuple[float, ...]) -> Value:
-    """Horner's rule, the factor of the highest power first."""
+    """Evaluate a polynomial by Horner's rule; the coefficient of the highest power is first."""
     made = g.number(factors[0], x.dtype)
     for factor in factors[1:]:
         made = g.op("Add", g.op("Mul", made, x), g.number(factor, x.dtype))
@@ -159,13 +160,16 @@ def _polynomial(g: Translator, x: Value, factors: tuple[float, ...]) -> Value:
 
 @lowering(TARGET, "aten::rsqrt.default")
 def rsqrt(g: Translator, node: fx.Node, x: Any) -> Value:
-    """1 / sqrt(x)."""
+    """Compute 1 / sqrt(x)."""
     return g.op("Reciprocal", g.op("Sqrt", g.tensor(x)))
 
 
 @lowering(TARGET, "aten::softplus.default")
 def softplus(g: Translator, node: fx.Node, x: Any, beta: float = 1, threshold: float = 20) -> Value:
-    """log(1 + exp(beta x)) / beta; what is above the threshold is so far off only by rounding."""
+    """Compute log(1 + exp(beta x)) / beta.
+
+    Torch returns x above the threshold, which differs by rounding only.
+    """
     x = g.tensor(x)
     factor = g.number(beta, x.dtype)
     return g.op("Div", g.op("Softplus", g.op("Mul", x, factor)), factor)
@@ -173,26 +177,26 @@ def softplus(g: Translator, node: fx.Node, x: Any, beta: float = 1, threshold: f
 
 @lowering(TARGET, "aten::log_sigmoid.default")
 def log_sigmoid(g: Translator, node: fx.Node, x: Any) -> Value:
-    """-softplus(-x), which does not overflow."""
+    """Compute -softplus(-x), which does not overflow."""
     return g.op("Neg", g.op("Softplus", g.op("Neg", g.tensor(x))))
 
 
 @lowering(TARGET, "aten::silu.default")
 def silu(g: Translator, node: fx.Node, x: Any) -> Value:
-    """X * sigmoid(x)."""
+    """Compute x * sigmoid(x)."""
     x = g.tensor(x)
     return g.op("Mul", x, g.op("Sigmoid", x))
 
 
 @lowering(TARGET, "aten::gelu.default")
 def gelu(g: Translator, node: fx.Node, x: Any, approximate: str = "none") -> Value:
-    """Gelu, exact or by tanh."""
+    """Compute gelu, exactly or by tanh."""
     return g.op("Gelu", g.tensor(x), approximate=approximate)
 
 
 @lowering(TARGET, "aten::leaky_relu.default")
 def leaky_relu(g: Translator, node: fx.Node, x: Any, slope: float = 0.01) -> Value:
-    """What is below zero, times a slope."""
+    """Multiply elements below zero by a slope."""
     return g.op("LeakyRelu", g.tensor(x), alpha=slope)
 
 
@@ -200,7 +204,7 @@ def leaky_relu(g: Translator, node: fx.Node, x: Any, slope: float = 0.01) -> Val
 def elu(
     g: Translator, node: fx.Node, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1
 ) -> Value:
-    """An exponential below zero, a line above."""
+    """Compute an exponential below zero, and a line above."""
     x = g.tensor(x)
     low = g.op("Mul", expm1(g, node, _times(g, x, input_scale)), g.number(alpha, x.dtype))
     positive = g.op("Greater", x, g.number(0, x.dtype), dtype=torch.bool)
@@ -213,7 +217,7 @@ def _times(g: Translator, x: Value, factor: float) -> Value:
 
 @lowering(TARGET, "aten::hardtanh.default", "aten::relu6.default", "aten::hardsigmoid.default")
 def bounded(g: Translator, node: fx.Node, x: Any, low: float = -1.0, high: float = 1.0) -> Value:
-    """A line between two bounds."""
+    """Compute a linear function between two bounds."""
     x, name = g.tensor(x), op_name(node.target)
     if "hardsigmoid" in name:
         return g.op("HardSigmoid", x, alpha=1 / 6, beta=0.5)

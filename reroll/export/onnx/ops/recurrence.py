@@ -1,4 +1,4 @@
-"""The lowering of recurrences: which tokens write, and when; the mathematics is in `mixers`.
+"""Lower recurrences: which tokens are written, and when. The mathematics is in `mixers`.
 
 A mixer without a core (`reroll.mixers.core`) can register a construction as "recurrence:NAME".
 """
@@ -27,20 +27,20 @@ INT, BOOL, FLOAT = torch.int64, torch.bool, torch.float32
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a mixer's construction gets: fp32, [batch, heads or kv_heads, time, ...]."""
+    """Arguments of a mixer's construction: fp32, [batch, heads or kv_heads, time, ...]."""
 
     q: Value
     k: Value
     v: Value
     gates: tuple[Value, ...]
-    # 1.0 where a token writes [batch, 1 or kv_heads, time, 1]; None if all do
+    # 1.0 where a token is written [batch, 1 or kv_heads, time, 1]; None if all are
     writes: Value | None
     heads: int
     kv_heads: int
     d_k: int
     d_v: int
     scale: float
-    # whether the first gate, the decay, has a number for each channel of the key
+    # whether the decay, which is the first gate, has a number for each channel of the key
     by_channel: bool
 
 
@@ -60,7 +60,7 @@ def recurrence(
     active: Any = True,
     idle: Any = None,
 ) -> Value:
-    """A token mixer on its state; see `reroll.rewrite.ir.ops.recurrence`."""
+    """Lower a token mixer with its state; see `reroll.rewrite.ir.ops.recurrence`."""
     _refuse_varying(delay, skip, active)
     if not active:
         return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))
@@ -86,7 +86,10 @@ def bidirectional(
     skip: Any = 0,
     active: Any = True,
 ) -> Value:
-    """A token mixer from both ends; see `reroll.rewrite.ir.ops.recurrence`. It keeps no state."""
+    """Lower a token mixer that runs in both directions, and keeps no state.
+
+    See `reroll.rewrite.ir.ops.recurrence`.
+    """
     _refuse_varying(delay, skip, active)
     if not active:
         return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))
@@ -103,7 +106,7 @@ def bidirectional(
         forth = _mixed(g, node, q, k, v, values, rule, options, writes, delay)
         q, k, v, *values = (_reversed(g, x, 2) for x in (q, k, v, *values))
         writes = None if writes is None else _reversed(g, writes, 2)
-        # a token's own write counts once
+        # delayed by one token at least, so that a token reads its own write only once
         back = _mixed(g, node, q, k, v, values, rule, options, writes, max(delay, 1))
     finally:
         g.states, g.sizes = states, sizes
@@ -111,32 +114,32 @@ def bidirectional(
 
 
 class NoStates:
-    """In the place of `States`: everything starts from zeros, and nothing is kept."""
+    """Replacement of `States` in which every state begins with zeros, and none is stored."""
 
     def of(self, g: Translator, node: fx.Node) -> tuple[int, ...]:
-        """No numbers."""
+        """Return no numbers."""
         return ()
 
     def read(
         self, g: Translator, numbers: Any, part: str, dims: tuple[int, ...], dtype: torch.dtype
     ) -> Value:
-        """Zeros."""
+        """Return zeros."""
         return g.op("Expand", g.number(0.0, dtype), g.shape(["b", *dims]))
 
     def write(self, g: Translator, numbers: Any, part: str, value: Value) -> None:
-        """Forget it."""
+        """Do nothing."""
 
 
 def _refuse_varying(*options: Any) -> None:
     if any(isinstance(x, Varying) for x in options):
         raise ExportError(
-            "a recurrence that differs from trip to trip has no Loop",
+            "a recurrence that differs from trip to trip cannot be in an ONNX Loop",
             hint="export this model with --graphs unrolled",
         )
 
 
 def _reversed(g: Translator, x: Value, axis: int) -> Value:
-    """From the last to the first."""
+    """Reverse an axis."""
     return g.op("Slice", x, g.ints(-1), g.ints(-(2**62)), g.ints(axis), g.ints(-1))
 
 
@@ -152,7 +155,7 @@ def _mixed(
     writes: Value | None,
     delay: int,
 ) -> Value:
-    """[batch, time, heads, d_v] in fp32, by the construction of the mixer."""
+    """Compute [batch, time, heads, d_v] in fp32, by the construction of the mixer."""
     mixer = make(rule, options)
     construction = find_lowering(TARGET, f"recurrence:{rule}")
     if construction is None and mixer.core is not None:
@@ -192,7 +195,7 @@ def _mixed(
 
 
 def _writes(g: Translator, padding: Any, skip: int, idle: Any) -> Value | None:
-    """1.0 where a new token writes: [batch, 1, time, 1]; None if all do."""
+    """Return 1.0 where a new token is written: [batch, 1, time, 1]; None if all are."""
     now: Value | None = None
     if padding is not None:
         counted = g.tensor(padding, INT)
@@ -220,7 +223,7 @@ def _delayed(
     declared: Any,
     kv_heads: int,
 ) -> tuple[Value, Value, list[Value], Value]:
-    """The tokens whose turn it is; the new ones wait in the state."""
+    """Return the tokens whose delay has passed; the new ones are stored in the state."""
     sizes: list[Any] = [a.meta["type"].shape[-1] for a in node.args[1:3]]  # type: ignore[union-attr]
     sizes += [math.prod(gate.shape) for gate in declared] + [1]
     new: Any = g.size("s")
@@ -249,7 +252,7 @@ def _delayed(
 
 
 def _neutral(g: Translator, gate: Value, writes: Value, declared: Any) -> Value:
-    """A gate that does nothing where a token does not write."""
+    """Replace a gate by its neutral value where a token is not written."""
     if not declared.shape:
         writes = g.op("Squeeze", writes, g.ints(3))
     elif len(declared.shape) > 1:

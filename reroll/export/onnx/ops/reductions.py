@@ -1,4 +1,4 @@
-"""The lowering of reductions: sums, extremes, norms, softmax."""
+"""Lower reductions: sums, extremes, norms, softmax."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _REDUCTIONS = {
 def reduce(
     g: Translator, node: fx.Node, x: Any, dim: Any = (), keepdim: bool = False, **_: Any
 ) -> Value:
-    """A reduction over dimensions; over all if none is given."""
+    """Reduce over dimensions; over all if none is given."""
     x = g.tensor(x, g.dtype(node))
     return g.op(_REDUCTIONS[op_name(node.target)], x, axes(g, node, dim), keepdims=int(keepdim))
 
 
 def axes(g: Translator, node: fx.Node, dim: Any) -> Value:
-    """The dimensions that a reduction goes over."""
+    """Return the dimensions of a reduction."""
     rank = len(shape_of(node))
     if isinstance(dim, int):
         dim = [dim]
@@ -61,7 +61,7 @@ def axes(g: Translator, node: fx.Node, dim: Any) -> Value:
     "aten::_is_all_true.default",
 )
 def any_all(g: Translator, node: fx.Node, x: Any, dim: Any = (), keepdim: bool = False) -> Value:
-    """Whether one, or each, of the elements along some dimensions is not zero."""
+    """Return whether any, or all, elements along some dimensions are not zero."""
     kind = "ReduceMax" if "any" in op_name(node.target) else "ReduceMin"
     x = g.cast(g.tensor(x, torch.bool), torch.int32)
     return g.cast(g.op(kind, x, axes(g, node, dim), keepdims=int(keepdim)), torch.bool)
@@ -83,7 +83,7 @@ def variance(
     keepdim: bool = False,
     correction: float | None = None,
 ) -> Value:
-    """The variance or the standard deviation."""
+    """Compute the variance or the standard deviation."""
     dtype = g.dtype(node)
     x, over = g.tensor(x, dtype), axes(g, node, dim)
     centred = g.op("Sub", x, g.op("ReduceMean", x, over, keepdims=1))
@@ -111,7 +111,7 @@ def norm(
     keepdim: bool = False,
     **_: Any,
 ) -> Value:
-    """The length of vectors."""
+    """Compute the norm of vectors, of order 1, 2 or infinity."""
     x, over = g.tensor(x, g.dtype(node)), axes(g, node, dim)
     if order not in (None, 1, 2, math.inf):
         raise ExportError(f"a norm of order {order} has no lowering to ONNX")
@@ -124,7 +124,7 @@ def norm(
 def extreme(
     g: Translator, node: fx.Node, x: Any, dim: int, keepdim: bool = False
 ) -> tuple[Value, Value]:
-    """The largest or smallest elements of a dimension, and where they are."""
+    """Return the largest or smallest elements of a dimension, and their indices."""
     kind = "Max" if "max" in op_name(node.target) else "Min"
     x = g.tensor(x)
     values = g.op(f"Reduce{kind}", x, g.ints(dim), keepdims=int(keepdim))
@@ -135,7 +135,7 @@ def extreme(
 def arg_extreme(
     g: Translator, node: fx.Node, x: Any, dim: int | None = None, keepdim: bool = False
 ) -> Value:
-    """Where the largest or smallest element of a dimension, or of all, is."""
+    """Return the index of the largest or smallest element, in one dimension or of all."""
     kind = "ArgMax" if "max" in op_name(node.target) else "ArgMin"
     x = g.tensor(x)
     if dim is None:
@@ -153,13 +153,13 @@ def arg_extreme(
     "aten::_log_softmax.default",
 )
 def softmax(g: Translator, node: fx.Node, x: Any, dim: int, *_: Any, **__: Any) -> Value:
-    """Softmax over one dimension."""
+    """Compute softmax or log-softmax over one dimension."""
     name, dtype = op_name(node.target), g.dtype(node)
     x = g.tensor(x, dtype)
     made = g.op("LogSoftmax" if "log" in name else "Softmax", x, axis=dim)
     if "safe" not in name:
         return made
-    # rows of which nothing is above minus infinity are zero
+    # rows whose elements are all minus infinity become zero
     lowest = g.number(-math.inf, dtype)
     highest = g.op("ReduceMax", x, g.ints(dim), keepdims=1)
     empty = g.op("Equal", highest, lowest, dtype=torch.bool)
@@ -168,7 +168,7 @@ def softmax(g: Translator, node: fx.Node, x: Any, dim: int, *_: Any, **__: Any) 
 
 @lowering(TARGET, "aten::cumsum.default")
 def cumsum(g: Translator, node: fx.Node, x: Any, dim: int, **_: Any) -> Value:
-    """Running sums."""
+    """Compute cumulative sums."""
     return g.op("CumSum", g.tensor(x, g.dtype(node)), g.number(dim, INT))
 
 
@@ -176,7 +176,7 @@ def cumsum(g: Translator, node: fx.Node, x: Any, dim: int, **_: Any) -> Value:
 def cosine_similarity(
     g: Translator, node: fx.Node, a: Any, b: Any, dim: int = 1, eps: float = 1e-8
 ) -> Value:
-    """The cosine of the angle between vectors."""
+    """Compute the cosine of the angle between vectors."""
     a, b = g.tensor(a), g.tensor(b)
     product = g.op("ReduceSum", g.op("Mul", a, b), g.ints(dim), keepdims=0)
     lengths = [

@@ -1,4 +1,4 @@
-"""The lowering of ATen operators that give elements other indices."""
+"""Lower ATen operators that rearrange elements."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
 
 INT = torch.int64
-# past the end of anything
+# larger than any size
 END = 2**62
 
 
 @lowering(TARGET, "aten::unsqueeze.default")
 @by_parts
 def unsqueeze(g: Translator, node: fx.Node, x: Any, dim: int) -> Value:
-    """A new dimension of size one."""
+    """Insert a dimension of size one."""
     x, rank = g.tensor(x), len(shape(node))
     return repeated(g.op("Unsqueeze", x, g.ints(dim % rank)), x.repeated and dim % rank < rank - 1)
 
@@ -37,7 +37,7 @@ def unsqueeze(g: Translator, node: fx.Node, x: Any, dim: int) -> Value:
 @lowering(TARGET, "aten::squeeze.dim")
 @by_parts
 def squeeze(g: Translator, node: fx.Node, x: Any, dim: int) -> Value:
-    """Without a dimension of size one."""
+    """Remove a dimension of size one."""
     if len(shape_of(node)) == len(shape(node)):
         return g.tensor(x)
     return g.op("Squeeze", g.tensor(x), g.ints(dim))
@@ -46,7 +46,7 @@ def squeeze(g: Translator, node: fx.Node, x: Any, dim: int) -> Value:
 @lowering(TARGET, "aten::squeeze.default", "aten::squeeze.dims")
 @by_parts
 def squeeze_all(g: Translator, node: fx.Node, x: Any, dims: Sequence[int] = ()) -> Value:
-    """Without those dimensions of size one that are meant, or all of them."""
+    """Remove the given dimensions of size one, or all of them."""
     return g.reshape(g.tensor(x), shape_of(node), shape(node))
 
 
@@ -62,7 +62,7 @@ def squeeze_all(g: Translator, node: fx.Node, x: Any, dims: Sequence[int] = ()) 
 )
 @by_parts
 def reshape(g: Translator, node: fx.Node, x: Any, *_: Any) -> Value:
-    """All that only gives elements other indices, from the shapes before and after."""
+    """Lower every op that only reshapes, from the shapes before and after."""
     return heads.reshape(g, g.tensor(x), shape_of(node), shape(node))
 
 
@@ -76,7 +76,7 @@ def reshape(g: Translator, node: fx.Node, x: Any, *_: Any) -> Value:
 )
 @by_parts
 def transpose(g: Translator, node: fx.Node, x: Any, a: int = 0, b: int = 1) -> Any:
-    """Two dimensions exchanged; those of a weight's matrices in the file."""
+    """Exchange two dimensions; for the matrices of a weight, in the file."""
     order = list(range(len(shape(node))))
     if op_name(node.target) == "aten::mT.default":
         a, b = -2, -1
@@ -89,7 +89,7 @@ def transpose(g: Translator, node: fx.Node, x: Any, a: int = 0, b: int = 1) -> A
 @lowering(TARGET, "aten::permute.default")
 @by_parts
 def permute(g: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Value:
-    """Dimensions in another order."""
+    """Permute dimensions."""
     return heads.transpose(g, g.tensor(x), [d % len(dims) for d in dims])
 
 
@@ -102,7 +102,7 @@ def permute(g: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Value:
 )
 @by_parts
 def movedim(g: Translator, node: fx.Node, x: Any, before: Any, after: Any) -> Value:
-    """Dimensions in other places, the others in their order."""
+    """Move dimensions to other positions; the others keep their order."""
     rank = len(shape(node))
     old, new = ([d % rank for d in ([v] if isinstance(v, int) else v)] for v in (before, after))
     others = iter(d for d in range(rank) if d not in old)
@@ -113,7 +113,7 @@ def movedim(g: Translator, node: fx.Node, x: Any, before: Any, after: Any) -> Va
 @lowering(TARGET, "aten::expand.default")
 @by_parts
 def expand(g: Translator, node: fx.Node, x: Any, sizes: Sequence[Any], **_: Any) -> Value:
-    """Dimensions of size one repeated; the shape is the result's."""
+    """Repeat dimensions of size one, to the result's shape."""
     dims: Sequence[Any] = shape(node)
     if any(isinstance(s, int) and s == -1 for s in sizes):
         dims = [
@@ -125,13 +125,13 @@ def expand(g: Translator, node: fx.Node, x: Any, sizes: Sequence[Any], **_: Any)
 @lowering(TARGET, "aten::expand_as.default", "aten::broadcast_to.default")
 @by_parts
 def expand_as(g: Translator, node: fx.Node, x: Any, _: Any) -> Value:
-    """Dimensions of size one repeated."""
+    """Repeat dimensions of size one."""
     return g.op("Expand", g.tensor(x), g.shape(shape(node)))
 
 
 @lowering(TARGET, "aten::broadcast_tensors.default")
 def broadcast_tensors(g: Translator, node: fx.Node, parts: Sequence[Any]) -> tuple[Value, ...]:
-    """All in the shape that they have together."""
+    """Expand all tensors to their common shape."""
     values = [g.tensor(part) for part in parts]
     whole: Value | None = None
     for value in values:
@@ -146,7 +146,7 @@ def broadcast_tensors(g: Translator, node: fx.Node, parts: Sequence[Any]) -> tup
 def meshgrid(
     g: Translator, node: fx.Node, parts: Sequence[Any], *, indexing: str = "ij"
 ) -> tuple[Value, ...]:
-    """The coordinates of a grid, one tensor for each dimension."""
+    """Return the coordinates of a grid, one tensor for each dimension."""
     order = list(range(len(parts)))
     if indexing == "xy" and len(order) > 1:
         order[0], order[1] = 1, 0
@@ -161,7 +161,7 @@ def meshgrid(
 @lowering(TARGET, "aten::repeat.default", "aten::tile.default")
 @by_parts
 def repeat(g: Translator, node: fx.Node, x: Any, counts: Sequence[Any]) -> Value:
-    """The whole tensor so many times along each dimension."""
+    """Repeat the whole tensor a number of times along each dimension."""
     x, rank, counts = g.tensor(x), len(shape(node)), list(counts)
     missing = rank - len(shape_of(node))
     if missing:
@@ -174,7 +174,7 @@ def repeat(g: Translator, node: fx.Node, x: Any, counts: Sequence[Any]) -> Value
 def repeat_interleave(
     g: Translator, node: fx.Node, x: Any, count: Any, dim: int | None = None, **_: Any
 ) -> Value:
-    """Each element so many times, one after the other."""
+    """Repeat each element a number of times, next to each other."""
     x, rank = g.tensor(x), len(shape(node))
     if dim is None:
         x, dim = g.op("Reshape", x, g.ints(-1)), 0
@@ -187,7 +187,7 @@ def repeat_interleave(
 @lowering(TARGET, "aten::unbind.int")
 @by_parts
 def unbind(g: Translator, node: fx.Node, x: Any, dim: int = 0) -> tuple[Value, ...]:
-    """The slices along a dimension, which goes."""
+    """Return the slices along a dimension, without that dimension."""
     x, count = g.tensor(x), shape_of(node)[dim]
     return tuple(g.op("Gather", x, g.number(i, INT), axis=dim) for i in range(count))
 
@@ -195,7 +195,7 @@ def unbind(g: Translator, node: fx.Node, x: Any, dim: int = 0) -> tuple[Value, .
 @lowering(TARGET, "aten::flip.default")
 @by_parts
 def flip(g: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Value:
-    """Dimensions in reversed order."""
+    """Reverse dimensions."""
     count = len(dims)
     ends = g.ints(*[-1] * count), g.ints(*[-END] * count)
     return g.op("Slice", g.tensor(x), *ends, g.ints(*dims), g.ints(*[-1] * count))
@@ -204,7 +204,7 @@ def flip(g: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Value:
 @lowering(TARGET, "aten::roll.default")
 @by_parts
 def roll(g: Translator, node: fx.Node, x: Any, shifts: Any, dims: Sequence[int] = ()) -> Value:
-    """Dimensions turned round, what leaves one end entering at the other."""
+    """Rotate dimensions: elements that leave one end enter at the other."""
     x = g.tensor(x)
     flat = x if dims else g.op("Reshape", x, g.ints(-1))
     for shift, dim in zip(shifts, dims or [0], strict=True):
@@ -219,7 +219,7 @@ def roll(g: Translator, node: fx.Node, x: Any, shifts: Any, dims: Sequence[int] 
 
 @lowering(TARGET, "aten::tril.default", "aten::triu.default")
 def triangle(g: Translator, node: fx.Node, x: Any, diagonal: Any = 0) -> Value:
-    """What is under, or above, a diagonal; zeros elsewhere."""
+    """Keep the elements below, or above, a diagonal; the others become zero."""
     dtype, upper = g.dtype(node), int("triu" in op_name(node.target))
     x = g.tensor(x)
     x = g.cast(x, INT) if dtype == torch.bool else x
@@ -228,7 +228,7 @@ def triangle(g: Translator, node: fx.Node, x: Any, diagonal: Any = 0) -> Value:
 
 @lowering(TARGET, "aten::unfold.default")
 def unfold(g: Translator, node: fx.Node, x: Any, dim: int, size: int, step: int) -> Value:
-    """Windows of a dimension, as a last one."""
+    """Return windows of a dimension, as a new last dimension."""
     x, rank = g.tensor(x), len(shape(node)) - 1
     count = g.shape([shape(node)[dim % rank]])
     zero, one = g.number(0, INT), g.number(1, INT)
@@ -244,7 +244,7 @@ def unfold(g: Translator, node: fx.Node, x: Any, dim: int, size: int, step: int)
 def constant_pad(
     g: Translator, node: fx.Node, x: Any, sizes: Sequence[int], fill: Any = 0
 ) -> Value:
-    """A border of one number; `sizes` are before and after, the last dimension first."""
+    """Pad with one number; `sizes` are before and after, for the last dimension first."""
     x = g.tensor(x)
     others = [0] * (len(shape(node)) - len(sizes) // 2)
     before, after = [*others, *sizes[::2][::-1]], [*others, *sizes[1::2][::-1]]
@@ -260,18 +260,18 @@ def pad(
     mode: str = "constant",
     value: Any = None,
 ) -> Value:
-    """A border of one number."""
+    """Pad with one number."""
     if mode != "constant":
-        raise ExportError(f"a border of the kind {mode!r} has no lowering to ONNX")
+        raise ExportError(f"padding in the mode {mode!r} has no lowering to ONNX")
     return constant_pad(g, node, x, sizes, value)
 
 
 @lowering(TARGET, "aten::cat.default", "aten::concat.default", "aten::concatenate.default")
 def cat(g: Translator, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> Value:
-    """Tensors one after the other."""
+    """Concatenate tensors."""
     rank, dtype = len(shape(node)), g.dtype(node)
     sources: Any = node.args[0]
-    # torch lets an empty vector stand beside tensors of any rank
+    # torch accepts an empty vector among tensors of any rank
     values = [
         g.tensor(v, dtype, rank)
         for v, source in zip(parts, sources, strict=True)
@@ -287,7 +287,7 @@ def _shape_of(value: Any, source: fx.Node) -> tuple[Any, ...]:
 
 @lowering(TARGET, "aten::stack.default")
 def stack(g: Translator, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> Value:
-    """Tensors along a new dimension."""
+    """Stack tensors along a new dimension."""
     axis = dim % len(shape(node))
     lifted = [g.op("Unsqueeze", g.tensor(v, g.dtype(node)), g.ints(axis)) for v in parts]
     return g.op("Concat", *lifted, axis=axis)
@@ -304,7 +304,7 @@ def slice_(
     end: Any = None,
     step: int = 1,
 ) -> Value:
-    """Every `step`-th element from `start` to before `end`."""
+    """Take every `step`-th element from `start` to before `end`."""
     x = g.tensor(x)
     last = END if end is None else end
     bounds = [g.shape([v]) for v in (start or 0, last)]
@@ -314,7 +314,7 @@ def slice_(
 @lowering(TARGET, "aten::narrow.default")
 @by_parts
 def narrow(g: Translator, node: fx.Node, x: Any, dim: int, start: Any, length: Any) -> Value:
-    """So many elements of a dimension."""
+    """Take `length` elements of a dimension."""
     first, count = g.shape([start]), g.shape([length])
     return g.op("Slice", g.tensor(x), first, g.op("Add", first, count), g.ints(dim))
 
@@ -330,7 +330,7 @@ def slice_scatter(
     end: Any = None,
     step: int = 1,
 ) -> Value:
-    """A tensor with other elements where a slice is."""
+    """Replace a slice of a tensor."""
     dtype, rank = g.dtype(node), len(shape(node))
     x, source, axis = g.tensor(x, dtype), g.tensor(source, dtype), dim % rank
     first, last = g.shape([start or 0]), g.shape([END if end is None else end])
@@ -351,21 +351,21 @@ def slice_scatter(
 def select_scatter(
     g: Translator, node: fx.Node, x: Any, source: Any, dim: int, index: int
 ) -> Value:
-    """A tensor with other elements at one index of a dimension."""
+    """Replace one index of a dimension."""
     source = g.op("Unsqueeze", g.tensor(source, g.dtype(node)), g.ints(dim % len(shape(node))))
     return slice_scatter(g, node, x, source, dim, index, None if index == -1 else index + 1)
 
 
 @lowering(TARGET, "aten::copy.default")
 def copy(g: Translator, node: fx.Node, x: Any, source: Any, *_: Any) -> Value:
-    """What is written over a whole tensor."""
+    """Expand a source that replaces a whole tensor."""
     return g.op("Expand", g.tensor(source, g.dtype(node)), g.shape(shape(node)))
 
 
 @lowering(TARGET, "aten::select.int")
 @by_parts
 def select(g: Translator, node: fx.Node, x: Any, dim: int, index: Any) -> Value:
-    """One index of a dimension, which goes."""
+    """Take one index of a dimension, without that dimension."""
     place = g.number(index, INT) if isinstance(index, int) else g.tensor(index)
     return g.op("Gather", g.tensor(x), place, axis=dim)
 
@@ -373,7 +373,7 @@ def select(g: Translator, node: fx.Node, x: Any, dim: int, index: Any) -> Value:
 @lowering(TARGET, "aten::chunk.default", "aten::split.Tensor", "aten::split_with_sizes.default")
 @by_parts
 def split(g: Translator, node: fx.Node, x: Any, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
-    """Consecutive pieces of a dimension."""
+    """Cut a dimension into consecutive pieces."""
     whole = shape_of(node)[dim]
     if isinstance(sizes, int) and isinstance(whole, str):
         raise ExportError(

@@ -1,4 +1,4 @@
-"""The lowering of ATen operators that sort and count."""
+"""Lower ATen operators that sort and count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
 
 INT = torch.int64
-# the name of where the largest elements are: a choice, as the order of all of them is none
+# the name of top-k indices, which are a choice; those of a full sort are none
 CHOSEN = "chosen"
 
 
@@ -33,7 +33,7 @@ def topk(
     sorted_: bool = True,
     **_: Any,
 ) -> tuple[Value, Value]:
-    """The largest or smallest elements of a dimension, and where they are."""
+    """Return the largest or smallest elements of a dimension, and their indices."""
     return _top(g, g.tensor(x), g.shape([count]), dim, largest, CHOSEN)
 
 
@@ -46,7 +46,7 @@ def sort(
     descending: bool = False,
     stable: bool | None = None,
 ) -> Any:
-    """A dimension in order, equal elements as they were; and where each was."""
+    """Sort a dimension, keeping the order of equal elements; also return the old indices."""
     x = g.tensor(x)
     size = g.op("Gather", g.op("Shape", x, dtype=INT), g.ints(dim), axis=0)
     made = _top(g, x, size, dim, descending)
@@ -56,7 +56,7 @@ def sort(
 def _top(
     g: Translator, x: Value, count: Value, dim: int, largest: bool, hint: str = "places"
 ) -> tuple[Value, Value]:
-    """TopK, in a dtype that has a kernel; `hint` names where the elements are."""
+    """Apply TopK in a dtype that has a kernel; `hint` names the indices."""
     kind = x.dtype
     if kind not in (torch.float32, torch.float64, torch.int32, INT):
         x = g.cast(x, torch.float32 if kind.is_floating_point else INT)
@@ -68,7 +68,7 @@ def _top(
 
 @lowering(TARGET, "aten::one_hot.default")
 def one_hot(g: Translator, node: fx.Node, x: Any, classes: int = -1) -> Value:
-    """A column for each class, 1 in that of the element."""
+    """Return a column for each class, 1 in that of the element."""
     x = g.op("Unsqueeze", g.tensor(x, INT), g.ints(-1))
     columns = g.number(list(range(shape(node)[-1])), INT)
     return g.cast(g.op("Equal", x, columns, dtype=torch.bool), INT)
@@ -78,7 +78,7 @@ def one_hot(g: Translator, node: fx.Node, x: Any, classes: int = -1) -> Value:
 def searchsorted(
     g: Translator, node: fx.Node, a: Any, b: Any, *, right: bool = False, **_: Any
 ) -> Value:
-    """How many of the sorted numbers are smaller than each value, or as large."""
+    """Count the sorted numbers that are smaller than each value, or with `right` not larger."""
     numbers, values = (a, b) if "searchsorted" in op_name(node.target) else (b, a)
     left, of = together(g, numbers, values)
     left = g.op("Unsqueeze", left, g.ints(-2)) if len(_shape_of(node, 0)) > 1 else left
@@ -89,7 +89,7 @@ def searchsorted(
 
 
 def _shape_of(node: fx.Node, position: int) -> tuple[Any, ...]:
-    """The shape of the sorted numbers: the first argument of one op, the second of the other."""
+    """Return the shape of an argument by its position in `searchsorted`; `bucketize` swaps them."""
     place = position if "searchsorted" in op_name(node.target) else 1 - position
     source: Any = node.args[place]
     return shape(source)
@@ -99,10 +99,10 @@ def _shape_of(node: fx.Node, position: int) -> tuple[Any, ...]:
 def histc(
     g: Translator, node: fx.Node, x: Any, bins: int = 100, low: float = 0, high: float = 0
 ) -> Value:
-    """How many elements lie in each of some equal intervals."""
+    """Count the elements in each of some equal intervals."""
     dtype = g.dtype(node)
     if low == high and bins == 1:
-        # between the bounds of its data, one interval has them all: a mixture of one expert
+        # a single interval between the bounds of the data has all elements: a mixture of one expert
         return g.cast(g.op("Reshape", g.op("Size", g.tensor(x), dtype=INT), g.ints(1)), dtype)
     if low == high:
         raise ExportError("histc between the bounds of its data has no lowering to ONNX")
@@ -110,7 +110,7 @@ def histc(
     lowest, highest = g.number(low, dtype), g.number(high, dtype)
     scaled = g.op("Mul", g.op("Sub", x, lowest), g.number(bins, dtype))
     place = g.op("Floor", g.op("Div", scaled, g.number(high - low, dtype)))
-    # the last interval has its upper end
+    # the last interval includes its upper bound
     last = g.op("Equal", x, highest, dtype=torch.bool)
     place = g.op("Where", last, g.number(bins - 1, dtype), place, dtype=dtype)
     hits = g.op("Equal", place, g.number([list(range(bins))], dtype), dtype=torch.bool)

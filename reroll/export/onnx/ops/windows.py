@@ -1,7 +1,7 @@
-"""Attention over a window and the first tokens, whose caches do not grow.
+"""Attention over a window and the first tokens, with caches of constant size.
 
-The columns that the new tokens see are, in this order, the first tokens that have left the window
-(`prefix`), the last `window - 1` tokens before the new ones, and the new ones.
+New tokens see three groups of columns, in this order. These are the first tokens that have left the
+window (`prefix`), the last `window - 1` tokens before the new ones, and the new ones.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ INT, BOOL, FLOAT = torch.int64, torch.bool, torch.float32
 
 @dataclass(frozen=True)
 class Columns:
-    """Which tokens the columns of keys are: `first` ones, then `held` past ones, then the new."""
+    """Tokens of the columns of keys: `first` ones, then `held` past ones, then the new ones."""
 
     first: int
     held: int
 
     def count(self, g: Translator) -> Any:
-        """How many there are."""
+        """Return the number of columns."""
         new = g.size("s")
         assert isinstance(new, Size)
         return Size(g, g.op("Add", new.value, g.ints(self.first + self.held)))
 
 
 def append(g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Value]:
-    """The keys and values of the columns, given those of the new tokens."""
+    """Update the caches with new keys and values, and return those of all columns."""
     states = g.states
     numbers = states.of(g, node)
     rings = {states.ring(number) for number in numbers}
@@ -61,7 +61,7 @@ def append(g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Val
             label = f"first_{part}"
             first = states.read(g, numbers, label, (heads, columns.first, width))
             here = g.cast(_places(g, columns.first), new.dtype)
-            # every one of them comes once, and was zero before
+            # each first token is added once, to zeros
             states.write(g, numbers, label, g.op("Add", first, g.op("MatMul", here, new)))
             shown = [first, *shown]
         value = g.op("Concat", *shown, axis=2) if len(shown) > 1 else shown[0]
@@ -70,7 +70,10 @@ def append(g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Val
 
 
 def visible(g: Translator, columns: Columns, window: int, padding: Value) -> Value:
-    """Which columns a new token sees: [batch, 1, time, columns]. `padding` is over all tokens."""
+    """Return which columns a new token sees: [batch, 1, time, columns].
+
+    `padding` is over all tokens.
+    """
     new = g.size("s")
     assert isinstance(new, Size)
     tail = g.op("Neg", g.op("Add", new.value, g.ints(columns.held)))
@@ -83,7 +86,7 @@ def visible(g: Translator, columns: Columns, window: int, padding: Value) -> Val
     counted = g.cast(padding, INT)
     number = g.op("CumSum", counted, g.number(-1, INT))
     seen = g.op("Greater", last(counted), g.number(0, INT), dtype=BOOL)
-    # places counted from the first column that is held; the new tokens stand behind
+    # positions count from the first held column; the new tokens follow
     length = g.op("Squeeze", new.value, g.ints(0))
     held = g.number(columns.held, INT)
     total, one = g.op("Add", length, held), g.number(1, INT)
@@ -98,7 +101,7 @@ def visible(g: Translator, columns: Columns, window: int, padding: Value) -> Val
     near = g.op("And", near, g.op("Unsqueeze", seen, g.ints(1, 2)))
     if not columns.first:
         return near
-    # how many have left the window: as many of the first columns are theirs
+    # the number of tokens that have left the window, which is that of filled first columns
     gone = g.op("Slice", counted, g.ints(0), tail, axis)
     gone = g.op("ReduceSum", gone, axis, keepdims=1)
     slots = g.op("Less", g.number([list(range(columns.first))], INT), gone, dtype=BOOL)
@@ -108,12 +111,12 @@ def visible(g: Translator, columns: Columns, window: int, padding: Value) -> Val
 
 
 def _places(g: Translator, first: int) -> Value:
-    """1.0 where a new token is one of the first of its row: [batch, 1, first, time]."""
+    """Return 1.0 where a new token is one of the first of its row: [batch, 1, first, time]."""
     padding = padding_of(g)
     new = g.size("s")
     assert isinstance(new, Size)
     counted = g.cast(padding, INT)
-    # zero at padding, else which token of its row it is, from one
+    # zero at padding, else the number of the token in its row, from one
     number = g.op("Mul", g.op("CumSum", counted, g.number(-1, INT)), counted)
     tail = g.op("Neg", new.value)
     number = g.op("Slice", number, tail, g.ints(2**62), g.ints(1))
@@ -123,7 +126,7 @@ def _places(g: Translator, first: int) -> Value:
 
 
 def padding_of(g: Translator) -> Value:
-    """The padding mask [batch, tokens] that the graph is given."""
+    """Return the padding mask [batch, tokens] that the graph gets."""
     name = _padding_input(g.program)
     return Value(name, INT, g.graph.root)
 

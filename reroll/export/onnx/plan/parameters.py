@@ -1,4 +1,4 @@
-"""What lowerings are given beside values: weights, sizes, and what differs from trip to trip."""
+"""Arguments of lowerings that are no values: weights, sizes, and what differs by trip."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reroll.rewrite.ir.weights.expressions import Meta
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
 
-# bytes of indices that stand in the graph, where shape inference can read them
+# the largest tensor of indices, in bytes, that is stored in the graph for shape inference
 _INLINE = 1024
 
 AXES = {
@@ -35,7 +35,7 @@ AXES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to export: the precision of computing and of weights, and the opset."""
+    """Settings of an export: precision of computing and of weights, opset, runtime."""
 
     precision: str = "fp32"
     opset: int = 23
@@ -44,22 +44,22 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What floating-point values are computed in."""
+        """Dtype of floating-point values."""
         return torch.float16 if self.precision == "fp16" else torch.float32
 
     @property
     def bits(self) -> int | None:
-        """Of a quantised weight."""
+        """Bits of a quantised weight; None if weights are not quantised."""
         return {"int8": 8, "int4": 4}.get(self.precision)
 
     def axes(self, shape: Sequence[Dim]) -> tuple[int | str | None, ...]:
-        """A shape with the names that runtimes know; a computed dimension has none."""
+        """Return a shape with the dimension names of runtimes; computed dimensions are None."""
         return tuple(
             d if isinstance(d, int) else AXES.get(d, d if d.isidentifier() else None) for d in shape
         )
 
     def wide_nodes(self, program: Program) -> set[fx.Node]:
-        """Floating-point nodes that follow from positions alone: they stay in fp32."""
+        """Find floating-point nodes that depend on positions alone, which stay in fp32."""
         if self.dtype == torch.float32:
             return set()
         narrow: set[fx.Node] = set()
@@ -92,7 +92,7 @@ class Settings:
 
 
 def nodes_in(value: Any) -> tuple[fx.Node, ...]:
-    """The nodes in an argument."""
+    """Return the nodes in an argument."""
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)
     return tuple(found)
@@ -100,10 +100,10 @@ def nodes_in(value: Any) -> tuple[fx.Node, ...]:
 
 @dataclass(frozen=True)
 class Trip:
-    """Which trips of a loop the nodes now being made stand for.
+    """Trips of a loop that the nodes being emitted belong to.
 
-    `repeat` is the position in `numbers` at run time, a scalar int64, or None if there is only one.
-    With `rows` it is a vector: one position for each row of the batch.
+    `repeat` is the position in `numbers` at run time, a scalar int64, or None if there is only one
+    trip. With `rows` it is a vector: one position for each row of the batch.
     """
 
     numbers: tuple[int, ...]
@@ -128,13 +128,16 @@ class Varying:
     trip: Trip
 
     def tensor(self, dtype: torch.dtype | None = None) -> Value:
-        """The value of the running trip, which is a number or a tensor."""
+        """Return the value of the running trip, which is a number or a tensor.
+
+        Raises ExportError for other values, and for tensors that differ by row.
+        """
         distinct = list(dict.fromkeys(self.values))
         assert self.trip.repeat is not None
         place = select(self.g, [distinct.index(v) for v in self.values], self.trip)
         if all(isinstance(v, Value) for v in distinct):
             if self.trip.rows:
-                raise ExportError("a tensor that differs from trip to trip cannot go by rows")
+                raise ExportError("a tensor that differs by trip cannot be selected by row")
             stack = self.g.op("Concat", *(self._lifted(v) for v in distinct), axis=0)
             made = self.g.op("Gather", stack, place, axis=0)
             return Value(made.name, made.dtype, made.scope, all(v.repeated for v in distinct))
@@ -151,7 +154,7 @@ class Varying:
 
 
 def select(g: Translator, table: Sequence[int], trip: Trip) -> Value:
-    """The entry of a table that belongs to the running trip."""
+    """Return the entry of a table that belongs to the running trip."""
     assert trip.repeat is not None
     if list(table) == list(range(len(trip.numbers))):
         return trip.repeat
@@ -160,7 +163,7 @@ def select(g: Translator, table: Sequence[int], trip: Trip) -> Value:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A weight of the Program, before anybody has said which form of it is wanted."""
+    """A weight of the Program, whose stored form is not chosen yet."""
 
     g: Translator
     name: str
@@ -170,12 +173,12 @@ class Parameter:
     is_transposed: bool = False
 
     def transposed(self) -> Parameter:
-        """The weight with its last two dimensions exchanged, as it is then written."""
+        """Return the weight with its last two dimensions exchanged in the file."""
         return replace(self, is_transposed=not self.is_transposed)
 
     @cached_property
     def entries(self) -> tuple[int, ...]:
-        """The entry of each trip that is meant."""
+        """Entry of the weight in each of the trips."""
         if self.trip is None or self.weight.index is None:
             return (0,)
         return tuple(self.weight.index[number] for number in self.trip.numbers)
@@ -192,31 +195,34 @@ class Parameter:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in ONNX: what is not trained, such as rotary frequencies, stays in fp32."""
+        """Dtype in ONNX; weights that are not trained, such as rotary frequencies, stay in fp32."""
         if not self.meta.dtype.is_floating_point:
             return self.meta.dtype
         return self.g.settings.dtype if self.weight.trainable else torch.float32
 
     def plain(self, rank: int | None = None) -> Value:
-        """The weight as it is. By rows, it is given the rank of what it is combined with."""
+        """Return the weight without another form; if it differs by row, with the given rank.
+
+        Raises ExportError if it differs by row and no rank is given.
+        """
         if self.by_rows and rank is None:
             raise ExportError(
-                f"{self.name} differs from round to round, and goes into an op that cannot take it "
-                "row by row",
+                f"{self.name} differs from round to round, and is read by an op that cannot take "
+                "one value for each row",
                 hint="export this model with --graphs loop,unrolled",
             )
         return self.as_(self.form, rank)
 
     @property
     def form(self) -> Form:
-        """How the weight is written where it goes into an op as it is."""
+        """Form of the weight where an op takes it directly."""
         form = forms.transposed if self.is_transposed else forms.plain
         return form(self.meta, self.dtype)
 
     def as_(
         self, form: Form, rank: int | None = None, view: tuple[int, ...] | None = None
     ) -> Value:
-        """The weight in a form; outside of loops, its bytes may be seen in another shape."""
+        """Return the weight in a form; `view` reshapes its bytes, outside of loops only."""
         g = self.g
         file, entries = g.weights, self.entries
         if len(set(entries)) == 1:
@@ -232,14 +238,17 @@ class Parameter:
         return made
 
     def slice(self, position: Value) -> Value:
-        """One index of the first dimension, given at run time; the others are not read."""
+        """Return one index of the first dimension, given at run time, without reading the others.
+
+        Raises ExportError if the weight differs by row.
+        """
         g, form, entries = self.g, self.form, self.entries
         if len(set(entries)) == 1:
             return g.op("Gather", self.as_(form), position, axis=0, hint=_short(self.name))
         assert self.trip is not None
         if self.by_rows:
             raise ExportError(
-                f"{self.name} differs from round to round, and its experts cannot be taken by rows",
+                f"{self.name} differs from round to round, and experts cannot be selected by row",
                 hint="export this model with --graphs loop,unrolled",
             )
         stack = g.graph.stored(*g.weights.stack(self.name, form), form.dtype)
@@ -249,7 +258,7 @@ class Parameter:
 
 
 def is_looked_up(program: Program, name: str) -> bool:
-    """Whether a weight is a table of embeddings too: then it is stored as that needs it."""
+    """Whether a weight is a table of embeddings, which is then stored untransposed."""
     tables = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor)
     return any(
         node.op == "get_attr" and str(node.target) == name and user.target in tables
@@ -265,7 +274,7 @@ def _short(name: str) -> str:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a Loop's body makes in every round, and who takes the stack of all rounds."""
+    """A value of a Loop's body in every round, and the function that takes their stack."""
 
     value: Value
     take: Callable[[Value], None]

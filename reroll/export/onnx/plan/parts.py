@@ -1,4 +1,4 @@
-"""The part of a Program that can be exported: of an encoder-decoder model, the encoder."""
+"""The part of a Program that can be exported: for an encoder-decoder model, the encoder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ENCODER_OUTPUT = "encoder_last_hidden_state"
 
 
 def exported_part(program: Program) -> Program:
-    """The Program itself, or the encoder of one that has an encoder and a decoder.
+    """Return the Program itself, or the encoder of an encoder-decoder model.
 
-    Raises ExportError if such a Program does not give its encoder's output.
+    Raises ExportError if such a Program does not return its encoder's output.
     """
     if not any(i.name.startswith("decoder_") for i in program.inputs):
         return program
@@ -31,7 +31,7 @@ def exported_part(program: Program) -> Program:
 
 
 def only(program: Program, outputs: list[str], names: dict[str, str]) -> Program:
-    """The part of a Program that some outputs depend on, given new names."""
+    """Return the part of a Program on which some outputs depend, and rename these outputs."""
     program = program.edit()
     graph = program.graph
     end = next(iter(reversed(graph.nodes)))

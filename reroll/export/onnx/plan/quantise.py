@@ -1,11 +1,11 @@
-"""Weight-only quantisation: integers block by block, multiplied by MatMulNBits.
+"""Weight-only quantisation: integers by block, multiplied by MatMulNBits.
 
-Each row of a matrix [outputs, inputs] is cut into blocks; a block is kept as unsigned integers q of
-4 or 8 bits with a scale s and a zero point z, and stands for s (q - z). Activations stay floating
+Each row of a matrix [outputs, inputs] is cut into blocks. A block is stored as unsigned integers q
+of 4 or 8 bits with a scale s and a zero point z. It represents s (q - z). Activations stay floating
 in the graph; ONNX Runtime rounds them to 8 bits inside the product (`accuracy_level` 4).
 
-A table of embeddings that is the output matrix as well is kept in 8 bits, whatever the others are,
-and is looked up in the same bytes by GatherBlockQuantized.
+A table of embeddings that is also the output matrix is stored in 8 bits, whatever the others have.
+It is looked up in the same bytes by GatherBlockQuantized.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 CONTRIB = "com.microsoft"
 
-# smaller matrices, such as low-rank residuals, are not worth it
+# smaller matrices, such as low-rank residuals, are not quantised
 _LEAST = 64
 
-# inputs are rounded to 8 bits, block by block; 0 keeps them in fp32
+# inputs are rounded to 8 bits by block; 0 keeps them in fp32
 ACCURACY = 4
 
 
 def bits_of(settings: Settings, program: Program, name: str) -> int | None:
-    """How many bits a weight is kept in; None if it stays floating."""
+    """Return the number of bits of a weight, or None if it stays floating."""
     weight = program.weights[name]
     shape = weight.meta.shape
     if settings.bits is None or len(shape) != 2 or not weight.trainable:
@@ -47,7 +47,7 @@ def bits_of(settings: Settings, program: Program, name: str) -> int | None:
 
 
 def _is_multiplied(program: Program, name: str) -> bool:
-    """Whether a weight is a matrix of a projection, and nothing else but a table."""
+    """Whether a weight is the matrix of a projection, and is used as a table at most otherwise."""
     linear, table = torch.ops.aten.linear.default, torch.ops.aten.embedding.default
     users = [
         (node, user)
@@ -65,12 +65,12 @@ def _is_multiplied(program: Program, name: str) -> bool:
 
 
 def applies(g: Translator, weight: Parameter) -> bool:
-    """Whether a weight is to be quantised, and can be where it stands."""
+    """Whether a weight is quantised where it is used."""
     return bits_of(g.settings, g.program, weight.name) is not None and not weight.by_rows
 
 
 def matmul(g: Translator, x: Value, weight: Parameter) -> Value:
-    """The product with a quantised matrix."""
+    """Multiply by a quantised matrix."""
     outputs, inputs = weight.meta.shape
     bits = bits_of(g.settings, g.program, weight.name)
     assert bits is not None
@@ -92,7 +92,7 @@ def matmul(g: Translator, x: Value, weight: Parameter) -> Value:
 
 
 def look_up(g: Translator, weight: Parameter, ids: Value) -> Value:
-    """Rows of a quantised table."""
+    """Look up rows of a quantised table."""
     block = g.settings.block
     rows, columns = weight.meta.shape
     packed, scales, zeros = _forms(weight.meta, 8, block)
@@ -112,7 +112,7 @@ def look_up(g: Translator, weight: Parameter, ids: Value) -> Value:
 
 
 def _forms(meta: Meta, bits: int, block: int) -> tuple[Form, Form, Form]:
-    """The integers, the scales and the zero points of a matrix."""
+    """Return the forms of the integers, the scales and the zero points of a matrix."""
     rows, columns = meta.shape
     blocks = columns // block
     name = f"int{bits}x{block}"
@@ -131,10 +131,10 @@ def _forms(meta: Meta, bits: int, block: int) -> tuple[Form, Form, Form]:
 
 
 def quantised(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers [rows, blocks, block], scales and zero points [rows, blocks] of a matrix.
+    """Quantise a matrix: integers [rows, blocks, block], scales and zero points [rows, blocks].
 
-    The scale of a block is the one of a few whose squared error is least: a little less than what
-    covers all its elements is often better in 4 bits.
+    Of several scales for a block, that with the least squared error is used. In 4 bits, a slightly
+    smaller scale than the one that covers all elements is often better.
     """
     x = weight.float().reshape(weight.shape[0], -1, block)
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
@@ -160,14 +160,14 @@ def quantised(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor, Te
 
 
 def dequantised(weight: Tensor, bits: int, block: int) -> Tensor:
-    """The matrix that the quantised one stands for."""
+    """Return the matrix that the quantised one represents."""
     q, scale, zero = quantised(weight, bits, block)
     x = (q.float() - zero.float()[..., None]) * scale[..., None]
     return x.reshape(weight.shape).to(weight.dtype)
 
 
 def _packed(q: Tensor, bits: int) -> Tensor:
-    """Pairs of 4-bit integers in one byte, the first in the low half."""
+    """Pack pairs of 4-bit integers into bytes, the first in the low half."""
     if bits == 8:
         return q
     if q.shape[-1] % 2:

@@ -1,8 +1,8 @@
-"""Which trips of a depth loop become one ONNX Loop, and how many layers its body holds.
+"""Choose which trips of a depth loop become one ONNX Loop, and how many layers its body holds.
 
-Trips that share blocks in a cycle of P become a Loop whose body holds P trips: the shared weights
-stay where they are, and only what differs from round to round is gathered. Trips that share nothing
-become a Loop of one trip that gathers everything.
+Trips that share blocks in a cycle of P become a Loop whose body holds P trips. Shared weights are
+used directly, and only values that differ by round are gathered. Trips that share nothing become a
+Loop of one trip that gathers every weight.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from reroll.rewrite.ir.program import Loop, Program, weight_nodes
 
 @dataclass(frozen=True)
 class Segment:
-    """`rounds` times the trips `start` to `start + period - 1` of a loop, each round further on."""
+    """Consecutive trips of a loop: `rounds` rounds of `period` trips each, from trip `start` on."""
 
     start: int
     period: int
     rounds: int
 
     def trips(self, position: int) -> tuple[int, ...]:
-        """The trip at one position of the body, round by round."""
+        """Return the trip at one position of the body in each round."""
         return tuple(self.start + r * self.period + position for r in range(self.rounds))
 
 
 def unrolled(loop: Loop) -> list[Segment]:
-    """Every trip written out."""
+    """Return one segment with all trips, each written out."""
     return [Segment(0, loop.trips, 1)]
 
 
 def rolled(program: Program, loop: Loop) -> list[Segment]:
-    """The segments whose bodies hold the fewest trips between them."""
+    """Return the segments whose bodies hold the fewest trips in total."""
     stacked = [program.weights[name] for name in weight_nodes(loop.body.graph)]
     stacked = [weight for weight in stacked if weight.index is not None]
     largest = max((weight.meta.elements for weight in stacked), default=0)
-    # what each trip shares with others, as one letter of a word; low-rank residuals and vectors
-    # are small enough to gather
+    # the large weights of each trip, as one letter of a word: trips with equal letters share them;
+    # low-rank residuals and vectors are small enough to gather
     large = [w.index for w in stacked if w.meta.elements * 4 >= largest and w.index is not None]
     word = [tuple(index[t] for index in large) for t in range(loop.trips)]
     shape = _structure(program, loop)
     if len(set(word)) == len(word):
         word = [()] * loop.trips
     word = [(*letter, *own) for letter, own in zip(word, shape, strict=True)]
-    # best[t]: the fewest trips in bodies for what follows trip t, and the first segment
+    # best[t]: the fewest trips in bodies for the trips from t on, and the first segment
     best: list[tuple[int, Segment | None]] = [(0, None)] * (loop.trips + 1)
     for start in reversed(range(loop.trips)):
         choices = []
@@ -72,7 +72,7 @@ def rolled(program: Program, loop: Loop) -> list[Segment]:
 
 
 def _structure(program: Program, loop: Loop) -> list[tuple[Any, ...]]:
-    """What a Loop cannot gather, trip by trip: the sizes of states, and switches."""
+    """Return properties of each trip that a Loop cannot gather: sizes of states, and switches."""
     states = States(program)
     nodes = [n for n in loop.body.graph.nodes if n in states.numbers]
     exits = exits_of(loop)
@@ -92,6 +92,6 @@ def _structure(program: Program, loop: Loop) -> list[tuple[Any, ...]]:
 
 
 def _repeats(word: list[tuple[Any, ...]], start: int, period: int, rounds: int) -> bool:
-    """Whether one more round of a period follows `rounds` of them."""
+    """Whether another round of a period follows `rounds` of them."""
     at = start + rounds * period
     return word[start : start + period] == word[at : at + period]

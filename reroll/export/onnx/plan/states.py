@@ -1,8 +1,7 @@
-"""State as inputs and outputs: what was before goes in, what there is after comes out.
+"""States as inputs and outputs of a graph: the state before a run, and the state after it.
 
-Everything that keeps state is numbered in the order in which it runs. `past_key_values.N.PART` goes
-in and `present.N.PART` comes out, under the names that optimum, transformers.js and
-onnxruntime-genai use:
+Every node that keeps state is numbered in running order. Its inputs are `past_key_values.N.PART`
+and its outputs `present.N.PART`, the names that optimum, transformers.js and onnxruntime-genai use:
 
     key, value               [batch, kv_heads, past, head_dim]: all tokens so far, the new ones last
     key                      alone, where keys say which tokens are read and have no values
@@ -10,11 +9,11 @@ onnxruntime-genai use:
                              further back; zeros stand before the first token
     first_key, first_value   [batch, kv_heads, prefix, head_dim]: the first tokens, beside a window
     recurrent_state          [batch, kv_heads, ...]: the state of a recurrence
-    maximum, slot_keys       what some mixers keep beside it: see `mixers`
+    maximum, slot_keys       additional states of some mixers: see `mixers`
     conv_state               [batch, ...]: the last tokens, for mixers that read them; [batch, 1, 1]
-                             and never used where onnxruntime-genai wants one beside a recurrence
+                             and never used where onnxruntime-genai needs one beside a recurrence
     waiting                  [batch, kv_heads, delay, channels]: tokens that a delayed recurrence
-                             has yet to write
+                             has not written yet
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ INT = torch.int64
 
 
 class States:
-    """The states of one graph."""
+    """States of one graph."""
 
     def __init__(self, program: Program) -> None:
         self.numbers, self.layers = (plan := plan_states(program)).numbers, plan.layers
@@ -54,12 +53,12 @@ class States:
         self.shapes: dict[tuple[int, str], tuple[int | str, ...]] = {}
 
     def ring(self, number: int) -> CacheLayer | None:
-        """The layer of this number, if it keeps a window only."""
+        """Return the layer of this number if it keeps a window only, else None."""
         layer = self.layers[number]
         return layer if self.rings and layer.kind == "sliding_attention" else None
 
     def add_inputs(self, g: Translator) -> None:
-        """The caches that grow, as inputs of the graph; other states become inputs when read."""
+        """Add the caches that grow as inputs of the graph; other states become inputs when read."""
         for node, numbers in self.numbers.items():
             if node.target is not CACHE:
                 continue
@@ -69,7 +68,7 @@ class States:
                         self._slot(g, number, part, (kind[0], GROWS, kind[1]))
 
     def add_outputs(self, g: Translator) -> None:
-        """All states after the new tokens, as outputs of the graph."""
+        """Add all states after the new tokens as outputs of the graph."""
         if self._suits_genai():
             for number in [n for n, part in self.shapes if part == RECURRENT]:
                 if (number, CONV) not in self.shapes:
@@ -80,9 +79,9 @@ class States:
             g.graph.output(self.present[number, part], name, ("batch_size", *after))
 
     def _suits_genai(self) -> bool:
-        """Whether onnxruntime-genai knows what to do with states of these names.
+        """Whether onnxruntime-genai supports states of these names.
 
-        It finds the layers with a recurrence by their convolution, and so wants one in all of them.
+        It finds the layers with a recurrence by their convolution, and so needs one in all of them.
         """
         return all(
             part in (RECURRENT, CONV) or (part in ("key", "value") and GROWS in dims)
@@ -97,7 +96,7 @@ class States:
         dims: tuple[int | str, ...],
         dtype: torch.dtype | None = None,
     ) -> Value:
-        """One state as it was before; `dims` are those after the batch."""
+        """Return one state before the run, as an input; `dims` are those after the batch."""
         if (number, part) not in self.past:
             root = g.graph.root
             kind = dtype or g.settings.dtype
@@ -107,21 +106,21 @@ class States:
         return self.past[number, part]
 
     def total(self, g: Translator) -> Value | None:
-        """How many tokens there are, past and new; None without a cache that grows."""
+        """Return the number of tokens, past and new, or None without a cache that grows."""
         growing = [k for k, dims in self.shapes.items() if GROWS in dims]
         if not growing or "s" not in g.sizes:
             return None
         past = g.op("Shape", self.past[growing[0]], start=2, end=3, dtype=INT)
         return g.op("Add", past, g.sizes["s"])
 
-    # ---- of the running trip
+    # ---- states of the running trip
 
     def of(self, g: Translator, node: fx.Node) -> tuple[int, ...]:
-        """The numbers of a node's states in the trips that are meant."""
+        """Return the numbers of a node's states in the running trips."""
         numbers = self.numbers[node]
         if g.trip is None:
             return numbers
-        # by rows, the host hands in the states of each row's own round
+        # with rows, the host passes the states of each row's own round
         trips = g.trip.numbers[:1] if g.trip.rows else g.trip.numbers
         return tuple(numbers[t] for t in trips)
 
@@ -133,18 +132,18 @@ class States:
         dims: tuple[int | str, ...],
         dtype: torch.dtype | None = None,
     ) -> Value:
-        """One part of the state before, of the trip that is running."""
+        """Return one part of the state before the run, of the running trip."""
         past = [self._slot(g, number, part, dims, dtype) for number in numbers]
         if len(past) == 1:
             return past[0]
         assert g.trip is not None
         sizes = g.op("Concat", g.ints(len(past)), g.op("Shape", past[0], dtype=INT), axis=0)
-        # one copy: a reshape of what was just made costs nothing
+        # only the concatenation copies; the reshape does not
         stack = g.op("Reshape", g.op("Concat", *past, axis=0), sizes, allowzero=1)
         return g.op("Gather", stack, select(g, range(len(past)), g.trip), axis=0)
 
     def write(self, g: Translator, numbers: Sequence[int], part: str, value: Value) -> None:
-        """One part of the state after, of the trip that is running."""
+        """Set one part of the state after the run, of the running trip."""
         if len(numbers) == 1:
             self.present[numbers[0], part] = value
             return
@@ -157,7 +156,7 @@ class States:
         g.scans.append(Scan(value, take))
 
     def append(self, g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Value]:
-        """The keys and values of all tokens, given those of the new ones."""
+        """Append new keys and values to a cache, and return those of all tokens."""
         numbers = self.of(g, node)
         made = {"key": k, "value": v}
         for part, kind in _parts(node):
@@ -174,7 +173,7 @@ class States:
         return made["key"], made["value"]
 
     def _collect(self, g: Translator, numbers: Sequence[int], part: str, new: Value) -> None:
-        """Have the Loop hand out the new tokens of every round, and append them outside."""
+        """Let the Loop return the new tokens of every round, and append them outside."""
 
         def take(stack: Value) -> None:
             for position, number in enumerate(numbers):
@@ -186,7 +185,7 @@ class States:
 
 
 def _parts(node: fx.Node) -> list[tuple[str, tuple[int, int]]]:
-    """The parts of a cache and their (kv_heads, head_dim); keys may be without values."""
+    """Return the parts of a cache and their (kv_heads, head_dim); values may be absent."""
     found = []
     for part, name in (("key", "k"), ("value", "v")):
         sizes: Any = shape(argument(node, name))
@@ -196,10 +195,10 @@ def _parts(node: fx.Node) -> list[tuple[str, tuple[int, int]]]:
 
 
 def keeps_rings(program: Program) -> bool:
-    """Whether windows keep no more than they see.
+    """Whether windows store only the tokens that they see.
 
-    They do where a pass has put a window or a recurrence in the place of attention, and the padding
-    mask says how many tokens there were. Original models keep the caches that runtimes expect.
+    They do where a pass has replaced attention by a window or a recurrence, and the padding mask
+    gives the number of tokens. Original models keep the caches that runtimes expect.
     """
     if not any(i.role == "padding" for i in program.inputs):
         return False

@@ -1,8 +1,8 @@
-"""The weight file: every weight once, whatever number of graphs reads it and in whatever pieces.
+"""The weight file: every weight is stored once, however many graphs read it.
 
-The entries of a stacked weight lie one after the other, so the stack and each of its entries are
-views of the same bytes: a graph that writes out its trips reads entries, a Loop gathers from the
-stack. Weights are computed and written one at a time.
+The entries of a stacked weight are contiguous, so the stack and each entry are views of the same
+bytes. A graph with unrolled trips reads entries, and a Loop gathers from the stack. Weights are
+computed and written one at a time.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from reroll.rewrite.ir.weights.expressions import Meta
 
 FILE = "weights.bin"
 
-# runtimes map the file into memory by pages
+# the page size, because runtimes map the file into memory
 _ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a weight is written: `make` computes it from the weight's own tensor.
+    """Stored form of a weight: `make` computes it from the weight's own tensor.
 
-    `name` identifies the form; "" is the tensor as it is. `dtype` and `shape` are the result's.
+    `name` identifies the form; "" is the unchanged tensor. `dtype` and `shape` are the result's.
     """
 
     name: str
@@ -45,30 +45,30 @@ class Form:
 
     @property
     def bytes(self) -> int:
-        """Of one entry."""
+        """Bytes of one entry."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plain(meta: Meta, dtype: torch.dtype) -> Form:
-    """The weight as it is, in a dtype."""
+    """Return the form of an unchanged weight, in a dtype."""
     return Form("", dtype, meta.shape, lambda t: t.to(dtype))
 
 
 def transposed(meta: Meta, dtype: torch.dtype) -> Form:
-    """A matrix [outputs, inputs] as [inputs, outputs], which is what MatMul takes; or several."""
+    """Return the form of a matrix, or a stack of them, as [inputs, outputs], which MatMul takes."""
     *several, rows, columns = meta.shape
     shape = (*several, columns, rows)
     return Form("transposed", dtype, shape, lambda t: t.to(dtype).transpose(-2, -1))
 
 
 def offset(meta: Meta, dtype: torch.dtype, amount: float) -> Form:
-    """The weight plus a number, added in fp32."""
+    """Return the form of a weight plus a number, added in fp32."""
     return Form(f"plus_{amount:g}", dtype, meta.shape, lambda t: (t.float() + amount).to(dtype))
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where the entries of one weight in one form lie in the file."""
+    """Position in the file of the entries of one weight in one form."""
 
     weight: str
     form: Form
@@ -77,12 +77,15 @@ class Region:
 
     @property
     def bytes(self) -> int:
-        """Of all entries."""
+        """Bytes of all entries."""
         return self.form.bytes * self.entries
 
 
 class WeightFile:
-    """A plan of the weight file, filled by `write`. Graphs ask it for tensors as they are built."""
+    """A plan of the weight file, from which graphs request tensors while they are built.
+
+    `write` computes the requested tensors and writes the file.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -92,7 +95,10 @@ class WeightFile:
     def entry(
         self, weight: str, entry: int, form: Form, view: tuple[int, ...] | None = None
     ) -> tuple[str, TensorProto]:
-        """The name and the external tensor of one entry, perhaps in another shape."""
+        """Return the name and the external tensor of one entry, perhaps in another shape.
+
+        `view` is that shape.
+        """
         region = self._region(weight, form)
         name = stored_name(region.weight, entry)
         at = region.offset + entry * form.bytes
@@ -100,20 +106,20 @@ class WeightFile:
         return self._tensor(name, form, view or form.shape, at, form.bytes)
 
     def stack(self, weight: str, form: Form) -> tuple[str, TensorProto]:
-        """The name and the external tensor [entries, ...] of all entries."""
+        """Return the name and the external tensor [entries, ...] of all entries."""
         region = self._region(weight, form)
         name = _named(region.weight.replace("*", "all"), form)
         shape = (region.entries, *form.shape)
         return self._tensor(name, form, shape, region.offset, region.bytes)
 
     def value(self, weight: str, entry: int) -> Tensor:
-        """One entry as it is."""
+        """Compute one entry, unchanged."""
         output = Output(weight, entry, self.program.weights[weight].entries[entry])
         ((_, _, tensor),) = evaluate_outputs([output], self.program.source)
         return tensor
 
     def _region(self, weight: str, form: Form) -> Region:
-        """A weight's place, given out when it is first asked for. Tied weights share theirs."""
+        """Return a weight's position, allocated at the first request; tied weights share theirs."""
         count = len(self.program.weights[weight].entries)
         key = (tuple(self.program.weights.identity(weight, i) for i in range(count)), form)
         if key not in self.regions:
@@ -132,7 +138,7 @@ class WeightFile:
         return name, proto
 
     def write(self, directory: Path, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compute every weight that was asked for, and write the file.
+        """Compute every requested weight, and write the file.
 
         Raises ExportError if the file cannot be written.
         """
@@ -159,7 +165,7 @@ class WeightFile:
             raise ExportError(f"cannot be written: {error.strerror}", where=FILE) from error
 
     def digests(self, directory: Path) -> dict[str, str]:
-        """The SHA-256 of every weight's bytes in the written file, by name."""
+        """Return the SHA-256 of every weight's bytes in the written file, by name."""
         found = {}
         with (directory / FILE).open("rb") as file:
             for region in self.regions.values():
