@@ -1,4 +1,4 @@
-"""Low-rank terms beside linear layers, found by what a graph computes: W x + B (A x)."""
+"""Low-rank terms of linear layers, matched in the graph: W x + B (A x)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ADD = torch.ops.aten.add.Tensor
 
 @dataclass(frozen=True)
 class LowRankTerm:
-    """The linear nodes of W x, which may have a bias, of A x and of B (A x).
+    """The linear nodes of W x (with or without bias), of A x and of B (A x).
 
-    `whole` is itself a sum where there are several terms.
+    `whole` is W x, or a sum of W x and low-rank terms where there are several.
     """
 
     whole: fx.Node
@@ -28,13 +28,13 @@ class LowRankTerm:
 
     @property
     def base(self) -> fx.Node:
-        """The linear node of W x, beside all terms."""
+        """The linear node of W x, without any low-rank term."""
         inner = low_rank_term(self.whole)
         return self.whole if inner is None else inner.base
 
 
 def low_rank_term(node: Any) -> LowRankTerm | None:
-    """The low-rank term that a node adds to a linear layer of the same input; None if none."""
+    """Match the low-rank term that a node adds to a linear layer of the same input; else None."""
     if not isinstance(node, fx.Node) or node.target is not ADD:
         return None
     if len(node.args) != 2 or node.kwargs:
@@ -51,7 +51,7 @@ def low_rank_term(node: Any) -> LowRankTerm | None:
 
 
 def factor_names(program: Program) -> dict[str, list[tuple[str, str]]]:
-    """By the name of a weight W, the names of the factors (A, B) of its low-rank terms."""
+    """Map the name of each weight W to the names of its low-rank factors (A, B)."""
     found: dict[str, list[tuple[str, str]]] = {}
     for _, graph in program.graphs():
         for node in graph.nodes:
@@ -64,7 +64,7 @@ def factor_names(program: Program) -> dict[str, list[tuple[str, str]]]:
 
 
 def _is_layer(node: Any, bias: bool = True) -> bool:
-    """Whether a node is a linear layer with a weight; without `bias`, one that has none."""
+    """Whether a node is a linear layer with a weight; if not `bias`, one without a bias."""
     if not isinstance(node, fx.Node) or node.target is not LINEAR:
         return False
     return is_weight(argument(node, "weight")) and (bias or argument(node, "bias") is None)
