@@ -155,7 +155,7 @@ def _climbed(part: Tensor, side: Tensor) -> Tensor:
     """Improve a cut by moving single layers until no move increases its weight."""
     while True:
         signs = 1 - 2 * side
-        # a move adds the layer's distances to its own side to the cut and removes those to the other
+        # a move adds the distances to its own side to the cut and removes those to the other side
         gains = signs * (part @ signs)
         best = int(gains.argmax())
         if gains[best] <= 1e-12:
