@@ -406,9 +406,7 @@ class _Tracer:
     def in_half(
         self, program: Program, exported: torch.export.ExportedProgram, half: torch.dtype
     ) -> Program | Miss:
-        """Return a flat Program with its conversions in half precision, or a Miss that says why
-        not.
-        """
+        """Return a flat Program with its half-precision conversions, or a Miss with the reason."""
         if clean.mutates(exported.graph):
             return Miss("it changes tensors in place, for which captures have other ops")
         if keeps_parameters(self.model, half):

@@ -1,7 +1,7 @@
-"""The idioms that are raised: patterns over ATen, and the op that each of them is.
+"""Idioms that are raised: patterns over ATen, and the op that replaces each of them.
 
-Every rule is a pattern and a rewrite. The rewrite may refuse with a Miss; what it builds is
-evaluated against the region that it replaces before it is accepted (see `raising`).
+Every rule is a pattern and a rewrite. The rewrite may refuse with a Miss. Its result is compared
+numerically with the region that it replaces before it is accepted (see `raising.driver`).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ END = 2**63 - 1
 
 @dataclass(frozen=True)
 class Rule:
-    """An idiom.
+    """Rule for one idiom: a pattern and its replacement.
 
-    `pattern` is matched, or called with the node; `rewrite(graph, root, match)` inserts the
-    replacement before `root`, or refuses.
+    `pattern` is a pattern of `ir.matching`, or a function of a node. `rewrite(graph, root, match)`
+    inserts the replacement before `root`, or returns a Miss.
     """
 
     name: str
@@ -241,7 +241,7 @@ def _gelu(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
 
 
 def _split_linear(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
-    """Linear on flattened tokens with a reshape around it is linear on the tokens themselves."""
+    """Replace `linear` on flattened tokens, with a reshape after it, by `linear` on the tokens."""
     x = match["x"]
     if (
         shape(root)[:-1] != shape(x)[:-1]
