@@ -30,11 +30,11 @@ class Context:
         text_source: the user's text, or the file that has it; None for the text that ships.
         tokenizer: turns text into token ids; the original model's own if None.
         seed: seeds `generator`.
-            large: bytes of weights above which a program counts as large.
-            measuring: whether measurements are wanted; without them, remarks cost as little as
+        large: bytes of weights above which a program counts as large.
+        measuring: whether measurements are wanted; without them, remarks cost as little as
             possible.
-            report_progress: called with (done, total, what).
-            remarks: the remarks of the pass so far.
+        report_progress: called with (done, total, what).
+        remarks: the remarks of the pass so far.
     """
 
     text_source: str | Path | None = None

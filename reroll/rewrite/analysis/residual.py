@@ -45,9 +45,9 @@ class Stream:
     """One residual stream.
 
     Attributes:
-            nodes: its values, in the main graph and in the bodies of loops.
-            writers: its nodes that are not computed from the stream itself.
-            readers: the nodes outside it that use its values; nodes that read only sizes do not
+        nodes: its values, in the main graph and in the bodies of loops.
+        writers: its nodes that are not computed from the stream itself.
+        readers: the nodes outside it that use its values; nodes that read only sizes do not
             count.
     """
 

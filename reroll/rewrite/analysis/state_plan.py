@@ -53,8 +53,8 @@ class StatePlan:
     """The states of a Program.
 
     Attributes:
-            layers: the layout of each state, in the order in which they run.
-            numbers: the numbers of a node's states, trip by trip.
+        layers: the layout of each state, in the order in which they run.
+        numbers: the numbers of a node's states, trip by trip.
     """
 
     layers: tuple[CacheLayer, ...]

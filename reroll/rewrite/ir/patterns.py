@@ -21,7 +21,7 @@ class Match:
 
     Attributes:
         pattern: the pattern's name.
-            bound: the values of its variables: nodes, numbers, or other values.
+        bound: the values of its variables: nodes, numbers, or other values.
         nodes: names of the nodes of the region that it covers.
     """
 
@@ -42,9 +42,9 @@ class Miss:
 
     Attributes:
         reason: what was expected and what was found, as a clause without a full stop.
-            nodes: names of the nodes at fault, the most relevant first.
+        nodes: names of the nodes at fault, the most relevant first.
         pattern: the pattern's name, if it has one.
-            depth: how many of the pattern's conditions held before one failed; the larger, the
+        depth: how many of the pattern's conditions held before one failed; the larger, the
             nearer to a match.
     """
 

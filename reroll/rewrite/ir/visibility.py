@@ -4,11 +4,10 @@ A query at position q sees a key at position k, both counted from the first toke
 
     causal     k <= q
     window w   q - k < w; without causality |q - k| <= w
-        chunk c    floor((k - f) / c) = floor((q - f) / c), with f the first token that is no
-        padding
-        prefix p   or k is one of the first p tokens that are no padding, despite window and chunk
-                   (attention sinks, arXiv 2309.17453); causality holds for these, too
-        blocks     or both have the same block number of 0 or more, despite all conditions above
+    chunk c    floor((k - f) / c) = floor((q - f) / c), with f the first token that is no padding
+    prefix p   or k is one of the first p tokens that are no padding, despite window and chunk
+               (attention sinks, arXiv 2309.17453); causality holds for these, too
+    blocks     or both have the same block number of 0 or more, despite all conditions above
     padding    and k is no padding
 
 `Visibility` holds these arguments of the ops `attention`, `attention_mass` and `mask`. This file
@@ -36,12 +35,12 @@ class Visibility:
     representation of a value in an export.
 
     Attributes:
-            causal: whether a query sees no later key.
-            window: number of the last tokens that a query sees, including itself; None for all.
-            chunk: size of the chunks; a query sees only keys of its own chunk.
-            padding: [batch, tokens], 0 at keys that no query sees.
-            blocks: [batch, tokens], the number of each token's block; -1 for none.
-            prefix: number of the first tokens that are always visible.
+        causal: whether a query sees no later key.
+        window: number of the last tokens that a query sees, including itself; None for all.
+        chunk: size of the chunks; a query sees only keys of its own chunk.
+        padding: [batch, tokens], 0 at keys that no query sees.
+        blocks: [batch, tokens], the number of each token's block; -1 for none.
+        prefix: number of the first tokens that are always visible.
     """
 
     causal: Any = False
@@ -88,9 +87,7 @@ class Visibility:
         return any(v is not None for v in (self.padding, self.blocks, self.window, self.chunk))
 
     def most_keys(self, keys: int) -> int:
-        """Return the maximum number of `keys` keys that one query sees; fields that are nodes do
-        not count.
-        """
+        """Bound the number of `keys` that one query sees; fields that are nodes do not count."""
         first = self.prefix if isinstance(self.prefix, int) else 0
         if isinstance(self.window, int):
             # without causality, a window extends to both sides

@@ -20,9 +20,9 @@ class WeightEditor:
     """Editor of the weight table of a Program whose graphs are edited in place.
 
     Attributes:
-            program: the Program; the caller edits its graphs.
-            weights: the table with the changes so far.
-            reference: the tied weights from before they were tied, with the same changes.
+        program: the Program; the caller edits its graphs.
+        weights: the table with the changes so far.
+        reference: the tied weights from before they were tied, with the same changes.
     """
 
     def __init__(self, program: Program) -> None:

@@ -126,7 +126,7 @@ def find_loop(program: Program) -> Unifier | None:
     for stretch in _stretches([_letter(node) for node in order]):
         best: Unifier | None = None
         for candidate in stretch:
-            # a loop with one trip fewer is preferred if it carries less or starts at a layer boundary
+            # a loop with one trip fewer is preferred if it carries less or starts with a layer
             if best is not None and candidate.trips < best.trips - 1:
                 break
             regions = [
