@@ -21,7 +21,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def last_level_cache() -> int | None:
-    """Return the bytes of this machine's last-level cache; None if the system does not say."""
+    """Return the bytes of this machine's last-level cache; None if unknown."""
     sizes: dict[int, int] = {}
     for index in sorted(_SYSTEM.glob("index*")):
         try:

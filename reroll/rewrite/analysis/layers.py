@@ -21,7 +21,7 @@ from reroll.rewrite.ir.program import Loop, Program
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention node and the numbers of its layers, one per trip of its loop."""
+    """Attention node with the numbers of its layers, one per trip of its loop."""
 
     node: fx.Node
     loop: Loop | None

@@ -17,7 +17,7 @@ ADD = torch.ops.aten.add.Tensor
 
 @dataclass(frozen=True)
 class LowRankTerm:
-    """The linear nodes of W x (with or without bias), of A x and of B (A x).
+    """Linear nodes of W x (with or without bias), of A x and of B (A x).
 
     `whole` is W x, or a sum of W x and low-rank terms where there are several.
     """

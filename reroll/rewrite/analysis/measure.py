@@ -43,7 +43,7 @@ def size(program: Program) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Violation:
-    """An output in which two programs that should agree do not."""
+    """Output in which two programs that should agree do not."""
 
     output: str
     error: float

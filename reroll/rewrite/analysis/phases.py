@@ -23,7 +23,7 @@ GAIN = 0.05
 
 @dataclass(frozen=True)
 class Phases:
-    """A segmentation: first layers of phases, and the fraction of the distance between phases."""
+    """Segmentation: first layers of phases, and the fraction of the distance between phases."""
 
     starts: tuple[int, ...]
     layers: int

@@ -28,8 +28,8 @@ MOST_ELEMENTS = 2**20
 def position_limits(program: Program) -> dict[str, int]:
     """Return the maximum length of each input of tokens that a learned table bounds.
 
-    A table of positions is looked up at numbers that rise by one from token to token, whatever the
-    tokens are; these numbers need not start at 0.
+    The indices into a table of positions rise by one from token to token, whatever the tokens are.
+    They need not start at 0.
     """
     found: dict[str, int] = {}
     for node in program.graph.nodes:
@@ -113,7 +113,7 @@ def _risings(program: Program, index: fx.Node) -> list[tuple[int, int]]:
     if part is None:
         return []
     top = vocabulary(program) or 2
-    # of two tokens, at least one is not the padding token that positions may be computed from
+    # of two tokens, at least one is not the padding token, after which positions may be counted
     for token in {top - 1, max(top - 2, 0)}:
         inputs = {
             name: torch.full_like(t, token) if not t.is_floating_point() else t

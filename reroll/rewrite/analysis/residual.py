@@ -42,7 +42,7 @@ _MOVES = (
 
 @dataclass
 class Stream:
-    """One residual stream.
+    """Residual stream: its values, and the nodes that write and read it.
 
     Attributes:
         nodes: its values, in the main graph and in the bodies of loops.
@@ -65,7 +65,7 @@ class Tracer:
         self.bodies = {loop.body.graph: loop for loop in program.loops}
 
     def trace(self, start: fx.Node) -> Stream | Miss:
-        """Trace the stream that contains `start`; a `Miss` says why there is none."""
+        """Trace the stream that contains `start`; return a `Miss` if there is none."""
         stream = Stream()
         stack = [start]
         while stack:

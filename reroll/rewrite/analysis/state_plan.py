@@ -1,4 +1,4 @@
-"""Which nodes of a Program keep state from one call to the next, and what they keep.
+"""Plan of the states that nodes of a Program keep from one call to the next.
 
 A state is a cache of keys and values or the state of a recurrence. States are numbered in the order
 in which their nodes run: a node in a loop's body has one for each trip. The lowered module, the
@@ -50,7 +50,7 @@ class CacheLayer:
 
 @dataclass(frozen=True)
 class StatePlan:
-    """The states of a Program.
+    """States of a Program, with the number of each node's state in each trip.
 
     Attributes:
         layers: the layout of each state, in the order in which they run.

@@ -33,8 +33,8 @@ def omissions(model: Any, inputs: Collection[str], weights: Collection[str]) -> 
 def percepts(model: Any) -> Iterator[str]:
     """Yield the arguments of a model's forward for pictures, videos or sound.
 
-    Also yield `token_type_ids` where they separate these from text, or where there is no table of
-    types and they are looked up in the table of tokens.
+    Also yield `token_type_ids` where they separate these from text. They are yielded too where
+    there is no table of types, because they are then looked up in the table of tokens.
     """
     arguments = inspect.signature(model.forward).parameters
     found = [n for n, a in arguments.items() if _PERCEPTS.search(n) and "Tensor" in str(a)]

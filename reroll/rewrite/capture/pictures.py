@@ -30,9 +30,9 @@ def text_part(
 ) -> fx.Graph:
     """Extract the part of a main graph that reads text alone.
 
-    Outputs that are computed from pictures alone become None. `merge` is the op that writes the
-    features into the embeddings; its first arguments are the embeddings and the mask of image
-    tokens. The placeholders of `pictures` stay, unused.
+    Outputs that depend on pictures in another way than through `merge` become None. `merge` is the
+    op that writes the features into the embeddings; its first arguments are the embeddings and the
+    mask of image tokens. The placeholders of `pictures` stay, unused.
 
     Raises ProgramError if the logits depend on pictures in another way than through `merge`.
     """
@@ -71,7 +71,7 @@ def _rows(graph: fx.Graph) -> list[tuple[Any, ...]]:
             continue
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: numbers[n])
         if node.op == "output":
-            # outputs that are computed from pictures alone are None
+            # outputs that depend on pictures are None in the part for text
             arguments = tuple(value for value in arguments[0][0] if value is not None)
         numbers[node] = f"%{len(numbers)}"
         target = numbers[node] if node.op == "output" else str(node.target)

@@ -1,7 +1,7 @@
 """Inputs that a model is captured with: names, dynamic dimensions, and example tensors.
 
-They follow from the names of the forward function's arguments, which are the same in all
-transformers models of a modality, and from the sizes in the configuration.
+They follow from the names of the forward function's arguments and from the sizes in the
+configuration. All transformers models of a modality use the same names.
 """
 
 from __future__ import annotations

@@ -327,7 +327,7 @@ def _pad_blocks(
     del attention_mask
     length = block_sequence_ids.shape[1]
     place = torch.arange(kv_length + kv_offset, device=block_sequence_ids.device)
-    # a concatenated padding tensor would make an empty one a special case of the exporter
+    # with a concatenation, empty padding would be a special case for the exporter
     known = block_sequence_ids[:, place.clamp(max=length - 1)]
     return torch.where(place < length, known, -1)
 

@@ -54,8 +54,8 @@ def check_metadata(file: GgufFile, config: Any) -> None:
 def check_tensors(file: GgufFile, unread: list[str]) -> None:
     """Raise CheckpointError for an unread tensor that affects what the model computes.
 
-    All tensors in a GGUF file are read by its runtime, so all but rotary factors of 1, and those
-    for pictures or sound, affect it.
+    All tensors in a GGUF file are read by its runtime, so each of them affects it. The exceptions
+    are rotary factors of 1, and tensors for pictures or sound.
     """
     for name in unread:
         if name in _FREQUENCY_FACTORS and _all_ones(file.load(name)):

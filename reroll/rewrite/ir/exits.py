@@ -15,7 +15,7 @@ from reroll.rewrite.ir.program import Loop, Program, ancestors
 
 @dataclass(frozen=True)
 class Exits:
-    """The exits of one loop.
+    """Exits of one loop.
 
     Attributes:
         node: the exit op, which computes the tokens that have left the loop.

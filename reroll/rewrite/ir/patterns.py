@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Match:
-    """A pattern that matched.
+    """Result of a pattern that matched.
 
     Attributes:
         pattern: the pattern's name.
@@ -38,7 +38,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """A pattern that did not match.
+    """Result of a pattern that did not match.
 
     Attributes:
         reason: what was expected and what was found, as a clause without a full stop.

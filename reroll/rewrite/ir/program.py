@@ -26,7 +26,7 @@ from reroll.rewrite.ir.weights.expressions import TensorSource
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop node of a Program's graph, with its arguments by name."""
+    """Loop node of a Program's graph, with its arguments by name."""
 
     node: fx.Node
     body: Body

@@ -26,7 +26,7 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a Program.
+    """Input of a Program.
 
     `role` determines the value if a caller leaves the input out: "data" is required; "padding" is
     ones over past and present tokens; "positions" count on from the past, and a document begins
@@ -107,7 +107,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Body:
-    """One trip of a depth loop.
+    """Graph of one trip of a depth loop.
 
     The first placeholders of `graph` are the carry, in the order in which its output returns them;
     the others take the loop's inputs. `period` is the number of the original's layers in one trip.

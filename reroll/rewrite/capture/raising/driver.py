@@ -152,7 +152,7 @@ def _example(node: fx.Node, generator: torch.Generator) -> Any:
         return _integer(node)
     shape = [concrete(dim, _SIZES) for dim in kind.shape]
     if node.target is MASK:
-        # a mask has only two values: equivalent steps may change others
+        # equivalent computations of a mask may differ on tensors that are no masks
         hidden = torch.rand(shape, generator=generator) < 0.3
         hidden[..., :2] = False
         return torch.where(hidden, torch.finfo(torch.float32).min, 0.0)

@@ -1,7 +1,8 @@
 """Raise attention that a model writes out itself: softmax(q k^T * scale + bias) v.
 
 The search starts at the product with the values. It goes back through the softmax and all ops on
-the scores to the product of queries and keys, and collects scale, soft cap, biases and masks.
+the scores to the product of queries and keys. On the way it collects scale, soft cap, biases and
+masks.
 """
 
 from __future__ import annotations

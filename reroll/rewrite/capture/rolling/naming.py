@@ -14,8 +14,8 @@ class Names:
 
     `model.layers.0.mlp.up_proj.weight` and the same weight of the other trips become
     `model.layers.*.mlp.up_proj.weight`. With several layers in a trip, or where the first trip is
-    not layer 0, the name is `<loop>.trips.*.<i>.mlp.up_proj.weight`, where `i` numbers the layers
-    of a trip.
+    not layer 0, it becomes `<loop>.trips.*.<i>.mlp.up_proj.weight`. Here `i` numbers the layers of
+    a trip.
     """
 
     def __init__(self, found: Unifier, taken: set[str], weights: Mapping[str, Any]) -> None:

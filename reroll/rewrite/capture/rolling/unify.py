@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Region:
-    """The nodes of one trip, in the order in which they run."""
+    """Nodes of one trip, in the order in which they run."""
 
     nodes: list[fx.Node]
     places: dict[fx.Node, int] = field(init=False)

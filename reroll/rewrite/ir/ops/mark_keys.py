@@ -15,7 +15,7 @@ def mark_keys(k: Tensor, absent: Tensor) -> Tensor:
     """Append a channel to keys that hides those of `absent` [batch, time] tokens.
 
     The last channel of the result [batch, kv_heads, time, head_dim + 1] is `ABSENT` for these
-    tokens and 0 elsewhere; queries have a 1 in theirs. A cache of keys so records which tokens are
+    tokens and 0 elsewhere. Queries have a 1 in theirs. A cache of keys so records which tokens are
     absent.
     """
     mark = absent.to(k.dtype)[:, None, :, None] * ABSENT

@@ -1,4 +1,4 @@
-"""Which keys a query sees, as an additive mask."""
+"""Additive attention mask."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def program_to_json(program: Program) -> dict[str, Any]:
 def program_from_json(data: object, source: TensorSource | None = None) -> Program:
     """Read a Program from a JSON object; `source` has the tensors of its weights.
 
-    Raises ProgramError, with the position in the JSON, if it is not a valid Program, has an unknown
-    format version, or if its weights do not fit the source.
+    Raises ProgramError, with the position in the JSON, if it is not a valid Program or has an
+    unknown format version. So it does if the weights do not fit the source.
     """
     if not isinstance(data, dict):
         raise ProgramError(f"a program is a JSON object, not a {type(data).__name__}")

@@ -1,8 +1,8 @@
 """Weights of a program: names in the graph, and the lazy expressions that compute them.
 
-A weight outside loops has one expression. A weight inside a loop body is a stack of entries and,
-for each trip of the loop, the number of the entry that the trip uses; two trips with the same
-number are tied. In the name of a stacked weight, ``*`` stands for the entry number.
+A weight outside loops has one expression. A weight inside a loop body is a stack of entries, with
+the number of the entry that each trip of the loop uses. Two trips with the same number are tied. In
+the name of a stacked weight, ``*`` stands for the entry number.
 """
 
 from __future__ import annotations
