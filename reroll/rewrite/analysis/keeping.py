@@ -76,7 +76,9 @@ class _Distance:
 
     def __init__(self, program: Program, context: Context) -> None:
         if token_input(program) is None:
-            raise PassError("only a model of tokens can be measured", hint="name the layers")
+            raise PassError(
+                "only a model that takes tokens can be measured", hint="name the layers"
+            )
         tokens, what = context.some_tokens(program, LENGTH // 8)
         self.what = f"{what}, and the same again,"
         length = min(LENGTH, (program.origin.positions or 2 * LENGTH) // 2)

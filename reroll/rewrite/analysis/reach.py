@@ -76,7 +76,7 @@ def out_of_reach(
             return UsageError(
                 f"{length} tokens are more than the {limit} positions that the model has learned",
                 where=item.name,
-                hint=f"give it at most {limit} tokens, with those that it is to generate",
+                hint=f"give it at most {limit} tokens, including those to generate",
             )
         size = vocabulary(program, item.name)
         # after a device-side assertion, tensors on the device cannot be read

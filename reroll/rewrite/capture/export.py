@@ -165,7 +165,7 @@ def _with_halves(captured: _Captured) -> Program:
         log.info("not known in half precision: %s", error)
         return program
     if not same(without_casts(program), without_casts(wide)):
-        log.info("not known in half precision: its idioms are others")
+        log.info("not known in half precision: other idioms are raised there")
         return program
     if [count(g) for _, g in program.graphs()] != [count(g) for _, g in wide.graphs()]:
         # hidden states are preferred to conversions
@@ -258,7 +258,7 @@ def _with_pictures(
                 continue
             part = text_part(program.graph, [pictures.name], program.outputs)
             if not same_text(part, text.graph):
-                raise CaptureError("it reads text otherwise where it is given pictures")
+                raise CaptureError("its graph for text alone differs when it also takes pictures")
             loss, span = text.origin.loss, text.origin.cache_span
             origin = replace(program.origin, loss=loss, cache_span=span)
             return replace(program, inputs=(*text.inputs, program.inputs[-1]), origin=origin)
@@ -408,7 +408,7 @@ class _Tracer:
     ) -> Program | Miss:
         """Return a flat Program with its half-precision conversions, or a Miss with the reason."""
         if clean.mutates(exported.graph):
-            return Miss("it changes tensors in place, for which captures have other ops")
+            return Miss("it changes tensors in place, so the trace in half precision has other ops")
         if keeps_parameters(self.model, half):
             return Miss("parameters are kept in fp32")
         wrapper = _Wrapper(self.model, self.stateful, None, False, self.hidden)

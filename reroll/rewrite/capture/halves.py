@@ -190,7 +190,9 @@ class _Alignment:
         while a is not None or b is not None:
             if a is not None and b is not None and _key(a) == _key(b):
                 if not self.pair(a, b):
-                    return Miss("it computes with other numbers", (a.name, b.name))
+                    return Miss(
+                        "a constant or an operand differs in half precision", (a.name, b.name)
+                    )
                 a, b = next(mine, None), next(theirs, None)
             elif b is not None and _key(b) is TO and self.add(b):
                 b = next(theirs, None)

@@ -51,7 +51,7 @@ def text_part(
     values: Any = output.args[0]
     for name, value in zip(outputs, values, strict=True):
         if name == "logits" and value in seen:
-            raise ProgramError("the text depends on pictures that do not stand for tokens")
+            raise ProgramError("the logits depend on pictures in another way than by image tokens")
     output.args = (tuple(None if value in seen else value for value in values),)
     # no node has a side effect
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

@@ -49,7 +49,9 @@ def match_eager(root: fx.Node) -> Match | Miss:
     found = Scores(nodes=[root.name])
     weights = _strip(root.args[0], found, (aten.to.dtype, *_RESHAPES))
     if weights.target not in SOFTMAX:
-        return Miss("the left factor is no softmax", (root.name,), "eager attention", 1)
+        return Miss(
+            "the left factor is not the result of a softmax", (root.name,), "eager attention", 1
+        )
     if all_arguments(weights)[1] not in (-1, len(shape(weights)) - 1):
         return Miss("the softmax is not over the keys", (weights.name,), "eager attention", 2)
     found.nodes.append(weights.name)
@@ -63,7 +65,7 @@ def match_eager(root: fx.Node) -> Match | Miss:
     v = _heads(root.args[1], found)
     q, k = _heads(q, found), _heads(k, found)  # type: ignore[assignment]
     if q is None or k is None or v is None:
-        return Miss("no heads can be told apart", (root.name,), "eager attention", 5)
+        return Miss("batch and heads cannot be separated", (root.name,), "eager attention", 5)
     k, v = _unrepeated(k, found), _unrepeated(v, found)
     if shape(k)[1] != shape(v)[1]:
         return Miss("keys and values differ in heads", (k.name, v.name), "eager attention", 6)
@@ -145,11 +147,18 @@ def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
             value, condition, keep = masked
             found.kept.append((condition, keep))
         else:
-            return Miss(f"cannot see through {target}", (value.name,), "eager attention", 3)
+            return Miss(
+                f"{target} is not supported between scores and softmax",
+                (value.name,),
+                "eager attention",
+                3,
+            )
     else:
         return Miss("the scores are no product", (), "eager attention", 3)
     if found.softcap is not None and len(found.terms) + len(found.kept) > outside:
-        return Miss("a mask is under the soft cap", (value.name,), "eager attention", 3)
+        return Miss(
+            "a mask or bias is added before the soft cap", (value.name,), "eager attention", 3
+        )
     return product
 
 

@@ -104,7 +104,7 @@ class Unifier:
         self._check_uses()
         self._check_order()
         if not self.stacks:
-            raise Differ("the trips share no kind of weight", regions[0].nodes[0].name)
+            raise Differ("no weight is stacked over the trips", regions[0].nodes[0].name)
 
     def _place(self, place: int) -> tuple[Any, Any]:
         nodes = [region.nodes[place] for region in self.regions]
@@ -147,7 +147,10 @@ class Unifier:
             if len(places) == 1:
                 return self._carried(places.pop(), values[0], nodes[0])
         if any(owner is not None for owner in owners):
-            raise Differ("a value crosses trips", *(n.name for n in nodes[:2]))
+            raise Differ(
+                "a value is not of the same or of the previous trip throughout",
+                *(n.name for n in nodes[:2]),
+            )
         return self._outside(values, nodes)
 
     def _carried(self, place: int, initial: Any, node: fx.Node) -> Carried:

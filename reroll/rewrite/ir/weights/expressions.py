@@ -52,7 +52,7 @@ class Meta:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_NAMES:
-            raise ProgramError(f"dtype {self.dtype} has no place in a weight table")
+            raise ProgramError(f"a weight table does not support dtype {self.dtype}")
         for size in self.shape:
             if isinstance(size, bool) or not isinstance(size, int) or size < 0:
                 raise ProgramError(f"{size!r} is not a size of a dimension")
