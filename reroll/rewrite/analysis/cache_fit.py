@@ -1,7 +1,7 @@
-"""Whether the weights that a loop uses again are still in the processor's cache by then.
+"""Estimate whether weights shared by trips stay in the processor's cache until they are reused.
 
-Decoding one token reads every weight once, so its time is that of reading them. Trips that share a
-block save time only if the block is read again before the cache has lost it.
+Decoding one token reads every weight, so memory bandwidth bounds its time. Trips that share a block
+save time only if the block is still in the cache at its next use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def last_level_cache() -> int | None:
-    """Bytes of this machine's last-level cache; None if the system does not say."""
+    """Return the bytes of this machine's last-level cache; None if unknown."""
     sizes: dict[int, int] = {}
     for index in sorted(_SYSTEM.glob("index*")):
         try:
@@ -40,9 +40,10 @@ def last_level_cache() -> int | None:
 
 
 def distance(index: Sequence[int]) -> int | None:
-    """How many blocks are read from one use of a block to the next, the least over all blocks.
+    """Count the distinct blocks read between two uses of one block, the minimum over all blocks.
 
-    The block itself counts: 1 where the next trip uses it again. None if no block is used twice.
+    The block itself counts: the distance is 1 where the next trip uses it again. Return None if no
+    block is used twice.
     """
     last: dict[int, int] = {}
     found: int | None = None
@@ -55,9 +56,9 @@ def distance(index: Sequence[int]) -> int | None:
 
 
 def reuse_remark(program: Program, loop: Loop, index: Sequence[int]) -> str | None:
-    """What tying trips as `index` says does for the time of a token, as one sentence.
+    """Describe in one sentence whether tying trips by `index` makes decoding faster.
 
-    None if the system does not say how large its cache is, or no trips share.
+    Return None if the size of the cache is unknown, or if no trips share a block.
     """
     blocks, cache = distance(index), last_level_cache()
     if blocks is None or cache is None:
@@ -86,7 +87,7 @@ def reuse_remark(program: Program, loop: Loop, index: Sequence[int]) -> str | No
 
 
 def _head(program: Program) -> int:
-    """Elements of the matrices that every token is multiplied by after the last loop."""
+    """Count the elements of the weight matrices that are applied after the last loop."""
     after = False
     names = set()
     for node in program.graph.nodes:

@@ -1,4 +1,4 @@
-"""What a pass gets beside the program: remarks, text, random numbers, weights, progress."""
+"""The context of a pass: remarks, text, random numbers, weights, progress."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from reroll.rewrite.ir.weights.store import WeightStore
 
 Progress = Callable[[int, int, str], None]
 
-# above this many bytes of weights, a program is not computed to be looked at
+# programs with more bytes of weights are not evaluated only to inspect them
 LARGE = 2**30
 
 
 @dataclass
 class Context:
-    """The surroundings of a pass's run.
+    """Services and settings of one run of a pass.
 
     Attributes:
         text_source: the user's text, or the file that has it; None for the text that ships.
         tokenizer: turns text into token ids; the original model's own if None.
         seed: seeds `generator`.
         large: bytes of weights above which a program counts as large.
-        measuring: whether measurements are wanted; without, remarks cost as little as possible.
+        measuring: whether measurements are wanted; without them, remarks cost as little as
+            possible.
         report_progress: called with (done, total, what).
-        remarks: what the pass has remarked so far.
+        remarks: the remarks of the pass so far.
     """
 
     text_source: str | Path | None = None
@@ -46,11 +47,11 @@ class Context:
     store: WeightStore = field(default_factory=WeightStore)
 
     def remark(self, text: object) -> None:
-        """Tell the user what was changed, or why it was not."""
+        """Record what was changed, or why it was not; the user sees it."""
         self.remarks.append(str(text))
 
     def progress(self, done: int, total: int, what: str = "") -> None:
-        """Say how far the pass has come; cheap, so call it often."""
+        """Report the progress of the pass; a call is cheap."""
         if self.report_progress is not None:
             self.report_progress(done, total, what)
 
@@ -62,7 +63,7 @@ class Context:
         return sample_text() if self.text_source is None else self.text_source
 
     def tokens(self, program: Program) -> Tensor | None:
-        """The text as token ids [n]; None if the program takes none or there is no tokenizer."""
+        """Tokenize the text to ids [n]; None if the program takes no ids or has no tokenizer."""
         size = vocabulary(program)
         tokenizer = self.tokenizer or default_tokenizer(program)
         if size is None or tokenizer is None:
@@ -71,12 +72,12 @@ class Context:
         return ids[ids < size]
 
     def random_tokens(self, program: Program, count: int) -> Tensor:
-        """Random token ids [count], the stand-in where there is no tokenizer."""
+        """Draw random token ids [count], for models without a tokenizer."""
         top = vocabulary(program) or 2
         return torch.randint(0, top, (count,), generator=self.generator())
 
     def some_tokens(self, program: Program, count: int) -> tuple[Tensor, str]:
-        """The text as token ids, or `count` random ones without it; and which: for remarks."""
+        """Return ids of the text, or `count` random ones without it, and a name for them."""
         found = self.tokens(program)
         if found is not None and found.numel() > 1:
             return found, "text"
@@ -90,7 +91,7 @@ class Context:
         fast: bool = True,
         observe: Observe | None = None,
     ) -> dict[str, Tensor]:
-        """A Program's outputs by name, in fp32 at least, from its weights as they are stored.
+        """Run a Program; return its outputs by name, in fp32 at least, from its weights as stored.
 
         See `reroll.rewrite.ir.interpret.run`. The weights are kept for the next call.
         """
@@ -100,22 +101,23 @@ class Context:
             return run(program, inputs, weights=weights, dtype=dtype, fast=fast, observe=observe)
 
     def generator(self) -> torch.Generator:
-        """A fresh random generator with this run's seed."""
+        """Create a random generator with this run's seed."""
         return torch.Generator().manual_seed(self.seed)
 
     def is_large(self, program: Program) -> bool:
-        """Whether the program's weights are too large to be computed only to be looked at.
+        """Whether the program's weights are too large to be evaluated only to inspect them.
 
-        Those from before tying count as well, because residuals and means are made of them.
+        The weights from before tying count as well, because residuals and means are computed from
+        them.
         """
         return max(program.weights.bytes(), program.reference.bytes()) > self.large
 
     def sparing(self, program: Program) -> bool:
-        """Whether remarks should look at a sample of the weights rather than at all of them."""
+        """Whether remarks should be computed from a sample of the weights rather than from all."""
         return not self.measuring or self.is_large(program)
 
     def compute(self, program: Program, expressions: Sequence[Expr]) -> list[Tensor]:
-        """The tensors behind some weight expressions; they are kept for the measurement.
+        """Evaluate weight expressions; unless the program is large, the results are cached.
 
         The tensors are shared: do not write to them.
         """

@@ -1,8 +1,7 @@
-"""What a Program costs to run, counted from the types in its graphs.
+"""Operations and state of a Program, counted from the types in its graphs.
 
-Counted are matrix products and attention, at two operations for one multiply-add; the rest of a
-transformer is small beside them. Ops of our own say what they cost in their own files: see
-`reroll.rewrite.ir.ops`.
+Only matrix products and attention are counted, at two operations for one multiply-add; the rest of
+a transformer is negligible. The costs of reroll's own ops are in `reroll.rewrite.ir.ops`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ CONTEXT = 1024
 
 
 def flops_per_token(program: Program, context: int = CONTEXT) -> int:
-    """Operations for one more token with `context` tokens before it.
+    """Count the operations for one more token with `context` tokens before it.
 
     A model whose length is fixed (a vision transformer) counts as one token: the whole input.
     """
@@ -33,12 +32,12 @@ def flops_per_token(program: Program, context: int = CONTEXT) -> int:
 
 
 def state_bytes(program: Program, context: int) -> int:
-    """Bytes of state that one sequence of `context` tokens holds while it generates."""
+    """Count the bytes of state that one sequence of `context` tokens needs during generation."""
     return _total(program, STATE, context)
 
 
 def keeps_state(program: Program) -> bool:
-    """Whether any op of a Program has state, as those of models that generate do."""
+    """Whether any op of a Program has state, as in models that generate."""
     return any(n.target in STATE for _, graph in program.graphs() for n in graph.nodes)
 
 
@@ -77,12 +76,12 @@ def _linear(node: fx.Node, place: Place) -> int:
 
 
 def _matmul(operands: slice) -> Cost:
-    """Products of two computed matrices [..., n, k] and [..., k, m]."""
+    """Return the cost rule of products of two activations [..., n, k] and [..., k, m]."""
 
     def rule(node: fx.Node, place: Place) -> int:
         left, _ = node.args[operands]
         inner, result = shape(left)[-1:], shape(node)
-        # tokens along the columns or along the inner dimension are those in context
+        # a symbolic size of the columns or of the inner dimension is the length of the context
         seen = [d if isinstance(d, int) else place.context for d in (*inner, *result[-1:])]
         return 2 * count(result[:-1]) * math.prod(seen)
 

@@ -1,4 +1,4 @@
-"""How far two outputs are apart, summed up piece by piece so that no piece has to be large."""
+"""Distances between two outputs, accumulated in chunks so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-# elements of the pieces that are compared at once: 64 MB in fp32
+# elements of one chunk: 64 MB in fp32
 _PIECE = 2**24
 
 
 class Distance:
-    """The distance between outputs `a` and `b`, of which there may be many.
+    """Accumulated distance between outputs `a` and `b` over any number of positions.
 
-    With `logits`, the outputs are logits: their KL divergence KL(a || b) in nats and the share of
-    positions at which both have the same largest logit come in as well.
+    With `logits`, the outputs are logits. Then the KL divergence KL(a || b) in nats is accumulated
+    too, and the share of positions whose largest logit is the same.
     """
 
     def __init__(self, logits: bool) -> None:
@@ -30,9 +30,9 @@ class Distance:
         self._predicted = 0
 
     def add(self, a: Tensor, b: Tensor, targets: Tensor | None = None) -> None:
-        """Outputs of some positions, [positions, width].
+        """Add the outputs of some positions, [positions, width].
 
-        `targets` [positions] are the tokens that follow, -100 where that is not known.
+        `targets` [positions] are the next tokens, -100 where unknown.
         """
         step = max(_PIECE // max(a.shape[-1], 1), 1)
         for start in range(0, a.shape[0], step):
@@ -66,14 +66,14 @@ class Distance:
 
     @property
     def relative_rms_error(self) -> float:
-        """The root mean square of the difference over that of `a`."""
+        """Root mean square of the difference divided by that of `a`."""
         if not self._reference:
             return math.inf if self._difference else 0.0
         return math.sqrt(self._difference / self._reference)
 
     @property
     def kl(self) -> float:
-        """Mean KL divergence in nats; rounding may not make it negative."""
+        """Mean KL divergence in nats, clamped at 0 against rounding."""
         mean = self._kl / self.positions
         return 0.0 if mean < 0 else mean
 
@@ -83,7 +83,7 @@ class Distance:
         return self._agreements / self.positions
 
     def perplexity(self, side: int) -> float | None:
-        """Perplexity of `a` (0) or `b` (1); None if no token to predict was known."""
+        """Return the perplexity of `a` (0) or `b` (1); None if no target was known."""
         if not self._predicted:
             return None
         mean = self._losses[side] / self._predicted
@@ -92,12 +92,12 @@ class Distance:
 
 
 def divergence(a: Tensor, b: Tensor) -> float:
-    """Mean KL(a || b) in nats of logits [..., vocabulary]."""
+    """Compute the mean KL(a || b) in nats of logits [..., vocabulary]."""
     distance = Distance(logits=True)
     distance.add(a.flatten(0, -2), b.flatten(0, -2))
     return distance.kl
 
 
 def _larger(x: float, y: float) -> float:
-    """The larger number, where one that is not a number is the largest of all."""
+    """Return the maximum, where NaN is larger than every number."""
     return y if math.isnan(y) or (y > x and not math.isnan(x)) else x

@@ -1,4 +1,4 @@
-"""What a depth loop carries on calibration inputs, and how much each layer changes it."""
+"""Hidden states of a depth loop on calibration inputs, and how much each layer changes them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ IMAGES = 8
 def hidden_states(
     program: Program, loop: Loop, context: Context, *, tokens: int = TOKENS, length: int = LENGTH
 ) -> Tensor:
-    """What a loop carries before each trip and after the last: [trips + 1, tokens, width] in fp32.
+    """Return a loop's hidden states before each trip and after the last, in fp32.
 
-    On the calibration text, cut into rows of `length` tokens; on random tokens or images where
-    there is no text.
+    The shape is [trips + 1, tokens, width]. They are computed on the calibration text, cut into
+    rows of `length` tokens, or on random tokens or images where there is no text.
     """
     returned: Any = loop.body.graph.output_node().args[0]
     seen = values_of(program, [loop.carry[0], returned[0]], context, tokens=tokens, length=length)
@@ -42,7 +42,10 @@ def values_of(
     tokens: int = TOKENS,
     length: int = LENGTH,
 ) -> dict[fx.Node, Tensor]:
-    """The values of nodes on calibration inputs, in fp32: [trips, tokens, width], or one trip."""
+    """Compute the values of nodes on calibration inputs, in fp32.
+
+    The shape is [trips, tokens, width], with one trip for nodes outside of loops.
+    """
     while True:
         try:
             return _values(program, nodes, context, tokens, length)
@@ -56,7 +59,7 @@ def values_of(
 def calibration_inputs(
     program: Program, context: Context, tokens: int, length: int
 ) -> list[Mapping[str, Tensor]]:
-    """Rows of the calibration text, of random tokens without one, or random images."""
+    """Return rows of the calibration text, or of random tokens without one, or random images."""
     if token_input(program) is None:
         return [random_inputs(program, rows=1, seed=seed) for seed in range(IMAGES)]
     ids, _ = context.some_tokens(program, tokens)
@@ -89,17 +92,17 @@ def _values(
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """The mean cosine of two sets of vectors [tokens, width]."""
+    """Compute the mean cosine similarity of two sets of vectors [tokens, width]."""
     return torch.cosine_similarity(a, b, dim=-1).mean().item()
 
 
 def block_influence(states: Tensor) -> list[float]:
-    """1 - cos of what goes into each layer and what comes out (ShortGPT, arXiv 2403.03853)."""
+    """Compute 1 - cos of each layer's input and output (ShortGPT, arXiv 2403.03853)."""
     return [1 - cosine(a, b) for a, b in pairwise(states)]
 
 
 def angular_distance(states: Tensor, start: int, stop: int) -> float:
-    """arccos(cos) / pi of what goes into layer `start` and what comes out of `stop - 1`.
+    """Compute arccos(cos) / pi of the input of layer `start` and the output of layer `stop - 1`.
 
     The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), equation 7.
     """
@@ -107,5 +110,5 @@ def angular_distance(states: Tensor, start: int, stop: int) -> float:
 
 
 def flattest(states: Tensor, starts: Sequence[int], count: int) -> int:
-    """Where the run of `count` layers starts that turns the hidden state least."""
+    """Return the start of the run of `count` layers with the least angular distance."""
     return min(starts, key=lambda start: angular_distance(states, start, start + count))

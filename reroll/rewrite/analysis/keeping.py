@@ -1,7 +1,8 @@
-"""Which layers stay as they are, by measurement: those whose rewriting changes the output most.
+"""Selection of layers that stay unchanged: those whose rewriting changes the output most.
 
-It is measured on text and the same text again. What a window or a state loses first is what stood
-far back, and plain text hardly asks for it: the layers that copy are not those that its KL names.
+The measurement runs on a text followed by the same text again. A window or a recurrent state first
+loses distant tokens, and plain text hardly depends on them. Its KL alone would not find the layers
+that copy from far back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from reroll.rewrite.analysis.measure import measured_output
 from reroll.rewrite.analysis.samples import token_input, token_inputs
 from reroll.rewrite.ir.program import Program
 
-# tokens of the text, which then come again
+# tokens of the text, which is then repeated
 LENGTH = 256
 # layers that the remark names
 SHOWN = 8
@@ -30,12 +31,12 @@ def keep_by_measure(
     rewritten: Callable[[Collection[int]], Program],
     context: Context,
 ) -> list[int]:
-    """The part of the layers that should stay as they are, and a remark with the ranking.
+    """Choose the fraction `part` of the layers that should stay unchanged; remark the ranking.
 
-    `rewritten` gives the program with only some layers rewritten. Each layer is rewritten alone,
-    and ranked by the KL divergence of the output from the original's on the text twice. Then,
-    with all others rewritten, the last of those that stay is exchanged for the first of those that
-    do not as long as that brings the output nearer.
+    `rewritten` returns the program with only the given layers rewritten. Each layer is rewritten
+    alone and ranked by the KL divergence of the output from the original's. Then all layers that do
+    not stay are rewritten together. The lowest-ranked layer that stays is exchanged for the
+    highest-ranked one that does not, as long as the divergence falls.
     """
     count = max(1, round(part * len(layers)))
     if count >= len(layers):
@@ -71,11 +72,13 @@ def keep_by_measure(
 
 
 class _Distance:
-    """The mean KL divergence per token of a program's output from the original's."""
+    """Mean KL divergence per token of a program's output from the original's."""
 
     def __init__(self, program: Program, context: Context) -> None:
         if token_input(program) is None:
-            raise PassError("only a model of tokens can be measured", hint="name the layers")
+            raise PassError(
+                "only a model that takes tokens can be measured", hint="name the layers"
+            )
         tokens, what = context.some_tokens(program, LENGTH // 8)
         self.what = f"{what}, and the same again,"
         length = min(LENGTH, (program.origin.positions or 2 * LENGTH) // 2)

@@ -1,7 +1,7 @@
-"""The layers of a Program as passes count them: its self-attentions, in the order they run in.
+"""The layers of a Program as passes count them: its self-attentions in the order they run.
 
-One attention node in the body of a loop stands for as many layers as the loop has trips. What is to
-be different from layer to layer becomes an input of the loop with one value per trip.
+One attention node in the body of a loop is one layer for each trip. An argument that differs from
+layer to layer is an input of the loop with one value per trip.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from reroll.rewrite.ir.program import Loop, Program
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention node, and the numbers of the layers that it is: one per trip of its loop."""
+    """Attention node with the numbers of its layers, one per trip of its loop."""
 
     node: fx.Node
     loop: Loop | None
     numbers: tuple[int, ...]
 
     def values(self, name: str) -> tuple[Any, ...]:
-        """An argument of the attention in each of the layers."""
+        """Return an argument of the attention in each of the layers."""
         return values_of(argument(self.node, name), self.loop, len(self.numbers))
 
     def set(self, name: str, values: Mapping[int, Any]) -> None:
-        """Give an argument a constant in each layer; layers that are left out keep theirs."""
+        """Set an argument to a constant in each given layer; other layers keep their values."""
         old = self.values(name)
         new = [values.get(n, o) for n, o in zip(self.numbers, old, strict=True)]
         arguments = attention_arguments(self.node)
@@ -43,7 +43,7 @@ class Layer:
 
 
 def attention_layers(program: Program) -> list[Layer]:
-    """The self-attentions of a Program; attention to what an encoder says is not one."""
+    """Find the self-attentions of a Program; cross-attention is excluded."""
     found: list[tuple[fx.Node, Loop | None, list[int]]] = []
     loops = {loop.node: loop for loop in program.loops}
     count = 0
@@ -67,7 +67,7 @@ def _is_self_attention(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target is not ATTENTION:
         return False
     q, k = shape(argument(node, "q")), shape(argument(node, "k"))
-    # with a cache there are more keys than queries, and which they are the cache says
+    # with a cache there are more keys than queries, and only the cache node tells whose they are
     return q[2:3] == k[2:3] or behind_cache(argument(node, "k")) is not None
 
 
@@ -75,16 +75,16 @@ def _is_self_attention(node: fx.Node) -> bool:
 
 
 def values_of(value: Any, loop: Loop | None, trips: int) -> tuple[Any, ...]:
-    """What an argument is in each trip: an input of the loop is looked up, the rest is the same."""
+    """Return the value of an argument in each trip; only inputs of the loop can differ."""
     if loop is None:
         return (value,) * trips
     return tuple(loop.resolve(value, trip) for trip in range(trips))
 
 
 def per_trip(loop: Loop | None, name: str, values: Sequence[Any]) -> Any:
-    """One argument for all trips: the value itself if it never differs, else an input of the loop.
+    """Return one argument for all trips: the value if it never differs, else an input of the loop.
 
-    Returns what to write into the graph of the body.
+    The result goes into the graph of the body.
     """
     if all(value == values[0] and type(value) is type(values[0]) for value in values):
         return values[0]

@@ -1,4 +1,4 @@
-"""Low-rank terms beside linear layers, found by what a graph computes: W x + B (A x)."""
+"""Low-rank terms of linear layers, matched in the graph: W x + B (A x)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LowRankTerm:
 
     @property
     def base(self) -> fx.Node:
-        """The linear node of W x, beside all terms."""
+        """The linear node of W x, without any low-rank term."""
         inner = low_rank_term(self.whole)
         return self.whole if inner is None else inner.base
 
@@ -117,7 +117,7 @@ def weight_name(layer: fx.Node) -> str:
 
 
 def _is_layer(node: Any, bias: bool = True) -> bool:
-    """Whether a node is a linear layer with a weight; without `bias`, one that has none."""
+    """Whether a node is a linear layer with a weight; if not `bias`, one without a bias."""
     if not isinstance(node, fx.Node) or node.target is not LINEAR:
         return False
     weight = argument(node, "weight")

@@ -1,4 +1,4 @@
-"""How far one Program is from another, measured on text by running both."""
+"""Distances between Programs, measured by running them on the same text."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from reroll.rewrite.ir.weights.store import WeightStore
 
 LENGTH = 256
 SHORTEST = 8
-# the largest perplexity that is told
+# the largest perplexity that is reported
 MOST = 1e300
 MAX_TOKENS = 1024
-# logits of one measurement that are kept in memory
+# elements of logits that one measurement keeps in memory
 MAX_LOGITS = 2**28
 CONTEXTS = (1024, 4096)
 
 
 def size(program: Program) -> dict[str, Any]:
-    """What a Program stores and costs."""
+    """Return a Program's parameters, bytes, operations per token and bytes of state."""
     return {
         "parameters": program.parameters(),
         "bytes": program.weights.bytes(),
@@ -43,7 +43,7 @@ def size(program: Program) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Violation:
-    """Two programs that should agree and do not."""
+    """Output in which two programs that should agree do not."""
 
     output: str
     error: float
@@ -51,10 +51,11 @@ class Violation:
 
 
 def difference(before: Program, after: Program) -> Violation | float:
-    """The largest relative RMS error between two programs that claim to be the same function.
+    """Compute the largest relative RMS error between two programs that should agree.
 
-    Both run in fp32 on random inputs, with and without padding, from weights that no half
-    precision has rounded, so that the error tells a wrong rewrite from rounding.
+    Both run in fp32 on random inputs, with and without padding. Their weights are not rounded to
+    half precision, so that the error separates a wrong rewrite from rounding. Return a `Violation`
+    at the first output whose error exceeds the tolerance.
     """
     worst = 0.0
     programs = [_in_fp32(p) for p in (before, after)]
@@ -80,7 +81,7 @@ def _in_fp32(program: Program) -> Program:
 
 
 class Judge:
-    """Measures programs against others on the same tokens; outputs are computed once each."""
+    """Comparison of programs on the same tokens; each program's outputs are computed once."""
 
     def __init__(self, program: Program, context: Context) -> None:
         self.context = context
@@ -94,7 +95,7 @@ class Judge:
             self.inputs, self.kind = _sample(program, context, length)
 
     def _runs(self, program: Program, shorter: int) -> bool:
-        """Whether a program takes the inputs; raises what it raises if they cannot be shorter."""
+        """Whether a program takes the inputs; raise its ProgramError if they cannot be shorter."""
         try:
             self.outputs(program)
         except ProgramError:
@@ -104,7 +105,7 @@ class Judge:
         return True
 
     def outputs(self, program: Program) -> list[Tensor]:
-        """The measured output for each sample, in fp32 from the weights as they are stored."""
+        """Compute the measured output for each sample, in fp32 from the weights as stored."""
         for known, outputs in self._outputs:
             if known is program:
                 return outputs
@@ -117,16 +118,16 @@ class Judge:
         return outputs
 
     def renamed(self, program: Program, same: Program) -> None:
-        """Say that a program is from now on known as another one that computes the same."""
+        """Register the outputs of `program` under `same`, which computes the same."""
         self._outputs = [(same if p is program else p, o) for p, o in self._outputs]
 
     def keep(self, programs: Sequence[Program]) -> None:
-        """Forget the outputs and weights of all other programs."""
+        """Drop the outputs and weights of all other programs."""
         self._outputs = [(p, o) for p, o in self._outputs if any(p is q for q in programs)]
         self.context.store.keep(programs)
 
     def compare(self, reference: Program, program: Program) -> dict[str, Any]:
-        """Relative RMS error; for logits KL divergence in nats, top-1 agreement and perplexity."""
+        """Return the relative RMS error; for logits also KL (nats), top-1 agreement, perplexity."""
         logits = "logits" in measured_output(program)
         predicts = logits and self.kind == "text" and self.generates
         distance = Distance(logits)
@@ -143,7 +144,7 @@ class Judge:
         result |= {"kl": distance.kl, "top1_agreement": distance.top1_agreement}
         if predicts:
             result["perplexity"] = {
-                # a broken model's may not fit into a number of JSON
+                # a broken model's perplexity may be infinite, which JSON has no number for
                 name: min(distance.perplexity(side) or 0.0, MOST)
                 for side, name in enumerate(("before", "after"))
             }
@@ -151,7 +152,7 @@ class Judge:
 
 
 def _targets(inputs: Mapping[str, Tensor]) -> Tensor:
-    """The token after each one [time], -100 after the last."""
+    """Return the next token of each position [time], -100 after the last."""
     ids = next(t for t in inputs.values() if t.dtype == torch.long and t.dim() == 2).flatten()
     return F.pad(ids[1:], (0, 1), value=-100)
 
@@ -159,7 +160,7 @@ def _targets(inputs: Mapping[str, Tensor]) -> Tensor:
 def _sample(
     program: Program, context: Context, length: int
 ) -> tuple[list[Mapping[str, Tensor]], str]:
-    """Inputs, one row each, and what they are: "text", "random tokens" or "random"."""
+    """Return inputs, one row each, and their kind: "text", "random tokens" or "random"."""
     if token_input(program) is None:
         return [random_inputs(program, rows=1, seed=s) for s in range(4)], "random"
     width = max(_width(program), 1)
@@ -170,12 +171,12 @@ def _sample(
 
 
 def measured_output(program: Program) -> str:
-    """The output that distances are measured on: the logits if there are any, else the first."""
+    """Return the name of the measured output: the logits if there are any, else the first."""
     return next((n for n in program.outputs if "logits" in n), program.outputs[0])
 
 
 def _width(program: Program) -> int:
-    """The size of the last dimension of the output that is measured."""
+    """Return the size of the last dimension of the measured output."""
     output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     values = output.args[0] if isinstance(output.args[0], tuple | list) else output.args
     position = program.outputs.index(measured_output(program))

@@ -1,6 +1,6 @@
-"""What mixes the tokens of a row beside attention and recurrences: convolutions, shifts, sums.
+"""Ops other than attention and recurrences that mix the tokens of a row, such as convolutions.
 
-Such an op knows nothing of the documents that packed rows hold.
+Such an op mixes the documents of a packed row, because it is not told where they begin.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ aten = torch.ops.aten
 # the tokens' dimension
 TIME = "s"
 
-# these take documents
+# ops that keep the documents of a row apart
 _TOLD = {ATTENTION, ATTENTION_MASS, RECURRENCE}
 _KEPT = {CACHE, BIDIRECTIONAL, MASK}
-# these move tokens to other places of a tensor, and each keeps its own value
+# ops that move tokens inside a tensor without changing their values
 _LAYOUT = {
     aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int,
 }  # fmt: skip
-# these keep the shape, and mix along the dimension that they are given second
+# ops that keep the shape and mix along the dimension in their second argument
 _ALONG = {
     aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default,
     aten.roll.default, aten.softmax.int, aten.log_softmax.int, aten.sort.default,
@@ -38,7 +38,7 @@ _ALONG = {
 
 
 def other_mixing(program: Program) -> str | None:
-    """The first thing that would mix the documents of a row, in words; None if nothing does."""
+    """Describe the first op that would mix the documents of a packed row; None if there is none."""
     item = next((i for i in program.inputs if i.role == "positions"), None)
     if item is None:
         return None
@@ -48,7 +48,7 @@ def other_mixing(program: Program) -> str | None:
             if _is_causal(node) and not _reads(node, loops.get(name), mask_beside(item)):
                 return f"{node.name}, which does not read the padding mask itself,"
     if program.has_past:
-        # tokens that are read one at a time see the others through state alone
+        # in decoding, a token depends on earlier ones through state alone
         return _written_out(program)
     for name, _ in program.graphs():
         loop = loops.get(name)
@@ -60,7 +60,7 @@ def other_mixing(program: Program) -> str | None:
 
 
 def mask_beside(positions: Input) -> str:
-    """The name of the padding mask over the tokens that these positions are of."""
+    """Return the name of the padding mask that belongs to an input of positions."""
     prefix = "decoder_" if positions.name.startswith("decoder_") else ""
     return f"{prefix}attention_mask"
 
@@ -72,7 +72,7 @@ def _is_causal(node: fx.Node) -> bool:
 
 
 def _reads(node: fx.Node, loop: Loop | None, mask: str) -> bool:
-    """Whether the padding of a node is the input of this name, but for its dtype."""
+    """Whether the padding mask of a node is the input named `mask`, up to conversions of dtype."""
     value = argument(node, "padding")
     while isinstance(value, fx.Node):
         if value.target in CONVERSIONS:
@@ -85,7 +85,7 @@ def _reads(node: fx.Node, loop: Loop | None, mask: str) -> bool:
 
 
 def _written_out(program: Program) -> str | None:
-    """A cache that no attention op reads, if no mask op says what is read of it."""
+    """Describe the first cache with a reader that is no attention op; None if a mask op exists."""
     nodes = [n for _, graph in program.graphs() for n in graph.nodes]
     if any(n.target is MASK for n in nodes):
         return None
@@ -98,7 +98,7 @@ def _written_out(program: Program) -> str | None:
 
 
 def _carried(loop: Loop) -> list[fx.Node]:
-    """The nodes of a body that depend on what it carries."""
+    """Return the nodes of a body that depend on its carry."""
     data = set(loop.places[: len(loop.carry)])
     found = []
     for node in loop.body.graph.nodes:

@@ -1,10 +1,9 @@
-"""Phases: runs of layers that do alike things to the hidden state.
+"""Phases: contiguous runs of layers that change the hidden state in similar ways.
 
 The Block-Recurrent Hypothesis (arXiv 2512.19941): the depth of a trained transformer falls into a
-few contiguous phases, and one block per phase, applied repeatedly, can stand in for its layers.
-Here phases are found in a matrix of distances between layers: by dynamic programming over
-contiguous segments, and without that constraint by repeated bisection, to say whether the two
-agree.
+few contiguous phases. One block per phase, applied repeatedly, can replace its layers. Phases are
+found in a matrix of distances between layers by dynamic programming over contiguous segments.
+Repeated bisection without that constraint shows whether the two agree.
 """
 
 from __future__ import annotations
@@ -16,22 +15,22 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-# up to this many layers, every bisection is looked at
+# up to this many layers, every bisection is evaluated
 EXHAUSTIVE = 14
-# a phase more has to explain this part of all distance
+# one more phase has to move this fraction of the total distance between phases
 GAIN = 0.05
 
 
 @dataclass(frozen=True)
 class Phases:
-    """A segmentation: where phases start, and which part of all distance lies between them."""
+    """Segmentation: first layers of phases, and the fraction of the distance between phases."""
 
     starts: tuple[int, ...]
     layers: int
     between: float
 
     def index(self) -> tuple[int, ...]:
-        """The phase of each layer."""
+        """Return the phase of each layer."""
         return tuple(sum(s <= layer for s in self.starts) - 1 for layer in range(self.layers))
 
     def __str__(self) -> str:
@@ -42,7 +41,10 @@ class Phases:
 
 
 def cosine_distances(states: Tensor) -> Tensor:
-    """1 - cos between layers [layers, layers], the mean over tokens; states [layers, tokens, d]."""
+    """Compute 1 - cos between layers [layers, layers], averaged over tokens.
+
+    `states` are [layers, tokens, width].
+    """
     unit = states / states.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     layers, tokens = states.shape[:2]
     flat = unit.reshape(layers, -1)
@@ -51,7 +53,11 @@ def cosine_distances(states: Tensor) -> Tensor:
 
 
 def linear_cka(states: Tensor) -> Tensor:
-    """Linear centred kernel alignment between layers [layers, layers] (arXiv 1905.00414)."""
+    """Compute linear centred kernel alignment between layers [layers, layers].
+
+    Kornblith et al., Similarity of Neural Network Representations Revisited (arXiv 1905.00414).
+    `states` are [layers, tokens, width].
+    """
     centred = (states - states.mean(1, keepdim=True)).double()
     grams = [x @ x.T if x.shape[0] < x.shape[1] else x.T @ x for x in centred]
     norms = [g.norm() for g in grams]
@@ -63,9 +69,9 @@ def linear_cka(states: Tensor) -> Tensor:
 
 
 def segment(distances: Tensor, phases: int) -> Phases:
-    """The segmentation into so many contiguous phases with the least distance inside them.
+    """Split the layers into contiguous phases so that the distance inside phases is minimal.
 
-    Dynamic programming over the boundaries: O(phases * layers^2).
+    This is dynamic programming over the boundaries: O(phases * layers^2).
     """
     layers = distances.shape[0]
     prefix = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
@@ -75,7 +81,7 @@ def segment(distances: Tensor, phases: int) -> Phases:
         block = prefix[stop, stop] - prefix[start, stop] - prefix[stop, start]
         return (block + prefix[start, start]).item() / 2
 
-    # best[stop] is the least distance of the first `stop` layers, and where their phases start
+    # best[stop]: the minimal distance inside phases of the first `stop` layers, and their starts
     best: dict[int, tuple[float, tuple[int, ...]]] = {
         stop: (inside(0, stop), (0,)) for stop in range(1, layers + 1)
     }
@@ -93,10 +99,10 @@ def segment(distances: Tensor, phases: int) -> Phases:
 
 
 def choose(distances: Tensor, most: int = 8, gain: float = GAIN) -> tuple[Phases, list[Phases]]:
-    """The segmentation after which one phase more gains less than `gain`, and all that were tried.
+    """Choose the number of phases: stop where one more phase gains less than `gain`.
 
-    The gain is in the part of all distance that lies between phases. Every number of phases from 1
-    to `most` is tried.
+    The gain is the increase of the fraction of the distance that lies between phases. Return the
+    chosen segmentation and the segmentations for every number of phases from 1 to `most`.
     """
     tried = [segment(distances, k) for k in range(1, min(most, distances.shape[0]) + 1)]
     chosen = tried[0]
@@ -108,10 +114,10 @@ def choose(distances: Tensor, most: int = 8, gain: float = GAIN) -> tuple[Phases
 
 
 def bisections(distances: Tensor, phases: int, seed: int = 0) -> list[list[int]]:
-    """Clusters of layers, contiguous or not, by repeated maximum cuts of the heaviest cluster.
+    """Cluster layers, contiguous or not, by repeatedly applying the heaviest maximum cut.
 
-    A cut is the best of all for up to 14 layers, and else the best that moving layers one by one
-    finds from 32 starts.
+    For up to 14 layers, the maximum cut is found by exhaustive search. For more, it is the best
+    local maximum of hill climbing from 32 random and all contiguous cuts.
     """
     clusters = [list(range(distances.shape[0]))]
     while len(clusters) < phases:
@@ -146,10 +152,10 @@ def _maximum_cut(
 
 
 def _climbed(part: Tensor, side: Tensor) -> Tensor:
-    """A cut that moving one layer to the other side does not improve."""
+    """Improve a cut by moving single layers until no move increases its weight."""
     while True:
         signs = 1 - 2 * side
-        # moving a layer cuts its distances to its own side and joins those to the other
+        # a move adds the distances to its own side to the cut and removes those to the other side
         gains = signs * (part @ signs)
         best = int(gains.argmax())
         if gains[best] <= 1e-12:

@@ -1,7 +1,7 @@
-"""How many tokens a Program takes: its learned tables of positions, and ids outside of tables.
+"""Limits of a Program's inputs: rows of learned position tables, and ids outside of tables.
 
-A table of positions has a row for each position, and what is longer has none. Rotary embeddings
-and biases by distance have no such bound.
+A table of positions has one row for each position, so it bounds the length of a text. Rotary
+embeddings and biases by distance have no such bound.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from reroll.rewrite.ir.program import Program, weight_nodes
 from reroll.rewrite.ir.shapes import concrete
 from reroll.rewrite.ir.weights import WeightTable
 
-# tokens of the inputs on which positions are looked at
+# length of the inputs on which positions are computed
 LENGTH = 4
-# what positions are computed from is small: the positions themselves
+# a graph that reads more elements of weights computes no positions
 MOST_ELEMENTS = 2**20
 
 
 def position_limits(program: Program) -> dict[str, int]:
-    """The most tokens of each input that takes some, where a learned table bounds them.
+    """Return the maximum length of each input of tokens that a learned table bounds.
 
-    A table of positions is looked up at numbers that rise by one from token to token, whatever the
-    tokens are; these numbers need not start at 0.
+    The indices into a table of positions rise by one from token to token, whatever the tokens are.
+    They need not start at 0.
     """
     found: dict[str, int] = {}
     for node in program.graph.nodes:
@@ -43,7 +43,7 @@ def position_limits(program: Program) -> dict[str, int]:
 
 
 def longest(program: Program) -> int | None:
-    """The most tokens of a text that the Program's tables allow; None if they do not bound it."""
+    """Return the maximum length of a text by the Program's tables; None if they do not bound it."""
     item = token_input(program)
     return None if item is None else position_limits(program).get(item.name)
 
@@ -62,9 +62,9 @@ def check_length(program: Program, length: int, where: str, hint: str) -> None:
 def out_of_reach(
     program: Program, inputs: Mapping[str, Tensor | None], past: int = 0
 ) -> UsageError | None:
-    """Why a lookup of some inputs failed: an id that no table has, or a position too many.
+    """Explain why a lookup failed: an id outside of the vocabulary, or too many positions.
 
-    None if neither is so.
+    Return None if neither is the case.
     """
     limits = position_limits(program)
     for item in program.inputs:
@@ -76,10 +76,10 @@ def out_of_reach(
             return UsageError(
                 f"{length} tokens are more than the {limit} positions that the model has learned",
                 where=item.name,
-                hint=f"give it at most {limit} tokens, with those that it is to generate",
+                hint=f"give it at most {limit} tokens, including those to generate",
             )
         size = vocabulary(program, item.name)
-        # what a device asserts cannot be looked at any more
+        # after a device-side assertion, tensors on the device cannot be read
         bad = ids[(ids < 0) | (ids >= size)] if size is not None and ids.is_cpu else ids[:0]
         if bad.numel():
             return UsageError(
@@ -91,7 +91,7 @@ def out_of_reach(
 
 
 def _inputs_of_length(program: Program, length: int) -> list[str]:
-    """The inputs of tokens that have so many in the inputs on which positions are looked at."""
+    """Return the inputs of tokens that have this length where others have `LENGTH`."""
     sizes = {"b": 1, "s": LENGTH, "t": LENGTH, "e": LENGTH + 3}
     return [
         item.name
@@ -105,12 +105,15 @@ def _inputs_of_length(program: Program, length: int) -> list[str]:
 
 
 def _risings(program: Program, index: fx.Node) -> list[tuple[int, int]]:
-    """Where numbers that rise by one along a row start, and how many there are, if they do."""
+    """Return (first, length) of a node's numbers if they rise by one from token to token.
+
+    The result is empty if they do not, or has one entry.
+    """
     part = _part(program, index)
     if part is None:
         return []
     top = vocabulary(program) or 2
-    # one of two tokens is none that padding is told by
+    # of two tokens, at least one is not the padding token, after which positions may be counted
     for token in {top - 1, max(top - 2, 0)}:
         inputs = {
             name: torch.full_like(t, token) if not t.is_floating_point() else t
@@ -124,7 +127,7 @@ def _risings(program: Program, index: fx.Node) -> list[tuple[int, int]]:
 
 
 def _part(program: Program, index: fx.Node) -> Program | None:
-    """The Program that gives the numbers a table is looked up at; None if it is more than that."""
+    """Cut out the Program that computes the indices of a lookup; None if it reads large weights."""
     edited = program.edit()
     nodes = {node.name: node for node in edited.graph.nodes}
     edited.graph.output_node().args = ((nodes[index.name],),)

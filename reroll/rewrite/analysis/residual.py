@@ -1,7 +1,7 @@
-"""Residual streams: the values that a model adds to layer after layer, who writes them, who reads.
+"""Residual streams: the values that layers add to, with the nodes that write and read them.
 
 A stream is traced from one value through additions, moves of whole channels, and the carries of
-loops, until it meets the nodes that write to it and the nodes that read it.
+loops. It stops at the nodes that write to it and at those that read it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reroll.rewrite.ir.records import TensorType
 
 aten = torch.ops.aten
 
-# ops that give every token's channels as they are, times a constant at most
+# ops that keep every token's channels unchanged, up to a constant factor
 _ADD = aten.add.Tensor
 _SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 _CASTS = (*CONVERSIONS, aten._to_copy.default)
@@ -42,12 +42,13 @@ _MOVES = (
 
 @dataclass
 class Stream:
-    """One residual stream.
+    """Residual stream: its values, and the nodes that write and read it.
 
     Attributes:
         nodes: its values, in the main graph and in the bodies of loops.
-        writers: those of them that are computed otherwise than from the stream.
-        readers: the nodes outside it that use its values; sizes are not counted.
+        writers: its nodes that are not computed from the stream itself.
+        readers: the nodes outside it that use its values; nodes that read only sizes do not
+            count.
     """
 
     nodes: dict[fx.Node, None] = field(default_factory=dict)
@@ -56,7 +57,7 @@ class Stream:
 
 
 class Tracer:
-    """Traces streams of a Program."""
+    """Tracer of a Program's residual streams."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -64,7 +65,7 @@ class Tracer:
         self.bodies = {loop.body.graph: loop for loop in program.loops}
 
     def trace(self, start: fx.Node) -> Stream | Miss:
-        """The stream that `start` is a value of, or why there is none."""
+        """Trace the stream that contains `start`; return a `Miss` if there is none."""
         stream = Stream()
         stack = [start]
         while stack:
@@ -88,11 +89,11 @@ class Tracer:
         return stream
 
     def in_loop(self, node: fx.Node) -> Loop | None:
-        """The loop in whose body a node is."""
+        """Return the loop whose body contains a node; None outside of loops."""
         return self.bodies.get(node.graph)
 
     def operands(self, node: fx.Node) -> list[fx.Node] | Miss | None:
-        """The values of the stream that a value is made of; None for what writes to the stream."""
+        """Return the values of the stream that a node is computed from; None for a writer."""
         if node.op == "placeholder" and node.graph in self.bodies:
             loop = self.bodies[node.graph]
             position = loop.places.index(node)
@@ -116,7 +117,7 @@ class Tracer:
         return [node.args[0]] if _passes(node) else None  # type: ignore[list-item]
 
     def reached(self, node: fx.Node, user: fx.Node) -> list[fx.Node] | Miss | None:
-        """The values of the stream that a user of one makes; None for a user that reads it."""
+        """Return the values of the stream that a user of `node` produces; None for a reader."""
         if user.target is aten.sym_size.int:
             return []
         if user in self.loops:
@@ -136,7 +137,7 @@ class Tracer:
         return [user] if operands is not None and node in operands else None
 
     def ring(self, loop: Loop, position: int) -> list[fx.Node]:
-        """The nodes that are one carried value: before, inside and after the loop."""
+        """Return the nodes of one carried value: before, inside and after the loop."""
         placeholders = loop.places
         after = [
             user
@@ -152,19 +153,19 @@ class Tracer:
 
 
 def channels(node: fx.Node) -> Any:
-    """The size of a value's last dimension; None if it has no type."""
+    """Return the size of a value's last dimension; None if it has no type."""
     kind = node.meta.get("type")
     return kind.shape[-1] if isinstance(kind, TensorType) and kind.shape else None
 
 
 def rank(node: fx.Node) -> int:
-    """How many dimensions a value has; 0 if it has no type."""
+    """Return the number of dimensions of a value; 0 if it has no type."""
     kind = node.meta.get("type")
     return len(kind.shape) if isinstance(kind, TensorType) else 0
 
 
 def _passes(node: fx.Node) -> bool:
-    """Whether a node hands whole channels of its first argument on."""
+    """Whether a node keeps the channels of its first argument together, up to a constant factor."""
     x = node.args[0] if node.args else None
     if not isinstance(x, fx.Node) or channels(x) != channels(node):
         return False

@@ -1,4 +1,4 @@
-"""What programs are tried on: text, token ids, and random inputs of every other kind."""
+"""Inputs to run programs on: text, token ids, and random values for all other inputs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SEED = 0
 
 @cache
 def sample_text() -> str:
-    """A few kilobytes of English that are in the public domain, for when nobody gives any text."""
+    """Return a few kilobytes of English in the public domain, the default calibration text."""
     return Path(__file__).with_name("sample.txt").read_text(encoding="utf-8")
 
 
 def default_tokenizer(program: Program) -> Tokenizer | None:
-    """The tokenizer among the side files of the original model, if it can be read."""
+    """Load the tokenizer among the side files of the original model; None if it cannot be read."""
     path = program.origin.files.get("tokenizer.json")
     if path is None or not Path(path).is_file():
         return None
@@ -44,13 +44,13 @@ def default_tokenizer(program: Program) -> Tokenizer | None:
 
 
 def token_input(program: Program) -> Input | None:
-    """The input that takes token ids of the text: the last integer one that is data."""
+    """Return the input for token ids of the text: the last one with role data and integer dtype."""
     found = [i for i in program.inputs if i.role == "data" and not i.type.dtype.is_floating_point]
     return found[-1] if found else None
 
 
 def vocabulary(program: Program, name: str | None = None) -> int | None:
-    """How many token ids there are: the rows of the table that an input looks up."""
+    """Return the size of the vocabulary: the rows of the table that an input looks up."""
     item = token_input(program)
     name = name or (item.name if item is not None else None)
     sizes = [
@@ -80,7 +80,7 @@ def _comes_from(node: fx.Node, name: str | None) -> bool:
 def random_inputs(
     program: Program, *, rows: int = 2, length: int = 16, seed: int = SEED, padded: bool = False
 ) -> dict[str, Tensor]:
-    """Random values for the inputs that have no default.
+    """Draw random values for the inputs that have no default.
 
     `padded` gives a left-padded mask as well: every row but the first begins with padding.
     """
@@ -101,7 +101,7 @@ def random_inputs(
 
 
 def token_inputs(program: Program, tokens: Tensor) -> Mapping[str, Tensor]:
-    """Inputs whose token ids are `tokens` [rows, time]; other data is random."""
+    """Build inputs whose token ids are `tokens` [rows, time]; other data is random."""
     item = token_input(program)
     assert item is not None
     inputs = random_inputs(program, rows=tokens.shape[0], length=tokens.shape[1])
@@ -111,7 +111,7 @@ def token_inputs(program: Program, tokens: Tensor) -> Mapping[str, Tensor]:
 def rows_of(
     program: Program, tokens: Tensor, length: int, least: int = 2
 ) -> list[Mapping[str, Tensor]]:
-    """Tokens [time] cut into rows of at most `length`, as the inputs that a Program has for them.
+    """Cut tokens [time] into rows of at most `length`, each as inputs of the Program.
 
     A row of fewer than `least` tokens is left out.
     """

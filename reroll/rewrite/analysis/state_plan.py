@@ -1,9 +1,8 @@
-"""Which nodes of a Program keep state from one call to the next, and what they keep.
+"""Plan of the states that nodes of a Program keep from one call to the next.
 
-A state is a cache of keys and values or the state of a recurrence. They are numbered in the order
-in which they run: a node in a loop's body has one for each trip. Whatever lowers a Program reads
-the plan: the module that runs it, the exporters, the configuration that transformers makes its
-caches from.
+A state is a cache of keys and values or the state of a recurrence. States are numbered in the order
+in which their nodes run: a node in a loop's body has one for each trip. The lowered module, the
+exporters, and the configuration from which transformers makes its caches are built from the plan.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.visibility import Visibility
 
-# what reads keys under a mask
+# ops that read keys under a mask
 MASKED = (ATTENTION, ATTENTION_MASS)
 
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What one state keeps.
+    """Layout of one state: its layer type, window and sizes.
 
     Attributes:
         kind: a layer type of transformers. A recurrence is "hybrid_sliding": of the types with a
@@ -45,16 +44,16 @@ class CacheLayer:
 
     @property
     def reach(self) -> tuple[str, int | None, int]:
-        """What says which tokens it keeps."""
+        """Layer type, size and prefix, which together determine the tokens that it keeps."""
         return self.kind, self.size, self.prefix
 
 
 @dataclass(frozen=True)
 class StatePlan:
-    """The states of a Program.
+    """States of a Program, with the number of each node's state in each trip.
 
     Attributes:
-        layers: what each keeps, in the order in which they run.
+        layers: the layout of each state, in the order in which they run.
         numbers: the numbers of a node's states, trip by trip.
     """
 
@@ -62,12 +61,12 @@ class StatePlan:
     numbers: dict[fx.Node, tuple[int, ...]]
 
     def number(self, node: fx.Node, trip: int = 0) -> int:
-        """The number of a node's state in a trip."""
+        """Return the number of a node's state in a trip."""
         return self.numbers[node][trip]
 
 
 def plan_states(program: Program) -> StatePlan:
-    """The plan of a Program's states."""
+    """Number the states of a Program and find the layout of each."""
     layers: list[CacheLayer] = []
     numbers: dict[fx.Node, tuple[int, ...]] = {}
     for node, layer in _walk(program):
@@ -82,12 +81,12 @@ def is_stateful(node: fx.Node) -> bool:
 
 
 def stateful_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes of one graph that keep state, in the order in which they run."""
+    """Return the nodes of one graph that keep state, in the order in which they run."""
     return [n for n in graph.nodes if is_stateful(n)]
 
 
 def behind_cache(value: Any) -> fx.Node | None:
-    """The cache node that a tensor of keys or values is an output of; None if it is none."""
+    """Return the cache node whose output `value` is; None if it is no output of a cache."""
     if not isinstance(value, fx.Node) or value.target is not operator.getitem:
         return None
     source = value.args[0]
@@ -95,14 +94,17 @@ def behind_cache(value: Any) -> fx.Node | None:
 
 
 def before_cache(value: fx.Node) -> fx.Node:
-    """The keys or values of the new tokens alone, where `value` is an output of a cache."""
+    """Return the keys or values of the new tokens alone if `value` is an output of a cache.
+
+    Other values are returned unchanged.
+    """
     cache = behind_cache(value)
     source: Any = value if cache is None else cache.args[value.args[1]]  # type: ignore[index]
     return source  # type: ignore[no-any-return]
 
 
 def readers(cache: fx.Node) -> list[fx.Node | None]:
-    """The attentions over the keys of a cache; None stands for any other use."""
+    """Return the attention nodes that read the outputs of a cache; None for any other use."""
     found: list[fx.Node | None] = []
     for item in cache.users:
         if item.target is not operator.getitem:
@@ -140,7 +142,7 @@ def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
 
 
 def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int | None, int]:
-    """How far back an attention looks: a layer type, its size, and the first tokens it sees."""
+    """Return the layer type of an attention, its size, and the number of first tokens kept."""
     everything = "full_attention", None, 0
     if node is None:
         return everything

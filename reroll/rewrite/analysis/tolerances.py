@@ -1,4 +1,4 @@
-"""How far two computations of one thing may differ: relative RMS error, per dtype, in one place."""
+"""Tolerances for two computations of the same value: relative RMS error, per dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-# |a - b| / |b| of what one computation and its reference give
+# |a - b| / |b| of a computation and its reference
 FORWARD: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
@@ -17,7 +17,7 @@ FORWARD: dict[torch.dtype, float] = {
 GRADIENT = 8e-3
 # Triton in fp32 without TF32 adds up in another order
 FORWARD_TRITON_FP32 = 1e-4
-# raising and rolling move no arithmetic, so only rounding inside single ops is left
+# raising and rolling reorder no arithmetic, so only rounding inside single ops differs
 ROLLED: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
     torch.float32: 1e-6,
@@ -27,9 +27,9 @@ ROLLED: dict[torch.dtype, float] = {
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of `expected`; inf where one is not finite.
+    """Compute the RMS of the difference divided by that of `expected`; inf if not finite.
 
-    Elements that are the same in both, infinities included, count as no difference.
+    Elements that are equal in both, infinities included, count as no difference.
     """
     if actual.shape != expected.shape:
         return float("inf")
@@ -50,7 +50,7 @@ _PIECE = 2**20
 
 
 def _squares(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """The sums of the squares of a - b and of b."""
+    """Return the sums of the squares of a - b and of b; equal non-finite elements are left out."""
     error, size = (a - b).square().sum().item(), b.square().sum().item()
     if math.isfinite(error) and math.isfinite(size):
         return error, size
@@ -60,5 +60,5 @@ def _squares(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def forward(dtype: torch.dtype) -> float:
-    """The tolerance of a forward computation in this dtype; the fp32 one for integers."""
+    """Return the tolerance of a forward computation in this dtype; the fp32 one for integers."""
     return FORWARD.get(dtype, FORWARD[torch.float32])

@@ -1,9 +1,9 @@
-"""What a capture assumes of the sizes of its inputs.
+"""Check the assumptions that a captured graph makes about the sizes of its inputs.
 
-The exporter runs the model's Python once, on example sizes. Where the Python asks how a size
-compares with another, the exporter answers for the example and records what it answered: as a
-range of a size, or as an expression over sizes. A graph in which such an answer is wrong for
-other inputs computes something else than the model does.
+The exporter runs the model's Python once, on example sizes. Where the Python compares sizes, the
+exporter takes the branch of the example. It records the condition as the range of a size, or as an
+expression over sizes. For inputs that violate such a condition, the graph computes something else
+than the model.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _LIMITS = (
 
 
 class BranchError(CaptureError):
-    """The model computes something else for other lengths, batch sizes or pasts."""
+    """Error for a model that computes something else for other lengths, batch sizes or pasts."""
 
 
 def check_branches(
     exported: torch.export.ExportedProgram, examples: list[Example], config: Any
 ) -> None:
-    """Refuse a capture that is right for some lengths or batch sizes only.
+    """Refuse a capture that is correct for some lengths or batch sizes only.
 
-    Lengths beyond what the configuration allows do not count. Raises BranchError with the
-    comparison that the model makes.
+    Lengths above the maximum of the configuration do not count. Raises BranchError with the
+    condition that the capture assumes.
     """
     sizes, environment = _sizes(exported, examples)
     if environment is None:
@@ -67,7 +67,7 @@ def _named(text: str, sizes: dict[Any, str]) -> str:
 
 
 def _limit(config: Any) -> int:
-    """The longest text that a configuration allows."""
+    """Return the maximum length of a text by the configuration."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [getattr(text, name, None) for name in _LIMITS]
     return min((n for n in found if isinstance(n, int) and n > 0), default=2**16)
@@ -76,7 +76,7 @@ def _limit(config: Any) -> int:
 def _sizes(
     exported: torch.export.ExportedProgram, examples: list[Example]
 ) -> tuple[dict[Any, str], Any]:
-    """The dimension that each symbol of the exporter is, and what the exporter knows of them."""
+    """Return the dimension of each symbol of the exporter, and the exporter's shape environment."""
     specs = exported.graph_signature.input_specs
     names = [spec.arg.name for spec in specs if spec.kind == InputKind.USER_INPUT]
     values = {n.name: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"}

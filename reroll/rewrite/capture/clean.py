@@ -1,4 +1,4 @@
-"""From an exported program to a plain graph: weights by name, no guards, no devices, no no-ops."""
+"""Clean an exported program: weights by name, and no guards, devices or no-ops."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking",
 
 @dataclass(frozen=True)
 class Flat:
-    """A graph whose placeholders are the model's inputs and whose weights are `get_attr` nodes."""
+    """Flat graph: placeholders are the model's inputs, `get_attr` nodes its weights."""
 
     graph: fx.Graph
     outputs: tuple[str, ...]
@@ -46,10 +46,10 @@ def flatten(
     dims: dict[str, tuple[Dim, ...]],
     aliases: dict[str, str],
 ) -> Flat:
-    """Rewrite an exported program; every conversion of a dtype is still in it (see `drop_casts`).
+    """Rewrite an exported program as a flat graph; it keeps all dtype conversions.
 
-    `dims` names the dynamic dimensions of each input, `aliases` the one name to use for each weight
-    that has several.
+    `dims` names the dynamic dimensions of each input. `aliases` maps each further name of a weight
+    to the one to use. `drop_casts` removes the conversions that do nothing.
 
     Raises CaptureError if the graph writes to a buffer or to a tensor in place.
     """
@@ -88,7 +88,7 @@ def flatten(
 
 
 def drop_casts(graph: fx.Graph) -> None:
-    """Take out the conversions of tensors to the dtype that they have."""
+    """Remove conversions of tensors to the dtype that they already have."""
     for node in list(graph.nodes):
         if node.target is not aten.to.dtype:
             continue
@@ -110,7 +110,7 @@ def mutates(graph: fx.Graph) -> bool:
 
 
 def _weight_names(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """The model's name of each parameter, buffer and constant, by its placeholder's name."""
+    """Map the placeholder of each parameter, buffer and constant to its name in the model."""
     kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
     signature = exported.graph_signature
     changed = [s for s in signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION]
@@ -124,7 +124,7 @@ def _weight_names(exported: torch.export.ExportedProgram) -> dict[str, str]:
 
 
 def _symbols(nodes: dict[str, fx.Node], dims: dict[str, tuple[Dim, ...]]) -> dict[str, str]:
-    """Our name for each symbol of the exporter: the dynamic dimensions' names."""
+    """Map each symbol of the exporter to the name of its dynamic dimension."""
     names: dict[str, str] = {}
     for name, node in nodes.items():
         for size, dim in zip(node.meta["val"].shape, dims[name], strict=True):
@@ -156,7 +156,7 @@ def _copy_nodes(
     weights: dict[str, fx.Node],
     symbols: dict[str, str],
 ) -> Any:
-    """Append the nodes of `old` to `graph`; returns what its output holds."""
+    """Append the nodes of `old` to `graph`; return the copied arguments of its output node."""
 
     def resolve(node: fx.Node) -> Any:
         value = values[node]
@@ -197,7 +197,7 @@ def _copy_nodes(
 
 
 def _scalar(graph: fx.Graph, value: Tensor) -> fx.Node:
-    """A number that the model wrote as a tensor, as a node."""
+    """Add a node for a scalar constant that the model holds as a tensor."""
     node = graph.call_function(aten.scalar_tensor.default, (value.item(),), {"dtype": value.dtype})
     set_type(node, TensorType(value.dtype, ()))
     return node
@@ -211,7 +211,7 @@ def _inline(
     symbols: dict[str, str],
     resolve: Any,
 ) -> Any:
-    """The nodes of a region that export wrapped because of a context manager around it."""
+    """Copy the nodes of a subgraph that the exporter wrapped because of a context manager."""
     position = next(
         i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"
     )
@@ -239,7 +239,7 @@ def is_noop(node: fx.Node) -> bool:
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     if node.target in LAYOUTS:
-        # products of the same numbers in another layout may round differently
+        # matrix products may round differently in another memory layout
         return str(before.stride()) == str(after.stride())
     if str(node.target) == "aten.slice.Tensor":
         start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])[2:]
@@ -261,7 +261,7 @@ def _append(
     elif target in LAYOUTS:
         target, args = aten.contiguous.default, args[:1]
     elif target in (aten.view.default, aten._unsafe_view.default):
-        # without the copies that were dropped, strides no longer promise that a view is possible
+        # without the copies that were dropped, strides may not permit a view
         target = aten.reshape.default
     new = graph.create_node("call_function", target, args, kwargs, name=node.name)
     set_type(new, _type(value, symbols))
@@ -274,7 +274,7 @@ def _outputs(
     values: dict[fx.Node, Any],
     weights: dict[str, fx.Node],
 ) -> tuple[str, ...]:
-    """Give the graph its output: one tensor per name of the model's output."""
+    """Add the output node, one value per name of the model's outputs; return the names."""
     spec = exported.call_spec.out_spec
     assert spec is not None
     names = tuple(str(name) for name in spec.context)

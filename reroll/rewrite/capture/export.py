@@ -1,8 +1,8 @@
-"""Capture: a transformers model as one flat graph that computes the same logits, bit for bit.
+"""Capture a transformers model as one flat graph with the same logits, bit for bit.
 
 `torch.export` in non-strict mode runs the model's own Python once, on tensors without data.
-Attention, masks and caches come out as single nodes (see `tracing`); a model that generates is
-captured with a past of unknown length, so the same graph prefills, continues and decodes.
+Attention, masks and caches become single nodes (see `tracing`). A model that generates is captured
+with a past of unknown length, so the same graph prefills, continues and decodes.
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ def capture(
 ) -> Program:
     """Capture a model exactly, and roll its layers into loops.
 
-    `model` is a transformers model, or a hub id, a local directory or a `.gguf` file, in which case
-    no weight is loaded: the graph comes from the configuration and the Program's weights refer to
-    the checkpoint's tensors. `dtype` is the dtype to compute in (the checkpoint's own if None; for
-    a model object it cannot be chosen); what reroll wrote is brought to it. `inputs` are example
-    tensors for a model whose inputs are unusual. `pictures` captures the pictures of a
-    vision-language model as well, as an input that may be left out. `roll=False` stops at the flat
-    graph.
+    `model` is a transformers model, a hub id, a local directory or a `.gguf` file. For the last
+    three no weight is loaded: the graph comes from the configuration, and the Program's weights
+    refer to the checkpoint's tensors. `dtype` is the dtype to compute in: the checkpoint's own if
+    None. It cannot be chosen for a model object; a Program that reroll saved is converted to it.
+    `inputs` are example tensors for a model whose inputs are unusual. `pictures` captures the
+    pictures of a vision-language model as well, as an input that may be left out. `roll=False`
+    stops at the flat graph.
 
-    Raises CaptureError when the model does something that the graph cannot hold; the model object
-    that was given is left as it was in any case.
+    Raises CaptureError when the model does something that the graph cannot express. A given model
+    object is restored in any case.
     """
     if isinstance(model, nn.Module):
         if dtype is not None:
@@ -105,7 +105,7 @@ def capture(
 
 
 def rolled(program: Program) -> Program:
-    """A flat Program with its idioms raised and its layers in loops."""
+    """Raise the idioms of a flat Program and roll its layers into loops."""
     from reroll.rewrite.capture.raising.driver import raise_idioms
     from reroll.rewrite.capture.rolling.roll import roll_loops
 
@@ -133,16 +133,16 @@ def capture_module(
     source: TensorSource | None = None,
     origin: Origin | None = None,
 ) -> Program:
-    """The flat Program of a model object, whose weights may be on the meta device.
+    """Capture a model object, whose weights may be on the meta device, as a flat Program.
 
-    `source` has the tensors behind the model's parameters (the model's own if None).
+    `source` holds the tensors of the model's parameters (the model itself if None).
     """
     return _capture(model, inputs, source, origin).program
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """A flat Program, what it is in half precision, and the half precisions that are known."""
+    """Flat Program, its form in half precision, and the half-precision dtypes it is valid for."""
 
     program: Program
     in_half: Program | None
@@ -150,9 +150,10 @@ class _Captured:
 
 
 def _with_halves(captured: _Captured) -> Program:
-    """The rolled Program of a capture, with the conversions of half precision in it.
+    """Roll a captured Program, and add the conversions that it needs in half precision.
 
-    Without them where the same model in half precision would become other ops.
+    The conversions are left out where raising and rolling in half precision gives other ops or
+    loses hidden states.
     """
     program = rolled(captured.program)
     if captured.in_half is None:
@@ -164,10 +165,10 @@ def _with_halves(captured: _Captured) -> Program:
         log.info("not known in half precision: %s", error)
         return program
     if not same(without_casts(program), without_casts(wide)):
-        log.info("not known in half precision: its idioms are others")
+        log.info("not known in half precision: other idioms are raised there")
         return program
     if [count(g) for _, g in program.graphs()] != [count(g) for _, g in wide.graphs()]:
-        # its hidden states are worth more than its conversions
+        # hidden states are preferred to conversions
         log.info("not known in half precision: rolling it loses hidden states")
         return program
     return replace(wide, origin=program.origin, halves=captured.halves)
@@ -188,7 +189,7 @@ def _capture(
     # and an encoder with its positions and token types before one without
     caches = (True, False) if stateful else (False,)
     if stateful and _is_recurrent(model):
-        # without its state, a recurrence is a loop over time, which takes minutes to be traced
+        # without a cache, a recurrence is a loop over time steps, which takes minutes to trace
         caches = (True,)
     optional = (True, False) if inputs is None and not stateful else (True,)
     for implementation, with_state, whole in product((IMPLEMENTATION, "eager"), caches, optional):
@@ -243,9 +244,9 @@ def _is_recurrent(model: Any) -> bool:
 def _with_pictures(
     model: Any, text: Program, source: TensorSource | None, origin: Origin | None
 ) -> Program:
-    """The flat Program that reads pictures too, any number or one; `text` reads text alone.
+    """Capture the flat Program that also reads pictures, any number or one.
 
-    Raises CaptureError unless both read text alone alike.
+    Raises CaptureError unless its part for text alone equals `text`, the Program without pictures.
     """
     first: RerollError | None = None
     try:
@@ -257,7 +258,7 @@ def _with_pictures(
                 continue
             part = text_part(program.graph, [pictures.name], program.outputs)
             if not same_text(part, text.graph):
-                raise CaptureError("it reads text otherwise where it is given pictures")
+                raise CaptureError("its graph for text alone differs when it also takes pictures")
             loss, span = text.origin.loss, text.origin.cache_span
             origin = replace(program.origin, loss=loss, cache_span=span)
             return replace(program, inputs=(*text.inputs, program.inputs[-1]), origin=origin)
@@ -277,7 +278,7 @@ def _seeing(
     model: Any, pictures: Example, source: TensorSource | None, origin: Origin | None
 ) -> Program:
     examples = [*default_examples(model, True), pictures]
-    # places for pictures are counted when they are filled
+    # the number of image tokens is checked when they are filled, not in the trace
     with mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"):
         exported, traced = _export(model, examples, True, IMPLEMENTATION)
     examples = _with_roles(examples, traced)
@@ -288,14 +289,14 @@ def _seeing(
 
 
 def _without_casts(program: Program) -> Program:
-    """A flat Program without its conversions of tensors to the dtype that they have."""
+    """Copy a flat Program without conversions of tensors to the dtype that they already have."""
     graph = copy(program.graph)
     clean.drop_casts(graph)
     return replace(program, graph=graph)
 
 
 def _without_cache(program: Program, reason: RerollError) -> Program:
-    """The Program with a remark that the model lost its cache, and why."""
+    """Add a remark that the model was captured without a cache, and the reason."""
     remarks = [
         f"{NO_CACHE}: all tokens are read again for each new one, because the capture with a "
         f"cache failed: {reason.message}"
@@ -312,7 +313,10 @@ def _without_cache(program: Program, reason: RerollError) -> Program:
 
 
 class _Wrapper(nn.Module):
-    """Calls the model by keyword, with a tracing cache if it keeps state; returns its tensors."""
+    """Module that calls the model by keyword, with a tracing cache if it is stateful.
+
+    Its outputs are the model's outputs that are tensors, and the hidden states if `hidden`.
+    """
 
     def __init__(
         self, model: Any, stateful: bool, halt: Halt | None, at_cache: bool, hidden: bool
@@ -331,7 +335,7 @@ class _Wrapper(nn.Module):
             main = inputs.get("decoder_input_ids", inputs.get("input_ids"))
             assert main is not None
             tokens = main.shape[1]
-            # without a mask, there is nothing before the tokens
+            # without a mask, there is no past
             mask = inputs.get("decoder_attention_mask" if cross else "attention_mask", main)
             total = mask.shape[1]
             layers = 2 + max(
@@ -349,7 +353,7 @@ class _Wrapper(nn.Module):
         try:
             out = self.model(**keywords)
         except Halted as halted:
-            # the tracer does not unwind by itself
+            # the tracer does not pop its module stack on exceptions
             while len(_module_stack()) > depth:
                 _module_stack().popitem()
             return halted.tensors
@@ -362,7 +366,7 @@ class _Wrapper(nn.Module):
 
 
 def _module_stack() -> dict[str, Any]:
-    """The modules whose forward is being traced."""
+    """Return the tracer's stack of modules whose forward is running."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", {})
@@ -370,7 +374,7 @@ def _module_stack() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Tracer:
-    """How a model was captured, to trace it once more in half precision."""
+    """Settings of a capture, for a second trace in half precision."""
 
     model: Any
     examples: list[Example]
@@ -381,9 +385,10 @@ class _Tracer:
     def halves_of(
         self, program: Program, exported: torch.export.ExportedProgram
     ) -> tuple[Program | None, tuple[torch.dtype, ...]]:
-        """A flat Program with its conversions in half precision, if it is in fp32; what is known.
+        """Return an fp32 Program as it is in half precision, and the half dtypes it is valid for.
 
-        fp16 is tried first: models that treat it as bf16 are known in both then.
+        fp16 is tried first, because a trace in fp16 is valid for bf16 too. The Program is None if
+        the given one is not in fp32, or if no trace succeeds.
         """
         if program.dtype not in DTYPES.values():
             return None, ()
@@ -401,9 +406,9 @@ class _Tracer:
     def in_half(
         self, program: Program, exported: torch.export.ExportedProgram, half: torch.dtype
     ) -> Program | Miss:
-        """A flat Program with its conversions in half precision, or why that is not known."""
+        """Return a flat Program with its half-precision conversions, or a Miss with the reason."""
         if clean.mutates(exported.graph):
-            return Miss("it changes tensors in place, for which captures have other ops")
+            return Miss("it changes tensors in place, so the trace in half precision has other ops")
         if keeps_parameters(self.model, half):
             return Miss("parameters are kept in fp32")
         wrapper = _Wrapper(self.model, self.stateful, None, False, self.hidden)
@@ -416,7 +421,7 @@ class _Tracer:
                 tracing(self.model, self.implementation),
             ):
                 traced = trace(wrapper, _example_tensors(self.model, self.examples))
-        # what does not run in half precision fails in whatever way the model's code brings about
+        # the model's code may fail in half precision with any exception
         except Exception as error:
             return Miss(f"{type(error).__name__}: {error}")
         return with_dtypes_of(program, traced, half)
@@ -436,10 +441,11 @@ def _export(
     halt: Halt | None = None,
     hidden: bool = False,
 ) -> tuple[torch.export.ExportedProgram, Traced]:
-    """Trace a model; with `halt` no further than to an attention.
+    """Export a model; with `halt`, the trace ends at an attention op.
 
-    Where the model brings attention of its own, `halt` counts the updates of the cache. `hidden`:
-    with its hidden states among the outputs, unless it fails to give them.
+    Where the model has an attention implementation of its own, `halt` counts updates of the cache
+    instead. With `hidden`, the outputs include the hidden states, unless the export with them
+    fails. Raises CaptureError if the export fails.
     """
     tensors = _example_tensors(model, examples)
     auto = torch.export.Dim.AUTO
@@ -485,7 +491,7 @@ def _export(
 
 
 def _tells_hidden_states(model: Any) -> bool:
-    """Whether a model can be asked for its hidden states."""
+    """Whether a model's forward takes `output_hidden_states`."""
     import inspect
 
     parameters = inspect.signature(model.forward).parameters.values()
@@ -494,7 +500,10 @@ def _tells_hidden_states(model: Any) -> bool:
 
 
 def _with_roles(examples: list[Example], traced: Traced) -> list[Example]:
-    """The inputs, with positions that tell no documents apart where masks ignore them."""
+    """Give positions the role "offsets" where the model's masks do not use them.
+
+    Such positions cannot separate the documents of a packed row.
+    """
     return [
         replace(e, role="offsets") if e.role == "positions" and not traced.packs else e
         for e in examples
@@ -502,7 +511,7 @@ def _with_roles(examples: list[Example], traced: Traced) -> list[Example]:
 
 
 def _example_tensors(model: Any, examples: list[Example]) -> dict[str, Tensor]:
-    """The examples, in the model's dtype if they are floating."""
+    """Return the example tensors on the CPU, floating ones in the model's dtype."""
     dtype = getattr(model, "dtype", torch.float32)
     return {
         e.name: e.tensor.to("cpu", dtype if e.tensor.is_floating_point() else None)
@@ -512,11 +521,11 @@ def _example_tensors(model: Any, examples: list[Example]) -> dict[str, Tensor]:
 
 @contextmanager
 def _on_cpu(model: nn.Module) -> Iterator[None]:
-    """Show parameters and buffers as CPU tensors while exporting, wherever they are.
+    """Replace parameters and buffers by CPU tensors during the export, whatever their device.
 
-    A model asks for the device of its tensors, makes constants there, and chooses kernels by it, so
-    every device would give a graph of its own. Parameters, which may be on the meta device and
-    larger than the memory, are replaced by fake tensors, for export needs their shapes alone.
+    A model creates constants on the device of its tensors and chooses kernels by it, so the graph
+    would depend on the device. Parameters may be on the meta device, or larger than the memory.
+    They become fake tensors, because the export needs only their shapes.
     """
     stand_ins: dict[int, Tensor] = {}
     tables: list[tuple[Any, dict[str, Any]]] = []
@@ -528,7 +537,7 @@ def _on_cpu(model: nn.Module) -> Iterator[None]:
         for table, before in tables:
             for name, tensor in before.items():
                 if tensor is not None:
-                    # one stand-in for each tensor, so tied ones stay tied
+                    # one replacement for each tensor, so that tied ones stay tied
                     table[name] = stand_ins.setdefault(id(tensor), _stand_in(tensor))
         yield
     finally:
@@ -549,7 +558,7 @@ def _stand_in(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the warnings that models and the exporter print while tracing."""
+    """Suppress the warnings that models and the exporter print during a trace."""
     import warnings
 
     loggers = [logging.getLogger(name) for name in ("transformers", "torch")]
@@ -612,7 +621,7 @@ def _to_program(
 
 
 def _generative_class(model: Any, inputs: tuple[Input, ...], outputs: tuple[str, ...]) -> str:
-    """The auto class of a model whose class no table has: by what it takes and gives."""
+    """Return the auto class of a model that no table lists, judged by its inputs and outputs."""
     if "logits" not in outputs or not can_generate(model):
         return "AutoModel"
     match [i.name for i in inputs if i.role == "data"]:
@@ -626,10 +635,10 @@ def _generative_class(model: Any, inputs: tuple[Input, ...], outputs: tuple[str,
 
 
 def _with_cache_span(model: Any, program: Program, traced: Traced) -> Program:
-    """The Program with the length up to which the original's cache has all that its masks show.
+    """Record the length up to which the original's cache holds all keys that its masks admit.
 
-    The configuration alone decides how long a cache of transformers is, also where a model makes
-    no mask of that window.
+    The configuration alone sets the window of a transformers cache, even if the model's masks have
+    no such window.
     """
     layers = own_layers(model.config)
     windows = {int(w) for layer in layers if (w := getattr(layer, "sliding_window", None))}
@@ -642,11 +651,11 @@ def _with_cache_span(model: Any, program: Program, traced: Traced) -> Program:
 
 
 def _with_loss(model: Any, program: Program, examples: list[Example]) -> Program:
-    """The Program with what the model computes from labels."""
+    """Record which loss the model computes from labels."""
     if "logits" not in program.outputs:
         return program
     with _quiet():
-        # the mask of an example is as long as its past, which there is none of here
+        # the padding mask of an example includes a past, which this call does not have
         required = [each for each in examples if each.role == "data"]
         loss = loss_of(model, _example_tensors(model, required))
     return replace(program, origin=replace(program.origin, loss=loss))
@@ -660,7 +669,7 @@ def _with_defaults(
     implementation: str,
     source: TensorSource | None,
 ) -> Program:
-    """The Program with what the model computes for inputs that are left out."""
+    """Add the defaults that the model computes for inputs that are left out."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def trace(kept: Sequence[Example], halt: Halt | None) -> TracedGraph:
@@ -679,7 +688,7 @@ def _with_defaults(
 def _weight_table(
     model: nn.Module, exported: torch.export.ExportedProgram, source: TensorSource | None
 ) -> tuple[dict[str, Weight], dict[str, Tensor]]:
-    """The weights by their name in the graph, and the tensors that no checkpoint holds."""
+    """Return the weights by their names in the graph, and the tensors that no checkpoint holds."""
     weights: dict[str, Weight] = {}
     literals: dict[str, Tensor] = {}
     known = set(source.names()) if source is not None else set()
@@ -700,7 +709,7 @@ def _weight_table(
                     "with from_pretrained, and capture that object",
                 )
             literals[name] = tensor.detach()
-        # which a part may have that is not read
+        # an unread part of the model may have complex constants
         if tensor.dtype.is_complex:
             continue
         meta = Meta(tuple(tensor.shape), tensor.dtype)
@@ -709,7 +718,7 @@ def _weight_table(
 
 
 def _aliases(model: nn.Module, literals: dict[str, Tensor]) -> dict[str, str]:
-    """The first name of each tensor that has several: tied parameters, and equal constants."""
+    """Map further names of a tensor to its first: for tied parameters and equal constants."""
     first: dict[Any, str] = {}
     aliases = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,8 +1,8 @@
-"""What a captured graph would be if the model were in half precision.
+"""Derive the graph that a capture of the same model in half precision would give.
 
-A model in fp32 does not show where it asks for fp32 and where for its own dtype. So it is traced a
-second time, cheaply: without data, for one size, with parameters in half precision. That trace runs
-through the same ops in the same order, and says which dtype each of them has there.
+A capture in fp32 does not show where the model asks for fp32 and where for its own dtype. So the
+model is traced again with parameters in half precision, without data and for fixed sizes, which is
+cheap. The second trace runs the same ops in the same order and gives the dtype of each.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 @contextmanager
 def without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Put tensors without data, of a dtype, in the place of a model's parameters and buffers.
+    """Replace a model's parameters and buffers by tensors of a dtype without data.
 
-    Buffers have the dtype that they have in a model that is made in it. The tensors seem to be on
-    the CPU, since a model's code may depend on the device.
+    Buffers get the dtype that they have in a model constructed in `dtype`. The tensors report the
+    CPU as their device, because a model's code may depend on it.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -73,13 +73,13 @@ def without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _buffer_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtypes of the buffers of a model that its configuration makes in a dtype."""
+    """Return the dtypes of the buffers of a model constructed from its configuration in a dtype."""
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
             made = type(model)(deepcopy(model.config))
-    # code that is not ours may want more than a configuration: buffers then stay as they are
+    # custom model code may need more than a configuration: buffers then keep their dtypes
     except Exception:
         return {}
     finally:
@@ -88,14 +88,14 @@ def _buffer_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtyp
 
 
 def keeps_parameters(model: nn.Module, half: torch.dtype) -> bool:
-    """Whether transformers keeps some of a model's parameters in fp32 beside those in `half`."""
+    """Whether transformers keeps some of a model's parameters in fp32 when it loads in `half`."""
     attributes = (_KEPT, _KEPT_IN_FP16) if half == torch.float16 else (_KEPT,)
     kept = {str(part) for a in attributes for part in getattr(model, a, None) or ()}
     return any(part in name for name, _ in model.named_parameters() for part in kept)
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.Graph:
-    """The ops that a model `without_data` runs on these inputs, as one graph without data."""
+    """Trace a model inside `without_data` on these inputs; return its ops as one graph."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -115,9 +115,10 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.Graph:
 
 
 def with_dtypes_of(program: Program, traced: fx.Graph, half: torch.dtype) -> Program | Miss:
-    """A flat Program that has its conversions, in the dtypes of a trace in half precision.
+    """Give a flat Program the dtypes of a trace in half precision.
 
-    Its weights stay as they are. A Miss says where the two do something else.
+    The Program still has all its conversions (see `clean.drop_casts`), and its weights stay
+    unchanged. Return a Miss where the two compute something else.
     """
     graph, wide = copy(program.graph), program.dtype
     for node in graph.find_nodes(op="placeholder"):
@@ -138,7 +139,10 @@ def with_dtypes_of(program: Program, traced: fx.Graph, half: torch.dtype) -> Pro
 
 
 def _move_marks(graph: fx.Graph, half: torch.dtype) -> None:
-    """Mark the hidden states in half precision: in fp32, a conversion of one is the same value."""
+    """Move marks of hidden states to the values in half precision.
+
+    In fp32 a conversion does nothing, so the mark may be on either side of it.
+    """
     for node in graph.nodes:
         if not marks(node) or _dtype(node) == half:
             continue
@@ -154,7 +158,7 @@ def _is_in(node: Any, dtype: torch.dtype) -> bool:
 
 
 def _read_frozen(graph: fx.Graph, program: Program, half: torch.dtype) -> None:
-    """Convert what is not trained where it is read: it stays in fp32 in every Program."""
+    """Convert weights that are not trainable where they are read: they are stored in fp32."""
     for node in graph.find_nodes(op="get_attr"):
         weight = program.weights[str(node.target)]
         if _dtype(node) == half and not weight.trainable:
@@ -168,32 +172,32 @@ def _read_frozen(graph: fx.Graph, program: Program, half: torch.dtype) -> None:
 
 
 class _Alignment:
-    """Walks through a captured graph and a trace together, and gives the first the dtypes of the
-    second.
-    """
+    """Alignment of a captured graph with a trace, which gives the graph the trace's dtypes."""
 
     def __init__(self, graph: fx.Graph, traced: fx.Graph, wide: torch.dtype) -> None:
         self.graph, self.wide = graph, wide
         self.ours = [n for n in graph.nodes if _counts(n)]
         self.theirs = [n for n in traced.nodes if _counts(n)]
-        # the node of ours for each of theirs, and for the conversions that only they have
+        # the graph's node for each node of the trace, including conversions inserted from it
         self.node: dict[fx.Node, fx.Node] = {}
-        # conversions that do nothing in ours
+        # conversions that do nothing in the captured graph
         self.nothing = {n for n in self.ours if _key(n) is TO and _dtype(n.args[0]) == _dtype(n)}
 
     def run(self) -> Miss | None:
-        """Align all; the Miss of the first pair that differs."""
+        """Align all nodes; return a Miss for the first pair that differs, else None."""
         mine, theirs = iter(self.ours), iter(self.theirs)
         a, b = next(mine, None), next(theirs, None)
         while a is not None or b is not None:
             if a is not None and b is not None and _key(a) == _key(b):
                 if not self.pair(a, b):
-                    return Miss("it computes with other numbers", (a.name, b.name))
+                    return Miss(
+                        "a constant or an operand differs in half precision", (a.name, b.name)
+                    )
                 a, b = next(mine, None), next(theirs, None)
             elif b is not None and _key(b) is TO and self.add(b):
                 b = next(theirs, None)
             elif a is not None and _key(a) is TO:
-                # a conversion that half precision does without
+                # a conversion that does not exist in half precision
                 set_dtype(a, _dtype(a.args[0]))
                 a.update_arg(1, _dtype(a.args[0]))
                 a = next(mine, None)
@@ -202,7 +206,7 @@ class _Alignment:
         return None
 
     def add(self, b: fx.Node) -> bool:
-        """Insert a conversion that only the trace has."""
+        """Insert a conversion that only the trace has; return False if its operand is unknown."""
         source, dtype = self.node.get(_origin(b.args[0])), _dtype(b)
         if source is None or dtype is None:
             return False
@@ -215,7 +219,7 @@ class _Alignment:
         return True
 
     def pair(self, a: fx.Node, b: fx.Node) -> bool:
-        """Give a node the dtypes of the other; False if their numbers differ."""
+        """Give node `a` the dtypes of `b`; return False if their constants or operands differ."""
         self.node[b] = a
         set_dtype(a, _dtype(b))
         for user in a.users:
@@ -232,7 +236,7 @@ class _Alignment:
         return True
 
     def argument(self, mine: Any, theirs: Any) -> Any:
-        """An argument of ours with the dtypes and the conversions of theirs."""
+        """Return an argument of the graph with the dtypes and conversions of the trace's."""
         if isinstance(mine, (tuple, list)) and isinstance(theirs, (tuple, list)):
             inner = [self.argument(x, y) for x, y in zip(mine, theirs, strict=False)]
             return type(mine)((*inner, *mine[len(inner) :]))
@@ -247,10 +251,10 @@ class _Alignment:
         return mine
 
     def operand(self, mine: fx.Node, theirs: fx.Node) -> fx.Node:
-        """The node of ours that the trace reads here.
+        """Return the graph's node for an operand of the trace.
 
-        A conversion that does nothing gives the tensor itself, so that a capture in fp32 has it in
-        the way of all later uses; where it stands is to be seen in the trace alone.
+        A conversion that does nothing returns its input tensor itself. A capture in fp32 therefore
+        shows it before all later uses, and only the trace tells which uses it belongs to.
         """
         value, theirs = self.unconverted(mine), _origin(theirs)
         operand = self.node.get(theirs, value)
@@ -264,18 +268,18 @@ class _Alignment:
         return operand
 
     def unconverted(self, node: fx.Node) -> fx.Node:
-        """A node of ours without the conversions around it that do nothing in fp32."""
+        """Skip the conversions that do nothing in fp32, down to the node that they convert."""
         while node in self.nothing:
             node = node.args[0]  # type: ignore[assignment]
         return node
 
 
 class _Differs(Exception):
-    """Two ops that correspond have other numbers."""
+    """Corresponding ops have different constants or operands."""
 
 
 def _counts(node: fx.Node) -> bool:
-    """Whether a node computes something: no size, no copy, no switch of a context."""
+    """Whether a node takes part in the alignment: not a size, copy, layout or scalar constant."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = str(node.target)
@@ -286,21 +290,21 @@ def _counts(node: fx.Node) -> bool:
 
 
 def _key(node: fx.Node) -> Any:
-    """What has to be the same op."""
+    """Return the op that aligned nodes share; all casts are one op, and so are all views."""
     if str(node.target).startswith(clean.CASTS):
         return TO
     return aten.reshape.default if node.target in _VIEWS else node.target
 
 
 def _origin(node: Any) -> Any:
-    """The node that another one is a copy of."""
+    """Skip copies and changes of layout, down to the node that they copy."""
     while isinstance(node, fx.Node) and node.target in (*clean.COPIES, *clean.LAYOUTS):
         node = node.args[0]
     return node
 
 
 def _dtype(node: Any, part: int | None = None) -> torch.dtype | None:
-    """The dtype of what a node makes, or of one part of it."""
+    """Return the dtype of a node's value, or of one of its several results."""
     value = node.meta.get("type", node.meta.get("val"))
     if part is not None and value is not None:
         value = value[part]

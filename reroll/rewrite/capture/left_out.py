@@ -1,9 +1,9 @@
-"""What a model computes for the inputs that a caller leaves out, found by tracing it without them.
+"""Find what a model computes for inputs that a caller leaves out, by tracing it without them.
 
-The graph of a capture has every input as a placeholder. A second trace, with some of them left out,
-has in the place of each what the model computes instead. Both graphs are walked in step, from an
-attention upwards: where one has the placeholder, the other has the default. A second trace ends at
-the first attention that depends on all of the inputs in question, so it costs little.
+The captured graph has every input as a placeholder. A second trace leaves some of them out, and has
+the values that the model computes instead. Both graphs are walked in parallel, from an attention
+backwards: where one has the placeholder, the other has the default. The second trace ends at the
+first attention that depends on all of these inputs, so it is cheap.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _ANCHORS = {ATTENTION: ("q", "k", "bias"), CACHE: ("k", "v")}
 
 @dataclass(frozen=True)
 class TracedGraph:
-    """A flat graph with its outputs by name, and the values of the constants that it reads."""
+    """Flat graph with the names of its outputs and the values of its constants."""
 
     graph: fx.Graph
     outputs: tuple[str, ...]
     constants: Mapping[str, Tensor]
 
     def returned(self) -> dict[str, Any]:
-        """What the graph returns, by name."""
+        """Return the graph's outputs by name."""
         values: Any = self.graph.output_node().args[0]
         return dict(zip(self.outputs, values, strict=True))
 
 
-# a trace with these inputs alone, no further than to an attention
+# traces with these inputs alone, up to an attention if a Halt is given
 Trace = Callable[[Sequence[Example], Halt | None], TracedGraph]
 
 
@@ -57,13 +57,13 @@ def with_defaults(
     constants: Mapping[str, Tensor],
     trace: Trace,
 ) -> Program:
-    """The Program whose inputs know what stands in their place when a caller leaves them out."""
+    """Give each input the graph of its default, where its role does not imply it."""
     whole = TracedGraph(program.graph, program.outputs, constants)
     counted = {e.name for e in examples if e.role in ("positions", "offsets", "zeros")}
     hidden = {e.name for e in examples if e.role == "padding"}
     shifted = {e.name for e in examples if e.name == "decoder_input_ids"}
     found: dict[str, fx.Graph] = {}
-    # what is counted may depend on the padding mask, so it is left out alone first
+    # positions may depend on the padding mask, so they are first left out alone
     plans = [(counted, counted), (hidden | shifted, counted | hidden | shifted)]
     for wanted, left_out in plans:
         used = {str(n.target) for n in program.graph.nodes if n.op == "placeholder" and n.users}
@@ -87,10 +87,10 @@ def with_defaults(
 
 
 def _anchors(whole: TracedGraph, left_out: set[str]) -> tuple[Halt | None, dict[str, Any]]:
-    """Where a trace may end, and the values of the whole graph that it ends with.
+    """Find where a trace may end, and the corresponding values of the whole graph.
 
-    That is the first attention such that all of the inputs left out have been read; the outputs if
-    there is none.
+    It ends at the first attention, or update of a cache, by which all inputs in `left_out` have
+    been read. If there is none, the trace is complete and the values are the outputs.
     """
     nodes = list(whole.graph.nodes)
     kind = ATTENTION if any(n.target is ATTENTION for n in nodes) else CACHE
@@ -106,7 +106,7 @@ def _anchors(whole: TracedGraph, left_out: set[str]) -> tuple[Halt | None, dict[
 
 @dataclass
 class _Search:
-    """A walk over the graph of a capture and one without some inputs, in step."""
+    """Parallel walk over the graph of a capture and one without some inputs."""
 
     program: Program
     whole: TracedGraph
@@ -116,7 +116,7 @@ class _Search:
     differ: list[tuple[fx.Node, Any]] = field(default_factory=list)
 
     def walk(self, whole: Mapping[str, Any], without: Mapping[str, Any]) -> None:
-        """Pair the values of two graphs and all that they depend on."""
+        """Pair the values of two graphs by name, and then all values that they depend on."""
         stack = [(value, without.get(name)) for name, value in whole.items()]
         seen: set[tuple[Any, Any]] = set()
         while stack:
@@ -135,7 +135,7 @@ class _Search:
                 stack += inner
 
     def default_of(self, name: str, with_past: bool) -> fx.Graph | None:
-        """The default of an input that was left out; None if its role says it already."""
+        """Return the graph of an input's default; None if its role implies it or it is unknown."""
         item = next(i for i in self.program.inputs if i.name == name)
         nodes = [n for n in dict.fromkeys(self.found.get(name, ())) if isinstance(n, fx.Node)]
         special = [n for n in nodes if not self._is_plain(item, n, with_past)]
@@ -152,7 +152,7 @@ class _Search:
         return graph
 
     def _is_plain(self, item: Input, node: fx.Node, with_past: bool) -> bool:
-        """Whether a default is what the role of its input says, tried on many inputs."""
+        """Whether a default equals what the input's role implies, tested on sample inputs."""
         if item.role == "data":
             return False
         for given in self._trials(numbers(node.graph), with_past):
@@ -167,7 +167,7 @@ class _Search:
         return True
 
     def _tell_unknown(self, item: Input, known: bool, with_past: bool) -> None:
-        """Say where the two graphs differ in another way than by an input that was left out."""
+        """Log that an input's default is unknown if the graphs differ where they depend on it."""
         if known or item.role == "padding":
             return
         for a, b in self.differ:
@@ -177,7 +177,7 @@ class _Search:
                 return
 
     def _agree(self, a: fx.Node, b: Any, with_past: bool) -> bool:
-        """Whether two values are equal if all that was left out is what its role says."""
+        """Whether two values are equal if all inputs left out are what their roles imply."""
         if not isinstance(b, fx.Node):
             return False
         for given in self._trials(numbers(b.graph), with_past):
@@ -195,9 +195,7 @@ class _Search:
         return True
 
     def _trials(self, special: set[int], with_past: bool) -> Iterator[dict[str, Tensor]]:
-        """Values for the inputs that were given: lengths, masks and ids that can make a
-        difference.
-        """
+        """Yield sample values for the inputs not left out, with several lengths, masks and ids."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.tensor(sorted({*range(40)} | {n for n in special if 0 <= n < 2**20}))
         for length, past in ((7, 4 if with_past else 0), (6, 0)):
@@ -218,7 +216,7 @@ class _Search:
 
 
 def _uncached(value: Any) -> Any:
-    """What went into a cache, for what came out of it."""
+    """Replace an output of a cache by the corresponding input; return other values unchanged."""
     if isinstance(value, fx.Node) and value.target is operator.getitem:
         source, number = value.args
         if isinstance(source, fx.Node) and source.target is CACHE:
@@ -227,7 +225,7 @@ def _uncached(value: Any) -> Any:
 
 
 def _operands(a: fx.Node, b: Any) -> list[tuple[Any, Any]] | None:
-    """The arguments of two nodes in pairs; None if they are different nodes."""
+    """Pair the arguments of two nodes; None if their ops or constants differ."""
     if not isinstance(b, fx.Node) or a.op != b.op or a.target != b.target:
         return None
     if a.op != "call_function":
@@ -250,14 +248,14 @@ def _operands(a: fx.Node, b: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _is_size(value: Any) -> bool:
-    """Whether a value is a size: sizes of one thing are written in many ways."""
+    """Whether a value is a size; sizes are not compared, because equal ones may look different."""
     if isinstance(value, fx.Node):
         return value.op == "call_function" and value.meta.get("type") is None
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _plain(item: Input, given: Mapping[str, Tensor]) -> Tensor:
-    """What the role of an input says, beside these other inputs."""
+    """Return the value that an input's role implies, given the other inputs."""
     decoder = item.name.startswith("decoder_")
     pairs = [(n, t) for n, t in given.items() if n.startswith("decoder_") == decoder]
     tokens = next(t for n, t in pairs if "mask" not in n)
@@ -272,7 +270,7 @@ def _plain(item: Input, given: Mapping[str, Tensor]) -> Tensor:
 
 
 def _masks(rows: int, length: int) -> Tensor:
-    """Masks without padding, with some on the left, with some on the right, and with a hole."""
+    """Return masks with no padding, with left, with right, and with padding in the middle."""
     at = torch.arange(length)
     kinds = [at >= 0, at >= 2, at < length - 3, at != length // 2]
     return torch.stack([kinds[row % 4] for row in range(rows)])

@@ -1,9 +1,9 @@
-"""Which loss a language model computes from its logits and labels.
+"""Find which loss a language model computes from its logits and labels.
 
-Most models shift the labels by one token, so that each position predicts the next; others compare
+Most models shift the labels by one token, so that each position predicts the next. Others compare
 logits and labels position by position, and leave the shift to the caller. No configuration says
-which, so the model is asked: it runs without data on labels that are all different, and the cross
-entropy that it ends with is intercepted, with the labels that it is given.
+which. So the model runs without data on labels that are all different, and the targets that it
+passes to cross entropy are intercepted.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ IGNORED = -100
 
 
 def loss_of(model: Any, inputs: Mapping[str, Tensor]) -> Loss | None:
-    """The loss of a model that reads `inputs`; None if it has none, or one of its own."""
+    """Return the loss of a model on `inputs`; None if it has none, or neither of the two."""
     tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
     if tokens is None or tokens.ndim != 2:
         return None
     labels = torch.arange(tokens.numel()).reshape(tokens.shape)
     dtype = getattr(model, "dtype", torch.float32)
     with _kept(model), without_data(model, dtype), torch.no_grad():
-        # some models read numbers out of their tensors to check them, others to split by them
+        # some models read numbers from tensors to check them, others to split tensors by them
         for zeros in (False, True):
             try:
                 found = _run(model, inputs, labels, zeros)
                 return None if found is None else _alignment(labels, found)
-            # a model without labels, or without data, fails in whatever way it likes
+            # a model may fail without labels, or without data, with any exception
             except Exception as error:
                 log.info("the loss of %s is not known: %s", type(model).__name__, error)
     return None
 
 
 def _run(model: Any, inputs: Mapping[str, Tensor], labels: Tensor, zeros: bool) -> Tensor | None:
-    """The targets of the cross entropy that a model returns as its loss; None if it returns other.
+    """Run a model; return the targets of the cross entropy that is its loss, else None.
 
-    `zeros` stand for the numbers that it reads out of its tensors; else these are symbols.
+    With `zeros`, numbers that it reads from its tensors are 0; else they are symbols.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -62,7 +62,7 @@ def _run(model: Any, inputs: Mapping[str, Tensor], labels: Tensor, zeros: bool) 
 
 
 def _alignment(labels: Tensor, target: Tensor) -> Loss | None:
-    """How the targets of a cross entropy, of any shape, follow from the labels."""
+    """Return how the targets of a cross entropy, of any shape, follow from the labels."""
     following = labels[:, 1:]
     padded = torch.nn.functional.pad(following, (0, 1), value=IGNORED)
     known: dict[Loss, tuple[Tensor, ...]] = {"shifted": (following, padded), "aligned": (labels,)}
@@ -74,7 +74,7 @@ def _alignment(labels: Tensor, target: Tensor) -> Loss | None:
 
 @contextmanager
 def _kept(model: Any) -> Iterator[None]:
-    """Leave a model's configuration as it was, which classifiers write their kind of loss into."""
+    """Restore a model's configuration, into which classifiers write their kind of loss."""
     entries = vars(model.config)
     before = dict(entries)
     try:
@@ -86,13 +86,13 @@ def _kept(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Let models choose kernels as they do for the compiler, not by what is in the tensors."""
+    """Let models choose kernels as under `torch.compile`, and not by values of tensors."""
     with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
         yield
 
 
 class _Intercepted(TorchFunctionMode):
-    """Takes the place of cross entropy; what is computed from the labels alone has its values."""
+    """Interception of cross entropy; values computed from the labels alone are real tensors."""
 
     def __init__(self, labels: Tensor, zeros: bool) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _Intercepted(TorchFunctionMode):
         if func is torch.nn.functional.cross_entropy:
             return self._cross_entropy(*args, **kwargs)
         if func is torch.Tensor.nonzero:
-            # where it loops over what its data choose, nothing is chosen
+            # loops over elements selected by data run zero times
             return args[0].new_empty((0, args[0].ndim), dtype=torch.long)
         if func is torch.Tensor.item and self.zeros:
             return 0
@@ -125,7 +125,7 @@ class _Intercepted(TorchFunctionMode):
         plain = {"weight": None, "ignore_index": IGNORED, "reduction": "mean"}
         usual = all(options.get(name, value) == value for name, value in plain.items())
         known = any(target is each for each in self.real)
-        # the last of several, which the model returns if it is the whole loss
+        # of several calls the last counts: the model returns it if it is the whole loss
         self.target = target if usual and known and not options.get("label_smoothing") else None
         self.loss = input.sum()
         return self.loss

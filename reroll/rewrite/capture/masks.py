@@ -1,7 +1,7 @@
-"""What the mask functions of transformers mean, in the terms of `reroll::mask`.
+"""Translate the mask functions of transformers to arguments of `reroll::mask`.
 
-transformers composes a mask of small functions of (batch, head, query, key). What they compute is
-known by the functions that made them; their numbers stand in their closures.
+transformers composes a mask of small functions of (batch, head, query, key). Each is identified by
+the function that created it, and its numbers are read from its closure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from reroll.errors import CaptureError
 
 @dataclass(frozen=True)
 class MaskKind:
-    """The part of a mask that does not depend on the data: see `ops.mask`."""
+    """Parameters of a mask that do not depend on the padding: see `ops.mask`."""
 
     causal: bool = False
     window: int | None = None
@@ -25,7 +25,7 @@ class MaskKind:
     blocks: Tensor | None = None
 
 
-# the number that each part of a mask has, if any, by the function that makes the part
+# the variable with a mask function's number, if any, by the function that creates it
 _PARTS = {
     "causal_mask_function": "",
     "bidirectional_mask_function": "",
@@ -36,9 +36,9 @@ _PARTS = {
 
 
 def describe_mask(function: Callable[..., Any]) -> MaskKind:
-    """What a mask function of transformers means, read from the functions that it is made of.
+    """Return the parameters of a transformers mask function, read from its components.
 
-    Raises CaptureError naming the function if it is none of the kinds that `ops.mask` knows.
+    Raises CaptureError with the function's name if `ops.mask` does not support its kind.
     """
     if _maker(function) == "or_masks":
         base, *overlays = _closure(function)["mask_functions"]
@@ -55,8 +55,8 @@ def describe_mask(function: Callable[..., Any]) -> MaskKind:
         if parts.setdefault(name, number) != number:
             raise _not_modelled(function, part)
     causal = "causal_mask_function" in parts
-    # a window that looks back means nothing without a causal mask, and one that looks both ways
-    # reaches one key further back than the causal one
+    # a backward window needs a causal mask, and a bidirectional window reaches one key further
+    # back than the causal one
     one, other = "sliding_window_overlay", "sliding_window_bidirectional_overlay"
     if (other if causal else one) in parts:
         raise _not_modelled(function, *_conjuncts(function))
@@ -64,14 +64,14 @@ def describe_mask(function: Callable[..., Any]) -> MaskKind:
 
 
 def _maker(function: Callable[..., Any]) -> str:
-    """The function of transformers' masks that a mask function is or was made by, "" for others."""
+    """Return the transformers function that a mask function is or was created by, else ""."""
     if getattr(function, "__module__", "") != "transformers.masking_utils":
         return ""
     return function.__qualname__.split(".")[0]
 
 
 def _conjuncts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """The functions that all have to agree for a mask function to let a score count."""
+    """Return the functions whose conjunction a mask function is."""
     if _maker(function) != "and_masks":
         return [function]
     return [inner for part in _closure(function)["mask_functions"] for inner in _conjuncts(part)]

@@ -1,4 +1,4 @@
-"""Opening a model by name: its class on the meta device, and its checkpoint as lazy tensors."""
+"""Open a model by name: its class on the meta device, and its checkpoint as lazy tensors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model on the meta device (its buffers are real), and where its tensors are."""
+    """Model with parameters on the meta device and real buffers, and the source of its tensors."""
 
     model: Any
     source: TensorSource
@@ -68,8 +68,9 @@ def open_model(
 ) -> OpenModel | Program:
     """Open a hub id, a local directory or a `.gguf` file without loading its weights.
 
-    A directory that reroll wrote gives its Program. Raises UsageError if there is no such model and
-    CheckpointError if its files are damaged.
+    For a directory that reroll saved, the result is its Program. Raises UsageError if there is no
+    such model, CheckpointError if its files are damaged, and CaptureError for adapters and
+    quantised checkpoints.
     """
     path = Path(name)
     if path.suffix == ".gguf":
@@ -91,7 +92,7 @@ def open_model(
 
 
 def _no_model(path: Path, name: str) -> UsageError:
-    """The error for a path that is no model, with what else may have been meant."""
+    """Return the error for a path that is no model, with a hint at what may have been meant."""
     hint = "name a hub id, a directory written by save_pretrained, or a .gguf file"
     if not path.is_dir():
         return UsageError("this is a file, and no .gguf file", where=name, hint=hint)
@@ -106,9 +107,9 @@ def _no_model(path: Path, name: str) -> UsageError:
 
 
 def describe(model: Any, name: str | None = None, path: Path | None = None) -> Origin:
-    """The Origin of a model object, or of one opened from `path`.
+    """Describe a model object, or one opened from `path`, as an Origin.
 
-    Its auto class is the one that names the model's class; "AutoModel" if none does.
+    Its auto class is the one whose table lists the model's class; "AutoModel" if none does.
     """
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     files = {} if path is None else side_files(path)
@@ -127,7 +128,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
 
 
 def _own_settings(model: Any) -> Any:
-    """The generation settings of a model object, if they are not what its configuration says."""
+    """Return a model object's generation settings if they differ from its configuration's."""
     from transformers import GenerationConfig
 
     settings = getattr(model, "generation_config", None)
@@ -151,7 +152,7 @@ def _auto_class(architecture: str, config: Any) -> str:
 
 
 def class_of(config: Any, trust_remote_code: bool) -> Any:
-    """The class of transformers that opens a checkpoint: the one that it names, or an auto class.
+    """Return the transformers class of a checkpoint: the one that it names, or an auto class.
 
     With `trust_remote_code`, Python code that comes with the checkpoint is preferred, as in
     transformers.
@@ -164,7 +165,7 @@ def class_of(config: Any, trust_remote_code: bool) -> Any:
         if name == architecture or architecture is None:
             return getattr(transformers, auto)
     own = getattr(transformers, str(architecture), None)
-    # a class of another type is a wrong label, which transformers does not look at
+    # a class for another model type is a wrong entry, which transformers ignores too
     if (
         not custom
         and own is not None
@@ -177,7 +178,7 @@ def class_of(config: Any, trust_remote_code: bool) -> Any:
 
 
 def _custom_classes(config: Any) -> dict[str, str]:
-    """The classes in code that comes with a checkpoint, by auto class, the most specific first."""
+    """Map auto classes, the most specific first, to classes in the checkpoint's own code."""
     references = getattr(config, "auto_map", None) or {}
     return {
         auto: str(references[auto]).rpartition(".")[2]
@@ -198,7 +199,7 @@ def _open_directory(
         _refuse_code(path, name)
     try:
         config = transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=trust)
-    # code that comes with the model raises what it likes
+    # the model's own code may raise any exception
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -217,7 +218,7 @@ def _open_directory(
         make = partial(model_class.from_config, config, trust_remote_code=trust, **_eager())
     try:
         model = _build(make, config, dtype or _stored_dtype(path, config))
-    # what a configuration that does not fit makes a class raise has no common type
+    # with an unsuitable configuration, a class may raise any exception
     except Exception as error:
         raise CheckpointError(
             f"transformers cannot make the model: {type(error).__name__}: {error}",
@@ -231,7 +232,7 @@ def _open_directory(
 
 
 def _untrusted(config: Any, model: Any, trust: bool) -> tuple[str, ...]:
-    """A remark on code that comes with a model and is not run, as transformers has the type too."""
+    """Remark that a model's own code is not run, because transformers has a class for it."""
     architectures = set(getattr(config, "architectures", None) or ())
     own = type(model).__name__
     custom = architectures & set(_custom_classes(config).values()) - {own}
@@ -241,7 +242,7 @@ def _untrusted(config: Any, model: Any, trust: bool) -> tuple[str, ...]:
 
 
 def _refuse_code(path: Path, name: str) -> None:
-    """Raise UntrustedCodeError for a model that only Python code beside it can run."""
+    """Raise UntrustedCodeError for a model that needs its own Python code."""
     import transformers
 
     config = _read_json(path / "config.json")
@@ -281,10 +282,10 @@ def _open_gguf(path: Path, dtype: torch.dtype | None) -> OpenModel:
 
 
 def _gguf_tokenizer(path: Path) -> dict[str, str]:
-    """The tokenizer inside a GGUF file as the files of a Hugging Face directory.
+    """Write the tokenizer inside a GGUF file as files of a Hugging Face directory.
 
-    They live in a temporary folder until the process ends. None, with a warning, where transformers
-    cannot read the tokenizer.
+    The files stay in a temporary folder until the process ends. Return their paths by name; where
+    transformers cannot read the tokenizer, log a warning and return none.
     """
     import transformers
 
@@ -304,8 +305,9 @@ def _eager() -> dict[str, str]:
 
 
 def _stored_dtype(path: Path, config: Any) -> torch.dtype | None:
-    """The dtype of a checkpoint whose configuration names none: that of its first floating tensor,
-    as transformers decides.
+    """Return the dtype of a checkpoint's first floating tensor if its configuration names none.
+
+    transformers decides in the same way. Return None if the configuration names a dtype.
     """
     from reroll.rewrite.checkpoint.safetensors_files import SafetensorsSource
 
@@ -335,7 +337,7 @@ def _build(make: Any, config: Any, dtype: torch.dtype | None) -> Any:
 
 @contextmanager
 def _meta_parameters() -> Iterator[None]:
-    """Every parameter that a module registers goes to the meta device at once."""
+    """Move every parameter to the meta device when a module registers it."""
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -348,15 +350,15 @@ def _meta_parameters() -> Iterator[None]:
 
 
 def _files_to_download(name: str, revision: str | None, trust: bool) -> list[str] | None:
-    """The weights and the side files of a repository, and its Python code if that is trusted.
+    """List the weights and side files of a repository, and its Python code if trusted.
 
-    None, for all files, if the repository cannot be listed.
+    Return None, which means all files, if the repository cannot be listed.
     """
     from huggingface_hub import list_repo_files
 
     try:
         names = list_repo_files(name, revision=revision)
-    # offline, what was downloaded once is used; other reasons come up again in the download
+    # offline, files downloaded earlier are used; other errors are raised again by the download
     except Exception:
         return None
     modules: set[str] = set()

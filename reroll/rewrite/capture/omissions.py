@@ -1,4 +1,4 @@
-"""What of a model a capture leaves out: inputs of other modalities, and weights nothing reads."""
+"""Remarks on what a capture leaves out: inputs of other modalities, and unread weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import nn
 
-# how arguments that hold pictures, films and sound are named in all of transformers
+# names of arguments for pictures, videos and sound in all of transformers
 _PERCEPTS = re.compile(
     r"pixel|image|video|audio|vision|input_features|input_values|patches|protein"
 )
 
 
 def omissions(model: Any, inputs: Collection[str], weights: Collection[str]) -> tuple[str, ...]:
-    """Remarks on what is left out of a capture with these inputs, whose graph reads these weights.
+    """Remark on what a capture with these inputs and these weights leaves out.
 
-    `weights` holds every name of a weight that is read, also where it has several.
+    `weights` holds all names of the weights that the graph reads.
     """
     remarks = []
     if left_out := [name for name in percepts(model) if name not in inputs]:
@@ -31,8 +31,10 @@ def omissions(model: Any, inputs: Collection[str], weights: Collection[str]) -> 
 
 
 def percepts(model: Any) -> Iterator[str]:
-    """The arguments of a model's forward that hold pictures, films or sound, and token types that
-    tell these from text, or that are looked up among the tokens (where no table of types is).
+    """Yield the arguments of a model's forward for pictures, videos or sound.
+
+    Also yield `token_type_ids` where they separate these from text. They are yielded too where
+    there is no table of types, because they are then looked up in the table of tokens.
     """
     arguments = inspect.signature(model.forward).parameters
     found = [n for n, a in arguments.items() if _PERCEPTS.search(n) and "Tensor" in str(a)]
@@ -42,7 +44,7 @@ def percepts(model: Any) -> Iterator[str]:
 
 
 def _unread(module: nn.Module, path: str, read: set[str]) -> Iterator[tuple[str, int]]:
-    """The largest parts of a module of which nothing is read, with their numbers of parameters."""
+    """Yield the largest parts of a module that are not read, with their numbers of parameters."""
     own = {_join(path, name): p for name, p in module.named_parameters(remove_duplicate=False)}
     if not own or own.keys() <= read:
         return

@@ -1,7 +1,7 @@
-"""Pictures beside text: a graph puts what it makes of them in the place of tokens.
+"""Graphs that replace the embeddings of image tokens by features of pictures.
 
-A main graph with an input of the role "pictures" reads text with pictures, such as a prompt. New
-tokens, and text alone, are read by a part of it.
+A main graph with an input of the role "pictures" reads text with pictures, such as a prompt. A part
+of that graph reads new tokens, and text alone.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ MERGE = torch.ops.aten.masked_scatter.default
 
 
 def picture_inputs(inputs: Collection[Input]) -> list[str]:
-    """The names of the inputs that hold pictures."""
+    """Return the names of the inputs that hold pictures."""
     return [item.name for item in inputs if item.role == ROLE]
 
 
 def text_part(
     graph: fx.Graph, pictures: Collection[str], outputs: Collection[str], merge: Any = MERGE
 ) -> fx.Graph:
-    """The part of a main graph that reads text alone; an output made of pictures is None.
+    """Extract the part of a main graph that reads text alone.
 
-    `merge` is the function that puts them into the embeddings, with those and their places as its
-    first arguments. The placeholders of `pictures` stay, unused.
+    Outputs that depend on pictures in another way than through `merge` become None. `merge` is the
+    op that writes the features into the embeddings; its first arguments are the embeddings and the
+    mask of image tokens. The placeholders of `pictures` stay, unused.
 
-    Raises ProgramError if the text depends on pictures in another way than through tokens whose
-    places they take.
+    Raises ProgramError if the logits depend on pictures in another way than through `merge`.
     """
     graph = copy(graph)
     seen: set[fx.Node] = set()
@@ -51,15 +51,15 @@ def text_part(
     values: Any = output.args[0]
     for name, value in zip(outputs, values, strict=True):
         if name == "logits" and value in seen:
-            raise ProgramError("the text depends on pictures that do not stand for tokens")
+            raise ProgramError("the logits depend on pictures in another way than by image tokens")
     output.args = (tuple(None if value in seen else value for value in values),)
-    # nothing here acts beside its result
+    # no node has a side effect
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return graph
 
 
 def same_text(a: fx.Graph, b: fx.Graph) -> bool:
-    """Whether two graphs compute the same of the inputs that they use, node by node."""
+    """Whether two graphs are equal node by node, up to unused inputs."""
     return _rows(a) == _rows(b)
 
 
@@ -71,7 +71,7 @@ def _rows(graph: fx.Graph) -> list[tuple[Any, ...]]:
             continue
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: numbers[n])
         if node.op == "output":
-            # without what pictures alone make
+            # outputs that depend on pictures are None in the part for text
             arguments = tuple(value for value in arguments[0][0] if value is not None)
         numbers[node] = f"%{len(numbers)}"
         target = numbers[node] if node.op == "output" else str(node.target)

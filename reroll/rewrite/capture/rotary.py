@@ -1,12 +1,11 @@
-"""Rotary frequencies that depend on the length of a text, as a function of its positions.
+"""Compute rotary frequencies that depend on the length of a text from its positions.
 
 transformers keeps frequencies in a buffer. For LongRoPE and dynamic NTK, the decorator
-`dynamic_rope_update` writes that buffer anew before each forward of the embedding, by the largest
-position of the call, so a result may depend on the calls before it. While a model is being
-captured, its rotary embeddings compute the frequencies from the positions alone, as an original
-does that has seen no longer text before. This holds for whole texts and for tokens that are
-decoded one by one: each call takes the frequencies of the length reached, and keys that are
-cached already keep those of their own call.
+`dynamic_rope_update` rewrites that buffer before each forward of the embedding. It uses the largest
+position of the call, so a result may depend on earlier calls. During a capture, rotary embeddings
+compute the frequencies from the positions alone, like an original without earlier, longer texts.
+This also holds in decoding: each call uses the frequencies of the current length, and cached keys
+keep those of their own call.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from reroll.rewrite.capture.tracing import make_cache
 
 @contextmanager
 def frequencies_by_position(model: nn.Module) -> Iterator[None]:
-    """Let the rotary embeddings of `model` write no buffer; leave them as they were afterwards."""
+    """Let the rotary embeddings of `model` write no buffer; restore them afterwards."""
     saved = []
     for module in model.modules():
         forward = _undecorated(type(module).forward)
-        # an instance whose forward somebody has replaced is left to them
+        # an instance whose forward has been replaced is left alone
         if forward is not None and "forward" not in vars(module):
             saved.append((module, dict(vars(module))))
             _add_long_frequencies(module)
@@ -42,10 +41,10 @@ def frequencies_by_position(model: nn.Module) -> Iterator[None]:
 
 
 def rereading_length(model: Any) -> int | None:
-    """The length at which a model's generation drops its cache; None if no LongRoPE makes it so.
+    """Return the length at which a LongRoPE model's generation drops its cache, else None.
 
-    Keys that were cached with the frequencies of short texts do not fit those of long ones. Some
-    models go on all the same, others read the text anew: their generation is asked.
+    Keys that were cached with the frequencies of short texts do not match those of long ones. Some
+    models keep them, others recompute the whole text; `prepare_inputs_for_generation` tells which.
     """
     lengths = [
         _parameters(module, layer_type)["original_max_position_embeddings"]
@@ -68,7 +67,7 @@ def rereading_length(model: Any) -> int | None:
 
 
 def _undecorated(forward: Any) -> Callable[..., Any] | None:
-    """The function that `dynamic_rope_update` has wrapped, below other decorators."""
+    """Return the function that `dynamic_rope_update` wraps, below other decorators; else None."""
     from transformers.modeling_rope_utils import dynamic_rope_update
 
     wrapper = dynamic_rope_update(forward).__code__
@@ -80,7 +79,7 @@ def _undecorated(forward: Any) -> Callable[..., Any] | None:
 
 
 def _rope_types(module: Any) -> dict[str | None, str]:
-    """The kind of frequencies by the type of layer; under None where all layers share them."""
+    """Return the rope type by layer type, with the key None where all layers share one."""
     kinds = module.rope_type
     return dict(kinds) if isinstance(kinds, dict) else {None: kinds}
 
@@ -95,7 +94,7 @@ def _name(layer_type: str | None, rest: str) -> str:
 
 
 def _add_long_frequencies(module: Any) -> None:
-    """Compute the frequencies beyond the original length, where transformers does so when asked."""
+    """Precompute LongRoPE's frequencies for long texts, which transformers computes on demand."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for layer_type, rope_type in _rope_types(module).items():
@@ -115,7 +114,7 @@ def _forward(
     position_ids: Tensor,
     layer_type: str | None = None,
 ) -> Any:
-    """The embedding of `position_ids`, with frequencies that are no buffer during the call."""
+    """Compute the embedding of `position_ids` with frequencies that are no buffer in the call."""
     options = {} if layer_type is None else {"layer_type": layer_type}
     frequencies = _frequencies(module, position_ids, layer_type)
     if frequencies is None:
@@ -130,9 +129,9 @@ def _forward(
 
 
 def _frequencies(module: Any, position_ids: Tensor, layer_type: str | None) -> Tensor | None:
-    """The frequencies [head_dim / 2] for texts up to the largest position; None if it is no matter.
+    """Return the frequencies [head_dim / 2] for the largest position; None if they are constant.
 
-    As `dynamic_rope_update`, without its memory of earlier calls.
+    They are those of `dynamic_rope_update`, but independent of earlier calls.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -1,8 +1,8 @@
-"""The files beside a model that a converted one keeps: tokenizer, processor, prompts, settings.
+"""Side files that a converted model keeps: tokenizer, processor, prompts, settings.
 
-Everything in a model's directory is kept, except weights, code, and what reroll writes itself. A
-subfolder that holds weights is another model or this one in another format, and is left out, unless
-`modules.json` says that it is a module of sentence-transformers: then its weights are kept too.
+All files in a model's directory are kept, except weights, code, and files that reroll writes
+itself. A subfolder with weights is another model, or the same in another format, and is left out.
+If `modules.json` lists it as a module of sentence-transformers, it is kept with its weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 GENERATION_FILE = "generation_config.json"
 MODULES_FILE = "modules.json"
 
-# what is no side file: more and larger ones than a model needs, which are data
+# more or larger files than a model needs are taken for data
 MAX_FILES = 2000
 MAX_BYTES = 2**30
 
@@ -35,14 +35,14 @@ _OWN = ("config.json", "program.json", "readme.md", "adapter_config.json")
 
 
 def side_files(directory: Path) -> dict[str, str]:
-    """The side files of a model's directory: the path of each by its name there."""
+    """Return the side files of a model's directory: paths by relative name."""
     names = []
     for folder, folders, files in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         place = Path(folder).relative_to(directory)
         names += [(place / file).as_posix() for file in sorted(files)]
         if len(names) > MAX_FILES:
-            # the model lies in a directory of other things
+            # the directory holds other things than the model
             names = [name for name in names if "/" not in name]
             break
     modules = module_folders(directory / MODULES_FILE)
@@ -55,7 +55,7 @@ def side_files(directory: Path) -> dict[str, str]:
 
 
 def side_names(names: Iterable[str], modules: Collection[str]) -> list[str]:
-    """Those of a directory's files that are side files; `modules` are folders of modules."""
+    """Select the side files from a directory's files; `modules` are folders of modules."""
     names = list(names)
     formats = {
         folder
@@ -67,16 +67,16 @@ def side_names(names: Iterable[str], modules: Collection[str]) -> list[str]:
 
 
 def weight_names(names: Iterable[str]) -> list[str]:
-    """Those of a repository's files that may hold the weights that transformers loads."""
+    """Select a repository's files that may hold the weights that transformers loads."""
     ends = (".safetensors", ".safetensors.index.json")
-    # Mistral's own format holds the same weights again
+    # Mistral's own format is a second copy of the same weights
     return [
         n for n in names if n.endswith(ends) and not n.startswith("consolidated") and "/" not in n
     ]
 
 
 def module_folders(file: Path) -> set[str]:
-    """The folders of the modules that sentence-transformers runs behind the model."""
+    """Return the folders of the modules that sentence-transformers runs after the model."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         folders = {str(entry["path"]).strip("/") for entry in entries}
@@ -101,14 +101,14 @@ def _is_weight(name: str) -> bool:
 
 
 def generation_file(settings: Any) -> str:
-    """Write generation settings to a file that stays until the process ends; returns its path."""
+    """Write generation settings to a file that exists until the process ends; return its path."""
     path = temporary_folder("generation") / GENERATION_FILE
     settings.to_json_file(path, keys_to_pop=["compile_config"])
     return str(path)
 
 
 def temporary_folder(name: str) -> Path:
-    """A new folder that is removed when the process ends."""
+    """Create a folder that is removed when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix=f"reroll-{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

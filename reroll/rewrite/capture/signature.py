@@ -1,7 +1,7 @@
-"""Which inputs a model is captured with: their names, dynamic dimensions, and example tensors.
+"""Inputs that a model is captured with: names, dynamic dimensions, and example tensors.
 
-Everything here follows from the names of the forward function's arguments, which transformers uses
-alike in all models of a modality, and from the sizes in the configuration.
+They follow from the names of the forward function's arguments and from the sizes in the
+configuration. All transformers models of a modality use the same names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SIZES = {"b": 3, "s": 5, "t": 12, "e": 7, "l": 160}
 
 @dataclass(frozen=True)
 class Example:
-    """One input to capture with: a tensor, the names of its dynamic dimensions, and its role."""
+    """Example input for a capture: a tensor, names of its dynamic dimensions, and its role."""
 
     name: str
     tensor: Tensor
@@ -41,37 +41,37 @@ def has_state(model: Any) -> bool:
 
 
 def can_generate(model: Any) -> bool:
-    """Whether a model predicts tokens: it says so, or it has a head over its vocabulary."""
+    """Whether a model predicts tokens: it reports so, or it has a head over its vocabulary."""
     if hasattr(model, "can_generate") and model.can_generate():
         return True
     return getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
 def wraps_labels(model: Any) -> bool:
-    """Whether a decoder that is given labels alone begins with the last of them, as mBART does."""
+    """Whether a decoder given labels alone takes the last as its first token, as mBART does."""
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is None:
         return False
     pad = getattr(model.config, "pad_token_id", None) or 0
-    # a token that decoding starts with is the last label of one of two at most
+    # a fixed start token equals the last label of at most one of the two
     several = [torch.arange(pad + start, pad + start + 3)[None] for start in (1, 4)]
     try:
         return all(torch.equal(prepare(labels), labels.roll(1, dims=1)) for labels in several)
-    # a method of the model's own may want what its configuration does not have
+    # the model's own method may need attributes that the configuration lacks
     except Exception as error:
         log.info("how %s moves its labels is not known: %s", type(model).__name__, error)
         return False
 
 
 def adds_tokens(model: Any) -> bool:
-    """Whether a decoder generates from tokens beside those given, as XLM from its mask token."""
+    """Whether a decoder appends tokens of its own in generation, as XLM does its mask token."""
     prepare = getattr(model, "prepare_inputs_for_generation", None)
     if prepare is None or not is_decoder(model):
         return False
     tokens = torch.ones(1, 2, dtype=torch.long)
     try:
         prepared = prepare(tokens, is_first_iteration=True, use_cache=False)
-    # a method of the model's own may want more than tokens
+    # the model's own method may need more than tokens
     except Exception as error:
         log.info("what %s reads to generate is not known: %s", type(model).__name__, error)
         return False
@@ -80,16 +80,16 @@ def adds_tokens(model: Any) -> bool:
 
 
 def is_decoder(model: Any) -> bool:
-    """Whether a model continues texts: it takes tokens, generates, and has no encoder."""
+    """Whether a model is a decoder: it takes tokens, generates, and has no encoder."""
     encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return can_generate(model) and model.main_input_name == "input_ids" and not encoder
 
 
 def default_examples(model: Any, stateful: bool) -> list[Example]:
-    """The inputs of a transformers model, by its main input's name.
+    """Build example inputs for a transformers model, chosen by its main input's name.
 
-    `stateful`: with a past, so that the padding mask is longer than the tokens. Raises CaptureError
-    for a modality that is not known.
+    With `stateful` there is a past, so the padding mask is longer than the tokens. Raises
+    CaptureError for an unknown modality.
     """
     main = model.main_input_name
     arguments = _arguments(model)
@@ -114,20 +114,20 @@ def default_examples(model: Any, stateful: bool) -> list[Example]:
 
 
 def picture_examples(model: Any) -> list[Example]:
-    """The pictures of a model that reads text as well: any number of them, and one.
+    """Build examples of pictures for a model that also reads text: any number, and one.
 
     Raises CaptureError if it takes none.
     """
     if "pixel_values" not in _arguments(model):
         raise CaptureError("the model takes no pictures", where=type(model).__name__)
     (example,) = _image(model.config, "pixel_values", set())
-    # as many as the text has places for, which need not be one for each row
+    # the number of pictures is that in the text, and need not be one for each row
     some = replace(example, dims=("p", *example.dims[1:]), role="pictures")
     return [some, replace(some, tensor=some.tensor[:1], dims=(1, *some.dims[1:]))]
 
 
 def given_examples(inputs: Mapping[str, Tensor]) -> list[Example]:
-    """The caller's own example tensors; the batch dimension is dynamic."""
+    """Wrap the caller's own example tensors, with a dynamic batch dimension."""
     return [
         Example(name, tensor, ("b", *tensor.shape[1:]) if tensor.dim() else ())
         for name, tensor in inputs.items()
@@ -144,7 +144,7 @@ def _text(config: Any, main: str, arguments: set[str], total: str, tokens: str) 
         examples.append(_ones("attention_mask", total))
     if "position_ids" in arguments:
         examples.append(_positions("position_ids", total != tokens))
-    # of one type, there is nothing to give
+    # with a single token type, the ids are constant
     if "token_type_ids" in arguments and (getattr(config, "type_vocab_size", None) or 0) > 1:
         zeros = torch.zeros(_SIZES["b"], _SIZES[tokens], dtype=torch.long)
         examples.append(Example("token_type_ids", zeros, ("b", tokens), "zeros"))

@@ -1,9 +1,9 @@
-"""What a transformers model calls while it is being captured, in place of its own attention.
+"""Replace attention, masks and caches of a transformers model by single ops during a capture.
 
-transformers looks attention and mask functions up by name, and caches are objects that a caller
-brings. Inside `tracing`, a model finds ours under both: every attention becomes one
+transformers looks attention and mask functions up by name, and the caller provides the cache
+object. Inside `tracing`, a model finds reroll's functions and cache. Every attention becomes one
 `reroll::attention` node, every mask one `reroll::mask` node, and every use of a cache one
-`reroll::cache` node. What these ops cannot express is an error that names it.
+`reroll::cache` node. What these ops cannot express raises an error that names it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from reroll.rewrite.capture.masks import MaskKind, describe_mask
 
 IMPLEMENTATION = "reroll"
 
-# keywords that reach an attention function and do not change what eager attention computes: the
-# mask already carries the window and the causality, and the rest steers caches, outputs and other
+# keywords of attention functions that do not change what eager attention computes: the mask
+# already includes the window and the causality, and the rest concerns caches, outputs and other
 # kernels
 _NO_EFFECT = frozenset(
     "sliding_window is_causal position_ids cache_position past_key_values past_key_value use_cache "
@@ -38,9 +38,9 @@ _NO_EFFECT = frozenset(
 
 
 class Halted(BaseException):
-    """Ends a trace in the middle of the model's forward, with the tensors that it came to.
+    """Exception that ends a trace in the middle of a model's forward, with the tensors there.
 
-    Not an `Exception`, so that no model handles it.
+    It is no `Exception`, so that no model catches it.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -50,13 +50,13 @@ class Halted(BaseException):
 
 @dataclass
 class Halt:
-    """Where to end a trace: at the attention, or the cache update, of this number from one on."""
+    """End of a trace: the number (from 1) of an attention or of a cache update."""
 
     at: int
     passed: int = 0
 
     def pass_by(self, **tensors: Tensor | None) -> None:
-        """Count one; raise Halted with the tensors that are there if it is the one to end at."""
+        """Count one attention or update; at the last one, raise Halted with its tensors."""
         self.passed += 1
         if self.passed == self.at:
             raise Halted({name: t for name, t in tensors.items() if t is not None})
@@ -74,7 +74,10 @@ def mask_interface(
     traced: Traced | None = None,
     **_: Any,
 ) -> Tensor:
-    """The mask function that transformers calls: one `reroll::mask` node."""
+    """Compute a mask by one `reroll::mask` node; transformers calls this function.
+
+    Raises CaptureError for a mask that the op does not model.
+    """
     kind = describe_mask(mask_function) if mask_function is not None else MaskKind(causal=True)
     if traced is not None:
         traced.spans.add(kind.window or kind.chunk)
@@ -100,10 +103,11 @@ def attention_interface(
     halt: Halt | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: one `reroll::attention` node.
+    """Compute attention by one `reroll::attention` node; transformers calls this function.
 
-    `query` [batch, heads, time, head_dim], `key` and `value` per key/value head. Raises
-    CaptureError for a keyword whose meaning the op does not model, and Halted where `halt` says.
+    `query` is [batch, heads, time, head_dim]; `key` and `value` have the key/value heads. Raises
+    CaptureError for a keyword that the op does not model, and Halted at the attention that `halt`
+    counts to.
     """
     unknown = [
         name
@@ -138,12 +142,12 @@ def attention_interface(
 
 
 def own_layers(config: Any) -> list[Any]:
-    """The cache layers that transformers makes from a model's configuration; empty if it cannot."""
+    """Return the cache layers that transformers makes from a configuration; empty if it fails."""
     from transformers import DynamicCache
 
     try:
         return list(DynamicCache(config=config).layers)
-    # a configuration that comes with a model's own code may be of any kind
+    # a configuration class in a model's own code may raise any exception
     except Exception:
         return []
 
@@ -156,12 +160,12 @@ def make_cache(
     own: Sequence[Any] = (),
     halt: Halt | None = None,
 ) -> Any:
-    """A cache to capture with: `past` tokens are in it, `total` will be after the forward.
+    """Create a cache for tracing with `past` tokens before the forward and `total` after it.
 
-    With `cross`, one for an encoder-decoder model, whose cross attention keeps nothing. `own` are
-    the layers that the model would have: what they keep beside keys and values is another
-    `reroll::cache` where it grows with the tokens, and a CaptureError where it does not. `halt`
-    ends the trace at an update.
+    With `cross`, it is for an encoder-decoder model, whose cross attention keeps no state. `own`
+    are the cache layers that the model would have. What they keep besides keys and values becomes
+    another `reroll::cache` if it grows with the tokens, and raises CaptureError if not. `halt` ends
+    the trace at an update.
     """
     from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
@@ -187,7 +191,7 @@ def make_cache(
             return partial(self._append, name)
 
         def _append(self, name: str, *given: Any, **options: Any) -> Tensor:
-            """Append what a method of the model's own layer appends: keys without values."""
+            """Append a tensor as keys without values, for a method of the model's own layer."""
             if len(given) != 1 or options or not _appends(self._own, name, given[0]):
                 raise _not_captured(self._own, name)
             # [batch, time, head_dim] or [batch, heads, time, head_dim]
@@ -223,9 +227,9 @@ def make_cache(
 
 
 def _appends(layer: Any, name: str, new: Tensor) -> bool:
-    """Whether a method of a cache layer returns all that it was given, token after token.
+    """Whether a method of a cache layer returns the concatenation of all its inputs over time.
 
-    It is tried on a layer that is empty, in two pieces, with time as the dimension before the last.
+    It is tested on an empty layer with two pieces; time is the dimension before the last.
     """
     if not isinstance(new, Tensor) or new.dim() not in (3, 4):
         return False
@@ -234,7 +238,7 @@ def _appends(layer: Any, name: str, new: Tensor) -> bool:
         tried = copy.deepcopy(layer)
         try:
             results = [getattr(tried, name)(piece) for piece in pieces]
-        # what a method does with a tensor that it does not expect has no common type
+        # a method may raise any exception for an unexpected tensor
         except Exception:
             return False
         wanted = [pieces[0], torch.cat(pieces, dim=-2)]
@@ -251,10 +255,10 @@ def _not_captured(layer: Any, name: str) -> CaptureError:
 
 @dataclass
 class Traced:
-    """What came up while a model was traced.
+    """Facts about a model observed during its trace.
 
-    `packs`: it tells its masks the positions, so that transformers keeps packed documents apart.
-    `spans`: the windows and chunks of its masks, None for those that have neither.
+    `packs`: the model passes positions to its masks, so that transformers separates packed
+    documents. `spans`: the windows and chunks of its masks, None for masks with neither.
     """
 
     packs: bool = False
@@ -263,11 +267,11 @@ class Traced:
 
 @contextmanager
 def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> Iterator[Traced]:
-    """Let `model` find our functions; leave it and transformers as they were afterwards.
+    """Let `model` find reroll's functions; restore it and transformers afterwards.
 
-    `implementation` is the name under which the model looks attention up: "reroll", or "eager" for
-    a model that brings its own attention and takes only the mask from transformers. `halt` ends the
-    trace at an attention.
+    `implementation` is the name under which the model looks attention up. It is "reroll", or
+    "eager" for a model that has its own attention and takes only the mask from transformers. `halt`
+    ends the trace at an attention.
     """
     from transformers import masking_utils
     from transformers.masking_utils import AttentionMaskInterface
@@ -315,23 +319,23 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
 def _pad_blocks(
     block_sequence_ids: Tensor, attention_mask: Tensor | None, kv_length: int, kv_offset: int
 ) -> Tensor:
-    """The numbers of blocks [batch, kv_length], -1 behind those given.
+    """Pad block numbers to [batch, kv_length] with -1.
 
-    That of transformers asks whether there is anything to pad, which the exporter answers for the
-    example.
+    The function of transformers tests whether there is anything to pad, which would specialise the
+    graph to the example.
     """
     del attention_mask
     length = block_sequence_ids.shape[1]
     place = torch.arange(kv_length + kv_offset, device=block_sequence_ids.device)
-    # not a tensor of the size of what is missing: that nothing is missing is a case of its own
+    # with a concatenation, empty padding would be a special case for the exporter
     known = block_sequence_ids[:, place.clamp(max=length - 1)]
     return torch.where(place < length, known, -1)
 
 
 def _rebind(name: str, function: Any, other: Any) -> None:
-    """Bind a name to `other` in all modules of transformers where it is bound to `function`.
+    """Rebind a name to `other` in all modules of transformers where it is bound to `function`.
 
-    Models import functions of the masks by name, some of them while they are traced.
+    Models import mask functions by name, some of them during the trace.
     """
     for module in list(sys.modules.values()):
         ours = getattr(module, "__name__", "").startswith("transformers.")
@@ -340,7 +344,7 @@ def _rebind(name: str, function: Any, other: Any) -> None:
 
 
 def _configs(modules: list[nn.Module]) -> list[Any]:
-    """Every configuration object that a module of the model reads, nested ones included."""
+    """Collect all configuration objects of the model's modules, nested ones included."""
     found: dict[int, Any] = {}
     queue: list[Any] = [module.config for module in modules if hasattr(module, "config")]
     while queue:

@@ -1,7 +1,7 @@
-"""What a checkpoint holds beside what its configuration says: heads of their own, unread tensors.
+"""Fit a model to its checkpoint: untie weights stored separately, and report unread tensors.
 
-transformers decides by the checkpoint: two weights that are stored with different values are not
-tied, whatever the configuration says, and a tensor that no parameter takes is left out with a
+transformers decides by the checkpoint. Two weights that are stored with different values are not
+tied, whatever the configuration says. A tensor for which there is no parameter is left out with a
 warning.
 """
 
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
 
 # how many names a remark lists
 _LISTED = 4
-# buffers that older versions of transformers stored, and that are computed today
+# buffers that older versions of transformers stored, and that are now computed
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 
 class Checkpoint(TensorSource, Protocol):
-    """The tensors of a checkpoint under the names of a model, and those that it has no name for."""
+    """Source of a checkpoint's tensors under a model's names, and the names of unread ones."""
 
     @property
     def held(self) -> Collection[str]:
-        """The model's tensors that are stored under their own names, not under a tied one."""
+        """Names of the tensors that are stored under their own names, not under a tied one."""
         ...
 
     @property
     def unread(self) -> Collection[str]:
-        """Names in the file of the tensors that fill nothing of the model."""
+        """Names in the file of the tensors that no parameter or buffer of the model takes."""
         ...
 
     @property
     def beyond(self) -> Collection[str]:
-        """Those among them that belong to layers beyond the number in the configuration."""
+        """Names among `unread` that belong to layers beyond the number in the configuration."""
         ...
 
 
 def fit_to_checkpoint(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Untie the parameters of `model` that are stored apart; returns remarks on the checkpoint.
+    """Untie parameters of `model` that are stored with different values; return remarks.
 
-    The remarks say what was untied, which layers are left out, and which tensors nothing reads. Two
-    tied weights that are both stored are read, to compare them.
+    The remarks name the untied weights, the layers left out, and the unread tensors. If two tied
+    weights are both stored, both are read and compared.
     """
     remarks = [_untie(model, *pair) for pair in _stored_apart(model, checkpoint)]
     ignored = re.compile("|".join((*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))))
@@ -65,7 +65,7 @@ def fit_to_checkpoint(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[s
 
 
 def _stored_apart(model: PreTrainedModel, checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """(name, the name that it would be tied to) of weights that are stored with other values."""
+    """Return (name, tied name) of tied weights that are stored with different values."""
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     both = [(n, t) for n, t in ties.items() if n in checkpoint.held and t in checkpoint.held]
     return [(n, t) for n, t in both if not _equal(checkpoint.load(n), checkpoint.load(t))]

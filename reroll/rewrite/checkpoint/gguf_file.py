@@ -1,8 +1,8 @@
-"""Checked reading of a GGUF file's header, without trusting any length in it.
+"""Reader of GGUF files that checks every length in the header.
 
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the gguf package builds
-an object for each token of the vocabulary and loops over whatever length the file claims, so a
-damaged file can hang it; its tables of types and its dequantization are used here.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the gguf
+package builds an object for each token of the vocabulary and trusts the lengths in the file. A
+damaged file can make it run endlessly. Its tables of types and its dequantization are used here.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MAX_NESTING = 4
 # sizes of the scalar value types by their number; 8 is a string, 9 an array
 _FORMATS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"])) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# arrays of numbers up to this length are kept: one number for each layer, not one for each token
+# arrays of up to this many numbers are read: one number per layer, but not one per token
 KEPT_ITEMS = 1024
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies: its shape in the order of torch, and how it is quantized."""
+    """Record of one tensor: shape in the order of torch, quantization, offset and size in bytes."""
 
     meta: Meta
     quantization: Any
@@ -41,9 +41,9 @@ class GgufTensor:
 
 
 class GgufFile:
-    """The metadata (scalars, strings, short arrays of numbers) and the tensors of a GGUF file.
+    """Metadata (scalars, strings, short arrays of numbers) and tensors of a GGUF file.
 
-    Raises CheckpointError if the file is not one, is damaged, or is cut short.
+    Raises CheckpointError if the file is no GGUF file, is damaged, or is truncated.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -68,7 +68,7 @@ class GgufFile:
             ) from error
 
     def load(self, name: str) -> Tensor:
-        """One tensor, dequantized to fp32; CheckpointError if its quantization is not known."""
+        """Load one tensor, dequantized to fp32; CheckpointError if its quantization is unknown."""
         from gguf import dequantize
 
         tensor = self.tensors[name]
@@ -123,7 +123,7 @@ class GgufFile:
         dims = self._scalar("I")
         if not 1 <= dims <= MAX_DIMS:
             raise _Damage(f"tensor {name!r} has {dims} dimensions")
-        # GGUF counts dimensions from the fastest
+        # GGUF lists the fastest-varying dimension first
         shape = tuple(self._scalar("Q") for _ in range(dims))[::-1]
         kind = self._scalar("I")
         try:
@@ -133,7 +133,7 @@ class GgufFile:
         return name, Meta(shape, torch.float32), quantization, self._scalar("Q")
 
     def _value(self, kind: int, depth: int) -> Any:
-        """A scalar, a string, or a tuple of numbers; other arrays are stepped over: None."""
+        """Read a scalar, a string, or a tuple of numbers; skip other arrays and return None."""
         if kind == _STRING:
             return self._string()
         if kind in _FORMATS:
@@ -144,7 +144,7 @@ class GgufFile:
         if item in _FORMATS:
             raw = self._take(count * struct.calcsize(_FORMATS[item]))
             return struct.unpack(f"<{count}{_FORMATS[item]}", raw) if count <= KEPT_ITEMS else None
-        # every item takes some bytes, so the end of the file ends the loop
+        # every item has at least one byte, so the size of the file bounds the loop
         for _ in range(count):
             self._value(item, depth + 1)
         return None
@@ -163,4 +163,4 @@ class GgufFile:
 
 
 class _Damage(Exception):
-    """What is wrong with the file; becomes a CheckpointError."""
+    """Damage of the file; reported as a CheckpointError."""

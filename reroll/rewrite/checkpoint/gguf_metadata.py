@@ -1,9 +1,9 @@
-"""Refuse a GGUF file whose metadata asks for another function than transformers makes of it.
+"""Refuse a GGUF file whose metadata transformers does not fully honour.
 
-transformers reads some keys of a GGUF file into its configuration and passes over all others, also
-over those that change what the model computes: scales, soft caps, windows, scaled rotary
-frequencies. Here each key of the architecture is compared with the configuration that came of the
-file. A key that nobody knows counts as one that changes something.
+transformers reads some keys of a GGUF file into its configuration and ignores all others. Some of
+these change what the model computes: scales, soft caps, windows, scaled rotary frequencies. Here
+each key of the architecture is compared with the configuration made from the file. An unknown key
+counts as one that changes something.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from reroll.rewrite.checkpoint.gguf_file import GgufFile
 
 SAFETENSORS = "use the safetensors checkpoint of the model"
 
-# sizes that the shapes of tensors repeat, and what says nothing about the function
+# sizes that also follow from shapes of tensors, and keys that do not affect the function
 _WITHOUT_EFFECT = frozenset(
     "context_length embedding_length embedding_length_out feed_forward_length vocab_size "
     "expert_feed_forward_length expert_shared_feed_forward_length tensor_data_layout pooling_type "
     "nextn_predict_layers rope.scaling.finetuned rope.scaling.original_context_length".split()
 )
-# of the parts that see and hear, which a language model is opened without
+# keys and tensors for pictures and sound, which a language model does not use
 _OTHER_PARTS = ("vision.", "audio.", "mm.")
 _OTHER_TENSORS = ("v.", "a.", "mm.")
-# keys that concern the model and do not begin with its architecture
+# prefixes of keys that affect the model and do not begin with its architecture
 _SECTIONS = ("adapter", "diffusion", "xielu")
-# what rotary frequencies are divided by, each with its own factor
+# tensors of divisors, one for each rotary frequency
 _FREQUENCY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def check_metadata(file: GgufFile, config: Any) -> None:
-    """Raise CheckpointError for a key of the file that `config`, made from it, does not honour."""
+    """Raise CheckpointError for a key that `config`, made from the file, does not honour."""
     for key, value in file.fields.items():
         if key.split(".")[0] in _SECTIONS:
             raise _not_honoured(file, key, value)
@@ -52,9 +52,10 @@ def check_metadata(file: GgufFile, config: Any) -> None:
 
 
 def check_tensors(file: GgufFile, unread: list[str]) -> None:
-    """Raise CheckpointError for a tensor that changes the function and that the model lacks.
+    """Raise CheckpointError for an unread tensor that affects what the model computes.
 
-    A GGUF file holds what its runtime reads and nothing else.
+    All tensors in a GGUF file are read by its runtime, so each of them affects it. The exceptions
+    are rotary factors of 1, and tensors for pictures or sound.
     """
     for name in unread:
         if name in _FREQUENCY_FACTORS and _all_ones(file.load(name)):
@@ -82,7 +83,7 @@ def _all_ones(tensor: Tensor) -> bool:
 
 
 def _read_by_transformers(file: GgufFile, config: Any) -> Mapping[str, str | None]:
-    """The attribute of the configuration that transformers puts each key into."""
+    """Return the attribute of the configuration that transformers sets from each key."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
     names = (config.model_type.removesuffix("_text"), file.fields.get("general.architecture"))
@@ -92,7 +93,7 @@ def _read_by_transformers(file: GgufFile, config: Any) -> Mapping[str, str | Non
 def _is_held(config: Any, attribute: str, value: Any) -> bool:
     if attribute == "rope_theta":
         return _same(value, _rope(config).get("rope_theta"))
-    # an array, of one number for each layer, is what transformers makes its own sense of
+    # arrays, with one number per layer, are left to transformers' own conversion
     return hasattr(config, attribute) and (
         not _is_scalar(value) or _same(value, getattr(config, attribute))
     )
@@ -109,11 +110,11 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-# ---- what a configuration says, by the key that says it in a file
+# ---- the values that a configuration implies, by the key of the file
 
 
 def _attribute(*names: str, neutral: tuple[Any, ...] = ()) -> Callable[[Any], Iterator[Any]]:
-    """The values of the attributes that a configuration has, or `neutral` if it has none."""
+    """Return a function that yields a configuration's attributes, or `neutral` if it has none."""
 
     def accepted(config: Any) -> Iterator[Any]:
         values = [getattr(config, n) for n in names if getattr(config, n, None) is not None]
@@ -123,7 +124,7 @@ def _attribute(*names: str, neutral: tuple[Any, ...] = ()) -> Callable[[Any], It
 
 
 def _rope(config: Any, layer_type: str = "full_attention") -> Mapping[str, Any]:
-    """The rotary parameters of a type of layer, or those that all layers share."""
+    """Return the rotary parameters of a layer type, or those that all layers share."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return parameters.get(layer_type, parameters)  # type: ignore[no-any-return]
 
@@ -170,7 +171,7 @@ def _gating(config: Any) -> Iterator[Any]:
 def _window_pattern(config: Any) -> Iterator[Any]:
     layers = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
     yield tuple(layers)
-    # a number says that every so-many-th layer sees everything
+    # a number n means that every n-th layer has full attention
     yield from (
         n
         for n in range(1, len(layers) + 1)

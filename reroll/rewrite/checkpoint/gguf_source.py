@@ -1,8 +1,8 @@
-"""A GGUF file under the names that its transformers model has in memory.
+"""Tensors of a GGUF file under the state-dict names of its transformers model.
 
-The table of names and the corrections for each architecture (llama.cpp permutes the rows of
-Llama's queries and keys, and adds one to Gemma's norms) are those of transformers, applied to one
-tensor at a time.
+The table of names and the corrections for each architecture are those of transformers, applied to
+one tensor at a time. For example, llama.cpp permutes the rows of Llama's queries and keys, and adds
+one to Gemma's norms.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class GgufSource:
-    """The tensors of a GGUF file, dequantized to fp32 one at a time.
+    """Source of a GGUF file's tensors, dequantized to fp32 one at a time.
 
     ``model`` is the Hugging Face model, which may be on the meta device; the names are those of
     its state dict. Raises CheckpointError if the file is damaged or of an unknown architecture.
@@ -50,7 +50,7 @@ class GgufSource:
                 where=str(file),
                 hint="use the safetensors checkpoint of the model",
             ) from error
-        # several tensors of the file may make one of the model: gate and up of merged experts
+        # several tensors of the file may be merged into one: gate and up of experts
         self._parts: dict[str, list[str]] = {}
         self.unread: list[str] = []
         for stored in self._file.tensors:
@@ -63,25 +63,25 @@ class GgufSource:
         self.beyond = [n for n, zero in zip(self.unread, first, strict=True) if self._name(zero)]
 
     def names(self) -> Iterable[str]:
-        """The model's tensors that the file has, by their names in memory."""
+        """Return the state-dict names of the tensors that the file has."""
         return self._names.available(self._parts)
 
     @property
     def held(self) -> Collection[str]:
-        """The model's tensors that are stored under their own names, not under a tied one."""
+        """Names of the tensors that are stored under their own names, not under a tied one."""
         return self._parts.keys()
 
     def _name(self, stored: str) -> str | None:
-        """The model's name of a tensor of the file."""
+        """Return the model's name of a tensor of the file; None if it has none."""
         name = self._hf_names.get(stored) or self._hf_names.get(stored.removesuffix(".weight"))
         return name if name is not None and name in self._names else None
 
     def meta(self, name: str) -> Meta:
-        """Shape and dtype (fp32) of one tensor; CheckpointError if missing."""
+        """Return shape and dtype (fp32) of one tensor; CheckpointError if missing."""
         return self._names.meta(self._names.resolve(name, self._parts, self._where), torch.float32)
 
     def load(self, name: str) -> Tensor:
-        """One tensor; CheckpointError if it is missing or does not fit the model."""
+        """Load one tensor; CheckpointError if it is missing or does not fit the model."""
         name = self._names.resolve(name, self._parts, self._where)
         collected: dict[str, Any] = {"tensors": {}}
         tensor = None
@@ -92,7 +92,7 @@ class GgufSource:
                 tensor_key_mapping=self._hf_names,
                 parsed_parameters=collected,
             )
-            # a processor that merges or renames puts its result among the collected
+            # a processor that merges or renames tensors returns no name, and stores its result here
             tensor = collected["tensors"].get(name) if done.name is None else done.weights
         if tensor is None:
             raise CheckpointError(f"{name!r} cannot be made from this file", where=self._where)
@@ -102,11 +102,11 @@ class GgufSource:
 
 
 def _hf_names(model: PreTrainedModel, processor: Any) -> dict[str, str]:
-    """The name in the model of each tensor name that a GGUF file may have."""
+    """Map each tensor name that a GGUF file may have to its name in the model."""
     import gguf
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    # transformers makes one large table again for every submodule, which takes half a minute
+    # transformers rebuilds one large table for every submodule, which takes half a minute
     make_table = gguf.get_tensor_name_map
     with mock.patch.object(gguf, "get_tensor_name_map", functools.cache(make_table)):
         names: dict[str, str] = get_gguf_hf_weights_map(model, processor)

@@ -1,9 +1,9 @@
-"""A Hugging Face checkpoint under the names that its model has in memory.
+"""Tensors of a Hugging Face checkpoint under the state-dict names of its model.
 
 transformers renames tensors when it loads a checkpoint, and it merges, splits or transposes some
-(experts stored one by one become one tensor). The rules are objects of transformers; here they
-run lazily, for one tensor of the model at a time. Running them on meta tensors first tells which
-tensors they give, and of which shapes, without reading anything.
+(experts stored one by one become one tensor). The rules are objects of transformers; here they run
+lazily, for one tensor of the model at a time. A first run on meta tensors gives the names and
+shapes of their results without reading any tensor.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def hf_source(directory: str | Path, model: PreTrainedModel) -> HfSource:
-    """The checkpoint in ``directory`` under the state-dict names of ``model``.
+    """Open the checkpoint in ``directory`` under the state-dict names of ``model``.
 
-    ``model`` may be on the meta device. Tied weights that the file leaves out are found under the
-    name that they are tied to; a base model's checkpoint fits a model with a head and the other
-    way round. Raises CheckpointError if the checkpoint is damaged, quantized, or has a tensor of
-    another shape; for a tensor that it lacks, when that tensor is asked for.
+    ``model`` may be on the meta device. Tied weights that the file leaves out are read under the
+    name that they are tied to. A base model's checkpoint fits a model with a head, and vice versa.
+    Raises CheckpointError if the checkpoint is damaged, quantized, or has a tensor of another
+    shape. For a missing tensor the error is raised when that tensor is read.
     """
     method = quantisation(model.config)
     if method is not None:
@@ -56,7 +56,7 @@ UNQUANTISED = "give the unquantised model, or one that was dequantised and saved
 
 
 def quantisation(config: Any) -> str | None:
-    """How a checkpoint is quantised, by its configuration; None if it is read as it is."""
+    """Return a checkpoint's method of quantisation by its configuration; None if not quantised."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     found = getattr(config, "quantization_config", None)
@@ -70,14 +70,14 @@ def quantisation(config: Any) -> str | None:
 
 @dataclass
 class Conversion:
-    """A rule of transformers, and the tensors of the file that one use of it takes."""
+    """Application of one conversion rule of transformers, with its input tensors in the file."""
 
     rule: Any
     # (name in memory, name in the file, the pattern that matched)
     takes: list[tuple[str, str, str]] = field(default_factory=list)
 
     def run(self, read: Callable[[str], Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-        """The tensors that the rule makes, by their names in memory."""
+        """Apply the rule; return its results by their state-dict names."""
         rule = deepcopy(self.rule)
         for renamed, stored, pattern in self.takes:
             rule.add_tensor(renamed, stored, pattern, partial(read, stored))
@@ -86,7 +86,7 @@ class Conversion:
 
 
 class HfSource:
-    """Tensors of a checkpoint, renamed and converted for a transformers model."""
+    """Source of a checkpoint's tensors, renamed and converted for a transformers model."""
 
     def __init__(self, files: TensorSource, model: PreTrainedModel, where: str) -> None:
         self._files = files
@@ -95,7 +95,7 @@ class HfSource:
         self._names = ModelNames(model)
         self._conversion: dict[str, Conversion] = {}
         self._metas: dict[str, Meta] = {}
-        # the other results of the last rule that gave several, for whoever asks next
+        # cache of the other results of the last rule, because they are often read next
         self._spare: dict[str, Tensor] = {}
         conversions, self.unread = _conversions(files, model)
         self.beyond = [n for n, renamed in self.unread.items() if self._names.is_beyond(renamed)]
@@ -107,20 +107,20 @@ class HfSource:
                 self._names.check(name, self._metas[name], where)
 
     def names(self) -> Iterable[str]:
-        """The model's tensors that the checkpoint has, by their names in memory."""
+        """Return the state-dict names of the tensors that the checkpoint has."""
         return self._names.available(self._metas)
 
     @property
     def held(self) -> Collection[str]:
-        """The model's tensors that are stored under their own names, not under a tied one."""
+        """Names of the tensors that are stored under their own names, not under a tied one."""
         return self._metas.keys()
 
     def meta(self, name: str) -> Meta:
-        """Shape and stored dtype of one tensor; CheckpointError if missing."""
+        """Return shape and stored dtype of one tensor; CheckpointError if missing."""
         return self._metas[self._names.resolve(name, self._metas, self._where)]
 
     def load(self, name: str) -> Tensor:
-        """One tensor; CheckpointError if missing."""
+        """Load one tensor; CheckpointError if missing."""
         name = self._names.resolve(name, self._metas, self._where)
         if name not in self._spare:
             self._spare = self._run(self._conversion[name], self._files.load)
@@ -147,9 +147,9 @@ class HfSource:
 def _conversions(
     files: TensorSource, model: PreTrainedModel
 ) -> tuple[Iterable[Conversion], dict[str, str]]:
-    """The uses of rules that fill the model, found as transformers does when it loads.
+    """Find the conversions that fill the model, as transformers does when it loads.
 
-    Beside them, the tensors of the file that fill nothing, and the names that the rules give them.
+    Also return the unread tensors of the file, with the names that the rules give them.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -167,7 +167,7 @@ def _conversions(
     prefix = model.base_model_prefix
     conversions: dict[str, Conversion] = {}
     unread: dict[str, str] = {}
-    # some rules depend on the order: a list of experts is merged in the order of its numbers
+    # some rules depend on the order: experts are merged in the order of their numbers
     for stored in sorted(files.names(), key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
         if name not in wanted and stored in wanted:

@@ -1,4 +1,4 @@
-"""Where a model's files are: a local directory, or the hub's snapshot of a repository."""
+"""Find a model's files: in a local directory, or in the hub's snapshot of a repository."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from reroll.errors import UsageError
 def directory_of(
     name: str, patterns: Callable[[], list[str] | None] | None = None, **hub: Any
 ) -> Path:
-    """The directory of a model: `name` itself if it is one, else the snapshot of a hub id.
+    """Return the directory of a model: `name` itself if it is one, else the snapshot of a hub id.
 
-    `patterns` says which files are wanted, None for all; `hub` has options of the hub's library,
+    `patterns` returns the wanted files, or None for all. `hub` are options of the hub's library,
     such as `revision`. Raises UsageError if there is neither.
     """
     path = Path(name)
@@ -37,9 +37,9 @@ def directory_of(
 
 
 def file_of(name: str, file: str, revision: str | None = None) -> Path:
-    """One file of a model, which is downloaded if the model is a hub id.
+    """Return the path of one file of a model, which is downloaded if the model is a hub id.
 
-    What the hub's library raises is not caught.
+    Exceptions of the hub's library are not caught.
     """
     if Path(name).exists():
         return Path(name) / file

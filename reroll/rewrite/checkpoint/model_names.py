@@ -1,4 +1,4 @@
-"""The tensors that a transformers model expects, by their names in memory."""
+"""State-dict names of a transformers model, and which of them a checkpoint can fill."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class ModelNames:
         return any(f"{name[: m.start()]}0{name[m.end() :]}" in self for m in numbers)
 
     def available(self, found: Container[str]) -> list[str]:
-        """The model's names that a checkpoint with the names ``found`` can fill."""
+        """Return the model's names that a checkpoint with the names ``found`` can fill."""
         return [n for n in self._shapes if n in found or self._tied(n, found) is not None]
 
     def resolve(self, name: str, found: Mapping[str, object], where: str) -> str:
-        """The name to read ``name`` from: itself, or the name that it is tied to.
+        """Return the name to read ``name`` from: itself, or the name that it is tied to.
 
         Raises CheckpointError if the checkpoint has neither.
         """
@@ -50,11 +50,11 @@ class ModelNames:
         return resolved
 
     def meta(self, name: str, dtype: torch.dtype) -> Meta:
-        """The shape that the model wants, with a dtype."""
+        """Return the Meta of the shape in the model and a dtype."""
         return Meta(self._shapes[name], dtype)
 
     def check(self, name: str, meta: Meta, where: str) -> None:
-        """Raise CheckpointError unless a tensor has the shape that the model wants."""
+        """Raise CheckpointError unless a tensor has the shape in the model."""
         if meta.shape != self._shapes.get(name, meta.shape):
             raise CheckpointError(
                 f"{name!r} is {meta} in the checkpoint, but the model needs "

@@ -1,4 +1,4 @@
-"""Checkpoints as pickled files of torch (`pytorch_model.bin`), read as data: none of it runs."""
+"""Checkpoints as pickled files of torch (`pytorch_model.bin`), read without running any code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INDEX_FILE = "pytorch_model.bin.index.json"
 
 
 class PickledSource:
-    """The tensors of `pytorch_model.bin` or its shards, mapped from the files where these allow it.
+    """Source of the tensors in `pytorch_model.bin` or its shards, memory-mapped where possible.
 
     Raises CheckpointError if a file is missing or damaged, or holds more than tensors.
     """
@@ -36,7 +36,7 @@ class PickledSource:
 
     @staticmethod
     def is_in(directory: str | Path) -> bool:
-        """Whether a directory has such files."""
+        """Whether a directory has pickled weights."""
         return any((Path(directory) / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
 
     def names(self) -> Iterable[str]:

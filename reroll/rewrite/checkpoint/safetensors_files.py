@@ -23,11 +23,11 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class SafetensorsSource:
-    """The tensors of a safetensors checkpoint, read one at a time.
+    """Source of the tensors of a safetensors checkpoint, read one at a time.
 
     ``path`` is one file, or a directory with ``model.safetensors`` or an index of shards. The
-    headers are checked when the source is made. Raises CheckpointError if a file is missing,
-    damaged, or names something outside the directory.
+    constructor checks all headers. Raises CheckpointError if a file is missing, damaged, or names a
+    file outside the directory.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -38,7 +38,7 @@ class SafetensorsSource:
             _check_shards(index, headers)
         else:
             headers = {file: read_header(file)}
-        # the shards say what they hold, whatever the index says; in the order of safetensors
+        # names are read from the shards and not from the index; in the order of safetensors
         self._file_of = {name: file for file, header in headers.items() for name in sorted(header)}
         self._entries = {name: headers[file][name] for name, file in self._file_of.items()}
         self._where = str(path)
@@ -58,10 +58,10 @@ class SafetensorsSource:
         self.meta(name)
         file = self._file_of[name]
         try:
-            # opened for each tensor: all that was read from a mapped file counts as resident
-            # until it is closed
+            # opened for each tensor: pages read from a mapped file count as resident until it is
+            # closed
             with safe_open(file, framework="pt") as handle:
-                # a view of the mapped file would keep the mapping and show later writes
+                # a view would keep the file mapped, and later writes to the file would change it
                 return handle.get_tensor(name).clone()  # type: ignore[no-any-return]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
@@ -70,12 +70,12 @@ class SafetensorsSource:
 
 
 def has_safetensors(directory: Path) -> bool:
-    """Whether a directory has a safetensors checkpoint, whole or not."""
+    """Whether a directory has a safetensors checkpoint, complete or not."""
     return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def _checkpoint_file(path: Path) -> Path:
-    """The one safetensors file of a checkpoint, or the index of several."""
+    """Return the single safetensors file of a checkpoint, or the index of its shards."""
     if path.suffix == ".safetensors" and path.is_file():
         return path
     for name in (SINGLE_FILE, INDEX_FILE):
@@ -104,11 +104,11 @@ def _check_shards(file_of: Mapping[str, Path], headers: Mapping[Path, Mapping[st
 
 
 def write_file(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors to one file; OSError if the disk does not take them."""
+    """Write tensors to one file; OSError if the disk is full or not writable."""
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:
-        # the library tells the number of the system's error in its text alone
+        # the library gives the system's error number only in its message
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
@@ -121,17 +121,20 @@ def save_tensors(
     metas: Mapping[str, Meta],
     max_shard_bytes: int = 2**30,
 ) -> None:
-    """Write tensors as they come to ``model.safetensors``, or to shards with an index.
+    """Stream tensors to ``model.safetensors``, or to shards with an index.
 
-    ``metas`` has every tensor in the order in which ``items`` will give them; the shards are
-    planned from it. See `write_shards`.
+    ``metas`` lists all tensors in the order in which ``items`` yields them; the shards are planned
+    from it. See `write_shards`.
     """
     shards = plan_shards({name: meta.bytes for name, meta in metas.items()}, max_shard_bytes)
     write_shards(directory, items, [{name: metas[name] for name in shard} for shard in shards])
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """The names in each shard: as many, in their order, as have no more than `limit` bytes."""
+    """Assign names to checkpoint shards of at most `limit` bytes, in order.
+
+    A larger tensor gets a shard of its own.
+    """
     shards: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():
@@ -148,11 +151,11 @@ def write_shards(
     items: Iterable[tuple[str, Tensor]],
     shards: Sequence[Mapping[str, Meta]],
 ) -> None:
-    """Write tensors as they come, one shard after the other, each of which is held once.
+    """Stream tensors to checkpoint shards, with one shard at a time in memory.
 
-    ``shards`` has every tensor in the order in which ``items`` will give them. The same tensors
-    give the same bytes. Raises ExportError if the directory has a checkpoint already, or if the
-    items differ from what was announced.
+    ``shards`` lists all tensors in the order in which ``items`` yields them. The same tensors give
+    the same bytes. Raises ExportError if the directory has a checkpoint already, or if the items
+    differ from ``shards``.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -185,7 +188,7 @@ def write_shards(
 def _announced(
     stream: Iterator[tuple[str, Tensor]], shard: Mapping[str, Meta]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The next tensors, as announced, each with memory of its own."""
+    """Yield a shard's tensors in order, each with its own memory; ExportError if one differs."""
     seen: set[int] = set()
     for wanted, meta in shard.items():
         name, tensor = next(stream, (None, None))

@@ -1,6 +1,6 @@
-"""Checked reading of the header of a safetensors file and of the index of a sharded one.
+"""Read and check the header of a safetensors file, and the index of checkpoint shards.
 
-The format: eight bytes with the length of a JSON header, the header, then the tensors' bytes.
+The format is eight bytes with the length of a JSON header, the header, then the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DTYPE_OF = {name.upper(): dtype for name, dtype in DTYPES.items()} | {"BOOL": DT
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its dtype by the file's name for it, and its shape."""
+    """Header entry of one tensor: the format's name of its dtype, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     def meta(self, name: str, file: Path) -> Meta:
-        """The Meta of the tensor; CheckpointError if torch or reroll has no such dtype."""
+        """Return the Meta of the tensor; CheckpointError for an unsupported dtype."""
         if self.dtype not in DTYPE_OF:
             raise CheckpointError(
                 f"tensor {name!r} has dtype {self.dtype}, which cannot be rewritten",
@@ -39,7 +39,7 @@ class Entry:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of a file; CheckpointError if the header or the file's size is not right."""
+    """Read the entries of a file; CheckpointError if the header or the file's size is invalid."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -56,7 +56,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def read_index(file: Path, suffix: str = ".safetensors") -> dict[str, Path]:
-    """The file of each tensor of a sharded checkpoint; CheckpointError if the index is wrong."""
+    """Read the file of each tensor in checkpoint shards; CheckpointError for an invalid index."""
     try:
         weight_map = _json_object(file.read_bytes(), file).get("weight_map")
     except OSError as error:

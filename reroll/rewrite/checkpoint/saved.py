@@ -1,6 +1,4 @@
-"""Reading a directory that reroll saved. Nothing in it is executed: it holds data and names of
-ops.
-"""
+"""Read a directory that reroll saved. It holds data and names of ops, and no code is run."""
 
 from __future__ import annotations
 
@@ -19,10 +17,10 @@ PROGRAM_FILE = "program.json"
 
 
 def load_program(directory: str | Path) -> Program:
-    """The Program in a directory that reroll saved; its weights stay in their files until needed.
+    """Load a Program from a directory that reroll saved; weights are read when needed.
 
-    Raises UsageError if the directory is not one of reroll's, and CheckpointError or ProgramError
-    if something in it is damaged.
+    Raises UsageError if reroll did not save the directory, and CheckpointError or ProgramError if a
+    file in it is damaged.
     """
     directory = Path(directory)
     config = _read(directory / "config.json")
@@ -42,7 +40,7 @@ def load_program(directory: str | Path) -> Program:
 
 
 def with_files_in(program: Program, directory: Path) -> Program:
-    """The Program with its side files where they are in a directory, those that are there."""
+    """Point a Program's side files to those that exist in a directory."""
     files = {name: str(directory / name) for name in program.origin.files}
     files = {name: path for name, path in files.items() if Path(path).is_file()}
     return replace(program, origin=replace(program.origin, files=files))

@@ -1,6 +1,6 @@
-"""Writing into a graph: calls of ops and of Python functions, weights, and what goes around a node.
+"""Write typed nodes into a graph: calls of ops and Python functions, weights, wrappers of nodes.
 
-Every node gets the type of what it computes: see `reroll.rewrite.ir.types`.
+Every node gets the type of its value: see `reroll.rewrite.ir.types`.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ from reroll.rewrite.ir.weights import Weight
 
 
 class Builder:
-    """Writes typed nodes into a graph, at its insertion point.
+    """Writer of typed nodes into a graph, at its insertion point.
 
-    `loop` is the loop whose body the graph is, if it has one: it says which numbers the body is
-    given.
+    `loop` is the loop whose body the graph is, if any; its inputs give the values of placeholders
+    that are numbers.
     """
 
     def __init__(self, graph: fx.Graph, loop: Loop | None = None) -> None:
         self.graph, self.loop = graph, loop
 
     def before(self, node: fx.Node) -> AbstractContextManager[Any]:
-        """Write in front of a node."""
+        """Set the insertion point before a node."""
         return self.graph.inserting_before(node)
 
     def after(self, node: fx.Node) -> AbstractContextManager[Any]:
-        """Write behind a node, in the order of the calls."""
+        """Set the insertion point after a node; nodes keep the order in which they are written."""
         return self.graph.inserting_before(node.next)
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call of an op. Raises ProgramError if it does not run on values of such types."""
+        """Write a call of an op. Raises ProgramError if the op does not accept these types."""
         node = self.graph.call_function(op, args, kwargs)
         infer(node, self.loop)
         return node
 
     def place(self, name: str, kind: TensorType | None = None) -> fx.Node:
-        """A placeholder, of a tensor or of a number."""
+        """Write a placeholder of a tensor type, or of a number."""
         node = self.graph.placeholder(name)
         set_type(node, kind)
         return node
 
     def weight(self, name: str, weight: Weight) -> fx.Node:
-        """A node that reads a weight."""
+        """Write a node that reads a weight."""
         node = self.graph.get_attr(name)
         set_type(node, TensorType(weight.meta.dtype, weight.meta.shape))
         return node
 
     def wide(self, node: fx.Node) -> fx.Node:
-        """A value in fp32, also where the Program is narrowed later."""
+        """Convert a value to fp32, also if the Program is converted to half precision later."""
         kind = type_of(node)
         assert kind is not None
         if kind.dtype != torch.float32:
@@ -68,7 +68,7 @@ class Builder:
         return node if node.target is WIDEN else self.call(WIDEN, node)
 
     def wrap(self, node: fx.Node, write: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Put what `write` makes of a node in its place, for everything that has used it."""
+        """Replace a node, for all its present users, by what `write` computes from it."""
         users = list(node.users)
         with self.after(node):
             new = write(node)
@@ -77,20 +77,20 @@ class Builder:
         return new
 
     def trace(self, function: Callable[..., Tensor], *inputs: fx.Node) -> fx.Node:
-        """What a Python function of tensors computes, as the nodes of its ATen ops.
+        """Trace a Python function of tensors into ATen nodes; return the node of its result.
 
         Raises ProgramError if the function needs a size that is known only at run time, or an op
         that a Program cannot hold.
         """
         sizes = Sizes()
         examples = [_example(node, sizes) for node in inputs]
-        # in half precision it is to be seen where the function asks for fp32 itself
+        # only a trace in half precision shows where the function asks for fp32 itself
         widens = all(e.dtype not in HALVES for e in examples)
         if widens:
             examples = [e.to(torch.bfloat16) if e.dtype == torch.float32 else e for e in examples]
 
         def called(*tensors: Tensor) -> Tensor:
-            # tracing would take optional arguments of the function itself for inputs
+            # make_fx would treat optional arguments of the function as inputs
             return function(*tensors)
 
         traced = make_fx(called, tracing_mode="fake", pre_dispatch=True)(*examples)

@@ -1,9 +1,9 @@
-"""Inputs that a caller leaves out, and what stands in their place.
+"""Defaults of inputs that a caller leaves out.
 
-Most follow from the sizes of other inputs, and an input's role says how. What a model computes from
-the values of other inputs, such as positions counted behind its padding token, is a small graph,
-`Input.default`. It is part of the Program like the main graph: interpreters run it, the lowered
-module compiles it, exporters write it out.
+Most follow from the sizes of other inputs, by the input's role. A default that depends on the
+values of other inputs, such as positions counted from the padding token on, is a small graph,
+`Input.default`. It is part of the Program like the main graph: the interpreter runs it, the lowered
+module compiles it, and exporters write it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from reroll.rewrite.ir.records import Input
 
 SIZE = torch.ops.aten.sym_size.int
 
-# ids in the place of tokens that are given as embeddings, the first that no default asks for
+# candidates for an ordinary token id; the first that no default tests for is used
 _IDS = range(2**10)
 
 
 def reads(item: Input) -> tuple[str, ...]:
-    """The inputs that an input's default is computed from."""
+    """Return the inputs that an input's default is computed from."""
     if item.default is None:
         return ()
     return tuple(str(n.target) for n in item.default.nodes if n.op == "placeholder")
 
 
 def looks_into(item: Input) -> frozenset[str]:
-    """The inputs whose values an input's default is computed from, and not their sizes alone."""
+    """Return the inputs whose values, and not only sizes, an input's default is computed from."""
     graph = fx.Graph() if item.default is None else item.default
     return frozenset(
         str(n.target)
@@ -41,7 +41,7 @@ def looks_into(item: Input) -> frozenset[str]:
 
 
 def run_default(item: Input, given: Mapping[str, Any]) -> Any:
-    """The default of an input, computed from the other inputs by name."""
+    """Compute the default of an input from the other inputs by name."""
     assert item.default is not None
     (output,) = item.default.output_node().all_input_nodes
     return evaluate(output, given)
@@ -50,9 +50,9 @@ def run_default(item: Input, given: Mapping[str, Any]) -> Any:
 def evaluate(
     node: fx.Node, given: Mapping[str, Any], constants: Mapping[str, Tensor] | None = None
 ) -> Any:
-    """What a node of a graph is, given the inputs and the weights that it depends on.
+    """Compute the value of a node, given the inputs and the weights that it depends on.
 
-    Raises KeyError for one that is not given.
+    Raises KeyError for an input or weight that is not given.
     """
     needed = ancestors([node])
     values: dict[fx.Node, Any] = {}
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def fitted(item: Input, tensor: Tensor, batch: int) -> Tensor:
-    """A value of an input for a whole batch: one row stands for all, as it does in transformers."""
+    """Expand one row of an input's value to the whole batch, as transformers does."""
     rank = len(item.type.shape)
     if (item.role == "data" and item.default is None) or item.type.shape[:1] != ("b",):
         return tensor
@@ -82,14 +82,14 @@ def fitted(item: Input, tensor: Tensor, batch: int) -> Tensor:
 
 
 def ordinary_token(program: Program) -> int:
-    """A token id that neither the model nor a default takes for padding or anything else."""
+    """Return a token id that is not the padding token and that no graph tests for."""
     graphs = [program.graph, *(i.default for i in program.inputs if i.default is not None)]
     special = {program.origin.config.get("pad_token_id"), *(n for g in graphs for n in numbers(g))}
     return next(i for i in _IDS if i not in special)
 
 
 def numbers(graph: fx.Graph) -> set[int]:
-    """The whole numbers that stand in a graph."""
+    """Return the integer constants among a graph's arguments."""
     found: set[int] = set()
 
     def look(value: Any) -> None:
@@ -106,7 +106,7 @@ def numbers(graph: fx.Graph) -> set[int]:
 
 
 def first_position(item: Input) -> int | None:
-    """Where positions begin if they count the tokens wherever nothing is padded, else None."""
+    """Return the first position if positions count the unpadded tokens, else None."""
     if not item.counts or item.default is None:
         return 0 if item.counts else None
     special = numbers(item.default)
@@ -120,12 +120,12 @@ def first_position(item: Input) -> int | None:
 
 
 def counts_from_zero(item: Input) -> bool:
-    """Whether an input holds positions that are 0, 1, 2, ... wherever nothing is padded."""
+    """Whether an input holds positions 0, 1, 2, ... if there is no padding."""
     return first_position(item) == 0
 
 
 def extract(node: fx.Node, order: Collection[str]) -> fx.Graph:
-    """The graph of one node over the inputs that it depends on, which come in `order`."""
+    """Extract the graph of one node, over the inputs that it depends on, in `order`."""
     needed = ancestors([node])
     places = {str(n.target): n for n in needed if n.op == "placeholder"}
     graph = fx.Graph()
@@ -142,7 +142,7 @@ def extract(node: fx.Node, order: Collection[str]) -> fx.Graph:
 
 
 def needed_inputs(program: Program, names: Collection[str]) -> set[str]:
-    """These inputs, and those that their defaults are computed from."""
+    """Return these inputs and those that their defaults are computed from."""
     found = set(names)
     for item in reversed(program.inputs):
         if item.name in found:

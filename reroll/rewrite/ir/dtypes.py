@@ -1,9 +1,9 @@
-"""A Program in another dtype: which of its conversions stay, and which follow.
+"""Convert a Program to another dtype: which of its conversions stay, and which change with it.
 
-What a graph does in another dtype is not to be seen in fp32 alone, where a conversion to fp32 and
-one back to the dtype of the model are both nothing. So a Program in half precision shows it (fp32
-is what the model asks for, its own dtype is what follows), and one in fp32 keeps conversions of
-the first kind as `reroll.widen`. `Program.halves` are the half precisions that it knows this for.
+In fp32, a conversion to fp32 and one to the model's own dtype both do nothing, so they cannot be
+distinguished. In half precision they can: fp32 is what the model asks for, and its own dtype
+changes with the Program. A Program in fp32 keeps conversions of the first kind as `reroll.widen`.
+`Program.halves` lists the half-precision dtypes for which this is known.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from reroll.rewrite.ir.types import run_without_data, set_dtype, set_type
 from reroll.rewrite.ir.weights import Weight, WeightTable, cast
 
 aten = torch.ops.aten
-# the ops that give a value in another dtype and change nothing else
+# the ops that only change the dtype of a value
 CONVERSIONS = (aten.to.dtype, WIDEN)
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# sizes that types are found with
+# sizes of symbolic dimensions for inferring types
 _SIZES = {"b": 2, "s": 3, "t": 3, "e": 4, "l": 5}
 _LIMITS = ("min", "max")
 
 
 def dtype_of(value: torch.dtype | str | None, own: torch.dtype | None = None) -> torch.dtype | None:
-    """The dtype that an option names: one of `DTYPES`, or `own` for "auto".
+    """Return the dtype that an option names: one of `DTYPES`, or `own` for "auto" and None.
 
     Raises UsageError for anything else.
     """
@@ -50,11 +50,11 @@ def dtype_of(value: torch.dtype | str | None, own: torch.dtype | None = None) ->
 
 
 def retype(program: Program, dtype: torch.dtype | str | None) -> Program:
-    """The Program in another dtype.
+    """Convert a Program to another dtype.
 
-    Widening is exact for the weights. Narrowing rounds those that are trained, and gives the graph
-    that the model has when it is captured in half precision. Raises UsageError where that is not
-    known.
+    Conversion to fp32 is exact for the weights. Conversion to half precision rounds the trainable
+    weights, and gives the graph that a capture in half precision has. Raises UsageError where that
+    graph is not known.
     """
     if dtype == program.dtype:
         return program
@@ -77,7 +77,7 @@ def retype(program: Program, dtype: torch.dtype | str | None) -> Program:
 
 
 def retype_graphs(program: Program, dtype: torch.dtype) -> Program:
-    """The graphs and inputs of a Program in another dtype, over weights that are as they were."""
+    """Convert the graphs and inputs of a Program to another dtype; keep the weights unchanged."""
     old, program = program.dtype, program.edit()
     for _, graph in program.graphs():
         follow_limits(graph, old, dtype)
@@ -91,7 +91,7 @@ def retype_graphs(program: Program, dtype: torch.dtype) -> Program:
 
 
 def _retype_input(item: Input, old: torch.dtype, new: torch.dtype) -> Input:
-    """An input in another dtype, and so what stands in its place when it is left out."""
+    """Convert an input and its default to another dtype."""
     default = None if item.default is None else copy(item.default)
     for node in () if default is None else default.nodes:
         _follow(node, old, new)
@@ -100,7 +100,7 @@ def _retype_input(item: Input, old: torch.dtype, new: torch.dtype) -> Input:
 
 
 def _weight(weight: Weight, old: torch.dtype, new: torch.dtype) -> Weight:
-    # what is not trained, such as the frequencies of rotary embeddings, stays in fp32
+    # weights that are not trainable, such as rotary frequencies, stay in fp32
     if weight.meta.dtype != old or (new in HALVES and old not in HALVES and not weight.trainable):
         return weight
     entries = tuple(cast(entry, new) for entry in weight.entries)
@@ -108,7 +108,7 @@ def _weight(weight: Weight, old: torch.dtype, new: torch.dtype) -> Weight:
 
 
 def _keep_wide(node: fx.Node) -> None:
-    """Say with `reroll.widen` that a node of a program in half precision asks for fp32 itself."""
+    """Write a half-precision node's own request for fp32 as `reroll.widen`."""
     if node.op != "call_function" or not _asks_for(node, torch.float32):
         return
     if node.target is aten.to.dtype:
@@ -130,7 +130,7 @@ def _keep_wide(node: fx.Node) -> None:
         set_type(wide, TensorType(torch.float32, kind.shape))
         node.update_arg(0, wide)
         return
-    # without a dtype, the op makes whole numbers, or fp32
+    # without the dtype argument, the op returns integers or fp32
     kind = node.meta["type"]
     with graph.inserting_after(node):
         wide = graph.call_function(WIDEN, (node,))
@@ -139,7 +139,7 @@ def _keep_wide(node: fx.Node) -> None:
 
 
 def widen_node(node: fx.Node, half: torch.dtype) -> None:
-    """Bring a node of a program in half precision into one in fp32."""
+    """Convert a node of a program in half precision to fp32."""
     _keep_wide(node)
     _follow(node, half, torch.float32)
 
@@ -150,14 +150,14 @@ def _asks_for(node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def follow_limits(graph: fx.Graph, old: torch.dtype, new: torch.dtype) -> None:
-    """Put the limits of one dtype in the place of those of another, such as what a mask adds."""
+    """Replace the limits of one dtype, such as a mask's minimum, by those of another."""
     limits = {getattr(torch.finfo(old), n): getattr(torch.finfo(new), n) for n in _LIMITS}
     for node in graph.nodes:
         _replace(node, lambda v: limits.get(v, v) if type(v) is float else v)
 
 
 def _replace(node: fx.Node, change: Callable[[Any], Any]) -> None:
-    """Change the constants among the arguments of a node."""
+    """Apply `change` to the constants among a node's arguments."""
 
     def inside(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
@@ -169,7 +169,7 @@ def _replace(node: fx.Node, change: Callable[[Any], Any]) -> None:
 
 
 def _follow(node: fx.Node, old: torch.dtype, new: torch.dtype) -> None:
-    """Put one dtype in the place of another."""
+    """Replace the dtype `old` by `new` in a node's arguments and type."""
     _replace(node, lambda v: new if isinstance(v, torch.dtype) and v == old else v)
     if node.target is WIDEN and new in HALVES:
         node.target, node.args = aten.to.dtype, (*node.args, torch.float32)
@@ -179,7 +179,7 @@ def _follow(node: fx.Node, old: torch.dtype, new: torch.dtype) -> None:
 
 
 def without_casts(program: Program) -> Program:
-    """A Program in fp32 without what says something of half precision alone."""
+    """Drop the conversions of an fp32 Program that matter in half precision only."""
     program = program.edit()
     for _, graph in program.graphs():
         for node in list(graph.nodes):
@@ -209,7 +209,7 @@ def _drop_cast(node: fx.Node) -> None:
 
 
 def infer_types(program: Program) -> None:
-    """Find the dtypes of all nodes by running the graphs without data.
+    """Infer the dtypes of all nodes by running the graphs on meta tensors.
 
     Raises UsageError at a node that does not run.
     """

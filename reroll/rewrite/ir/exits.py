@@ -1,4 +1,4 @@
-"""Exits of a depth loop: where they stand, and what is computed only to decide about them."""
+"""Exits of a depth loop: their ops, thresholds, and the nodes that only compute exit scores."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from reroll.rewrite.ir.program import Loop, Program, ancestors
 
 @dataclass(frozen=True)
 class Exits:
-    """The exits of one loop.
+    """Exits of one loop.
 
     Attributes:
-        node: the op that decides who is done.
-        done: the position of that among the carried values.
-        thresholds: one for each trip; infinite where nobody can leave.
-        decided: the positions of the carried values that are made only to decide.
-        tests: the nodes of the body that are needed only for those.
+        node: the exit op, which computes the tokens that have left the loop.
+        done: the position of its result among the carried values.
+        thresholds: one for each trip; infinite where no token can exit.
+        decided: the positions of the carried values that are used only for exit decisions.
+        tests: the nodes of the body that are needed only for those values.
     """
 
     node: fx.Node
@@ -33,7 +33,7 @@ class Exits:
 
 
 def exits_of(loop: Loop) -> Exits | None:
-    """The exits of a loop; None if every token makes all trips."""
+    """Find the exits of a loop; None if every token makes all trips."""
     body = loop.body.graph
     found = [n for n in body.nodes if n.target is EXIT]
     if not found:
@@ -55,12 +55,12 @@ def exits_of(loop: Loop) -> Exits | None:
 
 
 def threshold_of(loop: Loop, node: fx.Node, trip: int) -> float:
-    """The threshold of an exit in one trip."""
+    """Return the threshold of an exit in one trip."""
     return float(loop.resolve(node.args[2], trip))
 
 
 def with_thresholds(program: Program, loop: Loop, thresholds: dict[int, float]) -> Program:
-    """The Program with other thresholds after some trips (trip 0 is the first); edits in place."""
+    """Set the thresholds after some trips (trip 0 is the first), in place; return the Program."""
     exits = exits_of(loop)
     assert exits is not None
     place = exits.node.args[2]
@@ -73,7 +73,7 @@ def with_thresholds(program: Program, loop: Loop, thresholds: dict[int, float]) 
 
 
 def exit_loop(program: Program) -> tuple[Loop, Exits] | None:
-    """The first loop with exits."""
+    """Find the first loop with exits."""
     for loop in program.loops:
         exits = exits_of(loop)
         if exits is not None:
@@ -82,7 +82,7 @@ def exit_loop(program: Program) -> tuple[Loop, Exits] | None:
 
 
 def is_open(threshold: float) -> bool:
-    """Whether anybody can leave at a threshold."""
+    """Whether any token can exit at a threshold."""
     return not (math.isinf(threshold) and threshold > 0)
 
 

@@ -1,7 +1,7 @@
-"""Which values of a Program are the original's `hidden_states`: marks on nodes, found by capture.
+"""Marks on the nodes whose values are the original's `hidden_states`, set by capture.
 
-A mark is in a node's metadata, under `HIDDEN`: the names of the outputs whose next entry the value
-is. In a loop's body it holds for every trip, and on a placeholder for what a trip is given. The
+A mark is in a node's metadata, under `HIDDEN`: the names of the outputs that the value is an entry
+of. In a loop's body it holds for every trip; on a placeholder it marks the input of every trip. The
 entries of an output are the marked values in the order in which they are computed.
 """
 
@@ -17,63 +17,64 @@ if TYPE_CHECKING:
 
 
 HIDDEN = "hidden"
-# what transformers calls these outputs
+# the names of these outputs in transformers
 NAMES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 
 
 def marks(node: fx.Node) -> tuple[str, ...]:
-    """The outputs that a node's value is an entry of."""
+    """Return the outputs that a node's value is an entry of."""
     found: tuple[str, ...] = node.meta.get(HIDDEN, ())
     return found
 
 
 def mark(node: fx.Node, names: tuple[str, ...]) -> None:
-    """Give a node these marks beside those that it has."""
+    """Add these marks to those of a node."""
     if names:
         node.meta[HIDDEN] = (*marks(node), *names)
 
 
 def unmark(node: fx.Node) -> tuple[str, ...]:
-    """Take a node's marks from it; returns them."""
+    """Remove and return a node's marks."""
     found: tuple[str, ...] = node.meta.pop(HIDDEN, ())
     return found
 
 
 def stand_in(node: fx.Node, new: fx.Node) -> None:
-    """Let one node be used in the place of another, also as a hidden state."""
+    """Replace a node by another in all uses, and move its marks."""
     mark(new, unmark(node))
     node.replace_all_uses_with(new)
 
 
 def count(graph: fx.Graph) -> int:
-    """How many marks the nodes of a graph have."""
+    """Count the marks on the nodes of a graph."""
     return sum(len(marks(node)) for node in graph.nodes)
 
 
 def named(program: Program) -> Iterator[str]:
-    """The outputs that the Program has marks of, in order."""
+    """Yield the outputs of which the Program has marks, in the order of `NAMES`."""
     found = {name for _, graph in program.graphs() for node in graph.nodes for name in marks(node)}
     yield from (name for name in NAMES if name in found)
 
 
 def drop_marks(program: Program) -> None:
-    """Take all marks away, in place: with one missing, the others would be counted wrongly."""
+    """Remove all marks, in place: with one missing, the entries would be numbered wrongly."""
     for _, graph in program.graphs():
         for node in graph.nodes:
             unmark(node)
 
 
 def keep_complete(program: Program, before: Program) -> None:
-    """Take all marks away, in place, if a rewrite of `before` has lost some of a graph."""
+    """Remove all marks, in place, if a rewrite of `before` has lost some of them."""
     old = {name: count(graph) for name, graph in before.graphs()}
     if any(count(graph) < old.get(name, 0) for name, graph in program.graphs()):
         drop_marks(program)
 
 
 def take_marks(graph: fx.Graph, outputs: tuple[str, ...]) -> tuple[str, ...]:
-    """Turn the entries among a flat graph's outputs into marks, in place; returns the others.
+    """Turn hidden states among a flat graph's outputs into marks, in place; return the others.
 
-    The name of an entry is `NAME.<number>`. Nothing is marked if an entry is no value of its own.
+    The name of an entry is `NAME.<number>`. Nothing is marked if an entry is no computed value, or
+    if dead-code elimination removes one.
     """
     node = graph.output_node()
     pairs = list(zip(outputs, node.args[0], strict=True))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""The reference interpreter: runs a Program as its graphs say, one node after the other.
+"""Reference interpreter: runs a Program's graphs node by node.
 
-It defines what a Program computes. Verification and measurement use it; the lowered modules of
-`reroll.runtime` are the fast form, and are compared with it.
+It defines what a Program computes. Verification and measurement use it. The lowered modules of
+`reroll.runtime` are the fast form, and are tested against it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Tensors: TypeAlias = Mapping[tuple[str, int], Tensor]
 Observe: TypeAlias = Callable[[str, int | None, fx.Node, tuple[Any, ...], Any], None]
 
 
-# a padding mask is over all tokens, past and present; the interpreter has no past
+# a padding mask covers past and present tokens; the interpreter has no past
 _PRESENT_OF = {"t": "s"}
 
 
@@ -42,13 +42,14 @@ def run(
     fast: bool = False,
     observe: Observe | None = None,
 ) -> dict[str, Tensor]:
-    """The outputs of a Program by name.
+    """Run a Program; return its outputs by name.
 
-    `inputs` may leave out padding masks, positions and zeros. `weights` are what `materialise`
-    returns; without them they are computed here. `dtype` computes in a wider dtype than the
-    Program's own. `fast` runs attention through PyTorch's fused kernel where that can express it,
-    which is the same up to rounding. `observe` is called after each op with the graph's name, the
-    trip, the node, the values of all its arguments in the order of its schema, and its result.
+    `inputs` may leave out padding masks, positions and zeros. `weights` are the result of
+    `materialise`; without them they are computed here. `dtype` is a wider dtype to compute in than
+    the Program's own. `fast` runs attention by PyTorch's fused kernel where that can express it,
+    which is the same up to rounding. `observe` is called after each op. Its arguments are the
+    graph's name, the trip, the node, the values of the node's arguments in the order of the schema,
+    and the result.
 
     Raises ProgramError naming the node that failed.
     """
@@ -71,12 +72,12 @@ _WIDER = {
 
 
 def materialise(program: Program) -> dict[tuple[str, int], Tensor]:
-    """Every weight of a Program, by (name, entry)."""
+    """Compute every weight of a Program, by (name, entry)."""
     return {(n, e): t for n, e, t in evaluate(program.weights, program.source)}
 
 
 def complete(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs together with the default of each that may be left out.
+    """Complete the inputs with the defaults of those that are left out.
 
     Raises ProgramError for an input that is unknown, missing, or of another shape.
     """
@@ -84,7 +85,7 @@ def complete(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
     for name in inputs:
         if name not in known:
             raise ProgramError(f"there is no input {name!r}", hint=f"there are {sorted(known)}")
-    # data first: one row of another input stands for the whole batch
+    # data first, because its batch size is needed to expand single rows of other inputs
     order = sorted(program.inputs, key=lambda item: item.role != "data")
     sizes: dict[str, int] = {}
     for item in order:
@@ -102,7 +103,7 @@ def complete(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
 def _completed(
     item: Input, inputs: Mapping[str, Tensor], given: Mapping[str, Tensor], sizes: dict[str, int]
 ) -> Tensor:
-    """One input: what is given for it, else its default, computed from those before it."""
+    """Return the value given for an input, else its default computed from the inputs before it."""
     batch = sizes.get("b", 1)
     if item.name in inputs:
         return fitted(item, inputs[item.name], batch)
@@ -128,7 +129,7 @@ def _bind(item: Input, tensor: Tensor, sizes: dict[str, int]) -> None:
 def _default(item: Input, sizes: Mapping[str, int]) -> Tensor:
     present = {total: sizes[now] for total, now in _PRESENT_OF.items() if now in sizes}
     try:
-        # one picture that no token stands for, where there is none
+        # without pictures, one blank picture that no image token refers to
         shape = [concrete(dim, {"p": 1, **present, **sizes}) for dim in item.type.shape]
     except KeyError as error:
         raise ProgramError(f"nothing says how large {error} is", where=item.name) from None
@@ -139,7 +140,7 @@ def _default(item: Input, sizes: Mapping[str, int]) -> Tensor:
 
 
 class _Interpreter:
-    """Values of nodes are dropped after their last use, so long graphs need little memory."""
+    """Interpreter that frees values after their last use, so long graphs need little memory."""
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class _Interpreter:
         raise ProgramError("the graph has no output", where=name)
 
     def plan(self, graph: fx.Graph) -> list[tuple[fx.Node, list[fx.Node]]]:
-        """Each node with the nodes whose last use it is."""
+        """Return each node with the nodes whose last use it is."""
         if graph not in self.plans:
             seen: set[fx.Node] = set()
             plan = []
@@ -201,7 +202,7 @@ class _Interpreter:
         return self.wide(self.weights[name, entry])
 
     def wide(self, tensor: Tensor) -> Tensor:
-        # a tensor that the Program keeps in a wider dtype than its own stays in that
+        # a tensor that the Program stores in a wider dtype than its own keeps that dtype
         narrow = tensor.dtype == self.program.dtype or tensor.dtype in _HALF
         return tensor.to(self.dtype) if narrow and self.dtype != self.program.dtype else tensor
 
@@ -229,7 +230,7 @@ class _Interpreter:
         return result
 
     def constants(self, node: fx.Node, value: Any) -> Any:
-        """Arguments with the Program's dtype replaced by the one that is computed in."""
+        """Replace the Program's dtype in arguments by the dtype to compute in."""
         if self.dtype == self.program.dtype:
             return value
         if isinstance(value, Mapping):
@@ -252,7 +253,7 @@ class _Interpreter:
 
 
 def _in_order(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The values of all arguments, by position; what is not given is the default."""
+    """Return the values of all arguments in the order of the schema, with defaults."""
     if not hasattr(node.target, "_schema"):
         return args
     return tuple(bind(node.target, args, kwargs).values())
@@ -261,7 +262,10 @@ def _in_order(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """`reroll::attention` by PyTorch's fused kernel, if it has neither sinks nor soft cap."""
+    """Compute `reroll::attention` by PyTorch's fused kernel.
+
+    With sinks, a soft cap or a window of 0, run the op's own body.
+    """
     given = bind(ATTENTION, (q, k, v, scale, *args), kwargs)
     seen, bias = Visibility.among(given), given["bias"]
     if seen.window == 0 or given["sinks"] is not None or given["softcap"] is not None:
@@ -279,11 +283,11 @@ def fused_attention(
     return out.transpose(1, 2).contiguous()
 
 
-# ---- exact rewrites are checked on weights that no half precision has rounded
+# ---- exact rewrites are checked on weights that are not rounded to half precision
 
 
 def widened(program: Program, dtype: torch.dtype) -> Program:
-    """The same Program with every half-precision step of its weight expressions done in `dtype`."""
+    """Replace half precision by `dtype` in all weight expressions of a Program."""
     done: dict[Expr, Expr] = {}
     roots = [e for weight in program.weights.values() for e in weight.entries]
     for expr in walk(roots):

@@ -1,12 +1,12 @@
-"""How ops become operators of an export target: one table, filled from wherever an op is defined.
+"""Table of lowerings from ops to operators of export targets, filled where ops are defined.
 
-A pass or a mixer that brings an op of its own says in its own file how a target expresses it:
+A pass or a mixer with an op of its own registers in its own file how a target expresses it:
 
     @lowering("onnx", "my::scaled_tanh.default")
     def scaled_tanh(g, node, x, scale):
         return g.op("Mul", g.op("Tanh", x), g.number(scale, x.dtype))
 
-What the function is given, and what it returns, is the target's affair.
+The target defines the function's arguments and its result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _lowerings: dict[tuple[str, str], Lowering] = {}
 def lowering(target: str, *ops: str) -> Callable[[Function], Function]:
     """Register how a target expresses the ops of these names, such as "reroll::rope.default".
 
-    Raises UsageError if an op has a lowering already that another function of another name gave.
+    Raises UsageError if an op already has another lowering to this target.
     """
 
     def register(function: Function) -> Function:
@@ -45,17 +45,20 @@ def from_file(path: str) -> list[str]:
 
 
 def find_lowering(target: str, op: Any) -> Lowering | None:
-    """The lowering of an op, given as it stands in a graph, or None."""
+    """Find the lowering of an op, given as in a graph; None if there is none."""
     return _lowerings.get((target, op_name(op)))
 
 
 def lowered_ops(target: str) -> list[str]:
-    """The names of all ops that a target can express, sorted."""
+    """Return the names of all ops that a target can express, sorted."""
     return sorted(op for known, op in _lowerings if known == target)
 
 
 def op_name(op: Any) -> str:
-    """The name of an op as lowerings are registered: "aten::add.Tensor", "operator.mul"."""
+    """Return the name under which an op's lowerings are registered, such as "aten::add.Tensor".
+
+    Python functions are named by their module, such as "operator.mul".
+    """
     if isinstance(op, str):
         return op
     schema = getattr(op, "_schema", None)

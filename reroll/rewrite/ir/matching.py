@@ -1,7 +1,7 @@
-"""Matching a region of a graph against a pattern, from its last node back to its inputs.
+"""Match a region of a graph against a pattern, from its last node back to its inputs.
 
-A pattern is an expression of `Op` over `Var` and `Number`; what it binds comes back as a `Match`,
-and a failed match as a `Miss` that knows how far it came.
+A pattern is an expression of `Op` over `Var` and `Number`. The result is a `Match` with the bound
+variables, or a `Miss` with the number of nodes that matched before the failure.
 
     x = Var("x")
     square = Op("aten.pow.Tensor_Scalar", x, 2)
@@ -22,7 +22,7 @@ from reroll.rewrite.ir.patterns import Match, Miss
 
 @dataclass(frozen=True)
 class Var:
-    """Binds any node; the same name twice must be the same node. `where` may refuse a node."""
+    """Variable for a node; the same name must be the same node. `where` may refuse a node."""
 
     name: str
     where: Callable[[fx.Node], bool] | None = None
@@ -30,13 +30,13 @@ class Var:
 
 @dataclass(frozen=True)
 class Number:
-    """Binds a number (or list of numbers) that stands in the graph as a constant."""
+    """Variable for a number, or list of numbers, that is a constant in the graph."""
 
     name: str
 
 
 class Op:
-    """A call of one of the ops named (separated by `|`) with arguments that match.
+    """Pattern for a call of one of the ops named (separated by `|`), with matching arguments.
 
     Trailing arguments that the pattern does not name must be absent or None. `commutes`: the first
     two arguments may be exchanged.
@@ -50,25 +50,25 @@ class Op:
 
 @dataclass(frozen=True)
 class Either:
-    """The first of several patterns that matches."""
+    """Pattern that is the first of several that match."""
 
     choices: tuple[Any, ...]
 
 
 def either(*choices: Any) -> Either:
-    """The first of `choices` that matches."""
+    """Return a pattern for the first of `choices` that matches."""
     return Either(choices)
 
 
 def cast(pattern: Any) -> Either:
-    """The pattern, or a conversion of it to another dtype."""
+    """Return a pattern for `pattern`, or for a conversion of it to another dtype."""
     return Either((Op("aten.to.dtype", pattern, ANY), pattern))
 
 
 ANY = object()  # matches every constant
 
 
-# what a pattern's variables stand for, and the names of the nodes of its region
+# values of a pattern's variables, and names of the nodes in its region
 _Found = tuple[dict[str, Any], tuple[str, ...]]
 
 
@@ -82,10 +82,10 @@ def match(pattern: Any, node: fx.Node, name: str = "") -> Match | Miss:
 
 
 class _Search:
-    """One attempt: a search that backtracks over `Either` and exchanged arguments.
+    """Backtracking search over the choices of `Either` and exchanged arguments.
 
-    Its methods yield every way in which a value is an instance of a pattern, after what was `found`
-    before it.
+    Its methods extend the bindings in `found`, and yield every way in which a value is an instance
+    of a pattern.
     """
 
     def __init__(self, name: str) -> None:
@@ -159,9 +159,10 @@ class _Search:
             yield from self.sequence(patterns[1:], values[1:], inner)
 
     def fail(self, reason: str, nodes: tuple[str, ...], at: fx.Node | None = None) -> None:
-        """Remember a failure after a region of `nodes` matched, the last of those that came as far.
+        """Record a failure after `nodes` matched, if no earlier failure came further.
 
-        Of equals, the last: what comes first is often the form of an op that is not there at all.
+        Among equally deep failures the last counts, because the first choice is often an unrelated
+        form of the op.
         """
         if self.miss is None or len(nodes) >= self.miss.depth:
             names = (at.name,) if at is not None else nodes[-1:]
@@ -184,7 +185,7 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of an op by their names in its schema, defaults filled in."""
+    """Return all arguments of an op by their names in its schema, with defaults."""
     bound = {}
     for position, argument in enumerate(op._schema.arguments):
         if position < len(args):
@@ -195,14 +196,14 @@ def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
 
 
 def all_arguments(node: fx.Node) -> tuple[Any, ...]:
-    """A node's arguments in the order of the op's schema, keywords and defaults filled in."""
+    """Return a node's arguments in the order of the op's schema, with defaults."""
     if not hasattr(node.target, "_schema"):
         return (*node.args, *node.kwargs.values())
     return tuple(bind(node.target, node.args, node.kwargs).values())
 
 
 def argument(node: fx.Node, name: str) -> Any:
-    """A node's argument by its name in the op's schema."""
+    """Return a node's argument by its name in the op's schema."""
     return bind(node.target, node.args, node.kwargs)[name]
 
 
@@ -212,12 +213,12 @@ def is_weight(node: fx.Node) -> bool:
 
 
 def shape(node: Any) -> tuple[Any, ...]:
-    """The shape in a node's type; empty if it has none, or is no node."""
+    """Return the shape in a node's type; empty if it has none, or is no node."""
     kind = node.meta.get("type") if isinstance(node, fx.Node) else None
     return kind.shape if kind is not None else ()
 
 
 def dtype(node: fx.Node) -> torch.dtype | None:
-    """The dtype in a node's type, if it has one."""
+    """Return the dtype in a node's type; None if it has none."""
     kind = node.meta.get("type")
     return kind.dtype if kind is not None else None

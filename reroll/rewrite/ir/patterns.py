@@ -1,7 +1,7 @@
-"""The outcome of trying a pattern: a match with what it bound, or a miss that says why not.
+"""Results of matching a pattern: a match with its bindings, or a miss with the reason.
 
-A failed match is data. Whoever tries a pattern returns a `Match` or a `Miss`, tests it like a bool,
-and shows the nearest miss to the person who wonders why nothing was rewritten:
+A failed match is data. A function that tries a pattern returns a `Match` or a `Miss`, which callers
+test like a bool. The nearest miss tells the user why nothing was rewritten:
 
     found = [match_rms_norm(node) for node in graph.nodes]
     if not any(found):
@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Match:
-    """A pattern that matched.
+    """Result of a pattern that matched.
 
     Attributes:
         pattern: the pattern's name.
-        bound: what its variables stand for: nodes, numbers, or whatever the pattern binds.
+        bound: the values of its variables: nodes, numbers, or other values.
         nodes: names of the nodes of the region that it covers.
     """
 
@@ -38,14 +38,14 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """A pattern that did not match.
+    """Result of a pattern that did not match.
 
     Attributes:
         reason: what was expected and what was found, as a clause without a full stop.
-        nodes: names of the nodes at fault, the first the most telling.
+        nodes: names of the nodes at fault, the most relevant first.
         pattern: the pattern's name, if it has one.
-        depth: how many of the pattern's conditions held before this one failed: the larger, the
-            nearer it came to matching.
+        depth: how many of the pattern's conditions held before one failed; the larger, the
+            nearer to a match.
     """
 
     reason: str
@@ -62,5 +62,5 @@ class Miss:
 
 
 def nearest(misses: Iterable[Miss]) -> Miss | None:
-    """The miss that came nearest to matching, the first of equals; None without any miss."""
+    """Return the first miss of the greatest depth; None without any miss."""
     return max(misses, key=lambda miss: miss.depth, default=None)

@@ -1,11 +1,11 @@
-"""The Program: a captured model as graphs, a table of lazy weights, and where it came from.
+"""The Program: a captured model as graphs, a table of lazy weights, and its origin.
 
-A Program holds `graph`, an `fx.Graph` over ATen and the ops of `reroll.rewrite.ir.ops`; for each
-depth loop a `Body`, the graph of one trip; and `weights`, which says what tensor stands behind each
-`get_attr` node. Nothing in it runs code of its own: text, JSON and files hold only op names,
-constants and tensors.
+A Program holds `graph`, an `fx.Graph` over ATen and the ops of `reroll.rewrite.ir.ops`. For each
+depth loop it holds a `Body`, the graph of one trip. `weights` maps each `get_attr` node's name to
+the expression that computes its tensor. Nothing in it is code: text, JSON and files hold only op
+names, constants and tensors.
 
-Node types are in `node.meta["type"]`, a `TensorType`, wherever the node makes a tensor.
+The type of a node with a tensor value is in `node.meta["type"]`, a `TensorType`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from reroll.rewrite.ir.weights.expressions import TensorSource
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop node of a Program's graph, with its arguments by name."""
+    """Loop node of a Program's graph, with its arguments by name."""
 
     node: fx.Node
     body: Body
@@ -53,23 +53,26 @@ class Loop:
 
     @property
     def layers(self) -> int:
-        """How many layers of the original model the loop runs."""
+        """Number of layers of the original model that the loop runs."""
         return self.trips * self.period
 
     def input_for(self, position: int, trip: int) -> Any:
-        """What the body's input at `position` (after the carry) is in one trip."""
+        """Return the value of the body's input at `position` (after the carry) in one trip."""
         value = self.inputs[position]
         return value[trip] if isinstance(value, tuple) else value
 
     @property
     def places(self) -> list[fx.Node]:
-        """The placeholders of the body: those of the carry, then one for each of the inputs."""
-        # lowering puts inputs of its own behind them
+        """Placeholders of the body: those of the carry, then one for each of the inputs."""
+        # lowering adds placeholders of its own after them
         places = self.body.graph.find_nodes(op="placeholder")
         return places[: len(self.carry) + len(self.inputs)]
 
     def resolve(self, value: Any, trip: int) -> Any:
-        """What an argument of a body's node is in one trip, if the loop's inputs say it."""
+        """Resolve an argument of a body's node in one trip, if it is an input of the loop.
+
+        Other arguments, and carried values, are returned unchanged.
+        """
         if not isinstance(value, fx.Node) or value.op != "placeholder":
             return value
         position = self.places.index(value) - len(self.carry)
@@ -82,7 +85,7 @@ class Loop:
         inputs: Sequence[Any] | None = None,
         trips: int | None = None,
     ) -> None:
-        """Give the loop another carry, other inputs, or another number of trips."""
+        """Set the loop's carry, inputs, or number of trips."""
         self.node.args = (
             self.name,
             self.carry if carry is None else tuple(carry),
@@ -91,7 +94,7 @@ class Loop:
         )
 
     def add_input(self, name: str, value: Any) -> fx.Node:
-        """Give the loop one more input; returns its placeholder in the body."""
+        """Add an input to the loop; return its placeholder in the body."""
         with self.body.graph.inserting_after(self.places[-1]):
             place = self.body.graph.placeholder(name)
         self.change(inputs=(*self.inputs, value))
@@ -110,9 +113,10 @@ class Loop:
 
 @dataclass(frozen=True)
 class Program:
-    """A model as a graph with rolled loops and lazy weights. Passes map one Program to another.
+    """Model as a graph with rolled loops and lazy weights. Passes map one Program to another.
 
-    `halves` are the half precisions that it can be brought to: see `reroll.rewrite.ir.dtypes`.
+    `halves` are the half-precision dtypes that it can be converted to: see
+    `reroll.rewrite.ir.dtypes`.
     """
 
     graph: fx.Graph
@@ -123,13 +127,13 @@ class Program:
     outputs: tuple[str, ...]
     dtype: torch.dtype
     origin: Origin
-    # tied weights as they were before they were tied, for passes that build residuals from them
+    # tied weights before they were tied, from which passes build low-rank residuals
     reference: WeightTable = field(default_factory=WeightTable)
     halves: tuple[torch.dtype, ...] = ()
 
     @property
     def loops(self) -> tuple[Loop, ...]:
-        """The depth loops in the order in which they run."""
+        """Depth loops in the order in which they run."""
         return tuple(
             Loop(node, self.bodies[str(node.args[0])])
             for node in self.graph.nodes
@@ -138,35 +142,35 @@ class Program:
 
     @property
     def has_past(self) -> bool:
-        """Whether the graph goes on from tokens before its input: it was captured with a cache.
+        """Whether the graph continues from past tokens, because it was captured with a cache.
 
-        Then padding masks are over more tokens than the input has.
+        Then padding masks cover more tokens than the input has.
         """
         lengths = {i.type.shape[-1] for i in self.inputs if i.role == "data" and i.type.shape}
         masks = [i.type.shape[-1] for i in self.inputs if i.role == "padding"]
         return not masks or any(length not in lengths for length in masks)
 
     def graphs(self) -> Iterator[tuple[str, fx.Graph]]:
-        """The main graph, under the name "main", and each loop's body under the loop's name."""
+        """Yield the main graph, named "main", and each loop's body under the loop's name."""
         yield "main", self.graph
         for name, body in self.bodies.items():
             yield name, body.graph
 
     def parameters(self) -> int:
-        """Number of stored trainable scalars; a shared weight counts once."""
+        """Count the stored trainable scalars; a shared weight counts once."""
         return self.weights.parameters()
 
     def edit(self) -> Program:
-        """A copy whose graphs may be changed in place without changing this Program."""
+        """Copy the Program's graphs, so that they may be edited without changing this Program."""
         bodies = {name: replace(body, graph=copy(body.graph)) for name, body in self.bodies.items()}
         return replace(self, graph=copy(self.graph), bodies=bodies)
 
     def with_weights(self, weights: WeightTable) -> Program:
-        """The same graphs over another weight table."""
+        """Replace the weight table."""
         return replace(self, weights=weights)
 
     def pruned(self) -> Program:
-        """The Program without the weights that no graph reads."""
+        """Drop the weights that no graph reads."""
         used = {name for _, graph in self.graphs() for name in weight_nodes(graph)}
         weights, reference = (
             table.without(*(name for name in table if name not in used))
@@ -176,7 +180,7 @@ class Program:
 
     def to_module(self, **options: Any) -> Any:
         """Lower to a `transformers.PreTrainedModel`: see `reroll.runtime.lowering.lower`."""
-        # the packages above are no part of the engine: these two imports alone go up
+        # the runtime imports this package, so only these two imports go the other way
         from reroll.runtime.lowering.lower import lower
 
         return lower(self, **options)
@@ -192,9 +196,9 @@ class Program:
 
 
 def copy(graph: fx.Graph) -> fx.Graph:
-    """A copy of a graph with the same node names and metadata."""
+    """Copy a graph with its node names and metadata."""
     new = fx.Graph()
-    # with return_output_node, a graph gives its new output's value and its old output
+    # with return_output_node, graph_copy returns the new output's value and the old output node
     output: Any = new.graph_copy(graph, {}, return_output_node=True)
     value, old = output
     new.output(value).meta.update(old.meta)
@@ -202,7 +206,7 @@ def copy(graph: fx.Graph) -> fx.Graph:
 
 
 def ancestors(roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Nodes and all that they depend on, down to those of `stop`, which are included."""
+    """Return nodes and all that they depend on, up to and including nodes in `stop`."""
     found: set[fx.Node] = set()
     stack = list(roots)
     while stack:
@@ -214,7 +218,7 @@ def ancestors(roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[f
 
 
 def weight_nodes(graph: fx.Graph) -> dict[str, list[fx.Node]]:
-    """The `get_attr` nodes of a graph, by the name of the weight that they read."""
+    """Return the `get_attr` nodes of a graph, by the name of the weight that they read."""
     nodes: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "get_attr":

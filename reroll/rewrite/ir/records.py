@@ -1,4 +1,4 @@
-"""The plain data that a Program is made of: types, inputs, bodies of loops, and its origin."""
+"""Data classes of a Program: types, inputs, bodies of loops, and its origin."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import fx
 Dim = int | str
 Loss = Literal["shifted", "aligned"]
 
-# how the remark begins that a Program has lost the state of its original
+# beginning of the remark that the original has a cache and the Program none
 NO_CACHE = "captured without a cache"
 
 
 @dataclass(frozen=True)
 class TensorType:
-    """The dtype and shape of a tensor in a graph; a dimension known only at run time is a name."""
+    """Dtype and shape of a tensor in a graph; a dimension known only at run time is a name."""
 
     dtype: torch.dtype
     shape: tuple[Dim, ...]
@@ -26,31 +26,31 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a Program.
+    """Input of a Program.
 
-    `role` says what stands in its place when a caller leaves the input out: "data" (nothing: it is
-    required), "padding" (ones over past and present tokens), "positions" (counted from the past;
-    where they begin anew, so does a document), "offsets" (counted from the past, and nothing else
-    depends on them), "pictures" (nothing: the text is read without), or "zeros". Where the model
-    computes something else from the inputs before it, `default` is the graph of that: its
-    placeholders are inputs by name, and it returns one value.
+    `role` determines the value if a caller leaves the input out: "data" is required; "padding" is
+    ones over past and present tokens; "positions" count on from the past, and a document begins
+    where they restart; "offsets" also count on from the past, but do not separate documents;
+    "pictures" may be absent, as the text is read without them; "zeros" are zeros. If the model
+    computes another default from the inputs before it, `default` is its graph. Its placeholders are
+    inputs by name, and it returns one value.
     """
 
     name: str
     type: TensorType
     role: str = "data"
-    # graphs have no equality of their own: `text.compare` compares them
+    # fx graphs do not define equality: `text.compare` compares them
     default: fx.Graph | None = field(default=None, compare=False)
 
     @property
     def counts(self) -> bool:
-        """Whether it numbers the tokens from the first on."""
+        """Whether it numbers the tokens, from the first token of the past on."""
         return self.role in ("positions", "offsets")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A pass that has run: its text, how long it took, and what it remarked and measured."""
+    """Record of a pass that has run: its text, seconds, remarks and measurements."""
 
     text: str
     seconds: float
@@ -60,19 +60,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a Program was made from, and the passes that it has been through.
+    """Original model of a Program, and the passes that have run on it.
 
-    `config` is the original model's configuration as JSON data; `files` are the side files
-    (see `reroll.rewrite.capture.side_files`) that are saved again, name to path;
-    `auto_class` names the transformers auto class that loads the saved model; `remarks` say what of
-    the original the capture left out. `rereads_at` is the length at which the original's generation
-    drops its cache and reads the text anew, because its rotary frequencies change there. `loss` is
-    what a language model computes from labels: the cross entropy of each position with the next
-    label ("shifted") or with its own ("aligned"); None if it is another, or none. `cache_span` is
-    the number of tokens beyond which the original computes something else with its cache than
-    without: 0 if it always does, None if it never does. `adds_tokens`: the original's generation
-    reads tokens beside those that it is given. `wraps_labels`: given labels alone, its decoder
-    begins with the last of them.
+    `config` is the original model's configuration as JSON data. `files` maps names of the side
+    files, which are saved again, to their paths (see `reroll.rewrite.capture.side_files`).
+    `auto_class` names the transformers auto class that loads the saved model. `remarks` tell what
+    of the original the capture left out. `rereads_at` is the length at which the original's
+    generation drops its cache and recomputes the text, because its rotary frequencies change there.
+    `loss` is the cross entropy of each position with the next label ("shifted") or with its own
+    ("aligned"). It is None if the model computes another loss, or none. `cache_span` is the number
+    of tokens above which the original's results with and without its cache differ: 0 if they always
+    do, None if never. `adds_tokens`: the original appends tokens of its own to the prompt in
+    generation. `wraps_labels`: given labels alone, its decoder starts with the last label.
     """
 
     model: str
@@ -91,13 +90,13 @@ class Origin:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Where the original and the side files lie; the original may be a hub id."""
+        """Paths of the original (or its hub id) and of the folders of its side files."""
         folders = [path.removesuffix(name) for name, path in self.files.items()]
         return tuple(dict.fromkeys([self.model, *folders]))
 
     @property
     def positions(self) -> int | None:
-        """How many tokens the configuration allows; None if it does not say."""
+        """Maximum number of tokens by the configuration; None if it has no maximum."""
         nested = self.config.get("text_config")
         for config in (self.config, nested if isinstance(nested, Mapping) else {}):
             for name in ("max_position_embeddings", "n_positions"):
@@ -108,10 +107,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Body:
-    """One trip of a depth loop.
+    """Graph of one trip of a depth loop.
 
     The first placeholders of `graph` are the carry, in the order in which its output returns them;
-    the others take the loop's inputs. `period` is how many of the original layers one trip runs.
+    the others take the loop's inputs. `period` is the number of the original's layers in one trip.
     """
 
     graph: fx.Graph

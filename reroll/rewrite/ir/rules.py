@@ -1,8 +1,8 @@
-"""The rules of `recurrence`: what a token mixer tells the engine about itself.
+"""Registry of the rules of `recurrence`: a token mixer's computation and costs.
 
-The mixers live in a package above this one and add themselves with `register_rule`. On the first
-look-up of a name that is not there yet, the package is imported by name, so that a Program that was
-read from a file runs, prints its costs and verifies without anybody having imported a mixer.
+The mixers are in a package that imports this one, and register themselves with `register_rule`. The
+first look-up of an unknown name imports that package by name. So a Program that was read from a
+file runs, prints its costs and verifies without an explicit import of a mixer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 
-# by name, so that this package imports nothing of the one above it
+# a name, so that there is no import cycle with the mixers
 PACKAGE = "reroll.mixers"
 
 
 class Rule(Protocol):
-    """One rule; `options` is the JSON text of the op."""
+    """Rule of one mixer; `options` is the JSON text of the op."""
 
     def run(
         self,
@@ -31,25 +31,25 @@ class Rule(Protocol):
         options: str,
         padding: Tensor | None,
     ) -> Tensor:
-        """[batch, time, heads, d_v] from a zero state, differentiable."""
+        """Return [batch, time, heads, d_v] from a zero state, differentiable."""
 
     def flops(self, options: str, heads: int, kv_heads: int, d_k: int, d_v: int) -> int:
-        """Operations for one more token."""
+        """Count the operations for one more token."""
 
     def state_bytes(self, options: str, kv_heads: int, d_k: int, d_v: int) -> int:
-        """Bytes of state that one sequence holds, whatever its length."""
+        """Count the bytes of state of one sequence, which do not depend on its length."""
 
 
 _rules: dict[str, Rule] = {}
 
 
 def register_rule(name: str, rule: Rule) -> None:
-    """Make `rule` what `recurrence(..., rule=name)` computes."""
+    """Register `rule` as the computation of `recurrence(..., rule=name)`."""
     _rules[name] = rule
 
 
 def find_rule(name: str) -> Rule:
-    """The rule of this name; UsageError naming the known ones if there is none."""
+    """Return the rule of this name; UsageError with the known names if there is none."""
     if name not in _rules:
         importlib.import_module(PACKAGE).discover()
     if name not in _rules:

@@ -1,4 +1,4 @@
-"""Shapes of a captured graph: sizes of symbolic dimensions, and reshapes that need none of them."""
+"""Shapes of a captured graph: sizes of symbolic dimensions, and reshapes without them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FUNCTIONS: dict[str, Callable[..., int]] = {
 
 
 def concrete(dim: Dim, sizes: Mapping[str, int]) -> int:
-    """The size of a dimension, given the sizes of the names in it. KeyError for an unknown name."""
+    """Compute the size of a dimension from the sizes of its names; KeyError for an unknown name."""
     if isinstance(dim, int):
         return dim
 
@@ -61,7 +61,7 @@ def concrete(dim: Dim, sizes: Mapping[str, int]) -> int:
 
 
 def drop_copies(graph: fx.Graph) -> None:
-    """Take out the copies to another memory layout, which keep a flat program bit-identical."""
+    """Remove copies to another memory layout, which only keep a flat program bit-identical."""
     for node in graph.nodes:
         if node.target is aten.contiguous.default:
             stand_in(node, node.args[0])
@@ -69,10 +69,10 @@ def drop_copies(graph: fx.Graph) -> None:
 
 
 def tidy_shapes(graph: fx.Graph) -> int:
-    """Write reshapes and expands without the sizes that stay as they are; returns how many.
+    """Rewrite reshapes and expands without the sizes that they keep; return how many changed.
 
-    `reshape(x, [b, s, 9, 64])` of [b, s, 576] is `unflatten(x, 2, [9, 64])`: what a layer does to
-    its own dimensions then needs no size from outside the layer.
+    `reshape(x, [b, s, 9, 64])` of [b, s, 576] becomes `unflatten(x, 2, [9, 64])`. A layer that
+    splits its own dimensions then needs no size from outside the layer.
     """
     changed = 0
     for node in list(graph.nodes):
@@ -113,7 +113,7 @@ def _tidy_reshape(graph: fx.Graph, node: fx.Node) -> int:
     while tail < min(len(before), len(after)) - head and before[-1 - tail] == after[-1 - tail]:
         tail += 1
     if head + tail == min(len(before), len(after)) and tail:
-        # a dimension of size 1 came or went: take in a neighbour
+        # a dimension of size 1 was added or removed: include its neighbour
         tail -= 1
     old, new = before[head : len(before) - tail], after[head : len(after) - tail]
     if len(old) == 1 and len(new) > 1 and all(isinstance(size, int) for size in new):

@@ -1,7 +1,7 @@
-"""The types of nodes: where they are kept, and how they are found by running ops without data.
+"""Types of nodes: read, set, and inferred by running ops on meta tensors.
 
-A dimension that is known only at run time stands in such a run as a size that no model has, one
-for each name, and gets its name back afterwards.
+In such a run, each symbolic dimension is replaced by a size that no model has, and replaced back by
+its name afterwards.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.program import Loop
 from reroll.rewrite.ir.records import Dim, TensorType
 
-# primes, so that a size is seldom one of them by chance
+# primes, so that a computed size is hardly ever one of them by chance
 _SIZES = (100003, 100019, 100043, 100049, 100057, 100069, 100103, 100109)
 
 
 def type_of(node: Any) -> TensorType | None:
-    """The type of a node; None if it makes no tensor, or several, or the type is not known."""
+    """Return the type of a node; None if unknown, or if its value is not one tensor."""
     kind = node.meta.get("type") if isinstance(node, fx.Node) else None
     return kind if isinstance(kind, TensorType) else None
 
 
 def set_type(node: fx.Node, kind: TensorType | None) -> None:
-    """Say what a node makes; None leaves the node as it is."""
+    """Set the type of a node; None leaves the node unchanged."""
     if kind is not None:
         node.meta["type"] = kind
 
@@ -42,11 +42,11 @@ def set_dtype(node: fx.Node, dtype: torch.dtype | None) -> None:
 
 
 def infer(node: fx.Node, loop: Loop | None = None) -> None:
-    """Find the type of a call from those of its arguments.
+    """Infer the type of a call from those of its arguments.
 
-    `loop` is the loop whose body the node stands in, if that has numbers among its inputs. Without
-    all arguments' types, the node stays without one. Raises ProgramError if the op does not run on
-    them, or makes a size that has no name.
+    `loop` is the loop whose body contains the node, if its inputs include numbers. If an argument's
+    type is unknown, the node gets none. Raises ProgramError if the op does not run on these types,
+    or if a symbolic size of the result has no name.
     """
     sizes = Sizes()
     run = _Run(sizes, loop)
@@ -65,14 +65,14 @@ def infer(node: fx.Node, loop: Loop | None = None) -> None:
 
 
 class Sizes:
-    """Sizes that stand for the names of dimensions."""
+    """Bijection between names of dimensions and the sizes that replace them."""
 
     def __init__(self) -> None:
         self._sizes: dict[str, int] = {}
         self._numbers: set[int] = set()
 
     def empty(self, kind: TensorType) -> Tensor:
-        """A tensor of a type, without data."""
+        """Create a meta tensor of a type."""
         return torch.empty([self._size(d) for d in kind.shape], dtype=kind.dtype, device="meta")
 
     def _size(self, dim: Dim) -> int:
@@ -82,11 +82,11 @@ class Sizes:
         return self._sizes.setdefault(dim, _SIZES[len(self._sizes)])
 
     def named(self) -> Mapping[int, str]:
-        """The names of the dimensions, by their sizes."""
+        """Return the names of the dimensions, by their sizes."""
         return {size: name for name, size in self._sizes.items()}
 
     def name(self, size: int, node: fx.Node) -> Dim:
-        """The dimension of a size. ProgramError where it is made of one that has a name."""
+        """Return the dimension of a size; ProgramError for a size derived from a symbolic one."""
         if size in (names := self.named()):
             return names[size]
         if names and size >= _SIZES[0] and size not in self._numbers:
@@ -99,15 +99,15 @@ class Sizes:
 
 
 class _Run:
-    """Runs nodes without data, from the types of what they read."""
+    """Evaluation of nodes on meta tensors, from the types of their arguments."""
 
     def __init__(self, sizes: Sizes, loop: Loop | None) -> None:
         self.sizes, self.loop = sizes, loop
-        # whether something was read that has no type
+        # whether an argument without a type was read
         self.unknown = False
 
     def value(self, node: fx.Node) -> Any:
-        """What a call makes."""
+        """Compute the value of a call on meta tensors."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
         return run_without_data(node.target, args, dict(kwargs))
 
@@ -121,13 +121,13 @@ class _Run:
             return self.value(node)
         if self.loop is not None and not isinstance(given := self.loop.resolve(node, 0), fx.Node):
             return given
-        # a number, or a tensor of which nothing is known
+        # a number, or a tensor of unknown type
         self.unknown = True
         return 1
 
 
 def run_without_data(target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What an op makes of tensors on the meta device."""
+    """Run an op on tensors on the meta device."""
     schema = getattr(target, "_schema", None)
     if any(a.name == "device" for a in getattr(schema, "arguments", ())):
         kwargs = {**kwargs, "device": "meta"}

@@ -1,7 +1,7 @@
-"""Whether a Program is well formed: what everything that reads one may rely on.
+"""Verify that a Program is well formed, which all its readers rely on.
 
-Checked after parsing, after reading JSON and after every pass. The checks of single nodes are in
-`verify_nodes`.
+It is checked after parsing, after reading JSON and after every pass. The checks of single nodes are
+in `verify_nodes`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_TRIPS = 2**16
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, in which graph, and at which node if it is one node's fault."""
+    """Error in a Program: message, graph, and the node at fault, if it is one."""
 
     message: str
     graph: str = MAIN
@@ -37,7 +37,7 @@ class Problem:
 
     @property
     def where(self) -> str:
-        """The place as text."""
+        """Graph and node as text."""
         return self.graph if self.node is None else f"{self.graph}: %{self.node.name}"
 
 
@@ -48,7 +48,7 @@ def verify(program: Program) -> None:
 
 
 def problems(program: Program) -> Iterator[Problem]:
-    """Everything that is wrong with a Program; all but the first may follow from the first."""
+    """Yield the errors of a Program; all but the first may follow from the first."""
     for graph_name, graph in program.graphs():
         yield from _graph_problems(graph_name, graph)
     yield from _interface_problems(program)
@@ -142,7 +142,7 @@ def _interface_problems(program: Program) -> Iterator[Problem]:
 
 
 def _default_problems(program: Program) -> Iterator[Problem]:
-    """What is wrong with the graphs of inputs that may be left out."""
+    """Yield the errors in the graphs of inputs' defaults."""
     before: dict[str, TensorType] = {}
     for item in program.inputs:
         name = f"default {item.name}"

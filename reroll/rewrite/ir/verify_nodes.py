@@ -1,4 +1,4 @@
-"""The checks of one node: whether a program may hold it, and whether its schema fits its call."""
+"""Checks of one node: whether a program may hold it, and whether its call fits its schema."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reroll.rewrite.ir.text.literals import misfit, nodes_in
 from reroll.rewrite.ir.text.op_names import op_name
 
 _SCALAR = (int, float, bool)
-# the constants that the dispatcher takes for a parameter; a node is taken for any
+# types of constants that the dispatcher accepts for a parameter; a node is always accepted
 _CONSTANTS: dict[str, tuple[type, ...]] = {
     "Tensor": _SCALAR,
     "number": _SCALAR,
@@ -32,7 +32,7 @@ _CONSTANTS: dict[str, tuple[type, ...]] = {
 
 
 def node_problem(node: fx.Node, in_body: bool) -> str | None:
-    """What is wrong with a node by itself, or None."""
+    """Return what is wrong with a node by itself, or None."""
     if not isinstance(node.meta.get("type"), TensorType | None):
         return 'its meta["type"] is not a TensorType'
     if node.op == "placeholder":
@@ -59,7 +59,7 @@ def node_problem(node: fx.Node, in_body: bool) -> str | None:
 
 
 def call_problem(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why an op cannot be called with these arguments, or None."""
+    """Return why an op cannot be called with these arguments, or None."""
     parameters = op._schema.arguments
     positional = [p for p in parameters if not p.kwarg_only]
     if len(args) > len(positional):
@@ -88,7 +88,7 @@ def call_problem(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def accepts(kind: str, value: Any) -> bool:
-    """Whether an argument may be given for a parameter of a schema's type, such as `List[int]`."""
+    """Whether a value is accepted for a parameter of a schema's type, such as `List[int]`."""
     if isinstance(value, fx.Node):
         return True
     if kind.startswith("Optional["):
@@ -97,13 +97,13 @@ def accepts(kind: str, value: Any) -> bool:
         item = kind.removeprefix("List[")[:-1]
         if isinstance(value, list | tuple):
             return all(accepts(item, v) for v in value)
-        # one number stands for all of a list of fixed length
+        # the dispatcher expands one number to a list of fixed length
         return accepts(item, value) if item != "Tensor" else False
     return isinstance(value, _CONSTANTS.get(kind, ()))
 
 
 def fitting(value: Any, kind: TensorType | None) -> bool:
-    """Whether a value may have this type, as far as is known without running anything."""
+    """Whether a value may have this type, as far as its own type is known."""
     known = value.meta.get("type") if isinstance(value, fx.Node) else None
     if not isinstance(known, TensorType) or not isinstance(kind, TensorType):
         return True

@@ -1,17 +1,17 @@
-"""Which keys a query of an attention sees, as one value.
+"""Attention masks without data: the arguments that determine which keys a query sees.
 
 A query at position q sees a key at position k, both counted from the first token of the row, if
 
     causal     k <= q
     window w   q - k < w; without causality |q - k| <= w
     chunk c    floor((k - f) / c) = floor((q - f) / c), with f the first token that is no padding
-    prefix p   or k is one of the first p tokens that are no padding, whatever window and chunk say
+    prefix p   or k is one of the first p tokens that are no padding, despite window and chunk
                (attention sinks, arXiv 2309.17453); causality holds for these, too
-    blocks     or both have the same number of 0 or more, whatever the others say
+    blocks     or both have the same block number of 0 or more, despite all conditions above
     padding    and k is no padding
 
-`Visibility` holds these arguments as the ops `attention`, `attention_mass` and `mask` have them.
-This file answers in tensors; a target that has no tensors builds the same from the same value, as
+`Visibility` holds these arguments of the ops `attention`, `attention_mass` and `mask`. This file
+evaluates them to tensors. An export target builds its own nodes from the same value, as
 `reroll.export.onnx.ops.masks` does.
 """
 
@@ -29,18 +29,18 @@ from reroll.rewrite.ir.matching import bind
 
 @dataclass(frozen=True)
 class Visibility:
-    """The arguments of an attention that say which keys a query sees.
+    """Arguments of an attention that determine which keys a query sees.
 
-    A field is a value while a Program runs. It can be a node while the Program is rewritten, and
-    what stands for a value while a target is written.
+    A field is a value while a Program runs. It can be a node in a rewrite, and a target's own
+    representation of a value in an export.
 
     Attributes:
-        causal: whether a query sees no key behind itself.
-        window: how many tokens back it sees, itself among them; None for all.
-        chunk: size of the chunks that see only themselves.
-        padding: [batch, tokens], 0 at keys that nobody sees.
+        causal: whether a query sees no later key.
+        window: number of the last tokens that a query sees, including itself; None for all.
+        chunk: size of the chunks; a query sees only keys of its own chunk.
+        padding: [batch, tokens], 0 at keys that no query sees.
         blocks: [batch, tokens], the number of each token's block; -1 for none.
-        prefix: how many of the first tokens stay in sight.
+        prefix: number of the first tokens that are always visible.
     """
 
     causal: Any = False
@@ -52,57 +52,57 @@ class Visibility:
 
     @classmethod
     def of(cls, node: fx.Node) -> Visibility:
-        """The visibility that a node of `attention`, `attention_mass` or `mask` has."""
+        """Read the visibility of a node of `attention`, `attention_mass` or `mask`."""
         return cls.among(bind(node.target, node.args, node.kwargs))
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> Visibility:
-        """The visibility among an op's arguments by name."""
+        """Select the visibility from an op's arguments by name."""
         return cls(**{name: arguments[name] for name in NAMES if name in arguments})
 
     def map(self, function: Callable[[Any], Any]) -> Visibility:
-        """The same with every field passed through a function."""
+        """Apply a function to every field."""
         return Visibility(*map(function, self.values()))
 
     def values(self) -> tuple[Any, ...]:
-        """The fields in the order of the class."""
+        """Return the fields in the order of the class."""
         return tuple(getattr(self, name) for name in NAMES)
 
-    # ---- questions that need no positions
+    # ---- properties that need no positions
 
     @property
     def is_empty(self) -> bool:
-        """Whether no query sees anything."""
+        """Whether no query sees any key."""
         return self.window == 0 and not self.prefix
 
     @property
     def is_by_key(self) -> bool:
-        """Whether all queries see the same keys: at most padding hides any."""
+        """Whether all queries see the same keys: only padding can hide keys."""
         limits = (self.window, self.chunk, self.blocks)
         return self.causal is False and all(limit is None for limit in limits)
 
     @property
     def is_limited(self) -> bool:
-        """Whether anything but causality hides keys, or blocks show more."""
+        """Whether padding, window, chunk or blocks change the visible keys."""
         return any(v is not None for v in (self.padding, self.blocks, self.window, self.chunk))
 
     def most_keys(self, keys: int) -> int:
-        """How many of `keys` keys one query sees at most. Fields that are nodes are not counted."""
+        """Bound the number of `keys` that one query sees; fields that are nodes do not count."""
         first = self.prefix if isinstance(self.prefix, int) else 0
         if isinstance(self.window, int):
-            # without causality, a window reaches to both sides
+            # without causality, a window extends to both sides
             both = self.causal is False
             keys = min(keys, first + (2 * self.window + 1 if both else self.window))
         if isinstance(self.chunk, int):
             keys = min(keys, first + self.chunk)
         return keys
 
-    # ---- answers in tensors
+    # ---- evaluation to tensors
 
     def near(self, q: Tensor, kv: Tensor, number: Tensor) -> Tensor:
-        """Whether causality, window, chunk and prefix let a query see a key.
+        """Compute whether causality, window, chunk and prefix let a query see a key.
 
-        `q` and `kv` are positions, `number` how many tokens of its row stand before a key. All
+        `q` and `kv` are positions; `number` is how many tokens of its row precede a key. All
         broadcast.
         """
         before = kv <= q if self.causal else None
@@ -122,10 +122,10 @@ class Visibility:
         return seen
 
     def seen(self, q: Tensor, keys: int, start: int = 0) -> Tensor:
-        """Which of `keys` keys from position `start` on the queries at positions `q` see.
+        """Compute which of `keys` keys, from position `start` on, the queries at positions `q` see.
 
-        Returns booleans [batch or 1, 1, queries, keys]. Keys beyond `padding` are hidden, those
-        beyond `blocks` are in no block.
+        Returns booleans [batch or 1, 1, queries, keys]. Keys after the end of `padding` are hidden;
+        those after the end of `blocks` are in no block.
         """
         kv = torch.arange(keys, device=q.device) + start
         rows = q[:, None]
@@ -145,7 +145,7 @@ class Visibility:
         return seen
 
     def same_block(self, q: Tensor, kv: Tensor) -> Tensor:
-        """Whether tokens at positions `q` and `kv` are in one block: [batch, 1, queries, keys]."""
+        """Compute whether positions `q` and `kv` are in one block: [batch, 1, queries, keys]."""
         last = self.blocks.shape[1] - 1
         of_q = self.blocks[:, q.clamp(max=last)].masked_fill(q > last, -1)
         of_kv = self.blocks[:, kv.clamp(max=last)].masked_fill(kv > last, -1)
@@ -153,7 +153,7 @@ class Visibility:
         return same[:, None]
 
     def added(self, q: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
-        """`seen` as what is added to scores: 0 where a key is seen, else the lowest value."""
+        """Compute the additive mask: 0 where a key is visible, else the dtype's minimum."""
         lowest = torch.finfo(dtype).min
         return torch.where(self.seen(q, keys), torch.zeros((), dtype=dtype), lowest)
 
@@ -162,7 +162,7 @@ NAMES = tuple(f.name for f in fields(Visibility))
 
 
 def _columns(padding: Tensor, start: int, keys: int) -> Tensor:
-    """Padding as booleans [batch, keys] for the keys from `start` on; False beyond its end."""
+    """Slice padding to booleans [batch, keys] for the keys from `start` on; False after its end."""
     padding = padding[:, start : start + keys].bool()
     missing = keys - padding.shape[1]
     return torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding

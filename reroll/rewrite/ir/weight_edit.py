@@ -1,4 +1,4 @@
-"""Editing a Program's weights beside its graph: who reads them, and new ones made of them."""
+"""Edit a Program's weights with its graphs: count their readers, and derive new weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from reroll.rewrite.ir.weights.expressions import Expr
 
 
 class WeightEditor:
-    """The weight table of a Program whose graphs are being edited in place.
+    """Editor of the weight table of a Program whose graphs are edited in place.
 
     Attributes:
-        program: the Program; its graphs are the caller's to change.
-        weights: the table as changed so far.
-        reference: what tied weights were before they were tied, changed alike.
+        program: the Program; the caller edits its graphs.
+        weights: the table with the changes so far.
+        reference: the tied weights from before they were tied, with the same changes.
     """
 
     def __init__(self, program: Program) -> None:
@@ -31,15 +31,15 @@ class WeightEditor:
         self.reference = program.reference
 
     def result(self) -> Program:
-        """The Program with the changed table, without what no graph reads any more."""
+        """Return the Program with the changed table, without weights that no graph reads."""
         for _, graph in self.program.graphs():
             graph.eliminate_dead_code()
         return replace(self.program, weights=self.weights, reference=self.reference).pruned()
 
     def owns(self, user: fx.Node | None, *values: Any) -> bool:
-        """Whether values are weights that nothing but `user` reads, by their node, name or content.
+        """Whether values are weights that only `user` reads, by their node, name and content.
 
-        Without a user, whether they are weights that one node has.
+        Without a user: whether each is a weight that a single node reads.
         """
         counts = self._reads()
         return all(
@@ -56,14 +56,14 @@ class WeightEditor:
         return Counter(str(n.target) for g in graphs for n in g.nodes if n.op == "get_attr")
 
     def _stored_twice(self, name: str) -> bool:
-        """Whether another weight has the same content: changing one would then untie the two."""
+        """Whether another weight has the same content; changing one of them would untie them."""
         own = set(self.weights[name].entries)
         return any(own & set(w.entries) for other, w in self.weights.items() if other != name)
 
     def fits(self, name: str, *others: str) -> bool:
-        """Whether a weight can take others in and need no more entries than it has.
+        """Whether other weights can be folded into a weight without more entries.
 
-        Before tying, too, they must have had a form that can be taken in alike.
+        Either all or none of them must have a form from before tying.
         """
         stacks = [self.weights[n].index for n in (name, *others)]
         combined = set(zip(*(index for index in stacks if index is not None), strict=True))
@@ -71,15 +71,15 @@ class WeightEditor:
         return alike and len(combined) <= len(self.weights[name].entries)
 
     def change(self, name: str, function: Callable[[Expr], Expr]) -> None:
-        """Apply a function to all entries of a weight, and to what it was before tying."""
+        """Apply a function to all entries of a weight, and to its form from before tying."""
         self.weights = self.weights.with_weight(name, _map(self.weights[name], function))
         if name in self.reference:
             self.reference = self.reference.with_weight(name, _map(self.reference[name], function))
 
     def combine(self, result: str, names: list[str], function: Callable[..., Expr]) -> None:
-        """Make the weight `result` of several, trip by trip, in the dtype of the first.
+        """Compute the weight `result` from several, trip by trip, in the dtype of the first.
 
-        Where all of them have a form from before they were tied, that is made of theirs.
+        If all of them have a form from before tying, that of `result` is computed from theirs.
         """
         made = _combined([self.weights[name] for name in names], function)
         self.weights = self.weights.with_weight(result, made)
@@ -88,19 +88,19 @@ class WeightEditor:
             self.reference = self.reference.with_weight(result, made)
 
     def copy(self, name: str, new: str) -> str:
-        """Give a weight's content a second name, and so weights of its own; returns the name."""
+        """Copy a weight under another name; return that name."""
         new = self.free_name(new)
         self.weights = self.weights.with_weight(new, self.weights[name])
         return new
 
     def free_name(self, name: str) -> str:
-        """The name, or one like it that no weight has."""
+        """Return the name, with underscores appended until no weight has it."""
         while name in self.weights:
             name += "_"
         return name
 
     def node(self, graph: fx.Graph, name: str) -> fx.Node:
-        """A new node that reads a weight, at the graph's insertion point."""
+        """Write a node that reads a weight, at the graph's insertion point."""
         return Builder(graph).weight(name, self.weights[name])
 
 
@@ -112,7 +112,7 @@ def _map(weight: Weight, function: Callable[[Expr], Expr]) -> Weight:
 def _combined(parts: list[Weight], function: Callable[..., Expr]) -> Weight:
     trips = next((p.trips for p in parts if p.trips is not None), None)
     dtype = parts[0].meta.dtype
-    # trips share what they shared in all parts; equal constants of different trips stay apart
+    # trips share an entry only if they share it in all parts; equal constants stay separate
     made: dict[tuple[int, ...], Expr] = {}
     index = []
     for trip in range(trips or 1):
@@ -125,5 +125,5 @@ def _combined(parts: list[Weight], function: Callable[..., Expr]) -> Weight:
 
 
 def _wide(expr: Expr) -> Expr:
-    """In fp32 at least: half precision would round between the steps."""
+    """Cast to fp32 at least, because half precision would round between the steps."""
     return cast(expr, torch.promote_types(expr.meta.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What a pass is: a class whose fields are its options, and a `run` from Program to Program.
+"""Base class of passes: fields are the options, and `run` maps a Program to a Program.
 
     class ScaleLogits(Pass):
         '''Multiply the logits by a constant.'''
@@ -9,9 +9,9 @@
 
         def run(self, program: Program, context: Context) -> Program: ...
 
-The fields are the Python arguments, the options in pipeline text, the keys in recipes and the
-documentation. Subclasses are made frozen dataclasses with keyword arguments; values are checked
-against the annotations when a pass is made.
+The fields are the Python arguments, the options in pipeline text, the keys in recipes, and the
+documentation. Subclasses become frozen dataclasses with keyword arguments. Values are checked
+against the annotations when a pass is constructed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Contract = Literal["exact", "approximate"]
 class Pass(Declared, ABC):
     """Base of all passes.
 
-    A subclass sets `name` (how it is called in text), `contract`, and if need be `requires`: the
-    names of passes that must have run before. `contract` is "exact" when the result computes the
-    same function, which the pass manager checks after every run, or "approximate", for which it
-    measures the distance.
+    A subclass sets `name` (its name in pipeline text), `contract`, and optionally `requires`: the
+    names of passes that must have run before. `contract` is "exact" if the result computes the same
+    function, which the pass manager checks after every run. It is "approximate" if not; then the
+    manager measures the distance.
     """
 
     what: ClassVar[str] = "pass"
@@ -46,9 +46,9 @@ class Pass(Declared, ABC):
 
     @abstractmethod
     def run(self, program: Program, context: Context) -> Program:
-        """The rewritten program. `program` is the pass's own copy, its graphs may be edited.
+        """Rewrite a program. `program` is a copy whose graphs may be edited in place.
 
-        Raises PassError if the pass cannot do what it was asked to do.
+        Raises PassError if the program or the options do not allow the rewrite.
         """
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Passes and their options as the text of a pipeline."""
+"""Format passes and their options as pipeline text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from reroll.rewrite.pipeline.pipeline_parser import RESERVED, WORD
 
 
 def call_to_text(name: str, options: Mapping[str, Any]) -> str:
-    """A pass's name and options as text."""
+    """Format a pass's name and options as text."""
     if not options:
         return name
     return f"{name}({', '.join(f'{k}={value_to_text(plain(v))}' for k, v in options.items())})"
 
 
 def value_to_text(value: Any) -> str:
-    """A value as it stands in a pipeline."""
+    """Format an option's value as pipeline text."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, str):

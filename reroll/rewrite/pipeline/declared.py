@@ -1,6 +1,6 @@
-"""A class whose fields are its options: checked, documented, and read from text or a recipe.
+"""Classes whose fields are their options: checked, documented, and read from text or a recipe.
 
-Passes are declared in this way, and so is everything else that a recipe composes.
+Passes are declared in this way, and so are mixers, targets, stages and measures.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from reroll.rewrite.pipeline.options import (
 )
 
 
-# without field specifiers: type checkers find a default of theirs by its keyword only, and that of
-# `option` stands first
+# no field specifiers: type checkers recognise the default of a specifier by its keyword only, and
+# `option` takes its default as the first positional argument
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Declared:
-    """Base of what is declared by its options.
+    """Base of classes that are declared by their options.
 
-    A subclass sets `name`, how it is called in text, and is made a frozen dataclass with keyword
-    arguments; its docstring and its fields' help are the documentation. `what` says in errors what
-    kind of thing it is.
+    A subclass sets `name`, its name in text, and becomes a frozen dataclass with keyword arguments.
+    Its docstring and its fields' help are the documentation. `what` names its kind in errors, such
+    as "pass".
     """
 
     what: ClassVar[str] = ""
@@ -38,7 +38,7 @@ class Declared:
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        # dataclass supplies a signature as a docstring; that documents nothing
+        # dataclass sets the signature as a docstring, which is no documentation
         if "__doc__" in vars(cls) and (cls.__doc__ or "").startswith(f"{cls.__name__}("):
             cls.__doc__ = None
 
@@ -52,16 +52,16 @@ class Declared:
         self.check()
 
     def check(self) -> None:
-        """Raise UsageError if the options do not fit together; nothing by default."""
+        """Raise UsageError if the options do not fit together; accept all by default."""
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """The declared options by name, in order."""
+        """Return the declared options by name, in order."""
         return options_of(cls)
 
     @classmethod
     def make(cls, options: Mapping[str, Any]) -> Self:
-        """One with these options; UsageError for one that is unknown, missing or wrong."""
+        """Construct an instance; UsageError for an unknown, missing or invalid option."""
         declared = cls.options()
         for key in options:
             if key not in declared:
@@ -79,7 +79,7 @@ class Declared:
         return cls(**options)
 
     def given(self) -> dict[str, Any]:
-        """The options that differ from their defaults, as plain data."""
+        """Return the options that differ from their defaults, as plain data."""
         return {
             key: plain(getattr(self, key))
             for key, declared in self.options().items()
@@ -88,17 +88,17 @@ class Declared:
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of the documentation."""
+        """Return the first line of the documentation."""
         return cls.documentation().partition("\n")[0]
 
     @classmethod
     def documentation(cls) -> str:
-        """The class's own docstring, without its indentation."""
+        """Return the class's own docstring, without its indentation."""
         return inspect.cleandoc(cls.__doc__ or "")
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
-        """Everything that the declaration says, as JSON data."""
+        """Return the whole declaration as JSON data."""
         return {
             "name": cls.name,
             "summary": cls.summary(),

@@ -1,4 +1,4 @@
-"""Passes that change layers one by one: which ones, and which of them stay as they are."""
+"""Base of passes that change single layers: which layers to change, and which to keep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reroll.rewrite.pipeline.selection import Keep, Layers, check_keep, choose, 
 
 
 class LayerPass(Pass):
-    """A pass over the attention layers of a program."""
+    """Base of passes over the attention layers of a program."""
 
     layers: Layers = option("all", within=COUNT_OR_NONE, help="numbers of the layers to change")
     keep: Keep = option(
@@ -26,9 +26,9 @@ class LayerPass(Pass):
         check_keep(self.keep, f"pass {self.name}, option keep")
 
     def chosen(self, program: Program) -> tuple[list[Layer], set[int]]:
-        """All layers, and the numbers of those that the options name.
+        """Return all layers, and the numbers of those that the options select.
 
-        Raises PassError if there are none, and UsageError for numbers that there are not.
+        Raises PassError if there are no layers, and UsageError for numbers of missing layers.
         """
         found = attention_layers(program)
         if not found:
@@ -43,9 +43,9 @@ class LayerPass(Pass):
         rewritten: Callable[[Collection[int]], Program],
         context: Context,
     ) -> set[int]:
-        """What is left of the `eligible` layers if a part of them stays by measurement.
+        """Remove from the `eligible` layers those that stay by measurement.
 
-        `rewritten` gives the program with only some layers changed, see `keep_by_measure`.
+        `rewritten` returns the program with only the given layers changed, see `keep_by_measure`.
         """
         part = measured_part(self.keep)
         if part is None or not eligible:

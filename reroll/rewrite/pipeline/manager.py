@@ -1,4 +1,4 @@
-"""The pass manager: runs passes in turn, and checks and measures what each of them did."""
+"""Pass manager: runs passes in order, and checks or measures the result of each."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Measure = Literal["auto"] | bool
 
 @dataclass(frozen=True)
 class Event:
-    """What a caller is told while passes run.
+    """Event of a running pipeline, for the caller's callback.
 
     `kind` is "start", "progress" (with `done`, `total` and `what`), "done" (with `step` and
-    `program`) or "print" (`program` is to be shown).
+    `program`) or "print" (show `program`).
     """
 
     kind: Literal["start", "progress", "done", "print"]
@@ -57,23 +57,23 @@ def run_passes(
     seed: int = 0,
     large: int = LARGE,
 ) -> Program:
-    """Run passes on a Program; each leaves a Step in the result's origin.
+    """Run passes on a Program; each adds a Step to the result's origin.
 
     Args:
-        program: what to rewrite; it is not changed.
+        program: the Program to rewrite; it is not changed.
         passes: pipeline text, the path of a recipe, a pass, or a list of these.
-        text: text, or a file with text, to calibrate and measure on. A sample ships.
+        text: calibration text, or a file with it; a sample ships with reroll.
         tokenizer: turns text into token ids; the original model's own by default.
         measure: "auto" checks exact passes and measures approximate ones unless the weights are
             larger than `large` bytes; True does so in any case, False does not measure.
         stop_after: the number or the name of the last pass to run.
         print_after: names of passes after which the program is shown, or "all".
-        on_event: is told about starts, progress, steps and programs to show.
+        on_event: called with each Event: starts, progress, steps and programs to show.
         seed: for passes that need random numbers.
-        large: bytes of weights above which "auto" looks at nothing.
+        large: bytes of weights above which "auto" neither checks nor measures.
 
-    Raises UsageError if the pipeline is not valid, and PassError, naming the pass, if a pass fails,
-    gives a malformed program, or claims to be exact and is not.
+    Raises UsageError if the pipeline is not valid. Raises PassError with the pass's name if a pass
+    fails, returns a malformed program, or claims to be exact and is not.
     """
     check_number("seed", seed, SEED, "run_passes")
     check_number("large", large, NOT_NEGATIVE, "run_passes", integer=False)
@@ -115,7 +115,7 @@ def _stopped(passes: tuple[Pass, ...], stop_after: int | str | None) -> tuple[Pa
 
 
 def _check_requirements(program: Program, passes: tuple[Pass, ...]) -> None:
-    """All at once and before anything has run, because a pass may take hours."""
+    """Check the requirements of all passes before the first runs, because a pass may take hours."""
     ran = {step.text.partition("(")[0] for step in program.origin.steps}
     for each in passes:
         missing = [name for name in each.requires if name not in ran]
@@ -129,7 +129,7 @@ def _check_requirements(program: Program, passes: tuple[Pass, ...]) -> None:
 
 
 class _Runner:
-    """One run of a pipeline: what all of its passes share."""
+    """State of one run of a pipeline, shared by its passes."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class _Runner:
         return result
 
     def judged(self, each: Pass, before: Program, after: Program) -> dict[str, Any]:
-        """The check of an exact pass or the measurement of an approximate one."""
+        """Check an exact pass, or measure an approximate one."""
         looked_at = (before, after) if each.contract == "exact" else (self.original, before, after)
         skipped = any(map(self.context.is_large, looked_at))
         if self.measure is not True and skipped:
@@ -202,7 +202,7 @@ class _Runner:
 
 
 def _guarded(each: Pass, program: Program, context: Context) -> Program:
-    """Run one pass on a copy and verify what it gives; every failure names the pass."""
+    """Run one pass on a copy and verify its result; every error names the pass."""
     try:
         after = each.run(program.edit(), context)
     except RerollError as error:
@@ -247,7 +247,7 @@ def _checked(each: Pass, before: Program, after: Program) -> float:
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Two measurements of one kind as one with "before" and "after" in its leaves."""
+    """Merge two nested measurements into one with "before" and "after" in its leaves."""
     return {
         key: _changes(value, after[key])
         if isinstance(value, Mapping)
@@ -257,7 +257,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, A
 
 
 def summary(step: Step) -> str:
-    """One line about a step: what it changed and how far that is from before."""
+    """Summarise a step in one line: what it changed, and its distance from before."""
     parts = [f"{step.seconds:.1f} s"]
     for key, unit in (("parameters", "parameters"), ("flops_per_token", "FLOPs per token")):
         change = step.measured[key]

@@ -1,4 +1,4 @@
-"""Options: the typed fields of a pass, checked in the same way wherever they come from.
+"""Options: the typed fields of a pass, checked alike from Python, text and recipes.
 
 A field's annotation says which values are allowed: `int`, `float`, `bool`, `str`, `None`,
 `Literal[...]`, an `Enum`, `list[...]`, `tuple[..., ...]`, `dict[str, ...]`, and unions of these.
@@ -24,10 +24,10 @@ REQUIRED = dataclasses.MISSING
 
 
 def option(default: Any = REQUIRED, *, within: Range | None = None, help: str = "") -> Any:
-    """A field of a pass with its documentation; without a default, it has to be given.
+    """Declare a field of a pass with its documentation; without a default it is required.
 
-    All numbers in it, also those in a list or a mapping, have to lie `within` a range, and a list
-    of such numbers holds at least one.
+    All its numbers, also those in a list or a mapping, must be `within` a range; a list of such
+    numbers must not be empty.
     """
     metadata = {"help": help, "within": within}
     if isinstance(default, list | dict):
@@ -37,7 +37,7 @@ def option(default: Any = REQUIRED, *, within: Range | None = None, help: str = 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a pass, as its field declares it."""
+    """Declaration of one option of a pass."""
 
     name: str
     type: Any
@@ -47,11 +47,11 @@ class Option:
 
     @property
     def kind(self) -> str:
-        """What may stand there, in words."""
+        """Allowed values, in words."""
         return describe(self.type) + (f" ({self.within})" if self.within else "")
 
     def convert(self, value: Any, owner: str) -> Any:
-        """The value in its declared type; UsageError naming `owner`, such as "pass tie"."""
+        """Convert a value to the declared type; UsageError naming `owner`, such as "pass tie"."""
         converted = _convert(value, self.type)
         if converted is REFUSED:
             raise UsageError(
@@ -78,7 +78,7 @@ REFUSED: Any = object()
 
 
 def options_of(cls: type) -> dict[str, Option]:
-    """The options that a pass declares, in order."""
+    """Return the options that a pass declares, in order."""
     hints = get_type_hints(cls)
     options = {}
     for field in dataclasses.fields(cls):
@@ -92,7 +92,7 @@ def options_of(cls: type) -> dict[str, Option]:
 
 
 def check_options(cls: type) -> None:
-    """Raise UsageError if a pass declares an option of a type that text cannot hold."""
+    """Raise UsageError if a pass declares an option of a type that text cannot express."""
     try:
         options = options_of(cls)
     except (NameError, AttributeError) as error:
@@ -121,7 +121,7 @@ def _supported(kind: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A value as data that text and YAML can hold."""
+    """Convert a value to plain data that text and YAML can express."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, list | tuple):
@@ -132,7 +132,7 @@ def plain(value: Any) -> Any:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """A hint with the nearest known spelling, or with all of them when they are few."""
+    """Return a hint with the nearest known name, else with all names; None if there are none."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     if near:
@@ -141,15 +141,15 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """`value` as an instance of the annotation `kind`, or REFUSED."""
+    """Convert `value` to the annotation `kind`, or return REFUSED."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        # an integer is an integer before it is a float
+        # an exact type match first, so that an integer is not converted to a float
         exact = [a for a in args if isinstance(a, type) and type(value) is a]
         tries = (_convert(value, arm) for arm in [*exact, *args])
         return next((v for v in tries if v is not REFUSED), REFUSED)
     if origin is Literal:
-        # in a pipeline's text the word none is no value at all
+        # pipeline text parses the word none as None
         value = "none" if value is None and None not in args else value
         return next((a for a in args if type(a) is type(value) and a == value), REFUSED)
     if origin is list or origin is tuple:
@@ -194,7 +194,7 @@ _WORDS = {
 
 
 def describe(kind: Any) -> str:
-    """An annotation in words: "an integer or a mapping of string to integer"."""
+    """Describe an annotation in words: "an integer or a mapping of string to integer"."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe(arm) for arm in args))
@@ -230,7 +230,7 @@ def _suggest(value: Any, kind: Any) -> str | None:
 
 
 def _leaves(kind: Any) -> list[Any]:
-    """The literal values that an annotation names."""
+    """Return the literal values that an annotation names."""
     if get_origin(kind) is Literal:
         return list(get_args(kind))
     if isinstance(kind, type) and issubclass(kind, enum.Enum):

@@ -1,4 +1,4 @@
-"""Pipelines of passes: one line of text, a YAML recipe or a Python list, all of one declaration.
+"""Pipelines of passes, as one line of text, a YAML recipe or a Python list.
 
 The same two passes three times. Text:
 
@@ -33,10 +33,10 @@ _RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def resolve(pipeline: Pipeline) -> tuple[Pass, ...]:
-    """The passes that a pipeline in any of its forms stands for.
+    """Construct the passes of a pipeline in any of its forms.
 
-    Text that ends in .yaml, .yml or .json is the path of a recipe. Raises UsageError, with the line
-    and column for text.
+    Text that ends in .yaml, .yml or .json is the path of a recipe. Raises UsageError, with line and
+    column for text.
     """
     if isinstance(pipeline, Pass):
         return (pipeline,)
@@ -52,7 +52,7 @@ def resolve(pipeline: Pipeline) -> tuple[Pass, ...]:
 
 
 def parse_pipeline(text: str) -> tuple[Pass, ...]:
-    """The passes of a line of text; UsageError pointing at the place that is wrong."""
+    """Parse the passes of pipeline text; UsageError with the position of the error."""
     return tuple(_from_call(call, text) for call in parse_calls(text))
 
 
@@ -73,13 +73,13 @@ def _from_call(call: Call, text: str) -> Pass:
 
 
 def load_recipe(path: str | Path) -> tuple[Pass, ...]:
-    """The passes of a recipe file; UsageError if it is not one."""
+    """Load the passes of a recipe file; UsageError if it is not one."""
     path = recipe_path(path)
     return parse_recipe(read_yaml(path), str(path))
 
 
 def recipe_path(recipe: str | Path) -> Path:
-    """Where a recipe is: a file, or one that reroll ships, by its name.
+    """Return the path of a recipe: a file, or a recipe that reroll ships, by its name.
 
     Raises UsageError if there is neither.
     """
@@ -96,7 +96,7 @@ def recipe_path(recipe: str | Path) -> Path:
 
 
 def read_yaml(path: str | Path) -> object:
-    """The data in a recipe file; UsageError if it cannot be read or is not YAML."""
+    """Read the data in a recipe file; UsageError if it cannot be read or is not YAML."""
     import yaml
 
     try:
@@ -109,7 +109,7 @@ def read_yaml(path: str | Path) -> object:
 
 
 def parse_recipe(data: object, where: str = "recipe") -> tuple[Pass, ...]:
-    """The passes of a recipe that has been read already."""
+    """Construct the passes of a recipe from its data."""
     hint = "a recipe is a mapping with a list under `passes`"
     if not isinstance(data, Mapping) or not isinstance(data.get("passes"), list):
         raise UsageError("there is no list of passes", where=where, hint=hint)
@@ -143,7 +143,7 @@ def _from_mapping(item: Mapping[Any, Any], where: str) -> Pass:
 
 
 def to_recipe(passes: Iterable[Pass]) -> str:
-    """The YAML recipe of some passes; `load_recipe` reads it back."""
+    """Format passes as a YAML recipe; `load_recipe` reads it back."""
     import yaml
 
     data = {"passes": [{p.name: p.given()} for p in passes]}
@@ -154,5 +154,5 @@ def to_recipe(passes: Iterable[Pass]) -> str:
 
 
 def to_text(passes: Iterable[Pass]) -> str:
-    """The canonical line of text of some passes; `parse_pipeline` reads it back."""
+    """Format passes as one canonical line of text; `parse_pipeline` reads it back."""
     return ", ".join(map(str, passes))

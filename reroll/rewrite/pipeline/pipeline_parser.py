@@ -1,4 +1,4 @@
-"""The grammar of pipeline text, read by hand and without evaluating anything.
+"""Recursive-descent parser of pipeline text; it evaluates nothing.
 
     pipeline = call {"," call}
     call     = word ["(" [word "=" value {"," word "=" value}] ")"]
@@ -6,8 +6,8 @@
              | "[" [value {"," value}] "]" | "{" [key ":" value {"," key ":" value}] "}"
     key      = word | string | integer
 
-A word may have dots, dashes and stars inside. Strings are those of JSON, or in single quotes. A
-comma may follow the last item everywhere; white space and line breaks mean nothing.
+A word may contain dots, dashes and stars. Strings are those of JSON, or in single quotes. A comma
+may follow the last item everywhere; white space and line breaks are ignored.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _CONSTANTS: dict[str, Any] = {
     "-inf": -math.inf,
     "+inf": math.inf,
 }
-# words that are values of their own, so a string like them has to be quoted
+# words with values of their own; a string equal to one of them has to be quoted
 RESERVED = frozenset(_CONSTANTS)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One pass as written: its name, its options, and where in the text they stand."""
+    """Parsed call of one pass: its name, its options, and their positions in the text."""
 
     name: str
     options: dict[str, Any]
@@ -52,7 +52,7 @@ class Call:
 
 
 def parse_calls(text: str) -> list[Call]:
-    """The calls of a pipeline; UsageError pointing at the place that is wrong."""
+    """Parse the calls of a pipeline; UsageError with the position of the error."""
     parser = _Parser(text)
     calls = []
     while not parser.at_end():
@@ -63,12 +63,12 @@ def parse_calls(text: str) -> list[Call]:
 
 
 def pointed(text: str, position: int, message: str, hint: str | None = None) -> UsageError:
-    """An error with the line at fault and a caret under the place."""
+    """Build an error with the line at fault and a caret under the position."""
     start = text.rfind("\n", 0, position) + 1
     end = text.find("\n", position)
     line = text[start : len(text) if end < 0 else end]
     column = position - start
-    # a long line is shown around the place
+    # of a long line, only the part around the position is shown
     left = max(0, column - 60)
     shown = line[left : column + 40].replace("\t", " ")
     number = text.count("\n", 0, position) + 1
@@ -96,7 +96,7 @@ class _Parser:
         raise pointed(self.text, self.position if position is None else position, message)
 
     def take(self, mark: str) -> bool:
-        """Step over a punctuation mark if it is next."""
+        """Consume a punctuation mark if it is next."""
         if not self.text.startswith(mark, self.position):
             return False
         self.position += len(mark)

@@ -1,8 +1,8 @@
-"""Where passes, mixers, targets, stages and measures are found.
+"""Registries of passes, mixers, targets, stages and measures.
 
-Each kind is declared as classes: one file of a folder, one class. Every module of the folder is
-imported on the first look-up; other distributions add theirs by an entry point, whose value is a
-module or a class; and a file that a user names may define any of them.
+Each kind is declared as classes in a folder, one class per file. Every module of the folder is
+imported on the first look-up. Other distributions add theirs by an entry point, whose value is a
+module or a class. A file that a user names may define any of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T", bound=Declared)
 
 log = logging.getLogger(__name__)
 
-# the modules that have a registry each, by name, so that nothing of the rooms above is imported
+# modules with one registry each, as names, so that the packages above are not imported
 MODULES = (
     "reroll.rewrite.pipeline.base",
     "reroll.mixers.registry",
@@ -39,10 +39,10 @@ MODULES = (
 
 
 class Registry(Generic[T]):
-    """The classes of one kind, by name.
+    """Registry of the classes of one kind, by name.
 
-    `folder` is the package that they are in, `group` that of entry points. `added` is called with
-    each class.
+    `folder` is the package with the built-in classes, `group` the group of entry points. `added` is
+    called with each class that is added.
     """
 
     known: ClassVar[list[Registry[Any]]] = []
@@ -58,19 +58,19 @@ class Registry(Generic[T]):
         self.base, self.folder, self.group, self.added = base, folder, group, added
         self.what, self.where = base.what, where
         self.classes: dict[str, type[T]] = {}
-        # which distributions' entry points classes come from, and those that failed
+        # the distribution of each class from an entry point, and messages of those that failed
         self.distributions: dict[str, str] = {}
         self.failures: list[str] = []
         self._discovered = False
         Registry.known.append(self)
 
     def all(self) -> dict[str, type[T]]:
-        """All known classes by name, sorted."""
+        """Return all known classes by name, sorted."""
         self._discover()
         return dict(sorted(self.classes.items()))
 
     def find(self, name: str) -> type[T]:
-        """The class of this name; UsageError with the nearest spelling if there is none."""
+        """Find the class of this name; UsageError with the nearest name if there is none."""
         known = self.all()
         if name not in known:
             near = nearest_name(name, list(known)) or ""
@@ -82,12 +82,12 @@ class Registry(Generic[T]):
         return known[name]
 
     def add(self, cls: type[T]) -> type[T]:
-        """Add one class; UsageError if another one has its name. Usable as a decorator."""
+        """Add a class; UsageError if another one has its name. Usable as a decorator."""
         self._discover()
         return self._add(cls)
 
     def classes_of(self, module: ModuleType) -> list[type[T]]:
-        """The concrete subclasses with a `name` that a module, or one of its own, defines."""
+        """Return the concrete subclasses with a `name` that a module or its submodules define."""
         return [
             value
             for value in vars(module).values()
@@ -99,7 +99,7 @@ class Registry(Generic[T]):
         ]
 
     def origin(self, name: str) -> str:
-        """Where a class comes from: "reroll", a distribution, or a file."""
+        """Return the origin of a class: "reroll", a distribution, or a file."""
         cls = self.find(name)
         if cls.__module__.startswith(f"{self.folder}."):
             return "reroll"
@@ -114,7 +114,7 @@ class Registry(Generic[T]):
             for cls in self.classes_of(importlib.import_module(info.name)):
                 self._add(cls)
         for point in entry_points(group=self.group):
-            # somebody else's broken package must not take ours down, nor stay unseen
+            # a broken package of others must not break reroll, but is reported
             try:
                 for cls in self._loaded(point):
                     self._add(cls)
@@ -147,18 +147,18 @@ class Registry(Generic[T]):
 
 
 def registries() -> Iterator[Registry[Any]]:
-    """All registries, of every kind."""
+    """Yield the registries of all kinds."""
     for module in MODULES:
         importlib.import_module(module)
     yield from Registry.known
 
 
 def load_file(path: str | Path) -> tuple[type[Declared], ...]:
-    """Run a Python file of the user's and register what it defines: passes, mixers, targets, ...
+    """Run a user's Python file and register the passes, mixers, targets, ... that it defines.
 
-    A file may also only give lowerings of ops. Returns the classes that it defines.
-    This executes the file, so it only ever happens because a person named it. Raises UsageError if
-    the file is missing, fails, or defines nothing of the kind.
+    A file may also only give lowerings of ops. Returns the classes that it defines. This executes
+    the file, so it happens only for files that a user names. Raises UsageError if the file is
+    missing, fails, or defines nothing of the kind.
     """
     file = Path(path).resolve()
     if not file.is_file():
@@ -169,14 +169,14 @@ def load_file(path: str | Path) -> tuple[type[Declared], ...]:
     if spec is None or spec.loader is None:
         raise UsageError("this is not a Python file", where=str(path))
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look annotations up in the module
+    # dataclasses look annotations up in `sys.modules`
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise UsageError(f"{type(error).__name__}: {error}", where=str(path)) from error
-    # what the file defines, it has imported the base of
+    # the file has imported the base classes, so their registries exist
     found = [(r, cls) for r in Registry.known for cls in r.classes_of(module)]
     if not found and not from_file(str(file)):
         raise UsageError(

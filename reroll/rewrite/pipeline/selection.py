@@ -1,4 +1,4 @@
-"""Which layers a pass changes: the options `layers` and `keep`, and what they come to."""
+"""Selection of the layers that a pass changes, by the options `layers` and `keep`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AUTO = "auto:"
 
 
 def check_keep(keep: Keep, where: str) -> None:
-    """Raise UsageError for a `keep` that no model could have."""
+    """Raise UsageError for a `keep` that is invalid for every model."""
     part = measured_part(keep)
     if part is not None:
         check_number("the part of the layers that stays", part, BETWEEN, where, integer=False)
@@ -34,16 +34,16 @@ def check_keep(keep: Keep, where: str) -> None:
 
 
 def choose(count: int, layers: Layers, keep: Keep, owner: str) -> list[int]:
-    """The layers to change of `count`: those of `layers` that `keep` does not keep.
+    """Select the layers to change of `count`: those of `layers` without those of `keep`.
 
-    A `keep` that has to be measured (see `measured_part`) keeps nothing here. Raises UsageError for
-    a layer that there is not, and if nothing is left.
+    A `keep` by measurement (see `measured_part`) keeps no layer here. Raises UsageError for a
+    missing layer, and if no layer is left.
     """
     where = f"pass {owner}"
     chosen = range(count) if layers == "all" else layers
     kept: Sequence[int] = ()
     if isinstance(keep, int):
-        # the last of each group, so that the layers before it have made what it looks at
+        # the last layer of each group, so that it reads the output of the changed layers
         kept = range(keep - 1, count, keep)
     elif isinstance(keep, list):
         kept = keep
@@ -60,7 +60,7 @@ def choose(count: int, layers: Layers, keep: Keep, owner: str) -> list[int]:
 
 
 def measured_part(keep: Keep) -> float | None:
-    """The part of the layers that stays by measurement: 0.25, or "auto:0.25"; None for no such."""
+    """Return the fraction of layers kept by measurement: 0.25 or "auto:0.25"; else None."""
     if isinstance(keep, float):
         return keep
     if isinstance(keep, str) and keep.startswith(AUTO):
@@ -70,7 +70,7 @@ def measured_part(keep: Keep) -> float | None:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Layer numbers for people: "0-6, 8-13"."""
+    """Format layer numbers as ranges: "0-6, 8-13"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""Attention in a captured graph: masks read into its arguments, and the rules that raise it."""
+"""Attention in a captured graph: rules that raise it, and masks absorbed into its arguments."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ATTENTION_RULES = (
 
 
 def attention_arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an attention node, by name."""
+    """Return all arguments of an attention node, by name."""
     return bind(ATTENTION, node.args, node.kwargs)
 
 
 def set_arguments(node: fx.Node, arguments: dict[str, Any]) -> None:
-    """Write an attention node's arguments: q, k, v and scale by position, others by name."""
+    """Set an attention node's arguments: q, k, v and scale by position, others by name."""
     defaults = {
         a.name: a.default_value for a in ATTENTION._schema.arguments if a.has_default_value()
     }
@@ -41,7 +41,7 @@ def set_arguments(node: fx.Node, arguments: dict[str, Any]) -> None:
 
 
 def absorb_masks(graph: fx.Graph) -> None:
-    """Read every mask that an attention adds to its scores into the attention's arguments."""
+    """Replace masks that attentions add to their scores by arguments of the attention ops."""
     for node in list(graph.nodes):
         if node.target is not ATTENTION:
             continue
@@ -57,7 +57,7 @@ def absorb_masks(graph: fx.Graph) -> None:
 
 
 def _terms(bias: Any) -> list[fx.Node]:
-    """The summands of a bias."""
+    """Return the summands of a bias."""
     if bias is None:
         return []
     plain = bias.target is aten.add.Tensor and len(bias.args) == 2 and not bias.kwargs
@@ -67,7 +67,7 @@ def _terms(bias: Any) -> list[fx.Node]:
 
 
 def _mask_behind(node: fx.Node) -> fx.Node | None:
-    """The mask op that a node is, or is a full slice or a cast of."""
+    """Return the mask op behind full slices, casts and expansions; None if there is none."""
     while node.target in (aten.slice.Tensor, aten.to.dtype, aten.expand.default):
         inner: Any = node.args[0]
         if node.target is aten.slice.Tensor and shape(inner) != shape(node):
@@ -77,7 +77,7 @@ def _mask_behind(node: fx.Node) -> fx.Node | None:
 
 
 def _covers(mask: fx.Node, attention: fx.Node) -> bool:
-    """Whether a mask is over exactly the queries and keys of an attention, queries at the end."""
+    """Whether a mask has exactly the queries and keys of an attention."""
     q, k = argument(attention, "q"), argument(attention, "k")
     return shape(mask)[2:] == (shape(q)[2], shape(k)[2])
 

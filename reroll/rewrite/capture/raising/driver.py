@@ -1,4 +1,4 @@
-"""Raise: idioms of the flat graph become single ops, each checked against what it replaces."""
+"""Raise idioms of the flat graph to single ops, each checked numerically against its region."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from reroll.rewrite.ir.weights import Weight
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-# relative RMS error in fp32 up to which a replacement is the same function
+# relative RMS error in fp32 up to which a replacement counts as the same function
 TOLERANCE = 1e-5
 _SIZES = {"b": 2, "s": 3, "t": 3, "e": 4, "l": 5}
 
 
 def raise_idioms(program: Program) -> Program:
-    """A Program whose idioms are single ops. Regions that match nothing stay as they are."""
+    """Raise the idioms of a Program to single ops. Regions that match nothing stay unchanged."""
     before, program = program, raise_linears(program.edit())
     graph = program.graph
     drop_copies(graph)
@@ -47,7 +47,10 @@ def raise_idioms(program: Program) -> Program:
 
 
 def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
-    """Replace every region that the rule matches; returns how many."""
+    """Replace every region that the rule matches; return their number.
+
+    `checked` caches whether a replacement computes the same, by the ops and types of its region.
+    """
     done, misses = 0, []
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.users:
@@ -71,7 +74,7 @@ def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
             continue
         unmark(new)
         stand_in(node, new)
-        # an op that may drop out counts as impure: no use is not enough for it to go
+        # an op with dropout counts as impure, so dead-code elimination does not remove it
         graph.erase_node(node)
         done += 1
     if done:
@@ -82,7 +85,7 @@ def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
 
 
 def _erase(graph: fx.Graph, new: fx.Node, root: fx.Node) -> None:
-    """Take back a replacement: the nodes without users right before the root."""
+    """Undo a replacement: erase the nodes without users right before the root."""
     node = new
     while node.op == "call_function" and not node.users and node is not root:
         before = node.prev
@@ -91,7 +94,7 @@ def _erase(graph: fx.Graph, new: fx.Node, root: fx.Node) -> None:
 
 
 def _same(root: fx.Node, new: fx.Node, found: Match, rule: str, checked: dict[Any, bool]) -> bool:
-    """Whether region and replacement agree on random inputs; equal regions are tried once."""
+    """Whether region and replacement agree on random inputs; equal regions are checked once."""
     region = set(found.nodes)
     inputs: list[fx.Node] = []
     order: list[fx.Node] = []
@@ -143,13 +146,13 @@ def _agree(
 
 
 def _example(node: fx.Node, generator: torch.Generator) -> Any:
-    """A random value of a node's type, in fp32 where it is floating."""
+    """Draw a random value of a node's type, in fp32 where it is floating."""
     kind = node.meta.get("type")
     if not isinstance(kind, TensorType):
         return _integer(node)
     shape = [concrete(dim, _SIZES) for dim in kind.shape]
     if node.target is MASK:
-        # a mask is not any tensor: steps that keep its meaning may change its numbers
+        # equivalent computations of a mask may differ on tensors that are no masks
         hidden = torch.rand(shape, generator=generator) < 0.3
         hidden[..., :2] = False
         return torch.where(hidden, torch.finfo(torch.float32).min, 0.0)
@@ -157,13 +160,13 @@ def _example(node: fx.Node, generator: torch.Generator) -> Any:
         return torch.randn(shape, generator=generator)
     values = torch.randint(0, 2, shape, generator=generator)
     if values.dim() > 1 and values.shape[-1] > 1:
-        # neither reading of a condition hides a whole row
+        # a row has a True and a False, so neither polarity of the condition masks all of it
         values[..., 0], values[..., 1] = 1, 0
     return values.to(kind.dtype)
 
 
 def _integer(node: Any) -> int:
-    """The value of a size computed in the graph."""
+    """Compute the value of a size node from the example sizes."""
     if not isinstance(node, fx.Node):
         return int(node)
     args: tuple[Any, ...] = node.args
@@ -193,9 +196,9 @@ def _evaluate(order: list[fx.Node], values: dict[fx.Node, Any]) -> dict[fx.Node,
 
 
 def raise_linears(program: Program) -> Program:
-    """Products with a stored matrix become `linear`, over its transpose in the weight table.
+    """Turn products with a stored matrix into `linear`, over its transpose in the weight table.
 
-    A matrix that anything else reads stays as it is.
+    A matrix with any other reader stays unchanged.
     """
     weights, graph = program.weights, program.graph
     for node in [n for n in graph.nodes if n.op == "get_attr"]:

@@ -1,7 +1,8 @@
-"""Attention that a model writes out itself: softmax(q k^T * scale + bias) v, raised to the op.
+"""Raise attention that a model writes out itself: softmax(q k^T * scale + bias) v.
 
-The walk goes from the product with the values back through the softmax and everything done to the
-scores, to the product of queries and keys, and collects what it passes.
+The search starts at the product with the values. It goes back through the softmax and all ops on
+the scores to the product of queries and keys. On the way it collects scale, soft cap, biases and
+masks.
 """
 
 from __future__ import annotations
@@ -30,25 +31,27 @@ _RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 
 @dataclass
 class Scores:
-    """What is known of the scores so far, on the way back to the product of queries and keys."""
+    """Scale, soft cap, biases and masks found on the way to the product of queries and keys."""
 
     scale: float = 1.0
     softcap: float | None = None
-    # terms added to the scores, each with the factor that later steps multiply it by
+    # terms added to the scores, each with the factor by which later ops multiply it
     terms: list[tuple[fx.Node, float]] = field(default_factory=list)
-    # conditions under which a score counts (True), or is masked out (False)
+    # conditions, with True if a score counts where they hold, or False if it is masked out there
     kept: list[tuple[fx.Node, bool]] = field(default_factory=list)
     nodes: list[str] = field(default_factory=list)
 
 
 def match_eager(root: fx.Node) -> Match | Miss:
-    """The attention that ends with the product `root` of weights and values."""
+    """Match an attention whose last node is the product `root` of weights and values."""
     if root.target not in PRODUCTS:
         return Miss(f"{root.name} is not a product", (root.name,), "eager attention")
     found = Scores(nodes=[root.name])
     weights = _strip(root.args[0], found, (aten.to.dtype, *_RESHAPES))
     if weights.target not in SOFTMAX:
-        return Miss("the left factor is no softmax", (root.name,), "eager attention", 1)
+        return Miss(
+            "the left factor is not the result of a softmax", (root.name,), "eager attention", 1
+        )
     if all_arguments(weights)[1] not in (-1, len(shape(weights)) - 1):
         return Miss("the softmax is not over the keys", (weights.name,), "eager attention", 2)
     found.nodes.append(weights.name)
@@ -62,7 +65,7 @@ def match_eager(root: fx.Node) -> Match | Miss:
     v = _heads(root.args[1], found)
     q, k = _heads(q, found), _heads(k, found)  # type: ignore[assignment]
     if q is None or k is None or v is None:
-        return Miss("no heads can be told apart", (root.name,), "eager attention", 5)
+        return Miss("batch and heads cannot be separated", (root.name,), "eager attention", 5)
     k, v = _unrepeated(k, found), _unrepeated(v, found)
     if shape(k)[1] != shape(v)[1]:
         return Miss("keys and values differ in heads", (k.name, v.name), "eager attention", 6)
@@ -73,7 +76,7 @@ def match_eager(root: fx.Node) -> Match | Miss:
 
 
 def raise_eager(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
-    """The attention node for a match, in the layout of the product that it replaces."""
+    """Build the attention node for a match, in the layout of the product that it replaces."""
     q, k, v, found = (match[name] for name in ("q", "k", "v", "scores"))
     # a model may compute its scores in fp32 and the product with the values in half precision
     v = _converted(graph, v, dtype(q))
@@ -102,7 +105,7 @@ def _converted(graph: fx.Graph, node: fx.Node, wanted: torch.dtype | None) -> fx
 
 
 def _strip(value: Any, found: Scores, targets: tuple[Any, ...]) -> fx.Node:
-    """The value below ops that do not matter here, which join the region."""
+    """Skip ops of these targets, which join the region, and return the value before them."""
     while isinstance(value, fx.Node) and value.target in targets:
         found.nodes.append(value.name)
         value = value.args[0]
@@ -110,7 +113,7 @@ def _strip(value: Any, found: Scores, targets: tuple[Any, ...]) -> fx.Node:
 
 
 def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
-    """Walk from the softmax's input to the product of queries and keys."""
+    """Walk from the softmax's input to the product of queries and keys; return its factors."""
     factor, outside = 1.0, 0
     while isinstance(value, fx.Node):
         target, kwargs = value.target, value.kwargs
@@ -137,28 +140,35 @@ def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
             found.terms.append((args[1 - inner], factor))
             value = args[inner]
         elif target is aten.tanh.default and found.softcap is None and factor > 0:
-            # whatever the size of the cap, factor * tanh(u) is the cap of factor * u
+            # factor * tanh(u) is a soft cap of `factor` on the scores factor * u
             found.softcap, outside = factor, len(found.terms) + len(found.kept)
             value = args[0]
         elif masked is not None:
             value, condition, keep = masked
             found.kept.append((condition, keep))
         else:
-            return Miss(f"cannot see through {target}", (value.name,), "eager attention", 3)
+            return Miss(
+                f"{target} is not supported between scores and softmax",
+                (value.name,),
+                "eager attention",
+                3,
+            )
     else:
         return Miss("the scores are no product", (), "eager attention", 3)
     if found.softcap is not None and len(found.terms) + len(found.kept) > outside:
-        return Miss("a mask is under the soft cap", (value.name,), "eager attention", 3)
+        return Miss(
+            "a mask or bias is added before the soft cap", (value.name,), "eager attention", 3
+        )
     return product
 
 
 def _leads_to_product(value: Any) -> bool:
-    """Whether a summand is the one that comes from queries and keys: the walk reaches a product."""
+    """Whether a summand is computed from queries and keys, and not a bias."""
     return not isinstance(_scores(value, Scores()), Miss)
 
 
 def _masked(node: fx.Node, found: Scores) -> tuple[Any, fx.Node, bool] | None:
-    """The scores that a node masks, the condition, and whether they count where it holds."""
+    """Return the scores that a node masks, the condition, and whether they count where it holds."""
     args: tuple[Any, ...] = node.args
     if node.target in _FILLS and _is_low(args[2], found):
         return args[0], _mask_behind(args[1], found), False
@@ -168,7 +178,7 @@ def _masked(node: fx.Node, found: Scores) -> tuple[Any, fx.Node, bool] | None:
 
 
 def _is_low(value: Any, found: Scores) -> bool:
-    """Whether a constant masks a score out: the lowest number of a dtype, or minus infinity."""
+    """Whether a constant masks a score out: it is -1e4 or less, such as a dtype's minimum."""
     if isinstance(value, fx.Node):
         if value.target not in (aten.full.default, aten.scalar_tensor.default):
             return False
@@ -183,7 +193,7 @@ def _untransposed(value: fx.Node, found: Scores) -> fx.Node | None:
     if value.target is aten.transpose.int:
         swapped = {d % rank for d in args[1:3]} == {rank - 1, rank - 2}
     elif value.target is aten.permute.default:
-        # not [batch, time, heads, dim] to [batch, heads, dim, time] at once
+        # only the last two dimensions may be exchanged; heads stay where they are
         swapped = [d % rank for d in args[1]] == [*range(rank - 2), rank - 1, rank - 2]
     else:
         return None
@@ -194,7 +204,7 @@ def _untransposed(value: fx.Node, found: Scores) -> fx.Node | None:
 
 
 def _heads(value: Any, found: Scores) -> fx.Node | None:
-    """The [batch, heads, time, dim] form of a factor that may have batch and heads flattened."""
+    """Return the [batch, heads, time, dim] form of a factor, also of one with both flattened."""
     if not isinstance(value, fx.Node):
         return None
     flat = len(shape(value)) == 3 and value.target in _RESHAPES
@@ -206,7 +216,7 @@ def _heads(value: Any, found: Scores) -> fx.Node | None:
 
 
 def _unrepeated(value: fx.Node, found: Scores) -> fx.Node:
-    """Keys or values before each head was repeated for its group of queries."""
+    """Return keys or values before the repetition of heads for grouped queries."""
     inner: Any = value.args[0] if value.args else None
     if value.target is aten.repeat_interleave.self_int and value.args[2] == 1:
         found.nodes.append(value.name)
@@ -246,7 +256,7 @@ def _bias(graph: fx.Graph, q: fx.Node, found: Scores) -> fx.Node | None:
 
 
 def _mask_behind(condition: Any, found: Scores) -> fx.Node:
-    """The additive mask that a condition was made from by conversion to bool, or the condition."""
+    """Return the additive mask whose conversion to bool is the condition, else the condition."""
     inner, passed = condition, []
     while inner.target is aten.to.dtype:
         passed.append(inner.name)
@@ -258,7 +268,7 @@ def _mask_behind(condition: Any, found: Scores) -> fx.Node:
 
 
 def match_sdpa(root: fx.Node) -> Match | Miss:
-    """The fused attention of torch."""
+    """Match the fused attention of torch."""
     if root.target is not aten.scaled_dot_product_attention.default:
         return Miss(f"{root.name} is no fused attention", (root.name,), "sdpa")
     q, k, v, _, dropout, causal, *_ = all_arguments(root)
@@ -270,7 +280,7 @@ def match_sdpa(root: fx.Node) -> Match | Miss:
 
 
 def raise_sdpa(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
-    """The attention node for torch's fused attention, in its layout."""
+    """Build the attention node for torch's fused attention, in its layout."""
     q, k, v, mask, _, causal, scale, _ = all_arguments(root)
     build = Builder(graph)
     kwargs: dict[str, Any] = {"causal": True} if causal else {}

@@ -1,7 +1,7 @@
-"""The idioms that are raised: patterns over ATen, and the op that each of them is.
+"""Idioms that are raised: patterns over ATen, and the op that replaces each of them.
 
-Every rule is a pattern and a rewrite. The rewrite may refuse with a Miss; what it builds is
-evaluated against the region that it replaces before it is accepted (see `raising`).
+Every rule is a pattern and a rewrite. The rewrite may refuse with a Miss. Its result is compared
+numerically with the region that it replaces before it is accepted (see `raising.driver`).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ END = 2**63 - 1
 
 @dataclass(frozen=True)
 class Rule:
-    """An idiom.
+    """Rule for one idiom: a pattern and its replacement.
 
-    `pattern` is matched, or called with the node; `rewrite(graph, root, match)` inserts the
-    replacement before `root`, or refuses.
+    `pattern` is a pattern of `ir.matching`, or a function of a node. `rewrite(graph, root, match)`
+    inserts the replacement before `root`, or returns a Miss.
     """
 
     name: str
@@ -154,21 +154,21 @@ _rope_pattern = Op(
 def _rope(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     x, cos, sin = match["x"], match["cos"], match["sin"]
     if shape(cos)[-1:] != shape(x)[-1:] or shape(sin)[-1:] != shape(x)[-1:]:
-        return Miss("cos and sin do not cover the turned channels", (cos.name, sin.name))
+        return Miss("cos and sin do not cover the rotated channels", (cos.name, sin.name))
     if dtype(cos) != dtype(x) or dtype(sin) != dtype(x):
         return Miss("the rotation changes the dtype", (root.name,))
     interleaved = "half" not in match.bound
     if not interleaved and 2 * match["half"] != shape(x)[-1]:
-        return Miss("the channels are not cut in halves", (root.name,))
+        return Miss("the channels are not split into halves", (root.name,))
     return Builder(graph).call(ROPE, x, cos, sin, interleaved)
 
 
 def _partial_rope(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     x, size = match["x"], match["size"]
     if match["from"] != size or match["axis"] not in (-1, len(shape(x)) - 1):
-        return Miss("the channels that pass are not the ones that do not turn", (root.name,))
+        return Miss("the unchanged channels are not those after the rotated ones", (root.name,))
     if match["dim"] not in (-1, len(shape(x)) - 1) or shape(match["cos"])[-1] != size:
-        return Miss("the turned channels are not the leading ones", (root.name,))
+        return Miss("the rotated channels are not the leading ones", (root.name,))
     op = ROPE
     return Builder(graph).call(op, x, match["cos"], match["sin"], match["interleaved"])
 
@@ -241,7 +241,7 @@ def _gelu(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
 
 
 def _split_linear(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
-    """Linear on flattened tokens with a reshape around it is linear on the tokens themselves."""
+    """Replace `linear` on flattened tokens, with a reshape after it, by `linear` on the tokens."""
     x = match["x"]
     if (
         shape(root)[:-1] != shape(x)[:-1]

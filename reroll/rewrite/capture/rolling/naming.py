@@ -1,4 +1,4 @@
-"""Names for a rolled loop and its stacked weights, after the modules that they come from."""
+"""Names for a rolled loop and its stacked weights, taken from the original's modules."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from reroll.rewrite.capture.rolling.unify import Unifier
 
 
 class Names:
-    """The loop's name, the new name of each stacked weight, and how many layers a trip runs.
+    """Name of a loop, names of its stacked weights, and the number of layers in a trip.
 
-    `model.layers.0.mlp.up_proj.weight` and its like in the other trips become
-    `model.layers.*.mlp.up_proj.weight`. With several layers to a trip, or where the first trip is
-    not layer 0, a component tells the layers of a trip apart or keeps clear of the layers outside.
+    `model.layers.0.mlp.up_proj.weight` and the same weight of the other trips become
+    `model.layers.*.mlp.up_proj.weight`. With several layers in a trip, or where the first trip is
+    not layer 0, it becomes `<loop>.trips.*.<i>.mlp.up_proj.weight`. Here `i` numbers the layers of
+    a trip.
     """
 
     def __init__(self, found: Unifier, taken: set[str], weights: Mapping[str, Any]) -> None:
@@ -26,7 +27,7 @@ class Names:
         while self.loop in taken:
             self.loop += "_"
         layers = sorted({parts[1] for parts in split.values() if parts and parts[0] == common})
-        # trips that start in the middle of a layer share one with the next trip: count all once
+        # trips that start in the middle of a layer share it with the next trip, so count it once
         touched = {
             number
             for first, names in found.stacks.items()
@@ -51,7 +52,7 @@ class Names:
 
 
 def layers_per_trip(found: Unifier) -> int:
-    """How many differently numbered modules a trip's weights come from; 1 if none is numbered."""
+    """Count the numbered modules that a trip's weights come from; 1 if none is numbered."""
     split = [_split(names) for names in found.stacks.values()]
     numbers: dict[str, set[int]] = {}
     for parts in split:
@@ -61,14 +62,14 @@ def layers_per_trip(found: Unifier) -> int:
 
 
 def _numbers(names: tuple[str, ...]) -> list[int]:
-    """The number in which the names differ, in each of them."""
+    """Return, for each name, the number in which the names differ."""
     parts = [name.split(".") for name in names]
     at = next(i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1)
     return [int(p[at]) for p in parts]
 
 
 def _split(names: tuple[str, ...]) -> tuple[str, int, str] | None:
-    """(prefix, number in the first name, rest) if the names differ in one number only."""
+    """Return (prefix, number in the first name, rest) if the names differ in one number only."""
     if len(set(names)) == 1:
         return None
     parts = [name.split(".") for name in names]
@@ -82,7 +83,7 @@ def _split(names: tuple[str, ...]) -> tuple[str, int, str] | None:
 
 
 def _common_prefix(names: list[str]) -> str:
-    """The module path that all names share."""
+    """Return the module path that all names share."""
     shared = []
     for column in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(column)) > 1:

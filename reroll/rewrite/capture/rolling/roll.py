@@ -1,13 +1,13 @@
-"""Reroll: isomorphic regions of a flat graph become the trips of one loop.
+"""Roll isomorphic regions of a flat graph into the trips of one loop.
 
-The nodes that the data flows through, in the order in which they run, spell a word; a stack of
-layers is a stretch of that word that repeats with a period. Each candidate stretch is then checked
-edge by edge: an argument of a node must be the same thing in every trip, namely
+Each node that depends on the data is encoded as a letter: its op, constants and types. The letters
+in execution order form a string, in which a stack of layers is a periodic substring. Each candidate
+substring is then checked argument by argument. An argument must have the same source in every trip:
 
-- a value of the same trip, at the same place,
-- a value of the trip before, at the same place (the carry),
+- a value of the same trip, at the same index,
+- a value of the previous trip, at the same index (the carry),
 - one value from outside (an invariant), or one per trip (a per-trip input),
-- a weight per trip (stacked), or a constant, per trip where it is one of an op's own attributes.
+- a weight per trip (stacked), or a constant; floats and arguments of reroll's ops may differ.
 
 Nothing here reads module names except to name the result.
 """
@@ -35,13 +35,13 @@ from reroll.rewrite.ir.weights import Weight
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-# a shorter stretch is not a layer, however often it repeats
+# a shorter period is no layer, however often it repeats
 MIN_NODES = 6
 _CANDIDATES = 24
 
 
 def roll_loops(program: Program) -> Program:
-    """A Program whose stacks of layers are loop nodes. What does not repeat stays outside."""
+    """Roll the stacks of layers of a Program into loop nodes. Other layers stay outside."""
     program = program.edit()
     merge_equal(program.graph)
     lift_parts(program.graph)
@@ -69,10 +69,10 @@ def merge_equal(graph: fx.Graph) -> None:
 
 
 def lift_parts(graph: fx.Graph) -> None:
-    """Take the parts of a value where the value is made, not where each part is used.
+    """Move selections of parts of a value to where the value is computed.
 
-    A value that holds something for every layer (embeddings per layer) is then taken apart
-    before the layers, which would differ in the part's number; each trip gets its part as an input.
+    Layers that select parts of one value (such as embeddings per layer) differ in the part's
+    number. With the selections moved before the layers, each trip gets its part as an input.
     """
     for node in list(graph.nodes):
         parts = [user for user in node.users if user.target is aten.select.int]
@@ -93,7 +93,7 @@ def _freeze(value: Any) -> Any:
 
 
 def data_nodes(program: Program) -> list[fx.Node]:
-    """The nodes whose value depends on the data, not only on its shape, positions or padding."""
+    """Return the nodes that depend on data, and not only on its shape, positions or padding."""
     roles = {i.name: i.role for i in program.inputs}
     data: set[fx.Node] = set()
     order = []
@@ -111,7 +111,7 @@ def data_nodes(program: Program) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A stretch of the data nodes: `trips` times `size` nodes from `start`."""
+    """Candidate for a loop: `trips` times `size` data nodes from index `start`."""
 
     start: int
     size: int
@@ -119,14 +119,14 @@ class Candidate:
 
 
 def find_loop(program: Program) -> Unifier | None:
-    """The loop that covers the most nodes, with the fewest carried values, if there is one."""
+    """Find the loop that covers the most nodes, with the fewest carried values; else None."""
     order = data_nodes(program)
     outside = weight_nodes(program.graph)
     misses: list[Miss] = []
     for stretch in _stretches([_letter(node) for node in order]):
         best: Unifier | None = None
         for candidate in stretch:
-            # one trip fewer is worth it if the loop carries less or starts where a layer starts
+            # a loop with one trip fewer is preferred if it carries less or starts with a layer
             if best is not None and candidate.trips < best.trips - 1:
                 break
             regions = [
@@ -149,12 +149,12 @@ def find_loop(program: Program) -> Unifier | None:
 
 
 def _untidiness(found: Unifier) -> tuple[int, int]:
-    """How many values a loop carries, and from how many layers the weights of one trip come."""
+    """Count the values that a loop carries, and the layers that one trip's weights come from."""
     return len(found.carry), layers_per_trip(found)
 
 
 def _letter(node: fx.Node) -> str:
-    """What two nodes must have in common to be the same place in two trips."""
+    """Encode what two nodes must have in common to be the same node of two trips."""
     own = "reroll" in str(node.target)
 
     def describe(value: Any) -> Any:
@@ -169,16 +169,16 @@ def _letter(node: fx.Node) -> str:
     arguments: Any = [describe(a) for a in node.args]
     keywords = {} if own else {k: describe(v) for k, v in sorted(node.kwargs.items())}
     if own:
-        # attributes and optional tensors of our own ops may differ from trip to trip
+        # attributes and optional tensors of reroll's ops may differ from trip to trip
         arguments = [a for a in arguments if a != "."]
     return f"{node.target}{arguments}{keywords}{node.meta.get('type')}"
 
 
 def _stretches(letters: list[str]) -> Iterator[list[Candidate]]:
-    """Groups of candidates, the group that covers the most first; within one, the most trips first.
+    """Yield groups of candidates, by falling number of nodes covered.
 
-    A group is one repeating stretch with one period; its candidates are its phases, and the stretch
-    without its first or last trips.
+    A group is one periodic substring. Its candidates start at different offsets in it and have
+    different numbers of trips; those with the most trips come first.
     """
     codes: dict[str, int] = {}
     word = torch.tensor([codes.setdefault(letter, len(codes)) for letter in letters])
@@ -208,7 +208,7 @@ def _stretches(letters: list[str]) -> Iterator[list[Candidate]]:
 
 
 def insert_loop(program: Program, found: Unifier) -> Program:
-    """Replace the regions that were unified by one loop node."""
+    """Replace unified regions by one loop node."""
     graph, weights = program.graph, program.weights
     names = Names(found, taken={*program.bodies, "main"}, weights=weights)
     table = dict(weights.items())

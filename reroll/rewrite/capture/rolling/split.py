@@ -1,11 +1,11 @@
-"""Cutting a depth loop into several, and packing several of its trips into one.
+"""Split a depth loop into several, and pack several of its trips into one.
 
     program, (before, window, after) = split_loop(program, loop, [10, 20])
     program, window = pack_trips(program, window, 10)
 
-After this the window is a loop of one trip that runs ten layers, so that a pass can run it more
-often, or change what it does with its carry, without touching the layers on either side. Both
-rewrites are exact: the same ops run on the same weights in the same order.
+After this the window is a loop of one trip that runs ten layers. A pass can repeat it, or change
+its carry, without changing the layers before and after it. Both rewrites are exact: the same ops
+run on the same weights in the same order.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from reroll.rewrite.ir.weights import Weight, WeightTable
 
 
 def find_loop(program: Program, name: str | None = None) -> Loop:
-    """The loop of this name; without a name the only one there is, or the longest of several.
+    """Find the loop of this name; without a name, the loop with the most layers.
 
-    Raises ProgramError if there is none.
+    Raises ProgramError if there is no such loop.
     """
     loops = {loop.name: loop for loop in program.loops}
     if name is not None and name in loops:
@@ -41,14 +41,14 @@ def find_loop(program: Program, name: str | None = None) -> Loop:
 
 
 def split_loop(program: Program, loop: Loop, at: Sequence[int]) -> tuple[Program, list[Loop]]:
-    """Cut a loop before the trips `at`; returns the Program, edited in place, and the pieces.
+    """Cut a loop before the trips `at`; return the Program, edited in place, and the pieces.
 
     The first piece keeps the loop's name and those of its weights. The piece that starts with trip
     10 of `model.layers` is called `model.layers_10`; in the names of its weights `*` counts from 0.
-    What was an input per trip and is the same in all trips of a piece becomes a plain one. With
-    nothing to cut, the loop itself is returned.
+    A per-trip input with the same value in all trips of a piece becomes an invariant. Without a cut
+    inside the loop, the result is the loop itself.
 
-    Raises ProgramError for a place that is not inside the loop.
+    Raises ProgramError for a cut outside of the loop.
     """
     cuts = sorted(set(at) - {0, loop.trips})
     outside = [cut for cut in cuts if not 0 < cut < loop.trips]
@@ -87,7 +87,7 @@ def split_loop(program: Program, loop: Loop, at: Sequence[int]) -> tuple[Program
             with graph.inserting_after(after):
                 after = graph.call_function(operator.getitem, (node, position))
             after.meta.update(value.meta)
-            # what comes next is marked where it is taken in
+            # hidden states are marked on the placeholders of the next piece, not on its inputs
             unmark(after)
             items.append(after)
         carry = tuple(items)
@@ -107,10 +107,10 @@ def split_loop(program: Program, loop: Loop, at: Sequence[int]) -> tuple[Program
 
 
 def pack_trips(program: Program, loop: Loop, count: int) -> tuple[Program, Loop]:
-    """Let one trip run what `count` trips ran; returns the Program, edited in place, and the loop.
+    """Pack `count` trips into one; return the Program, edited in place, and the loop.
 
     A weight `model.layers.*.mlp.up_proj.weight` becomes `model.layers.*.<i>.mlp.up_proj.weight`,
-    where `i` says which of the packed trips reads it.
+    where `i` numbers the packed trips.
 
     Raises ProgramError if `count` does not divide the loop's trips.
     """
@@ -129,7 +129,7 @@ def pack_trips(program: Program, loop: Loop, count: int) -> tuple[Program, Loop]
     carry: list[fx.Node] = [graph.node_copy(place) for place in old_places[:width]]
     given: list[list[fx.Node]] = [[] for _ in range(count)]
     inputs: list[Any] = []
-    # an input that all trips share stays one; one value per trip becomes one for each place
+    # an invariant stays one input; a per-trip input becomes one for each packed trip
     for place, value in zip(old_places[width:], loop.inputs, strict=True):
         if not isinstance(value, tuple):
             node = graph.node_copy(place)
@@ -169,9 +169,9 @@ def pack_trips(program: Program, loop: Loop, count: int) -> tuple[Program, Loop]
 
 
 def repeat_trip(program: Program, loop: Loop, trips: int) -> tuple[Program, Loop]:
-    """Let a loop of one trip make `trips` of them, all with the same weights and inputs.
+    """Repeat the trip of a one-trip loop `trips` times, with the same weights and inputs.
 
-    Raises ProgramError if the loop has several trips already.
+    Raises ProgramError if the loop has several trips.
     """
     if loop.trips != 1:
         raise ProgramError(f"it has {loop.trips} trips, not one to be repeated", where=loop.name)
@@ -187,9 +187,9 @@ def repeat_trip(program: Program, loop: Loop, trips: int) -> tuple[Program, Loop
 
 
 def select_trips(program: Program, loop: Loop, trips: Sequence[int]) -> tuple[Program, Loop]:
-    """Let a loop run some of its trips, in this order; one named twice runs twice, and is tied.
+    """Let a loop run only these trips, in this order; a repeated trip is tied to itself.
 
-    Raises ProgramError for trips that it does not have, and for none.
+    Raises ProgramError for trips that it does not have, and for an empty list.
     """
     if not trips or not all(0 <= trip < loop.trips for trip in trips):
         raise ProgramError(f"trips {list(trips)} of {loop.trips} cannot be run", where=loop.name)
@@ -209,9 +209,10 @@ def inline(
     values: dict[fx.Node, fx.Node],
     rename: Callable[[str], str | None] = lambda name: None,
 ) -> tuple[fx.Node, ...]:
-    """Copy a body to a graph's insertion point; `values` are for its placeholders.
+    """Copy a body to a graph's insertion point; `values` replace its placeholders.
 
-    Returns what the body returns. `rename` gives another name for a weight, or None to keep it.
+    Returns the copies of the nodes that the body returns. `rename` returns another name for a
+    weight, or None to keep it.
     """
     values = dict(values)
     for node in body.nodes:
@@ -225,7 +226,7 @@ def inline(
 
 
 def _stacked(program: Program, loop: Loop) -> list[str]:
-    """The weights of a loop that have one entry per trip or a choice of entries."""
+    """Return the names of a loop's stacked weights."""
     names = weight_nodes(loop.body.graph)
     return [n for n in program.weights if n in names and program.weights[n].index is not None]
 
@@ -248,7 +249,7 @@ def _drop_unused(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _of_trips(weight: Weight, trips: Iterable[int]) -> Weight:
-    """A stack with only what some trips use."""
+    """Reduce a stacked weight to the entries that some trips use."""
     assert weight.index is not None
     used = [weight.index[trip] for trip in trips]
     kept = list(dict.fromkeys(used))
@@ -257,7 +258,7 @@ def _of_trips(weight: Weight, trips: Iterable[int]) -> Weight:
 
 
 def _same(value: Any, trips: Iterable[int]) -> Any:
-    """An input per trip for some of the trips: one value if they have the same."""
+    """Restrict a per-trip input to some trips; one value if it is the same in all of them."""
     if not isinstance(value, tuple):
         return value
     values = tuple(value[trip] for trip in trips)
@@ -268,7 +269,7 @@ def _same(value: Any, trips: Iterable[int]) -> Any:
 def _replaced(
     table: WeightTable, stacked: list[str], pieces: list[dict[str, Weight]]
 ) -> WeightTable:
-    """A table with new weights where the first of the old ones stood."""
+    """Replace the stacked weights of a table by new ones, at the position of the first."""
     new: dict[str, Weight] = {}
     for name, weight in table.items():
         if name not in stacked:
@@ -280,7 +281,7 @@ def _replaced(
 
 
 def _renamed(name: str, old: str, new: str, start: int, inner: str = "") -> str:
-    """The name of a loop's weight in a piece of the loop, or at a place of a packed trip."""
+    """Name a loop's weight in a piece of the loop, or in one of its packed trips."""
     if inner:
         head, _, tail = name.partition("*.")
         return f"{head}*.{inner}{tail}" if tail else f"{name}.{inner.rstrip('.')}"

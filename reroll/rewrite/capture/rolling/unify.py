@@ -1,4 +1,4 @@
-"""Unifying regions: what is the same in every trip, what differs, and what is carried."""
+"""Unify regions into the trips of a loop: what is shared, what differs, what is carried."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Region:
-    """The nodes of one trip, in the order in which they run."""
+    """Nodes of one trip, in the order in which they run."""
 
     nodes: list[fx.Node]
     places: dict[fx.Node, int] = field(init=False)
@@ -25,38 +25,38 @@ class Region:
         self.places = {node: place for place, node in enumerate(self.nodes)}
 
 
-# what an argument of the body is, apart from constants that are themselves
+# classes of arguments of the body; constants stand for themselves
 @dataclass(frozen=True)
 class Inner:
-    """The value at a place of the same trip."""
+    """Value of the same trip, by the index of its node in the region."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class Carried:
-    """The value at a place of the trip before; `position` among the carried values."""
+    """Value of the previous trip; `position` is its index among the carried values."""
 
     position: int
 
 
 @dataclass(frozen=True)
 class Given:
-    """An input of the loop; `position` among the inputs."""
+    """Input of the loop; `position` is its index among the inputs."""
 
     position: int
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """A weight per trip, named after the first trip's."""
+    """Weight per trip, named after the first trip's."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Computed:
-    """A value that each trip computes from its weights: an op outside the data's path."""
+    """Value that each trip computes itself, by an op that does not depend on the data."""
 
     like: fx.Node
     args: Any
@@ -64,7 +64,7 @@ class Computed:
 
 
 class Differ(Exception):
-    """Two trips are not the same; carries the Miss."""
+    """Raised where two trips differ; `miss` is the reason."""
 
     def __init__(self, reason: str, *nodes: str) -> None:
         super().__init__(reason)
@@ -72,9 +72,9 @@ class Differ(Exception):
 
 
 def unify(regions: list[Region], outside: dict[str, list[fx.Node]]) -> Unifier | Miss:
-    """The loop whose trips are these regions, or the reason why they are none.
+    """Unify regions into the trips of one loop, or return a Miss with the reason why not.
 
-    `outside` has the graph's weight nodes by name.
+    `outside` maps names to the graph's weight nodes.
     """
     try:
         return Unifier(regions, outside)
@@ -83,11 +83,11 @@ def unify(regions: list[Region], outside: dict[str, list[fx.Node]]) -> Unifier |
 
 
 class Unifier:
-    """The result of unifying regions; construction raises Differ.
+    """Loop made of unified regions; construction raises Differ.
 
-    `carry`: places whose value goes to the next trip; `initial`: their values before the first
-    trip; `inputs`: what the loop node passes; `stacks`: the weight names of all trips by the first
-    trip's.
+    `carry` are the indices of the nodes whose values go to the next trip, and `initial` their
+    values before the first. `inputs` are the inputs of the loop node. `stacks` maps the first
+    trip's name of a weight to its names in all trips.
     """
 
     def __init__(self, regions: list[Region], outside: dict[str, list[fx.Node]]) -> None:
@@ -104,7 +104,7 @@ class Unifier:
         self._check_uses()
         self._check_order()
         if not self.stacks:
-            raise Differ("the trips share no kind of weight", regions[0].nodes[0].name)
+            raise Differ("no weight is stacked over the trips", regions[0].nodes[0].name)
 
     def _place(self, place: int) -> tuple[Any, Any]:
         nodes = [region.nodes[place] for region in self.regions]
@@ -115,7 +115,7 @@ class Unifier:
         return args, kwargs
 
     def _zip(self, values: list[Any], nodes: list[fx.Node], own: bool) -> Any:
-        """One argument over all trips."""
+        """Unify one argument over all trips."""
         first = values[0]
         if isinstance(first, (list, tuple)) and all(isinstance(v, (list, tuple)) for v in values):
             if len({len(v) for v in values}) != 1:
@@ -147,7 +147,10 @@ class Unifier:
             if len(places) == 1:
                 return self._carried(places.pop(), values[0], nodes[0])
         if any(owner is not None for owner in owners):
-            raise Differ("a value crosses trips", *(n.name for n in nodes[:2]))
+            raise Differ(
+                "a value is not of the same or of the previous trip throughout",
+                *(n.name for n in nodes[:2]),
+            )
         return self._outside(values, nodes)
 
     def _carried(self, place: int, initial: Any, node: fx.Node) -> Carried:
@@ -176,7 +179,7 @@ class Unifier:
         return self._given(tuple(values))
 
     def _alike(self, values: list[Any]) -> bool:
-        """Whether values outside the data's path are computed alike, so each trip may do it."""
+        """Whether values are results of the same op with equal constants, one in each trip."""
         first = values[0]
         return all(
             isinstance(v, fx.Node)
@@ -189,7 +192,7 @@ class Unifier:
         )
 
     def _same(self, value: Any) -> Any:
-        """A value that is the same in every trip: a shared weight, or an input of the loop."""
+        """Classify a value that is the same in every trip: a shared weight, or an invariant."""
         if isinstance(value, fx.Node) and value.op == "get_attr" and self._only_inside(value):
             return self._stacked((str(value.target),) * self.trips)
         return self._given(value)
@@ -215,7 +218,7 @@ class Unifier:
         return Given(len(self.inputs) - 1)
 
     def _check_uses(self) -> None:
-        """After the loop, only what the last trip carries out is used."""
+        """Check that nodes after the loop use only values that the last trip carries out."""
         for t, region in enumerate(self.regions):
             for node in region.nodes:
                 outer = [u for u in node.users if u not in self._owner]
@@ -223,7 +226,7 @@ class Unifier:
                     raise Differ("a value inside a trip is used after the loop", node.name)
 
     def _check_order(self) -> None:
-        """What the loop takes from outside does not depend on what is inside."""
+        """Check that the loop's inputs do not depend on nodes inside the loop."""
         inside = set(self._owner)
         seen: set[fx.Node] = set()
         queue = [v for v in _leaves((self.initial, self.inputs)) if isinstance(v, fx.Node)]
@@ -237,7 +240,7 @@ class Unifier:
             queue += node.all_input_nodes
 
     def build(self, renamed: dict[str, str]) -> fx.Graph:
-        """The body: the first trip's nodes over placeholders, its weights renamed by `renamed`."""
+        """Build the body: the first trip's nodes over placeholders, with weights renamed."""
         graph = fx.Graph()
         first = self.regions[0]
         carried = []
@@ -290,10 +293,11 @@ class Unifier:
         return graph
 
     def mark(self, body: fx.Graph) -> bool:
-        """Mark the hidden states of the trips in the body that was built; False if they differ.
+        """Mark the trips' hidden states in the built body; return False if the trips differ.
 
-        What a trip returns and the last one does not count is what a trip is given: the value
-        before the first trip is marked, and has its mark there no longer.
+        If all trips but the last have a mark on a carried value, it belongs to the input of the
+        next trip. Then the placeholder in the body is marked instead of the value before the first
+        trip.
         """
         places = body.find_nodes(op="placeholder")
         given: list[tuple[int, tuple[str, ...]]] = []

@@ -1,13 +1,12 @@
 """The op set of the intermediate representation: the few idioms that passes reason about.
 
 Everything else in a Program stays plain ATen. An op is one file: a `torch.library` custom op, so
-that `torch.export` and `torch.compile` keep it whole, with the body that defines it, in the
-arithmetic of transformers' eager attention; what it makes of tensors without data; its cost and its
-state; and the handle that nodes have for a target. `reroll.runtime` and the exporters register
-faster forms by handle.
+that `torch.export` and `torch.compile` keep it whole. The file has the body that defines the op, in
+the arithmetic of transformers' eager attention. It also has the function for meta tensors, the
+cost, the bytes of state, and the handle that nodes have as target. `reroll.runtime` and the
+exporters register faster forms by handle.
 
-The one op that is not a tensor function is `loop`: the depth loop, whose body is a graph of its
-own.
+Only one op is not a tensor function: `loop`, the depth loop, whose body is a graph of its own.
 """
 
 from reroll.rewrite.ir.ops.attention import (

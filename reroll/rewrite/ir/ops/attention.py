@@ -1,4 +1,4 @@
-"""Softmax attention, and what it divides by."""
+"""Softmax attention and its normaliser."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def attention(
     blocks: Tensor | None = None,
     prefix: int | None = None,
 ) -> Tensor:
-    """Softmax attention over grouped heads.
+    """Compute softmax attention over grouped heads.
 
     `q`: [batch, heads, time, head_dim]; `k`: [batch, kv_heads, kv_time, head_dim]; `v` likewise
     with its own head_dim. Scores are `q k^T * scale`, bounded to `softcap * tanh(scores /
-    softcap)`, plus `bias` (anything that broadcasts to [batch, heads, time, kv_time]). The others
-    say which keys a query sees (`Visibility`), with the queries at the end of the keys.
-    `sinks` [heads] are logits that take part in the normalisation and carry no value.
+    softcap)`, plus `bias` (anything that broadcasts to [batch, heads, time, kv_time]). `sinks`
+    [heads] are logits that take part in the normalisation and carry no value. The other arguments
+    determine which keys a query sees (`Visibility`); the queries are the last tokens of the keys.
 
     Returns [batch, time, heads, v_head_dim]: zeros where a window is 0 and there is no prefix.
     """
@@ -61,7 +61,7 @@ def _scores(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """What the softmax of an attention is over: [batch, heads, time, keys], sinks in a last one."""
+    """Compute the scores before the softmax: [batch, heads, time, keys], sinks as a last key."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k = k.repeat_interleave(groups, 1)
@@ -86,7 +86,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, *_: object, **__: object) -
 
 
 def mass_of(scores: Tensor, log: bool) -> Tensor:
-    """`attention_mass` of scores [..., time, keys]: [..., time]."""
+    """Compute `attention_mass` of scores [..., time, keys]: [..., time]."""
     if log:
         return scores.logsumexp(-1)
     highest = scores.max(dim=-1, keepdim=True).values.detach()
@@ -109,7 +109,7 @@ def attention_mass(
     prefix: int | None = None,
     log: bool = False,
 ) -> Tensor:
-    """What the softmax of an attention divides by: the sum of exp(score - highest score).
+    """Compute the normaliser of an attention's softmax: the sum of exp(score - highest score).
 
     The arguments are those of `attention`; with `log` it is the log of the sum of exp(score)
     instead. Returns [batch, time, heads] in fp32.
@@ -140,7 +140,7 @@ def _mass(node: fx.Node, place: Place) -> int:
 
 
 def keys_seen(node: fx.Node, place: Place) -> int:
-    """How many keys one query of an attention sees at most."""
+    """Return the maximum number of keys that one query of an attention sees."""
     length = shape(node.args[1])[2]
     keys = length if isinstance(length, int) else place.context
     return Visibility.of(node).map(place.resolve).most_keys(keys)

@@ -1,4 +1,4 @@
-"""What ops say of themselves beside their bodies: cost, state, and whether they are pure."""
+"""Properties of ops: cost, bytes of state, and whether they are pure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a node is: which trip of which loop, if any, and how many tokens are in context."""
+    """Location of a node for its cost: loop and trip, if any, and number of tokens in context."""
 
     context: int
     loop: Loop | None = None
     trip: int = 0
 
     def resolve(self, value: Any) -> Any:
-        """A constant, or what a loop's input holds in this trip where that is a constant."""
+        """Resolve an argument in this trip, where it is an input of the loop."""
         return value if self.loop is None else self.loop.resolve(value, self.trip)
 
 
@@ -35,7 +35,7 @@ STATE: dict[Any, Cost] = {}
 
 
 def register(target: Any, *, flops: Cost | None = None, state: Cost | None = None) -> None:
-    """Say what one op costs: operations per token, and bytes of state for each sequence."""
+    """Register the costs of an op: operations per token, and bytes of state per sequence."""
     if flops is not None:
         FLOPS[target] = flops
     if state is not None:
@@ -43,11 +43,11 @@ def register(target: Any, *, flops: Cost | None = None, state: Cost | None = Non
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a call gives the same result for the same arguments, wherever it stands."""
+    """Whether a call always gives the same result for the same arguments."""
     tags = getattr(node.target, "tags", ())
     return node.target not in STATE and torch.Tag.nondeterministic_seeded not in tags
 
 
 def count(dims: tuple[Dim, ...]) -> int:
-    """Elements for one token: batch and length count once."""
+    """Count the elements for one token; symbolic dimensions (batch, length) count as 1."""
     return math.prod(d for d in dims if isinstance(d, int))

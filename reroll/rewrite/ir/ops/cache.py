@@ -1,4 +1,4 @@
-"""The keys and values of all tokens so far: the state of attention."""
+"""Cache of keys and values of all tokens so far: the state of attention."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from reroll.rewrite.ir.ops.base import Place, count, register
 
 @torch.library.custom_op("reroll::cache", mutates_args=())
 def cache(k: Tensor, v: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """The state of one attention: the keys and values of all tokens so far.
+    """Append keys and values to the state of one attention; return those of all tokens so far.
 
     `k`, `v`: [batch, kv_heads, time, head_dim] of the new tokens. The lowered module appends them
-    to the cache of the running generation; here, without one, they are all there is. `length` is
-    the number of tokens there will be, known while capturing.
+    to the cache of the running generation. This reference has no past and returns copies of them.
+    `length` is the total number of tokens, which is known only in a capture.
     """
     if length is not None and length != k.shape[-2]:
         raise ValueError("the reference of reroll::cache has no past: run the lowered module")
@@ -47,7 +47,7 @@ def _cache(node: fx.Node, place: Place) -> int:
 
 
 def _attentions(node: fx.Node) -> list[fx.Node]:
-    """The attentions that read a cache, through whatever reshapes and repeats its tensors."""
+    """Find the attentions that read a cache, through reshapes and repeats of its tensors."""
     found: list[fx.Node] = []
     seen: set[fx.Node] = set()
     stack = list(node.users)

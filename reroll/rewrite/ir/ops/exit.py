@@ -1,4 +1,4 @@
-"""Which tokens leave a loop."""
+"""Exit of tokens from a loop."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @torch.library.custom_op("reroll::exit", mutates_args=())
 def exit(done: Tensor, score: Tensor, threshold: float) -> Tensor:
-    """Which tokens [batch, time] are done: those that were, and those whose score is higher.
+    """Compute which tokens [batch, time] have exited: already `done`, or score above threshold.
 
-    Stands in the body of a loop, with a threshold for each trip; at an infinite one nobody leaves,
-    and what is computed for the score alone need not be computed. The score has the shape of
+    The op is in the body of a loop, with a threshold for each trip. At an infinite threshold no
+    token exits, and nodes that only compute the score need not run. The score has the shape of
     `done`.
     """
     return done | (score > threshold)

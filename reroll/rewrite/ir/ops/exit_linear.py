@@ -1,4 +1,4 @@
-"""One of several matrices for each token."""
+"""Linear layer with one of several matrices for each token."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from reroll.rewrite.ir.ops.base import Place, count, register
 def exit_linear(
     x: Tensor, depth: Tensor, stops: list[int], weights: list[Tensor], biases: list[Tensor]
 ) -> Tensor:
-    """A product with one of several matrices for each token, by how deep it went.
+    """Apply one of several linear layers to each token, by the depth of its exit.
 
-    `x` [batch, time, in]; `weights` [out, in] and `biases` [out], of which there may be none. A
-    token of depth `stops[i]` ([batch, time] in `depth`) takes those numbered i + 1, any other the
-    first. Returns [batch, time, out].
+    `x` is [batch, time, in]; `weights` are [out, in], and `biases` [out] may be empty. `depth` is
+    [batch, time]. A token with depth `stops[i]` uses weight and bias i + 1, any other the first.
+    Returns [batch, time, out].
     """
     out = F.linear(x, weights[0], biases[0] if biases else None)
     for number, stop in enumerate(stops, 1):
@@ -38,7 +38,7 @@ EXIT_LINEAR = torch.ops.reroll.exit_linear.default
 
 
 def _exit_linear(node: fx.Node, place: Place) -> int:
-    # a token has one head, whichever it is
+    # each token uses exactly one of the matrices
     x, weight = shape(node.args[0]), shape(node.args[3][0])  # type: ignore[index]
     return 2 * count(x[:-1]) * count(weight)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @torch.library.custom_op("reroll::glu", mutates_args=())
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Gated linear unit: activation(gate) * up (Shazeer, 2020, arXiv 2002.05202)."""
+    """Compute the gated linear unit activation(gate) * up (Shazeer, 2020, arXiv 2002.05202)."""
     return activate(gate, activation) * up
 
 
@@ -19,7 +19,7 @@ def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """The activation functions that `glu` knows, by name."""
+    """Apply an activation function of `glu` by name."""
     if activation == "silu":
         return F.silu(x)
     if activation == "gelu":

@@ -1,4 +1,4 @@
-"""Hidden states of tokens that have left a loop."""
+"""Hidden states of tokens that have exited a loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.library.custom_op("reroll::hold", mutates_args=())
 def hold(done: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """`old` [batch, time, width] where a token is done [batch, time], and `new` where it is not."""
+    """Select `old` [batch, time, width] where a token is done [batch, time], else `new`."""
     return torch.where(done[..., None], old, new)
 
 

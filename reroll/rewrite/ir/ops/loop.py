@@ -6,7 +6,7 @@ from typing import Any
 
 
 def loop(body: str, carry: tuple[Any, ...], inputs: tuple[Any, ...], trips: int) -> tuple[Any, ...]:
-    """The depth loop: runs the Program's body of this name `trips` times.
+    """Run the Program's body of this name `trips` times: the depth loop.
 
     The body's first placeholders take the `carry`, which each trip returns for the next one. Each
     further placeholder takes one of `inputs`: a value that is the same for all trips, or a tuple

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# what `mark_keys` adds to the scores, before the scale, of a key that is not there: enough that its
-# weight is 0, and not too much for fp16
+# added to the scores of an absent key, before the scale: enough that its attention weight is 0,
+# and finite in fp16
 ABSENT = -3e4
 
 
 @torch.library.custom_op("reroll::mark_keys", mutates_args=())
 def mark_keys(k: Tensor, absent: Tensor) -> Tensor:
-    """Keys [batch, kv_heads, time, head_dim + 1] that nobody reads where `absent` [batch, time].
+    """Append a channel to keys that hides those of `absent` [batch, time] tokens.
 
-    The last channel is `ABSENT` there and 0 elsewhere; queries have a 1 in theirs. So a cache holds
-    with its keys which of its tokens are there.
+    The last channel of the result [batch, kv_heads, time, head_dim + 1] is `ABSENT` for these
+    tokens and 0 elsewhere. Queries have a 1 in theirs. A cache of keys so records which tokens are
+    absent.
     """
     mark = absent.to(k.dtype)[:, None, :, None] * ABSENT
     return torch.cat((k, mark.expand(-1, k.shape[1], -1, -1)), -1)

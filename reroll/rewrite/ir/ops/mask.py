@@ -1,4 +1,4 @@
-"""Which keys a query sees, as an additive mask."""
+"""Additive attention mask."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def mask(
     dtype: torch.dtype,
     prefix: int | None = None,
 ) -> Tensor:
-    """The additive attention mask: 0 where a query may see a key, else the lowest finite value.
+    """Compute the additive attention mask: 0 where a query sees a key, else the dtype's minimum.
 
-    Position `i` of the queries stands at `q_offset + i` of the keys. What the others mean is told
-    in `reroll.rewrite.ir.visibility`.
+    Query `i` has position `q_offset + i` among the keys. For the other arguments see
+    `reroll.rewrite.ir.visibility`.
 
     Returns [batch, 1, q_length, kv_length] of `dtype`.
     """

@@ -1,6 +1,6 @@
 """Token mixers: recurrences over a sequence, in one direction or in both.
 
-What a rule computes is looked up by its name, see `reroll.rewrite.ir.rules`.
+The rule of a mixer is looked up by its name, see `reroll.rewrite.ir.rules`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops.base import Place, count, register
 from reroll.rewrite.ir.rules import find_rule
 
-# q, k, v, gates and which tokens write [batch, time], to [batch, time, heads, d_v]
+# (q, k, v, gates, mask [batch, time] of tokens that write) -> [batch, time, heads, d_v]
 Run: TypeAlias = Callable[[Tensor, Tensor, Tensor, list[Tensor], Tensor | None], Tensor]
 
 
@@ -34,18 +34,18 @@ def recurrence(
     active: bool = True,
     idle: Tensor | None = None,
 ) -> Tensor:
-    """A token mixer whose state has a size of its own, run over a sequence from the zero state.
+    """Run a token mixer with a state of fixed size over a sequence, from the zero state.
 
     `q`: [batch, heads, time, d_k]; `k`: [batch, kv_heads, time, d_k]; `v` likewise with d_v;
     `gates`: tensors [batch, kv_heads, time, ...] in the order in which the mixer declares them.
-    `rule` names a mixer of `reroll.mixers`, `options` is its options as a JSON object. `padding`
-    [batch, time] is 0 at tokens that leave the state alone.
+    `rule` names a mixer of `reroll.mixers`; `options` is a JSON object of its options. `padding`
+    [batch, time] is 0 at tokens that do not change the state.
 
-    `delay`: a token reads the state as it was after the token so many before it, so that it sees
-    what an attention over a window of that size does not. `skip`: the first so many tokens that are
-    not padding write nothing either (see `prefix` of `mask`). Without `active` there is no state at
-    all, and zeros are returned: for trips of a loop that go without. `idle` [batch, time] is True
-    at new tokens that leave the state alone though they are not padding.
+    `delay`: token t reads the state after token t - `delay`, so it sees what an attention over a
+    window of that size does not. `skip`: the first `skip` tokens that are not padding do not write
+    (see `prefix` of `mask`). Without `active` there is no state, and the result is zeros: for trips
+    without a mixer. `idle` [batch, time] is True at new tokens that do not write although they are
+    not padding.
 
     Returns [batch, time, heads, d_v].
     """
@@ -69,12 +69,12 @@ def bidirectional(
     skip: int = 0,
     active: bool = True,
 ) -> Tensor:
-    """A token mixer run over a sequence from both ends, for attention that is not causal.
+    """Run a token mixer over a sequence in both directions, for attention that is not causal.
 
-    The sum of two recurrences from the zero state, over the tokens as they are and from the last to
-    the first; a token's own write is in the first alone. The arguments are those of `recurrence`,
-    `delay` and which tokens write apply to both directions. Nothing of it can be continued: it
-    needs the whole sequence.
+    The result is the sum of a forward and a backward recurrence from the zero state. A token's own
+    write is in the forward one only. The arguments are those of `recurrence`; `delay`, `padding`
+    and `skip` apply to both directions. It needs the whole sequence, so there is no state to
+    continue from.
 
     Returns [batch, time, heads, d_v].
     """
@@ -103,10 +103,10 @@ def scan(
     idle: Tensor | None = None,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """A mixer over a whole sequence; the arguments are those of `recurrence`.
+    """Run a mixer over a whole sequence; the arguments are those of `recurrence`.
 
-    `documents` [batch, time]: a number for each token; where it changes, a document begins, which
-    nothing of those before it reaches. `run` has to begin with a new state there.
+    `documents` [batch, time] numbers the document of each token. Where the number changes, a
+    document begins that depends on no earlier one; `run` must reset its state there.
     """
     writes = None if padding is None else padding.bool()
     if skip:
@@ -128,7 +128,7 @@ def scan_both(
     delay: int,
     skip: int,
 ) -> Tensor:
-    """A mixer over a whole sequence from both ends; the arguments are those of `bidirectional`."""
+    """Run a mixer in both directions; the arguments are those of `bidirectional`."""
     writes = None if padding is None else padding.bool()
     if skip:
         writes = after_first(writes, k, skip)
@@ -147,14 +147,12 @@ def _rule(rule: str, options: str) -> Run:
 def after_first(
     writes: Tensor | None, k: Tensor, skip: int, documents: Tensor | None = None
 ) -> Tensor:
-    """Which tokens [batch, time] write, without the first `skip` of those that do, of each
-    document.
-    """
+    """Exclude the first `skip` tokens of each document from those that write [batch, time]."""
     if writes is None:
         writes = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
     number = writes.long().cumsum(-1)
     if documents is not None:
-        # counted from the last token of the document before
+        # the count restarts after the last token of the previous document
         begins = F.pad(documents.diff(dim=-1) != 0, (1, 0), value=True)
         before = torch.where(begins, number - writes.long(), 0)
         number = number - before.cummax(-1).values
@@ -162,21 +160,21 @@ def after_first(
 
 
 def _inside(writes: Tensor | None, documents: Tensor, delay: int) -> Tensor:
-    """Which tokens write [batch, time], without those whose turn comes in another document."""
+    """Exclude from the tokens that write [batch, time] those delayed into another document."""
     later = F.pad(documents, (0, delay), value=-1)[:, delay:]
     inside = documents == later
     return inside if writes is None else writes & inside
 
 
 def without_idle(writes: Tensor | None, idle: Tensor | None) -> Tensor | None:
-    """Which tokens [batch, time] write, without those that are idle; None if all do."""
+    """Exclude idle tokens from those that write [batch, time]; None if all write."""
     if idle is None:
         return writes
     return ~idle if writes is None else writes & ~idle
 
 
 def delayed(tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Any]:
-    """Tensors [batch, heads, time, ...] and `writes` [batch, time], `delay` tokens later each."""
+    """Shift tensors [batch, heads, time, ...] and `writes` [batch, time] by `delay` tokens."""
     if not delay:
         return [*tensors, writes]
     batch, _, time = tensors[0].shape[:3]
@@ -198,7 +196,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(scanned: Callable[..., Tensor]) -> Callable[..., tuple[Any, ...]]:
-    """The gradient of an op that is `scanned`: the inputs are kept, the sequence is run again."""
+    """Return the backward function of an op; it keeps the inputs and reruns the sequence."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = [t.detach() for t in ctx.saved_tensors]
@@ -216,7 +214,7 @@ def _backward(scanned: Callable[..., Tensor]) -> Callable[..., tuple[Any, ...]]:
         else:
             grads = tuple(map(torch.zeros_like, inputs))
         dq, dk, dv, *dgates = grads
-        # one for each argument that the caller gave; PyTorch leaves out those at their defaults
+        # one gradient for each argument of the call; PyTorch leaves out those at their defaults
         left_out = (None,) * (len(ctx.needs_input_grad) - 4)
         return dq, dk, dv, dgates, *left_out
 
@@ -242,7 +240,7 @@ def _recurrence_state(node: fx.Node, place: Place) -> int:
     if place.resolve(argument(node, "active")) is False:
         return 0
     rule, options, (_, kv_heads, d_k, d_v) = _mixer(node, place)
-    # tokens that have come and are not written yet
+    # tokens that were read and are not written to the state yet
     waiting = min(int(place.resolve(argument(node, "delay"))), place.context)
     held = 0
     for tensor in (*node.args[1:3], *node.args[3]):  # type: ignore[misc]
@@ -252,12 +250,12 @@ def _recurrence_state(node: fx.Node, place: Place) -> int:
 
 
 def _mixer(node: fx.Node, place: Place) -> tuple[str, str, tuple[int, ...]]:
-    """The name, options and sizes of a recurrence."""
+    """Return the rule, options and sizes of a recurrence."""
     rule, options = (str(place.resolve(argument(node, name))) for name in ("rule", "options"))
     q, k, v = (shape(a) for a in node.args[:3])
     return rule, options, tuple(count((d,)) for d in (q[1], k[1], q[3], v[3]))
 
 
 register(RECURRENCE, flops=_recurrence_flops, state=_recurrence_state)
-# what is run from both ends cannot be continued, so it keeps nothing
+# a bidirectional recurrence cannot be continued, so it has no state
 register(BIDIRECTIONAL, flops=lambda node, place: 2 * _recurrence_flops(node, place))

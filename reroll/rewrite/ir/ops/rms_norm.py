@@ -8,10 +8,10 @@ from torch import Tensor
 
 @torch.library.custom_op("reroll::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
-    """RMS norm: x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension, in fp32.
+    """Compute x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension, in fp32.
 
-    Zhang and Sennrich, 2019 (arXiv 1910.07467), equation 4. `offset` is 1 where the stored weight
-    is the distance from one.
+    RMS norm: Zhang and Sennrich, 2019 (arXiv 1910.07467), equation 4. `offset` is 1 where the
+    stored weight is the distance from one.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 @torch.library.custom_op("reroll::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864, equation 34).
+    """Apply the rotary position embedding (Su et al., 2021, arXiv 2104.09864, equation 34).
 
-    `cos`, `sin` broadcast to `x` in all but the last dimension, whose size R says how many of the
-    leading channels of `x` turn; the rest pass. Channel pairs are (i, i + R/2), or (2i, 2i + 1)
-    when `interleaved`.
+    `cos` and `sin` broadcast to `x` in all but the last dimension. Its size R is the number of
+    leading channels of `x` that are rotated; the rest stay unchanged. Channel pairs are (i, i +
+    R/2), or (2i, 2i + 1) when `interleaved`.
     """
     size = cos.shape[-1]
     turned, rest = x[..., :size], x[..., size:]

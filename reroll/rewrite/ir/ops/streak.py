@@ -1,4 +1,4 @@
-"""How often in a row a token was predicted."""
+"""Count of consecutive trips that predict the same token."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 @torch.library.custom_op("reroll::streak", mutates_args=())
 def streak(token: Tensor, last: Tensor, count: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The token that was predicted last, and how often in a row it was predicted before.
+    """Return the predicted token, and how many previous trips in a row predicted it.
 
-    All are [batch, time]. At an infinite threshold there is no exit, and both stay as they were.
+    All are [batch, time]. At an infinite threshold there is no exit, and `last` and `count` are
+    returned.
     """
     if threshold == float("inf"):
         return last.clone(), count.clone()

@@ -1,4 +1,4 @@
-"""A conversion to fp32 that a model asks for itself."""
+"""Conversion to fp32 that a model asks for itself."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @torch.library.custom_op("reroll::widen", mutates_args=())
 def widen(x: Tensor) -> Tensor:
-    """`x` in fp32, whatever the dtype of the program.
+    """Convert `x` to fp32, whatever the dtype of the program.
 
-    Stands where a model asks for fp32 itself. In a program in fp32 it says which conversions to
-    fp32 are of this kind; the others are to the dtype of the program.
+    The op marks a conversion to fp32 in the model's own code. In a program in fp32, all other
+    conversions to fp32 are conversions to the dtype of the program.
     """
     return x.to(torch.float32, copy=True)
 

@@ -1,7 +1,7 @@
-"""Whether two Programs are the same, and what a person would say differs.
+"""Compare two Programs for equality, and format their differences.
 
-What counts is what runs: the graphs up to the names of their nodes, the bodies, inputs, outputs,
-dtype and weights. Types of nodes follow from these, and the origin is history.
+Only what runs is compared: graphs up to the names of their nodes, bodies, inputs, outputs, dtype
+and weights. Types of nodes follow from these. The origin is not compared.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def same(a: Program, b: Program) -> bool:
 
 
 def fingerprint(program: Program) -> str:
-    """A hash of what `same` compares, equal in every process: 64 hexadecimal digits."""
+    """Hash what `same` compares; equal in every process, 64 hexadecimal digits."""
     return hashlib.sha256("\n".join(canonical(program)).encode()).hexdigest()
 
 
 def canonical(program: Program) -> list[str]:
-    """What `same` compares, as lines."""
+    """Return what `same` compares, as lines."""
     lines = list(_interface(program))
     for name, graph in sorted(_defaults(program).items()):
         reads = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
@@ -46,7 +46,7 @@ def canonical(program: Program) -> list[str]:
 
 
 def diff(a: Program, b: Program, context: int = 3) -> str:
-    """What changed from `a` to `b`, for a person: like `diff -u`, graph by graph; "" if nothing."""
+    """Format the changes from `a` to `b` like `diff -u`, graph by graph; "" if there are none."""
     parts = list(_unified("program", list(_interface(a)), list(_interface(b)), context))
     graphs_a, graphs_b = ({**_defaults(p), **dict(p.graphs())} for p in (a, b))
     for name in dict.fromkeys((*graphs_a, *graphs_b)):
@@ -68,7 +68,7 @@ def _interface(program: Program) -> Iterator[str]:
 
 
 def _defaults(program: Program) -> dict[str, fx.Graph]:
-    """The graphs of what stands for inputs that are left out."""
+    """Return the graphs of the inputs' defaults."""
     return {f"default {i.name}": i.default for i in program.inputs if i.default is not None}
 
 
@@ -76,7 +76,7 @@ def _defaults(program: Program) -> dict[str, fx.Graph]:
 
 
 def _renumbered(graph: fx.Graph) -> list[str]:
-    """The lines of a graph with its nodes numbered in order; weights have no node of their own."""
+    """Format a graph with its nodes numbered in order; nodes of weights are not numbered."""
     nodes = [node for node in graph.nodes if node.op != "get_attr"]
     number = {node: i for i, node in enumerate(nodes)}
     return _lines(nodes, lambda n: f"%{number[n]}" if n in number else node_name(n))
@@ -90,10 +90,10 @@ def _lines(nodes: list[fx.Node], name: Namer) -> list[str]:
 
 
 def _aligned(before: fx.Graph, after: fx.Graph) -> tuple[list[str], list[str]]:
-    """The lines of two graphs, where nodes that correspond have one name.
+    """Format two graphs so that corresponding nodes have the same name.
 
-    Nodes correspond if their lines do when the nodes in them have no names, and so do nodes that
-    stand in one place between those.
+    Nodes correspond if their lines match without the names of nodes. Between those, runs of equal
+    length correspond node by node, and other nodes by their ops.
     """
     old = [node for node in before.nodes if node.op != "get_attr"]
     new = [node for node in after.nodes if node.op != "get_attr"]
@@ -109,12 +109,12 @@ def _aligned(before: fx.Graph, after: fx.Graph) -> tuple[list[str], list[str]]:
 
 
 def _pairs(old: list[fx.Node], new: list[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Nodes that correspond."""
+    """Yield pairs of corresponding nodes."""
     for kind, x, y in _blocks(old, new, _lines(old, _anonymous), _lines(new, _anonymous)):
         if kind == "equal" or len(x) == len(y):
             yield from zip(x, y, strict=True)
             continue
-        # between nodes that correspond, calls of one op are one call with other arguments
+        # between corresponding nodes, calls of the same op correspond, with other arguments
         for inner, u, v in _blocks(x, y, [n.target for n in x], [n.target for n in y]):
             if inner == "equal":
                 yield from zip(u, v, strict=True)
@@ -141,7 +141,7 @@ def _fresh(name: str, taken: set[str]) -> str:
 def _unified(title: str, before: list[str], after: list[str], context: int) -> Iterator[str]:
     lines = difflib.unified_diff(before, after, n=context, lineterm="")
     for i, line in enumerate(lines):
-        # the first two lines name the files; our title says more
+        # the first two lines name the files; the title replaces them
         if i == 0:
             yield f"--- {title}"
         elif i > 1:
@@ -152,7 +152,7 @@ def _unified(title: str, before: list[str], after: list[str], context: int) -> I
 
 
 def _weight(name: str, weight: Weight) -> str:
-    """A weight as one line that is equal exactly if the weight is."""
+    """Format a weight as one line that is equal if and only if the weight is."""
     entries = [entry.digest.hex() for entry in weight.entries]
     return json.dumps([name, str(weight.meta), entries, weight.index, weight.trainable])
 

@@ -1,7 +1,6 @@
-"""Reading one line of a program's text, token by token.
+"""Tokenizer and parser of one line of a program's text.
 
-The text may be a stranger's: everything is limited in size and depth, and whatever is wrong raises
-a ProgramError.
+The text may be untrusted: sizes and depths are limited, and every error is a ProgramError.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ _EQUALS = re.compile(r"\s*=")
 
 @dataclass(frozen=True)
 class NodeRef:
-    """A node by its name."""
+    """Reference to a node by its name."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class WeightRef:
-    """A weight by its name."""
+    """Reference to a weight by its name."""
 
     name: str
 
 
 class Cursor:
-    """A line and the place up to which it has been read."""
+    """Line with the position up to which it has been read."""
 
     def __init__(self, line: str) -> None:
         if len(line) > MAX_LINE:
@@ -63,7 +62,7 @@ class Cursor:
         self.advance()
 
     def advance(self) -> str:
-        """Step to the next token; returns the one before it."""
+        """Advance to the next token; return the one before it."""
         token = self.token
         match = _TOKEN.match(self._line, self._end)
         if match is None:
@@ -75,7 +74,7 @@ class Cursor:
         return token
 
     def fail(self, wanted: str) -> NoReturn:
-        """Raise the error that something else is needed here."""
+        """Raise ProgramError: `wanted` is needed at this column."""
         found = f"{self.token!r:.60}" if self.kind != "end" else "the end of the line"
         raise ProgramError(f"{wanted} is needed, not {found}", where=f"column {self._start + 1}")
 
@@ -98,7 +97,7 @@ class Cursor:
             self.fail(repr(token))
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Check that the line ends here."""
         if self.kind != "end":
             self.fail("the end of the line")
 
@@ -151,7 +150,7 @@ class Cursor:
         return TensorType(dtype, tuple(shape))
 
     def values(self, close: str, depth: int = 0) -> tuple[list[Any], bool]:
-        """Read values up to and with the closing bracket; and whether a comma came before it."""
+        """Read values and the closing bracket; return them, and whether a comma preceded it."""
         values: list[Any] = []
         comma = False
         while not self.accept(close):
@@ -162,7 +161,7 @@ class Cursor:
         return values, comma
 
     def value(self, depth: int = 0) -> Any:
-        """Read one argument; nodes and weights come as `NodeRef` and `WeightRef`."""
+        """Read one argument; nodes and weights are returned as `NodeRef` and `WeightRef`."""
         if depth > MAX_DEPTH:
             raise ProgramError(f"brackets nest deeper than {MAX_DEPTH}")
         if self.kind == "node":

@@ -1,4 +1,4 @@
-"""Reading the statements of one graph and building its `fx.Graph`."""
+"""Parse the statements of one graph and build its `fx.Graph`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reroll.rewrite.ir.types import set_type
 
 @dataclass(frozen=True)
 class Placeholder:
-    """An input of a graph: its node's name, what it is for, and its type."""
+    """Input of a graph: the name of its node, the name of the input, and its type."""
 
     name: str
     target: str
@@ -30,7 +30,7 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class Statement:
-    """One line of a graph. `name` is "" for the line that returns."""
+    """Line of a graph. `name` is "" for the return statement."""
 
     line: int
     name: str
@@ -65,7 +65,7 @@ def read_statement(number: int, text: str) -> Statement:
 
 
 def read_type(cursor: Cursor) -> tuple[TensorType | None, tuple[str, ...]]:
-    """The type behind a value, if there is one, and the outputs that the value is an entry of."""
+    """Read a value's type, if there is one, and the outputs that the value is an entry of."""
     if not cursor.accept(":"):
         return None, ()
     kind, names = cursor.tensor_type(), []
@@ -116,11 +116,10 @@ def _arguments(cursor: Cursor) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def build_graph(
     placeholders: Sequence[Placeholder], statements: Sequence[Statement], first: int, last: int
 ) -> tuple[fx.Graph, dict[fx.Node, int]]:
-    """The graph, and the line of each node.
+    """Build the graph; return it with the line of each node.
 
-    `first` and `last` are the lines at which the graph opens and closes. Raises ProgramError if a
-    node is defined twice, used before it is defined, or if there is not exactly one return at the
-    end.
+    `first` and `last` are the first and last line of the graph. Raises ProgramError if a node is
+    defined twice, is used before its definition, or if there is not exactly one return at the end.
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -138,8 +137,7 @@ def build_graph(
     for given in placeholders:
         node = graph.create_node("placeholder", given.target, name=given.name)
         define(given.name, first, node, given)
-    # all nodes first, without arguments, so that the names in the text are taken before `get_attr`
-    # nodes need names
+    # all nodes first, without arguments, so that `get_attr` nodes cannot take their names
     for i, statement in enumerate(statements, 1):
         if not statement.name:
             if i < len(statements):
@@ -162,7 +160,7 @@ def _bind(
     lines: dict[fx.Node, int],
     defined: set[str],
 ) -> None:
-    """Give the nodes their arguments."""
+    """Set the arguments of the nodes, and add `get_attr` nodes for weights."""
     weights: dict[str, fx.Node] = {}
 
     def bound(value: Any, user: fx.Node) -> Any:

@@ -1,7 +1,7 @@
-"""What may stand in the arguments of a node, and how it is written.
+"""Format and check the arguments of nodes.
 
-A node is `%name`, a weight `@name`; numbers, lists and tuples are written as in Python, strings as
-in JSON, and a word of `WORDS` stands for one constant. Nothing else is an argument.
+A node is `%name`, a weight `@name`. Numbers, lists and tuples are written as in Python, strings as
+in JSON, and a word of `WORDS` is one constant. Nothing else is an argument.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _words() -> dict[str, Any]:
     words: dict[str, Any] = {"none": None, "true": True, "false": False}
     words.update(inf=float("inf"), nan=float("nan"))
     kinds = torch.dtype | torch.layout | torch.memory_format
-    # torch has several names for one dtype: the one that it prints counts
+    # torch has several names for one dtype: the printed one is used
     for value in (v for v in vars(torch).values() if isinstance(v, kinds)):
         ours = DTYPE_NAMES.get(value) if isinstance(value, torch.dtype) else None
         words[ours or str(value).removeprefix("torch.")] = value
@@ -44,22 +44,22 @@ Namer = Callable[[fx.Node], str]
 
 
 def node_name(node: fx.Node) -> str:
-    """How an argument names a node: `%name`, or `@weight` for what a `get_attr` node reads."""
+    """Format a node as an argument: `%name`, or `@weight` for a `get_attr` node."""
     return weight_name(str(node.target)) if node.op == "get_attr" else f"%{node.name}"
 
 
 def weight_name(name: str) -> str:
-    """How an argument names a weight."""
+    """Format the name of a weight as an argument."""
     return f"@{bare(name)}"
 
 
 def bare(name: str) -> str:
-    """A name as it is if it has ordinary characters only, otherwise as a string."""
+    """Return a name unchanged if it has ordinary characters only, else as a JSON string."""
     return name if BARE_NAME.fullmatch(name) else json.dumps(name)
 
 
 def value_to_text(value: Any, name: Namer = node_name, depth: int = 0) -> str:
-    """An argument as text. What cannot be an argument prints with a `?` and does not parse."""
+    """Format an argument. A value that is no valid argument prints with `?` and does not parse."""
     if depth > MAX_DEPTH:
         return "?deep"
     if isinstance(value, fx.Node):
@@ -83,7 +83,7 @@ def value_to_text(value: Any, name: Namer = node_name, depth: int = 0) -> str:
 
 
 def type_to_text(kind: TensorType) -> str:
-    """A tensor type as text: `f32[b, s, 576]`."""
+    """Format a tensor type: `f32[b, s, 576]`."""
     return f"{_WORD_OF[kind.dtype]}[{', '.join(map(_dim, kind.shape))}]"
 
 
@@ -92,7 +92,7 @@ def _dim(dim: int | str) -> str:
 
 
 def misfit(value: Any, depth: int = 0) -> str | None:
-    """Why a value cannot be an argument, or None if it can."""
+    """Return why a value cannot be an argument, or None if it can."""
     if depth > MAX_DEPTH:
         return f"nests deeper than {MAX_DEPTH}"
     if isinstance(value, list | tuple):
@@ -105,7 +105,7 @@ def misfit(value: Any, depth: int = 0) -> str | None:
 
 
 def nodes_in(value: Any) -> Iterator[fx.Node]:
-    """The nodes in an argument, in order."""
+    """Yield the nodes in an argument, in order."""
     if isinstance(value, fx.Node):
         yield value
     elif isinstance(value, list | tuple):

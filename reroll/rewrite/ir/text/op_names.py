@@ -1,8 +1,8 @@
-"""The names of the functions that a graph may call, and nothing but those.
+"""Names of the functions that a graph may call; no other function has a name.
 
-A program's text may come from a stranger, so a name is looked up in two places only: the
-dispatcher's operators of the namespaces registered here, and the table of Python functions below.
-An operator that changes its arguments, or that reaches beyond tensors, has no name.
+A program's text may be untrusted. So a name is looked up in two places only: the dispatcher's
+operators of the namespaces registered here, and the table of Python functions below. An operator
+that changes its arguments, or that accesses more than tensors, has no name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from reroll.rewrite.ir import ops
 LOOP = "loop"
 
 _OPERATORS = "abs add and_ eq floordiv ge gt le lt mod mul ne neg not_ or_ pos pow sub truediv"
-# the functions on sizes that torch.export puts beside the operators
+# functions on sizes that torch.export uses in addition to the operators
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
     **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS.split()},
@@ -44,11 +44,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 
 _namespaces = {"aten", ops.NAMESPACE, "transformers"}
-# the module whose import registers the operators of a namespace, where no module of ours does
+# the module whose import registers the operators of a namespace outside of reroll
 _PROVIDERS = {"transformers": "transformers.integrations.moe"}
 
-# ATen's private operators check little of what they are given, and some none of it: only these,
-# which a captured model can hold, have names
+# ATen's private operators hardly check their arguments: only these, which occur in captured
+# models, have names
 _PRIVATE = frozenset(
     """
     __and__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d
@@ -60,13 +60,13 @@ _PRIVATE = frozenset(
     _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm _weight_norm_interface
     """.split()
 )
-# a file mapped into memory; weights packed by a library that trusts its input
+# `from_file` maps a file into memory; the prefixes are libraries that trust packed weights
 _DENIED = frozenset({"from_file"})
 _DENIED_PREFIXES = ("fbgemm_", "mkldnn_rnn", "miopen_")
 
 
 def register_namespace(name: str) -> None:
-    """Let programs call the `torch.library` operators of one more namespace, such as a pass's own.
+    """Allow programs to call the `torch.library` operators of one more namespace.
 
     Raises ProgramError if the name is not that of a namespace of operators.
     """
@@ -76,7 +76,7 @@ def register_namespace(name: str) -> None:
 
 
 def op_name(target: object) -> str | None:
-    """The name of a function that a graph calls, or None if it may not be called."""
+    """Return the name of a function, or None if graphs may not call it."""
     if isinstance(target, OpOverload):
         namespace, op = str(target._schema.name).split("::", 1)
         if _refusal(namespace, op) or target._schema.is_mutable:
@@ -88,10 +88,10 @@ def op_name(target: object) -> str | None:
     return _FUNCTION_NAMES.get(target) if callable(target) else None
 
 
-# only what is found is kept, so a namespace that is registered later is found later
+# errors are not cached, so names of a namespace that is registered later are found
 @lru_cache(maxsize=4096)
 def resolve(name: str) -> Callable[..., Any]:
-    """The function of this name; ProgramError, naming the nearest one, if there is none."""
+    """Return the function of this name; ProgramError with the nearest name if there is none."""
     if name in FUNCTIONS:
         return FUNCTIONS[name]
     namespace, _, rest = name.partition(".")
@@ -101,7 +101,7 @@ def resolve(name: str) -> Callable[..., Any]:
     reason = _refusal(namespace, op)
     if namespace in _PROVIDERS:
         importlib.import_module(_PROVIDERS[namespace])
-    # operators of TorchScript alone, such as aten::save, are not among the dispatcher's
+    # operators of TorchScript only, such as aten::save, are not in the dispatcher
     if reason is None and qualified in _dispatcher_names():
         found = getattr(getattr(getattr(torch.ops, namespace), op), overload or "default")
         if isinstance(found, OpOverload) and not found._schema.is_mutable:
@@ -134,7 +134,7 @@ def _suggestion(name: str) -> str:
         namespace, _, op = qualified.partition("::")
         if namespace not in _namespaces or _refusal(namespace, op.partition(".")[0]):
             continue
-        # in-place and out= forms: guessed from the name, which is enough for a suggestion
+        # in-place and out= forms are recognised by name, which suffices for a suggestion
         if not op.endswith("out") and not op.partition(".")[0].endswith("_"):
             known.append(f"{namespace}.{op}")
     overloads = sorted(n for n in known if n.startswith(f"{name}."))

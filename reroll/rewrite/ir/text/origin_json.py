@@ -1,4 +1,4 @@
-"""An Origin as JSON values, checked when it is read."""
+"""Convert an Origin to JSON values and back, with all values checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def origin_to_json(origin: Origin) -> dict[str, Any]:
-    """An Origin as a JSON object; ProgramError if it holds what JSON cannot."""
+    """Convert an Origin to a JSON object; ProgramError if JSON cannot express a value."""
     return {
         "model": origin.model,
         "revision": origin.revision,
@@ -43,7 +43,7 @@ def origin_to_json(origin: Origin) -> dict[str, Any]:
 
 
 def origin_from_json(data: object) -> Origin:
-    """The Origin that `origin_to_json` wrote; ProgramError naming the place if it is not valid."""
+    """Read an Origin from a JSON object; ProgramError with the position of an error."""
     wanted = "model revision architecture auto_class config files steps"
     optional: dict[str, Any] = {
         "remarks": [],
@@ -94,7 +94,7 @@ def _texts(values: list[object]) -> tuple[str, ...]:
 
 
 def _check_file(name: str) -> None:
-    # side files are written into the output directory, so a name must not lead out of it
+    # side files are written to the output directory, so a name must not point outside of it
     path = PurePosixPath(name)
     parts = (*path.parts, *name.split("/"))
     if not name or path.is_absolute() or {"..", "."} & set(parts) or re.search(r'[\\:\0"]', name):
@@ -102,7 +102,7 @@ def _check_file(name: str) -> None:
 
 
 def _auto_class(name: str) -> str:
-    # looked up in transformers by whoever loads the model
+    # the name is later looked up in transformers to load the model
     if not re.fullmatch(r"Auto\w+", name, re.ASCII):
         raise ProgramError(f"{name!r:.80} is not an auto class of transformers", where="auto_class")
     return name
@@ -115,7 +115,7 @@ def _loss(name: object) -> Loss | None:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """JSON data with plain dicts and lists; ProgramError at anything else."""
+    """Convert data to plain dicts, lists and scalars; ProgramError for anything else."""
     if depth > MAX_DEPTH:
         raise ProgramError(f"the data nest deeper than {MAX_DEPTH}", where=where)
     if isinstance(value, Mapping):
@@ -130,7 +130,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
 def _object(
     data: object, keys: list[str], optional: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A JSON object with these keys, and the optional ones by their defaults."""
+    """Check a JSON object for these keys, and fill in the defaults of optional ones."""
     fields = {**(optional or {}), **_is(data, dict)}
     for key in keys:
         if key not in fields:
@@ -148,7 +148,7 @@ def _member(fields: Mapping[str, Any], key: str, kind: type[T] | tuple[type[T], 
 
 
 def _is(value: object, kind: type[T] | tuple[type[T], ...]) -> T:
-    # True is an int to Python
+    # in Python, True is an int
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise ProgramError(f"{value!r:.80} is not of type {names}")

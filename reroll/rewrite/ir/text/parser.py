@@ -1,4 +1,4 @@
-"""From a program's text to a verified Program. The grammar is in `text`."""
+"""Parse a program's text to a verified Program. The grammar is in `text.printer`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 def parse(text: str, source: TensorSource | None = None) -> Program:
-    """The Program that `to_text` wrote; `source` has the tensors that its weights are made of.
+    """Parse a Program from text; `source` has the tensors that its weights are computed from.
 
-    Raises ProgramError, with the line at fault, if the text is not a valid Program, or if its
+    Raises ProgramError, with the line of the error, if the text is not a valid Program, or if its
     weights do not fit the source.
     """
     if len(text) > MAX_CHARACTERS:
@@ -31,7 +31,7 @@ def parse(text: str, source: TensorSource | None = None) -> Program:
 
 
 def assemble(draft: Draft, source: TensorSource | None) -> Program:
-    """The verified Program of what was read; ProgramError with the line at fault."""
+    """Assemble and verify a Program from its parts; ProgramError with the line of an error."""
     dtype = _required(draft.dtype, "line `program dtype=... model=...`")
     weights = _required(draft.weights, "section `weights {`")
     origin = _required(draft.origin, "section `origin {`")
@@ -58,7 +58,7 @@ def assemble(draft: Draft, source: TensorSource | None) -> Program:
 
 
 def _type_weights(program: Program) -> None:
-    """The types of the nodes that read weights, which the text leaves to the weight table."""
+    """Set the types of nodes that read weights, which are only in the weight table."""
     for _, graph in program.graphs():
         for name, nodes in weight_nodes(graph).items():
             weight = program.weights.get(name)

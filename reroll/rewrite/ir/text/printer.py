@@ -1,6 +1,6 @@
-"""A Program as text that a person can read and that parses back to the same Program.
+"""Format a Program as readable text that parses back to the same Program.
 
-The grammar; every construct stands on a line of its own, and `#` starts a line of comment:
+The grammar; every construct is on a line of its own, and `#` starts a comment line:
 
     program     'program dtype=' DTYPE ['halves=[' DTYPE, ... ']'] 'model=' STRING, then the lines
                 and sections below
@@ -25,8 +25,8 @@ The grammar; every construct stands on a line of its own, and `#` starts a line 
 
     NAME        letters, digits and _ . * - /, or a JSON string
 
-The `get_attr` nodes of a graph are not written: a weight is an argument, `@model.norm.weight`, and
-parsing makes one node for each weight of a graph, before its first use.
+The `get_attr` nodes of a graph are not written: a weight is an argument, `@model.norm.weight`.
+Parsing creates one node for each weight of a graph, before its first use.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 
 def to_text(program: Program) -> str:
-    """The Program as text. What no Program may hold prints with a `?` and does not parse back."""
+    """Format a Program. Values that no Program may hold print with a `?` and do not parse back."""
     origin = origin_to_json(program.origin)
-    # the model stands in the first line
+    # the model is in the first line
     model = origin.pop("model")
     halves = f" halves={value_to_text(list(program.halves))}" if program.halves else ""
     head = f"program dtype={_dtype(program)}{halves} model={json.dumps(model)}"
@@ -63,7 +63,7 @@ def to_text(program: Program) -> str:
 
 
 def graph_lines(program: Program) -> Iterator[str]:
-    """The inputs with their defaults, outputs, graph and bodies of a Program."""
+    """Yield the lines of a Program's inputs, outputs, defaults, graph and bodies."""
     for item in program.inputs:
         yield f"input {bare(item.name)} : {type_to_text(item.type)} role={bare(item.role)}"
     for name in program.outputs:
@@ -89,14 +89,14 @@ def _table(section: str, table: WeightTable) -> list[str]:
 
 
 def statements(graph: fx.Graph) -> Iterator[str]:
-    """The lines of a graph."""
+    """Yield the statements of a graph."""
     for node in graph.nodes:
         if node.op not in ("placeholder", "get_attr"):
             yield f"  {node_to_text(node)}{_type(node)}"
 
 
 def node_to_text(node: fx.Node, name: Namer = node_name) -> str:
-    """A node as a statement without its type; `name` says what nodes are called."""
+    """Format a node as a statement without its type; `name` names nodes."""
     if node.op == "output":
         result = node.args[0] if node.args else None
         values = result if isinstance(result, tuple) else (result,)

@@ -1,7 +1,7 @@
-"""Reading the lines and sections of a program's text into a Draft.
+"""Parse the lines and sections of a program's text into a Draft.
 
-Nothing here evaluates, imports or looks anything up but through `op_names.resolve`, because the
-text may be a stranger's. The grammar is in `text`.
+The text may be untrusted: nothing is evaluated or imported, and names are looked up by
+`op_names.resolve` only. The grammar is in `text.printer`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_LINES = 2**20
 
 @dataclass
 class Draft:
-    """What has been read so far, and the lines at which it stood."""
+    """Parts of a Program read so far, with their lines in the text."""
 
     dtype: torch.dtype | None = None
     halves: tuple[torch.dtype, ...] = ()
@@ -230,12 +230,12 @@ def _reference(draft: Draft, number: int, lines: Sequence[str]) -> None:
 
 
 def _table(number: int, lines: Sequence[str]) -> WeightTable:
-    # blank lines in place of what came before make the line numbers right
+    # blank lines replace the preceding text, so that line numbers in errors are correct
     text = "\n" * number + "\n".join(lines[1:-1])
     try:
         return table_from_text(text)
     except ProgramError as error:
-        # what is wrong with the table as a whole is not wrong in one of its lines
+        # errors in the table as a whole have no line of their own
         raise ProgramError(error.message, error.where or f"line {number}", error.hint) from None
 
 

@@ -1,8 +1,7 @@
-"""A Program as JSON values: its graphs as lines of text, its weight table and its origin.
+"""Convert a Program to JSON: its graphs as lines of text, its weight table and its origin.
 
-There is one way to write a graph down, the text of `reroll.rewrite.ir.text.printer`, and JSON holds
-its lines; only what is large or not ours to lay out, the weights and the origin, are JSON of their
-own.
+Graphs have one format only, the text of `reroll.rewrite.ir.text.printer`; the JSON holds its lines.
+The weights, which are large, and the origin, which is data of others, are JSON values.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FORMAT = 1
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
-    """A Program as a JSON object; ProgramError if it is not well formed."""
+    """Convert a Program to a JSON object; ProgramError if it is not well formed."""
     verify(program)
     return {
         "format": FORMAT,
@@ -40,16 +39,16 @@ def program_to_json(program: Program) -> dict[str, Any]:
 
 
 def program_from_json(data: object, source: TensorSource | None = None) -> Program:
-    """The Program that `program_to_json` wrote; `source` has the tensors of its weights.
+    """Read a Program from a JSON object; `source` has the tensors of its weights.
 
-    Raises ProgramError, naming the place in the JSON, if it is not a valid Program, if another
-    version of reroll wrote it, or if its weights do not fit the source.
+    Raises ProgramError, with the position in the JSON, if it is not a valid Program or has an
+    unknown format version. So it does if the weights do not fit the source.
     """
     if not isinstance(data, dict):
         raise ProgramError(f"a program is a JSON object, not a {type(data).__name__}")
     _check_format(data.get("format"))
     wanted = {"format", "dtype", "halves", "graphs", "weights", "reference", "origin"}
-    # earlier versions did not write it
+    # earlier versions did not write `halves`
     data = {"halves": [], **data}
     for key in sorted(wanted ^ set(data)):
         raise ProgramError(f"the key {key!r:.80} is {'missing' if key in wanted else 'unknown'}")

@@ -1,4 +1,4 @@
-"""Lazy weights: the public names of the weight system, and how a table is computed."""
+"""Lazy weights: the public names of the weight system, and the evaluation of a table."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def evaluate(
     names: Iterable[str] | None = None,
     observe: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Compute the weights, or those in ``names``, yielding (name, entry, tensor) once each.
+    """Compute the weights, or those in ``names``; yield each (name, entry, tensor) once.
 
-    The order keeps few tensors alive and is not the table's order. An expression under two names
-    is computed once and yielded for each, as a tensor of its own: the caller may write to one of
-    them and not to the other. ``observe`` is called during the
-    computation with the bytes of all tensors held. Raises CheckpointError if a source tensor is
-    missing or has another shape.
+    The order is not the table's order: it keeps few tensors in memory. An expression under two
+    names is computed once and yielded for each, as separate tensors that do not share memory.
+    ``observe`` is called during the computation with the bytes of all tensors in memory. Raises
+    CheckpointError if a source tensor is missing or has another shape, and ProgramError for an
+    unknown name.
     """
     wanted = set(table) if names is None else set(names)
     unknown = sorted(wanted - set(table))

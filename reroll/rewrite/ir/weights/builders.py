@@ -14,42 +14,42 @@ from reroll.rewrite.ir.weights.expressions import DTYPE_NAMES, Expr, build
 
 
 def mean(xs: Sequence[Expr]) -> Expr:
-    """The elementwise mean of tensors of one shape; they are read one at a time."""
+    """Return the elementwise mean of tensors of one shape, which are read one at a time."""
     return build("mean", *xs)
 
 
 def add(a: Expr, b: Expr) -> Expr:
-    """``a + b`` with broadcasting."""
+    """Return ``a + b`` with broadcasting."""
     return build("add", a, b)
 
 
 def sub(a: Expr, b: Expr) -> Expr:
-    """``a - b`` with broadcasting."""
+    """Return ``a - b`` with broadcasting."""
     return build("sub", a, b)
 
 
 def mul(a: Expr, b: Expr) -> Expr:
-    """``a * b``, elementwise with broadcasting."""
+    """Return ``a * b``, elementwise with broadcasting."""
     return build("mul", a, b)
 
 
 def scale(x: Expr, factor: float) -> Expr:
-    """``x * factor``."""
+    """Return ``x * factor``."""
     return build("scale", x, factor)
 
 
 def offset(x: Expr, amount: float) -> Expr:
-    """``x + amount``."""
+    """Return ``x + amount``."""
     return build("offset", x, amount)
 
 
 def cast(x: Expr, dtype: torch.dtype) -> Expr:
-    """``x`` in another dtype; ``x`` itself if it has that dtype."""
+    """Cast ``x`` to another dtype; return ``x`` itself if it has that dtype."""
     return x if x.meta.dtype == dtype else build("cast", x, DTYPE_NAMES.get(dtype, str(dtype)))
 
 
 def copy(x: Expr, number: int) -> Expr:
-    """``x`` again, which is not tied to ``x`` nor to copies with other numbers."""
+    """Copy ``x``; the copy is not tied to ``x`` or to copies with other numbers."""
     return build("copy", x, number)
 
 
@@ -59,27 +59,27 @@ def transpose(x: Expr) -> Expr:
 
 
 def reshape(x: Expr, shape: Sequence[int]) -> Expr:
-    """``x`` with its elements in the same order and another shape."""
+    """Reshape ``x``, with its elements in the same order."""
     return build("reshape", x, tuple(shape))
 
 
 def slice_(x: Expr, dim: int, start: int, stop: int) -> Expr:
-    """The elements ``start:stop`` along one dimension."""
+    """Slice the elements ``start:stop`` along one dimension."""
     return build("slice", x, dim, start, stop)
 
 
 def concat(dim: int, xs: Sequence[Expr]) -> Expr:
-    """Tensors joined along one dimension."""
+    """Concatenate tensors along one dimension."""
     return build("concat", dim, *xs)
 
 
 def matvec(w: Expr, b: Expr) -> Expr:
-    """``w @ b`` of a matrix [out, in] and a vector [in]."""
+    """Return ``w @ b`` of a matrix [out, in] and a vector [in]."""
     return build("matvec", w, b)
 
 
 def centre(x: Expr, dim: int) -> Expr:
-    """``x`` minus its mean over one dimension."""
+    """Subtract from ``x`` its mean over one dimension."""
     return build("centre", x, dim)
 
 
@@ -94,7 +94,7 @@ def full(shape: Sequence[int], value: float, dtype: torch.dtype) -> Expr:
 
 
 def normal(shape: Sequence[int], std: float, seed: int, dtype: torch.dtype) -> Expr:
-    """Normally distributed numbers of mean 0, from a generator of their own with this seed."""
+    """Draw normally distributed numbers of mean 0 from a separate generator with this seed."""
     return build("normal", tuple(shape), float(std), seed, DTYPE_NAMES.get(dtype, str(dtype)))
 
 
@@ -104,16 +104,16 @@ def identity(size: int, dtype: torch.dtype) -> Expr:
 
 
 def svd_up(residual: Expr, rank: int, method: str = "exact") -> Expr:
-    """The factor U_r S_r [out, r] of a residual [out, in], with r = min(rank, out, in).
+    """Return the low-rank factor U_r S_r [out, r] of a residual [out, in], r = min(rank, out, in).
 
-    With `svd_down` of the same arguments, ``up @ down`` is the best approximation of that rank;
-    the two share one decomposition. ``method`` is "exact" or "randomized" (deterministic, faster
-    on large matrices). Relaxed Recursive Transformers (arXiv 2410.20672), section 2.3.
+    With `svd_down` of the same arguments, ``up @ down`` is the best approximation of that rank; the
+    two share one decomposition. ``method`` is "exact" or "randomized" (deterministic, faster on
+    large matrices). Relaxed Recursive Transformers (arXiv 2410.20672), section 2.3.
     """
     return slice_(build("svd", residual, rank, method), 0, 0, residual.meta.shape[0])
 
 
 def svd_down(residual: Expr, rank: int, method: str = "exact") -> Expr:
-    """The factor V_r^T [r, in] of a residual [out, in]; see `svd_up`."""
+    """Return the low-rank factor V_r^T [r, in] of a residual [out, in]; see `svd_up`."""
     factors = build("svd", residual, rank, method)
     return transpose(slice_(factors, 0, residual.meta.shape[0], factors.meta.shape[0]))

@@ -1,8 +1,8 @@
-"""Computing weight expressions with few tensors alive at any time.
+"""Evaluate weight expressions with few tensors in memory at any time.
 
-Outputs that share an intermediate are made neighbours, then a flat list of steps is run. Every
+Outputs that share an intermediate are computed one after the other, by a flat list of steps. Every
 intermediate is computed once and dropped after its last use. A checkpoint tensor is cheap to read
-again, so it is held only while this output or the next one needs it.
+again, so it is kept only while this output or the next one needs it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reroll.rewrite.ir.weights.registry import FUNCTIONS
 
 
 class Output(NamedTuple):
-    """One stored tensor to compute."""
+    """Stored tensor to compute."""
 
     name: str
     entry: int
@@ -38,7 +38,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """``compute`` a node from its arguments, add one argument to a running ``sum``, or ``emit``."""
+    """Step: ``compute`` a node, add one argument to a running ``sum``, or ``emit`` a tensor."""
 
     kind: Literal["compute", "sum", "emit"]
     expr: Expr
@@ -51,7 +51,7 @@ def evaluate_outputs(
     source: TensorSource,
     observe: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield (name, entry, tensor) of every output, no two of which share memory.
+    """Yield (name, entry, tensor) of every output; no two tensors share memory.
 
     See `reroll.rewrite.ir.weights.evaluate`.
     """
@@ -84,7 +84,7 @@ def evaluate_outputs(
             *others, last = groups[step.expr]
             for output in others:
                 yield output.name, output.entry, live[step.expr].clone()
-            # what a later step reads is not given away
+            # a tensor that a later step reads is cloned, because the caller may write to it
             given = live[step.expr] if step.expr in dropped else live[step.expr].clone()
             yield last.name, last.entry, given
         for expr in dropped:
@@ -95,12 +95,12 @@ def evaluate_outputs(
 
 
 def in_order(outputs: Sequence[Output]) -> list[Output]:
-    """The outputs in the order in which `evaluate_outputs` yields them."""
+    """Sort outputs in the order in which `evaluate_outputs` yields them."""
     return [output for group in _grouped(outputs).values() for output in group]
 
 
 def _grouped(outputs: Sequence[Output]) -> dict[Expr, list[Output]]:
-    """Outputs by expression, those that share an intermediate or a source side by side."""
+    """Group outputs by expression; groups that share an intermediate or a source are adjacent."""
     groups: dict[Expr, list[Output]] = {}
     for output in outputs:
         groups.setdefault(output.expr, []).append(output)
@@ -108,7 +108,7 @@ def _grouped(outputs: Sequence[Output]) -> dict[Expr, list[Output]]:
     uses = Counter(child for node in nodes for child in children(node))
     uses.update(groups.keys())
     component = _components(nodes)
-    # dicts keep the order in which components, and links within them, are first met
+    # dicts keep the order in which components, and links within them, first occur
     ordered: dict[Expr, dict[Expr, list[Expr]]] = {}
     for root in groups:
         links = ordered.setdefault(component[root], {})
@@ -122,7 +122,7 @@ def _grouped(outputs: Sequence[Output]) -> dict[Expr, list[Output]]:
 
 
 def _components(nodes: Sequence[Expr]) -> dict[Expr, Expr]:
-    """A representative of the connected component of each node (union-find)."""
+    """Map each node to a representative of its connected component (union-find)."""
     parent = {node: node for node in nodes}
 
     def find(node: Expr) -> Expr:
@@ -138,7 +138,7 @@ def _components(nodes: Sequence[Expr]) -> dict[Expr, Expr]:
 
 
 def _link(root: Expr, uses: Counter[Expr]) -> Expr:
-    """What ties an output to its neighbours: its outermost shared intermediate, else source."""
+    """Return the outermost shared intermediate of an output, else its first shared source."""
     shared_source = None
     stack = [root]
     while stack:
@@ -152,7 +152,7 @@ def _link(root: Expr, uses: Counter[Expr]) -> Expr:
 
 
 def _schedule(roots: Sequence[Expr]) -> list[Step]:
-    """The steps that compute and emit the roots in turn, each intermediate once."""
+    """Plan the steps that compute and emit the roots in order, each intermediate once."""
     steps: list[Step] = []
     done: set[Expr] = set()
     for number, root in enumerate(roots):
@@ -176,7 +176,7 @@ def _schedule(roots: Sequence[Expr]) -> list[Step]:
 
 
 def _last_uses(steps: Sequence[Step]) -> list[list[Expr]]:
-    """For each step, what to drop after it."""
+    """Return, for each step, the expressions to drop after it."""
     next_use: dict[Expr, int] = {}
     drops: list[list[Expr]] = []
     for step in reversed(steps):
@@ -225,7 +225,7 @@ def _compute(expr: Apply, tensors: list[Tensor]) -> Tensor:
     with torch.no_grad():
         result = function.compute(*args).to(expr.meta.dtype)
     assert tuple(result.shape) == expr.meta.shape, f"{expr.op} gave {meta_of(result)}"
-    # a function may return its argument or a view of it, which another output may be as well
+    # a function may return its argument or a view of it, which other outputs may share
     storages = {t.untyped_storage().data_ptr() for t in tensors}
     return result.clone() if result.untyped_storage().data_ptr() in storages else result
 

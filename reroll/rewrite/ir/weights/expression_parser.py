@@ -1,6 +1,6 @@
-"""A recursive-descent parser for one expression; it evaluates nothing.
+"""Recursive-descent parser of one weight expression; it evaluates nothing.
 
-Nesting and sizes are limited, and whatever is wrong raises a ProgramError with the column.
+Nesting and sizes are limited, and every error is a ProgramError with the column.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TOKEN = re.compile(
 
 
 def string_value(literal: str) -> str:
-    """The string that a JSON literal stands for."""
+    """Decode a JSON string literal."""
     try:
         return str(json.loads(literal, strict=False))
     except ValueError:
@@ -45,7 +45,7 @@ def string_value(literal: str) -> str:
 
 
 class Token(NamedTuple):
-    """A piece of the text: what it is, its characters, and where they start."""
+    """Token of the text: its kind, its characters, and the index of the first."""
 
     kind: str
     text: str
@@ -53,7 +53,7 @@ class Token(NamedTuple):
 
 
 class ExprParser:
-    """A recursive-descent parser over one line; ``shift`` is the column of the text's start."""
+    """Recursive-descent parser of one line; ``shift`` is the column of the text's start."""
 
     def __init__(self, text: str, start: int, shift: int, bound: Mapping[str, Expr]) -> None:
         self._text = text
@@ -62,7 +62,7 @@ class ExprParser:
         self._next = self._scan(start)
 
     def only_expr(self) -> Expr:
-        """One expression and then the end."""
+        """Read one expression and the end of the text."""
         place = self._next
         values = self._argument(0)
         self._expect("end", "")
@@ -71,7 +71,7 @@ class ExprParser:
         return values[0]
 
     def only_meta(self) -> Meta:
-        """One dtype with sizes and then the end."""
+        """Read one dtype with sizes and the end of the text."""
         meta = self._meta()
         self._expect("end", "")
         return meta
@@ -110,7 +110,7 @@ class ExprParser:
     # ---- grammar
 
     def _argument(self, depth: int) -> list[Argument]:
-        """One argument; a source with an angle-bracket range is several."""
+        """Read one argument; a source with a range in angle brackets gives several."""
         token = self._take()
         if token.kind == "word" and token.text in ("true", "false"):
             return [token.text == "true"]
@@ -161,7 +161,7 @@ class ExprParser:
             return Meta(sizes, dtype_from_name(dtype.text))
 
     def _integers(self) -> tuple[int, ...]:
-        """Integers up to the closing bracket; the opening one has been read."""
+        """Read integers and the closing bracket, after the opening one."""
         values: list[int] = []
         while not self._accept("]"):
             if values:

@@ -1,8 +1,8 @@
 """Lazy tensors: expression trees over the tensors of a checkpoint.
 
 An expression is immutable and content-addressed: its digest is a hash of its operator and of its
-arguments' digests, so equality and hashing cost the same however deep the tree is, and equal
-subtrees are one subtree wherever they were built.
+arguments' digests. So equality and hashing take constant time, and equal subtrees count as one
+subtree, wherever they were built.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_DIMS = 16
 
 
 def dtype_from_name(name: object) -> torch.dtype:
-    """The dtype called ``name`` ("bf16", "f32", ...); ProgramError if there is none."""
+    """Return the dtype called ``name`` ("bf16", "f32", ...); ProgramError if there is none."""
     if not isinstance(name, str) or name not in DTYPES:
         raise ProgramError(f"unknown dtype {name!r}", hint=f"use one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -52,7 +52,7 @@ class Meta:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_NAMES:
-            raise ProgramError(f"dtype {self.dtype} has no place in a weight table")
+            raise ProgramError(f"a weight table does not support dtype {self.dtype}")
         for size in self.shape:
             if isinstance(size, bool) or not isinstance(size, int) or size < 0:
                 raise ProgramError(f"{size!r} is not a size of a dimension")
@@ -67,7 +67,7 @@ class Meta:
 
     @property
     def bytes(self) -> int:
-        """Size in memory."""
+        """Size in bytes."""
         return self.elements * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -75,28 +75,28 @@ class Meta:
 
 
 def meta_of(tensor: Tensor) -> Meta:
-    """The Meta of an existing tensor."""
+    """Return the Meta of an existing tensor."""
     return Meta(tuple(tensor.shape), tensor.dtype)
 
 
 class TensorSource(Protocol):
-    """Named tensors that are read one at a time, such as a checkpoint."""
+    """Source of named tensors that are read one at a time, such as a checkpoint."""
 
     def names(self) -> Iterable[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         ...
 
     def meta(self, name: str) -> Meta:
-        """Shape and dtype of one tensor without reading it; CheckpointError if missing."""
+        """Return shape and dtype of one tensor without reading it; CheckpointError if missing."""
         ...
 
     def load(self, name: str) -> Tensor:
-        """One tensor, on the CPU, the caller's own to write to; CheckpointError if missing."""
+        """Load one tensor on the CPU, which the caller may write to; CheckpointError if missing."""
         ...
 
 
 class Expr:
-    """A lazy tensor: a `Source` or an `Apply`. Compared by content, in constant time."""
+    """Lazy tensor: a `Source` or an `Apply`. Compared by content, in constant time."""
 
     meta: Meta
     digest: bytes
@@ -123,7 +123,7 @@ def _digest(*parts: object) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class Source(Expr):
-    """A tensor of the checkpoint. Another floating dtype than the file's is a cast on load."""
+    """Tensor of the checkpoint. If its floating dtype differs from the file's, loading casts it."""
 
     name: str
     meta: Meta
@@ -140,7 +140,7 @@ class Source(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Apply(Expr):
-    """A registered weight function applied to expressions and constants."""
+    """Application of a registered weight function to expressions and constants."""
 
     op: str
     args: tuple[Argument, ...]
@@ -157,7 +157,7 @@ class Apply(Expr):
 
     @property
     def children(self) -> tuple[Expr, ...]:
-        """The arguments that are expressions."""
+        """Arguments that are expressions."""
         return tuple(a for a in self.args if isinstance(a, Expr))
 
     def __repr__(self) -> str:
@@ -165,12 +165,12 @@ class Apply(Expr):
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:
-    """The direct sub-expressions."""
+    """Return the direct sub-expressions."""
     return expr.children if isinstance(expr, Apply) else ()
 
 
 def walk(roots: Iterable[Expr]) -> Iterator[Expr]:
-    """Every distinct sub-expression once, arguments before their users, left to right."""
+    """Yield every distinct sub-expression once, arguments before their users, left to right."""
     done: set[Expr] = set()
     for root in roots:
         stack = [(root, False)]
@@ -186,13 +186,13 @@ def walk(roots: Iterable[Expr]) -> Iterator[Expr]:
                 stack.extend((child, False) for child in reversed(children(expr)))
 
 
-# registered by name in weight_functions.py; here so that an Apply can check itself
+# filled by `registry.weight_function`; defined here so that an Apply can check itself
 Inference: TypeAlias = Callable[[tuple[Argument, ...]], "tuple[tuple[Argument, ...], Meta]"]
 INFERENCES: dict[str, Inference] = {}
 
 
 def infer(op: str, args: Iterable[Argument]) -> tuple[tuple[Argument, ...], Meta]:
-    """Normalised arguments and result Meta of a weight function; ProgramError if they misfit."""
+    """Infer normalised arguments and the result's Meta; ProgramError if they do not fit."""
     inference = INFERENCES.get(op) if isinstance(op, str) else None
     if inference is None:
         raise ProgramError(

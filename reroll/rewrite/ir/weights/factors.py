@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# an fp64 decomposition is cheap up to this smaller side
+# matrices whose smaller side is at most this are decomposed in fp64
 FP64_LIMIT = 256
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
@@ -13,7 +13,7 @@ SEED = 0
 
 
 def low_rank_factors(matrix: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor]:
-    """Factors ``up`` [out, rank] = U_r S_r and ``down`` [rank, in] = V_r^T of ``matrix``.
+    """Compute factors ``up`` [out, rank] = U_r S_r and ``down`` [rank, in] = V_r^T of ``matrix``.
 
     A rank of at least min(out, in) keeps everything, so ``up @ down`` restores the matrix. The
     signs are fixed (the largest component of each row of ``down`` is positive), so that equal
@@ -37,8 +37,8 @@ def low_rank_factors(matrix: Tensor, rank: int, method: str) -> tuple[Tensor, Te
 
 
 def _range_basis(matrix: Tensor, size: int) -> Tensor:
-    """An orthonormal basis [out, size] of nearly the dominant column space of a matrix."""
-    # a generator of its own leaves the caller's random state alone
+    """Approximate an orthonormal basis [out, size] of a matrix's dominant column space."""
+    # a separate generator leaves the caller's random state unchanged
     generator = torch.Generator().manual_seed(SEED)
     probes = torch.randn(matrix.shape[1], size, generator=generator, dtype=torch.float64)
     basis: Tensor = torch.linalg.qr(matrix @ probes.to(matrix.dtype)).Q

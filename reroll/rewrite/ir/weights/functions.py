@@ -1,13 +1,13 @@
-"""The functions that weight expressions are made of, each with its shape rule.
+"""Functions of weight expressions, each with its shape rule.
 
-To add one, decorate a plain function over tensors and apply it with ``build("maximum", x, y)``:
+To add one, decorate a function of tensors and apply it with ``build("maximum", x, y)``:
 
     @weight_function(elementwise)
     def maximum(a: Tensor, b: Tensor) -> Tensor:
         return torch.maximum(a, b)
 
-Arithmetic runs in fp32 (fp64 if an argument is fp64) and the result is cast to the dtype that
-the rule gives.
+Arithmetic runs in fp32 (fp64 if an argument is fp64), and the result is cast to the dtype that the
+shape rule returns.
 """
 
 from __future__ import annotations
@@ -114,72 +114,72 @@ def _svd_rule(x: Meta, rank: int, method: str) -> Meta:
     _same_shape, finish_sum=lambda total, count: total if count == 1 else total.div_(count)
 )
 def mean(*xs: Tensor) -> Tensor:
-    """The elementwise mean of tensors of one shape."""
+    """Return the elementwise mean of tensors of one shape."""
     return reduce(torch.add, xs) / len(xs)
 
 
 @weight_function(elementwise)
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """``a + b`` with broadcasting."""
+    """Return ``a + b`` with broadcasting."""
     return a + b
 
 
 @weight_function(elementwise)
 def sub(a: Tensor, b: Tensor) -> Tensor:
-    """``a - b`` with broadcasting."""
+    """Return ``a - b`` with broadcasting."""
     return a - b
 
 
 @weight_function(elementwise)
 def mul(a: Tensor, b: Tensor) -> Tensor:
-    """``a * b``, elementwise with broadcasting."""
+    """Return ``a * b``, elementwise with broadcasting."""
     return a * b
 
 
 @weight_function(lambda x, factor: x)
 def scale(x: Tensor, factor: float) -> Tensor:
-    """``x * factor``."""
+    """Return ``x * factor``."""
     return x * factor
 
 
 @weight_function(lambda x, amount: x)
 def offset(x: Tensor, amount: float) -> Tensor:
-    """``x + amount``."""
+    """Return ``x + amount``."""
     return x + amount
 
 
 @weight_function(_centre_rule)
 def centre(x: Tensor, dim: int) -> Tensor:
-    """``x`` minus its mean over a dimension."""
+    """Subtract from ``x`` its mean over a dimension."""
     return x - x.mean(dim, keepdim=True)
 
 
 @weight_function(_matvec_rule)
 def matvec(w: Tensor, b: Tensor) -> Tensor:
-    """``w @ b`` of a matrix [out, in] and a vector [in]."""
+    """Return ``w @ b`` of a matrix [out, in] and a vector [in]."""
     return w @ b
 
 
 @weight_function(_svd_rule)
 def svd(x: Tensor, rank: int, method: str) -> Tensor:
-    """Truncated factors of a matrix [out, in], stacked: U_r S_r over V_r. [out + in, rank]."""
+    """Compute truncated factors of a matrix [out, in], U_r S_r over V_r: [out + in, rank]."""
     up, down = low_rank_factors(x, rank, method)
     return torch.cat([up, down.T])
 
 
-# the rest moves numbers without computing, so it takes any dtype; results own their memory,
-# because a view would keep the whole tensor alive
+# the following functions do no arithmetic, so they accept any dtype; results have their own
+# memory, because a view would keep the whole tensor in memory
 
 
 @weight_function(lambda x, dtype: Meta(x.shape, dtype_from_name(dtype)), arithmetic=False)
 def cast(x: Tensor, dtype: str) -> Tensor:
-    """``x`` in another dtype."""
+    """Cast ``x`` to another dtype."""
     return x.to(dtype_from_name(dtype))
 
 
 @weight_function(lambda x, number: x, arithmetic=False)
 def copy(x: Tensor, number: int) -> Tensor:
-    """``x`` again, as a tensor of its own for each number."""
+    """Copy ``x``, to a separate tensor for each number."""
     return x.clone()
 
 
@@ -191,19 +191,19 @@ def transpose(x: Tensor) -> Tensor:
 
 @weight_function(_reshape_rule, arithmetic=False)
 def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The same elements in another shape."""
+    """Reshape ``x``, with its elements in the same order."""
     return x.reshape(shape)
 
 
 @weight_function(_slice_rule, name="slice", arithmetic=False)
 def slice_(x: Tensor, dim: int, start: int, stop: int) -> Tensor:
-    """The elements ``start:stop`` along a dimension."""
+    """Slice the elements ``start:stop`` along a dimension."""
     return x.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
 
 
 @weight_function(_concat_rule, arithmetic=False)
 def concat(dim: int, *xs: Tensor) -> Tensor:
-    """Tensors joined along a dimension."""
+    """Concatenate tensors along a dimension."""
     return torch.cat(xs, dim)
 
 
@@ -223,7 +223,7 @@ def full(shape: tuple[int, ...], value: float, dtype: str) -> Tensor:
     lambda shape, std, seed, dtype: Meta(shape, dtype_from_name(dtype)), arithmetic=False
 )
 def normal(shape: tuple[int, ...], std: float, seed: int, dtype: str) -> Tensor:
-    """Normally distributed numbers of mean 0: the same ones for the same seed."""
+    """Draw normally distributed numbers of mean 0, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) * std).to(dtype_from_name(dtype))
 

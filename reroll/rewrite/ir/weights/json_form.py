@@ -1,7 +1,7 @@
-"""Weight tables as JSON values: a list of nodes that refer to earlier nodes by number.
+"""Convert weight tables to JSON: a list of nodes that refer to earlier nodes by number.
 
-Shared subtrees are written once. Reading checks everything, because the file may be a stranger's:
-whatever is wrong raises a ProgramError that names the place.
+Shared subtrees are written once. Reading checks everything, because the file may be untrusted:
+every error is a ProgramError with its position.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 
 def expr_to_json(expr: Expr) -> dict[str, Any]:
-    """An expression as a JSON value."""
+    """Convert an expression to a JSON value."""
     return {"nodes": _nodes_to_json([expr])[0]}
 
 
 def expr_from_json(data: object) -> Expr:
-    """The expression that `expr_to_json` wrote; ProgramError if the value is not valid."""
+    """Read an expression from a JSON value; ProgramError if the value is not valid."""
     nodes = _nodes_from_json(_member(data, "nodes", list))
     if not nodes:
         raise ProgramError("an expression needs at least one node", where="nodes")
@@ -40,7 +40,7 @@ def expr_from_json(data: object) -> Expr:
 
 
 def table_to_json(table: WeightTable) -> dict[str, Any]:
-    """A weight table as a JSON value."""
+    """Convert a weight table to a JSON value."""
     nodes, number = _nodes_to_json(e for weight in table.values() for e in weight.entries)
     weights = [
         {
@@ -55,7 +55,7 @@ def table_to_json(table: WeightTable) -> dict[str, Any]:
 
 
 def table_from_json(data: object) -> WeightTable:
-    """The table that `table_to_json` wrote; ProgramError if the value is not valid."""
+    """Read a weight table from a JSON value; ProgramError if the value is not valid."""
     nodes = _nodes_from_json(_member(data, "nodes", list))
     weights: dict[str, Weight] = {}
     for i, item in enumerate(_member(data, "weights", list)):

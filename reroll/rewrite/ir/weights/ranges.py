@@ -1,7 +1,7 @@
-"""Texts that differ in integers only, written once with ranges: ``layers.{0..29}.w``.
+"""Fold texts that differ in integers only into one text with ranges: ``layers.{0..29}.w``.
 
-``{first..last}`` counts by one and ``{first..last..step}`` by any step; several ranges in one
-text count together.
+``{first..last}`` counts by one and ``{first..last..step}`` by any step; several ranges in one text
+advance together.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from reroll.errors import ProgramError
 
 MAX_COUNT = 2**16
 
-# a run of digits with a leading zero is not an integer that can be counted
+# digits with a leading zero are no integer of a range
 _INTEGER = re.compile(r"(?<!\d)(0|[1-9]\d{0,14})(?!\d)")
 _BRACES = re.compile(r"\{(\d{1,15})\.\.(\d{1,15})(?:\.\.(-?\d{1,15}))?\}")
 _ANGLES = re.compile(r"<(\d{1,15})\.\.(\d{1,15})(?:\.\.(-?\d{1,15}))?>")
 
 
 def fold(texts: Sequence[str], *, angles: bool = False, shortest: int = 2) -> Iterator[str]:
-    """The texts in order, each run that counts in its integers folded into one text."""
+    """Yield the texts in order, with each run that counts in its integers folded into one text."""
     parts = [_INTEGER.split(text) for text in texts]
     start = 0
     while start < len(texts):
@@ -34,7 +34,7 @@ def fold(texts: Sequence[str], *, angles: bool = False, shortest: int = 2) -> It
 
 
 def _run(parts: Sequence[Sequence[str]], start: int) -> tuple[list[int], int]:
-    """Steps of the integers, and the end, of the longest run from ``start``."""
+    """Find the longest run from ``start``; return the steps of its integers, and its end."""
     steps: list[int] = []
     stop = start + 1
     while stop < len(parts) and parts[stop][::2] == parts[start][::2]:
@@ -58,7 +58,7 @@ def _template(parts: Sequence[str], steps: Sequence[int], count: int, brackets: 
 
 
 def unfold(text: str, *, angles: bool = False) -> list[str]:
-    """The texts that a folded text stands for; ProgramError if its ranges do not fit together."""
+    """Expand a folded text; ProgramError if its ranges have different lengths."""
     pattern = _ANGLES if angles else _BRACES
     ranges = [_counted(match) for match in pattern.finditer(text)]
     if not ranges:
@@ -86,7 +86,7 @@ def _counted(match: re.Match[str]) -> range:
 
 
 def indices_to_text(values: Sequence[int]) -> str:
-    """A list of numbers with runs written as ``0..9`` and repeats as ``3 x4``."""
+    """Format numbers with runs written as ``0..9`` and repeats as ``3 x4``."""
     parts = []
     i = 0
     while i < len(values):
@@ -106,7 +106,7 @@ def indices_to_text(values: Sequence[int]) -> str:
 
 
 def indices_from_text(text: str) -> tuple[int, ...]:
-    """The numbers that `indices_to_text` wrote."""
+    """Parse numbers in the format of `indices_to_text`."""
     values: list[int] = []
     for part in text.split(",") if text.strip() else []:
         match = re.fullmatch(r"\s*(\d{1,9})(?:\.\.(\d{1,9})|\s*x\s*(\d{1,9}))?\s*", part)

@@ -1,4 +1,4 @@
-"""The registry of weight functions: a function's signature is the schema of its arguments."""
+"""Registry of weight functions: a function's signature is the schema of its arguments."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Compute: TypeAlias = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class WeightFunction:
-    """A registered function: how to compute it and what it gives."""
+    """Registered weight function: its computation, and the rule for shape and dtype."""
 
     name: str
     compute: Compute
     rule: Rule
-    # the inputs are raised to fp32 or fp64; otherwise they come as they are
+    # whether inputs are cast to fp32 or fp64; otherwise they keep their dtype
     arithmetic: bool
-    # a sum over its inputs can take them one at a time: (running sum, count) -> result
+    # set if the function can be computed from a running sum: (sum, count) -> result
     finish_sum: Callable[[Tensor, int], Tensor] | None
 
 
@@ -41,7 +41,7 @@ def weight_function(
     arithmetic: bool = True,
     finish_sum: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Callable[[Compute], Compute]:
-    """Register a function over tensors; ``rule`` takes Metas for tensors and gives a Meta."""
+    """Register a function of tensors; ``rule`` maps the arguments' Metas to the result's Meta."""
 
     def register(compute: Compute) -> Compute:
         key = name or compute.__name__
@@ -54,7 +54,7 @@ def weight_function(
 
 
 def _schema(compute: Compute) -> list[tuple[str, object, bool]]:
-    """(parameter name, annotated type, variadic) of each parameter."""
+    """Return (parameter name, annotated type, variadic) of each parameter."""
     types = get_type_hints(compute)
     bare = [n for n in inspect.signature(compute).parameters if n not in types]
     if bare:

@@ -1,4 +1,4 @@
-"""Sources of named tensors that are in memory, or made of other sources."""
+"""Sources of named tensors: in memory, or combined from other sources."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reroll.rewrite.ir.weights.expressions import Meta, TensorSource, meta_of
 
 
 def missing_tensor(name: str, names: Iterable[str], where: str) -> CheckpointError:
-    """The error for a tensor that is not there, naming the nearest one that is."""
+    """Build the error for a missing tensor, with the nearest existing name."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     remedy = "take the whole checkpoint, and the configuration that belongs to it"
     hint = f"the nearest name is {near[0]!r}; {remedy}" if near else remedy
@@ -20,7 +20,7 @@ def missing_tensor(name: str, names: Iterable[str], where: str) -> CheckpointErr
 
 
 class MemorySource:
-    """Tensors that are in memory already."""
+    """Source of tensors that are in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
@@ -44,7 +44,7 @@ class MemorySource:
 
 
 class ChainSource:
-    """Several sources as one: a name is read from the first source that has it."""
+    """Combination of several sources: a name is read from the first source that has it."""
 
     def __init__(self, sources: Sequence[TensorSource]) -> None:
         self._sources = {name: source for source in reversed(sources) for name in source.names()}

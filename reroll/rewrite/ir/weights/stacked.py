@@ -1,8 +1,8 @@
-"""The weights of a program: names in the graph, and the lazy expressions behind them.
+"""Weights of a program: names in the graph, and the lazy expressions that compute them.
 
-A weight outside loops has one expression. A weight inside a loop body is a stack of entries and,
-for each trip of the loop, the number of the entry that the trip uses; two trips with the same
-number are tied. In the name of a stacked weight, ``*`` stands for the entry number.
+A weight outside loops has one expression. A weight inside a loop body is a stack of entries, with
+the number of the entry that each trip of the loop uses. Two trips with the same number are tied. In
+the name of a stacked weight, ``*`` stands for the entry number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reroll.rewrite.ir.weights.expressions import Expr, Meta, Source, walk
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that a graph names: one expression, or a stack of them inside a loop.
+    """Weight of a graph: one expression, or a stack of them inside a loop.
 
     Attributes:
         entries: the distinct stored tensors, all of one Meta.
@@ -53,7 +53,7 @@ class Weight:
 
     @property
     def meta(self) -> Meta:
-        """Shape and dtype that one trip sees."""
+        """Shape and dtype of the weight in one trip."""
         return self.entries[0].meta
 
     @property
@@ -62,21 +62,21 @@ class Weight:
         return None if self.index is None else len(self.index)
 
     def for_trip(self, trip: int) -> Expr:
-        """The expression that a trip uses; outside loops, the same one for any trip."""
+        """Return the expression of a trip; outside loops, it is the same for any trip."""
         return self.entries[0] if self.index is None else self.entries[self.index[trip]]
 
     def elements(self) -> int:
-        """Number of stored scalars."""
+        """Count the stored scalars."""
         return len(self.entries) * self.meta.elements
 
 
 def stored_name(name: str, entry: int) -> str:
-    """Name of one entry in a saved file: ``*`` becomes the entry number."""
+    """Return the name of one entry in a saved file: ``*`` becomes the entry number."""
     return name.replace("*", str(entry))
 
 
 class WeightTable(Mapping[str, Weight]):
-    """An ordered, immutable mapping from weight names to weights."""
+    """Ordered, immutable mapping from weight names to weights."""
 
     def __init__(self, weights: Mapping[str, Weight] | Iterable[tuple[str, Weight]] = ()) -> None:
         self._weights = dict(weights)
@@ -105,24 +105,24 @@ class WeightTable(Mapping[str, Weight]):
         return f"<WeightTable of {len(self)} weights, {self.parameters():,} parameters>"
 
     def with_weight(self, name: str, weight: Weight) -> WeightTable:
-        """A copy with one weight added at the end, or replaced in its place."""
+        """Copy the table with one weight added at the end, or replaced."""
         return self.with_weights({name: weight})
 
     def with_weights(self, weights: Mapping[str, Weight]) -> WeightTable:
-        """A copy with several weights added at the end, or replaced in their places."""
+        """Copy the table with several weights added at the end, or replaced."""
         return WeightTable({**self._weights, **weights})
 
     def without(self, *names: str) -> WeightTable:
-        """A copy without some weights; ProgramError if one is not there."""
+        """Copy the table without some weights; ProgramError if one is missing."""
         missing = [name for name in names if name not in self]
         if missing:
             raise ProgramError(f"no weight is called {missing[0]!r}")
         return WeightTable({n: w for n, w in self.items() if n not in names})
 
     def stored(self) -> dict[str, tuple[str, int]]:
-        """(weight name, entry) by the name of each tensor in a saved file, in order.
+        """Map the name of each tensor in a saved file to (weight name, entry), in order.
 
-        Raises ProgramError if two entries would get one name.
+        Raises ProgramError if two entries would get the same name.
         """
         stored: dict[str, tuple[str, int]] = {}
         for name, weight in self.items():
@@ -137,12 +137,12 @@ class WeightTable(Mapping[str, Weight]):
         return stored
 
     def sources(self) -> set[str]:
-        """Names of the checkpoint tensors that the table reads."""
+        """Return the names of the checkpoint tensors that the table reads."""
         roots = (entry for weight in self.values() for entry in weight.entries)
         return {expr.name for expr in walk(roots) if isinstance(expr, Source)}
 
     def identity(self, name: str, entry: int) -> Hashable:
-        """What identifies a stored tensor: entries of one identity are one Parameter.
+        """Return the identity of a stored tensor: entries with the same identity are one Parameter.
 
         Equal expressions over checkpoint tensors are tied; equal constants are not.
         """
@@ -150,7 +150,7 @@ class WeightTable(Mapping[str, Weight]):
         return expr if any(isinstance(e, Source) for e in walk([expr])) else (name, entry)
 
     def distinct(self) -> dict[Hashable, tuple[str, int]]:
-        """(weight name, entry) of each stored tensor, those that are tied once."""
+        """Return (weight name, entry) of each stored tensor by identity; tied ones count once."""
         found: dict[Hashable, tuple[str, int]] = {}
         for name, weight in self.items():
             for entry in range(len(weight.entries)):
@@ -158,10 +158,10 @@ class WeightTable(Mapping[str, Weight]):
         return found
 
     def parameters(self) -> int:
-        """Number of stored trainable scalars; what is tied counts once."""
+        """Count the stored trainable scalars; tied tensors count once."""
         names = [name for name, _ in self.distinct().values() if self[name].trainable]
         return sum(self[name].meta.elements for name in names)
 
     def bytes(self) -> int:
-        """Stored size of everything; what is tied counts once."""
+        """Return the bytes of all stored tensors; tied ones count once."""
         return sum(self[name].meta.bytes for name, _ in self.distinct().values())

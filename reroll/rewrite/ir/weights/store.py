@@ -1,4 +1,4 @@
-"""Computed weights, kept by expression, so that programs that share weights compute them once."""
+"""Cache of computed weights by expression, so that programs compute shared weights once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reroll.rewrite.ir.weights.expressions import Expr, TensorSource
 
 
 class WeightStore:
-    """Tensors of the expressions asked for so far."""
+    """Cache of the tensors of evaluated expressions."""
 
     def __init__(self) -> None:
         self._tensors: dict[Expr, Tensor] = {}
@@ -22,8 +22,8 @@ class WeightStore:
         return len(self._tensors)
 
     def values(self, expressions: Sequence[Expr], source: TensorSource) -> list[Tensor]:
-        """The tensors of some expressions over `source`, in order."""
-        # under another source the same names may stand for other tensors
+        """Compute the tensors of expressions over `source`, in order."""
+        # in another source, the same names may be other tensors
         if source is not self._source:
             self._tensors.clear()
             self._source = source
@@ -34,12 +34,12 @@ class WeightStore:
         return [self._tensors[e] for e in expressions]
 
     def weights(self, program: Program) -> dict[tuple[str, int], Tensor]:
-        """Every weight of a Program by (name, entry), as `interpret.run` takes them."""
+        """Compute every weight of a Program by (name, entry), as `interpret.run` takes them."""
         keys = [(n, i) for n, w in program.weights.items() for i in range(len(w.entries))]
         expressions = [program.weights[name].entries[entry] for name, entry in keys]
         return dict(zip(keys, self.values(expressions, program.source), strict=True))
 
     def keep(self, programs: Iterable[Program]) -> None:
-        """Drop what none of these programs uses."""
+        """Drop the tensors that none of these programs uses."""
         used = {e for p in programs for w in p.weights.values() for e in w.entries}
         self._tensors = {e: t for e, t in self._tensors.items() if e in used}

@@ -1,13 +1,13 @@
-r"""Weight tables as text that a person can read and that reads back to the same table.
+r"""Format weight tables as readable text that parses back to the same table.
 
-One weight a line; what is used more than once is a ``let`` line; runs are folded into ranges::
+Each weight is one line, shared subexpressions are ``let`` lines, and runs are folded to ranges::
 
     let %{1..30} = svd(sub(source("layers.{0..29}.w", f32[8, 8]), %0), 4, "exact")
     weight layers.*.w : f32[8, 8] = [mean(source("layers.<0..29>.w", f32[8, 8]))] trips [0 x30]
     weight layers.*.up : f32[8, 4] = [slice(%{1..30}, 0, 0, 8)] trips [0..29]
 
-Braces count over the entries of a stack (or over ``let`` lines), angle brackets over the
-arguments of one function.
+Ranges in braces count over the entries of a stack (or over ``let`` lines), and ranges in angle
+brackets over the arguments of one function.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reroll.rewrite.ir.weights.expressions import Apply, Argument, Expr, Source,
 from reroll.rewrite.ir.weights.ranges import fold, indices_to_text
 from reroll.rewrite.ir.weights.stacked import WeightTable
 
-# a subtree deeper than this gets a let of its own, so that reading needs little recursion
+# a deeper subtree gets its own ``let`` line, so that parsing needs little recursion
 MAX_HEIGHT = 16
 # shorter runs of arguments are easier to read one by one
 SHORTEST_RUN = 3
@@ -31,13 +31,13 @@ _BARE_NAME = re.compile(r"[A-Za-z0-9_.*\-/]+")
 
 
 def expr_to_text(expr: Expr) -> str:
-    """An expression as text: ``let`` lines for shared subtrees, then one line."""
+    """Format an expression: ``let`` lines for shared subtrees, then one line."""
     printer = _Printer([expr])
     return "\n".join([*printer.lets(), printer.text(expr)])
 
 
 def table_to_text(table: WeightTable) -> str:
-    """A weight table as text: ``let`` lines, then one line for each weight, in order."""
+    """Format a weight table: ``let`` lines, then one line for each weight, in order."""
     printer = _Printer(e for weight in table.values() for e in weight.entries)
     lines = list(printer.lets())
     for name, weight in table.items():
@@ -52,7 +52,7 @@ def table_to_text(table: WeightTable) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string literal without the characters that mark ranges."""
+    """Quote a string, with the characters that delimit ranges escaped."""
     escape = {ord(c): f"\\u{ord(c):04x}" for c in "{}<>"}
     return json.dumps(text).translate(escape)
 
@@ -62,7 +62,7 @@ def _name(name: str) -> str:
 
 
 class _Printer:
-    """Texts of expressions, with the shared and the deep ones bound to ``%`` numbers."""
+    """Formatter of expressions that binds shared and deep ones to ``%`` numbers."""
 
     def __init__(self, roots: Iterable[Expr]) -> None:
         roots = list(roots)
@@ -72,7 +72,8 @@ class _Printer:
             uses.update(node.children if isinstance(node, Apply) else ())
         height: dict[Expr, int] = {}
         level: dict[Expr, int] = {}
-        # the numbers are not known yet; all zero, they give the skeletons to sort the lets by
+        # numbers are not known yet: with 0 for all, texts are the skeletons that ``let`` lines are
+        # sorted by
         self._bound: dict[Expr, str] = {}
         for node in nodes:
             below = node.children if isinstance(node, Apply) else ()
@@ -94,11 +95,11 @@ class _Printer:
         self._bound = {node: f"%{i}" for i, node in enumerate(order)}
 
     def lets(self) -> Iterator[str]:
-        """The ``let`` lines, each after those that it needs."""
+        """Yield the ``let`` lines, each after those that it needs."""
         return fold([f"let {name} = {self._apply(node)}" for node, name in self._bound.items()])
 
     def text(self, expr: Expr) -> str:
-        """The text of an expression."""
+        """Format an expression."""
         return self._bound.get(expr) or self._apply(expr)
 
     def _apply(self, expr: Expr) -> str:
@@ -108,7 +109,7 @@ class _Printer:
         return f"{expr.op}({', '.join(self._arguments(expr.args))})"
 
     def _arguments(self, args: tuple[Argument, ...]) -> Iterator[str]:
-        # sources of one Meta, side by side, fold into one
+        # adjacent sources of the same Meta are folded into one
         for meta, run in groupby(args, lambda a: a.meta if isinstance(a, Source) else None):
             if meta is None:
                 yield from (self.text(a) if isinstance(a, Expr) else _constant(a) for a in run)

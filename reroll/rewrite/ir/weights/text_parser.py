@@ -1,7 +1,7 @@
-"""Reading the text form of weights, line by line.
+"""Parse the text format of weights, line by line.
 
-The text may be a stranger's: what ranges unfold to is limited, and whatever is wrong raises a
-ProgramError with line and column.
+The text may be untrusted: the expansion of ranges is limited, and every error is a ProgramError
+with line and column.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from reroll.rewrite.ir.weights.expressions import Expr
 from reroll.rewrite.ir.weights.ranges import indices_from_text, unfold
 from reroll.rewrite.ir.weights.stacked import Weight, WeightTable
 
-# characters that the folded texts of one table may unfold to
+# most characters that the folded texts of one table may expand to
 MAX_UNFOLDED = 2**28
 
 _LET = re.compile(r"let\s+(%\d+)\s*=\s*")
@@ -24,12 +24,12 @@ _WEIGHT = re.compile(
     re.VERBOSE,
 )
 _TRIPS = re.compile(r"\s*trips\s*\[(?P<trips>[^\]]*)\]")
-# what the items of a stack are split by: strings are taken whole, brackets nest
+# separators of a stack's items: strings are atomic, and brackets nest
 _SPLIT = re.compile(r"""(?P<string>"(?:[^"\\]|\\.)*")|[(\[]|[)\]]|,""")
 
 
 def expr_from_text(text: str) -> Expr:
-    """The expression that `expr_to_text` wrote; ProgramError with line and column if invalid."""
+    """Parse an expression in the format of `expr_to_text`; ProgramError with line and column."""
     reader = _Reader()
     result: Expr | None = None
     for number, line in _lines(text):
@@ -44,7 +44,7 @@ def expr_from_text(text: str) -> Expr:
 
 
 def table_from_text(text: str) -> WeightTable:
-    """The table that `table_to_text` wrote; ProgramError with line and column if invalid."""
+    """Parse a table in the format of `table_to_text`; ProgramError with line and column."""
     reader = _Reader()
     weights: dict[str, Weight] = {}
     for number, line in _lines(text):
@@ -66,7 +66,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 
 class _Reader:
-    """What the lines so far have bound."""
+    """Reader of lines, with the expressions bound by ``let`` so far."""
 
     def __init__(self) -> None:
         self._bound: dict[str, Expr] = {}
@@ -130,7 +130,7 @@ class _Reader:
 
 
 def _items(text: str, start: int) -> tuple[list[tuple[int, str]], int]:
-    """The items, each with its place, of the bracket that opens at ``start``; and its end."""
+    """Split the bracket at ``start`` into items with positions; return them and its end."""
     items = []
     depth = 0
     begin = start + 1
