@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: the delta rule on a state that fades channel by channel.
+"""Kimi Delta Attention: the delta rule on a state that decays channel by channel.
 
 S_t = (I - b_t k_t k_t^T) diag(exp g_t) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t: Kimi team, 2025
 (arXiv 2510.26692), equation 1. The gate is bounded: g = floor * sigmoid(raw).

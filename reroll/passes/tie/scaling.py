@@ -37,7 +37,7 @@ def scale_by_step(program: Program, loop: Loop, index: Sequence[int]) -> tuple[P
     stream = Tracer(program).trace(places[0])
     if isinstance(stream, Miss):
         raise PassError(
-            f"the residual stream of {loop.name} cannot be followed: {stream.reason}",
+            f"the residual stream cannot be followed: {stream.reason}",
             ", ".join(stream.nodes),
         )
     returned: Any = body.output_node().args[0]
