@@ -70,9 +70,7 @@ class Linear(Diagonal):
         return self.split(*linear_form.step(q, k, _counted(v), kept, _joint(state)))
 
     def split(self, sums: Tensor, state: Tensor) -> Result:
-        """Compute the output from sums of values and weights, and split the state into
-        its parts.
-        """
+        """Compute the output from sums of values and weights; split the state into its parts."""
         values, weights = sums[..., :-1], sums[..., -1:]
         out = values / weights.clamp(min=FLOOR) if self.normalise else values
         return out, (state[..., :-1], state[..., -1])
