@@ -96,9 +96,7 @@ def _shared(module: nn.Module, names: list[str]) -> str | None:
 
 
 def new_names(module: nn.Module, teacher: nn.Module | None) -> frozenset[str]:
-    """Return the names of parameters that the original does not have, such as gates and
-    residuals.
-    """
+    """Return the names of parameters that the original does not have, such as gates and factors."""
     if teacher is None:
         return frozenset()
     ours, theirs = (
