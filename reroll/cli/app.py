@@ -1,6 +1,7 @@
-"""The commands. Each parses its options, calls the library, and hands the result to a report.
+"""Define the commands: each parses its options, calls the library, and passes the result to a
+report.
 
-Libraries that take long to import are imported inside the commands, so that help is quick.
+Libraries that take long to import are imported inside the commands, so that help is fast.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def convert(
 
 
 def _pipeline(passes: str | None, recipe: Path | None) -> Any:
-    """The passes that were asked for, checked before anything takes long."""
+    """Parse the requested passes, so that errors are raised before any long work."""
     if passes is not None and recipe is not None:
         raise UsageError("--passes and --recipe exclude each other", hint="give one of them")
     from reroll.rewrite.pipeline.pipeline import resolve
@@ -206,7 +207,7 @@ def _stop(word: str | None) -> int | str | None:
 
 
 def _tell(event: Event, bars: Bars) -> None:
-    """Show what the pass manager tells."""
+    """Show an event of the pass manager."""
     if event.kind == "start":
         bars(0, 0, event.text)
     elif event.kind == "progress":
@@ -500,7 +501,7 @@ def show_command(
 
 
 def _program(name: str, **options: Any) -> Program:
-    """The Program of a model, or of a file with a program's text."""
+    """Capture a model, or parse a file with a program's text; raises UsageError on failure."""
     path = Path(name)
     if path.is_file() and path.suffix != ".gguf":
         try:
@@ -513,7 +514,7 @@ def _program(name: str, **options: Any) -> Program:
 def main() -> None:
     """Run the command line."""
 
-    # an interrupted command cleans up, whoever interrupts it
+    # SIGTERM acts like control-C, so that temporary files are removed
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The command `recover`."""
+"""Define the commands `recover` and `sample`."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def sample(
 
 
 def token_count(text: str) -> int:
-    """A number such as 500k or 2M; UsageError if it is none."""
+    """Parse a number such as 500k or 2M; raises UsageError if it is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbKMB]?)", text.strip())
     count = 0.0 if found is None else float(found[1]) * UNITS[found[2].lower()]
     if count not in TOKENS:

@@ -34,7 +34,7 @@ def need_harness() -> None:
 
 
 class Harness(Measure):
-    """The tasks of lm-eval that are asked for."""
+    """Requested tasks of lm-eval."""
 
     name = "lm_eval"
 

@@ -17,7 +17,7 @@ from reroll.mixers.gates import Gate
 
 
 class DeltaNet(delta_form.Delta):
-    """DeltaNet: a state that overwrites what it holds under a key."""
+    """DeltaNet: the delta rule, which overwrites the value under a key."""
 
     name = "deltanet"
     core = Core("none", delta=True)

@@ -17,7 +17,7 @@ from reroll.mixers.gates import Gate, inverse_softplus, wide
 
 
 class GatedDeltaNet(delta_form.Delta):
-    """Gated DeltaNet: overwrites under a key, and fades by one number for each head."""
+    """Gated DeltaNet: the delta rule, with one decay for each head."""
 
     name = "gated_deltanet"
     core = Core("head", delta=True)

@@ -23,7 +23,7 @@ NOTHING = 1e-30
 
 
 class GSA(Mixer):
-    """Gated slot attention: a softmax over slots, each with a key and a value that fade."""
+    """Gated slot attention: softmax over slots, each with a key and a value that decay."""
 
     name = "gsa"
     divides = "log_mass"

@@ -18,7 +18,7 @@ from reroll.rewrite.pipeline.options import option
 
 
 class HGRN2(ChannelDiagonal):
-    """HGRN2: a state that writes as much as it forgets, channel by channel."""
+    """HGRN2: one decay for each channel, whose complement is the key."""
 
     name = "hgrn2"
     core = Core("channel", key="forgotten")

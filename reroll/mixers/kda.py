@@ -18,7 +18,7 @@ from reroll.rewrite.pipeline.options import option
 
 
 class KDA(delta_form.Delta):
-    """Kimi Delta Attention: overwrites under a key, and fades channel by channel."""
+    """Kimi Delta Attention: the delta rule, with one decay for each channel of the key."""
 
     name = "kda"
     core = Core("channel", delta=True)

@@ -16,7 +16,7 @@ from reroll.mixers.gates import Gate, inverse_softplus, pooled, wide
 
 
 class Mamba2(Diagonal):
-    """Mamba-2: a state that fades by one number for each head, with a gate on what it takes in."""
+    """Mamba-2: one decay for each head, and a step size that scales the write."""
 
     name = "mamba2"
     core = Core("head", key="gated")

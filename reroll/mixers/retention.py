@@ -12,7 +12,7 @@ from reroll.mixers.gates import Gate, decay_gate, log_sigmoid, pooled
 
 
 class Retention(Diagonal):
-    """Retention: a state that fades by one number for each head and token."""
+    """Retention: one decay for each head and token."""
 
     name = "retention"
 

@@ -52,7 +52,7 @@ class Window(LayerPass):
         eligible = sorted(self.measured(program, far, rewritten, context))
         if not eligible:
             raise PassError(
-                f"no attention of the chosen layers reaches further than {self.size} tokens",
+                f"no attention of the chosen layers sees further than {self.size} tokens",
                 hint="choose a smaller size; reroll inspect shows the layers",
             )
         self._narrow(found, eligible)

@@ -30,7 +30,7 @@ SETTLING = 16
 
 
 class Copying(Measure):
-    """A passage for the second time: how much of it is predicted, at which distance."""
+    """Copying: the share of a repeated passage that is predicted, by its length."""
 
     name = "copying"
     full: ClassVar[Mapping[str, Any]] = {"lengths": [64, 256, 1024], "passages": 16}

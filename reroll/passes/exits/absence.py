@@ -31,9 +31,7 @@ def leave_out(loop: Loop, graph: fx.Graph, done: fx.Node) -> None:
     caches = [n for n in graph.nodes if n.target is CACHE]
     mixers = [n for n in graph.nodes if n.target is RECURRENCE]
     if not caches and not mixers:
-        raise PassError(
-            f"{loop.name} has no cache and no recurrence that could skip a token", hint=HINT
-        )
+        raise PassError(f"{loop.name} keeps nothing of a token that could be left out", hint=HINT)
     for node in mixers:
         node.kwargs = {**node.kwargs, "idle": done}
     for cache in caches:

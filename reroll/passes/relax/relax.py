@@ -203,7 +203,7 @@ def _insert(loop: Loop, linears: list[fx.Node], pair: Pair) -> None:
 def _nothing(program: Program, context: Context) -> Program:
     if any(w.index is not None and len(w.entries) < len(w.index) for w in program.weights.values()):
         raise PassError(
-            "the weights before tying are not known",
+            "what the tied weights were before they were tied is not known",
             hint="run tie and relax one after the other on the original model",
         )
     context.remark("nothing is tied, so there is nothing to relax")
