@@ -76,8 +76,7 @@ def parse(text: str, source: str | Program | None = None) -> Program:
 
 
 def load(directory: str | Path) -> Program:
-    """Load the Program of a directory that `Program.save` wrote; weights are read when they are
-    used.
+    """Load the Program of a directory that `Program.save` wrote; weights are read on use.
 
     Raises UsageError if the directory is not one of reroll's, CheckpointError or ProgramError if
     its files are damaged.

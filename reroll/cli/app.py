@@ -1,5 +1,4 @@
-"""Define the commands: each parses its options, calls the library, and passes the result to a
-report.
+"""Define the commands: each parses options, calls the library, and passes the result to a report.
 
 Libraries that take long to import are imported inside the commands, so that help is fast.
 """

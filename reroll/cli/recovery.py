@@ -105,7 +105,9 @@ def sample(
     batch: Annotated[int, integer(COUNT, "Texts that are written at a time.")] = 32,
     start: Annotated[
         str | None,
-        typer.Option(help="What texts begin behind.", show_default="the tokenizer's first token"),
+        typer.Option(
+            help="The prompt that texts continue.", show_default="the tokenizer's first token"
+        ),
     ] = None,
     seed: Annotated[int, integer(SEED, "Of the random choices.")] = 0,
     overwrite: Annotated[

@@ -32,12 +32,11 @@ class ExitStates:
 
 
 def exit_states(model: Any, tokens: Tensor | Sequence[int]) -> ExitStates:
-    """Compute the hidden states of `tokens` [n] at the exits of a lowered model, in rows of 256
-    tokens.
+    """Compute the hidden states of `tokens` [n] at a lowered model's exits, in rows of 256 tokens.
 
     The model runs at full depth. A label says whether the exit's norm and head predict the same
     token as the full depth. The states serve for all models that differ in their classifiers only.
-    Raises UsageError for a model without exits, or with finite thresholds.
+    Raises UsageError for a model without exits, or with a threshold below infinity.
     """
     found = exit_loop(model.program)
     if found is None:
@@ -96,7 +95,7 @@ def fit_exits(
     The data are the states of `tokens` [n], or those that `exit_states` returned; `gated` reads the
     tokens of each row in order. The weights of `model`, a lowered model, change in place;
     `model.save_pretrained` or `model.to_program()` keeps them. Raises UsageError for a model whose
-    exits have no classifiers, or have finite thresholds.
+    exits have no classifiers, or have a threshold below infinity.
     """
     check_number("steps", steps, COUNT, "fit_exits")
     check_number("decay", decay, NOT_NEGATIVE, "fit_exits", integer=False)
@@ -117,9 +116,7 @@ def fit_exits(
 
 
 def _batches(rows: list[Tensor]) -> list[Tensor]:
-    """Stack rows [time, width] of the first row's length; the others stay alone: [rows, time,
-    width].
-    """
+    """Stack rows [time, width] of the first row's length; others stay alone."""
     whole = [r for r in rows if len(r) == len(rows[0])]
     return [torch.stack(whole), *(r[None] for r in rows[len(whole) :])]
 

@@ -157,7 +157,7 @@ class _Pair:
 
     @property
     def subjects(self) -> tuple[Subject, Subject]:
-        """Both models."""
+        """Subjects a and b."""
         return self.a, self.b
 
 

@@ -53,10 +53,10 @@ class Calibration:
 
 
 def p_value(errors: int, count: int, risk: float) -> float:
-    """Bound the probability of so few errors if the true rate is above `risk` (Hoeffding and
-    Bentkus).
+    """Bound the probability of so few errors if the true rate is above `risk`.
 
-    Learn then Test (arXiv 2110.01052), proposition 3, for losses of 0 and 1.
+    The bounds are those of Hoeffding and Bentkus: Learn then Test (arXiv 2110.01052), proposition
+    3, for losses of 0 and 1.
     """
     rate = errors / count
     if rate >= risk:

@@ -17,9 +17,7 @@ from reroll.rewrite.pipeline.options import option
 
 
 def check_tasks(text: str) -> list[str]:
-    """Split a comma-separated list of tasks; raises UsageError if it is empty or lm-eval is
-    missing.
-    """
+    """Split a comma-separated list of tasks; raises UsageError if empty or without lm-eval."""
     tasks = [t.strip() for t in text.split(",") if t.strip()]
     if not tasks:
         raise UsageError("no task is named", where="--lm-eval", hint="lm_eval ls tasks lists them")

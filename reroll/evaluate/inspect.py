@@ -193,8 +193,7 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 
 def check_capture(model: Any, flat: Program, rolled: Program, seed: int = 0) -> dict[str, Any]:
-    """Measure how far the flat and the rolled Program are from a model's eager forward, as JSON
-    data.
+    """Measure how far flat and rolled Program are from a model's eager forward, as JSON data.
 
     Only positions that are not padding are compared. A Program that does not run on inputs of
     another size than it was captured with has a `failure`.

@@ -1,5 +1,4 @@
-"""Define what a measure is: a name, options with values for two suites, and a run that gives JSON
-data.
+"""Define what a measure is: a name, options for two suites, and a run that gives JSON data.
 
     class Agreement(Measure):
         '''How often a model finds the same token likeliest as its original.'''
@@ -78,8 +77,7 @@ class Measure(Declared, ABC):
 
     @abstractmethod
     def run(self, bench: Bench) -> dict[str, Any]:
-        """Measure, and return the results as JSON data by side: "model", and "original" if there is
-        one.
+        """Measure, and return JSON data by side: "model", and "original" if there is one.
 
         Results that belong to no side have keys next to those. Raises NotApplicable.
         """
@@ -103,8 +101,7 @@ measures, find = MEASURES.all, MEASURES.find
 def within(
     contexts: list[int], runner: Runner, most: int | None = None, *, behind: int = 0
 ) -> list[int]:
-    """Select the contexts that the model can take, with `behind` more tokens, and that are at most
-    `most`.
+    """Select the contexts that fit the model with `behind` more tokens, and are at most `most`.
 
     Where the model takes none of them, the result is the longest that it takes.
     """

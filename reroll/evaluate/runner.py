@@ -95,8 +95,7 @@ class Runner:
     def logits(
         self, ids: Tensor, wanted: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield positions and the logits [rows, positions, vocabulary] there, piece by piece in
-        order.
+        """Yield positions and their logits [rows, positions, vocabulary], piece by piece in order.
 
         `wanted` are positions in ascending order; None is all.
         """
@@ -137,7 +136,7 @@ class Runner:
         return size if isinstance(size, int) else 2**16
 
     def forward(self, ids: Tensor, cache: Any, keep: Tensor | int, *, use_cache: bool) -> Any:
-        """Run the model once; `keep` are the positions whose logits are returned."""
+        """Run the model once; `keep` are the positions whose logits are requested."""
         accepts = self.subject.accepts
         options: dict[str, Any] = {}
         if "use_cache" in accepts:

@@ -31,8 +31,7 @@ def answer(
     mode: Mode = "depth",
     while_full: bool = False,
 ) -> dict[str, Any]:
-    """Answer all requests greedily; return the seconds of decoding, without prompts, and the
-    results.
+    """Answer all requests greedily; return seconds of decoding, without prompts, and results.
 
     `while_full` stops as soon as a slot is empty because no request is left. With one thread,
     seconds are CPU time, which other processes affect less than wall time.
@@ -77,9 +76,9 @@ def compare_serving(
     """Measure tokens per second of four ways to answer the same requests; `model` is a lowered one.
 
     `full` makes all trips. `lockstep` waits for the slowest row of each token. `compaction` drops
-    rows that have left. `depth` fills their slots with other requests. Each round runs all sides,
-    and the result is the median over rounds. With `while_full`, time counts only while all slots
-    are in use. Raises UsageError for a model without finite thresholds, and AssertionError if two
+    rows that have left. `depth` fills their places in the batch. Each round runs all sides, and the
+    result is the median over rounds. With `while_full`, time counts only while all slots are in
+    use. Raises UsageError for a model whose thresholds are all infinite, and AssertionError if two
     sides with exits give different tokens.
     """
     for name, count in (("slots", slots), ("tokens", tokens), ("rounds", rounds)):

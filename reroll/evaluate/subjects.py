@@ -33,7 +33,7 @@ Attention = Literal["eager", "sdpa"]
 
 @dataclass(frozen=True)
 class Opening:
-    """How models are opened: in which dtype, with which attention, and whether code is trusted.
+    """Options for opening models: dtype, attention, revision, and whether their code is trusted.
 
     A model without SDPA attention runs with eager attention instead.
     """

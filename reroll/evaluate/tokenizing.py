@@ -151,8 +151,7 @@ class Windows:
 def make_windows(
     text: str, tokenizer: Any, length: int, max_tokens: int | None, *, closing: bool
 ) -> Windows:
-    """Cut a text into windows of `length` tokens that do not overlap; an incomplete last one is
-    left out.
+    """Cut a text into windows of `length` tokens that do not overlap; a rest is left out.
 
     A text that is shorter than one window gives one shorter window. `closing` keeps the special
     tokens after a text, which encoders need. Raises UsageError if length or text is too short.

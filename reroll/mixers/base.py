@@ -125,9 +125,7 @@ class Mixer(Declared, ABC):
         return 1 / math.sqrt(d_k)
 
     def write_flops(self, d_k: int, d_v: int) -> int:
-        """Count the operations for one head and token to update the state: decay and add, by
-        default.
-        """
+        """Count operations for one head and token to update the state; decay and add by default."""
         return 3 * sum(map(math.prod, self.state_shapes(d_k, d_v)))
 
     # ---- the mathematics

@@ -1,8 +1,8 @@
 """Compile the chunk form by `torch.compile`, once for all layers that have the same mixer.
 
-A sequence is run in pieces of a fixed length. So one compiled graph serves every length, and its
-buffers stay in the processor's cache. The last piece is padded to a power of two, which changes
-nothing.
+A sequence is run in pieces of a fixed length, and the last piece is padded to a power of two, which
+changes nothing. So a few compiled graphs serve every length, and their buffers stay in the
+processor's cache.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ class Core:
     kernel that runs this recurrence runs every mixer that declares a core.
 
     Attributes:
-        decay: A_t is one ("none"), or exp of the first gate, which has a number for each head
-            ("head") or for each channel of the key ("channel").
+        decay: A_t is one for "none", otherwise exp of the first gate. That gate has a number for
+            each head ("head") or for each channel of the key ("channel").
         delta: w_t = b_t (v_t - A_t S_{t-1} k_t) with the last gate b, instead of w_t = v_t.
         key: which key is used: k itself ("given"), k times the second gate ("gated"), or 1 - exp of
             the first gate ("forgotten").

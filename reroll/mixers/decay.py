@@ -122,8 +122,7 @@ class ChannelDecay(Decay):
 
 
 class FactoredDecay(ChannelDecay):
-    """One decay for each channel, in one matrix product: exp(G_i - G_j) = exp(G_i - a) exp(a -
-    G_j).
+    """One decay for each channel, in one product: exp(G_i - G_j) = exp(G_i - a) exp(a - G_j).
 
     The anchor a lies in the middle of the range of G, so that each factor spans half of it. Over
     `bounded_size` tokens both factors are in range, and so is their product for every j <= i. The

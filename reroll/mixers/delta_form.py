@@ -24,8 +24,9 @@ from reroll.rewrite.pipeline.options import option
 def stretch(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute all tokens at once. q [..., groups, time, d_k], k, v [..., time, d], beta [...,
-    time].
+    """Compute all tokens at once.
+
+    q [..., groups, time, d_k], k, v [..., time, d], beta [..., time].
     """
     held = decay.from_start(k) @ state
     u = solved(k, beta, decay, beta[..., None] * (v - held))

@@ -21,7 +21,7 @@ class Diagonal(Mixer):
 
     core = Core("head")
 
-    feature_map: Name = option("none", help="what queries and keys go through")
+    feature_map: Name = option("none", help="feature map of queries and keys")
 
     @property
     def key_map(self) -> str:
@@ -69,7 +69,7 @@ class ChannelDiagonal(Diagonal):
     floor: float = option(
         -2.5,
         within=Range(below=0),
-        help="log decays below are raised to it; with it goes how long a chunk may be",
+        help="lower bound of log decays; a higher one allows longer chunks",
     )
 
     @property

@@ -31,9 +31,9 @@ class Gate:
 
     Attributes:
         name: its name in the mixer.
-        role: what it does: `decay` (log of the part of the state that is kept, 0 or less), `write`
-            (how strongly a token writes), `bonus` (what a token reads of its own write), or a
-            further `key` or `value` of the token.
+        role: what it does. `decay` is the log of the part of the state that is kept, 0 or less.
+            `write` is how strongly a token writes. `bonus` is what a token reads of its own write.
+            `key` and `value` are a further key or value of the token.
         shape: sizes after [batch, kv_heads, time].
         low, high: the range of values that the mixer's equations allow.
         floor: lower values are raised to it by the mixer itself, in all forms, so that the matrix

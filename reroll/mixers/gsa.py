@@ -33,10 +33,10 @@ class GSA(Mixer):
     floor: float = option(
         -2.5,
         within=Range(below=0),
-        help="log decays below are raised to it; with it goes how long a chunk may be",
+        help="lower bound of log decays; a higher one allows longer chunks",
     )
     log_mass: bool = option(
-        False, help="values end in a one, and what is read of it is the log of the weights' sum"
+        False, help="return the log of the sum of weights in the last channel, where values are one"
     )
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
@@ -96,11 +96,10 @@ class GSA(Mixer):
         return self.weighed(scores.softmax(-1) @ values, scores), (keys, values)
 
     def weighed(self, out: Tensor, scores: Tensor) -> Tensor:
-        """With `log_mass`, compute the mean over written tokens and the log of the sum of their
-        weights.
+        """Compute the mean over written tokens and the log of the sum of their weights.
 
         The last channel of `out` is the part of the softmax weights that lies on written content.
-        An empty slot has a score, but no value.
+        An empty slot has a score, but no value. Without `log_mass`, `out` is returned as it is.
         """
         if not self.log_mass:
             return out

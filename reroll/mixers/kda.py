@@ -26,7 +26,7 @@ class KDA(delta_form.Delta):
     floor: float = option(
         -5.0,
         within=Range(below=0),
-        help="the lowest log decay; with it goes how long a chunk may be",
+        help="the lowest log decay; a higher one allows longer chunks",
     )
 
     @property

@@ -30,7 +30,7 @@ class Linear(Diagonal):
     core = Core("none", counts=True)
     divides = "normalise"
 
-    feature_map: Name = option("elu", help="what queries and keys go through")
+    feature_map: Name = option("elu", help="feature map of queries and keys")
     normalise: bool = option(True, help="divide by the sum of weights")
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:

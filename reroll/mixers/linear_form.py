@@ -18,8 +18,7 @@ from reroll.mixers.decay import Decay, products
 def stretch(
     q: Tensor, k: Tensor, v: Tensor, decay: Decay, state: Tensor, diagonal: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Compute all tokens at once: what each reads of the others' writes, and of the state before
-    them.
+    """Compute all tokens at once: reads of the others' writes, and of the state before them.
 
     q [..., groups, time, d_k], k [..., time, d_k], v [..., time, d_v], state [..., d_k, d_v]. With
     `diagonal` -1 a token does not read its own write.
@@ -84,9 +83,7 @@ def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
 
 
 def cut(x: Tensor, size: int, dim: int, fill: float = 0.0) -> Tensor:
-    """Reshape time to [chunks, size]; tokens of `fill`, which write nothing, complete the last
-    chunk.
-    """
+    """Reshape time to [chunks, size], padded with tokens of `fill`, which write nothing."""
     missing = -x.shape[dim] % size
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing), value=fill)

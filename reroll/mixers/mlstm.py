@@ -104,9 +104,7 @@ class _Stretch:
         return self.sums + torch.maximum(highest, before[..., None])
 
     def ends(self, before: Tensor) -> Tensor:
-        """Compute the running maximum before the first of several stretches, and after each of
-        them.
-        """
+        """Compute the running maximum before the first of several stretches, and after each."""
         own = (self.sums[..., -1:] - self.sums + self.write).amax(-1)
         found = [before]
         for i in range(own.shape[-1]):

@@ -214,9 +214,7 @@ class _Folder:
         return bool(norm.users)
 
     def fold_affine(self, linear: fx.Node, gain: object, shift: object) -> None:
-        """Fold a norm's gain g and shift b into a linear layer: W (g x + b) + c = (W g) x + (W b +
-        c).
-        """
+        """Fold gain g and shift b of a norm: W (g x + b) + c = (W g) x + (W b + c)."""
         weight, *bias = map(_name, _weights(linear))
         if shift is not None and bias:
             parts = [bias[0], weight, _name(shift)]

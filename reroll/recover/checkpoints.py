@@ -40,9 +40,7 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run: its stage, the steps within that, and the steps, tokens and seconds in
-    all.
-    """
+    """Progress of a run: its stage, the steps within it, and steps, tokens and seconds in all."""
 
     stage: int = 0
     step: int = 0
@@ -216,9 +214,7 @@ def _write_state(state: Any, file: Path) -> None:
 
 
 def _write(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file or folder under a temporary name, then rename it; raises CheckpointError on
-    failure.
-    """
+    """Write a file or folder under another name, then rename it; raises CheckpointError."""
     part = target.with_name(target.name + ".part")
     if part.is_dir():
         shutil.rmtree(part)

@@ -1,5 +1,4 @@
-"""Fit shared weights and low-rank residuals by least squares, in closed form, before any training
-step.
+"""Fit shared weights and low-rank residuals by least squares, in closed form, before training.
 
 X_t [tokens, in] is the input of the original's linear layer t, W_t [out, in] its weight, and C_t =
 X_t^T X_t. The best shared weight W' and the best residual B_t A_t of rank r minimise
@@ -35,7 +34,7 @@ from reroll.runtime.lowering.placement import places
 
 # how often the shared weight and the residuals are fitted in turn
 ROUNDS = 2
-# memory for the matrices C; layers beyond it are fitted in another run over the text
+# bytes for the matrices C; layers beyond it are fitted in another run over the text
 BYTES = 2**31
 # ridge penalty that keeps a shared weight unchanged along inputs that the text does not have
 RIDGE = 1e-3

@@ -63,11 +63,11 @@ class Corpus:
 
 
 def documents(source: str | Path) -> Iterator[str]:
-    """Yield the documents of a file, a directory, or a Hugging Face dataset (`name[:split]`), in
-    order.
+    """Yield the documents of a file, a directory, or a Hugging Face dataset (`name[:split]`).
 
     A `.jsonl` file has one document in the field `text` of each line. Any other file is one
-    document, or several separated by form feeds.
+    document, or several separated by form feeds. Files of a directory come in the order of their
+    paths. Raises UsageError if there are none, or if one cannot be read.
     """
     path = Path(source)
     if path.is_dir():

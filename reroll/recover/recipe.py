@@ -41,7 +41,7 @@ class Settings(Declared):
     repeats: float = option(
         0.0,
         within=SHARE,
-        help="share of the rows that end with a passage they had before: recall, densely",
+        help="share of the rows that end with a copy of an earlier passage, to train recall",
     )
     held_rows: int = option(16, within=COUNT, help="rows that are measured on and never trained on")
     precision: Literal["fp32", "bf16"] = option("fp32", help="bf16 is autocast over fp32 weights")

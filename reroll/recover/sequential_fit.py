@@ -2,15 +2,16 @@
 
 `closed_form` fits every layer on the original's inputs. In the rewritten model, a layer's inputs
 carry the errors of all layers before it. So the layers are fitted again, in the order in which they
-run. With X the layer's input in the student, Y [tokens, out] the output of the original's layer for
-the same tokens, W' its shared weight and M = B A its residual of rank r,
+run. X is the layer's input in the student, and Y [tokens, out] the output of the original's layer
+for the same tokens. W' is its shared weight, M = B A its residual of rank r, and M_0 the one
+before:
 
     M = argmin |X (W' + M)^T - Y|^2 + ridge |M - M_0|^2
 
-where M_0 is the residual before. The solution of full rank is M_0 + (D - (W' + M_0) C) (C +
-ridge)^-1 with C = X^T X and D = Y^T X. It is reduced to the r directions that explain most of the
-outputs (reduced-rank regression: Izenman, Journal of Multivariate Analysis 5, 1975). Layers that
-are fitted later correct the errors that remain in those before them.
+The solution of full rank is M_0 + (D - (W' + M_0) C) (C + ridge)^-1 with C = X^T X and D = Y^T X.
+It is reduced to the r directions that explain most of the outputs (reduced-rank regression:
+Izenman, Journal of Multivariate Analysis 5, 1975). Layers that are fitted later correct the errors
+that remain in those before them.
 """
 
 from __future__ import annotations

@@ -70,9 +70,7 @@ class Generation(Measure):
         return {**found, "new": new, "prompts": count}
 
     def _fitting(self, bench: Bench) -> tuple[int, int]:
-        """Return the tokens of a prompt and of its continuation, reduced to what the models can
-        take.
-        """
+        """Return the tokens of a prompt and of its continuation, reduced to fit the models."""
         limits = [r.limit - len(r.prefix) for r in bench.sides.values() if r.limit]
         room = min(limits, default=self.prompt + self.new)
         if self.prompt + self.new <= room:

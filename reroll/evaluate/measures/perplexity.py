@@ -151,9 +151,7 @@ class Text:
             self.ids = self.ids[:most]
 
     def bytes(self, start: int, end: int) -> int:
-        """Count the bytes of the tokens from `start` up to `end`; bytes shared by tokens count
-        once.
-        """
+        """Count the bytes of the tokens from `start` up to `end`; shared bytes count once."""
         return self._ends[end] - self._ends[start]
 
 

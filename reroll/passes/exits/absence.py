@@ -22,8 +22,7 @@ HINT = "use state=propagate or state=defer"
 
 
 def leave_out(loop: Loop, graph: fx.Graph, done: fx.Node) -> None:
-    """Hide the keys and state updates of tokens that have left, `done` [batch, time]; edits in
-    place.
+    """Hide the keys and state updates of tokens that are `done` [batch, time]; edits in place.
 
     Raises PassError where a body has neither cache nor recurrence, where anything but attention
     reads keys, or where attention scores are capped.

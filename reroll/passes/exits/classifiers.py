@@ -39,9 +39,7 @@ def gates(unit: Tensor, gate: Tensor, bias: Tensor, value: Tensor) -> tuple[Tens
 
 
 def read(state: Tensor, unit: Tensor, past: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute the logit of `gated` from the recurrence's output [batch, time, units, 1] and the
-    token.
-    """
+    """Compute the logit of `gated` from token and recurrent state [batch, time, units, 1]."""
     return linear(unit, weight, bias) + F.linear(state.squeeze(-1), past).squeeze(-1)
 
 

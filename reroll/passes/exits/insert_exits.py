@@ -52,8 +52,8 @@ class InsertExits(Pass):
     - `linear`, `mlp`: the probability that a classifier per exit gives, from the hidden state at
       unit RMS; it starts at one half, and `reroll.fit_exits` trains it;
     - `gated`: a classifier with a gated recurrence of `width` units over the states of the token
-      and its predecessors (the idea of DYNAMAX, arXiv 2504.20922, with the unit of arXiv
-      2410.01201).
+      and its predecessors. The idea is that of DYNAMAX (arXiv 2504.20922), the unit that of arXiv
+      2410.01201.
 
     At the threshold `inf`, the default, no token leaves and the model is the original; `reroll
     calibrate` chooses thresholds on text. The new output `depth` is the number of trips of each
@@ -76,13 +76,13 @@ class InsertExits(Pass):
     contract = "approximate"
 
     at: list[int] = option(within=COUNT, help="after how many trips tokens may leave")
-    criterion: Criterion = option("margin", help="what says that a token is sure")
+    criterion: Criterion = option("margin", help="the score that is compared with the threshold")
     threshold: float | list[float] = option(
         math.inf, help="the score above which a token leaves: one, or one for each exit"
     )
     state: State = option("propagate", help="what the caches of skipped layers hold")
     head: Literal["shared", "norm", "own"] = option(
-        "shared", help="what each exit has of its own to make logits"
+        "shared", help="what computes the logits at an exit: shared or own norm and head"
     )
     width: int = option(32, within=SIZE, help="hidden units of the classifiers `mlp` and `gated`")
     loop: str | None = option(None, help="the loop's name; the longest one by default")
@@ -167,9 +167,7 @@ class _Builder:
     # ---- the main graph
 
     def _rewire(self) -> tuple[fx.Node, fx.Node]:
-        """Let the loop carry more, add the output `depth`, and return the nodes of result and
-        depth.
-        """
+        """Let the loop carry more, add the output `depth`; return the nodes of result and depth."""
         loop, graph, options = self.loop, self.program.graph, self.options
         start, build = loop.carry[0], Builder(graph)
         with build.before(loop.node):

@@ -137,7 +137,10 @@ class Scores:
 
 
 def stacked_weight(make: Callable[[int], Expr], at: list[int], trips: int) -> Weight:
-    """Return a weight with one entry for each exit; other trips use the entry of the next exit."""
+    """Return a weight with one entry for each exit.
+
+    Other trips use the entry of the next exit, or of the last.
+    """
     entries = tuple(make(number) for number in range(len(at)))
     index = tuple(min(sum(trip >= stop for stop in at), len(at) - 1) for trip in range(trips))
     return Weight(entries, index)

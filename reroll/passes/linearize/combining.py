@@ -29,8 +29,7 @@ FLOOR = 1e-6
 
 
 def joined(window: Tensor, mass: Tensor, mixed: Tensor, gain: Tensor) -> Tensor:
-    """Combine the outputs of a window [batch, time, heads, size] and of a mixer under one
-    normalisation.
+    """Combine outputs of a window [batch, time, heads, size] and a mixer under one normalisation.
 
     `mass` [batch, time, heads] is the sum that the window's softmax divides by. The last channel of
     `mixed` is the sum of the mixer's weights. All of `mixed` is multiplied by `gain` [heads].
@@ -108,7 +107,7 @@ def weighted(site: Site, mixed: fx.Node, mix: float) -> fx.Node:
 
 
 def confine(site: Site, window: int, sinks: int) -> None:
-    """Restrict the attention to window and sinks; remove it if it is left with no token."""
+    """Restrict the attention to window and sinks; remove it if no trip needs it."""
     if not window and all(site.active):
         (total,) = site.node.users
         total.replace_all_uses_with(total.args[1])  # type: ignore[arg-type]

@@ -1,6 +1,4 @@
-"""Replace an attention by a mixer on its queries, keys and values, and softmax attention in a
-window.
-"""
+"""Replace an attention by a mixer on its queries, keys and values, and windowed attention."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ class Design:
 
     @property
     def logs(self) -> bool:
-        """Whether the mixer gives the log of its sum of weights, for one normalisation with a
-        window.
-        """
+        """Whether the mixer gives the log of its sum of weights, to share with a window."""
         shared = self.combine == "joint" and self.reach.window > 0
         return shared and find(self.mixer).divides == "log_mass"
 
@@ -63,8 +59,7 @@ class Design:
         return mixer.slots if mixer.has_slots else 0
 
     def insert(self, site: Site, projections: Projections) -> fx.Node:
-        """Insert a mixer, let its combination with the attention replace the attention, return its
-        node.
+        """Insert a mixer and combine it with the attention; return the mixer's node.
 
         The attention itself is left as it is; `combining.confine` restricts it to its window.
         """

@@ -29,8 +29,7 @@ def measure_gains(
     context: Context,
     least: Callable[[Seen, Reach], Errors],
 ) -> tuple[dict[int, Tensor], dict[int, float]]:
-    """Return the gain per query head of every layer, and the share of the missing output it
-    explains.
+    """Return each layer's gain per query head, and the share of the missing output it explains.
 
     Missing is what the attention's output has beyond that of its window. `pairs` maps each
     attention, whose arguments are still the original's, to its mixer's node. `least` gives the
@@ -125,8 +124,7 @@ def least_squares(seen: Seen, reach: Reach) -> Quadratic:
 
 
 def least_joint(seen: Seen, reach: Reach, logs: bool) -> Table:
-    """Return the squared error, on one input, of a mixer that shares one normalisation with a
-    window.
+    """Return the squared error, on one input, of a mixer under one normalisation with a window.
 
     `logs` is as in `combining.joint`.
     """

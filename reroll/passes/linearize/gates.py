@@ -35,9 +35,7 @@ class Start:
 
     @classmethod
     def unmeasured(cls, kv_heads: int) -> Start:
-        """Return half-lives spread geometrically over the heads, as in RetNet, and strengths of one
-        half.
-        """
+        """Return half-lives spread geometrically over heads, as in RetNet, and strengths 0.5."""
         steps = [n / max(kv_heads - 1, 1) for n in range(kv_heads)]
         lives = [SHORTEST * (LONGEST / SHORTEST) ** s for s in steps]
         return cls(lives, [0.5] * kv_heads)
@@ -95,8 +93,7 @@ class Projections:
         return build.trace(values, raw)
 
     def clustered(self, site: Site, gate: Gate) -> fx.Node:
-        """Add the log decay of slots, [batch, kv_heads, time, slots], from the cluster of each
-        token's key.
+        """Add log decays of slots [batch, kv_heads, time, slots], from the clusters of keys.
 
         A slot keeps 1 - p of its content, and e^floor at least; p is as in `clusters`.
         """

@@ -63,8 +63,8 @@ class Linearize(LayerPass):
       output is added with a gain per head, a new weight that starts as `gain`. At gain 0 the model
       starts as the pass `window` would leave it.
     - `joint`: as `disjoint`, under one normalisation: LoLCATs (arXiv 2410.10254), equation 6. The
-      mixer's output is weighted by the sum of its own weights times the gain. Features must not be
-      negative.
+      mixer's output is weighted by the sum of its own weights times the gain, and reduces the
+      window's share. Features must not be negative.
     - `sum`: both read all tokens in their reach; outputs are weighted with 1 - mix and mix: Liger
       (arXiv 2503.01496), equation 8.
 
@@ -76,7 +76,7 @@ class Linearize(LayerPass):
       released code.
     - `learned`: low-rank projections of the layer's input that start constant for each head.
     - `calibrated`: learned ones that start from the attention's statistics on the user's text
-      (arXiv 2606.16429). Gains that are not given start from it too.
+      (arXiv 2606.16429). Gains that are not given start from them too.
     - `clustered`: slots of `mixer=gsa` for clusters of that text's keys. With `combine=joint` that
       is attention to the window and to the last key of every cluster
       (`reroll.passes.linearize.clusters`).
@@ -92,9 +92,9 @@ class Linearize(LayerPass):
     mixer: str = option("retention", help="which token mixer: see reroll.mixers")
     mixer_options: dict[str, Value] = option({}, help="options of the mixer")
     gates: Gates = option("learned", help="where the mixer's gates come from")
-    feature_map: Feature = option("none", help="what queries and keys go through first")
+    feature_map: Feature = option("none", help="feature map of queries and keys")
     rotary: bool | None = option(
-        None, help="whether they have their rotary embedding; by default, without a feature map"
+        None, help="apply the mixer after the rotary embedding; by default, without a feature map"
     )
     window: int = option(
         64,
@@ -104,7 +104,7 @@ class Linearize(LayerPass):
     sinks: int = option(
         4, within=COUNT_OR_NONE, help="how many of the first tokens it sees beside them"
     )
-    combine: Combine = option("disjoint", help="how the window and the mixer come together")
+    combine: Combine = option("disjoint", help="how the outputs of window and mixer are combined")
     mix: float = option(0.5, within=SHARE, help="the mixer's part in a sum, from 0 to 1")
     gain: float | None = option(
         None,

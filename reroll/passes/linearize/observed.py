@@ -37,8 +37,7 @@ class Reach:
         return self.window if causal or not self.window else self.window + 1
 
     def ages(self, time: int, causal: bool) -> Tensor:
-        """Return for how many tokens each query's mixer has held each key, [time, time]; -1 for
-        none.
+        """Return for how many tokens each query's mixer has held each key, [time, time], or -1.
 
         A key enters the state when it leaves the window, at age 0.
         """
@@ -98,8 +97,7 @@ def observed(
     context: Context,
     mixers: Mapping[fx.Node, fx.Node] | None = None,
 ) -> Iterator[Seen]:
-    """Yield arguments and outputs of the attentions of `layers`, input after input, layer after
-    layer.
+    """Yield arguments and outputs of the attentions of `layers`, input by input, layer by layer.
 
     `mixers` maps an attention to its mixer's node, which runs before it.
     """

@@ -90,7 +90,7 @@ class Site:
 
     @property
     def active(self) -> list[bool]:
-        """For each trip, whether its layer is chosen."""
+        """Whether the layer of each trip is chosen, by trip."""
         return [n in self.chosen for n in self.layer.numbers]
 
     def after(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:

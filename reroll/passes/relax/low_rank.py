@@ -35,8 +35,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Factors:
-    """Residuals of one weight: for each trip that has one, the residual and its factors up and
-    down.
+    """Residuals of one weight: for each trip that has one, the residual and its two factors.
 
     `pairs` are the factors as they are stored. Where all trips have one rank, there is one pair.
     Else ranks are cut at each rank that occurs, and each slice is a pair. In a pair, trips of a
@@ -60,8 +59,7 @@ def make_factors(
     zero: bool,
     method: str,
 ) -> Factors:
-    """Factorize the differences between the original weights and a shared one, with a rank for each
-    trip.
+    """Factorize the differences of original weights from a shared one, with a rank for each trip.
 
     A trip that shares its block with no other has no difference; all such trips share a pair of
     zeros. With `zero`, factors up are zero, so that products start as zero; factors down stay as

@@ -35,8 +35,7 @@ def spectrum(residual: Tensor, original: Tensor) -> Spectrum:
 
 
 def tiers(shape: tuple[int, ...], step: int) -> list[int]:
-    """List the ranks that a residual may get: 0, step, 2 step, 4 step, ... while factors are
-    smaller.
+    """List the ranks that a residual may get: 0, step, 2 step, 4 step, ... while factors save.
 
     They are few, because each rank is a pair of factors in the graph.
     """

@@ -105,9 +105,7 @@ class Tie(Pass):
         return program
 
     def _phases(self, program: Program, loop: Loop, blocks: int, context: Context) -> Phases:
-        """Return the given phases of a loop, or find them: `blocks` of them, or the best number if
-        0.
-        """
+        """Return the given phases of a loop, or find `blocks` of them; 0 finds the best number."""
         if isinstance(self.phases, list):
             starts = (0, *self.phases)
             if list(starts) != sorted(set(starts)) or starts[-1] >= loop.trips:

@@ -120,8 +120,7 @@ class Align(Stage):
 
 
 def relative_error(actual: Tensor, expected: Tensor, source: Tensor, weights: Tensor) -> Tensor:
-    """Compute |actual - expected|^2 / |expected - source|^2 of each row, averaged by the rows'
-    tokens.
+    """Compute |actual - expected|^2 / |expected - source|^2 of each row, averaged by tokens.
 
     All are [rows, length, width]; `weights` [rows, length] is 0 at padding.
     """

@@ -74,9 +74,7 @@ class Distil(Stage):
 
 
 def coarse(log: Tensor, chosen: Tensor) -> Tensor:
-    """Return the log-probabilities of the chosen tokens and of all others as one: [positions, k +
-    1].
-    """
+    """Return log-probabilities of chosen tokens and of all others as one: [positions, k + 1]."""
     kept = log.gather(-1, chosen)
     rest = torch.log1p(-kept.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
     return torch.cat((kept, rest), -1)
