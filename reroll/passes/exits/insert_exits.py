@@ -67,9 +67,9 @@ class InsertExits(Pass):
     - `skip`: nothing. Later tokens do not attend to the token there, and a recurrent state stays as
       it was.
 
-    `head` says what computes the logits at an exit: the model's own norm and head (`shared`), a
-    norm for each exit (`norm`), or norm and head for each (`own`). They start as the model's own;
-    recovery's stage `exits` trains them.
+    `head` says what computes the logits at an exit, for the criterion too. It is the model's own
+    norm and head (`shared`), a norm for each exit (`norm`), or norm and head for each (`own`). They
+    start as the model's own; recovery's stage `exits` trains them.
     """
 
     name = "insert_exits"

@@ -18,7 +18,7 @@ from reroll.runtime.functions.loops import read_out
 
 
 class Exits(Stage):
-    """Train the predictions after some trips beside those at full depth.
+    """Train the predictions after some trips together with those at full depth.
 
     L_i is the loss after `at[i]` trips, by the exit's own norm and head or else the model's
     (`insert_exits(head=...)`). With L_B the loss at full depth,
