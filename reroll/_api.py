@@ -1,4 +1,4 @@
-"""The functions of the public interface that bring the packages of reroll together."""
+"""Public functions that use several packages of reroll."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_passes(
 
     `passes` is a line of text such as "tie(blocks=10), relax(rank=64)", the path of a recipe, a
     pass, or a list of these. `text` is text, or a file with text (a `Path`), to calibrate and
-    measure on; a sample ships. The tokenizer is the original model's own if it has one.
+    measure on; a sample is included. The tokenizer is the original model's own if it has one.
 
     See `reroll.rewrite.pipeline.manager.run_passes` for the other arguments and the errors.
     """
@@ -58,12 +58,11 @@ def run_passes(
 
 
 def parse(text: str, source: str | Program | None = None) -> Program:
-    """The Program whose text this is: `parse(str(program))` gives the same Program again.
+    """Parse the text of a Program: `parse(str(program))` returns the same Program again.
 
-    A text holds no tensors. To run or save what was parsed, name where they come from: `source` is
-    the Program that the text was printed from, or the directory of the model.
-
-    Raises ProgramError, with the line at fault.
+    A text holds no tensors. To run or save the parsed Program, give their source: the Program that
+    the text was printed from, or the directory of the model. Raises ProgramError with the line of
+    the error.
     """
     from reroll.rewrite.ir.text.parser import parse as parse_text
 
@@ -77,7 +76,7 @@ def parse(text: str, source: str | Program | None = None) -> Program:
 
 
 def load(directory: str | Path) -> Program:
-    """The Program of a directory that `Program.save` wrote; no weight is read yet.
+    """Load the Program of a directory that `Program.save` wrote; weights are read on use.
 
     Raises UsageError if the directory is not one of reroll's, CheckpointError or ProgramError if
     its files are damaged.

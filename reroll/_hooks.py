@@ -1,4 +1,4 @@
-"""Run something when a module is imported, so that `import reroll` itself imports nothing large."""
+"""Call functions when a module is imported, so that `import reroll` imports nothing large."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Hook = Callable[[ModuleType], None]
 
 
 def after_import(name: str, hook: Hook) -> None:
-    """Call `hook` with a module right after it is imported, or now if it has been."""
+    """Call `hook` with a module right after its import, or now if it is imported already."""
     module = sys.modules.get(name)
     if module is None:
         sys.meta_path.insert(0, _Finder(name, hook))
@@ -22,7 +22,7 @@ def after_import(name: str, hook: Hook) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module by asking the other finders, once."""
+    """Finder of one module that asks the other finders, once."""
 
     def __init__(self, name: str, hook: Hook) -> None:
         self.name = name
@@ -44,7 +44,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """The module's own loader, and the hook after it."""
+    """Loader that runs the module's own loader, then the hook."""
 
     def __init__(self, inner: Loader, hook: Hook) -> None:
         self.inner = inner
@@ -54,7 +54,7 @@ class _Loader(Loader):
         return self.inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # whoever asks the module for its source or its files asks its own loader
+        # queries for the module's source or files must reach its own loader
         module.__loader__ = self.inner
         if module.__spec__ is not None:
             module.__spec__.loader = self.inner

@@ -1,4 +1,4 @@
-"""Making the packages above `rewrite` known: to Programs, and to transformers' auto classes.
+"""Register the packages above `rewrite`: with Programs, and with transformers' auto classes.
 
 Everything is registered by the name of its module, and imported when it is first used.
 """
@@ -11,12 +11,12 @@ from reroll._hooks import after_import
 
 
 def register() -> None:
-    """Arrange for everything to be registered as soon as it can be."""
+    """Register reroll's configuration class as soon as transformers' auto classes are imported."""
     after_import("transformers.models.auto.configuration_auto", _configuration)
 
 
 def _configuration(auto: ModuleType) -> None:
     from reroll.runtime.models.config import RerollConfig
 
-    # the configuration registers the model classes when one is made
+    # creating a configuration registers the model classes
     auto.AutoConfig.register(RerollConfig.model_type, RerollConfig, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The range that a number has to lie in, checked alike in options, recipes, commands and calls."""
+"""Ranges of numbers, checked alike in options, recipes, commands and calls."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from numbers import Integral, Real
 
 from reroll.errors import UsageError
 
-# counts up to this one fit the integers of every library that they go to
+# the largest count that fits the integer types of all libraries
 LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers between bounds; `least` and `most` are among them, `above` and `below` not."""
+    """Finite numbers in a range: `least` and `most` inclusive, `above` and `below` exclusive."""
 
     least: float | None = None
     most: float | None = None
@@ -52,22 +52,22 @@ SHARE = Range(least=0, most=1)
 POSITIVE = Range(above=0)
 NOT_NEGATIVE = Range(least=0)
 BETWEEN = Range(above=0, below=1)
-# the share of likelihood that is sampled from
+# the share of the probability that tokens are sampled from
 TOP_P = Range(above=0, most=1)
 FINITE = Range()
-# sizes of new weights and states, far beyond any use, and not beyond all memory
+# sizes of new weights and states: above any useful one, but small enough for memory
 SIZE = Range(least=1, most=2**16)
 # tokens of a window of text, special ones included
 WINDOW = Range(least=8, most=LARGEST)
 # tokens to train on
 TOKENS = Range(least=1, most=10**15)
-# what every random generator takes
+# seeds that every random generator accepts
 SEED = Range(least=0, most=2**32 - 1)
 
 
 def problem_with(number: object, within: Range, *, integer: bool) -> str | None:
-    """What `number` has to be to lie in a range, in words; None if it does."""
-    # those of numpy count as well
+    """Describe what `number` must be to lie in a range; None if it does."""
+    # numbers of numpy are instances too
     if isinstance(number, Integral if integer else Real) and not isinstance(number, bool):
         value = int(number) if isinstance(number, Integral) else float(number)
         if value in within:
@@ -88,6 +88,6 @@ def check_number(
 def _shown(number: object) -> str:
     try:
         return f"{number!r:.40}"
-    # Python does not write out integers of thousands of digits
+    # Python refuses to format integers of thousands of digits
     except ValueError:
         return "one of thousands of digits"

@@ -1,4 +1,4 @@
-"""The errors that reroll raises: each says what went wrong, where, and what to do next."""
+"""Errors that reroll raises: each says what went wrong, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class UsageError(RerollError):
 
 
 class UntrustedCodeError(UsageError):
-    """A model is Python code that comes with it, and nobody has said to run that."""
+    """A model needs Python code that comes with it, and running it was not allowed."""
 
 
 class ExportError(RerollError):
@@ -56,12 +56,12 @@ class ExportError(RerollError):
 
 
 class RecoveryError(RerollError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Put a place before the place of any RerollError raised inside."""
+    """Prefix the `where` of any RerollError raised inside with a location."""
     try:
         yield
     except RerollError as error:

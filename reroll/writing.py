@@ -1,7 +1,7 @@
-"""Writing results: refused before any work, or there whole or not at all.
+"""Write results whole or not at all, and refuse bad targets before any work.
 
-Every command and function that writes asks `check_directory` or `check_file` before it begins, and
-writes through `new_directory`, `filled_directory` or `new_file`, which ask again.
+Every command and function that writes calls `check_directory` or `check_file` before it begins. It
+writes through `new_directory`, `filled_directory` or `new_file`, which check again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Paths = Iterable[str | Path]
 def check_directory(target: str | Path, *, overwrite: bool = False, sources: Paths = ()) -> None:
     """Raise UsageError unless a directory can be written at `target`.
 
-    An empty directory is as good as none. `sources` are what the result is made from, those of
-    them that are local: the target must not replace one of them, nor lie inside a model.
+    An empty directory may be replaced. `sources` are what the result is made from; those that are
+    not local are ignored. The target must not replace a source, nor lie inside a model.
     """
     target = Path(target)
     _check_place(target)
@@ -43,9 +43,9 @@ def check_directory(target: str | Path, *, overwrite: bool = False, sources: Pat
     _check_sources(target, sources)
     for model in _models_around(target, sources):
         raise UsageError(
-            f"this is inside of the model {model}",
+            f"this is inside the model {model}",
             where=str(target),
-            hint="name a place beside it to write to",
+            hint="name a directory outside of the model",
         )
     _check_writable(target)
 
@@ -68,10 +68,10 @@ def check_file(target: str | Path, *, overwrite: bool = False, sources: Paths = 
 def new_directory(
     target: str | Path, *, overwrite: bool = False, sources: Paths = ()
 ) -> Iterator[Path]:
-    """A directory to write to, beside `target`; it takes the target's place when the block ends.
+    """Yield a temporary directory next to `target`, which replaces the target when the block ends.
 
-    Until then, and if the block raises or the process dies, the target is what it was. Raises
-    UsageError as `check_directory` does, and ExportError if the disk does not take what is written.
+    Until then, and if the block raises or the process dies, the target is unchanged. Raises
+    UsageError as `check_directory` does, and ExportError if writing fails.
     """
     target = Path(target)
     check_directory(target, overwrite=overwrite, sources=sources)
@@ -83,10 +83,11 @@ def new_directory(
 
 @contextmanager
 def filled_directory(target: str | Path, *, without: Sequence[str] = ()) -> Iterator[Path]:
-    """A directory to write to; its files then replace those of the same names in `target`.
+    """Yield a temporary directory whose files replace those of the same names in `target`.
 
-    Each is replaced at once, after all have been written; then files of the target that match the
-    patterns `without` and were not written are removed. Raises as `new_directory` does.
+    They are replaced one by one after all have been written. Then files of the target that match
+    the patterns `without` and were not written are removed. Raises UsageError if the target cannot
+    be written, and ExportError if writing fails.
     """
     target = Path(target)
     if not os.access(target, os.W_OK):
@@ -109,10 +110,10 @@ def filled_directory(target: str | Path, *, without: Sequence[str] = ()) -> Iter
 
 @contextmanager
 def new_file(target: str | Path, *, overwrite: bool = False, sources: Paths = ()) -> Iterator[Path]:
-    """A path to write a file to; it takes the target's place when the block ends.
+    """Yield a temporary path for a file, which replaces `target` when the block ends.
 
-    Until then, and if the block raises or the process dies, the target is what it was. Raises
-    UsageError as `check_file` does, and ExportError if the disk does not take what is written.
+    Until then, and if the block raises or the process dies, the target is unchanged. Raises
+    UsageError as `check_file` does, and ExportError if writing fails.
     """
     target = Path(target)
     check_file(target, overwrite=overwrite, sources=sources)
@@ -123,18 +124,18 @@ def new_file(target: str | Path, *, overwrite: bool = False, sources: Paths = ()
         _sync_one(target.parent)
 
 
-# ---- may it be written
+# ---- checks of the target
 
 _ANOTHER = "name another one, or replace it: --overwrite, in Python overwrite=True"
 _ELSEWHERE = "name a place that can be written"
-# as long as the names of files in what is written may be
+# stands for the longest file name in a result
 _LONG = "x" * 64
 
 
 def _check_place(target: Path) -> None:
-    """Raise UsageError if the name is none that can be given to something new."""
+    """Raise UsageError if nothing new can have this name."""
     try:
-        # what is written has longer names than the target
+        # files in the result have longer paths than the target
         with suppress(FileNotFoundError, NotADirectoryError):
             (target / _LONG).lstat()
         with suppress(FileNotFoundError):
@@ -177,21 +178,21 @@ def _check_sources(target: Path, sources: Paths) -> None:
             )
         if target in resolved.parents:
             raise UsageError(
-                f"it holds {source}, which is read, and would be replaced as a whole",
+                f"this directory holds {source}, which is an input, and would be replaced",
                 where=str(target),
                 hint="name another place to write to",
             )
 
 
 def _models_around(target: Path, sources: Paths) -> list[Path]:
-    """The directories of models among the sources that the target lies in."""
+    """Return the model directories among the sources that contain the target."""
     around = target.resolve().parents
     found = [Path(s) for s in sources if Path(s).resolve() in around]
     return [path for path in found if (path / "config.json").is_file()]
 
 
 def _check_writable(target: Path) -> None:
-    """Raise UsageError unless something can be made at `target`, which is tried."""
+    """Raise UsageError unless a temporary directory can be created for `target`."""
     try:
         # permissions alone do not say whether a file system can be written to
         place = next(p for p in target.absolute().parents if p.exists())
@@ -206,14 +207,14 @@ def _unwritable(target: Path, error: OSError | RuntimeError) -> UsageError:
     return UsageError(f"cannot write there: {reason}", str(target), _ELSEWHERE)
 
 
-# ---- whole or not at all
+# ---- atomic replacement
 
 _SUFFIX = ".reroll-tmp"
 
 
 @contextmanager
 def _told(target: Path) -> Iterator[None]:
-    """Say of which target it is that a disk does not take what is written."""
+    """Convert an OSError while writing to an ExportError that names the target."""
     try:
         yield
     except OSError as error:
@@ -227,7 +228,7 @@ def _told(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary(place: Path, name: str) -> Iterator[Path]:
-    """A new directory in `place`, gone when the block ends, or when the next one is made."""
+    """Yield a new directory in `place`, removed when the block ends, or by the next run."""
     place.mkdir(parents=True, exist_ok=True)
     _remove_dead(place, name)
     temporary = Path(tempfile.mkdtemp(prefix=_prefix(name), suffix=_SUFFIX, dir=place))
@@ -239,19 +240,19 @@ def _temporary(place: Path, name: str) -> Iterator[Path]:
 
 
 def _prefix(name: str) -> str:
-    """What the names of temporary directories for a target begin with; its number is ours."""
+    """Return the prefix of temporary directories for a target; it holds this process's id."""
     return f"{_stem(name)}{os.getpid()}."
 
 
 def _stem(name: str) -> str:
-    # a name that is as long as may be leaves no room for more
+    # shortened, because a name of the longest length leaves no room for a suffix
     return f".{os.fsdecode(os.fsencode(name)[:128])}."
 
 
 def _remove_dead(place: Path, name: str) -> None:
-    """Remove what processes that are no longer there were writing for the same target.
+    """Remove the temporary directories of processes that have ended, for the same target.
 
-    An old directory that was to be replaced, and has not been, gets its place back.
+    An old directory that was moved away, and whose replacement did not happen, is moved back.
     """
     pattern = re.compile(rf"{re.escape(_stem(name))}(\d+)\..*{re.escape(_SUFFIX)}")
     for path in place.iterdir():
@@ -279,7 +280,7 @@ _OLD = f".old{_SUFFIX}"
 
 def _replace(temporary: Path, target: Path, overwrite: bool) -> None:
     if not overwrite or not target.exists():
-        # an empty directory is replaced; one that somebody has filled meanwhile is not
+        # `rename` replaces an empty directory, and fails if it has been filled meanwhile
         temporary.rename(target)
     elif not _exchange(temporary, target):
         old = temporary.with_name(temporary.name.removesuffix(_SUFFIX) + _OLD)
@@ -294,7 +295,7 @@ def _replace(temporary: Path, target: Path, overwrite: bool) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Give each of two directories the other's name at once, if the system can do that."""
+    """Swap two directories atomically; return False if the system cannot do that."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -309,7 +310,7 @@ def _umask() -> int:
 
 
 def _sync(directory: Path) -> None:
-    """Have everything below a directory on the disk before it gets its name."""
+    """Flush everything below a directory to the disk before it gets its name."""
     for path in [*directory.rglob("*"), directory]:
         _sync_one(path)
 

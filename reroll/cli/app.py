@@ -1,6 +1,6 @@
-"""The commands. Each parses its options, calls the library, and hands the result to a report.
+"""Define the commands: each parses options, calls the library, and passes the result to a report.
 
-Libraries that take long to import are imported inside the commands, so that help is quick.
+Libraries that take long to import are imported inside the commands, so that help is fast.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def convert(
 
 
 def _pipeline(passes: str | None, recipe: Path | None) -> Any:
-    """The passes that were asked for, checked before anything takes long."""
+    """Parse the requested passes, so that errors are raised before any long work."""
     if passes is not None and recipe is not None:
         raise UsageError("--passes and --recipe exclude each other", hint="give one of them")
     from reroll.rewrite.pipeline.pipeline import resolve
@@ -206,7 +206,7 @@ def _stop(word: str | None) -> int | str | None:
 
 
 def _tell(event: Event, bars: Bars) -> None:
-    """Show what the pass manager tells."""
+    """Show an event of the pass manager."""
     if event.kind == "start":
         bars(0, 0, event.text)
     elif event.kind == "progress":
@@ -465,7 +465,7 @@ def program_of(name: str, **options: Any) -> Program:
 def main() -> None:
     """Run the command line."""
 
-    # an interrupted command cleans up, whoever interrupts it
+    # SIGTERM acts like control-C, so that temporary files are removed
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 

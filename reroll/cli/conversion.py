@@ -1,4 +1,4 @@
-"""Where a converted model goes, and what became of the model."""
+"""Write a converted model, and summarise what the conversion changed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ Progress = Callable[[int, int, str], None]
 
 
 class Conversion:
-    """A directory to be written; whether it can be is checked at once, before hours of work.
+    """A directory to write, which is checked when it is created, before hours of work.
 
-    `sources` are what it is made from. Raises UsageError as `check_directory` does.
+    `sources` are the files and directories that the result is made from. Raises UsageError as
+    `check_directory` does.
     """
 
     def __init__(self, out: str | Path, *, overwrite: bool = False, sources: Paths = ()) -> None:
@@ -26,11 +27,11 @@ class Conversion:
         self.check(sources)
 
     def check(self, sources: Paths) -> None:
-        """Raise UsageError unless the directory can be written, and is apart from `sources`."""
+        """Raise UsageError unless the directory can be written and replaces none of `sources`."""
         check_directory(self.out, overwrite=self.overwrite, sources=sources)
 
     def save(self, program: Program, on_progress: Progress | None = None) -> None:
-        """Write the directory; it is absent or as it was if that fails."""
+        """Write the directory; if that fails, it is absent or as it was."""
 
         def report(done: int, total: int) -> None:
             if on_progress is not None:
@@ -41,7 +42,7 @@ class Conversion:
     def summary(
         self, model: str, before: Program, after: Program, seconds: Mapping[str, float]
     ) -> dict[str, Any]:
-        """What became of the model, as JSON data."""
+        """Summarise the conversion as JSON data: sizes, costs, loops, passes, files."""
         old, new = size(before), size(after)
         return {
             "model": model,

@@ -1,4 +1,4 @@
-"""The command `evaluate`."""
+"""Define the command `evaluate`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def evaluate_command(
     from reroll.evaluate.subjects import Opening
     from reroll.evaluate.suite import choose, evaluate
 
-    # everything that can be refused is refused before a model is opened
+    # all arguments are checked before a model is opened
     chosen = choose(measures, suite)  # type: ignore[arg-type]
     tasks = [] if lm_eval is None else check_tasks(lm_eval)
     if tasks and measures is None:

@@ -1,4 +1,4 @@
-"""Exporting a model: the target and the directory are checked before anything takes long."""
+"""Export a model; target and directory are checked before any long work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class Export:
-    """A model, and a directory to be written by a target with the options of a command line.
+    """A model to export, and a directory that a target writes with options of the command line.
 
     Raises UsageError if there is no such target or option, or the directory cannot be written.
     """
@@ -39,7 +39,7 @@ class Export:
         check_directory(directory, overwrite=overwrite, sources=[model, *(load or ())])
 
     def run(self, on_progress: Progress, **options: Any) -> dict[str, Any]:
-        """Capture the model and write the directory; returns what was written, as JSON data."""
+        """Capture the model and write the directory; return what was written, as JSON data."""
         start = time.perf_counter()
         on_progress(0, 0, "capturing")
         program = reroll.capture(self.model, **options)
@@ -70,7 +70,7 @@ class Export:
 
 
 def exported(found: Mapping[str, Any]) -> None:
-    """What `export` wrote, for people."""
+    """Print what `export` wrote."""
     rows = new_table("file", ">size")
     for name, count in found["sizes"].items():
         rows.add_row(name, size(count))
@@ -86,7 +86,7 @@ def exported(found: Mapping[str, Any]) -> None:
 
 
 def targets(found: Sequence[Mapping[str, Any]]) -> None:
-    """The targets and their options, for people."""
+    """Print the targets and their options."""
     for each in found:
         write(f"{each['name']}\n\n{each['documentation']}\n")
         rows = new_table("option", "value", "default", "")

@@ -1,7 +1,7 @@
-"""lm-eval's own command for models that reroll saved: `python -m reroll.cli.lm_eval ARGUMENTS`.
+"""Run lm-eval's own command for models that reroll saved: `python -m reroll.cli.lm_eval ARGUMENTS`.
 
-The arguments are those of `lm_eval`. That command imports transformers and nothing that knows a
-saved model; this one imports reroll before it.
+The arguments are those of `lm_eval`. That command imports transformers without the classes that
+load a saved model; this one imports reroll first.
 """
 
 from __future__ import annotations

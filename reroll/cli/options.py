@@ -1,4 +1,4 @@
-"""Options of the command line that are numbers of a range, and how a wrong one is told."""
+"""Define number options with a range, and report command-line options that cannot be read."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from reroll.cli.terminal import report_error
 
 
 def integer(within: Range, help: str, **options: Any) -> Any:
-    """An option that is an integer of a range."""
+    """Declare an option that is an integer in a range."""
     return _number(within, help, True, options)
 
 
 def number(within: Range, help: str, **options: Any) -> Any:
-    """An option that is a number of a range."""
+    """Declare an option that is a number in a range."""
     return _number(within, help, False, options)
 
 
 def _number(within: Range, help: str, integer: bool, options: dict[str, Any]) -> Any:
     def parse(text: object) -> int | float:
         found: object = text
-        # what is no number is told as what it is
+        # text that is no number is reported as it was given
         if isinstance(text, str):
             try:
                 found = int(text) if integer else float(text)
@@ -44,7 +44,7 @@ def _number(within: Range, help: str, integer: bool, options: dict[str, Any]) ->
 
 
 class Commands(TyperGroup):
-    """The commands; options that cannot be read are told as all other errors are."""
+    """Group of commands that reports unreadable options like all other errors."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""The command `recover`."""
+"""Define the commands `recover` and `sample`."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def sample(
     batch: Annotated[int, integer(COUNT, "Texts that are written at a time.")] = 32,
     start: Annotated[
         str | None,
-        typer.Option(help="What texts begin behind.", show_default="the tokenizer's first token"),
+        typer.Option(
+            help="The prompt that texts continue.", show_default="the tokenizer's first token"
+        ),
     ] = None,
     seed: Annotated[int, integer(SEED, "Of the random choices.")] = 0,
     overwrite: Annotated[
@@ -141,7 +143,7 @@ def sample(
 
 
 def token_count(text: str) -> int:
-    """A number such as 500k or 2M; UsageError if it is none."""
+    """Parse a number such as 500k or 2M; raises UsageError if it is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbKMB]?)", text.strip())
     count = 0.0 if found is None else float(found[1]) * UNITS[found[2].lower()]
     if count not in TOKENS:

@@ -1,4 +1,4 @@
-"""What commands found, as text and tables for people."""
+"""Print the results of commands as text and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Found = Mapping[str, Any]
 
 
 def new_table(*columns: str, title: str | None = None) -> Table:
-    """A table whose columns are right-aligned where the name starts with `>`."""
+    """Create a table whose columns are right-aligned where the name starts with `>`."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         right = column.startswith(">")
@@ -33,7 +33,7 @@ def _print(*things: Any) -> None:
 
 
 def number(value: Any) -> str:
-    """A count, a measurement, or a dash where there is none."""
+    """Format a count or a measurement; None is a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -46,7 +46,7 @@ def number(value: Any) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes in the largest unit that leaves a whole number."""
+    """Format bytes in the largest unit in which they are 1 or more."""
     if count is None:
         return "-"
     for unit in ("B", "KiB", "MiB"):
@@ -60,7 +60,7 @@ def size(count: int | None) -> str:
 
 
 def inspected(found: Found) -> None:
-    """What `inspect` found."""
+    """Print what `inspect` found."""
     lines = [f"{found['model']}: {found['architecture']}, {found['dtype']}"]
     lines.append(f"{found['parameters']:,} parameters, {size(found['bytes'])}")
     loops = found["loops"]
@@ -126,7 +126,7 @@ def _exactness(found: Found) -> str:
 
 
 def converted(found: Found, timing: bool) -> None:
-    """What `convert` made."""
+    """Print the sizes and costs before and after `convert`."""
     table = new_table("", ">before", ">after", ">ratio")
     for label, key, shown in (
         ("parameters", "parameters", number),
@@ -162,7 +162,7 @@ def _change(table: Table, label: str, change: Found, shown: Any) -> None:
 
 
 def compared(found: Found) -> None:
-    """What `compare` found."""
+    """Print the distances that `compare` measured."""
     inputs = found["inputs"]
     on = inputs["kind"]
     if on == "text":
@@ -225,7 +225,7 @@ def evaluated(found: Found, page: Path | None) -> None:
 
 
 def recovered(found: Found) -> None:
-    """What a recovery did, by stage."""
+    """Print the measurements of a recovery, by stage."""
     known = {
         "perplexity": "perplexity", "original_perplexity": "original's", "kl": "KL",
         "top1_agreement": "top-1", "cosine": "cosine", "relative_error": "relative error",
@@ -248,7 +248,7 @@ def recovered(found: Found) -> None:
 
 
 def generated(found: Found) -> None:
-    """What `generate` wrote."""
+    """Print the texts that `generate` produced."""
     outputs = found["outputs"]
     for output in outputs:
         if len(outputs) > 1:
@@ -262,7 +262,7 @@ def generated(found: Found) -> None:
 
 
 def served(found: Found) -> None:
-    """What `serve-bench` measured."""
+    """Print the results of `serve-bench`."""
     table = new_table("side", ">tokens/s", ">of lockstep", ">batches", ">rows each", ">mean depth")
     for name, side in found["sides"].items():
         table.add_row(
@@ -287,7 +287,7 @@ def _depth(found: Found) -> str:
 
 
 def calibrated(found: Found) -> None:
-    """What `calibrate` chose."""
+    """Print the thresholds that `calibrate` chose."""
     if found["thresholds"] is None:
         _print("no threshold keeps the risk: nobody leaves")
         return
@@ -306,7 +306,7 @@ def calibrated(found: Found) -> None:
 
 
 def passes(found: Sequence[Found]) -> None:
-    """All passes."""
+    """Print a table of all passes."""
     table = new_table("pass", "contract", "after", "what it does")
     for each in found:
         table.add_row(
@@ -317,7 +317,7 @@ def passes(found: Sequence[Found]) -> None:
 
 
 def plugins(found: Sequence[Found]) -> None:
-    """Everything that is declared by classes, of every kind."""
+    """Print a table of all registered passes, mixers, targets, stages and measures."""
     table = new_table("kind", "name", "from")
     for each in found:
         table.add_row(each["kind"], each["name"], escape(each["from"]))
@@ -325,7 +325,7 @@ def plugins(found: Sequence[Found]) -> None:
 
 
 def one_pass(found: Found) -> None:
-    """One pass in full."""
+    """Print the documentation and options of one pass."""
     requires = f", after {' and '.join(found['requires'])}" if found["requires"] else ""
     _print(f"{found['name']} ({found['contract']}{requires})\n\n{found['documentation']}\n")
     if not found["options"]:

@@ -1,4 +1,4 @@
-"""The command `serve-bench`."""
+"""Define the command `serve-bench`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reroll.cli.options import integer
 from reroll.cli.terminal import Bars, command, write_json
 from reroll.errors import UsageError
 
-# the first new token comes with the prompt, and what is timed is behind it
+# the first new token comes with the prompt, and only those after it are timed
 NEW_TOKENS = Range(least=2, most=LARGEST)
 THREADS = Range(least=1, most=1024)
 

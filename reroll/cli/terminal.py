@@ -1,4 +1,4 @@
-"""What goes where: results to stdout, everything else to stderr; and how a command fails."""
+"""Write results to stdout and everything else to stderr, and report how a command fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from reroll.errors import RerollError, UsageError
 
 F = TypeVar("F", bound=Callable[..., None])
 
-# what is faster than this shows no progress
+# seconds until progress is shown
 PATIENCE = 2.0
 # seconds between two lines of progress in a log
 LOG_INTERVAL = 30.0
@@ -42,12 +42,12 @@ _results: TextIO | None = None
 
 
 def notes() -> Console:
-    """Where progress, remarks and errors go."""
+    """Return the console for progress, remarks and errors: stderr."""
     return Console(stderr=True, highlight=False)
 
 
 def results() -> Console:
-    """Where the result goes, for people."""
+    """Return the console for results: the command's stdout."""
     file = _results or sys.stdout
     # tables in a file or a pipe should not be folded to 80 columns
     width = None if file.isatty() else 160
@@ -55,14 +55,14 @@ def results() -> Console:
 
 
 def write(text: str) -> None:
-    """Write a result as it is."""
+    """Write text to the results as it is."""
     file = _results or sys.stdout
     file.write(text if text.endswith("\n") else f"{text}\n")
     file.flush()
 
 
 def write_json(data: Any) -> None:
-    """Write a result as one JSON document; numbers that JSON cannot hold become null."""
+    """Write a result as one JSON document; numbers that JSON cannot represent become null."""
     write(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -97,10 +97,10 @@ _SHARED = {
 
 
 def command(function: F) -> F:
-    """A command with the options of all commands, and errors in three lines and an exit status.
+    """Add the options of all commands to a command, and report its errors in three lines.
 
-    2 means that the command was used wrongly, 1 that something else failed, 130 that it was
-    interrupted. What libraries print on stdout goes to stderr.
+    The exit status is 2 if the command was used wrongly, 1 if something else failed, 130 if it was
+    interrupted. Output of libraries on stdout goes to stderr.
     """
     signature = inspect.signature(function, eval_str=True)
     shared = {n: p for n, p in _SHARED.items() if n not in signature.parameters}
@@ -140,7 +140,7 @@ def command(function: F) -> F:
 
 
 def report_error(what: str, where: str | None, hint: str | None, debug: bool = False) -> None:
-    """Tell an error in up to three lines."""
+    """Print an error in up to three lines."""
     if debug:
         traceback.print_exc(file=sys.stderr)
     console = notes()
@@ -166,7 +166,7 @@ def _stdout_for_results() -> Iterator[None]:
 
 @contextmanager
 def _logging(debug: bool) -> Iterator[None]:
-    """Log to stderr at the level that --debug or the variable REROLL_LOG asks for."""
+    """Log to stderr at the level of --debug or of the variable REROLL_LOG."""
     name = "DEBUG" if debug else os.environ.get("REROLL_LOG", "").upper()
     level = getattr(logging, name, None) if name else logging.WARNING
     logger = logging.getLogger("reroll")
@@ -188,9 +188,9 @@ def _logging(debug: bool) -> Iterator[None]:
 
 
 class Bars:
-    """Progress on stderr, which appears once the work has taken longer than `PATIENCE`.
+    """Progress bar on stderr, shown once the work has taken longer than `PATIENCE`.
 
-    Without a terminal, as in a log, a line tells it every `LOG_INTERVAL` seconds.
+    Without a terminal, as in a log, a line reports progress every `LOG_INTERVAL` seconds.
     """
 
     def __init__(self) -> None:
@@ -215,12 +215,12 @@ class Bars:
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
-        # stopping what has not started prints an empty line
+        # stopping a bar that has not started prints an empty line
         if self._progress.live.is_started:
             self._progress.stop()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """Show how far the work has come; a `total` of 0 is not known."""
+        """Show progress; a `total` of 0 is not known."""
         self._progress.update(self._task, description=what, completed=done, total=total or None)
         if not self._progress.console.is_terminal:
             now = time.monotonic()
@@ -229,12 +229,12 @@ class Bars:
                 self.print(f"{what} {done}/{total}" if total else f"{what} {done}")
 
     def print(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self._progress.console.print(escape(text), soft_wrap=True)
 
 
 class Stopwatch:
-    """Seconds by the name of the step that took them."""
+    """Seconds of each step, by its name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

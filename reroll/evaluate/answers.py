@@ -1,13 +1,14 @@
-"""Questions to a language model, and how well it answers: many in a batch, in one forward each.
+"""Ask a language model questions in batches, and score its answers with one forward each.
 
-A question is a prompt and candidates, one of which is right. Two things are scored:
+A question is a prompt and candidates, one of which is right. There are two scores:
 
-- `chosen`: whether the right candidate is likelier than the others, decided by its first token
-  where the candidates' first tokens differ, else by the mean log-likelihood of its tokens.
-- `exact`: whether greedy decoding would give the right candidate: each of its tokens is the
-  likeliest of all, given those before it.
+- `chosen`: whether the right candidate is more likely than the others. If the candidates' first
+  tokens differ, the likelihood is that of the first token, else the mean log-likelihood of all
+  tokens.
+- `exact`: whether greedy decoding would generate the right candidate: each of its tokens is the
+  most likely one, given those before it.
 
-Among equally likely tokens the credit is shared, so a uniform model scores exactly chance.
+Equally likely tokens share the credit, so a uniform model scores exactly chance.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from torch import Tensor
 from reroll.evaluate.runner import Runner
 from reroll.evaluate.tokenizing import plain_ids
 
-# rows and tokens of one batch
+# the most rows and tokens of one batch
 ROWS = 16
 TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the candidates for what follows it, and which of them is right."""
+    """A prompt, candidates for its continuation, and the index of the right one."""
 
     prompt: list[int]
     candidates: list[list[int]]
@@ -37,13 +38,13 @@ class Question:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the longest candidate."""
+        """Number of tokens of the prompt and the longest candidate."""
         return len(self.prompt) + max(map(len, self.candidates))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`chosen` and `exact` are from 0 to 1, `log_likelihood` is of the right candidate in nats."""
+    """Scores of an answer from 0 to 1, and the right candidate's log-likelihood in nats."""
 
     chosen: float
     exact: float
@@ -52,7 +53,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Spot:
-    """A position of a row whose next token is known; `others` are tokens that it competes with."""
+    """A position of a row, its target (the next token), and the tokens that compete with it."""
 
     position: int
     target: int
@@ -61,7 +62,10 @@ class Spot:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the model gives at a spot: credit among all tokens and among the others, in nats."""
+    """Scores of a target at its position, and its log-likelihood in nats.
+
+    `exact` compares it with all tokens, `chosen` with the competing ones.
+    """
 
     exact: float
     chosen: float
@@ -70,14 +74,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids and the spots in them."""
+    """Token ids, and the positions in them that are scored."""
 
     ids: list[int]
     spots: list[Spot] = field(default_factory=list)
 
 
 def encode(runner: Runner, prompt: str, candidates: Sequence[str], truth: int) -> Question:
-    """A question as token ids; tokens that all candidates begin with become part of the prompt.
+    """Tokenize a question; leading tokens that all candidates share become part of the prompt.
 
     The prompt and each candidate are tokenized as one text.
     """
@@ -89,7 +93,7 @@ def encode(runner: Runner, prompt: str, candidates: Sequence[str], truth: int) -
     shortest = min(map(len, wholes))
     while shared < shortest and len({w[shared] for w in wholes}) == 1:
         shared += 1
-    # the right candidate always has a token of its own to be scored by
+    # every candidate keeps at least one token that can be scored
     shared = min(shared, min(len(w) for w in wholes[: len(candidates)]) - 1)
     prompt_ids = runner.prefix + wholes[0][:shared]
     return Question(prompt_ids, [w[shared:] for w in wholes[: len(candidates)]], truth)
@@ -100,7 +104,7 @@ def ask(
     questions: Sequence[Question],
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """The answers to some questions, in their order; `on_batch` is told how many rows are done."""
+    """Answer questions, in their order; `on_batch` is called with the number of finished rows."""
     rows: list[Row] = []
     spans: list[tuple[int, int, bool]] = []
     for question in questions:
@@ -115,7 +119,7 @@ def ask(
 
 
 def _rows(question: Question) -> tuple[list[Row], bool]:
-    """The rows of one question, the right candidate's first; and whether first tokens decide."""
+    """Build the rows of a question, the right one first, and whether first tokens decide."""
     prompt = question.prompt
     order = [question.truth, *(i for i in range(len(question.candidates)) if i != question.truth)]
     firsts = tuple(c[0] for c in question.candidates)
@@ -142,7 +146,7 @@ def _answer(question: Question, seen: list[list[Seen]], by_first: bool) -> Answe
     else:
         means = [x / len(row) for x, row in zip(likelihoods, seen, strict=True)]
         values = torch.tensor(means, dtype=torch.float64)
-        # rounding is no reason to prefer one of two equally likely candidates
+        # a difference by rounding must not decide between equally likely candidates
         best = values >= values.max() - 1e-6 * values.abs().max()
         chosen = float(best[0]) / int(best.sum())
     return Answer(chosen, exact, likelihoods[0])
@@ -151,7 +155,7 @@ def _answer(question: Question, seen: list[list[Seen]], by_first: bool) -> Answe
 def look(
     runner: Runner, rows: Sequence[Row], on_batch: Callable[[int], None] = lambda done: None
 ) -> list[list[Seen]]:
-    """What the model gives at the spots of some rows, in their order."""
+    """Score the targets of some rows, in their order."""
     found: list[list[Seen]] = [[] for _ in rows]
     done = 0
     for batch in _batches(rows):
@@ -172,7 +176,7 @@ def look(
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
-    """Numbers of rows of about the same length, longest first, within the limits of a batch."""
+    """Group rows of similar length into batches of row numbers, longest first."""
     order = sorted(range(len(rows)), key=lambda n: -len(rows[n].ids))
     start = 0
     while start < len(order):
@@ -182,7 +186,7 @@ def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
 
 
 def _seen(logits: Tensor, spot: Spot) -> Seen:
-    """`logits` is [vocabulary]."""
+    """Score a target by the logits [vocabulary] at its position."""
     logits = logits.float()
     value = logits[spot.target]
     others = logits[list(spot.others)] if spot.others else logits
@@ -191,17 +195,17 @@ def _seen(logits: Tensor, spot: Spot) -> Seen:
 
 
 def _credit(value: Tensor, among: Tensor) -> float:
-    """1 if a value is the only largest one, a share of it if others are as large, else 0."""
+    """Return 1 if a value is the only largest one, a share of 1 if others tie with it, else 0."""
     return 1 / int((among == value).sum()) if bool(value >= among.max()) else 0.0
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of nothing."""
+    """Compute the mean; None for no values."""
     return sum(values) / len(values) if values else None
 
 
 def cell(answers: Sequence[Answer], chance: float, **place: Any) -> dict[str, Any]:
-    """Answers of one kind as JSON data: `place` says which."""
+    """Summarise the answers of one cell as JSON data; `place` has the cell's coordinates."""
     return {
         **place,
         "accuracy": mean([a.chosen for a in answers]),

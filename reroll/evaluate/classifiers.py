@@ -1,4 +1,4 @@
-"""Classifiers of exits, fitted on the states that a model has there at full depth."""
+"""Fit the classifiers of exits on the hidden states of a model at full depth."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from reroll.runtime.functions.loops import read_out
 
 @dataclass(frozen=True)
 class ExitStates:
-    """What classifiers are fitted on, by trip: hidden states at unit RMS, row by row [time, width],
-    and whether the answer there was that of the full depth [tokens].
+    """Data to fit classifiers on, by trip.
+
+    `states` are hidden states at unit RMS, row by row [time, width]. `labels` [tokens] say whether
+    the prediction at the exit was that at full depth.
     """
 
     states: dict[int, list[Tensor]]
@@ -30,11 +32,11 @@ class ExitStates:
 
 
 def exit_states(model: Any, tokens: Tensor | Sequence[int]) -> ExitStates:
-    """The states of `tokens` [n] at the exits of a lowered model, at full depth, in rows of 256.
+    """Compute the hidden states of `tokens` [n] at a lowered model's exits, in rows of 256 tokens.
 
-    A label says whether what makes an exit's logits predicts there what is predicted at the end.
-    They serve for all models that differ in their classifiers only. Raises UsageError for a model
-    without exits, or with open ones.
+    The model runs at full depth. A label says whether the exit's norm and head predict the same
+    token as the full depth. The states serve for all models that differ in their classifiers only.
+    Raises UsageError for a model without exits, or with a threshold below infinity.
     """
     found = exit_loop(model.program)
     if found is None:
@@ -66,7 +68,7 @@ def exit_states(model: Any, tokens: Tensor | Sequence[int]) -> ExitStates:
 
 @contextmanager
 def _recorded(model: Any, trips: Iterable[int], carried: dict[int, Tensor]) -> Iterator[None]:
-    """Keep the hidden state that each of these trips returns."""
+    """Record the hidden states that these trips return, by trip, while the block runs."""
     modules = model._assembly.loops[model.program.loops[-1].name].modules
     handles = [
         modules[trip].register_forward_hook(
@@ -90,10 +92,10 @@ def fit_exits(
 ) -> dict[int, float]:
     """Fit the classifiers of `insert_exits` by logistic regression; returns accuracy by exit.
 
-    On the states of `tokens` [n], or on those that `exit_states` gave; `gated` sees the tokens of
-    each row in order. The weights of `model`, a lowered model, change in place;
+    The data are the states of `tokens` [n], or those that `exit_states` returned; `gated` reads the
+    tokens of each row in order. The weights of `model`, a lowered model, change in place;
     `model.save_pretrained` or `model.to_program()` keeps them. Raises UsageError for a model whose
-    exits have no classifiers, or are open.
+    exits have no classifiers, or have a threshold below infinity.
     """
     check_number("steps", steps, COUNT, "fit_exits")
     check_number("decay", decay, NOT_NEGATIVE, "fit_exits", integer=False)
@@ -114,7 +116,7 @@ def fit_exits(
 
 
 def _batches(rows: list[Tensor]) -> list[Tensor]:
-    """Rows [time, width] in order, those of one length together: [rows, time, width]."""
+    """Stack rows [time, width] of the first row's length; others stay alone."""
     whole = [r for r in rows if len(r) == len(rows[0])]
     return [torch.stack(whole), *(r[None] for r in rows[len(whole) :])]
 

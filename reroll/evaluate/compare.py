@@ -1,4 +1,4 @@
-"""How far a converted model is from the original: both run on the same text."""
+"""Measure how far a converted model is from the original, both on the same text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENGTH = 512
 MAX_TOKENS = 8192
 CONTEXTS = (1024, 4096)
 
-# bytes that the logits of one model may take at once
+# memory for the logits of one model, in bytes
 _BUDGET = 2**29
 # batches of random inputs for a model that takes no text
 _RANDOM_BATCHES = 4
@@ -55,8 +55,9 @@ def compare(
 
     Args:
         a: the original: a path, a hub id, a Program or a module. Runs through transformers itself.
-        b: what it became: as `a`; what reroll converted runs through its lowered module.
-        text: text, or a file with text (`Path`), to run on; a sample ships.
+        b: the converted model: as `a`; a model that reroll converted runs through its lowered
+            module.
+        text: text, or a file with text (`Path`), to run on; a sample is included.
         length: tokens in each window of the text; by default 512, or as many as the models have
             positions for.
         max_tokens: no more tokens of the text than this; None for all of it.
@@ -64,7 +65,7 @@ def compare(
         dtype: compute both in this dtype; in their own by default.
         attention: transformers' attention implementation for the original.
         tokenizer: transformers tokenizer; by default that of `a`, or else of `b`.
-        contexts: lengths for which the size of the state is given.
+        contexts: lengths for which the size of the state is reported.
         revision: branch, tag or commit, for models on the hub.
         trust_remote_code: run Python code that comes with a model.
         seed: for inputs that are random because the model takes no text.
@@ -120,13 +121,13 @@ def compare(
 
 
 def _fitting(pair: _Pair) -> int:
-    """The usual length of a window, or what the models' tables of positions allow."""
+    """Return the default length of a window, or what the models' position tables allow."""
     limits = [limit for p in pair.programs if (limit := longest(p)) is not None]
     return min([LENGTH, *limits])
 
 
 class _Pair:
-    """The two models, and the output that they have in common."""
+    """Both models, and the output that they have in common."""
 
     def __init__(self, a: Subject, b: Subject) -> None:
         self.a = a
@@ -156,13 +157,13 @@ class _Pair:
 
     @property
     def subjects(self) -> tuple[Subject, Subject]:
-        """Both."""
+        """Subjects a and b."""
         return self.a, self.b
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Inputs to run on: batches, what they are made of, and how long a window is."""
+    """Inputs to run on: batches, their kind, and the length of a window."""
 
     batches: list[dict[str, Tensor]]
     kind: str
@@ -170,7 +171,7 @@ class _Sample:
     windows: int | None = None
     prefix: int = 0
     cut: bool = False
-    # the input whose tokens are to be predicted
+    # the input whose tokens are predicted
     predicts: str | None = None
 
 
@@ -213,7 +214,7 @@ def _is_tokens(item: Input) -> bool:
 
 
 def _others(pair: _Pair, rows: int, length: int, seed: int) -> dict[str, Tensor]:
-    """Random values for the inputs that are not text."""
+    """Return random values for the inputs that are not text."""
     if pair.program is None:
         return {}
     made = random_inputs(pair.program, rows=rows, length=length, seed=seed)
@@ -222,7 +223,7 @@ def _others(pair: _Pair, rows: int, length: int, seed: int) -> dict[str, Tensor]
 
 
 def _width(pair: _Pair) -> int:
-    """Elements of the output at each position: the vocabulary, for logits."""
+    """Return the elements of the output at each position: the vocabulary, for logits."""
     if not pair.logits or pair.program is None:
         return 1
     return vocabulary(pair.program) or 1
@@ -231,7 +232,7 @@ def _width(pair: _Pair) -> int:
 def _pieces(
     pair: _Pair, inputs: Mapping[str, Tensor], sample: _Sample
 ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """Positions to run for, all at once unless their logits take too much memory, and targets."""
+    """Yield positions to run for, all at once if their logits fit into memory, with targets."""
     following = None
     if sample.predicts is not None:
         ids = inputs[sample.predicts]

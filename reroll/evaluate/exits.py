@@ -1,4 +1,4 @@
-"""Exits that keep a promise: thresholds by calibration."""
+"""Calibrate the thresholds of exits so that a risk bound holds."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Step
 
 LENGTH = 256
-# an open threshold that no score is above
+# a finite threshold that no score exceeds
 NEVER = 1e30
 LEVELS = (0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """Result of `calibrate`.
 
     Attributes:
         thresholds: by the number of trips after which a token may leave; None where none is safe.
         level: the part of the tokens at each exit whose score is not above its threshold.
         risk: the bound, and `observed` the part of the tokens whose prediction changed.
-        confidence: with which the bound holds, for tokens like those of the text.
+        confidence: the confidence with which the bound holds, for tokens like those of the text.
         depth: the mean number of trips, of `trips`.
     """
 
@@ -48,14 +48,15 @@ class Calibration:
     tried: tuple[dict[str, float], ...]
 
     def as_data(self) -> dict[str, Any]:
-        """As JSON data."""
+        """Return the result as JSON data."""
         return asdict(self)
 
 
 def p_value(errors: int, count: int, risk: float) -> float:
-    """How likely so few errors are if the true rate is above `risk` (Hoeffding and Bentkus).
+    """Bound the probability of so few errors if the true rate is above `risk`.
 
-    Learn then Test (arXiv 2110.01052), proposition 3, for losses of 0 and 1.
+    The bounds are those of Hoeffding and Bentkus: Learn then Test (arXiv 2110.01052), proposition
+    3, for losses of 0 and 1.
     """
     rate = errors / count
     if rate >= risk:
@@ -85,12 +86,14 @@ def calibrate(
 ) -> tuple[Program, Calibration]:
     """Choose thresholds so that at most a part `risk` of tokens differ from the full depth.
 
-    Learn then Test with fixed sequences, as in CALM (arXiv 2207.07061): one family of thresholds,
-    from those that let nobody leave downwards; the last one before the first whose risk is not
-    shown to be below the bound is taken. A level is the same quantile of the scores at every exit.
-    Every token is run with the caches of those that left before it, as in generation. The
-    confidence is for tokens drawn like those of the text, one by one; a text's tokens depend on
-    each other, so give it much text.
+    Learn then Test with fixed sequences, as in CALM (arXiv 2207.07061). It tests one sequence of
+    thresholds, from the highest downwards, and stops at the first whose risk is not shown to be
+    below the bound. The last one before it is chosen. A level is the same quantile of the scores at
+    every exit.
+
+    Every token is run with the caches of the tokens that left before it, as in generation. The
+    confidence is for independent tokens from the distribution of the text. Tokens of a text depend
+    on each other, so give it much text.
 
     `tokens` [n] are of the calibration text: the first quarter sets quantiles, the rest tests them.
     Raises UsageError if the program has no exits, or the text has too few tokens.
@@ -153,7 +156,7 @@ def calibrate(
 
 
 def exit_trips(program: Program, exits: Exits) -> list[int]:
-    """The trips after which tokens may leave, also where all thresholds are infinite."""
+    """Return the trips after which tokens may leave, also where all thresholds are infinite."""
     opened = [trip for trip, value in enumerate(exits.thresholds) if is_open(value)]
     if opened:
         return opened
@@ -163,11 +166,11 @@ def exit_trips(program: Program, exits: Exits) -> list[int]:
         if step.text.startswith("insert_exits("):
             (each,) = resolve(step.text)
             return [stop - 1 for stop in each.at]  # type: ignore[attr-defined]
-    raise UsageError("nothing says after which trips tokens may leave")
+    raise UsageError("the program does not record after which trips tokens may leave")
 
 
 def with_open(program: Program, thresholds: dict[int, float]) -> Program:
-    """The program with other thresholds at its exits."""
+    """Return the program with other thresholds at its exits."""
     edited = program.edit()
     found = exit_loop(edited)
     assert found is not None
@@ -179,7 +182,7 @@ def _closed(program: Program, at: Sequence[int]) -> Program:
 
 
 def predicted(model: Any, row: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely next tokens [n] and their depths."""
+    """Return the most likely next tokens [n] and their depths."""
     with torch.no_grad():
         out = model(row[None], use_cache=False)
     return out.logits[0].argmax(-1), out.depth[0]
@@ -188,7 +191,7 @@ def predicted(model: Any, row: Tensor) -> tuple[Tensor, Tensor]:
 def scores_at(
     program: Program, exits: Exits, at: Sequence[int], rows: Sequence[Tensor]
 ) -> dict[int, Tensor]:
-    """The scores of tokens at each exit, at full depth."""
+    """Compute the scores of tokens at each exit, at full depth."""
     opened = with_open(program, dict.fromkeys(at, NEVER))
     found = exit_loop(opened)
     assert found is not None

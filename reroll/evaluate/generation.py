@@ -1,4 +1,4 @@
-"""Text from a model, converted or not, through transformers' own `generate`."""
+"""Generate text with a model, converted or not, through transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from reroll.rewrite.ir.program import Program
 
 
 def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any]:
-    """A model that generates, and its tokenizer; UsageError if it does not, or has none.
+    """Open a model that generates, and its tokenizer; `model` is a hub id, a path, or a Program.
 
-    `model` is a hub id, a path, or a Program.
+    Raises UsageError if it does not generate text, or has no tokenizer.
     """
     opening = opening or Opening()
     if isinstance(model, Program):
@@ -43,9 +43,9 @@ def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any
 
 
 def _class_name(name: str, opening: Opening) -> str:
-    """The class or auto class that loads a model.
+    """Return the class or auto class that loads a model.
 
-    Reports a model that is not there more plainly than transformers does.
+    Its error for a missing model is plainer than that of transformers.
     """
     opened = open_model(
         name,
@@ -75,16 +75,16 @@ def generate(
     """Continue some prompts in one batch, as JSON data.
 
     Greedy unless `temperature`, `top_k` or `top_p` is given. `chat` puts each prompt into the
-    tokenizer's chat template as a message of the user's. `read_twice` has the model read each
-    prompt twice before it goes on, so that a state of constant size knows what is asked for when it
-    reads what to keep: JRT-Prompt (arXiv 2407.05483), section 3.2.
+    tokenizer's chat template as a user's message. `read_twice` repeats each prompt, so that a state
+    of constant size has read the question before it reads the context: JRT-Prompt (arXiv
+    2407.05483), section 3.2.
 
     Raises UsageError if there is no prompt, no chat template, or an option is out of range.
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p, beams, seed)
     read = [f"{prompt}\n\n{prompt}" if read_twice else prompt for prompt in prompts]
     texts = [_as_chat(tokenizer, prompt) if chat else prompt for prompt in read]
-    # the template has written the special tokens already
+    # the template's text has special tokens already
     batch = _padded(tokenizer, texts, special=not chat)
     if batch["input_ids"].shape[1] == 0:
         raise UsageError("a prompt has no tokens", hint="give a longer prompt")
@@ -116,7 +116,7 @@ def generate(
     except IndexError as error:
         raise _out_of_range(model, batch["input_ids"]) from error
     seconds = time.perf_counter() - start
-    # an encoder-decoder's output starts with one token that says so
+    # an encoder-decoder's output starts with one start token
     given = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
     new = found[:, given:]
     ends = _ends(model, tokenizer)
@@ -163,14 +163,14 @@ def _check(
 def check_room(model: Any, given: int, new: int) -> None:
     """Raise UsageError if `given` tokens and `new` ones are more than a model has positions for.
 
-    Says nothing of a model that reroll has not lowered, and of one without a table of positions.
+    Does nothing for a model that reroll has not lowered, and for one without a table of positions.
     """
     program = getattr(model, "program", None)
     if not isinstance(program, Program):
         return
     limits, reads = position_limits(program), model.main_input_name
     writes = "decoder_input_ids" if model.config.is_encoder_decoder else reads
-    # the last new token is not read again
+    # the last new token is not an input
     counts = {reads: given, writes: new if writes != reads else given + new - 1}
     for name, count in counts.items():
         if count > limits.get(name, count):
@@ -183,7 +183,7 @@ def check_room(model: Any, given: int, new: int) -> None:
 
 
 def _out_of_range(model: Any, ids: torch.Tensor) -> UsageError:
-    """Why an original found no row of a table: a token or a position that it does not have."""
+    """Explain an IndexError of an original: a token or a position that its tables do not have."""
     config = model.config.get_text_config()
     size, top = getattr(config, "vocab_size", None), int(ids.max())
     if isinstance(size, int) and top >= size:
@@ -211,7 +211,7 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
 
 
 def _padded(tokenizer: Any, texts: Sequence[str], special: bool) -> dict[str, torch.Tensor]:
-    """Token ids and mask of a batch, padded on the left, where generation needs it."""
+    """Return token ids and padding mask of a batch, padded on the left, as generation needs it."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "left"
@@ -228,5 +228,5 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _until_end(row: list[int], ends: set[int]) -> list[int]:
-    """The new tokens of one row, up to and without the one that ends the text."""
+    """Return the new tokens of one row, up to the end-of-text token, which is left out."""
     return next((row[:i] for i, token in enumerate(row) if token in ends), row)

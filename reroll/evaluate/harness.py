@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness (`lm_eval`) on a subject, if it is installed.
+"""Run EleutherAI's lm-evaluation-harness (`lm_eval`) on a subject, if it is installed.
 
 Every model that reroll saves also works with its own command: see docs/evaluate.md.
 """
@@ -17,7 +17,7 @@ from reroll.rewrite.pipeline.options import option
 
 
 def check_tasks(text: str) -> list[str]:
-    """The tasks that a list with commas names; UsageError if there are none, or no lm-eval."""
+    """Split a comma-separated list of tasks; raises UsageError if empty or without lm-eval."""
     tasks = [t.strip() for t in text.split(",") if t.strip()]
     if not tasks:
         raise UsageError("no task is named", where="--lm-eval", hint="lm_eval ls tasks lists them")
@@ -32,7 +32,7 @@ def need_harness() -> None:
 
 
 class Harness(Measure):
-    """The tasks of lm-eval that are asked for."""
+    """Requested tasks of lm-eval."""
 
     name = "lm_eval"
 
@@ -58,11 +58,11 @@ def harness(
     seed: int = 0,
     manager: Any | None = None,
 ) -> dict[str, Any]:
-    """Results of lm-eval's tasks: by task, each metric's value, as JSON data.
+    """Run lm-eval's tasks, and return each task's metrics as JSON data.
 
-    `limit` is the most questions of each task, `manager` a TaskManager of lm-eval's that knows
-    other tasks than its own. Raises UsageError for a model without a tokenizer or a task that
-    lm-eval does not know, and RerollError for whatever else stops lm-eval.
+    `limit` is the most questions of each task, and `manager` a TaskManager of lm-eval with further
+    tasks. Raises UsageError for a model without a tokenizer or a task that lm-eval does not know,
+    and RerollError for any other error of lm-eval.
     """
     check_tasks(",".join(tasks))
     if subject.tokenizer is None or not subject.generates:
@@ -98,7 +98,7 @@ def harness(
             fewshot_random_seed=seed,
             bootstrap_iters=0,
         )
-    # data sets that cannot be reached have errors of many types
+    # unreachable data sets raise errors of many types
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise RerollError(
@@ -110,7 +110,7 @@ def harness(
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of one task: lm-eval's names, with the filter where it is not none."""
+    """Collect the metrics of one task by lm-eval's names, with the filter where there is one."""
     metrics = {}
     for name, value in values.items():
         metric, _, chosen = name.partition(",")

@@ -1,4 +1,4 @@
-"""What a capture found in a model: its loops, its attention, and whether it is exact."""
+"""Inspect the capture of a model: its loops, its attention, and whether it is exact."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def inspect_model(
     """Capture a model and say what was found, as JSON data.
 
     `model` is a hub id, a path or a transformers model. With `check`, the model is also loaded, and
-    the flat and the rolled Program run beside it on random inputs with left padding:
-    `captured_exactly` says whether the flat one gives the same bits, `max_abs_logit_error` how far
-    off it is. Both are None without a check, and for a model that reroll has converted, which has
-    no original to be compared with.
+    the flat and the rolled Program are compared with it on random inputs with left padding.
+    `captured_exactly` says whether the flat one gives the same bits, and `max_abs_logit_error` is
+    its largest error. Both are None without a check, and for a model that reroll has converted,
+    which has no original to be compared with.
 
     Raises CaptureError if the model cannot be captured, UsageError or CheckpointError if it cannot
     be opened.
@@ -117,7 +117,7 @@ def _logit_error(program: Program, errors: dict[str, Any] | None) -> float | Non
     return found
 
 
-# ---- what there is
+# ---- loops and attention
 
 
 def _loop(loop: Loop) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _count(graph: fx.Graph) -> int:
 
 
 def attention_kinds(program: Program) -> list[dict[str, Any]]:
-    """The kinds of attention of a Program, each with how often a forward runs it."""
+    """List the kinds of attention of a Program, each with how often a forward runs it."""
     kinds: Counter[tuple[tuple[str, Any], ...]] = Counter()
     for node, place in _attentions(program):
         kinds[tuple(_attention(node, place).items())] += 1
@@ -193,10 +193,10 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 
 def check_capture(model: Any, flat: Program, rolled: Program, seed: int = 0) -> dict[str, Any]:
-    """How far the flat and the rolled Program are from a model's eager forward, as JSON data.
+    """Measure how far flat and rolled Program are from a model's eager forward, as JSON data.
 
-    Compared is what stands at positions that are not padding. A Program that does not run on inputs
-    of another size than it was captured with has a `failure`.
+    Only positions that are not padding are compared. A Program that does not run on inputs of
+    another size than it was captured with has a `failure`.
     """
     name = measured_output(flat)
     inputs = random_inputs(flat, rows=ROWS, length=TIME, seed=seed, padded=True)
@@ -229,7 +229,7 @@ def _failed(reason: str) -> dict[str, Any]:
 
 
 def _eager(model: Any, inputs: dict[str, Tensor]) -> Any:
-    """The output of a model's forward with eager attention, as transformers gives it."""
+    """Run a model's forward with eager attention, and return its outputs."""
     config = model.config
     before = getattr(config, "_attn_implementation", None)
     training = model.training

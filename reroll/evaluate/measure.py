@@ -1,4 +1,4 @@
-"""What a measure is: a name, options with values for two suites, and a run that gives JSON data.
+"""Define what a measure is: a name, options for two suites, and a run that gives JSON data.
 
     class Agreement(Measure):
         '''How often a model finds the same token likeliest as its original.'''
@@ -7,8 +7,8 @@
 
         def run(self, bench: Bench) -> dict[str, Any]: ...
 
-A new measure is one file in `reroll/evaluate/measures`, or what `reroll.rewrite.pipeline.registry`
-finds elsewhere.
+A new measure is one file in `reroll/evaluate/measures`, or a class that
+`reroll.rewrite.pipeline.registry` finds in another package.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Progress = Callable[[int, int, str], None]
 
 
 class NotApplicable(Exception):
-    """A measure has no meaning for this model; the message says why."""
+    """A measure cannot be applied to this model; the message says why."""
 
 
 @dataclass
 class Bench:
-    """What measures run on: the model, its original if there is one, text, and a seed."""
+    """Inputs of measures: the model, its original if there is one, text, and a seed."""
 
     model: Runner
     original: Runner | None
@@ -45,16 +45,16 @@ class Bench:
 
     @property
     def sides(self) -> dict[str, Runner]:
-        """The runners by name: "model", and "original" if there is one."""
+        """Runners by name: "model", and "original" if there is one."""
         found = {"model": self.model}
         return found if self.original is None else {**found, "original": self.original}
 
     def random(self, *names: object) -> random.Random:
-        """Random numbers of the seed and these names; equal ones give equal numbers everywhere."""
+        """Return a random generator seeded by the seed and these names, equal on every machine."""
         return random.Random("/".join(map(str, (self.seed, *names))))
 
     def need_original(self) -> Runner:
-        """The original; NotApplicable without one."""
+        """Return the original; raises NotApplicable if there is none."""
         if self.original is None:
             raise NotApplicable("there is no original to compare with: give one with --against")
         return self.original
@@ -72,19 +72,19 @@ class Measure(Declared, ABC):
 
     @classmethod
     def of_suite(cls, suite: Suite, options: Mapping[str, Any]) -> Measure:
-        """One with a suite's options, but for those given; UsageError if one is wrong."""
+        """Make the measure with a suite's options, overridden by `options`; raises UsageError."""
         return cls.make({**(cls.full if suite == "full" else {}), **options})
 
     @abstractmethod
     def run(self, bench: Bench) -> dict[str, Any]:
-        """What was measured, as JSON data, by side: "model", and "original" if there is one.
+        """Measure, and return JSON data by side: "model", and "original" if there is one.
 
-        What belongs to no side stands beside them. Raises NotApplicable.
+        Results that belong to no side have keys next to those. Raises NotApplicable.
         """
 
     @abstractmethod
     def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
-        """The few numbers of one side that a table shows, by label."""
+        """Return the few numbers of one side that a table shows, by label."""
 
 
 MEASURES = Registry(
@@ -101,9 +101,9 @@ measures, find = MEASURES.all, MEASURES.find
 def within(
     contexts: list[int], runner: Runner, most: int | None = None, *, behind: int = 0
 ) -> list[int]:
-    """The contexts that the model takes, with `behind` tokens more, and that are not above `most`.
+    """Select the contexts that fit the model with `behind` more tokens, and are at most `most`.
 
-    Where the model takes none of them, the longest that it does.
+    Where the model takes none of them, the result is the longest that it takes.
     """
     limit = None if runner.limit is None else runner.limit - behind
     fitting = [c for c in contexts if limit is None or c <= limit]

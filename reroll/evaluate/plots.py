@@ -59,7 +59,7 @@ def figures(found: Found) -> Iterator[tuple[str, str]]:
 
 
 def _lines(result: Found, table: str, key: str) -> dict[str, list[tuple[float, float]]]:
-    """Points by side: the first column of a table against another one."""
+    """Return points by side: the first column of a table against another one."""
     lines = {}
     for side in SIDES:
         cells = result.get(side, {}).get(table, [])
@@ -134,7 +134,7 @@ def _table(heads: Sequence[str], rows: Sequence[tuple[str | float | None, ...]])
 
 
 def _accuracies(result: Found, name: str) -> str:
-    """Accuracy over the first column of the cells, a panel for each task."""
+    """Draw accuracy over the first column of the cells, a panel for each task."""
     if name == "listops":
         tasks = {"listops": {side: result[side] for side in SIDES if side in result}}
     else:
@@ -176,7 +176,7 @@ def _recall(result: Found) -> Iterator[tuple[str, str]]:
 
 
 def heat_maps(maps: Sequence[tuple[str, Sequence[Found]]]) -> str:
-    """A heat map of accuracy for each title: depth downwards, length to the right."""
+    """Draw a heat map of accuracy for each title: depth downwards, length to the right."""
     figure, axes = _figure(len(maps))
     for axis, (title, cells) in zip(axes, maps, strict=True):
         lengths = sorted({c["length"] for c in cells})
@@ -204,7 +204,7 @@ def heat_maps(maps: Sequence[tuple[str, Sequence[Found]]]) -> str:
 
 
 def _passes(passes: Sequence[Found]) -> Iterator[tuple[str, str]]:
-    """What each pass did, by what it measured when it ran."""
+    """Yield plots of the change by each pass, as it was measured when it ran."""
     for title, key in (("parameters", "parameters"), ("perplexity", None)):
         steps = []
         for each in passes:
@@ -219,7 +219,7 @@ def _passes(passes: Sequence[Found]) -> Iterator[tuple[str, str]]:
 
 
 def waterfall(title: str, steps: Sequence[tuple[str, float, float]]) -> str:
-    """Bars from what there was before each step to what there was after it."""
+    """Draw a bar for each step, from the value before it to the value after it."""
     figure, (axis,) = _figure(1, width=max(2.0, 0.5 + 0.35 * len(steps)))
     names = ["before", *(name if len(name) < 28 else f"{name[:27]}…" for name, _, _ in steps)]
     axis.bar(0, steps[0][1], color="#999")
@@ -238,7 +238,7 @@ def waterfall(title: str, steps: Sequence[tuple[str, float, float]]) -> str:
 
 
 def _figure(panels: int, width: float = 1.0) -> tuple[Any, list[Any]]:
-    """A figure with some panels beside each other, at most three in a row."""
+    """Create a figure of panels in rows of at most three."""
     need_matplotlib()
     from matplotlib.figure import Figure
 
@@ -254,7 +254,7 @@ def _figure(panels: int, width: float = 1.0) -> tuple[Any, list[Any]]:
 
 
 def _svg(figure: Any) -> str:
-    """A figure as an `svg` element; the same figure is the same text."""
+    """Render a figure as an `svg` element; equal figures give equal text."""
     import matplotlib
 
     buffer = io.StringIO()

@@ -1,6 +1,6 @@
-"""What an evaluation found, for people: the rows of a table, and one HTML page.
+"""Present an evaluation as the rows of a table, and as one HTML page.
 
-The page needs no other file and no network: its plots are SVG inside it.
+The page needs no other file and no network: its plots are inline SVG.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """Model over original, where both are numbers."""
+        """Ratio of model to original, where both are numbers."""
         if self.model is None or not self.original:
             return None
         return self.model / self.original
 
 
 def rows(found: Found) -> list[Row]:
-    """The numbers that a table shows, measure by measure."""
+    """Return the numbers that a table shows, measure by measure."""
     lines = []
     for name, each in found["measures"].items():
         sides = each.get("headline", {})
-        # a side may lack what the other has: contexts that it cannot take
+        # a side may lack labels of the other, for contexts that it cannot take
         labels = dict.fromkeys(label for side in sides.values() for label in side)
         for label in labels:
             values = [sides.get(side, {}).get(label) for side in ("model", "original")]
@@ -48,7 +48,7 @@ def rows(found: Found) -> list[Row]:
 
 
 def problems(found: Found) -> list[tuple[str, str, str]]:
-    """Measures that found nothing: their name, status, and the reason."""
+    """Return the name, status and reason of measures that have no result."""
     return [
         (name, each["status"], each.get("reason") or each.get("error") or "")
         for name, each in found["measures"].items()
@@ -69,9 +69,9 @@ details { margin: .3rem 0; }
 
 
 def check_page(path: Path, sources: Paths = ()) -> None:
-    """Raise UsageError if a page cannot be drawn or written, before anything takes long.
+    """Raise UsageError if a page cannot be drawn or written, before any long work.
 
-    `sources` are what is read, which it must not replace.
+    `sources` are the inputs, which the page must not replace.
     """
     from reroll.evaluate import plots
 
@@ -85,7 +85,7 @@ def write_page(found: Found, path: Path) -> None:
 
 
 def page(found: Found) -> str:
-    """The HTML page."""
+    """Build the HTML page."""
     from reroll.evaluate import plots
 
     title = f"Evaluation of {found['model']}"

@@ -1,4 +1,4 @@
-"""A subject as measures use it: logits at some positions, in pieces that fit into memory."""
+"""Run a subject for measures: logits at some positions, in pieces that fit into memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from reroll.evaluate.tokenizing import special_ids
 from reroll.rewrite.analysis.reach import longest
 from reroll.rewrite.analysis.state_plan import plan_states
 
-# elements of the logits that one forward may make: 256 MB in fp32
+# the most elements of the logits of one forward: 256 MB in fp32
 BUDGET = 2**26
-# tokens of one forward: attention's scores are no larger than this times the context
+# the most tokens of one forward, so that attention scores have at most CHUNK * context elements
 CHUNK = 1024
 
 
 class Runner:
     """Runs a subject on token ids [rows, time] without padding on the left, and without gradients.
 
-    A context longer than `chunk` goes through the model's own cache, chunk by chunk, where it has
-    one. Rows may be filled up on the right: what stands there changes nothing before it.
+    A context longer than `chunk` goes through the model's own cache, chunk by chunk, if it has one.
+    Rows may be padded on the right: tokens there change nothing before them.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Runner:
         budget: int = BUDGET,
         chunk: int = CHUNK,
     ) -> None:
-        """`other` lends its tokenizer to a subject that has none."""
+        """Use the tokenizer of `other` if the subject has none."""
         self.subject = subject
         self.other = other
         self.budget = budget
@@ -45,7 +45,7 @@ class Runner:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer; NotApplicable if there is none."""
+        """Tokenizer of the subject; raises NotApplicable if there is none."""
         found = self.subject.tokenizer or (self.other and self.other.tokenizer)
         if found is None:
             raise NotApplicable(f"{self.name} has no tokenizer")
@@ -53,20 +53,20 @@ class Runner:
 
     @cached_property
     def prefix(self) -> list[int]:
-        """The tokens that the tokenizer puts before a text."""
+        """Special tokens that the tokenizer puts before a text."""
         return special_ids(self.tokenizer)[0]
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         weights = next(self.subject.model.parameters(), None)
         return torch.device("cpu") if weights is None else weights.device
 
     @cached_property
     def limit(self) -> int | None:
-        """The longest context that the model's positions or its configuration allow.
+        """Longest context that the model's position tables or its configuration allow.
 
-        None if nothing says.
+        None if neither gives a limit.
         """
         program = self.subject.program
         if program is not None and (learned := longest(program)) is not None:
@@ -80,7 +80,7 @@ class Runner:
 
     @cached_property
     def window(self) -> int | None:
-        """How many of the last tokens attention sees at most; None if some layer sees them all."""
+        """Number of last tokens that attention sees at most; None if some layer sees all tokens."""
         program = self.subject.program
         layers = () if program is None else plan_states(program).layers
         if not layers or any(layer.size is None for layer in layers):
@@ -95,9 +95,9 @@ class Runner:
     def logits(
         self, ids: Tensor, wanted: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions and the logits [rows, positions, vocabulary] there, piece by piece in order.
+        """Yield positions and their logits [rows, positions, vocabulary], piece by piece in order.
 
-        `wanted` are positions in rising order; None stands for all.
+        `wanted` are positions in ascending order; None is all.
         """
         ids = ids.to(self.device)
         length = ids.shape[1]
@@ -113,7 +113,7 @@ class Runner:
             )
             cache = found.get("past_key_values")
             if cache is None and not whole:
-                # a model that keeps no state sees the whole context at once
+                # a model without a cache needs the whole context in one forward
                 found = self.forward(ids, None, positions, use_cache=False)
                 yield positions, _kept(found["logits"], positions)
                 return
@@ -122,7 +122,7 @@ class Runner:
             start += size
 
     def _size(self, rows: int, positions: Tensor, start: int) -> int:
-        """How many tokens the next forward takes: no more than their logits have room."""
+        """Return how many tokens the next forward takes, so that its logits fit the budget."""
         room = max(self.budget // max(rows * self.vocabulary, 1), 1)
         wanted = positions[positions >= start]
         if len(wanted) <= room:
@@ -131,12 +131,12 @@ class Runner:
 
     @cached_property
     def vocabulary(self) -> int:
-        """How many logits there are at each position."""
+        """Number of logits at each position."""
         size = getattr(getattr(self.subject.model, "config", None), "vocab_size", None)
         return size if isinstance(size, int) else 2**16
 
     def forward(self, ids: Tensor, cache: Any, keep: Tensor | int, *, use_cache: bool) -> Any:
-        """One forward of the model itself; `keep` are the positions whose logits are wanted."""
+        """Run the model once; `keep` are the positions whose logits are requested."""
         accepts = self.subject.accepts
         options: dict[str, Any] = {}
         if "use_cache" in accepts:
@@ -145,7 +145,7 @@ class Runner:
             options["past_key_values"] = cache
         if "logits_to_keep" in accepts:
             none = isinstance(keep, Tensor) and not len(keep)
-            # no position at all cannot be asked for
+            # `logits_to_keep` cannot select no position
             options["logits_to_keep"] = 1 if none else keep
         try:
             with torch.inference_mode():
@@ -154,7 +154,7 @@ class Runner:
             raise self.subject.unreachable({"input_ids": ids}) or error from error
 
     def greedy(self, ids: Tensor, count: int) -> Tensor:
-        """The `count` likeliest next tokens [rows, count], one after the other, no end heeded."""
+        """Generate `count` tokens greedily [rows, count], ignoring end-of-text tokens."""
         cache: Any = None
         step = ids.to(self.device)
         new: list[Tensor] = []
@@ -168,5 +168,5 @@ class Runner:
 
 
 def _kept(logits: Tensor, positions: Tensor) -> Tensor:
-    """The logits at these positions, of a model that may have given those at all positions."""
+    """Select the logits at these positions, if the model has returned those at all positions."""
     return logits if logits.shape[1] == len(positions) else logits[:, positions]

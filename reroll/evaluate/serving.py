@@ -1,4 +1,4 @@
-"""How fast many requests are answered: depth-wise batching beside what it is compared with."""
+"""Measure how fast many requests are answered, with depth-wise batching and without."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reroll.rewrite.ir.program import Program
 from reroll.runtime.depthwise import DepthScheduler
 from reroll.runtime.depthwise.scheduler import Mode
 
-# the sides that have exits, by what they are called: see `DepthScheduler`
+# mode of the scheduler for each side that has exits: see `DepthScheduler`
 MODES: Mapping[str, Mode] = {"lockstep": "lockstep", "compaction": "compact", "depth": "depth"}
 
 
@@ -31,10 +31,10 @@ def answer(
     mode: Mode = "depth",
     while_full: bool = False,
 ) -> dict[str, Any]:
-    """Answer all requests greedily; seconds of decoding without prompts, and what came of it.
+    """Answer all requests greedily; return seconds of decoding, without prompts, and results.
 
-    `while_full` stops as soon as a slot stays free for want of requests. With one thread they are
-    seconds of the processor's time, so that what else the machine does counts less.
+    `while_full` stops as soon as a slot is empty because no request is left. With one thread,
+    seconds are CPU time, which other processes affect less than wall time.
     """
     length = max(map(len, prompts)) + tokens
     with DepthScheduler(model, slots=slots, length=length, mode=mode) as scheduler:
@@ -56,7 +56,7 @@ def answer(
 
 
 def closed(program: Program) -> Program:
-    """The program with exits through which nobody leaves."""
+    """Return the program with infinite thresholds, so that no token leaves early."""
     found = exit_loop(program)
     if found is None:
         raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
@@ -73,14 +73,13 @@ def compare_serving(
     while_full: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Tokens per second of four ways to answer the same requests; `model` is a lowered one.
+    """Measure tokens per second of four ways to answer the same requests; `model` is a lowered one.
 
-    `full` makes all trips, `lockstep` waits for the slowest row of each token, `compaction` drops
-    rows that are done, `depth` fills their places. Each round takes all sides, and medians count.
-    With `while_full`, only the time counts in which no slot is free for want of requests.
-
-    Raises UsageError for a model without open exits, and AssertionError if two sides with exits
-    give different tokens.
+    `full` makes all trips. `lockstep` waits for the slowest row of each token. `compaction` drops
+    rows that have left. `depth` fills their places in the batch. Each round runs all sides, and the
+    result is the median over rounds. With `while_full`, time counts only while all slots are in
+    use. Raises UsageError for a model whose thresholds are all infinite, and AssertionError if two
+    sides with exits give different tokens.
     """
     for name, count in (("slots", slots), ("tokens", tokens), ("rounds", rounds)):
         check_number(name, count, COUNT, "compare_serving")
@@ -103,7 +102,7 @@ def compare_serving(
     given = [run["tokens"] for name in MODES for run in runs[name]]
     same = all(_agree(a, b) for each in given for a, b in zip(each, given[0], strict=True))
     assert same, "the sides do not give the same tokens"
-    # the first token of each request is its prompt's, and has no depth
+    # the first token of each request comes from its prompt, and has no depth
     speed = {
         name: statistics.median(run["depth"].tokens / run["seconds"] for run in runs[name])
         for name in sides
@@ -130,5 +129,5 @@ def compare_serving(
 
 
 def _agree(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether two streams are the same as far as both go."""
+    """Whether two token sequences are equal up to the length of the shorter."""
     return all(x == y for x, y in zip(a, b, strict=False))

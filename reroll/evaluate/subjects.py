@@ -1,4 +1,4 @@
-"""What is evaluated: an original that transformers runs, or a Program that its module runs."""
+"""Open models to evaluate: originals that transformers runs, and Programs as lowered modules."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Attention = Literal["eager", "sdpa"]
 
 @dataclass(frozen=True)
 class Opening:
-    """How models are opened: in which dtype, with which attention, and whether code is trusted.
+    """Options for opening models: dtype, attention, revision, and whether their code is trusted.
 
     A model without SDPA attention runs with eager attention instead.
     """
@@ -46,7 +46,7 @@ class Opening:
 
 @dataclass
 class Subject:
-    """A model that runs, and what is known about it.
+    """A model to evaluate, with its Program, tokenizer and costs.
 
     `program` is None for a model that cannot be captured; it still runs. `path` is the hub id or
     path that it was opened by, if it was not given as an object.
@@ -61,7 +61,7 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Any | None:
-        """The model's tokenizer, if it has one."""
+        """Tokenizer of the model, if it has one."""
         found = None if self.program is None else tokenizer_of(self.program)
         if found is None and self.path is not None and not self.converted:
             found = open_tokenizer(
@@ -73,7 +73,7 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """Dtype that the model computes in."""
         return getattr(self.model, "dtype", torch.float32)
 
     @property
@@ -86,34 +86,34 @@ class Subject:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether any of the Program's ops owns state."""
+        """Whether any of the Program's ops keeps state between tokens."""
         return self.program is not None and keeps_state(self.program)
 
     def parameters(self) -> int:
-        """Number of parameters; a shared one counts once."""
+        """Count the parameters; a shared one counts once."""
         return sum(p.numel() for p in self.model.parameters())
 
     def bytes(self) -> int:
-        """Bytes of the parameters."""
+        """Count the bytes of the parameters."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def state_bytes(self, context: int) -> int | None:
-        """Bytes of state of one sequence of `context` tokens; None if there is no state."""
+        """Count the bytes of state of a sequence of `context` tokens; None if there is no state."""
         if self.program is None or not self.keeps_state:
             return None
         return state_bytes(self.program, context)
 
     def flops_per_token(self) -> int | None:
-        """Operations for one more token behind 1,024 others; None if nothing was captured."""
+        """Count the operations for one more token after 1,024; None if nothing was captured."""
         return None if self.program is None else flops_per_token(self.program)
 
     @cached_property
     def accepts(self) -> set[str]:
-        """The names of the arguments of the model's forward."""
+        """Names of the arguments of the model's forward."""
         return set(inspect.signature(self.model.forward).parameters)
 
     def run(self, inputs: Mapping[str, Tensor], output: str, keep: Tensor | None = None) -> Tensor:
-        """One output for some inputs; with `keep`, logits at those positions only."""
+        """Compute one output for some inputs; with `keep`, logits at those positions only."""
         options: dict[str, Any] = {}
         if "use_cache" in self.accepts:
             options["use_cache"] = False
@@ -130,7 +130,10 @@ class Subject:
         return value
 
     def unreachable(self, inputs: Mapping[str, Tensor]) -> UsageError | None:
-        """Why the model has no row of a table for some inputs; None if that cannot be told."""
+        """Return an error that names the token or position that a table of the model does not have.
+
+        None if the Program does not tell.
+        """
         return None if self.program is None else out_of_reach(self.program, inputs)
 
     def _in_own_dtype(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +143,7 @@ class Subject:
 
 
 def open_subject(item: Any, opening: Opening | None = None) -> Subject:
-    """A subject from a hub id, a path, a Program or a module; UsageError for anything else."""
+    """Open a hub id, a path, a Program or a module; raises UsageError for anything else."""
     opening = opening or Opening()
     if isinstance(item, Subject):
         return item
@@ -158,7 +161,7 @@ def open_subject(item: Any, opening: Opening | None = None) -> Subject:
 
 def is_converted(name: str, revision: str | None = None) -> bool:
     """Whether a path or hub id is that of a model that reroll wrote."""
-    # a name that cannot be reached is reported by whoever opens it
+    # an unreachable name is reported when it is opened
     try:
         config = json.loads(file_of(name, "config.json", revision).read_text(encoding="utf-8"))
     except Exception:
@@ -201,9 +204,9 @@ def _named(name: str, opening: Opening) -> Subject:
 
 
 def _captured(model: Any, **options: Any) -> Program | None:
-    """The Program of a model; None, with the reason logged, if it cannot be captured.
+    """Capture a model; return None and log the reason if it cannot be captured.
 
-    Errors that also stop the model itself from being opened are raised.
+    Errors that also prevent the model itself from being opened are raised.
     """
     try:
         return capture(model, **options)
@@ -215,11 +218,10 @@ def _captured(model: Any, **options: Any) -> Program | None:
 
 
 def open_original(name: str, opening: Opening, class_name: str | None = None) -> Any:
-    """A model as transformers itself loads and runs it, in eval mode.
+    """Load a model with transformers itself, in eval mode.
 
-    `class_name` is the class or auto class that loads it, if that is known.
-
-    Raises CheckpointError if transformers cannot load it.
+    `class_name` is the class or auto class that loads it, if that is known. Raises CheckpointError
+    if transformers cannot load it.
     """
     import transformers
 
@@ -244,7 +246,7 @@ def open_original(name: str, opening: Opening, class_name: str | None = None) ->
             model = _load(cls, where, options)
         except RerollError:
             raise
-        # transformers raises whatever the files bring it to raise
+        # damaged files raise errors of many types in transformers
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise CheckpointError(
@@ -259,7 +261,7 @@ def _load(cls: Any, where: str, options: dict[str, Any]) -> Any:
     except ValueError:
         if options["attn_implementation"] == "eager":
             raise
-        # not every class has the attention that was asked for
+        # not every class supports the requested attention
         return cls.from_pretrained(where, **{**options, "attn_implementation": "eager"})
 
 
@@ -279,7 +281,7 @@ def _class_of(name: str, options: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars and notes that transformers prints while it loads a model."""
+    """Suppress transformers' progress bars and warnings while it loads a model."""
     from transformers.utils import logging as notes
 
     level, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Running measures on a model, one after the other, so that none stops the others."""
+"""Run measures on a model, one after the other, so that the failure of one stops no other."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def choose(text: str | None, suite: Suite) -> tuple[Measure, ...]:
-    """The measures that a line of text such as `perplexity, recall(samples=2)` names; all for None.
+    """Parse measures such as `perplexity, recall(samples=2)`; None is all measures.
 
-    Raises UsageError for one that there is not, or that has no such option.
+    Raises UsageError for a measure or option that does not exist.
     """
     if suite not in ("quick", "full"):
         raise UsageError(f"{suite!r} is not a suite", where="--suite", hint="quick or full")
@@ -50,23 +50,24 @@ def evaluate(
     limit: int | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a model, and its original beside it if there is one, as JSON data.
+    """Measure a model, and its original for comparison if there is one, as JSON data.
 
     Args:
         model: a path, a hub id, a Program, a module or a Subject.
-        original: what it is measured beside and against, of the same kinds.
+        original: the model to compare with, of the same kinds.
         measures: all of the suite by default.
         suite: "quick" or "full".
-        text: text, or a file with text (`Path`); a sample ships.
+        text: text, or a file with text (`Path`); a sample is included.
         opening: how models are opened; by default with transformers' SDPA attention.
         seed: of all random choices: the same seed asks the same questions.
         tasks: of lm-eval, which then counts as one more measure, `lm_eval`.
         limit: the most questions of each of those.
         on_progress: called with (done, total, what); a total of 0 is not known.
 
-    Each measure has a `status`: "done" with `result`, "skipped" with a `reason` if it has no
-    meaning for the model, or "failed" with an `error`, and the others go on. After an interrupt
-    (control-C) `measures` has those that were done before it, and `interrupted` is true.
+    Each measure has a `status`: "done" with `result`, "skipped" with a `reason` if it cannot be
+    applied to the model, or "failed" with an `error`. After a failure the others still run. After
+    an interrupt (control-C) `measures` has those that were done before it, and `interrupted` is
+    true.
 
     Raises UsageError and CheckpointError if a model or the text cannot be opened.
     """
@@ -99,7 +100,7 @@ def evaluate(
         try:
             found[measure.name] = _run(measure, bench)
         except KeyboardInterrupt:
-            # what has been measured took long, and is worth having
+            # keep the results so far, which took long to measure
             interrupted = True
             break
     if tasks and not interrupted:
@@ -123,7 +124,7 @@ def evaluate(
 
 
 def _run(measure: Measure, bench: Bench) -> dict[str, Any]:
-    """One measure: what it found, or why it found nothing."""
+    """Run one measure, and return its result or the reason why it has none."""
     start = time.perf_counter()
     try:
         outcome: dict[str, Any] = {"status": "done", "result": measure.run(bench)}
@@ -132,7 +133,7 @@ def _run(measure: Measure, bench: Bench) -> dict[str, Any]:
     except RerollError as error:
         outcome = {"status": "failed", "error": str(error)}
         log.debug("measure %s failed", measure.name, exc_info=True)
-    # what a model's own code raises has no common type, and the other measures can go on
+    # a model's own code raises errors of any type, and the other measures can still run
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         outcome = {"status": "failed", "error": f"{type(error).__name__}: {first}"}
@@ -152,6 +153,6 @@ def _dtypes(subject: Subject, other: Subject | None) -> dict[str, str | None]:
 
 
 def _passes(subject: Subject) -> list[dict[str, Any]]:
-    """The passes that a converted model has been through, with what each measured then."""
+    """List the passes of a converted model, each with its measurements."""
     steps = () if subject.program is None else subject.program.origin.steps
     return [{"pass": s.text, "seconds": s.seconds, "measured": dict(s.measured)} for s in steps]

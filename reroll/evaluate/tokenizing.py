@@ -1,4 +1,4 @@
-"""Tokenizers of models and Programs, and text as windows of token ids."""
+"""Find tokenizers of models and Programs, and cut text into windows of token ids."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from reroll.rewrite.ir.program import Program
 
 log = logging.getLogger(__name__)
 
-# a side file that only a tokenizer has; the first that is there says in which directory it lies
+# files that only a tokenizer has; the first one found gives the tokenizer's directory
 _MARKS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-# more characters than this for one token are rare, so a longer text is cut before it is tokenized
+# more characters per token are rare, so longer text is cut before it is tokenized
 _CHARACTERS = 16
 
 
 def tokenizer_of(program: Program) -> Any | None:
-    """The transformers tokenizer among a Program's side files; None if there is none."""
+    """Open the transformers tokenizer among a Program's files; None if there is none."""
     files = program.origin.files
     for mark in _MARKS:
         if mark in files and Path(files[mark]).is_file():
@@ -40,9 +40,9 @@ def tokenizer_of(program: Program) -> Any | None:
 def open_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any | None:
-    """The tokenizer of a hub id, a directory or a `.gguf` file; None if there is none.
+    """Open the tokenizer of a hub id, a directory or a `.gguf` file.
 
-    Why there is none is logged.
+    If there is none, log the reason and return None.
     """
     from transformers import AutoTokenizer
 
@@ -56,7 +56,7 @@ def open_tokenizer(
         options["revision"] = revision
     try:
         return AutoTokenizer.from_pretrained(name, **options)
-    # the reasons that a tokenizer cannot be read have no common type
+    # unreadable tokenizers raise errors of many types
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         log.info("%s has no tokenizer: %s: %s", name, type(error).__name__, reason)
@@ -64,13 +64,13 @@ def open_tokenizer(
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, without special tokens."""
+    """Tokenize a text without special tokens."""
     found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return [int(i) for i in found]
 
 
 def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer itself puts before and after a text."""
+    """Return the special tokens that the tokenizer puts before and after a text."""
     bare = plain_ids(tokenizer, "a")
     whole = [int(i) for i in tokenizer("a")["input_ids"]]
     for start in range(len(whole) - len(bare) + 1):
@@ -80,9 +80,9 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def read_text(source: str | Path | None) -> str:
-    """The text in a file; the text that ships if None. UsageError if it is not text.
+    """Read the text in a file; None gives the included sample.
 
-    A `str` is the text itself, a `Path` is a file.
+    A `str` is the text itself, a `Path` is a file. Raises UsageError if the file is not text.
     """
     if source is None:
         return sample_text()
@@ -103,7 +103,7 @@ def read_text(source: str | Path | None) -> str:
 
 
 def not_utf8(file: Path) -> UsageError:
-    """The error for a file that is not UTF-8: where it stops being so."""
+    """Build the error for a file that is not UTF-8, with the position of the first invalid byte."""
     decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
     with file.open("rb") as stream, suppress(UnicodeDecodeError):
         while piece := stream.read(2**20):
@@ -122,7 +122,7 @@ def not_utf8(file: Path) -> UsageError:
 
 
 def check_utf8(text: str, where: str) -> None:
-    """Raise UsageError for text from a command line that was not UTF-8."""
+    """Raise UsageError for command-line text that was not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -136,10 +136,10 @@ def check_utf8(text: str, where: str) -> None:
 
 @dataclass(frozen=True)
 class Windows:
-    """Stretches of a text, each with the special tokens that the tokenizer puts around a text.
+    """Windows of a text, each with the special tokens that the tokenizer puts around a text.
 
     `ids` is [windows, length]; the first `prefix` tokens of each window and the last `suffix` are
-    special. `cut` says that the text goes on behind the last window.
+    special. `cut` says that the text continues after the last window.
     """
 
     ids: Tensor
@@ -151,10 +151,10 @@ class Windows:
 def make_windows(
     text: str, tokenizer: Any, length: int, max_tokens: int | None, *, closing: bool
 ) -> Windows:
-    """A text as windows of `length` tokens that do not overlap; a rest that fills none is left out.
+    """Cut a text into windows of `length` tokens that do not overlap; a rest is left out.
 
     A text that is shorter than one window gives one shorter window. `closing` keeps the special
-    tokens that stand after a text, which belong to encoders.
+    tokens after a text, which encoders need. Raises UsageError if length or text is too short.
     """
     before, after = special_ids(tokenizer)
     after = after if closing else []

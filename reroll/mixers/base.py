@@ -1,6 +1,6 @@
 """Token mixers: recurrences over the sequence with a state of constant size.
 
-A mixer is pure tensor mathematics with no parameters. It takes
+A mixer is a set of tensor functions without parameters. It takes
 
     q       [batch, heads, time, d_k]
     k       [batch, kv_heads, time, d_k]      v  [batch, kv_heads, time, d_v]
@@ -9,21 +9,21 @@ A mixer is pure tensor mathematics with no parameters. It takes
     padding [batch, time], 0 at tokens that write nothing and leave the state as it is
     segments [batch, time], a number for each token; the state starts anew where it changes
 
-and returns (out [batch, time, heads, d_v], the new state). There are three forms of it, which agree
-in value, in every gradient and in the state, however a sequence is split over calls:
+and returns (out [batch, time, heads, d_v], the new state). It has three forms, which agree in
+values, in every gradient and in the state, however a sequence is split over calls:
 
     parallel   the definition over a whole sequence, quadratic in time; for reading and testing
-    chunk      chunks by matrix products, chunks chained by the state; for training and prefill
+    chunk      matrix products within chunks, the state between chunks; for training and prefill
     step       the recurrence, one token; for decoding
 
 Heads are grouped as in attention: query heads [i * groups, (i + 1) * groups) read the state of
-key-value head i. Padding, packing, grouping, dtypes and the scale are handled here once; a mixer's
-file has the mathematics only, as `parallel_form`, `chunk_form` and `step_form` on
+key-value head i. This module handles padding, packing, grouping, dtypes and the scale for all
+mixers. A mixer's file defines only `parallel_form`, `chunk_form` and `step_form` on
 
     q [batch, kv_heads, groups, time, d_k], k, v [batch, kv_heads, time, ...], gates, state
 
-`parallel` and `step` compute in fp32, `chunk` multiplies in the dtype of its inputs and keeps
-gates, sums over time and the state in fp32; fp64 inputs are computed in fp64 throughout.
+`parallel` and `step` compute in fp32. `chunk` multiplies in the dtype of its inputs and keeps
+gates, sums over time and the state in fp32. fp64 inputs are computed in fp64 throughout.
 
 A new mixer is one file of this folder with a subclass of `Mixer` that sets `name`; see
 `docs/mixers.md`.
@@ -54,7 +54,7 @@ Result: TypeAlias = tuple[Tensor, State]
 Form: TypeAlias = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], State], Result]
 
 
-# what a subclass overrides if it has mathematics of its own
+# methods of which a subclass overrides one if it computes another recurrence
 _MATHEMATICS = {"prepare", "parallel_form", "chunk_form", "step_form"}
 
 
@@ -62,11 +62,12 @@ class Mixer(Declared, ABC):
     """A token mixer. Its fields are its options, as those of a pass are.
 
     Attributes:
-        core: the linear recurrence that it is, for kernels and exporters; None if it is none. A
-            subclass with mathematics of its own has none unless it declares one.
-        divides: the option by which it shares one normalisation with a window: `normalise` says
-            whether it divides by its own sum of weights, `log_mass` whether it gives the log of it.
-        has_slots: whether its state has `slots`, each for keys of one kind.
+        core: the linear recurrence that it computes, for kernels and exporters; None if it is none.
+            A subclass that overrides a form has no core unless it declares one.
+        divides: the option by which it shares one normalisation with a window. `normalise` says
+            whether it divides by its own sum of weights, `log_mass` whether it returns the log of
+            it.
+        has_slots: whether its state has `slots`, each for one cluster of keys.
         chunks_wide: whether the chunk form multiplies in fp32 whatever its inputs are.
     """
 
@@ -93,38 +94,38 @@ class Mixer(Declared, ABC):
 
     @abstractmethod
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
-        """The gates it takes, in order."""
+        """Return the gates it takes, in order."""
 
     @abstractmethod
     def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
-        """Sizes of its state for one sequence and one key-value head."""
+        """Return the shapes of its state for one sequence and one key-value head."""
 
     @property
     def key_map(self) -> str:
-        """The feature map that queries and keys go through in `prepare`; "none" for none."""
+        """Feature map that `prepare` applies to queries and keys; "none" for none."""
         return "none"
 
     @property
     def unit_length(self) -> bool:
-        """Whether `prepare` brings queries and keys to length one."""
+        """Whether `prepare` scales queries and keys to length one."""
         return False
 
     @property
     def normalised(self) -> bool:
-        """Whether what is read is divided by the sum of weights that the core counts."""
+        """Whether the output is divided by the sum of weights that the core counts."""
         return False
 
     @property
     def longest_chunk(self) -> int | None:
-        """The most tokens of a chunk that its decay allows; None for any number."""
+        """Largest chunk, in tokens, that its decay allows; None for any number."""
         return None
 
     def default_scale(self, d_k: int) -> float:
-        """The factor on the queries if the option names none: d_k^-1/2."""
+        """Return the factor on the queries if the option gives none: d_k^-1/2."""
         return 1 / math.sqrt(d_k)
 
     def write_flops(self, d_k: int, d_v: int) -> int:
-        """Operations for one head and token to update the state: decay and add, by default."""
+        """Count operations for one head and token to update the state; decay and add by default."""
         return 3 * sum(map(math.prod, self.state_shapes(d_k, d_v)))
 
     # ---- the mathematics
@@ -132,9 +133,9 @@ class Mixer(Declared, ABC):
     def prepare(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """What happens to each token alone, before padding is taken out: feature maps, norms.
+        """Transform each token alone, before padding is removed: feature maps, norms.
 
-        Computes in fp32 whatever it is given, and may return that.
+        Computes in fp32 whatever the dtype of its inputs, and may return fp32.
         """
         return q, k, v, gates
 
@@ -142,19 +143,19 @@ class Mixer(Declared, ABC):
     def parallel_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
     ) -> Result:
-        """The definition over all tokens at once; out is [batch, kv_heads, groups, time, d_v]."""
+        """Compute all tokens at once; out is [batch, kv_heads, groups, time, d_v]."""
 
     @abstractmethod
     def chunk_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
     ) -> Result:
-        """The same in chunks."""
+        """Compute the same in chunks."""
 
     @abstractmethod
     def step_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
     ) -> Result:
-        """The same for one token: every tensor is without its time dimension."""
+        """Compute the same for one token: every tensor is without its time dimension."""
 
     # ---- the forms that callers use
 
@@ -168,7 +169,7 @@ class Mixer(Declared, ABC):
         padding: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Result:
-        """The definition: quadratic in time, everything in fp32."""
+        """Compute the definition: quadratic in time, everything in fp32."""
         if segments is not None:
             return packing.apart(self.parallel, q, k, v, gates, self._start(k, v, state),
                                  padding, segments)  # fmt: skip
@@ -188,9 +189,9 @@ class Mixer(Declared, ABC):
         segments: Tensor | None = None,
         form: Form | None = None,
     ) -> Result:
-        """Chunks by matrix products: for training and prefill.
+        """Compute by matrix products within chunks: for training and prefill.
 
-        `form` is what runs instead of `chunk_form`: a kernel that gives the same.
+        `form` replaces `chunk_form`: a kernel that computes the same.
         """
         if segments is not None:
             run = partial(self.chunk, form=form)
@@ -212,7 +213,7 @@ class Mixer(Declared, ABC):
         padding: Tensor | None = None,
         form: Form | None = None,
     ) -> Result:
-        """One token of the recurrence: for decoding. `form` is what runs instead of `step_form`."""
+        """Compute one token of the recurrence, for decoding; `form` replaces `step_form`."""
         if k.shape[2] != 1:
             raise UsageError(
                 f"step takes one token, not {k.shape[2]}",
@@ -235,7 +236,7 @@ class Mixer(Declared, ABC):
         state: State | None = None,
         padding: Tensor | None = None,
     ) -> Result:
-        """`step` for each token in turn."""
+        """Run `step` for each token in turn."""
         outs = []
         for t in range(k.shape[2]):
             now = slice(t, t + 1)
@@ -248,7 +249,7 @@ class Mixer(Declared, ABC):
         return torch.cat(outs, 1), state
 
     def initial_state(self, k: Tensor, v: Tensor) -> State:
-        """The zero state for these keys and values."""
+        """Return the zero state for these keys and values."""
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         shapes = self.state_shapes(k.shape[-1], v.shape[-1])
         return tuple(k.new_zeros(*k.shape[:2], *s, dtype=dtype) for s in shapes)
@@ -256,16 +257,16 @@ class Mixer(Declared, ABC):
     # ---- what the op and its costs need
 
     def text(self) -> str:
-        """Its options as JSON text: what is not as it is by default."""
+        """Return the options that differ from their defaults, as JSON text."""
         return json.dumps(self.given())
 
     def flops(self, heads: int, kv_heads: int, d_k: int, d_v: int) -> int:
-        """Operations for one more token: each head writes, each query head reads all the state."""
+        """Count operations for one more token: heads write, query heads read all the state."""
         read = 2 * sum(map(math.prod, self.state_shapes(d_k, d_v)))
         return kv_heads * self.write_flops(d_k, d_v) + heads * read
 
     def state_bytes(self, kv_heads: int, d_k: int, d_v: int) -> int:
-        """Bytes of state of one sequence, in fp32."""
+        """Return the bytes of state of one sequence, in fp32."""
         return 4 * kv_heads * sum(map(math.prod, self.state_shapes(d_k, d_v)))
 
     # ---- plumbing
@@ -283,7 +284,7 @@ class Mixer(Declared, ABC):
         *,
         exact: bool,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """The inputs as the forms want them: wide if `exact`, masked, heads grouped."""
+        """Convert inputs to what the forms take: wide if `exact`, padding masked, heads grouped."""
         declared = self.gates(k.shape[-1], v.shape[-1])
         self._check_shapes(q, k, v, gates, declared)
         dtype = k.dtype
@@ -291,9 +292,10 @@ class Mixer(Declared, ABC):
         hidden = None if padding is None else padding[:, None, :, None] == 0
         ready = [wide(g) for g in gates]
         if hidden is not None:
-            # before anything is computed: padding may hold anything, also what is not a number
+            # before anything is computed: padded tokens may hold anything, also NaN
             k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-            # a query is kept: with a delay it is another token than the one that does not write
+            # finite queries are kept: with a delay, a query and the write at its position are
+            # different tokens
             q = q.masked_fill(hidden & ~q.isfinite(), 0.0)
         for i, gate in enumerate(declared):
             if hidden is not None:
@@ -307,7 +309,7 @@ class Mixer(Declared, ABC):
         if scale != 1.0:
             q = q * scale
         if hidden is not None:
-            # features of a zero need not be zero
+            # the feature map of zeros need not be zero
             k = k.masked_fill(hidden, 0.0)
         if not exact:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -333,5 +335,5 @@ class Mixer(Declared, ABC):
 
 
 def _ungrouped(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """[batch, kv_heads, groups, time, d_v] to [batch, time, heads, d_v]."""
+    """Reshape [batch, kv_heads, groups, time, d_v] to [batch, time, heads, d_v]."""
     return out.to(dtype).flatten(1, 2).transpose(1, 2)

@@ -1,8 +1,8 @@
-"""The chunk form compiled by `torch.compile`, once for all layers that have the same mixer.
+"""Compile the chunk form by `torch.compile`, once for all layers that have the same mixer.
 
-A sequence is run in pieces of a fixed length, so that one compiled graph serves every length and
-its buffers stay in the cache of the processor; what is left over is filled up to a power of two
-with padding, which changes nothing.
+A sequence is run in pieces of a fixed length, and the last piece is padded to a power of two, which
+changes nothing. So a few compiled graphs serve every length, and their buffers stay in the
+processor's cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reroll.mixers.base import Mixer, Result, State
 
 PIECE = 1024
 SHORTEST = 64
-# graphs of one mixer: lengths of the last piece, with and without padding and gradients
+# most compiled graphs of one mixer: per length of the last piece, padding and gradients
 GRAPHS = 64
 
 
@@ -33,7 +33,7 @@ def chunk(
     state: State | None = None,
     padding: Tensor | None = None,
 ) -> Result:
-    """What `mixer.chunk` gives, from compiled pieces."""
+    """Compute `mixer.chunk` in compiled pieces."""
     time, run = k.shape[2], _compiled(mixer)
     state = mixer.initial_state(k, v) if state is None else state
     outs = []
@@ -44,25 +44,25 @@ def chunk(
             seen = None if padding is None else padding[:, now]
             if seen is None and full > length:
                 seen = k.new_ones(k.shape[0], length)
-            # whatever they are slices of, all pieces have the same strides: they are one graph
+            # equal strides for all pieces, so that one graph serves them
             part = [_filled(t[:, :, now], full).contiguous() for t in (q, k, v, *gates)]
             if seen is not None:
                 seen = F.pad(seen, (0, full - length)).contiguous()
             out, state = run(*part[:3], part[3:], tuple(s.contiguous() for s in state), seen)
             outs.append(out[:, :length].transpose(1, 2))
-    # heads first, as they come out of the pieces: each head of a piece is copied as a block
+    # concatenated with heads first, so that each head of a piece is copied as one block
     return torch.cat(outs, 2).transpose(1, 2), state
 
 
 def _filled(x: Tensor, length: int) -> Tensor:
-    """Time filled up with zeros."""
+    """Pad time with zeros up to a length."""
     missing = length - x.shape[2]
     return F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing)) if missing else x
 
 
 @lru_cache(maxsize=64)
 def _compiled(mixer: Mixer) -> Callable[..., Any]:
-    # equal mixers are one key, so layers share what is compiled
+    # equal mixers are one cache key, so layers share compiled graphs
     def run(*arguments: Any) -> Result:
         return mixer.chunk(*arguments)
 

@@ -1,9 +1,9 @@
-"""How a state fades between two tokens of a stretch: products of decays, from sums of their logs.
+"""Products of decays between the tokens of a stretch, computed from sums of their logs.
 
-Token i of a stretch sees what token j <= i wrote times exp(G_i - G_j), where G are the sums of the
-log decays up to and including a token. Differences are taken before the exponential, so nothing
-leaves the range of floating point whatever the decays are; only `FactoredDecay` splits them in two
-factors, which is why it needs a floor under its log decays.
+Token i of a stretch reads what token j <= i wrote times exp(G_i - G_j). G_i is the sum of log
+decays up to and including token i. Differences are taken before the exponential, so nothing leaves
+the range of floating point, whatever the decays are. Only `FactoredDecay` splits the product into
+two factors, and therefore needs a lower bound on log decays.
 
 Shapes: k [..., time, d], q [..., groups, time, d], log decays [..., time] or [..., time, d].
 """
@@ -15,45 +15,46 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-# |sum of log decays| over a chunk for which both factors, anchored in its middle, fit fp32 and bf16
+# largest |sum of log decays| over a chunk whose two factors, anchored in the middle of its range,
+# fit fp32 and bf16
 REACH = 160.0
 # tokens of a row in `running_sums`
 ROW = 8
 
 
 def bounded_size(size: int, floor: float) -> int:
-    """The largest power of two up to `size` for which a chunk of factored decays stays in range."""
+    """Return the largest power of two up to `size` for which factored decays stay in range."""
     while size > 1 and size * -floor > REACH:
         size = 1 << ((size - 1).bit_length() - 1)
     return size
 
 
 class Decay(ABC):
-    """The decays of a stretch of tokens; everything it returns is as wide as the log decays."""
+    """Decays over a stretch of tokens; results have the dtype of the log decays."""
 
     @abstractmethod
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
-        """q_i . k_j with what fades between them: [..., groups, time, time].
+        """Compute q_i . k_j times the decay between tokens j and i: [..., groups, time, time].
 
-        Zero where j > i + diagonal: `diagonal` is -1 to leave a token's own key out.
+        Zero where j > i + diagonal; with `diagonal` -1 a token's own key is left out.
         """
 
     @abstractmethod
     def from_start(self, x: Tensor) -> Tensor:
-        """`x` [..., time, d] times what is left at each token of the state before the stretch."""
+        """Multiply `x` [..., time, d] by the decay from the start of the stretch to each token."""
 
     @abstractmethod
     def to_end(self, k: Tensor) -> Tensor:
-        """`k` [..., time, d] times what is left of each token's write after the stretch."""
+        """Multiply `k` [..., time, d] by the decay from each token to the end of the stretch."""
 
     @property
     @abstractmethod
     def total(self) -> Tensor:
-        """The sum of log decays over the stretch, to be added to the state's: [..., d or 1]."""
+        """Sum of log decays over the stretch: [..., d or 1]."""
 
 
 class NoDecay(Decay):
-    """Nothing fades; `like` [..., time] says how many tokens there are."""
+    """No decay; `like` [..., time] gives the number of tokens."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
@@ -104,7 +105,7 @@ class ChannelDecay(Decay):
         return torch.einsum("...gid,...jd,...ijd->...gij", q, k, self.between(diagonal))
 
     def between(self, diagonal: int = 0) -> Tensor:
-        """What is left at token i of each channel of token j: [..., time, time, d]."""
+        """Compute the decay of each channel between tokens j and i: [..., time, time, d]."""
         sums = self.sums[..., :, None, :] - self.sums[..., None, :, :]
         seen = _lower(sums[..., 0], diagonal)
         return sums.masked_fill(~seen[..., None], -torch.inf).exp()
@@ -121,11 +122,12 @@ class ChannelDecay(Decay):
 
 
 class FactoredDecay(ChannelDecay):
-    """The same in one matrix product: exp(G_i - G_j) = exp(G_i - a) exp(a - G_j).
+    """One decay for each channel, in one product: exp(G_i - G_j) = exp(G_i - a) exp(a - G_j).
 
-    The anchor a lies in the middle of the range of G, so that each factor spans half of it: over a
-    stretch of `bounded_size` tokens both fit, and with them the product for every j <= i. They also
-    make what fades from the start and to the end, which saves half of the exponentials.
+    The anchor a lies in the middle of the range of G, so that each factor spans half of it. Over
+    `bounded_size` tokens both factors are in range, and so is their product for every j <= i. The
+    same factors give the decays from the start and to the end, which saves half of the
+    exponentials.
     """
 
     def __init__(self, log_decay: Tensor) -> None:
@@ -140,7 +142,7 @@ class FactoredDecay(ChannelDecay):
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
         dtype = k.dtype
         all_pairs = products((q * self.rise.unsqueeze(-3)).to(dtype), (k * self.fall).to(dtype).mT)
-        # what lies above the diagonal may have overflowed, and is dropped here
+        # entries above the diagonal may have overflowed; they are masked here
         return all_pairs.masked_fill(~_lower(all_pairs[..., 0, :, :], diagonal).unsqueeze(-3), 0.0)
 
     def from_start(self, x: Tensor) -> Tensor:
@@ -151,10 +153,10 @@ class FactoredDecay(ChannelDecay):
 
 
 def running_sums(x: Tensor) -> Tensor:
-    """The sums of `x` [..., time, d] over time up to and including each token.
+    """Sum `x` [..., time, d] over time, up to and including each token.
 
-    In rows of eight, whose sums are vector additions: `cumsum` along a dimension that is not the
-    last one goes number by number.
+    It adds rows of eight tokens as vectors, because `cumsum` along any dimension but the last is
+    scalar.
     """
     time = x.shape[-2]
     if time % ROW or time == ROW:
@@ -168,12 +170,12 @@ def running_sums(x: Tensor) -> Tensor:
 
 
 def products(q: Tensor, m: Tensor) -> Tensor:
-    """The product of q [..., groups, time, a] and m [..., a, b]: the groups are further rows."""
+    """Multiply q [..., groups, time, a] by m [..., a, b], with the groups as further rows."""
     return torch.unflatten(q.flatten(-3, -2) @ m, -2, q.shape[-3:-1])
 
 
 def _beside(factors: Tensor, x: Tensor) -> Tensor:
-    """Factors [..., time, d] beside x, which may have groups before its time."""
+    """Broadcast factors [..., time, d] to x, which may have groups before its time."""
     return factors if factors.dim() == x.dim() else factors.unsqueeze(-3)
 
 

@@ -1,8 +1,9 @@
-"""Delta rules: a token first takes out what the state holds under its key, then writes.
+"""Delta rules: a token overwrites what the state holds under its key.
 
 S_t = A_t S_{t-1} + b_t k_t (v_t - k_t A_t S_{t-1})^T, o_t = q_t S_t, with a diagonal decay A_t.
-What token t really writes under its key, u_t = b_t (v_t - k_t A_t S_{t-1}), depends on the writes
-before it; over a stretch of tokens that is one triangular system. Yang et al., 2024 (arXiv
+
+The value that token t adds under its key is u_t = b_t (v_t - k_t A_t S_{t-1}), which depends on the
+writes before it. Over a stretch of tokens that is one triangular system. Yang et al., 2024 (arXiv
 2406.06484), section 3.2, and with decays 2024 (arXiv 2412.06464), section 3.3.
 """
 
@@ -23,7 +24,10 @@ from reroll.rewrite.pipeline.options import option
 def stretch(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All tokens at once. q [..., groups, time, d_k], k, v [..., time, d], beta [..., time]."""
+    """Compute all tokens at once.
+
+    q [..., groups, time, d_k], k, v [..., time, d], beta [..., time].
+    """
     held = decay.from_start(k) @ state
     u = solved(k, beta, decay, beta[..., None] * (v - held))
     out = products(decay.scores(q, k), u) + products(decay.from_start(q), state)
@@ -40,10 +44,10 @@ def chunks(
     state: Tensor,
     size: int,
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k].
+    """Compute the same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k].
 
-    The system is solved without the state, for the values and for what a state would hold under
-    the keys; then the state goes through the chunks.
+    The system is first solved without the state, for the values and for the decayed keys, with
+    which the state is multiplied later. Then the state goes through the chunks in order.
     """
     time = k.shape[2]
     q = cut(q, size, 3).transpose(2, 3)  # [batch, kv_heads, chunks, groups, size, d_k]
@@ -66,29 +70,29 @@ def chunks(
 def step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, kept: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token; `kept` [batch, kv_heads, d_k or 1] is what stays of the state."""
+    """Compute one token; `kept` [batch, kv_heads, d_k or 1] is the decay of the state."""
     state = update(k, v, beta, kept[..., None] * state)
     return torch.matmul(q, state), state
 
 
 def update(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> Tensor:
-    """The state after what it holds under `k` went `beta` of the way to `v`."""
+    """Move what the state holds under `k` by the part `beta` towards `v`; return the new state."""
     held = torch.matmul(k[..., None, :], state)[..., 0, :]
     return state + k[..., :, None] * (beta[..., None] * (v - held))[..., None, :]
 
 
 def solved(k: Tensor, beta: Tensor, decay: Decay, right: Tensor) -> Tensor:
-    """(I + A)^-1 right, where A_ij = beta_i k_i . k_j with what fades between them, j < i."""
+    """Solve (I + A) u = right, with A_ij = beta_i k_i . k_j times the decay between them, j < i."""
     mutual = decay.scores((beta[..., None] * k).unsqueeze(-3), k, diagonal=-1).squeeze(-3)
-    # the diagonal is taken as ones, whatever stands there
+    # `unitriangular` takes the diagonal as ones, whatever its entries are
     result: Tensor = torch.linalg.solve_triangular(mutual, right, upper=False, unitriangular=True)
     return result
 
 
 class Delta(Mixer):
-    """What the delta rules have in common; `beta` is their last gate."""
+    """Base class of the delta rules; `beta` is their last gate."""
 
-    # what is rounded in a triangular system ends up in every token after it
+    # a rounding error in a triangular system affects every later token
     chunks_wide = True
 
     negative: bool = option(
@@ -110,7 +114,7 @@ class Delta(Mixer):
         return 5 * d_k * d_v
 
     def strength(self, shape: tuple[int, ...] = ()) -> Gate:
-        """The gate beta."""
+        """Return the gate beta."""
         return strength_gate("beta", shape, 2.0 if self.negative else 1.0)
 
     def prepare(
@@ -120,6 +124,6 @@ class Delta(Mixer):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors of length one, up to a small floor under the length."""
+    """Scale vectors to length one, with a small floor under the length."""
     x = wide(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

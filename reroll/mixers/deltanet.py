@@ -1,4 +1,4 @@
-"""DeltaNet: a linear attention that overwrites.
+"""DeltaNet: a linear attention that overwrites values under a key.
 
 S_t = (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t, with keys of length one: Schlag et
 al., 2021 (arXiv 2102.11174), equation 24; Yang et al., 2024 (arXiv 2406.06484). With b up to 2 the
@@ -17,7 +17,7 @@ from reroll.mixers.gates import Gate
 
 
 class DeltaNet(delta_form.Delta):
-    """DeltaNet: a state that overwrites what it holds under a key."""
+    """DeltaNet: the delta rule, which overwrites the value under a key."""
 
     name = "deltanet"
     core = Core("none", delta=True)

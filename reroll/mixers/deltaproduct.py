@@ -71,7 +71,7 @@ class DeltaProduct(delta_form.Delta):
     def stepwise(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Every overwrite as a token of its own: the first one fades, the last one is read."""
+        """Expand each overwrite to a token of its own: the first decays, the last is read."""
         log_decay, beta, keys, values = gates
         k = torch.cat([k.unsqueeze(3), keys.to(k.dtype)], 3).flatten(2, 3)
         v = torch.cat([v.unsqueeze(3), values.to(v.dtype)], 3).flatten(2, 3)

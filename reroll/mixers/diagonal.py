@@ -1,4 +1,4 @@
-"""What the mixers with a diagonal decay have in common: S_t = A_t S_{t-1} + k_t v_t^T, o = q S.
+"""Base classes of mixers with a diagonal decay: S_t = A_t S_{t-1} + k_t v_t^T, o = q S.
 
 The first gate is the log decay, one for each head, or one for each channel of the keys.
 """
@@ -21,7 +21,7 @@ class Diagonal(Mixer):
 
     core = Core("head")
 
-    feature_map: Name = option("none", help="what queries and keys go through")
+    feature_map: Name = option("none", help="feature map of queries and keys")
 
     @property
     def key_map(self) -> str:
@@ -31,7 +31,7 @@ class Diagonal(Mixer):
         return ((self.features(d_k), d_v),)
 
     def features(self, d_k: int) -> int:
-        """The channels of a key after the feature map."""
+        """Return the number of channels of a key after the feature map."""
         return FEATURE_MAPS[self.feature_map].size(d_k)
 
     def prepare(
@@ -69,7 +69,7 @@ class ChannelDiagonal(Diagonal):
     floor: float = option(
         -2.5,
         within=Range(below=0),
-        help="log decays below are raised to it; with it goes how long a chunk may be",
+        help="lower bound of log decays; a higher one allows longer chunks",
     )
 
     @property

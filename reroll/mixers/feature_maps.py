@@ -1,6 +1,6 @@
-"""Feature maps: what linear attention puts in the place of the exponential of a score.
+"""Feature maps, with which linear attention replaces the exponential of a score.
 
-Each is a function of the last dimension without parameters: where a paper learns a projection
+Each is a function of the last dimension without parameters. Where a paper learns a projection
 before it (Hedgehog, T2R), that projection is an ordinary operation of the program.
 """
 
@@ -28,12 +28,12 @@ class FeatureMap:
     size: Callable[[int], int]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The features of `x`, computed in fp32."""
+        """Compute the features of `x`, in fp32."""
         return self.function(wide(x))
 
 
 def _hedgehog(x: Tensor) -> Tensor:
-    # the floor is that of the paper's code: a feature may be small, not zero
+    # the floor of the paper's code, so that no feature is zero
     return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1).clamp(min=1e-12)
 
 

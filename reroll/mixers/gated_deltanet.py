@@ -1,7 +1,7 @@
-"""Gated DeltaNet: the delta rule on a state that fades.
+"""Gated DeltaNet: the delta rule on a state that decays.
 
 S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t, a = exp(g): Yang et al., 2024
-(arXiv 2412.06464), equation 10. The decay comes before the state is read under the key.
+(arXiv 2412.06464), equation 10. The state decays before it is read under the key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from reroll.mixers.gates import Gate, inverse_softplus, wide
 
 
 class GatedDeltaNet(delta_form.Delta):
-    """Gated DeltaNet: overwrites under a key, and fades by one number for each head."""
+    """Gated DeltaNet: the delta rule, with one decay for each head."""
 
     name = "gated_deltanet"
     core = Core("head", delta=True)
@@ -48,7 +48,7 @@ class GatedDeltaNet(delta_form.Delta):
 
 
 def decay_of_softplus() -> Gate:
-    """The log decay -softplus(raw): Mamba-2's and Gated DeltaNet's, with their A as one."""
+    """Return the gate log decay = -softplus(raw), as in Mamba-2 and Gated DeltaNet with A = 1."""
     return Gate(
         name="log_decay",
         role="decay",

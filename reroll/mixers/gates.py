@@ -1,10 +1,10 @@
-"""Gates: what a mixer is driven by beside queries, keys and values, and how each one comes about.
+"""Gates of mixers, such as decays and write strengths, and how their values are computed.
 
-A gate tensor is [batch, kv_heads, time, *shape], in fp32, and is computed by ordinary operations
-outside of the mixer. A mixer declares for each gate where its values come from when a pass makes
-one: from a raw number of a learned projection (`activation`, and `inverse` for the bias that gives
-a wanted value), or from the key projection with no new weights (`from_key`, Liger's construction,
-arXiv 2503.01496, as its paper and as its released code have it).
+A gate tensor is [batch, kv_heads, time, *shape], in fp32. Ordinary operations compute it outside of
+the mixer. A mixer declares for each gate how a pass computes it. `activation` maps a raw number of
+a learned projection, and `inverse` gives the bias for a wanted value. `from_key` maps the key
+projection, with no new weights: Liger's construction (arXiv 2503.01496), as in its paper or in its
+released code.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Gate:
     """One gate of a mixer.
 
     Attributes:
-        name: what the mixer calls it.
-        role: what it does: `decay` (log of what is kept of the state, 0 or less), `write` (how
-            strongly a token writes), `bonus` (what a token reads of itself), or a further `key` or
-            `value` of the token.
+        name: its name in the mixer.
+        role: what it does. `decay` is the log of the part of the state that is kept, 0 or less.
+            `write` is how strongly a token writes. `bonus` is what a token reads of its own write.
+            `key` and `value` are a further key or value of the token.
         shape: sizes after [batch, kv_heads, time].
-        low, high: the range of values that the mathematics allows.
-        floor: values below are raised to it by the mixer itself, in all forms, so that the one
-            matrix product of a chunk stays in range.
-        neutral: the value at which a token leaves the state alone; padded tokens get it.
+        low, high: the range of values that the mixer's equations allow.
+        floor: lower values are raised to it by the mixer itself, in all forms, so that the matrix
+            product of a chunk stays in range.
+        neutral: the value at which a token leaves the state unchanged; padded tokens get it.
         activation: from a raw number, such as a projection of the layer's input, to a value.
-        inverse: from a value to the raw number; None where nobody wants to choose one.
-        usual: a constant to start from where nothing better is known, if there is one.
+        inverse: from a value to the raw number; None where no initial value is chosen.
+        usual: a constant to start from where no better one is known, if there is one.
         from_key: from the key projection [batch, kv_heads, time, d_k] before its rotary embedding
-            to the gate, by where the formula is from: `paper` or `code`.
+            to the gate, by the source of the formula: `paper` or `code`.
     """
 
     name: str
@@ -65,7 +65,7 @@ def decay_gate(
     floor: float | None = None,
     from_key: Mapping[str, Map] | None = None,
 ) -> Gate:
-    """The log decay of a state: log sigmoid(raw) / normaliser, for each head or each channel."""
+    """Return the gate log decay = log sigmoid(raw) / normaliser, for each head or each channel."""
     return Gate(
         name="log_decay",
         role="decay",
@@ -79,7 +79,7 @@ def decay_gate(
 
 
 def strength_gate(name: str = "beta", shape: tuple[int, ...] = (), top: float = 1.0) -> Gate:
-    """How strongly a token writes: sigmoid(raw) * top."""
+    """Return the gate write strength = sigmoid(raw) * top."""
     return Gate(
         name=name,
         role="write",
@@ -93,26 +93,26 @@ def strength_gate(name: str = "beta", shape: tuple[int, ...] = (), top: float = 
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least fp32."""
+    """Convert to fp32; leave fp64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def pooled(k: Tensor) -> Tensor:
-    """One number for each head and token: the mean over the key's channels."""
+    """Average over the key's channels: one number for each head and token."""
     return wide(k).mean(-1)
 
 
 def log_sigmoid(x: Tensor, normaliser: float = 1.0) -> Tensor:
-    """The log of sigmoid(x), divided by `normaliser`, in fp32."""
+    """Compute the log of sigmoid(x), divided by `normaliser`, in fp32."""
     return F.logsigmoid(wide(x)) / normaliser
 
 
 def inverse_softplus(value: float) -> float:
-    """The number whose softplus is `value`."""
+    """Return the number whose softplus is `value`."""
     return value + math.log(-math.expm1(-value))
 
 
 def logit(value: float) -> float:
-    """The number whose sigmoid is `value`, which is kept off 0 and 1."""
+    """Return the number whose sigmoid is `value`, clamped away from 0 and 1."""
     value = min(max(value, 1e-6), 1 - 1e-6)
     return math.log(value) - math.log1p(-value)

@@ -11,7 +11,7 @@ from reroll.mixers.gates import LIGER_NORMALISER, Gate, decay_gate, log_sigmoid
 
 
 class GLA(ChannelDiagonal):
-    """Gated linear attention: a state whose rows fade each by its own number."""
+    """Gated linear attention: a state with one decay for each channel of the key."""
 
     name = "gla"
 

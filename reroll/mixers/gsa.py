@@ -1,4 +1,4 @@
-"""Gated slot attention: softmax attention over a fixed number of slots that fade.
+"""Gated slot attention: softmax attention over a fixed number of slots that decay.
 
 K_t = diag(exp g_t) K_{t-1} + s_t k_t^T, V_t = diag(exp g_t) V_{t-1} + s_t v_t^T with s = 1 - exp g;
 o_t = softmax(K_t q_t)^T V_t: Zhang et al., 2024 (arXiv 2409.07146), equation 7. K and V have a row
@@ -18,12 +18,12 @@ from reroll.mixers.gates import LIGER_NORMALISER, Gate, Map, decay_gate, log_sig
 from reroll.mixers.linear_form import chain, cut, joined
 from reroll.rewrite.pipeline.options import option
 
-# under a sum of weights that is 0 before the first token
+# lower bound of a divisor: the sum of weights is 0 before the first token
 NOTHING = 1e-30
 
 
 class GSA(Mixer):
-    """Gated slot attention: a softmax over slots, each with a key and a value that fade."""
+    """Gated slot attention: softmax over slots, each with a key and a value that decay."""
 
     name = "gsa"
     divides = "log_mass"
@@ -33,10 +33,10 @@ class GSA(Mixer):
     floor: float = option(
         -2.5,
         within=Range(below=0),
-        help="log decays below are raised to it; with it goes how long a chunk may be",
+        help="lower bound of log decays; a higher one allows longer chunks",
     )
     log_mass: bool = option(
-        False, help="values end in a one, and what is read of it is the log of the weights' sum"
+        False, help="return the log of the sum of weights in the last channel, where values are one"
     )
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
@@ -47,7 +47,7 @@ class GSA(Mixer):
         return (decay_gate((self.slots,), 8.0, self.floor, liger),)
 
     def pool(self, k: Tensor) -> Tensor:
-        """The channels of a key averaged to the number of slots."""
+        """Average the channels of a key to one number for each slot."""
         averaged: Tensor = torch.nn.functional.adaptive_avg_pool1d(k.flatten(0, 1), self.slots)
         return averaged.view(*k.shape[:-1], self.slots)
 
@@ -96,10 +96,10 @@ class GSA(Mixer):
         return self.weighed(scores.softmax(-1) @ values, scores), (keys, values)
 
     def weighed(self, out: Tensor, scores: Tensor) -> Tensor:
-        """With `log_mass`: the mean over what has been written, and the log of its weights' sum.
+        """Compute the mean over written tokens and the log of the sum of their weights.
 
-        The last channel of `out` is how much of what was read had been written: slots that are
-        empty have a score, and nothing else.
+        The last channel of `out` is the part of the softmax weights that lies on written content.
+        An empty slot has a score, but no value. Without `log_mass`, `out` is returned as it is.
         """
         if not self.log_mass:
             return out

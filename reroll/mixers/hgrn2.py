@@ -1,4 +1,4 @@
-"""HGRN2: the key is what the decay lets go.
+"""HGRN2: the key is what the decay removes, 1 - f.
 
 S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T, o_t = q_t S_t: Qin et al., 2024 (arXiv 2404.07904),
 equation 9. `k` itself is not read; f = lower_bound + (1 - lower_bound) sigmoid(raw).
@@ -18,7 +18,7 @@ from reroll.rewrite.pipeline.options import option
 
 
 class HGRN2(ChannelDiagonal):
-    """HGRN2: a state that writes as much as it forgets, channel by channel."""
+    """HGRN2: one decay for each channel, whose complement is the key."""
 
     name = "hgrn2"
     core = Core("channel", key="forgotten")
@@ -46,7 +46,7 @@ class HGRN2(ChannelDiagonal):
         return (gate,)
 
     def log_decay(self, raw: Tensor) -> Tensor:
-        """The log of lower_bound + (1 - lower_bound) sigmoid(raw)."""
+        """Compute the log of lower_bound + (1 - lower_bound) sigmoid(raw)."""
         if self.lower_bound == 0:
             return log_sigmoid(raw)
         return (self.lower_bound + (1 - self.lower_bound) * log_sigmoid(raw).exp()).log()

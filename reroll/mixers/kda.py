@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: the delta rule on a state that fades channel by channel.
+"""Kimi Delta Attention: the delta rule on a state that decays channel by channel.
 
 S_t = (I - b_t k_t k_t^T) diag(exp g_t) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t: Kimi team, 2025
 (arXiv 2510.26692), equation 1. The gate is bounded: g = floor * sigmoid(raw).
@@ -18,7 +18,7 @@ from reroll.rewrite.pipeline.options import option
 
 
 class KDA(delta_form.Delta):
-    """Kimi Delta Attention: overwrites under a key, and fades channel by channel."""
+    """Kimi Delta Attention: the delta rule, with one decay for each channel of the key."""
 
     name = "kda"
     core = Core("channel", delta=True)
@@ -26,7 +26,7 @@ class KDA(delta_form.Delta):
     floor: float = option(
         -5.0,
         within=Range(below=0),
-        help="the lowest log decay; with it goes how long a chunk may be",
+        help="the lowest log decay; a higher one allows longer chunks",
     )
 
     @property

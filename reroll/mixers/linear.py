@@ -1,4 +1,4 @@
-"""Linear attention: nothing is forgotten, and the weights that a token gives add up to one.
+"""Linear attention: no decay, and the weights over all tokens so far sum to one.
 
 S_t = S_{t-1} + phi(k_t) v_t^T, z_t = z_{t-1} + phi(k_t), o_t = phi(q_t) S_t / (phi(q_t) . z_t):
 Katharopoulos et al., 2020 (arXiv 2006.16236), equations 18 to 20.
@@ -18,7 +18,8 @@ from reroll.mixers.feature_maps import Name
 from reroll.mixers.gates import Gate
 from reroll.rewrite.pipeline.options import option
 
-# under the sum of weights, which is 0 before the first token and where no feature is active
+# lower bound of the divisor: the sum of weights is 0 before the first token, and where no feature
+# is active
 FLOOR = 1e-6
 
 
@@ -29,7 +30,7 @@ class Linear(Diagonal):
     core = Core("none", counts=True)
     divides = "normalise"
 
-    feature_map: Name = option("elu", help="what queries and keys go through")
+    feature_map: Name = option("elu", help="feature map of queries and keys")
     normalise: bool = option(True, help="divide by the sum of weights")
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
@@ -69,14 +70,14 @@ class Linear(Diagonal):
         return self.split(*linear_form.step(q, k, _counted(v), kept, _joint(state)))
 
     def split(self, sums: Tensor, state: Tensor) -> Result:
-        """The output from sums of values and of weights, and the two parts of the state."""
+        """Compute the output from sums of values and weights; split the state into its parts."""
         values, weights = sums[..., :-1], sums[..., -1:]
         out = values / weights.clamp(min=FLOOR) if self.normalise else values
         return out, (state[..., :-1], state[..., -1])
 
 
 def _counted(v: Tensor) -> Tensor:
-    """Values with a column of ones, in which the weights add up."""
+    """Append a channel of ones to values, which sums the weights."""
     return torch.cat([v, torch.ones_like(v[..., :1])], -1)
 
 

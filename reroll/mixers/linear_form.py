@@ -18,10 +18,10 @@ from reroll.mixers.decay import Decay, products
 def stretch(
     q: Tensor, k: Tensor, v: Tensor, decay: Decay, state: Tensor, diagonal: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """All tokens at once: what each sees of the others, and of the state before them.
+    """Compute all tokens at once: reads of the others' writes, and of the state before them.
 
     q [..., groups, time, d_k], k [..., time, d_k], v [..., time, d_v], state [..., d_k, d_v]. With
-    `diagonal` -1 a token does not see its own write.
+    `diagonal` -1 a token does not read its own write.
     """
     out = products(decay.scores(q, k, diagonal), v) + products(decay.from_start(q), state)
     return out, decay.total.exp()[..., None] * state + decay.to_end(k).mT @ v
@@ -38,9 +38,10 @@ def chunks(
     diagonal: int = 0,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k].
+    """Compute the same in chunks of `size` tokens. `log_decay`: [..., time] or [..., time, d_k].
 
-    `wide`: what is read is not rounded to the dtype of the inputs, for sums that divide others.
+    With `wide` the output is not rounded to the dtype of the inputs: it has sums that divide
+    others.
     """
     time, dtype = k.shape[2], k.dtype
     q, k, v, log_decay = (cut(t, size, dim) for t, dim in ((q, 3), (k, 2), (v, 2), (log_decay, 2)))
@@ -55,23 +56,23 @@ def chunks(
 
 
 def read(scores: Tensor, v: Tensor, q: Tensor, states: Tensor) -> Tensor:
-    """The sum scores @ v + q @ states as one product, rounded once, to the dtype of `v`."""
+    """Compute scores @ v + q @ states as one product, rounded once, to the dtype of `v`."""
     dtype = v.dtype
     left = torch.cat([scores.to(dtype), q.to(dtype)], -1)
     return products(left, torch.cat([v, states], -2))
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token; `kept` [batch, kv_heads, d_k or 1] is what stays of the state."""
+    """Compute one token; `kept` [batch, kv_heads, d_k or 1] is the decay of the state."""
     state = kept[..., None] * state + k[..., :, None] * v[..., None, :]
     return torch.matmul(q, state), state
 
 
 def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before each chunk, in the dtype of the writes, and after the last.
+    """Return the state before each chunk, in the dtype of the writes, and the one after the last.
 
-    `writes` [batch, kv_heads, chunks, d_k, d_v] is what each chunk adds, `total` [batch, kv_heads,
-    chunks, d_k or 1] the log of what it leaves of the state before it.
+    `writes` [batch, kv_heads, chunks, d_k, d_v] is what each chunk adds. `total` [batch, kv_heads,
+    chunks, d_k or 1] is the log decay over each chunk.
     """
     kept = total.exp()[..., None]
     before = []
@@ -82,7 +83,7 @@ def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]
 
 
 def cut(x: Tensor, size: int, dim: int, fill: float = 0.0) -> Tensor:
-    """Time into [chunks, size]; tokens of `fill`, which change nothing, complete the last chunk."""
+    """Reshape time to [chunks, size], padded with tokens of `fill`, which write nothing."""
     missing = -x.shape[dim] % size
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing), value=fill)
@@ -90,5 +91,5 @@ def cut(x: Tensor, size: int, dim: int, fill: float = 0.0) -> Tensor:
 
 
 def joined(out: Tensor, time: int) -> Tensor:
-    """[batch, kv_heads, chunks, groups, size, d_v] to [batch, kv_heads, groups, time, d_v]."""
+    """Reshape [batch, kv_heads, chunks, groups, size, d_v] to [..., groups, time, d_v]."""
     return out.transpose(2, 3).flatten(3, 4)[..., :time, :]

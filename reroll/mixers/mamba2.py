@@ -1,8 +1,8 @@
-"""Mamba-2 (state-space duality): one decay for each head, and a step size that scales what is read.
+"""Mamba-2 (state-space duality): one decay for each head, and a step size that scales the write.
 
 S_t = exp(g_t) S_{t-1} + dt_t B_t x_t^T, y_t = C_t S_t, with k = B, v = x, q = C and g = -A dt: Dao
 and Gu, 2024 (arXiv 2405.21060), section 6. The skip D x, the convolution and the gated norm act on
-each token or window alone and are ordinary operations of the program.
+each token or window alone. They are ordinary operations of the program.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reroll.mixers.gates import Gate, inverse_softplus, pooled, wide
 
 
 class Mamba2(Diagonal):
-    """Mamba-2: a state that fades by one number for each head, with a gate on what it takes in."""
+    """Mamba-2: one decay for each head, and a step size that scales the write."""
 
     name = "mamba2"
     core = Core("head", key="gated")

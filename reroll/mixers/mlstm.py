@@ -17,7 +17,7 @@ from reroll.mixers.decay import products
 from reroll.mixers.gates import Gate, decay_gate, log_sigmoid, pooled
 from reroll.mixers.linear_form import chain, cut, joined, read
 
-# as xLSTM-7B has it, added to the denominator
+# added to the denominator, as in xLSTM-7B
 EPS = 1e-6
 
 
@@ -28,7 +28,7 @@ class MLSTM(Mixer):
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         forget = decay_gate(from_key={"paper": lambda k: log_sigmoid(pooled(k))})
-        # the log of a write strength that has no bound
+        # the log of a write strength, unbounded
         write = Gate(
             name="log_write",
             role="write",
@@ -73,7 +73,7 @@ class MLSTM(Mixer):
         states, end = chain(writes, total[..., None], torch.cat([c, n[..., None]], -1))
         scores = products(q, k.mT) * stretch.weights(tops).unsqueeze(-3)
         faded = q * stretch.left(before, tops).unsqueeze(-2).unsqueeze(-1)
-        # the sum that divides is not rounded
+        # fp32: the last channel is a divisor, which must not be rounded
         sums = read(scores, v.to(c.dtype), faded, states)
         out = joined(_read(sums, tops), time)
         return out, (end[..., :-1], end[..., -1], ends[..., -1])
@@ -92,19 +92,19 @@ class MLSTM(Mixer):
 
 
 class _Stretch:
-    """Sums of log gates over a stretch [..., time], and weights below a given top."""
+    """Sums of log gates over a stretch [..., time], and weights relative to a running maximum."""
 
     def __init__(self, forget: Tensor, write: Tensor) -> None:
         self.sums = forget.cumsum(-1)
         self.write = write
 
     def tops(self, before: Tensor) -> Tensor:
-        """The running maximum m at each token, from the one before the stretch."""
+        """Compute the running maximum m at each token, from that before the stretch."""
         highest = (self.write - self.sums).cummax(-1).values
         return self.sums + torch.maximum(highest, before[..., None])
 
     def ends(self, before: Tensor) -> Tensor:
-        """The running maximum before the first of several stretches, and after each of them."""
+        """Compute the running maximum before the first of several stretches, and after each."""
         own = (self.sums[..., -1:] - self.sums + self.write).amax(-1)
         found = [before]
         for i in range(own.shape[-1]):
@@ -112,22 +112,22 @@ class _Stretch:
         return torch.stack(found, -1)
 
     def weights(self, tops: Tensor) -> Tensor:
-        """What token i sees of the write of token j <= i: [..., time, time]."""
+        """Compute the weight of token j's write at token i >= j: [..., time, time]."""
         between = self.sums[..., :, None] - self.sums[..., None, :] + self.write[..., None, :]
         seen = torch.ones_like(between[(0,) * (between.dim() - 2)], dtype=torch.bool).tril()
         return (between - tops[..., None]).masked_fill(~seen, -torch.inf).exp()
 
     def left(self, before: Tensor, tops: Tensor) -> Tensor:
-        """What each token sees of the state before the stretch: [..., time]."""
+        """Compute the weight at each token of the state before the stretch: [..., time]."""
         return (self.sums + before[..., None] - tops).exp()
 
     def writes(self, end: Tensor) -> Tensor:
-        """What is left of each token's write after the stretch: [..., time]."""
+        """Compute the weight of each token's write in the state after the stretch: [..., time]."""
         return (self.sums[..., -1:] - self.sums + self.write - end[..., None]).exp()
 
 
 def _counted(v: Tensor) -> Tensor:
-    """Values with a column of ones, in which n adds up."""
+    """Append a channel of ones to values, which sums the keys' weights to n."""
     return torch.cat([v, torch.ones_like(v[..., :1])], -1)
 
 

@@ -1,7 +1,7 @@
 """Packed sequences: several in one row.
 
-`apart` takes them apart into rows of their own and puts them back, for any form of a mixer;
-`in_one_row` hands all of them to a form that is told where they begin, as kernels are.
+`apart` runs any form of a mixer on each of them as a row of its own. `in_one_row` passes all of
+them as one row to a form that takes their start positions, as kernels do.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ States = tuple[Tensor, ...]
 
 
 def opens(segments: Tensor) -> Tensor:
-    """Which tokens begin a segment, of `segments` [batch, time]: those whose number is another than
-    that of the token before, and the first of each row.
+    """Mark the first token of each segment, from `segments` [batch, time].
+
+    It is a token whose number differs from that of the token before, or the first of a row.
     """
     first = torch.ones_like(segments, dtype=torch.bool)
     first[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -36,15 +37,15 @@ def apart(
 ) -> tuple[Tensor, States]:
     """Run `form` on each segment as a row of its own.
 
-    `segments` [batch, time]: a segment goes on as long as the number stays the same. The first
-    segment of each row goes on from `state`, every other one from zeros; the state that comes back
-    is that of each row's last segment. The number of segments is read from the tensor, so this
-    does not compile into one graph.
+    A segment of `segments` [batch, time] continues as long as the number stays the same. The first
+    segment of each row continues from `state`, all others from zeros. The returned state is that of
+    each row's last segment. The number of segments is read from the tensor, so this does not
+    compile into one graph.
     """
     batch, time = segments.shape
     first = opens(segments)
     flat = first.flatten()
-    row = flat.cumsum(0) - 1  # [batch * time], the segment that a token is in
+    row = flat.cumsum(0) - 1  # [batch * time], the segment of each token
     starts = flat.nonzero()[:, 0]
     place = torch.arange(batch * time, device=flat.device) - starts[row]
     lengths = torch.bincount(row)
@@ -64,10 +65,11 @@ def apart(
 
 
 def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[..., Any]:
-    """A form for `segments` [batch, time], from `form(starts)`: one that takes all tokens as one
-    row and is told where sequences begin, and where the last one ends, int32 [sequences + 1].
+    """Make a form for packed `segments` [batch, time] out of `form(starts)`.
 
-    States go on as in `apart`, and the number of segments is read from the tensor as there.
+    `form(starts)` takes all tokens as one row; `starts`, int32 [sequences + 1], has where each
+    sequence begins and where the last one ends. States continue as in `apart`, and the number of
+    segments is read from the tensor as there.
     """
     first = opens(segments)
     begins = first.flatten().nonzero()[:, 0]
@@ -75,7 +77,7 @@ def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[...,
     run = form(starts)
 
     def one(x: Tensor, time: int) -> Tensor:
-        """[batch, ..., time, ...] to [1, ..., batch * time, ...]."""
+        """Reshape [batch, ..., time, ...] to [1, ..., batch * time, ...]."""
         return x.movedim(time, 1).flatten(0, 1)[None].movedim(1, time)
 
     def packed(
@@ -91,7 +93,7 @@ def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[...,
 
 
 def _states(state: States, first: Tensor) -> tuple[States, Tensor]:
-    """The state that each segment begins with, and the number of each row's last segment."""
+    """Return the initial state of each segment, and the number of each row's last segment."""
     ends = first.sum(1).cumsum(0)
     rows = torch.cat([ends.new_zeros(1), ends[:-1]])
     count = int(ends[-1])

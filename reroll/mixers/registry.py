@@ -1,4 +1,4 @@
-"""Where mixers are found: every module of this folder, and entry points of `reroll.mixers`."""
+"""Find mixers: in every module of this folder, and in entry points of `reroll.mixers`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reroll.rewrite.pipeline.registry import Registry
 
 
 def make(name: str, options: str | Mapping[str, Any] = "{}") -> Mixer:
-    """A mixer with its options, given as a mapping or as JSON text.
+    """Return a mixer with its options, given as a mapping or as JSON text.
 
     Raises UsageError if the mixer has no such option, or the value is not one that it takes.
     """
@@ -35,7 +35,7 @@ def _make(name: str, text: str) -> Mixer:
 
 
 class _Rule:
-    """A mixer as the op `recurrence` and its costs see it."""
+    """Interface of a mixer to the op `recurrence` and its costs."""
 
     def __init__(self, name: str) -> None:
         self.name = name

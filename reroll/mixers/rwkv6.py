@@ -1,7 +1,7 @@
-"""RWKV-6 (Finch): a token reads the state as it was before it, and itself by a bonus.
+"""RWKV-6 (Finch): a token reads the state before its own write, and that write by a bonus.
 
 o_t = q_t (S_{t-1} + diag(u_t) k_t v_t^T), S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, g = -exp(raw):
-Peng et al., 2024 (arXiv 2404.05892), equations 18 and 19. RWKV has one bonus u for all tokens; with
+Peng et al., 2024 (arXiv 2404.05892), equations 18 and 19. RWKV has one bonus u for all tokens. With
 u = 1 a token reads what it writes, and its decay acts one token later than in GLA.
 """
 
@@ -73,11 +73,11 @@ class RWKV6(ChannelDiagonal):
 
 
 def _before(q: Tensor, log_decay: Tensor) -> Tensor:
-    """Queries that undo their own token's decay, not rounded yet."""
+    """Multiply queries by the inverse of their own token's decay, in fp32."""
     return q * (-log_decay).exp().unsqueeze(2)
 
 
 def _own(q: Tensor, k: Tensor, v: Tensor, bonus: Tensor) -> Tensor:
-    """What each token reads of its own write."""
+    """Compute what each token reads of its own write."""
     score = (q * (bonus * k).unsqueeze(2)).sum(-1, keepdim=True)
     return score * v.unsqueeze(2)

@@ -1,4 +1,4 @@
-"""Find phases: say which layers do alike things, what each contributes, and what each is for."""
+"""Find phases: group similar layers, and measure what each sublayer and each layer contributes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from reroll.rewrite.ir.patterns import Miss
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.pipeline.base import Context, Pass, option
 
-# skipping every layer runs the model as often as it has layers
+# few tokens: with `skips` the model runs once for each layer
 SKIP_TOKENS = 128
 
 
@@ -38,15 +38,15 @@ class FindPhases(Pass):
     """Say into which phases the layers fall, what each sublayer adds, and what each layer is for.
 
     An analysis: the program stays as it is, and the remarks are the result. Phases are contiguous
-    runs of layers with like outputs (Block-Recurrent Hypothesis, arXiv 2512.19941): for every
-    number from 2 to `most`, those with the least cosine distance inside them, and beside them what
-    repeated maximum cuts find without asking that a phase be contiguous. `tie(phases=auto)` ties
-    within the phases that are found here.
+    runs of layers with similar outputs (Block-Recurrent Hypothesis, arXiv 2512.19941). For every
+    number of phases from 2 to `most`, the remarks name those with the least cosine distance inside
+    them. They also name the clusters of repeated maximum cuts, which need not be contiguous.
+    `tie(phases=auto)` ties within the phases that are found here.
 
-    Further remarks: angular distance from layer to layer; the segmentation by linear CKA; the norm
-    of what every sublayer writes into the residual stream, relative to the stream; and, unless
-    `skips` is off, how far the output moves when one layer is left out (KL divergence in nats for
-    logits, else relative RMS error).
+    Further remarks: the angular distance from layer to layer; the segmentation by linear CKA; the
+    norm of each sublayer's output relative to the residual stream. Unless `skips` is off, each
+    layer is left out once, and the change of the output measured. It is KL divergence in nats for
+    logits, else relative RMS error.
     """
 
     name = "find_phases"
@@ -82,7 +82,7 @@ class FindPhases(Pass):
 
 
 def _described(phases: Phases, distances: torch.Tensor) -> str:
-    """A segmentation, and whether cuts that need not be contiguous give the same."""
+    """Describe a segmentation, and whether cuts that need not be contiguous agree with it."""
     count = len(phases.starts)
     clusters = bisections(distances, count)
     index = phases.index()
@@ -100,7 +100,7 @@ def _layers(cluster: list[int]) -> str:
 
 
 def _contributions(program: Program, loop: Loop, context: Context) -> list[str]:
-    """How large what each sublayer writes is, relative to the stream that it is added to."""
+    """Measure the norm of what each sublayer adds, relative to the residual stream."""
     place = next(n for n in loop.body.graph.nodes if n.op == "placeholder")
     stream = Tracer(program).trace(place)
     if isinstance(stream, Miss):
@@ -118,7 +118,7 @@ def _contributions(program: Program, loop: Loop, context: Context) -> list[str]:
 
 
 def _sublayer(node: fx.Node) -> str:
-    """The module whose weight makes a value, or the node's own name."""
+    """Return the module of the nearest weight that a value depends on, or else the node's name."""
     seen = [node]
     for current in seen:
         weights = [n for n in current.all_input_nodes if n.op == "get_attr"]
@@ -129,7 +129,7 @@ def _sublayer(node: fx.Node) -> str:
 
 
 def _skips(program: Program, loop: Loop, context: Context) -> str:
-    """What leaving out each layer does to the output."""
+    """Measure how far the output changes when each layer is left out."""
     inputs = calibration_inputs(program, context, SKIP_TOKENS, SKIP_TOKENS)[:1]
     output = measured_output(program)
 

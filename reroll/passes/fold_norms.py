@@ -1,4 +1,4 @@
-"""Fold norms: LayerNorm becomes RMSNorm, its mean and its affine part go into the weights."""
+"""Fold norms: turn LayerNorm into RMSNorm, with its mean and its affine part in other weights."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class FoldNorms(Pass):
     """Turn LayerNorm into RMSNorm, exactly, where a stack of layers is pre-norm.
 
     Jiang et al., "Pre-RMSNorm and Pre-CRMSNorm Transformers" (arXiv 2305.14858), section 3. A
-    LayerNorm takes the mean over the channels away first. If everything that writes to the residual
-    stream has mean zero, there is none to take away: so the matrices and biases that write to the
-    stream are centred over their outputs, and embeddings over their channels. What cannot be
-    centred in its weights outside loops (an embedding that is also the head, a LayerNorm after the
-    embeddings, a patch projection) gets one explicit mean subtraction there. Layer scales are
-    multiplied into the matrix before them.
+    LayerNorm first subtracts the mean over the channels. If everything that writes to the residual
+    stream has mean zero, that subtraction does nothing. So the matrices and biases that write to
+    the stream are centred over their outputs, and embeddings over their channels. Some writers
+    outside loops cannot be centred in their weights: an embedding that is also the head, a
+    LayerNorm after the embeddings, a patch projection. They get one explicit mean subtraction each.
+    Layer scales are multiplied into the matrix before them.
 
     The norm's weight and bias then go into the linear layers that read it, which gain a bias if
-    they have none. They stay where they are, as the weight of the RMSNorm and an addition after
-    it, if something else reads the norm too or if folding would take another matrix: with tied
-    blocks under norms that differ by depth, or with a head that is tied to the embeddings. `untie`
-    gives the embeddings a table of their own, so that the head can be folded into.
+    they have none. They stay as the weight of the RMSNorm and an addition after it where something
+    else reads the norm too. They also stay where folding would take another matrix. That is so with
+    tied blocks under norms that differ by depth, or with a head that is tied to the embeddings.
+    `untie` gives the embeddings a table of their own, so that the head can be folded into.
 
-    A stream that is read by anything but norms, as in post-norm models, cannot be converted: the
-    nearest miss says which node is in the way. Without any LayerNorm the program stays as it is.
+    A stream that is read by anything but norms, as in post-norm models, cannot be converted; the
+    nearest miss names the node that prevents it. Without any LayerNorm the program stays as it is.
     """
 
     name = "fold_norms"
@@ -88,7 +88,7 @@ class FoldNorms(Pass):
 
 
 class _Folder:
-    """Converts one stream after the other; the graphs are edited in place."""
+    """Converter of residual streams, one after the other; it edits the graphs in place."""
 
     def __init__(self, program: Program, context: Context) -> None:
         self.edit = WeightEditor(program)
@@ -98,7 +98,7 @@ class _Folder:
     # ---- whether a stream can be converted
 
     def convertible(self, norm: fx.Node) -> Stream | Miss:
-        """The stream that a norm reads if it can be converted, or what is in the way."""
+        """Return the stream that a norm reads, or the reason why it cannot be converted."""
         start = norm.args[0]
         assert isinstance(start, fx.Node)
         stream = self.tracer.trace(start)
@@ -121,16 +121,16 @@ class _Folder:
                     return Miss(reason, (writer.name,), depth=size)
                 subtracted += 1
         if subtracted >= sum(map(self.times, stream.readers)):
-            return Miss("as many means would be taken away before it as in it", depth=1)
+            return Miss("converting it would add as many mean subtractions as it removes", depth=1)
         return stream
 
     def times(self, node: fx.Node) -> int:
-        """How often a node runs."""
+        """Return how often a node runs."""
         loop = self.tracer.in_loop(node)
         return 1 if loop is None else loop.trips
 
     def centring(self, writer: fx.Node) -> Callable[[], None] | None:
-        """How to centre what a node writes through its weights; None if there is no way."""
+        """Return a function that centres a node's output in its weights, or None."""
         if writer.target is LINEAR and self.edit.owns(writer, *_weights(writer)):
             return lambda: self.centre_linear(writer)
         if writer.target is aten.mul.Tensor:
@@ -144,7 +144,7 @@ class _Folder:
         return None
 
     def centring_of_scaled(self, writer: fx.Node) -> Callable[[], None] | None:
-        """The same for the product of a linear layer and a layer scale."""
+        """Return the same for the product of a linear layer and a layer scale."""
         linear, gain = writer.args[:2]
         if isinstance(gain, fx.Node) and gain.target is LINEAR:
             linear, gain = gain, linear
@@ -168,7 +168,7 @@ class _Folder:
     # ---- converting it
 
     def fold(self, stream: Stream) -> None:
-        """Centre what writes to a stream, and put RMSNorms where it is read."""
+        """Centre the writers of a stream, and replace the LayerNorms that read it by RMSNorms."""
         for writer in stream.writers:
             centring = self.centring(writer)
             if centring is None:
@@ -201,7 +201,7 @@ class _Folder:
             self.context.remark(f"the weights of {norm.name} stay in it")
 
     def foldable(self, norm: fx.Node, gain: object, shift: object) -> bool:
-        """Whether a norm's affine part can go into the layers that read it without more storage."""
+        """Whether a norm's affine part fits into the layers that read it, without more storage."""
         affine = [v for v in (gain, shift) if v is not None]
         if any(not isinstance(v, fx.Node) or v.op != "get_attr" for v in affine):
             return False
@@ -214,7 +214,7 @@ class _Folder:
         return bool(norm.users)
 
     def fold_affine(self, linear: fx.Node, gain: object, shift: object) -> None:
-        """W (g x + b) + c = (W g) x + (W b + c)."""
+        """Fold gain g and shift b of a norm: W (g x + b) + c = (W g) x + (W b + c)."""
         weight, *bias = map(_name, _weights(linear))
         if shift is not None and bias:
             parts = [bias[0], weight, _name(shift)]
@@ -228,20 +228,20 @@ class _Folder:
             self.edit.combine(weight, [weight, _name(gain)], mul)
 
     def untie_embeddings(self) -> None:
-        """Give every embedding whose table something else reads too a centred table of its own."""
+        """Give every embedding whose table has other readers a centred table of its own."""
         graph = self.edit.program.graph
         for node in [n for n in graph.nodes if n.target is aten.embedding.default]:
             table = node.args[0]
             if isinstance(table, fx.Node) and table.op == "get_attr" and len(table.users) > 1:
                 new = self.edit.copy(_name(table), "input_embedding.weight")
-                # from now on the two differ
+                # centred at once: a copy with equal values would be taken for tied
                 self.edit.change(new, lambda e: centre(e, 1))
                 with graph.inserting_before(node):
                     node.replace_input_with(table, self.edit.node(graph, new))
 
 
 def _weights(linear: fx.Node) -> list[fx.Node]:
-    """A linear layer's matrix and, if it has one, its bias."""
+    """Return a linear layer's matrix and, if it has one, its bias."""
     return [a for a in linear.args[1:3] if isinstance(a, fx.Node)]
 
 
@@ -251,13 +251,13 @@ def _name(node: object) -> str:
 
 
 def _scale_rows(x: Expr, gain: Expr) -> Expr:
-    """A matrix's rows, or a vector's elements, times the elements of a vector."""
+    """Multiply a matrix's rows, or a vector's elements, by the elements of a vector."""
     rows = gain.meta.elements
     return mul(x, reshape(gain, (rows, *[1] * (len(x.meta.shape) - 1))))
 
 
 def _subtract_mean(node: fx.Node) -> None:
-    """Take the mean over the channels away from a value, for everything that uses it."""
+    """Subtract the mean over the channels from a value, for everything that uses it."""
     build = Builder(node.graph)
     build.wrap(
         node, lambda x: build.call(aten.sub.Tensor, x, build.call(aten.mean.dim, x, [-1], True))

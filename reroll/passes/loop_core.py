@@ -1,4 +1,4 @@
-"""Loop core: layers in the middle become one block that runs any number of times."""
+"""Loop core: turn layers in the middle into one block that runs any number of times."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ class LoopCore(Pass):
     """Keep the first and last layers, and loop a core of the middle ones.
 
     Retrofitting recurrence (arXiv 2511.07384): e = prelude(x), s <- core(adapter([s; e])) for every
-    trip, and the coda reads the last s. The adapter is a matrix [d, 2d], and starts as [0 | 1]:
-    it passes e and ignores s, so that before any training the model is the original without the
-    layers that were cut, whatever the number of trips. Training then learns to use s; a model that
-    was not trained gains nothing from more trips.
+    trip, and the coda reads the last s. The adapter is a matrix [d, 2d] that starts as [0 | 1]: it
+    passes e and ignores s. So before training the model is the original without the layers that
+    were cut, whatever the number of trips. Training teaches it to use s; without training, more
+    trips gain nothing.
 
-    `prelude`, `core` and `coda` are numbers of layers. The middle layers that are neither are cut:
-    `influence` cuts those that change the hidden state least (1 - cos of input and output),
-    `angular` cuts the run of layers that turns it least, `late` cuts the first ones, so that the
-    core is what stands before the coda. A list of layers for `core` says itself which ones loop.
+    `prelude`, `core` and `coda` are numbers of layers. Middle layers beyond `core` are cut.
+    `influence` cuts those that change the hidden state least (1 - cos of input and output).
+    `angular` cuts the run of layers with the least angular distance from input to output. `late`
+    cuts the first ones, so that the core comes right before the coda. A list for `core` names the
+    layers that loop.
 
     The state s starts as zeros, as e (`embedding`), or as noise with the deviation sqrt(2/(5d)) of
     Huginn (arXiv 2502.05171), cut at three deviations. Every trip has caches of its own.
-    `model.set_trips(n)` runs another number of trips, in training with gradients through the last
-    few only.
+    `model.set_trips(n)` changes the number of trips; in training, gradients then go through the
+    last few only.
     """
 
     name = "loop_core"
@@ -76,7 +77,7 @@ class LoopCore(Pass):
     loop: str | None = option(None, help="the loop's name; the longest one by default")
 
     def check(self) -> None:
-        # as the number of a layer, in a list, 0 is one
+        # in a list, 0 is allowed: it is the number of the first layer
         if self.core == 0:
             raise UsageError("core must be a layer or more", where="pass loop_core, option core")
 
@@ -103,7 +104,7 @@ class LoopCore(Pass):
         return program
 
     def _core(self, program: Program, loop: Loop, middle: range, context: Context) -> list[int]:
-        """The layers that loop, in order."""
+        """Return the layers that loop, in order."""
         if isinstance(self.core, list):
             wrong = [layer for layer in self.core if layer not in middle]
             if wrong or sorted(set(self.core)) != self.core:
@@ -137,7 +138,7 @@ class LoopCore(Pass):
         return sorted(sorted(middle, key=lambda layer: -influence[layer])[: self.core])
 
     def _with_adapter(self, program: Program, loop: Loop) -> tuple[Program, Loop]:
-        """The body over a state that starts anew, beside what it was given until now."""
+        """Let the body read a new carried state and, as an invariant, its former input."""
         old = loop.body.graph
         kind = loop.carry[0].meta["type"]
         places = [n for n in old.nodes if n.op == "placeholder"]

@@ -1,4 +1,4 @@
-"""Loop window: a few layers in the middle run several times in smaller steps, without training."""
+"""Loop window: run a few middle layers several times in smaller steps, without training."""
 
 from __future__ import annotations
 
@@ -33,19 +33,18 @@ Choice = int | list[int]
 class LoopWindow(Pass):
     """Run the layers from `start` up to `stop` as `steps` smaller steps of the same flow.
 
-    Training-Free Looped Transformers (arXiv 2605.23872). With F the window of layers, one pass
-    through it, h <- F(h), is read as one Euler step of length 1 along F(h) - h. It is replaced by
-    `steps` steps of length 1/steps, which is `euler`: h <- h + (F(h) - h) / steps. `midpoint`,
-    `heun` and `rk4` are the Runge-Kutta schemes of order 2, 2 and 4, which run the window 2, 2 and
-    4 times in each step. `naive` repeats the window without making its steps smaller; it is there
-    to compare with, and degrades most models.
+    Training-Free Looped Transformers (arXiv 2605.23872). With F the window of layers, running it
+    once, h <- F(h), is one Euler step of length 1 along F(h) - h. It is replaced by `steps` steps
+    of length 1/steps. `euler` is h <- h + (F(h) - h) / steps. `midpoint`, `heun` and `rk4` are the
+    Runge-Kutta schemes of order 2, 2 and 4, which run the window 2, 2 and 4 times in each step.
+    `naive` repeats the window without smaller steps; it is a baseline, and degrades most models.
 
-    No weight changes and none is added. Every time that a layer runs it has a cache of its own, so
-    that generating gives what one forward over the whole text gives, and the cache and the time
-    grow with the number of runs. One Euler step is the original.
+    No weight changes and none is added. Each run of a layer has a cache of its own, so generation
+    gives what one forward over the whole text gives. Cache and time grow with the number of runs.
+    One Euler step is the original.
 
-    Layers count from 0, and `stop` is not run; where one trip of the loop holds several layers,
-    both count trips. An option that is a list is searched: all combinations are tried on the
+    Layers count from 0, and `stop` is not in the window. Where one trip of the loop holds several
+    layers, both count trips. Options that are lists are searched: all combinations are tried on the
     calibration text, and the one with the lowest perplexity is taken.
     """
 
@@ -110,9 +109,7 @@ class LoopWindow(Pass):
                 hint=f"stop is {whole.trips} or less",
             )
         if len(whole.carry) != 1:
-            raise PassError(
-                f"{whole.name} carries {len(whole.carry)} values, and a step is one of one value"
-            )
+            raise PassError(f"{whole.name} carries {len(whole.carry)} values, and a step needs one")
         name, trips = whole.name, whole.trips
         program, pieces = split_loop(program, whole, [start, stop])
         window = next(p for p, first in zip(pieces, _firsts(pieces), strict=True) if first == start)
@@ -147,7 +144,7 @@ def _firsts(pieces: list[Loop]) -> list[int]:
 
 
 def _stepped(body: fx.Graph, scheme: Scheme, length: float) -> tuple[fx.Graph, int]:
-    """A body that makes one step of a scheme along F(h) - h, and how often it runs F."""
+    """Build a body of one step along F(h) - h, and return it and how often it runs F."""
     graph = fx.Graph()
     places = [n for n in body.nodes if n.op == "placeholder"]
     given = {place: graph.node_copy(place) for place in places}

@@ -1,4 +1,4 @@
-"""Window: attention sees the last tokens and the first ones, so that its state stops growing."""
+"""Window: let attention read only the last tokens and the first ones, so that state is bounded."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ class Window(LayerPass):
     """Let every attention see the last `size` tokens and the first `sinks` tokens only.
 
     The state of a causal model becomes a ring of size + sinks keys and values per layer, however
-    long the context is. No training is needed: the weights stay, and so do the positions that the
-    keys have. It is exact for prompts of up to `size` tokens, and what every linearization has to
-    be better than. Sinks: Xiao et al., 2023 (arXiv 2309.17453); with left padding they are the
-    first tokens that are not padding. Without them (sinks=0) quality falls as soon as the first
-    tokens leave the window.
+    long the context is. No training is needed: weights and the positions of keys stay. The result
+    is exact for prompts of up to `size` tokens. It is the baseline that every linearization has to
+    beat.
 
-    Layers that see no further already stay as they are. Full attention in a few layers and windows
-    in the others (`keep`) is MASFormer (arXiv 2310.12442).
+    Sinks: Xiao et al., 2023 (arXiv 2309.17453); with left padding they are the first tokens that
+    are not padding. Without them (sinks=0) quality falls as soon as the first tokens leave the
+    window.
 
-    In a model that is not causal, a window reaches `size` tokens to both sides.
+    Layers with a window of `size` or less already stay as they are. Full attention in a few layers
+    and windows in the others (`keep`) is MASFormer (arXiv 2310.12442). In a model that is not
+    causal, a window reaches `size` tokens to both sides.
     """
 
     name = "window"
@@ -52,7 +53,7 @@ class Window(LayerPass):
         if not eligible:
             raise PassError(
                 f"no attention of the chosen layers sees further than {self.size} tokens",
-                hint="reroll inspect shows the layers; try a smaller size",
+                hint="choose a smaller size; reroll inspect shows the layers",
             )
         self._narrow(found, eligible)
         sinks = f" and the first {self.sinks}" if self.sinks else ""
@@ -60,7 +61,7 @@ class Window(LayerPass):
         return program
 
     def _far(self, found: list[Layer]) -> set[int]:
-        """The layers that see further than the window."""
+        """Return the layers whose attention reaches further than the window."""
         far = set()
         for layer in found:
             rows = zip(layer.numbers, layer.values("window"), layer.values("chunk"), strict=True)

@@ -1,4 +1,4 @@
-"""A run's numbers for TensorBoard."""
+"""Write a run's metrics for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from reroll.errors import UsageError
 
 
 def tensorboard(folder: str | Path) -> Callable[[Mapping[str, Any]], None]:
-    """A function that writes the numbers of each step to a folder that TensorBoard reads.
+    """Return a function that writes the metrics of each step to a folder that TensorBoard reads.
 
-    For `recover(..., on_step=tensorboard(folder))`. Raises UsageError if it is not installed.
+    For `recover(..., on_step=tensorboard(folder))`. Raises UsageError if TensorBoard is not
+    installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -22,7 +23,7 @@ def tensorboard(folder: str | Path) -> Callable[[Mapping[str, Any]], None]:
             "TensorBoard is not installed", hint="pip install 'reroll[tensorboard]'"
         ) from error
 
-    # of several processes, only the one that is called writes
+    # opened at the first call, so that only the process that writes opens a file
     @cache
     def writer() -> Any:
         return SummaryWriter(str(folder))

@@ -1,12 +1,13 @@
-"""Checkpoints of a run: written whole or not at all, and the last one read back.
+"""Write the checkpoints of a run, each whole or not at all, and read the last one back.
 
 A run's directory holds
 
-- `stage-I/model.safetensors`: the weights with which stage I began, if it is not the first;
-- `step-N/`: what stage I has trained since, and its optimizer, after N steps of the run;
-- `run.json`: the settings, which a run that goes on must share;
+- `stage-I/model.safetensors`: the weights at the start of stage I, if it is not the first;
+- `step-N/`: the weights that stage I has trained since, and its optimizer, after N steps of the
+  run;
+- `run.json`: the settings, which must be the same when a run continues;
 - `log.jsonl`: a line per step;
-- `lock`: which process is at work here.
+- `lock`: the process that is writing here.
 """
 
 from __future__ import annotations
@@ -33,16 +34,13 @@ from reroll.rewrite.checkpoint import write_file
 log = logging.getLogger(__name__)
 
 LOCK = "lock"
-# the last one, and the one before it should the last one be damaged by the machine
+# number of checkpoints to keep: the last one, and one before it in case the last is damaged
 KEPT = 2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
-
-    Its stage, the steps within that; the steps, the tokens, and the seconds of training in all.
-    """
+    """Progress of a run: its stage, the steps within it, and steps, tokens and seconds in all."""
 
     stage: int = 0
     step: int = 0
@@ -52,16 +50,17 @@ class Progress:
 
 
 class Directory:
-    """The directory of one run."""
+    """Directory of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs out of the directory; UsageError if one is at work in it.
+        """Lock the directory against other runs; raises UsageError if another run has the lock.
 
-        The lock is the system's, so that it ends with its process, however that ends.
+        The lock is the operating system's, so it is released when its process ends, however that
+        ends.
         """
         lock = self._locked()
         try:
@@ -89,7 +88,7 @@ class Directory:
         return lock
 
     def open(self, settings: Mapping[str, Any], resume: bool) -> None:
-        """Begin a run, or go on with one of the same settings; UsageError for other settings."""
+        """Begin a run, or continue one; raises UsageError if that one has other settings."""
         file = self.path / "run.json"
         if not resume:
             self.clear()
@@ -107,7 +106,7 @@ class Directory:
         _write(file, lambda p: p.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
 
     def save_stage(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the weights with which a stage begins."""
+        """Save the weights at the start of a stage."""
 
         def write(folder: Path) -> None:
             folder.mkdir()
@@ -117,7 +116,7 @@ class Directory:
         _write(self.path / f"stage-{number}", write)
 
     def load_stage(self, number: int) -> dict[str, Tensor]:
-        """The weights with which a stage began."""
+        """Load the weights at the start of a stage; raises CheckpointError on failure."""
         file = self.path / f"stage-{number}" / "model.safetensors"
         try:
             return load_file(file)
@@ -127,7 +126,7 @@ class Directory:
             ) from error
 
     def save_step(self, progress: Progress, tensors: Mapping[str, Tensor], optimizer: Any) -> None:
-        """Keep what the running stage has trained."""
+        """Save the weights that the running stage trains, and its optimizer."""
 
         def write(folder: Path) -> None:
             folder.mkdir()
@@ -139,12 +138,12 @@ class Directory:
         _write(self.path / f"step-{progress.steps:09d}", write)
         for old in self._steps()[:-KEPT]:
             shutil.rmtree(old)
-        # what the kept checkpoints may stand on stays
+        # stages that a kept checkpoint may need stay
         for number in range(progress.stage - KEPT + 1):
             shutil.rmtree(self.path / f"stage-{number}", ignore_errors=True)
 
     def last(self) -> tuple[Progress, dict[str, Tensor], Any] | None:
-        """The last checkpoint that can be read: how far it is, what was trained, the optimizer."""
+        """Return the last readable checkpoint: its progress, the trained weights, the optimizer."""
         for folder in reversed(self._steps()):
             try:
                 data = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
@@ -158,14 +157,14 @@ class Directory:
         return None
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Add a line to the log."""
+        """Append a line to the log."""
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def cut_log(self, steps: int) -> list[dict[str, Any]]:
-        """Drop what the log says of what comes after `steps` steps, and is done again.
+        """Remove the log's lines after `steps` steps, which will run again.
 
-        Returns the measures on held-out rows that remain.
+        Returns the remaining measurements on held-out rows.
         """
         file = self.path / "log.jsonl"
         kept: list[str] = []
@@ -176,10 +175,10 @@ class Directory:
             try:
                 line = json.loads(text)
             except ValueError:
-                # the end of a line that was being written
+                # a line that was cut off by an interruption
                 continue
             measured = line.get("held_out")
-            # a measure comes after the step that it counts
+            # a measurement at `steps` is taken again when the run continues
             if line["steps"] < steps or (line["steps"] == steps and measured is None):
                 kept.append(text + "\n")
                 measures += [] if measured is None else [measured]
@@ -187,7 +186,7 @@ class Directory:
         return measures
 
     def copy_log(self, file: Path) -> None:
-        """Copy the log, if anything has been logged."""
+        """Copy the log, if there is one."""
         log = self.path / "log.jsonl"
         if log.is_file():
             shutil.copyfile(log, file)
@@ -205,17 +204,17 @@ class Directory:
 
 
 def _write_state(state: Any, file: Path) -> None:
-    """Pickle an optimizer's state; OSError if the disk does not take it."""
+    """Pickle an optimizer's state; raises OSError if the disk is full or fails."""
     with file.open("wb") as handle:
         try:
             torch.save(state, handle)
         except RuntimeError as error:
-            # torch hides what the disk said behind an error of its own
+            # torch wraps the disk's error in one of its own
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _write(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file or folder beside its place, then rename it there."""
+    """Write a file or folder under another name, then rename it; raises CheckpointError."""
     part = target.with_name(target.name + ".part")
     if part.is_dir():
         shutil.rmtree(part)

@@ -1,17 +1,18 @@
-"""Closed-form starts: what is linear in its weights is fitted by least squares, without a step.
+"""Fit shared weights and low-rank residuals by least squares, in closed form, before training.
 
-With X_t [tokens, in] what the original's linear layer t takes, W_t [out, in] its weight, and
-C_t = X_t^T X_t, the best shared weight W' and the best residual B_t A_t of rank r minimise
+X_t [tokens, in] is the input of the original's linear layer t, W_t [out, in] its weight, and C_t =
+X_t^T X_t. The best shared weight W' and the best residual B_t A_t of rank r minimise
 
-    sum_t |X_t (W_t - W' - B_t A_t)^T|^2,
+    sum_t |X_t (W_t - W' - B_t A_t)^T|^2.
 
-which each of the two does in closed form while the other stays:
+Each has a closed form while the other is fixed:
 
     W' = (sum_t (W_t - B_t A_t) C_t) (sum_t C_t)^-1
     B_t A_t = U U^T R_t,   R_t = W_t - W',   U [out, r] the largest eigenvectors of R_t C_t R_t^T
 
-(the second is reduced-rank regression: Izenman, Journal of Multivariate Analysis 5, 1975). The mean
-of the weights and their truncated SVD are the same with C_t = 1: all inputs equally likely.
+The second is reduced-rank regression (Izenman, Journal of Multivariate Analysis 5, 1975). With C_t
+= 1, which takes all inputs as equally likely, they are the mean of the weights and their truncated
+SVD.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from reroll.rewrite.ir.program import Program, weight_nodes
 from reroll.rewrite.ir.weights.factors import low_rank_factors
 from reroll.runtime.lowering.placement import places
 
-# in turn: the shared weight, and the residuals beside it
+# how often the shared weight and the residuals are fitted in turn
 ROUNDS = 2
-# sums of outer products that are kept at once; what does not fit waits for another pass
+# bytes for the matrices C; layers beyond it are fitted in another run over the text
 BYTES = 2**31
-# how strongly a shared weight stays where it was along inputs that the text does not have
+# ridge penalty that keeps a shared weight unchanged along inputs that the text does not have
 RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of the student, the original's of the same name, and its own factors."""
+    """Linear layer of the student, the original's of the same name, and the student's factors."""
 
     name: str
     student: nn.Linear
@@ -49,17 +50,17 @@ class Layer:
     factors: tuple[tuple[nn.Linear, nn.Linear], ...]
 
     def product(self) -> Tensor:
-        """B A, the residual that the factors add: [out, in]."""
+        """Compute B A, the residual of the factors: [out, in]."""
         start = torch.zeros_like(self.student.weight)
         return sum((up.weight @ down.weight for down, up in self.factors), start)
 
 
 @torch.no_grad()
 def fit_linear_layers(models: Models, batches: Sequence[Batch]) -> dict[str, float]:
-    """Fit the shared weights and the residuals that can be trained, on the original's inputs.
+    """Fit the trainable shared weights and residuals on the original's inputs.
 
-    Returns the squared error of the layers' outputs relative to their size, before and after;
-    nothing if no layer that can be trained differs from the original's.
+    Returns the squared error of the layers' outputs relative to their size, before and after. The
+    result is empty if no trainable layer differs from the original's.
     """
     before = after = size = 0.0
     for group in _groups(models):
@@ -76,7 +77,7 @@ def fit_linear_layers(models: Models, batches: Sequence[Batch]) -> dict[str, flo
 
 
 def layers_to_fit(models: Models) -> list[Layer]:
-    """The student's linear layers that share a weight or have residuals, and can be trained."""
+    """Return the student's trainable linear layers that share a weight or have residuals."""
     assert models.teacher is not None
     theirs = dict(models.teacher.named_modules(remove_duplicate=False))
     ours = dict(models.module.named_modules(remove_duplicate=False))
@@ -101,7 +102,7 @@ def layers_to_fit(models: Models) -> list[Layer]:
 
 
 def _factors(program: Program) -> dict[str, list[tuple[str, str]]]:
-    """By the name of a linear module, the names of the modules (down, up) of its residuals."""
+    """Map the name of a linear module to the names of the modules (down, up) of its residuals."""
     place, found = places(program), dict[str, list[tuple[str, str]]]()
     trips = {name: loop.trips for loop in program.loops for name in weight_nodes(loop.body.graph)}
     for weight, pairs in factor_names(program).items():
@@ -116,7 +117,7 @@ def _factors(program: Program) -> dict[str, list[tuple[str, str]]]:
 
 
 def _groups(models: Models) -> Iterator[list[list[Layer]]]:
-    """The layers to fit, those that share a weight together, as many as memory has room for."""
+    """Group the layers to fit by shared weight, and yield as many groups as memory has room for."""
     shared: dict[int, list[Layer]] = defaultdict(list)
     for layer in layers_to_fit(models):
         shared[id(layer.student.weight)].append(layer)
@@ -136,7 +137,7 @@ def _groups(models: Models) -> Iterator[list[list[Layer]]]:
 def _outer_products(
     models: Models, layers: Sequence[Layer], batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
-    """C = X^T X [in, in] for each layer, over the tokens that the original sees, per token."""
+    """Compute C = X^T X [in, in] for each layer of the original, averaged over tokens."""
     assert models.teacher is not None
     sums = {
         each.name: each.teacher.weight.new_zeros(each.teacher.in_features, each.teacher.in_features)
@@ -182,9 +183,9 @@ def _fit_factors(layer: Layer, product: Tensor) -> None:
 
 
 def set_factors(layer: Layer, wanted: Tensor, product: Tensor) -> None:
-    """Make a layer's residual what is nearest to `wanted` [out, in] for inputs with this X^T X."""
+    """Set a layer's residual nearest to `wanted` [out, in] for inputs with this X^T X."""
     ranks = [down.out_features for down, _ in layer.factors]
-    # eigenvectors of a symmetric matrix are its singular vectors
+    # a symmetric matrix: its eigenvectors are its singular vectors
     vectors, _ = low_rank_factors(wanted @ product @ wanted.T, sum(ranks), "randomized")
     vectors = F.normalize(vectors, dim=0)
     for (down, up), basis in zip(layer.factors, vectors.split(ranks, 1), strict=True):
@@ -203,5 +204,5 @@ def _error(part: Sequence[Layer], products: Mapping[str, Tensor]) -> float:
 
 
 def _size(weight: Tensor, product: Tensor) -> float:
-    """The mean of |W x|^2 over the inputs."""
+    """Compute the mean of |W x|^2 over the inputs."""
     return ((weight.float() @ product) * weight.float()).sum().item()

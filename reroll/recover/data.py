@@ -1,4 +1,4 @@
-"""Rows to train on. Text: documents, a part that is held out, packing, and a fixed order."""
+"""Prepare rows of text to train on: documents, held-out rows, packing, and a fixed order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from reroll.errors import UsageError
 from reroll.evaluate.tokenizing import not_utf8
 
-# with `pack=separate`, a shorter rest of a document is left out
+# with `pack=separate`, rows with fewer tokens are left out
 SHORTEST = 16
-# of one document at a time, this many characters are tokenized
+# number of characters that are tokenized at once
 PIECE = 1_000_000
 
 Tokenize = Callable[[str], Sequence[int]]
@@ -37,17 +37,17 @@ class Rows:
         return len(self.data)
 
     def pick(self, numbers: Sequence[int]) -> Rows:
-        """The rows of these numbers, in this order."""
+        """Return the rows with these numbers, in this order."""
         return Rows(self.data[numbers], self.mask[numbers])
 
     def split(self, size: int) -> list[Rows]:
-        """Pieces of at most `size` rows."""
+        """Split into pieces of at most `size` rows."""
         parts = zip(self.data.split(size), self.mask.split(size), strict=True)
         return [Rows(*part) for part in parts]
 
 
 class Source(Protocol):
-    """Rows that are in memory, or are made when they are picked."""
+    """Rows that are in memory, or are read when they are picked."""
 
     def __len__(self) -> int: ...
 
@@ -56,17 +56,18 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rows to train on, in order, and the rows to measure on."""
+    """Rows to train on, in order, and held-out rows to measure on."""
 
     train: Source
     held_out: Source
 
 
 def documents(source: str | Path) -> Iterator[str]:
-    """The documents of a file, a directory, or a Hugging Face dataset (`name[:split]`), in order.
+    """Yield the documents of a file, a directory, or a Hugging Face dataset (`name[:split]`).
 
-    A `.jsonl` file has one in the field `text` of each line; any other file is one document, or
-    several with form feeds between them.
+    A `.jsonl` file has one document in the field `text` of each line. Any other file is one
+    document, or several separated by form feeds. Files of a directory come in the order of their
+    paths. Raises UsageError if there are none, or if one cannot be read.
     """
     path = Path(source)
     if path.is_dir():
@@ -136,13 +137,13 @@ def make_corpus(
     repeats: float = 0.0,
     seed: int = 0,
 ) -> Corpus:
-    """Rows from the sources in turn, at most about `tokens` to train on.
+    """Build rows of at most about `tokens` training tokens, from the sources in turn.
 
-    `repeats` is the share of the training rows that end with a passage that they had before. The
-    first rows of each source are held out, `held_rows` in all; which these are depends on the
-    sources only, so that no longer run trains on them. `before` stands at the start of every row,
-    `end` behind every document. The order of the training rows, and which of them repeat what,
-    depend on `seed` only.
+    The first rows of each source are held out, `held_rows` in all. Which these are depends on the
+    sources only, so that no longer run trains on them. `before` is put at the start of every row,
+    and `end` after every document. `repeats` is the share of training rows that end with a copy of
+    an earlier passage. The order of the training rows, and which of them repeat what, depend on
+    `seed` only.
 
     Raises UsageError if a source cannot be read, or if the text is too short for one row each.
     """
@@ -171,7 +172,7 @@ def make_corpus(
 def _tokenized(
     source: str | Path, tokenize: Tokenize, wanted: int, end: int | None
 ) -> Iterator[list[int]]:
-    """The documents of a source as token ids, until there are enough."""
+    """Yield the documents of a source as token ids, until there are `wanted` tokens."""
     count = 0
     for document in documents(source):
         ids: list[int] = []
@@ -188,7 +189,7 @@ def _tokenized(
 
 
 def _packed(found: Iterator[list[int]], room: int, pack: str) -> list[list[int]]:
-    """Rows of at most `room` tokens."""
+    """Pack documents into rows of at most `room` tokens."""
     if pack == "separate":
         rows = [ids[i : i + room] for ids in found for i in range(0, len(ids), room)]
         return [row for row in rows if len(row) >= min(SHORTEST, room)]
@@ -197,7 +198,7 @@ def _packed(found: Iterator[list[int]], room: int, pack: str) -> list[list[int]]
 
 
 def _repeating(row: list[int], chance: random.Random) -> list[int]:
-    """The row with its end, an eighth to a half of it, replaced by a passage from before."""
+    """Replace the end of a row, an eighth to a half of it, by a copy of an earlier passage."""
     size = chance.randint(-(-len(row) // 8), len(row) // 2)
     start = chance.randint(0, len(row) - 2 * size)
     return row[:-size] + row[start : start + size]
@@ -214,5 +215,5 @@ def _tensors(rows: Sequence[list[int]], before: Sequence[int], length: int) -> R
 
 
 def take(rows: Source, start: int, count: int) -> Rows:
-    """`count` rows from number `start` on; after the last one, the first comes again."""
+    """Return `count` rows from number `start` on; the first row follows the last."""
     return rows.pick([(start + i) % len(rows) for i in range(count)])

@@ -1,4 +1,4 @@
-"""Hooks on a model's modules: what trips and layers take and give, while a block is open."""
+"""Record or replace the inputs and outputs of a model's trips and layers, by hooks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def recorded(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect, while it is open, what each trip takes and gives: the first carried value."""
+    """Record the first carried value that each trip takes and returns, while the block runs."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -34,14 +34,14 @@ def recorded(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]
 
 
 def named(model: nn.Module, ending: str) -> set[str]:
-    """The names of the modules whose last parts are these."""
+    """Return the names of the modules whose last parts are `ending`."""
     names = (name for name, _ in model.named_modules(remove_duplicate=False))
     return {name for name in names if f".{name}".endswith(f".{ending}")}
 
 
 @contextmanager
 def taken(model: nn.Module, ending: str) -> Iterator[dict[str, Tensor]]:
-    """Collect, while it is open, what the modules take whose names end with this, by name."""
+    """Record the first input of each module whose name ends with `ending`, by name."""
     seen: dict[str, Tensor] = {}
 
     def noting(name: str) -> Any:
@@ -60,7 +60,7 @@ def taken(model: nn.Module, ending: str) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def fed(trips: Sequence[nn.Module], values: Sequence[Tensor | None]) -> Iterator[None]:
-    """Give each trip its value instead of what the trip before returned, where there is one."""
+    """Replace the first input of each trip that has a value in `values`; None leaves it."""
 
     def feeder(value: Tensor) -> Any:
         return lambda _module, args: (value, *args[1:])

@@ -1,4 +1,4 @@
-"""Images as rows to train on: read when they are wanted, a part held out, in a fixed order."""
+"""Prepare images as rows to train on: read on demand, some held out, in a fixed order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROCESSOR = "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class ImageInput:
-    """How a model takes images: the processor that prepares them, their size, its positions."""
+    """Image input of a model: its processor, the image size, and the number of positions."""
 
     processor: Any
     height: int
@@ -28,7 +28,7 @@ class ImageInput:
     positions: int
 
     def read(self, path: Path) -> Tensor:
-        """The image in a file: [channels, height, width]."""
+        """Read an image file: [channels, height, width]; raises UsageError if it cannot be read."""
         from PIL import Image, UnidentifiedImageError
 
         try:
@@ -60,9 +60,9 @@ class Images:
 
 
 def image_input(program: Program) -> ImageInput | None:
-    """How a Program takes images; None if it takes none.
+    """Return the image input of a Program; None if it takes no images.
 
-    Raises UsageError if it has no image processor, or if its sizes are not known.
+    Raises UsageError if it has no image processor, or if its sizes are not fixed.
     """
     pixels = next((i for i in program.inputs if i.name == "pixel_values"), None)
     if pixels is None or any(i.name == "input_ids" for i in program.inputs):
@@ -91,10 +91,10 @@ def image_input(program: Program) -> ImageInput | None:
 def image_corpus(
     sources: Sequence[str | Path], input: ImageInput, *, held_rows: int, seed: int = 0
 ) -> Corpus:
-    """The images below some directories, in an order that depends on `seed` only.
+    """Collect the images below some directories, in an order that depends on `seed` only.
 
-    Of each directory, images evenly spaced by name are held out, `held_rows` in all.
-    Raises UsageError if a directory has too few.
+    In each directory, images evenly spaced by name are held out, `held_rows` in all. Raises
+    UsageError if a directory has too few.
     """
     each = -(-held_rows // len(sources))
     train: list[Path] = []
@@ -110,7 +110,7 @@ def image_corpus(
                 where=str(source),
                 hint="give more images, or a smaller held_rows",
             )
-        # spread over the names, which may be sorted by what is to be seen
+        # spread over the names, which may be sorted by class
         chosen = {round(i * (len(found) - 1) / max(each - 1, 1)) for i in range(each)}
         held += [found[n] for n in sorted(chosen)]
         train += [path for n, path in enumerate(found) if n not in chosen]

@@ -1,7 +1,7 @@
-"""Losses over the vocabulary, of a piece of positions at a time.
+"""Compute losses over the vocabulary for a few positions at a time.
 
-The softmax of all positions is never whole in memory: a piece's gradient is computed together with
-its value, and what is kept for the backward pass is the gradient of the logits alone.
+The softmax of all positions is never in memory at once. The gradient of each piece is computed with
+its value, and only the gradient of the logits is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# positions whose distributions are compared at once: what they take stays in a processor's cache
+# positions per piece: few, so that their distributions stay in the processor's cache
 PIECE = 32
 
 Piece = Callable[..., Tensor]
 
 
 def mean_over_pieces(logits: Tensor, loss: Piece, *others: Tensor) -> Tensor:
-    """The mean over positions of `loss`, in fp32, with its gradient to `logits`.
+    """Compute the mean of `loss` over positions, in fp32, with its gradient for `logits`.
 
-    `logits` and `others` begin with the dimension [positions]; `loss` takes a piece of each and
+    `logits` and `others` begin with the dimension [positions]. `loss` takes a piece of each and
     returns the sum over its positions.
     """
     if not len(logits):
@@ -54,9 +54,9 @@ class _Pieces(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of the next token: logits [rows, length, vocabulary], in nats.
+    """Compute the mean cross-entropy of the next token, in nats; logits [rows, length, vocabulary].
 
-    Tokens whose label is -100 are no targets.
+    Tokens with the label -100 are not counted.
     """
     ahead = F.pad(labels[:, 1:], (0, 1), value=-100)
     targets = int((ahead >= 0).sum())
@@ -69,5 +69,5 @@ def _nats(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def unpadded(values: Tensor, mask: Tensor) -> Tensor:
-    """What stands [rows, length, ...] where the mask [rows, length] is not 0: [positions, ...]."""
+    """Select the positions of `values` [rows, length, ...] where `mask` is not 0."""
     return values.flatten(0, 1) if bool(mask.all()) else values[mask.bool()]

@@ -1,4 +1,4 @@
-"""What a run measures on rows that it never trains on."""
+"""Measure a model during a run, on held-out rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from reroll.rewrite.analysis.hidden_inputs import cosine
 
 
 def held_out(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]:
-    """How good a lowered model is, and how far from its original.
+    """Measure the quality of a lowered model and its distance from the original.
 
-    Of one that predicts the next token, the perplexity; with an original its perplexity, and the
-    distance from it: KL(original || model) in nats per token, and the share of tokens at which both
-    find the same token likeliest. Of any other, the mean cosine of its first output with the
-    original's, over positions, and the relative RMS error.
+    For a model that predicts the next token it is the perplexity. With an original there are also
+    the original's perplexity and KL(original || model) in nats per token. `top1_agreement` is the
+    share of positions at which both have the same most likely token. For any other model, the
+    measurements are the mean cosine between its first output and the original's, over positions,
+    and the relative RMS error.
     """
     training = module.training
     module.eval()

@@ -1,4 +1,4 @@
-"""Optimizers and learning rates of a stage."""
+"""Build the optimizer of a stage, and compute its learning rates."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from reroll.recover.stage import Stage
 class Both(torch.optim.Optimizer):
     """Muon for matrices and AdamW for the rest, as one optimizer.
 
-    Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) takes the update's
-    nearest orthogonal matrix; with `match_rms_adamw` its size is that of AdamW's updates, so that
-    one learning rate serves both (Liu et al., 2025, arXiv 2502.16982).
+    Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) replaces each update by
+    the nearest orthogonal matrix. With `match_rms_adamw` its size is that of AdamW's updates, so
+    that one learning rate serves both (Liu et al., 2025, arXiv 2502.16982).
     """
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts = parts
         super().__init__([g for p in parts for g in p.param_groups], {})
-        # the groups are the parts' own, so that a learning rate set here is set there
+        # the parts' own group objects, so that a learning rate set here takes effect there
         self.param_groups = [g for p in parts for g in p.param_groups]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -43,7 +43,7 @@ class Both(torch.optim.Optimizer):
 
 
 def make_optimizer(stage: Stage, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The stage's optimizer over what can be trained."""
+    """Build the stage's optimizer over the trainable parameters."""
     wanted = [p for p in parameters if p.requires_grad]
     matrices = [p for p in wanted if p.ndim == 2 and stage.optimizer == "muon"]
     rest = [p for p in wanted if p.ndim != 2 or stage.optimizer != "muon"]
@@ -68,7 +68,7 @@ def make_optimizer(stage: Stage, parameters: Iterable[nn.Parameter]) -> torch.op
 
 
 def rate(stage: Stage, step: int, steps: int) -> float:
-    """The learning rate of a step, from 0 to `steps` - 1: it rises, then falls."""
+    """Compute the learning rate of step `step` of `steps`: it rises in the warmup, then falls."""
     rising = math.ceil(stage.warmup * steps)
     if step < rising:
         return stage.lr * (step + 1) / (rising + 1)

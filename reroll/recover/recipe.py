@@ -1,4 +1,4 @@
-"""Recipes of a recovery: the stages, and what all of them share, as YAML.
+"""Read recovery recipes, which list the stages and their common settings, from YAML.
 
     recover:
       length: 512
@@ -25,7 +25,7 @@ from reroll.rewrite.pipeline.pipeline import read_yaml, recipe_path
 
 
 class Settings(Declared):
-    """What all stages of a run share."""
+    """Settings that all stages of a run share."""
 
     what: ClassVar[str] = "recipe"
     name: ClassVar[str] = "recover"
@@ -41,7 +41,7 @@ class Settings(Declared):
     repeats: float = option(
         0.0,
         within=SHARE,
-        help="share of the rows that end with a passage they had before: recall, densely",
+        help="share of the rows that end with a copy of an earlier passage, to train recall",
     )
     held_rows: int = option(16, within=COUNT, help="rows that are measured on and never trained on")
     precision: Literal["fp32", "bf16"] = option("fp32", help="bf16 is autocast over fp32 weights")
@@ -52,7 +52,7 @@ class Settings(Declared):
 
 
 class Recipe:
-    """The settings and the stages of a run."""
+    """Settings and stages of a run."""
 
     def __init__(self, settings: Settings, stages: tuple[Stage, ...]) -> None:
         if not stages:
@@ -61,19 +61,19 @@ class Recipe:
         self.stages = stages
 
     def to_data(self) -> dict[str, Any]:
-        """The recipe as plain data; `parse` reads it back."""
+        """Return the recipe as plain data; `parse` reads it back."""
         stages = [{s.name: s.given()} for s in self.stages]
         return {"recover": {**self.settings.given(), "stages": stages}}
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a file; UsageError if there is none."""
+    """Load the recipe in a file; raises UsageError if there is none."""
     path = recipe_path(path)
     return parse(read_yaml(path), str(path))
 
 
 def parse(data: object, where: str = "recipe") -> Recipe:
-    """The recipe in data that has been read already."""
+    """Build a recipe from the data of a YAML file; raises UsageError if it has no stages."""
     section = data.get("recover") if isinstance(data, Mapping) else None
     if not isinstance(section, Mapping) or not isinstance(section.get("stages"), list):
         raise UsageError(

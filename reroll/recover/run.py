@@ -1,4 +1,4 @@
-"""A run from its arguments to what it saves; `train` has the loop."""
+"""Run a recovery from its arguments to the saved model; `train` has the loop."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from reroll.writing import check_directory, new_directory
 
 @dataclass
 class Report:
-    """What a run did: tokens and seconds, and the held-out measures before and after it.
+    """Result of a run: tokens and seconds, and measurements on held-out rows before and after it.
 
-    Each of `measures` has the stage that it was taken before ("" at the end), the perplexity, and
-    with an original its perplexity, the KL divergence from it in nats, and top-1 agreement. `main`
-    says whether this process is the one that measured and saved.
+    Each of `measures` names in "before" the stage that follows it ("" at the end). It has the
+    perplexity, and with an original the original's perplexity, the KL divergence from it in nats,
+    and top-1 agreement. `main` says whether this process is the one that measured and saved.
     """
 
     out: str
@@ -55,18 +55,18 @@ def recover(
 ) -> Report:
     """Train a rewritten model against its original, and save it to the directory `out`.
 
-    `teacher` is the original; by default what the student says it was made from.
+    `teacher` is the original; by default the model that the student's origin names.
     `trust_remote_code` runs Python code that comes with it. `data` are text files, directories, or
-    names of Hugging Face datasets; for a model of images, directories of images. `tokens`, of which
-    an image has one per position of the model, are shared among the recipe's stages by their
-    `share`. Weights are kept and trained in fp32, and saved in `dtype`: the student's own if None.
+    names of Hugging Face datasets; for a model of images, directories of images. `tokens` are
+    divided among the recipe's stages by their `share`; an image counts one token per position.
+    Weights are kept and trained in fp32, and saved in `dtype`: the student's own if None.
 
-    While it runs, checkpoints are in `out` + ".run"; the same call goes on from them, with the same
-    losses as if it had not been interrupted, and `restart` begins anew. Under `accelerate launch`,
+    Checkpoints are in `out` + ".run" during the run. The same call continues from them, with the
+    same losses as without the interruption; `restart` begins anew. Under `accelerate launch`,
     processes share each step's rows.
 
-    Raises UsageError for wrong arguments, RecoveryError if a loss is not finite, CheckpointError
-    if a checkpoint cannot be written; in the last two cases the last checkpoint remains.
+    Raises UsageError for wrong arguments, RecoveryError if a loss is not finite, CheckpointError if
+    a checkpoint cannot be written. In the last two cases the last checkpoint remains.
     """
     check_number("tokens", tokens, TOKENS, "recover", integer=False)
     out = Path(out)
@@ -94,7 +94,7 @@ def recover(
 
 
 def _save(run: Setup, out: Path, report: Report, overwrite: bool) -> None:
-    """Save the trained student with a record of the run, and drop the checkpoints."""
+    """Save the trained student with a record of the run, and remove the checkpoints."""
     program = retype(run.module.to_program(), run.dtype)
     names = [stage.name for stage in run.recipe.stages]
     measured = {"tokens": report.tokens, "processes": run.processes, "held_out": report.measures}
@@ -109,7 +109,7 @@ def _save(run: Setup, out: Path, report: Report, overwrite: bool) -> None:
 def _accelerator() -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    # a stage need not reach all that it may train
+    # a stage's loss need not depend on all trainable weights
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    # precision is ours: accelerate keeps one for the whole process
+    # accelerate keeps one precision per process, and each run has its own
     return Accelerator(mixed_precision="no", kwargs_handlers=handlers)

@@ -1,8 +1,8 @@
-"""Text that a model writes itself, to recover a rewritten model on where there is no other.
+"""Sample text from a model itself, to recover a rewritten model where there is no other text.
 
-What a model was trained on is rarely at hand, and text of a few domains draws the rewritten model
-towards them. Samples from the original's own distribution cover what it knows, and need no text
-(data-free distillation: Liu et al., 2023, arXiv 2305.17888).
+A model's training text is rarely available, and training on a few domains shifts the rewritten
+model towards them. Samples from the original's own distribution cover what it was trained on, and
+need no text (data-free distillation: Liu et al., 2023, arXiv 2305.17888).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def sampled_texts(
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[str]:
-    """Texts of at most `length` tokens, `tokens` in all, sampled at temperature 1.
+    """Yield texts of at most `length` tokens, `tokens` in all, sampled at temperature 1.
 
-    `model` is a causal language model of transformers with its `tokenizer`; `batch` texts are
-    written at a time, in one order for a `seed`. A text begins behind `start`, which is not part of
-    it: by default the tokenizer's first token, or its last one if it has none. It ends where the
-    model ends it.
+    `model` is a causal language model of transformers with its `tokenizer`. `batch` texts are
+    sampled at a time; `seed` determines all of them. A text begins after the prompt `start`, which
+    is not part of it. By default that is the tokenizer's first token, or its last one if it has
+    none. A text ends at the model's end-of-text token or at `length`.
     """
     for name, count in (("tokens", tokens), ("length", length), ("batch", batch)):
         check_number(name, count, COUNT, "sampled_texts")

@@ -1,16 +1,17 @@
-"""Residuals fitted trip by trip, on what the rewritten model itself gives them.
+"""Fit residuals trip by trip, on the inputs that they have in the rewritten model.
 
-`closed_form` fits every layer to the original's on the original's inputs. In the rewritten model a
-layer's inputs carry the errors of all layers before it. So each layer is fitted again, in the order
-in which they run: with X what it takes in the student, Y [tokens, out] what the original's layer
-gives for the same tokens, W' its shared weight and M = B A its residual of rank r,
+`closed_form` fits every layer on the original's inputs. In the rewritten model, a layer's inputs
+carry the errors of all layers before it. So the layers are fitted again, in the order in which they
+run. X is the layer's input in the student, and Y [tokens, out] the output of the original's layer
+for the same tokens. W' is its shared weight, M = B A its residual of rank r, and M_0 the one
+before:
 
     M = argmin |X (W' + M)^T - Y|^2 + ridge |M - M_0|^2
 
-where M_0 is the residual that it has. The solution of full rank is M_0 + (D - (W' + M_0) C)
-(C + ridge)^-1 with C = X^T X and D = Y^T X, of which the r directions that give most are kept
-(reduced-rank regression: Izenman, Journal of Multivariate Analysis 5, 1975). Layers that are fitted
-later see, and make up for, what those before them still get wrong.
+The solution of full rank is M_0 + (D - (W' + M_0) C) (C + ridge)^-1 with C = X^T X and D = Y^T X.
+It is reduced to the r directions that explain most of the outputs (reduced-rank regression:
+Izenman, Journal of Multivariate Analysis 5, 1975). Layers that are fitted later correct the errors
+that remain in those before them.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from reroll.recover.closed_form import Layer, layers_to_fit, set_factors
 from reroll.recover.hooks import hooked
 from reroll.recover.stage import Batch, Models
 
-# how strongly a residual stays what it was, relative to the mean size of an input
+# ridge penalty that keeps a residual unchanged, relative to the mean square of an input
 RIDGE = 1e-2
 
 
 @torch.no_grad()
 def fit_trip_by_trip(models: Models, batches: Sequence[Batch]) -> dict[str, float]:
-    """Fit the residuals that can be trained, from the first trip to the last.
+    """Fit the trainable residuals, from the first trip to the last.
 
-    Returns the squared error of their layers' outputs relative to their size, each before and after
-    its own fit; nothing if there are none. Raises UsageError if the trips are not the original's.
+    Returns the squared error of their layers' outputs relative to their size, before and after each
+    layer's own fit. The result is empty if there are no residuals. Raises UsageError if the
+    original has another number of trips.
     """
     layers = {layer.name: layer for layer in layers_to_fit(models) if layer.factors}
     if not layers:
@@ -66,7 +68,7 @@ def fit_trip_by_trip(models: Models, batches: Sequence[Batch]) -> dict[str, floa
 
 
 class _Sums:
-    """C = X^T X, D = (Y - bias)^T X and |Y - bias|^2 of one layer, over tokens."""
+    """Sums C = X^T X, D = (Y - bias)^T X and |Y - bias|^2 of one layer, over tokens."""
 
     def __init__(self, layer: Layer) -> None:
         weight = layer.teacher.weight
@@ -75,13 +77,13 @@ class _Sums:
         self.size = 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Tokens more: x [tokens, in], y [tokens, out]."""
+        """Add tokens: x [tokens, in], y [tokens, out]."""
         self.c += x.T @ x
         self.d += y.T @ x
         self.size += y.double().square().sum().item()
 
     def error(self, layer: Layer) -> float:
-        """|X W^T - Y|^2 with the weight and residual that the layer has."""
+        """Compute |X W^T - Y|^2 with the layer's current weight and residual."""
         weight = (layer.student.weight + layer.product()).double()
         return self.size + ((weight @ self.c - 2 * self.d) * weight).sum().item()
 
@@ -116,7 +118,7 @@ def _fit(layer: Layer, sums: _Sums) -> None:
 
 @contextmanager
 def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """Collect, while it is open, what each module takes and gives."""
+    """Record the first input and the output of each module while the block runs."""
     found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -127,22 +129,22 @@ def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
 
 
 class _Walk:
-    """A model run one trip at a time, each on what the trip before gave."""
+    """A model that runs one trip at a time, each on the result of the trip before."""
 
     def __init__(
         self, module: Any, show: Callable[[Batch], None], batches: Sequence[Batch]
     ) -> None:
         self.trips: list[nn.Module] = module.trip_modules()
         self.show, self.batches = show, batches
-        # for each batch what the trip takes first, and what else each trip takes
+        # for each batch: the trip's first input, and the other arguments of each trip
         self.hidden: list[Tensor] = []
         self.rest: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        # whether a trip takes what the trip before gave
+        # whether a trip's first input is the result of the trip before
         self.follows = [True] * len(self.trips)
         self._look(0)
 
     def run(self, trip: int, number: int) -> Tensor:
-        """What a trip gives for a batch: the first carried value."""
+        """Run a trip on a batch, and return the first carried value."""
         args, named = self.rest[number][trip]
         out: Tensor = self.trips[trip](self.hidden[number], *args, **named)[0]
         return out
@@ -154,11 +156,11 @@ class _Walk:
             if self.follows[trip + 1]:
                 self.hidden = after
             else:
-                # something lies between these trips
+                # other operations lie between these trips
                 self._look(trip + 1)
 
     def groups(self, trip: int, layers: Mapping[str, Layer]) -> Iterator[list[Layer]]:
-        """The layers in a trip, in the order in which they run; those with one input together."""
+        """Yield the layers of a trip in the order in which they run, grouped by their input."""
         inside = set(self.trips[trip].modules())
         own: dict[nn.Module, Layer] = {
             layer.student: layer for layer in layers.values() if layer.student in inside
@@ -177,7 +179,7 @@ class _Walk:
             yield group
 
     def _look(self, first: int) -> None:
-        """Run the whole model for what the trips from this one on take."""
+        """Run the whole model to record the inputs of the trips from `first` on."""
         self.hidden, self.rest = [], []
         for batch in self.batches:
             calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: both models, the rows, and the steps of each stage."""
+"""Prepare a run: open both models, build the rows, and count the steps of each stage."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from reroll.rewrite.ir.program import Program
 
 @dataclass
 class Setup:
-    """A run that can begin.
+    """Everything that a run needs to begin.
 
     Attributes:
-        accelerator: of accelerate: the processes and the device.
+        accelerator: accelerate's object for the processes and the device.
         recipe: its stages and settings.
-        directory: where its checkpoints are.
-        identity: what has to be the same for a run to go on from a checkpoint.
+        directory: the directory of its checkpoints.
+        identity: the settings that must be the same for a run to continue from a checkpoint.
         sources: the files that the student is computed from.
         module: the lowered student, whose weights are trained in fp32.
         teacher: the lowered original, if there is one.
         new: names of the parameters that the original does not have.
         corpus: rows to train on and rows to measure on.
         length: tokens of a row, or positions of an image.
-        steps: how many each stage has.
-        dtype: what is saved.
+        steps: number of steps of each stage.
+        dtype: the dtype of the saved weights.
     """
 
     accelerator: Any
@@ -56,12 +56,12 @@ class Setup:
 
     @property
     def settings(self) -> Settings:
-        """The recipe's settings."""
+        """Settings of the recipe."""
         return self.recipe.settings
 
     @property
     def processes(self) -> int:
-        """How many processes share each step's rows."""
+        """Number of processes that share each step's rows."""
         return int(self.accelerator.num_processes)
 
     @property
@@ -81,9 +81,9 @@ def prepare(
     trust: bool = False,
     dtype: torch.dtype | str | None = None,
 ) -> Setup:
-    """Open the models and read the rows; the arguments are those of `recover`.
+    """Open the models and build the rows; the arguments are those of `recover`.
 
-    Raises UsageError for what cannot be trained.
+    Raises UsageError for a model or settings that cannot be trained.
     """
     settings, processes = recipe.settings, int(accelerator.num_processes)
     if settings.batch % processes:
@@ -97,7 +97,7 @@ def prepare(
         student if isinstance(student, Program) else capture(str(student), trust_remote_code=trust)
     )
     program, saved_dtype = _program(opened, trust), dtype_of(dtype, opened.dtype)
-    # refused before anything is trained, should it not be known how
+    # raises before anything is trained if the model cannot be saved in that dtype
     retype(program, saved_dtype)
     original = None if teacher is None else _program(teacher, trust)
     if teacher is None and any(s.teaches for s in recipe.stages):
@@ -117,7 +117,7 @@ def prepare(
         if each is not None and images is None:
             check_length(each, length, "recipe recover, option length", "give at most {limit}")
     steps = _steps(recipe, tokens / (settings.batch * length))
-    # stages without steps may still begin with something
+    # stages without steps may still fit weights on rows at their start
     tokens = sum(steps) * settings.batch * length or tokens
     corpus = _corpus(program, images, recipe, data, tokens, length)
     module = program.to_module().to(accelerator.device)
@@ -171,7 +171,7 @@ def _corpus(
 
 
 def _program(model: str | Path | Program, trust: bool, revision: str | None = None) -> Program:
-    """A model in fp32."""
+    """Capture a model in fp32, or convert a Program to it."""
     if isinstance(model, Program):
         return retype(model, torch.float32) if model.dtype in HALVES else model
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
@@ -179,7 +179,7 @@ def _program(model: str | Path | Program, trust: bool, revision: str | None = No
 
 
 def _recorded(program: Program, trust: bool) -> Program:
-    """The original that a Program says it was made from."""
+    """Capture the original that a Program's origin names; raises UsageError if it has moved."""
     try:
         return _program(program.origin.model, trust, program.origin.revision)
     except UntrustedCodeError:
@@ -197,6 +197,6 @@ def _name(model: str | Path | Program) -> str:
 
 
 def _steps(recipe: Recipe, total: float) -> list[int]:
-    """Steps of each stage that has a share, at least one, of so many in all."""
+    """Divide `total` steps among the stages by their shares, at least one for each with a share."""
     shares = sum(stage.share for stage in recipe.stages)
     return [max(round(total * s.share / shares), 1) if s.share else 0 for s in recipe.stages]

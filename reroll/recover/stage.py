@@ -1,4 +1,4 @@
-"""What a stage is: a loss, what it trains, and for how long.
+"""Define what a stage of recovery is: a loss, the weights that it trains, and its length.
 
     class Tune(Stage):
         '''Cross-entropy of the next token.'''
@@ -7,8 +7,8 @@
 
         def loss(self, batch: Batch, models: Models) -> Loss: ...
 
-A new stage is one file in `reroll/recover/stages`, or what `reroll.rewrite.pipeline.registry` finds
-elsewhere.
+A new stage is one file in `reroll/recover/stages`, or a class that
+`reroll.rewrite.pipeline.registry` finds in another package.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from reroll.rewrite.pipeline.registry import Registry
 class Batch:
     """Rows of one step: tokens, or images.
 
-    `data` are token ids [rows, length] or what else the model's `input` takes, [rows, ...]; `mask`
-    [rows, length] is 0 at padding, which is on the right, and 1 at the positions of an image.
-    `progress` is how much of the stage is done, from 0 to 1; `seed` is for random choices of this
-    step, equal in all processes.
+    `data` are token ids [rows, length], or the values of the model's `input`, [rows, ...]. `mask`
+    [rows, length] is the padding mask: 0 at padding, which is on the right, and 1 at the positions
+    of an image. `progress` is the part of the stage that is done, from 0 to 1. `seed` is for random
+    choices of this step, equal in all processes.
     """
 
     data: Tensor
@@ -47,20 +47,20 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """The token ids, and -100 where there is padding: [rows, length]."""
+        """Token ids, and -100 at padding: [rows, length]."""
         return self.data.masked_fill(self.mask == 0, -100)
 
     def tokens(self) -> int:
-        """How many tokens are not padding."""
+        """Count the tokens that are not padding."""
         return int(self.mask.sum())
 
 
 @dataclass
 class Models:
-    """The two sides of a run.
+    """Student and teacher of a run.
 
-    `student` is what a stage calls: the lowered model `module`, or that with adapters around it.
-    `teacher` is the lowered original, which nothing trains.
+    `student` is the model that a stage calls: the lowered model `module`, or that with adapters.
+    `teacher` is the lowered original, which is not trained.
     """
 
     student: nn.Module
@@ -68,25 +68,25 @@ class Models:
     teacher: Any | None
 
     def run(self, batch: Batch) -> Tensor:
-        """The student's logits [rows, length, vocabulary]."""
+        """Compute the student's logits [rows, length, vocabulary]."""
         logits: Tensor = self.student(**arguments(batch)).logits
         return logits
 
     def ask(self, batch: Batch) -> Tensor:
-        """The teacher's logits [rows, length, vocabulary], without gradients."""
+        """Compute the teacher's logits [rows, length, vocabulary], without gradients."""
         assert self.teacher is not None
         with torch.no_grad():
             logits: Tensor = self.teacher(**arguments(batch)).logits
         return logits
 
     def show_teacher(self, batch: Batch) -> None:
-        """Run the teacher only for what hooks on its modules see, without gradients."""
+        """Run the teacher without gradients, only for the hooks on its modules."""
         assert self.teacher is not None
         with torch.no_grad():
             self.teacher(**arguments(batch), **self._least())
 
     def show_student(self, batch: Batch) -> None:
-        """Run the student only for what hooks on its modules see."""
+        """Run the student only for the hooks on its modules."""
         self.student(**arguments(batch), **self._least())
 
     def _least(self) -> dict[str, int]:
@@ -94,7 +94,7 @@ class Models:
 
 
 def batch_of(module: Any, rows: Rows, progress: float = 0.0, seed: int = 0) -> Batch:
-    """Rows as a batch for a lowered model, on its device, without what is padding in all."""
+    """Make a batch of rows on a model's device, without columns that are padding in all rows."""
     device, name = next(module.parameters()).device, module.main_input_name
     data, mask = rows.data.to(device), rows.mask.to(device)
     if name == "input_ids":
@@ -104,7 +104,7 @@ def batch_of(module: Any, rows: Rows, progress: float = 0.0, seed: int = 0) -> B
 
 
 def arguments(batch: Batch) -> dict[str, Any]:
-    """What a lowered model is called with."""
+    """Return the arguments to call a lowered model with."""
     if batch.input != "input_ids":
         return {batch.input: batch.data}
     return {"input_ids": batch.data, "attention_mask": batch.mask, "use_cache": False}
@@ -112,7 +112,7 @@ def arguments(batch: Batch) -> dict[str, Any]:
 
 @dataclass
 class Loss:
-    """The mean over the batch's tokens of what is minimised, and what is worth logging beside."""
+    """Mean over the batch's tokens of the minimised quantity, and further values to log."""
 
     value: Tensor
     parts: dict[str, float] = field(default_factory=dict)
@@ -168,15 +168,16 @@ class Stage(Declared, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, models: Models) -> Loss:
-        """The loss of one batch: a mean over its tokens, with gradients into the student."""
+        """Compute the mean loss over a batch's tokens, with gradients into the student."""
 
     def begin(self, models: Models) -> None:
-        """Called whenever the stage begins or goes on: the place to refuse models."""
+        """Check the models, whenever the stage begins or continues; raise if they do not fit."""
 
     def start(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
-        """Called once before the first step: the place to set weights without training.
+        """Set weights without training, once before the first step.
 
-        `rows(n)` are the stage's first n training tokens, in batches. What is returned is logged.
+        `rows(n)` returns the stage's first n training tokens, in batches. The returned values are
+        logged.
         """
         return {}
 

@@ -1,7 +1,7 @@
-"""The training loop of a run: its stages, and in each the steps that are left.
+"""Train a run: its stages, and in each the remaining steps.
 
-A run is deterministic: what a step trains on and draws follows from its number. So one that goes on
-from a checkpoint has the losses of one that was never interrupted.
+A run is deterministic: the rows and random numbers of a step depend on its number only. So a run
+that continues from a checkpoint has the losses of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from reroll.runtime.lowering.recapture import stored_tensors
 
 OnStep: TypeAlias = Callable[[Mapping[str, Any]], None]
 
-# of the loss that the progress shows
+# decay of the moving average of the loss that the progress bar shows
 SMOOTHING = 0.9
 
 
 @dataclass
 class Trained:
-    """How far a run has come, and what was measured on held-out rows, oldest first."""
+    """Progress of a run, and its measurements on held-out rows, oldest first."""
 
     progress: Progress
     measures: list[dict[str, Any]]
@@ -62,7 +62,7 @@ def train(run: Setup, restart: bool, on_step: OnStep) -> Trained:
 
 
 def _train_stage(run: Setup, trained: Trained, checkpoint: Any, on_step: OnStep) -> None:
-    """Train the stage that `trained.progress` is in, from its next step to its last."""
+    """Train the stage of `trained.progress`, from its next step to its last."""
     begun = trained.progress
     stage, steps = run.recipe.stages[begun.stage], run.steps[begun.stage]
     run.module.train()
@@ -106,7 +106,7 @@ def _train_stage(run: Setup, trained: Trained, checkpoint: Any, on_step: OnStep)
                 "seconds_left": left * seconds / (progress.steps - begun.steps),
             }
             last = step + 1 == steps
-            # before the checkpoint: what the log says beyond that is cut when a run goes on
+            # before the checkpoint: lines after it are cut when a run continues
             if run.main and (progress.steps % run.settings.log_every == 0 or last):
                 run.directory.log(done)
             if progress.steps % run.settings.save_every == 0 or last:
@@ -120,9 +120,9 @@ def _train_stage(run: Setup, trained: Trained, checkpoint: Any, on_step: OnStep)
 def _step(
     run: Setup, objective: nn.Module, optimizer: Any, progress: Progress, done: float
 ) -> tuple[dict[str, float], int]:
-    """One step over all processes: what is logged of it, and its tokens.
+    """Run one step over all processes; return the values to log, and the number of tokens.
 
-    `done` is how much of the stage is done, from 0 to 1.
+    `done` is the part of the stage that is done, from 0 to 1.
     """
     settings, accelerator = run.settings, run.accelerator
     rows = take(run.corpus.train, progress.steps * settings.batch, settings.batch)
@@ -141,7 +141,7 @@ def _step(
         with nullcontext() if last else accelerator.no_sync(objective):
             with _autocast(run):
                 loss = Loss(*objective(batch))
-            # gradients are averaged over processes, and should be summed
+            # accelerate averages gradients over processes, and the mean over tokens needs their sum
             accelerator.backward(loss.value * (share * run.processes))
         for name, value in {"loss": loss.value.item(), **loss.parts}.items():
             totals[name] = totals.get(name, 0.0) + share * value
@@ -162,7 +162,7 @@ def _step(
 
 
 def _start(run: Setup, trained: Trained, stage: Stage, models: Models) -> None:
-    """What a stage does before its first step; measured if it does something."""
+    """Run what a stage does before its first step, and measure if it changed something."""
     settings = run.settings
 
     def rows(tokens: int) -> list[Batch]:
@@ -178,7 +178,7 @@ def _start(run: Setup, trained: Trained, stage: Stage, models: Models) -> None:
 def _measure(
     run: Setup, trained: Trained, before: str, parts: Mapping[str, float] | None = None
 ) -> None:
-    """Measure on the held-out rows, and write it down; `before` says what comes next."""
+    """Measure on the held-out rows, and log it; `before` names what comes next."""
     if run.main:
         with _autocast(run):
             measured = held_out(run.module, run.teacher, run.corpus.held_out)
@@ -209,7 +209,7 @@ def _autocast(run: Setup) -> Any:
 
 
 class _Objective(nn.Module):
-    """A stage's loss as a module, so that what wraps it sees all that the loss depends on."""
+    """Loss of a stage as a module, so that its wrappers cover all that the loss depends on."""
 
     def __init__(self, stage: Stage, models: Models) -> None:
         super().__init__()

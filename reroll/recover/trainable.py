@@ -1,4 +1,4 @@
-"""What a stage trains: all weights, the new ones, adapters, or weights by name."""
+"""Select what a stage trains: all weights, the new ones, adapters, or weights by name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from reroll.runtime import untie
 
 @contextmanager
 def training(module: Any, stage: Stage, new: frozenset[str]) -> Iterator[nn.Module]:
-    """The module to train, with gradients for what the stage names and for nothing else.
+    """Yield the module to train, with gradients for the weights that the stage names and no others.
 
-    With `lora` among what it names, that is the module with adapters, which are merged into its
-    weights at the end. Raises UsageError if the stage names nothing.
+    With `lora` in `train` it has adapters, which are merged into its weights at the end. Raises
+    UsageError if no weight matches.
     """
     patterns = [stage.train] if isinstance(stage.train, str) else stage.train
     chosen = {
@@ -49,7 +49,7 @@ def training(module: Any, stage: Stage, new: frozenset[str]) -> Iterator[nn.Modu
 
 @contextmanager
 def _adapted(module: Any, stage: Stage) -> Iterator[nn.Module]:
-    """The module with a LoRA adapter (Hu et al., 2021, arXiv 2106.09685) on named linear layers."""
+    """Yield the module with a LoRA adapter (Hu et al., 2021, arXiv 2106.09685) on linear layers."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -77,7 +77,7 @@ def _adapted(module: Any, stage: Stage) -> Iterator[nn.Module]:
     learning = [p for p in module.parameters() if p.requires_grad]
     adapted = get_peft_model(module, config)
     for parameter in learning:
-        # which peft has turned off
+        # peft has turned these off
         parameter.requires_grad_(True)
     yield adapted
     untie(module)
@@ -85,7 +85,7 @@ def _adapted(module: Any, stage: Stage) -> Iterator[nn.Module]:
 
 
 def _shared(module: nn.Module, names: list[str]) -> str | None:
-    """The first of some linear layers whose weight another one of them has too."""
+    """Return the first linear layer whose weight an earlier one shares; None if there is none."""
     seen: set[int] = set()
     for name in names:
         weight = module.get_submodule(name).weight
@@ -96,7 +96,7 @@ def _shared(module: nn.Module, names: list[str]) -> str | None:
 
 
 def new_names(module: nn.Module, teacher: nn.Module | None) -> frozenset[str]:
-    """Names of the parameters that the original does not have: gates, feature maps, residuals."""
+    """Return the names of parameters that the original does not have, such as gates and factors."""
     if teacher is None:
         return frozenset()
     ours, theirs = (

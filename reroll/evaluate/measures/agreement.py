@@ -1,7 +1,8 @@
-"""How far a model's predictions are from its original's on text, token by token.
+"""Compare a model's predictions with its original's on text, token by token.
 
-KL(original || model) in nats, the share of positions at which both find the same token likeliest,
-and how often the original's likeliest token is among the model's five likeliest.
+The results are KL(original || model) in nats, and the share of positions at which both have the
+same most likely token. `top1_in_top5` is how often the original's most likely token is among the
+model's five most likely.
 """
 
 from __future__ import annotations

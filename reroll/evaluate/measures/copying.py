@@ -1,14 +1,14 @@
-"""Copying: how well a passage is predicted when it comes for the second time.
+"""Copying: measure how well a passage is predicted when it is repeated.
 
-A passage of `length` tokens of the text, then the same passage again (after "repeat after me",
-Jelassi et al., 2024, arXiv 2402.01032): every token of the second time has been seen `length`
-tokens before. A model that recalls predicts nearly all of them; to one that does not, the second
-time is text like the first. It is as dense as perplexity where `recall` asks one question for each
-context: what it finds is known to a few per cent, and it shows recall before the questions do.
+The input is a passage of `length` tokens of the text, then the same passage again (after "repeat
+after me", Jelassi et al., 2024, arXiv 2402.01032). Every token of the copy has occurred `length`
+tokens before. A model with recall predicts nearly all of them; to one without, the copy is text
+like any other. `recall` asks one question for each context; this scores every token, so its results
+vary by a few per cent only, and show recall earlier.
 
-`again` is the share of the second time's tokens that are found likeliest, `first` that of the first
-time's, and `loss_again` and `loss_first` are the mean negative log-likelihoods in nats. The first
-`SETTLING` tokens of both times count on neither side: the second time has to be noticed.
+`again` is the share of the copy's tokens that are predicted as most likely, `first` that of the
+passage's. `loss_again` and `loss_first` are the mean negative log-likelihoods in nats. The first
+`SETTLING` tokens of both are not counted, because a model must first notice the repetition.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from reroll.evaluate.measures.perplexity import Text
 from reroll.evaluate.runner import Runner
 from reroll.rewrite.pipeline.options import option
 
-# tokens at the start of each time that do not count
+# tokens at the start of the passage and of its copy that are not counted
 SETTLING = 16
 
 
 class Copying(Measure):
-    """A passage for the second time: how much of it is predicted, at which distance."""
+    """Copying: the share of a repeated passage that is predicted, by its length."""
 
     name = "copying"
     full: ClassVar[Mapping[str, Any]] = {"lengths": [64, 256, 1024], "passages": 16}
@@ -80,7 +80,7 @@ class Copying(Measure):
 
 
 def _twice(runner: Runner, ids: Tensor, length: int) -> Tensor:
-    """Right predictions and losses of the first and of the second time, as means: [4]."""
+    """Compute the means of correct predictions and losses, of passage and copy: [4]."""
     right, loss = torch.zeros(ids.shape[1]), torch.zeros(ids.shape[1])
     for positions, logits in runner.logits(ids, range(ids.shape[1] - 1)):
         targets = ids[0, positions + 1].to(logits.device)

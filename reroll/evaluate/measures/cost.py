@@ -1,9 +1,9 @@
-"""What one more token costs, counted and not timed: operations, bytes that are read, state.
+"""Count what one more token costs: operations, bytes that are read, state; nothing is timed.
 
 Operations are those of matrix products and attention, two for a multiply-add. Bytes read are the
-weights that a token's forward goes through, once for each trip that uses them, tables of embeddings
-by the row, and the state. With batch size 1, decoding is bound by them. `weight_bytes` are those of
-the weights as stored: where they fit into a cache, weights that trips share are read from memory
+state and the weights of a token's forward. A weight counts once for each trip that uses it, and an
+embedding table counts one row. At batch size 1, decoding is bound by them. `weight_bytes` are those
+of the weights as stored. Where they fit into a cache, weights that trips share are read from memory
 once only.
 """
 
@@ -76,7 +76,7 @@ class Cost(Measure):
 
 
 def bytes_read(program: Program) -> int:
-    """Bytes of the weights that the forward of one token goes through, trip by trip."""
+    """Count the bytes of the weights that the forward of one token reads, trip by trip."""
     total = _graph(program, program.graph)
     for loop in program.loops:
         total += loop.trips * _graph(program, loop.body.graph)
@@ -93,7 +93,7 @@ def _graph(program: Program, graph: fx.Graph) -> int:
         for length in kind.shape:
             size *= length
         tables = [u for u in node.users if u.target is EMBEDDING and u.args[0] is node]
-        # a table that is a matrix of the head as well is read whole there
+        # a table that is tied to the head is read whole there
         if tables and len(tables) == len(node.users):
             size //= kind.shape[0]
         total += size

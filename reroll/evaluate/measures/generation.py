@@ -1,14 +1,15 @@
-"""What greedy generation looks like, which perplexity hides.
+"""Measure properties of greedy generation that perplexity does not show.
 
-Each prompt is a stretch of the text, continued greedily for `new` tokens, ends of texts ignored.
+Each prompt is a passage of the text, continued greedily for `new` tokens; end-of-text tokens are
+ignored.
 
-- `agreement_tokens`: how many tokens are the original's before the first that differs.
-- `repetition`: 1 - distinct 4-grams / 4-grams within one continuation, the mean over them
+- `agreement_tokens`: how many tokens equal the original's before the first that differs.
+- `repetition`: 1 - distinct 4-grams / 4-grams within one continuation, averaged over them
   (seq-rep-4 of Welleck et al., 2019, arXiv 1908.04319).
 - `distinct`: distinct n-grams / n-grams over all continuations together, n = 1, 2, 3 (Li et al.,
   2016, arXiv 1510.03055).
 
-The text's own continuations are measured beside them as `text`.
+The text's own continuations are measured too, as `text`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.measures.perplexity import Text
 from reroll.rewrite.pipeline.options import option
 
-# prompts that are continued at once
+# prompts in one batch
 BATCH = 8
 
 
@@ -69,7 +70,7 @@ class Generation(Measure):
         return {**found, "new": new, "prompts": count}
 
     def _fitting(self, bench: Bench) -> tuple[int, int]:
-        """Tokens of a prompt and new ones, less of both where the models do not take so many."""
+        """Return the tokens of a prompt and of its continuation, reduced to fit the models."""
         limits = [r.limit - len(r.prefix) for r in bench.sides.values() if r.limit]
         room = min(limits, default=self.prompt + self.new)
         if self.prompt + self.new <= room:
@@ -87,12 +88,12 @@ class Generation(Measure):
 
 
 def agreement(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two continuations have in common before the first that differs."""
+    """Count the tokens that two continuations have in common before the first that differs."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
 def style(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Repetition and distinct n-grams of some continuations."""
+    """Compute repetition and distinct n-grams of some continuations."""
     repeated = []
     for row in rows:
         grams = _grams(row, 4)

@@ -1,12 +1,12 @@
 """ListOps: nested operations on digits, whose value is a digit.
 
-MIN, MAX, MED (median, rounded down) and SM (sum modulo 10) over two or more arguments, each a digit
-or an operation again (Nangia and Bowman, 2018, arXiv 1804.06028). The trees are drawn as in Long
-Range Arena (Tay et al., 2020, arXiv 2011.04006): an argument is an operation with probability 1/4
-above depth 10, operations have 2 to 10 arguments, and a tree counts if its number of symbols,
-brackets included, is in the range asked for; Long Range Arena asks for 500 to 2,000.
+MIN, MAX, MED (median, rounded down) and SM (sum modulo 10) have two or more arguments, each a digit
+or another operation (Nangia and Bowman, 2018, arXiv 1804.06028). The trees are drawn as in Long
+Range Arena (Tay et al., 2020, arXiv 2011.04006). An argument is an operation with probability 1/4
+above depth 10, and operations have 2 to 10 arguments. A tree is accepted if its number of symbols,
+with brackets, is in the requested range; Long Range Arena requests 500 to 2,000.
 
-Here the models are not trained on it: each question stands behind `shots` solved ones of at most
+Here the models are not trained on it. Each question comes after `shots` solved ones of at most
 `shot_symbols` symbols, and is answered by the likelihood of the ten digits.
 """
 
@@ -90,7 +90,7 @@ class ListOps(Measure):
 
 
 def draw(random: random.Random, fewest: int, most: int) -> Tree:
-    """A random tree, an operation at its root, with between `fewest` and `most` symbols."""
+    """Draw a random tree, an operation at its root, with between `fewest` and `most` symbols."""
     while True:
         tree = _operation(random, 1, most)
         if tree is not None and fewest <= size(tree) <= most:
@@ -98,7 +98,7 @@ def draw(random: random.Random, fewest: int, most: int) -> Tree:
 
 
 def _operation(random: random.Random, depth: int, room: int) -> Tree | None:
-    """An operation; None as soon as it cannot have at most `room` symbols."""
+    """Draw an operation; return None as soon as it has more than `room` symbols."""
     arguments: list[Tree] = []
     room -= 2
     for _ in range(random.randint(2, ARGUMENTS)):
@@ -114,17 +114,17 @@ def _operation(random: random.Random, depth: int, room: int) -> Tree | None:
 
 
 def size(tree: Tree) -> int:
-    """How many symbols a tree is written with: digits, opening and closing brackets."""
+    """Count the symbols of a tree: digits, opening and closing brackets."""
     return 1 if isinstance(tree, int) else 2 + sum(map(size, tree[1]))
 
 
 def value(tree: Tree) -> int:
-    """What a tree evaluates to."""
+    """Evaluate a tree."""
     return tree if isinstance(tree, int) else OPERATIONS[tree[0]]([value(t) for t in tree[1]])
 
 
 def write(tree: Tree) -> str:
-    """A tree as text: `[MAX 2 [MIN 8 3 ] 5 ]`."""
+    """Write a tree as text: `[MAX 2 [MIN 8 3 ] 5 ]`."""
     if isinstance(tree, int):
         return str(tree)
     return f"[{tree[0]} {' '.join(map(write, tree[1]))} ]"

@@ -1,12 +1,12 @@
 """Perplexity, and bits per byte.
 
 Perplexity is exp of the mean negative log-likelihood of the next token, over text cut into windows
-of `context` tokens. `block` windows do not overlap; `sliding` ones start every `stride` tokens, and
-of each only the tokens count that no window before it counted, so that all but the first have at
+of `context` tokens. `block` windows do not overlap. `sliding` ones start every `stride` tokens, and
+only tokens that no earlier window counted are counted. So all but those of the first window have at
 least context - stride tokens before them.
 
-Bits per byte are the same likelihoods in bits, over the UTF-8 bytes of the counted tokens' text:
-models with different tokenizers can be compared by it.
+Bits per byte are the same likelihoods in bits, over the UTF-8 bytes of the counted tokens' text.
+They compare models with different tokenizers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from reroll.evaluate.measure import Bench, Measure, NotApplicable, within
 from reroll.evaluate.runner import Runner
 from reroll.rewrite.pipeline.options import option
 
-# tokens that run at once
+# the most tokens of one batch
 BATCH = 4096
-# characters for one token at most: a longer text is cut before it is tokenized
+# more characters per token are rare, so longer text is cut before it is tokenized
 CHARACTERS = 16
 
 
@@ -100,13 +100,13 @@ class Perplexity(Measure):
     def _windows(
         self, runner: Runner, text: Text, context: int
     ) -> Iterator[tuple[Tensor, int, list[int]]]:
-        """Rows of ids, the first position that counts, and where the rows start in the text."""
+        """Yield rows of ids, the first counted position, and the rows' offsets in the text."""
         lead = runner.prefix
         room = context - len(lead)
         step = room if self.style == "block" else min(self.stride or max(room // 2, 1), room)
         starts = list(range(0, len(text.ids) - room + 1, step)) or [0]
         rows = max(BATCH // context, 1)
-        # the first token of all has nothing before it, unless there is a special token
+        # the first token has no context to predict it from, unless there is a special token
         fresh = max(len(lead), 1)
         if self.style == "block":
             groups = [(fresh, starts[i : i + rows]) for i in range(0, len(starts), rows)]
@@ -122,7 +122,7 @@ class Perplexity(Measure):
 
 @dataclass
 class Text:
-    """A text as token ids, and how many bytes of it each stretch of them is."""
+    """A text as token ids, with the number of bytes of each range of them."""
 
     ids: list[int]
     bytes_from: str
@@ -151,12 +151,12 @@ class Text:
             self.ids = self.ids[:most]
 
     def bytes(self, start: int, end: int) -> int:
-        """Bytes of the tokens from `start` up to `end`; what several tokens share counts once."""
+        """Count the bytes of the tokens from `start` up to `end`; shared bytes count once."""
         return self._ends[end] - self._ends[start]
 
 
 def _loss(runner: Runner, ids: Tensor, counted: range) -> float:
-    """The negative log-likelihood in nats of the tokens at the `counted` positions."""
+    """Compute the negative log-likelihood, in nats, of the tokens at the `counted` positions."""
     total = 0.0
     for positions, logits in runner.logits(ids, [p - 1 for p in counted]):
         targets = ids[:, positions + 1].to(logits.device)  # [rows, positions]

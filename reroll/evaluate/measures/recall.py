@@ -1,20 +1,22 @@
-"""Recall: finding again what stands far back in the context.
+"""Recall: retrieve information that is far back in the context.
 
-- `needle`: a sentence with a secret word in the midst of the text, at a depth (0 first, 1 last),
-  in a context of a length; the context ends with the same sentence up to the word. After
-  "needle in a haystack" (Kamradt, 2023; NIAH in RULER, Hsieh et al., 2024, arXiv 2404.06654).
-- `passkey`: five digits to be found in filler that says nothing (Mohtashami and Jaggi, 2023,
-  arXiv 2305.16300).
+- `needle`: a sentence with a secret word within the text, at a depth (0 first, 1 last), in a
+  context of a given length. The context ends with the same sentence up to the word. After "needle
+  in a haystack" (Kamradt, 2023; NIAH in RULER, Hsieh et al., 2024, arXiv 2404.06654).
+- `passkey`: five digits within meaningless filler (Mohtashami and Jaggi, 2023, arXiv 2305.16300).
 - `mqar`: multi-query associative recall (Arora et al., 2023, arXiv 2312.04927): pairs of random
   words, then every first word again in random order, each followed by its second.
 - `phonebook`: names with numbers, two of the lines again as examples, then one of the other names
   (Jelassi et al., 2024, arXiv 2402.01032).
 
 `accuracy` is the choice between the candidates (16 words, 10 keys, the values of all pairs, up to
-10 numbers of the book) by their first token; `exact` is whether greedy decoding gives the whole
-answer. `distance` is how many tokens lie between the answer's first token and the token behind
-which it has to be said again; what is nearer than the window is `inside`, the rest `beyond`. The
-window is the rewritten model's, for both sides; for one that sees everything, nothing is beyond.
+10 numbers of the book) by their first token. `exact` is whether greedy decoding gives the whole
+answer.
+
+`distance` is the number of tokens between the answer's first token in the context and the token
+from which it must be predicted. Distances below the window are `inside`, all others `beyond`. The
+window is the rewritten model's, for both sides; for a model that sees all tokens, nothing is
+beyond.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ TASKS = ("needle", "passkey", "mqar", "phonebook")
 
 @dataclass(frozen=True)
 class _Result:
-    """One answer: in which cell, at which distance."""
+    """One answer, with its cell and its distance."""
 
     place: tuple[tuple[str, Any], ...]
     distance: int
@@ -107,7 +109,7 @@ class Recall(Measure):
     def _questions(
         self, bench: Bench, runner: Runner, task: str
     ) -> list[tuple[list[tuple[Question, int]], dict[str, Any]]]:
-        """Questions with the distance of their answers, and the cell that they belong to."""
+        """Return questions with the distances of their answers, and the cell of each group."""
         if task in ("needle", "passkey"):
             make = tasks.needle if task == "needle" else tasks.passkey
             return [
@@ -155,7 +157,7 @@ def _asked(
 
 
 def _summary(results: Sequence[_Result], window: int | None) -> dict[str, Any]:
-    """One task as JSON data: over all, inside and beyond the window, and by cell."""
+    """Summarise one task as JSON data: over all, inside and beyond the window, and by cell."""
     inside = [r.answer for r in results if window is None or r.distance < window]
     beyond = [r.answer for r in results if window is not None and r.distance >= window]
     cells = []

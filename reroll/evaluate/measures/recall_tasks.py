@@ -1,7 +1,7 @@
-"""The questions of the measure `recall`, each with the distance at which its answer stands.
+"""Build the questions of the measure `recall`, each with the distance of its answer.
 
 Seed, task, cell and number of a sample determine its question. Parts are tokenized one by one and
-joined, so that a context has exactly the length that it should have.
+concatenated, so that a context has exactly the requested length.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHOTS = 2
 def needle(
     bench: Bench, runner: Runner, length: int, depth: float, sample: int
 ) -> tuple[Question, int] | None:
-    """A secret word in the text; None if the length has no room for it."""
+    """Build a question for a secret word in the text; None if the length has no room for it."""
     random = bench.random("needle", length, depth, sample)
     name = f"{random.choice(FIRST)} {random.choice(LAST)}"
     words = random.sample(WORDS, len(WORDS))
@@ -48,7 +48,7 @@ def needle(
 def passkey(
     bench: Bench, runner: Runner, length: int, depth: float, sample: int
 ) -> tuple[Question, int] | None:
-    """Five digits in filler; None if the length has no room for them."""
+    """Build a question for five digits in filler; None if the length has no room for them."""
     random = bench.random("passkey", length, depth, sample)
     # no two keys begin with the same digit
     starts = random.sample(range(KEYS), KEYS)
@@ -68,7 +68,10 @@ def _hidden(
     closing: str,
     candidates: list[str],
 ) -> tuple[Question, int] | None:
-    """A question whose first candidate is said in the hay, `length` tokens with the answer."""
+    """Build a question whose first candidate is stated at a depth of the filler `hay`.
+
+    Prompt and answer have `length` tokens. None if that is too short.
+    """
     question = encode(runner, said, candidates, 0)
     asking = question.prompt[len(runner.prefix) :]
     answer = question.candidates[0]
@@ -86,7 +89,7 @@ def _hidden(
 
 
 def phonebook(bench: Bench, runner: Runner, entries: int, sample: int) -> tuple[Question, int]:
-    """A book of names and numbers, two of its lines again, and another one of its names."""
+    """Build a book of names and numbers, two of its lines as examples, and one other name."""
     random = bench.random("phonebook", entries, sample)
     names = [f"{a} {b}" for a in FIRST for b in LAST]
     if entries > len(names):
@@ -119,9 +122,9 @@ def phonebook(bench: Bench, runner: Runner, entries: int, sample: int) -> tuple[
 
 
 def mqar(bench: Bench, runner: Runner, pairs: int, samples: int) -> Iterator[tuple[Answer, int]]:
-    """Answers to every query of some rows of pairs, with distances; none if it is too long."""
+    """Yield the answers to every query of some rows of pairs, with distances; none if too long."""
     words = _words(runner)
-    # every pair is said twice
+    # every pair occurs twice
     if runner.limit and len(runner.prefix) + 4 * pairs > runner.limit:
         return
     if len(words) < 2 * pairs:
@@ -152,7 +155,7 @@ def _pairs(
 
 
 def _words(runner: Runner) -> list[int]:
-    """Tokens that are a plain word, or at least some letters, in the order of their ids."""
+    """Return tokens that are plain words, or at least printable, in the order of their ids."""
     tokenizer = runner.tokenizer
     special = set(tokenizer.all_special_ids)
     count = min(len(tokenizer), runner.vocabulary)

@@ -1,9 +1,9 @@
-"""Tokens per second in prefill and decode, and bytes of state, over the context.
+"""Measure tokens per second in prefill and decode, and bytes of state, over the context.
 
-Prefill is one forward over the whole context that fills the cache; decode is one token after the
-other behind it. Both sides take turns in every round, and the medians over the rounds count, so
-that a ratio survives a busy machine better than a time does. Batch size 1. The state is computed
-from the program, for one sequence.
+Prefill is one forward over the whole context that fills the cache. Decode is token by token after
+it. Both sides alternate in every round, and results are medians over the rounds, so that a busy
+machine affects ratios less than times. Batch size 1. The state of one sequence is computed from the
+program.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Speed(Measure):
         return rows
 
     def _at(self, bench: Bench, context: int) -> dict[str, list[tuple[float, float]]]:
-        """Seconds of prefill and decode by side and round; a first round warms up."""
+        """Measure seconds of prefill and decode by side and round, after a warm-up round."""
         random = bench.random("speed", context)
         top = min(r.vocabulary for r in bench.sides.values())
         ids = torch.tensor([[random.randrange(top) for _ in range(context)]])
@@ -88,7 +88,7 @@ class Speed(Measure):
 
 
 def _time(runner: Runner, ids: Tensor, count: int) -> tuple[float, float]:
-    """Seconds of one prefill, and of `count` tokens decoded behind it."""
+    """Measure the seconds of one prefill, and of decoding `count` tokens after it."""
     _wait(runner.device)
     start = time.perf_counter()
     found = runner.forward(ids, None, 1, use_cache=True)
@@ -111,7 +111,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Model over original."""
+    """Divide the model's numbers by the original's."""
     return {
         "context": a["context"],
         **{k: a[k] / b[k] if a[k] is not None and b[k] else None for k in a if k != "context"},

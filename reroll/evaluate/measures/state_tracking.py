@@ -1,16 +1,17 @@
-"""State tracking: problems whose state has to be carried along a sequence, as few-shot text.
+"""State tracking: problems whose state must be updated along a sequence, as few-shot text.
 
 - `parity`: whether the number of ones in a row of bits is even or odd.
 - `modular`: the sum of digits modulo 5.
-- `permutation`: the order of three (full suite: five) letters after swaps of two places each; for
-  five the word problem of S5, which is complete for NC1 (Merrill et al., 2024, arXiv 2404.08819).
-- `counting_separated`, `counting_merged`: how often a letter occurs, with spaces between letters,
-  so that each is a token, and without, so that the tokenizer merges them. Their difference,
-  `tokenizer_effect`, is what the tokenizer costs; `tokens_per_item` says how far it merges.
+- `permutation`: the order of three (full suite: five) letters after swaps of two positions each;
+  for five the word problem of S5, which is complete for NC1 (Merrill et al., 2024, arXiv
+  2404.08819).
+- `counting_separated`, `counting_merged`: how often a letter occurs. With spaces between letters,
+  each is a token; without spaces, the tokenizer merges them. The difference in accuracy,
+  `tokenizer_effect`, is the loss by the tokenizer; `tokens_per_item` shows how much it merges.
 
-`length` is how many bits, digits, swaps or letters there are. Each question stands behind `shots`
-solved ones of the same length. `accuracy` is the choice between the possible answers by likelihood
-(of permutations one for each first letter), `exact` whether greedy decoding gives all of it.
+`length` is the number of bits, digits, swaps or letters. Each question comes after `shots` solved
+ones of the same length. `accuracy` is the choice between the possible answers by likelihood (for
+permutations, one for each first letter). `exact` is whether greedy decoding gives the whole answer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TRIES = 20
 
 
 class Problem(NamedTuple):
-    """A question as text, its answer, the answers to choose from, and the text of its items."""
+    """A question as text, its answer, the candidate answers, and the text of its items."""
 
     question: str
     answer: str
@@ -40,7 +41,7 @@ class Problem(NamedTuple):
     items: str
 
 
-# from random numbers, a length, a number with which answers take turns, and a number of letters
+# arguments: random generator, length, a counter over which answers rotate, number of letters
 Maker: TypeAlias = Callable[[random.Random, int, int, int], Problem]
 
 
@@ -111,9 +112,9 @@ class StateTracking(Measure):
 def _shot(
     make: Maker, random: random.Random, length: int, turn: int, asked: Problem, letters: int
 ) -> Problem:
-    """A solved problem that is not the one that is asked, if there are others of this length."""
+    """Draw a solved problem that differs from the asked one, if there is another of this length."""
     for attempt in range(TRIES):
-        # the answers of the shots take turns, as those of the samples do
+        # answers of shots rotate, as those of the samples do
         made = make(random, length, turn + attempt // 4, letters)
         if made.question != asked.question:
             break
@@ -137,7 +138,7 @@ def _effect(found: dict[str, Any]) -> None:
 
 
 def parity(random: random.Random, length: int, turn: int, letters: int) -> Problem:
-    """Whether the number of ones is even or odd."""
+    """Draw a problem: is the number of ones even or odd."""
     bits = [random.randrange(2) for _ in range(length)]
     if sum(bits) % 2 != turn % 2:
         bits[random.randrange(length)] ^= 1
@@ -147,7 +148,7 @@ def parity(random: random.Random, length: int, turn: int, letters: int) -> Probl
 
 
 def modular(random: random.Random, length: int, turn: int, letters: int) -> Problem:
-    """The sum of digits modulo 5."""
+    """Draw a problem: the sum of digits modulo 5."""
     digits = [random.randrange(MODULUS) for _ in range(length)]
     place = random.randrange(length)
     digits[place] = (digits[place] + turn - sum(digits)) % MODULUS
@@ -157,7 +158,7 @@ def modular(random: random.Random, length: int, turn: int, letters: int) -> Prob
 
 
 def permutation(random: random.Random, length: int, turn: int, letters: int) -> Problem:
-    """The order of letters after swaps of two places."""
+    """Draw a problem: the order of letters after swaps of two positions."""
     names = "ABCDEFGH"[:letters]
     order = list(names)
     swaps = []
@@ -166,7 +167,7 @@ def permutation(random: random.Random, length: int, turn: int, letters: int) -> 
         order[i], order[j] = order[j], order[i]
         swaps.append(f"swap {i + 1} {j + 1}")
     answer = " ".join(order)
-    # one order that begins with each letter, so that the first letter tells them apart
+    # one order for each first letter, so that the first token decides
     candidates = [answer if n == order[0] else _beginning(random, n, names) for n in names]
     items = ", ".join(swaps)
     question = f"Start: {' '.join(names)}\nSteps: {items}\nEnd:"

@@ -1,4 +1,4 @@
-"""What `insert_exits` is made of: scores, classifiers, heads of exits, and absent tokens."""
+"""Parts of `insert_exits`: scores, classifiers, heads of exits, and hiding skipped tokens."""
 
 from reroll.passes.exits.insert_exits import InsertExits
 

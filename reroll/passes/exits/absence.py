@@ -1,4 +1,4 @@
-"""Tokens that are not there: layers that a token skips keep no key of it and change no state."""
+"""Hide skipped tokens: layers that a token skips write no key and no recurrent state for it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ HINT = "use state=propagate or state=defer"
 
 
 def leave_out(loop: Loop, graph: fx.Graph, done: fx.Node) -> None:
-    """Let nobody see what a body keeps of tokens that are `done` [batch, time]; edits in place.
+    """Hide the keys and state updates of tokens that are `done` [batch, time]; edits in place.
 
-    Raises PassError where a body keeps nothing, or keys are read by more than attentions.
+    Raises PassError where a body has neither cache nor recurrence, where anything but attention
+    reads keys, or where attention scores are capped.
     """
     caches = [n for n in graph.nodes if n.target is CACHE]
     mixers = [n for n in graph.nodes if n.target is RECURRENCE]
@@ -50,7 +51,9 @@ def _mark(graph: fx.Graph, cache: fx.Node, done: fx.Node) -> None:
             if reader.target not in (ATTENTION, ATTENTION_MASS) or argument(reader, "k") is not key:
                 raise PassError(f"{reader.name} reads keys, and is no attention", hint=HINT)
             if argument(reader, "softcap") is not None:
-                raise PassError("a key cannot hide behind scores that are capped", hint=HINT)
+                raise PassError(
+                    "keys cannot be hidden where attention scores are capped", hint=HINT
+                )
             q: Any = argument(reader, "q")
             with build.before(reader):
                 reader.update_arg(0, build.call(PAD, q, [0, 1], 1.0))

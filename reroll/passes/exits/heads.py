@@ -1,8 +1,8 @@
-"""From a loop's result to logits: the model's own norm and head, or one for each exit.
+"""Compute logits from a loop's result: by the model's own norm and head, or by those of each exit.
 
-The logits of a token are made where it left: by the weights of the exit after so many trips as it
-made. What stands between the loop and the head's matrix is small, and is computed for all exits and
-chosen from; the matrix is one op that multiplies each token by one head.
+A token's logits are computed with the weights of the exit at which it left. The operations between
+the loop and the head's matrix are small: they run for all exits, and each token selects its own.
+The matrix is one op that multiplies each token by the head of its exit.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ HINT = "criteria that need no logits: saturation, latent, linear, mlp, gated"
 
 
 def path_to_logits(program: Program, loop: Loop, starts: list[fx.Node]) -> list[fx.Node]:
-    """What depends on a loop's result and makes the logits, in order.
+    """Return the nodes between a loop's result and the logits, in order.
 
-    Raises PassError if there are none, or if they depend on something else of the loop.
+    Raises PassError if the model has no logits, or if they also depend on an input or another loop.
     """
     if "logits" not in program.outputs:
         raise PassError("the model has no logits, which this criterion or head needs", hint=HINT)
@@ -45,7 +45,7 @@ def path_to_logits(program: Program, loop: Loop, starts: list[fx.Node]) -> list[
 
 
 def copy_path(graph: fx.Graph, path: list[fx.Node], values: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The logits in another graph; `values` are what stands there for what the path starts from."""
+    """Copy the path to the logits into another graph; `values` maps its inputs to nodes there."""
     for node in path:
         values[node] = graph.node_copy(node, lambda n: values[n])
     return values[path[-1]]
@@ -56,13 +56,15 @@ def add_heads(
 ) -> tuple[Program, int]:
     """Give each exit norms of its own, and with `whole` a head; edits in place.
 
-    `depth` says how many trips a token made. New weights start as the model's own, and are called
-    `exits.STOP.NAME`. Returns the Program and how many numbers they have.
+    `depth` is the node with the number of trips of each token. New weights start as the model's
+    own, and are named `exits.STOP.NAME`. Returns the Program and the number of new parameters.
     """
     path = path_to_logits(program, loop, [result])
     heads = [n for n in path if n.target is LINEAR and n.args[1].op == "get_attr"]  # type: ignore[union-attr]
     if not heads:
-        raise PassError("the logits are made by no matrix that could be one of an exit's own")
+        raise PassError(
+            "no linear layer computes the logits, so exits can have no head of their own"
+        )
     head, before = heads[-1], path[: path.index(heads[-1])]
     own: dict[str, Weight] = {}
 
@@ -104,7 +106,7 @@ def _chosen(
     at: list[int],
     weight_of: Callable[[int, fx.Node], fx.Node],
 ) -> fx.Node:
-    """What the head multiplies: of each token what the weights of its exit make of it."""
+    """Build the head's input: each token's hidden state after the norms of its exit."""
     chosen: Any = head.args[0]
     if not any(node.op == "get_attr" for node in before):
         return chosen  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Insert exits: a token leaves the depth loop when it is sure enough of its answer."""
+"""Insert exits: let a token leave the depth loop when its score is above a threshold."""
 
 from __future__ import annotations
 
@@ -32,53 +32,57 @@ Criterion = Literal[
     "margin", "entropy", "patience", "saturation", "latent", "linear", "mlp", "gated"
 ]
 State = Literal["propagate", "defer", "skip"]
-# what reads keys or writes a state under a padding mask
+# ops that take a padding mask
 PADDED = (ATTENTION, RECURRENCE)
 
 
 class InsertExits(Pass):
     """Let every token leave the loop after one of the layers `at`, once it is sure enough.
 
-    After each of these trips a score is compared with a threshold; a token whose score is higher is
-    done, and keeps its hidden state to the end. Scores, all larger where the token is surer:
+    After each of these trips a score is compared with a threshold. A token whose score is higher
+    leaves, and keeps its hidden state to the end. Scores are larger where the prediction is more
+    certain:
 
     - `margin`: the probability of the best next token minus that of the second (CALM, arXiv
       2207.07061), by the model's own last norm and head;
     - `entropy`: 1 - H / log V of the same distribution;
-    - `patience`: how many exits in a row predict the same token before this one;
+    - `patience`: how many exits in a row, before this one, predict the same token;
     - `saturation`: the cosine of the hidden state before and after the layer;
     - `latent`: minus |change| / |hidden state| over the layer (Huginn, arXiv 2502.05171);
-    - `linear`, `mlp`: a classifier per exit on the hidden state at unit RMS, a probability; it
-      starts at one half, and `reroll.fit_exits` makes it say something;
-    - `gated`: one that has a gated recurrence of `width` units over the states of the token and
-      its predecessors (the idea of DYNAMAX, arXiv 2504.20922, with the unit of arXiv 2410.01201).
+    - `linear`, `mlp`: the probability that a classifier per exit gives, from the hidden state at
+      unit RMS; it starts at one half, and `reroll.fit_exits` trains it;
+    - `gated`: a classifier with a gated recurrence of `width` units over the states of the token
+      and its predecessors. The idea is that of DYNAMAX (arXiv 2504.20922), the unit that of arXiv
+      2410.01201.
 
-    At the threshold `inf`, which is the default, nobody leaves and the model is the original;
-    `reroll calibrate` chooses thresholds on text. Other outputs stay; `depth` says how many trips
-    each token made.
+    At the threshold `inf`, the default, no token leaves and the model is the original; `reroll
+    calibrate` chooses thresholds on text. The new output `depth` is the number of trips of each
+    token; other outputs stay.
 
-    `state` says what becomes of the caches of the layers that a token skips: with `propagate` they
-    hold the keys and values of the state that it left with (CALM), with `defer` those that it would
-    have had, because the layers are run for it all the same: exact caches, and no time saved
-    except where a scheduler runs them later in a batch. With `skip` there is nothing of it: later
-    tokens do not see it there, and a recurrent state stays as it was.
+    `state` says what the caches of the layers that a token skips hold:
 
-    `head` says what makes the logits of a token that leaves early, and the criteria's: the model's
-    own norm and head (`shared`), a norm for each exit (`norm`), or norm and head for each (`own`).
-    They start as the model's own; recovery's stage `exits` trains them.
+    - `propagate`: keys and values of the hidden state at the exit (CALM).
+    - `defer`: exact keys and values, because these layers run for the token all the same. Time is
+      saved only where a scheduler runs them later in a batch.
+    - `skip`: nothing. Later tokens do not attend to the token there, and a recurrent state stays as
+      it was.
+
+    `head` says what computes the logits at an exit, for the criterion too. It is the model's own
+    norm and head (`shared`), a norm for each exit (`norm`), or norm and head for each (`own`). They
+    start as the model's own; recovery's stage `exits` trains them.
     """
 
     name = "insert_exits"
     contract = "approximate"
 
     at: list[int] = option(within=COUNT, help="after how many trips tokens may leave")
-    criterion: Criterion = option("margin", help="what says that a token is sure")
+    criterion: Criterion = option("margin", help="the score that is compared with the threshold")
     threshold: float | list[float] = option(
         math.inf, help="the score above which a token leaves: one, or one for each exit"
     )
     state: State = option("propagate", help="what the caches of skipped layers hold")
     head: Literal["shared", "norm", "own"] = option(
-        "shared", help="what each exit has of its own to make logits"
+        "shared", help="what computes the logits at an exit: shared or own norm and head"
     )
     width: int = option(32, within=SIZE, help="hidden units of the classifiers `mlp` and `gated`")
     loop: str | None = option(None, help="the loop's name; the longest one by default")
@@ -122,14 +126,14 @@ class InsertExits(Pass):
         return program
 
     def thresholds(self) -> list[float]:
-        """The threshold of each exit."""
+        """Return the threshold of each exit."""
         if isinstance(self.threshold, list):
             return self.threshold
         return [self.threshold] * len(self.at)
 
 
 class _Builder:
-    """A loop with exits in the place of one without."""
+    """Builder of a loop with exits that replaces one without."""
 
     def __init__(self, options: InsertExits, program: Program, loop: Loop) -> None:
         self.options, self.program, self.loop = options, program, loop
@@ -137,14 +141,14 @@ class _Builder:
         self.body = Builder(fx.Graph())
         self.weights: dict[str, Weight] = {}
         self.of_heads = 0
-        # carried beside the hidden state: who is done, the trips made, and what criteria need
+        # further carried values: which tokens have left, their trips, and what criteria need
         self.carried = {"done": torch.bool, "depth": torch.int64}
         if options.criterion == "patience":
             self.carried |= {"last": torch.int64, "count": torch.int64}
 
     def build(self) -> Program:
         options, loop = self.options, self.loop
-        # the body's own, before the loop carries more
+        # read before `_rewire` changes what the loop carries
         places = loop.places
         result, depth = self._rewire()
         program = self.program
@@ -163,7 +167,7 @@ class _Builder:
     # ---- the main graph
 
     def _rewire(self) -> tuple[fx.Node, fx.Node]:
-        """Let the loop carry more and return the depth; its result, and the depth, as nodes."""
+        """Let the loop carry more, add the output `depth`; return the nodes of result and depth."""
         loop, graph, options = self.loop, self.program.graph, self.options
         start, build = loop.carry[0], Builder(graph)
         with build.before(loop.node):
@@ -228,7 +232,7 @@ class _Builder:
         return graph
 
     def _stacked(self, name: str, make: Callable[[int], Expr]) -> fx.Node:
-        """A new weight of the body with one entry for each exit."""
+        """Add a weight to the body, with one entry for each exit."""
         weight = stacked_weight(make, self.options.at, self.loop.trips)
         full = f"{self.loop.name}.*.exit.{name}"
         self.weights[full] = weight

@@ -1,4 +1,4 @@
-"""How sure a token is: the scores of all criteria, as nodes of a loop's body."""
+"""Build the scores of all exit criteria as nodes of a loop's body."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ FLOAT = torch.float32
 
 @dataclass
 class Scores:
-    """Builds the score of a criterion.
+    """Builder of the score of a criterion.
 
-    `stack` makes a weight with one entry for each exit from a function of the exit's number;
-    `logits` gives the logits of a hidden state. `padding` is the body's padding, and `idle` says
-    who is not there, for criteria that look at predecessors.
+    `stack` adds a weight with one entry for each exit, from a function of the exit's number.
+    `logits` gives the logits of a hidden state. For criteria that read preceding tokens, `padding`
+    is the body's padding mask, and `idle` marks tokens that have left.
     """
 
     build: Builder
@@ -46,9 +46,9 @@ class Scores:
     def make(
         self, old: fx.Node, new: fx.Node, carried: Mapping[str, fx.Node], threshold: fx.Node
     ) -> fx.Node:
-        """The score [batch, time] of a token whose hidden state was `old` and is `new`.
+        """Build the score [batch, time] of a token whose hidden state changed from `old` to `new`.
 
-        `extra` is then what else the loop carries to the next trip.
+        `extra` then holds the values of the criterion that the loop carries to the next trip.
         """
         wide = self.build.wide(new)
         if self.criterion in CHANGES:
@@ -94,7 +94,7 @@ class Scores:
     # ---- classifiers
 
     def _classifier(self, wide: fx.Node) -> fx.Node:
-        """The probability that a token may leave, from its hidden state at unit RMS."""
+        """Build the probability that a token may leave, from its hidden state at unit RMS."""
         build, channels, units = self.build, shape(wide)[-1], self.units
         unit = build.call(RMS_NORM, wide, None, 1e-6, 0.0)
         deviation = channels**-0.5
@@ -137,7 +137,10 @@ class Scores:
 
 
 def stacked_weight(make: Callable[[int], Expr], at: list[int], trips: int) -> Weight:
-    """A weight with one entry for each exit; trips without one name that of the next."""
+    """Return a weight with one entry for each exit.
+
+    Other trips use the entry of the next exit, or of the last.
+    """
     entries = tuple(make(number) for number in range(len(at)))
     index = tuple(min(sum(trip >= stop for stop in at), len(at) - 1) for trip in range(trips))
     return Weight(entries, index)

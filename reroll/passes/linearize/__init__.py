@@ -1,4 +1,4 @@
-"""The parts of the pass `linearize`: what an attention offers, gates, features, calibration."""
+"""Parts of the pass `linearize`: sites, gates, feature maps, gains, calibration."""
 
 from reroll.passes.linearize.linearize import Linearize
 

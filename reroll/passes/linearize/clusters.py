@@ -1,15 +1,16 @@
-"""Which slot a token goes to: the one that has the keys like its own.
+"""Assign each token to the slot whose centroid is nearest to its key.
 
-Slots stand for clusters of a text's keys, before their rotary embedding. With c the centroids of
-one key-value head, by k-means (Lloyd, 1982, IEEE Trans. Inf. Theory 28), and r the mean squared
-distance of a key to the nearest,
+Slots stand for clusters of a text's keys, before their rotary embedding. The centroids c of one
+key-value head come from k-means (Lloyd, 1982, IEEE Trans. Inf. Theory 28). With r the mean squared
+distance of a key to the nearest centroid, a token belongs to each slot with the probability
 
     p = softmax(s (c . k - |c|^2 / 2)),  s = SHARPNESS / r
 
-is 1 for the nearest slot and 0 for the others, nearly, and a slot keeps 1 - p of what it holds. So
-a token overwrites the key and value of the last one of its kind, and attention over slots is exact
-for what they hold: attention with bounded-memory control (Peng et al., 2022, arXiv 2110.02488),
-whose control is a clustering, in the recurrence of gated slot attention (`reroll.mixers.gsa`).
+which is close to 1 for the nearest slot and close to 0 for the others. A slot keeps 1 - p of its
+content. So a token overwrites the key and value of the last token of its cluster. Attention over
+slots is exact for the tokens that they hold. This is attention with bounded-memory control (Peng et
+al., 2022, arXiv 2110.02488) whose control is a clustering. It runs in the recurrence of gated slot
+attention (`reroll.mixers.gsa`).
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from reroll.passes.linearize.sites import Site, before_rotary
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context
 
-# of k-means, and how sharp the choice of a slot is
+# rounds of k-means, and the inverse temperature of the softmax over slots
 ROUNDS, SHARPNESS = 8, 64.0
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """The slots of one layer: log p of a key k is k `weight`^T + `bias`, but for a constant.
+    """Key clusters of one layer, one per slot, as a linear layer over keys.
 
-    `weight` is [kv_heads, slots, d_k] and `bias` [kv_heads, slots].
+    Up to a constant, log p of a key k is k `weight`^T + `bias`. `weight` is [kv_heads, slots, d_k]
+    and `bias` [kv_heads, slots].
     """
 
     weight: Tensor
@@ -48,7 +50,7 @@ def measure_clusters(
     context: Context,
     slots: int,
 ) -> dict[int, Clusters]:
-    """Those of the keys of every chosen layer of the sites.
+    """Cluster the keys of every chosen layer of the sites, and return the clusters by layer number.
 
     Raises PassError if the inputs have fewer tokens than there are slots.
     """
@@ -68,9 +70,9 @@ def measure_clusters(
 
 
 def clusters_of(keys: Sequence[Tensor], slots: int) -> Clusters:
-    """The clusters of all keys [batch, kv_heads, time, d_k] of one layer, as many as slots.
+    """Cluster the keys of one layer, tensors [batch, kv_heads, time, d_k], into `slots` clusters.
 
-    Raises PassError if there are fewer keys.
+    Raises PassError if there are fewer keys than slots.
     """
     points = torch.cat([each.transpose(0, 1).flatten(1, 2) for each in keys], 1).float()
     if points.shape[1] < slots:
@@ -84,7 +86,7 @@ def clusters_of(keys: Sequence[Tensor], slots: int) -> Clusters:
 
 
 def _clustered(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Weight [count, d] and bias [count] for points [n, d] of one head."""
+    """Cluster the points [n, d] of one head; return weight [count, d] and bias [count]."""
     chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:count]
     centroids = points[chosen]
     for _ in range(ROUNDS):
@@ -98,5 +100,5 @@ def _clustered(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _near(points: Tensor, centroids: Tensor) -> Tensor:
-    """For all pairs c . k - |c|^2 / 2: [points, centroids]."""
+    """Compute c . k - |c|^2 / 2, largest for the nearest centroid: [points, centroids]."""
     return points @ centroids.T - 0.5 * centroids.square().sum(-1)

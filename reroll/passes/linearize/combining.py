@@ -1,13 +1,14 @@
-"""How what a window sees and what a mixer holds become one output.
+"""Combine the output of windowed attention and that of a mixer into one output.
 
-With o the window's output, m what its softmax divides by, y the mixer's output and g a gain:
+With o the window's output, m the sum of its softmax weights before division, y the mixer's output
+and g a gain:
 
     disjoint   o + g y
     joint      (m o + g y) / (m + g z), where z is the sum of the mixer's weights
                or w o + (1 - w) y, w = m / (m + g z), with a mixer that divides by z and gives log z
     sum        (1 - mix) o + mix y
 
-and without a window g y, or y / z.
+Without a window the output is g y, or y / z.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from reroll.rewrite.ir.weights import zeros
 
 MUL, ADD = torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor
 
-# under a sum of weights, which is 0 where no feature is active
+# lower bound of a divisor: a sum of weights is 0 where no feature is active
 FLOOR = 1e-6
 
 
 def joined(window: Tensor, mass: Tensor, mixed: Tensor, gain: Tensor) -> Tensor:
-    """What a window [batch, time, heads, size] and a mixer give under one normalisation.
+    """Combine outputs of a window [batch, time, heads, size] and a mixer under one normalisation.
 
-    `mass` [batch, time, heads] is what the window divides by; `mixed` has one channel more, the sum
-    of the mixer's weights. Those are multiplied by `gain` [heads].
+    `mass` [batch, time, heads] is the sum that the window's softmax divides by. The last channel of
+    `mixed` is the sum of the mixer's weights. All of `mixed` is multiplied by `gain` [heads].
     """
     mass, gain = mass.unsqueeze(-1), gain.float().unsqueeze(-1)
     values, weights = mixed[..., :-1].float() * gain, mixed[..., -1:].float() * gain
@@ -39,9 +40,10 @@ def joined(window: Tensor, mass: Tensor, mixed: Tensor, gain: Tensor) -> Tensor:
 
 
 def merged(window: Tensor, log_mass: Tensor, mixed: Tensor, gain: Tensor) -> Tensor:
-    """The same of two means over keys, by the logs of what each divides by.
+    """Combine two outputs that are each normalised already, from the logs of their divisors.
 
-    `log_mass` [batch, time, heads] is the window's; the last channel of `mixed` is the mixer's.
+    `log_mass` [batch, time, heads] is the log of the window's divisor; the last channel of `mixed`
+    is the log of the mixer's. `gain` [heads] multiplies the mixer's divisor.
     """
     mine = mixed[..., -1:].float() + gain.float().clamp(min=FLOOR).log().unsqueeze(-1)
     part = (log_mass.unsqueeze(-1) - mine).sigmoid()
@@ -50,28 +52,31 @@ def merged(window: Tensor, log_mass: Tensor, mixed: Tensor, gain: Tensor) -> Ten
 
 
 def normalised(mixed: Tensor) -> Tensor:
-    """What a mixer alone gives, divided by the sum of its weights, which is its last channel."""
+    """Divide the output of a mixer by the sum of its weights, which is its last channel."""
     wide = mixed.float()
     return (wide[..., :-1] / wide[..., -1:].clamp(min=FLOOR)).to(mixed.dtype)
 
 
 def times_heads(x: Tensor, gain: Tensor) -> Tensor:
-    """A factor per head on [batch, time, heads, size]."""
+    """Multiply x [batch, time, heads, size] by a factor per head."""
     return x * gain.unsqueeze(-1)
 
 
-# ---- in the graph: each puts its result behind an attention, and returns its node
+# ---- in the graph: each inserts its result after an attention, and returns its node
 
 
 def disjoint(site: Site, mixed: fx.Node) -> fx.Node:
-    """The window's output, and the mixer's with a gain."""
+    """Add the mixer's output, times a gain per head, to the window's output."""
     with site.graph.inserting_before(site.node):
         gained = Builder(site.graph).trace(times_heads, mixed, _gain(site))
     return site.after(site.node, ADD, (site.node, gained))
 
 
 def joint(site: Site, mixed: fx.Node, logs: bool) -> fx.Node:
-    """Both under one normalisation; `logs` says that the mixer gives the log of its mass."""
+    """Combine window and mixer under one normalisation.
+
+    `logs` says that the mixer's last channel is the log of its sum of weights, not the sum.
+    """
     with site.graph.inserting_before(site.node):
         gain = _gain(site)
     site.mass = _mass(site, logs)
@@ -81,14 +86,18 @@ def joint(site: Site, mixed: fx.Node, logs: bool) -> fx.Node:
 
 
 def alone(site: Site, mixed: fx.Node) -> fx.Node:
-    """The mixer under its own normalisation, beside an attention that is left where it is not."""
+    """Add the mixer's output, divided by its sum of weights, to the attention's.
+
+    There is no window: `confine` removes the attention, or leaves it to the trips whose layers were
+    not chosen, in which the mixer is inactive.
+    """
     with site.graph.inserting_before(site.node):
         divided = Builder(site.graph).trace(normalised, mixed)
     return site.after(site.node, ADD, (site.node, divided))
 
 
 def weighted(site: Site, mixed: fx.Node, mix: float) -> fx.Node:
-    """Both, with weights that add up to one."""
+    """Add both outputs with weights 1 - mix and mix; other layers keep their attention alone."""
     loop, active = site.layer.loop, site.active
     window = [1 - mix if a else 1.0 for a in active]
     left = site.after(site.node, MUL, (site.node, per_trip(loop, "window_part", window)))
@@ -98,7 +107,7 @@ def weighted(site: Site, mixed: fx.Node, mix: float) -> fx.Node:
 
 
 def confine(site: Site, window: int, sinks: int) -> None:
-    """Let the attention see only its window, or take it out if none of it is left."""
+    """Restrict the attention to window and sinks; remove it if no trip needs it."""
     if not window and all(site.active):
         (total,) = site.node.users
         total.replace_all_uses_with(total.args[1])  # type: ignore[arg-type]
@@ -111,7 +120,7 @@ def confine(site: Site, window: int, sinks: int) -> None:
 
 
 def _gain(site: Site) -> fx.Node:
-    """A new weight with a factor per head, 0 until somebody writes it."""
+    """Add a weight with one factor per head to the graph; it is 0 until `Linearize` writes it."""
     zero = zeros((site.heads,), site.dtype)
     gain = site.new_weight("gain", (site.heads,), lambda _: zero)
     site.gain = str(gain.target)
@@ -119,7 +128,7 @@ def _gain(site: Site) -> fx.Node:
 
 
 def _mass(site: Site, log: bool) -> fx.Node:
-    """The node of what an attention divides by, behind it, or of its log."""
+    """Add the node, after the attention, that computes its softmax divisor, or the log of it."""
     q, k, _, scale = site.node.args[:4]
     kwargs = {**site.node.kwargs, **({"log": True} if log else {})}
     build = Builder(site.graph, site.layer.loop)
@@ -128,7 +137,7 @@ def _mass(site: Site, log: bool) -> fx.Node:
 
 
 def _look_alike(mass: fx.Node, attention: fx.Node) -> None:
-    """Give the mass the arguments that the attention has."""
+    """Give the mass node the same arguments as the attention, so that both have one window."""
     q, k, _, scale = attention.args[:4]
     log = {name: value for name, value in mass.kwargs.items() if name == "log"}
     mass.args, mass.kwargs = (q, k, scale), dict(attention.kwargs) | log

@@ -1,4 +1,4 @@
-"""What takes the place of an attention: a mixer on its queries, keys and values, and a window."""
+"""Replace an attention by a mixer on its queries, keys and values, and windowed attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Gates = Literal["learned", "calibrated", "clustered", "liger", "liger-code"]
 
 @dataclass(frozen=True)
 class Design:
-    """The options of `linearize` that say what an attention is replaced by."""
+    """Options of `linearize` that say what replaces an attention."""
 
     mixer: str
     mixer_options: Mapping[str, Any]
@@ -41,27 +41,27 @@ class Design:
 
     @property
     def has_gain(self) -> bool:
-        """Whether the mixer is added with a gain; under a normalisation of its own it cancels."""
+        """Whether the mixer has a gain; a normalisation of its own would cancel it."""
         if self.combine == "disjoint":
             return True
         return (self.combine == "joint") == (self.reach.window > 0)
 
     @property
     def logs(self) -> bool:
-        """Whether the mixer gives the log of what it divides by, and shares that with a window."""
+        """Whether the mixer gives the log of its sum of weights, to share with a window."""
         shared = self.combine == "joint" and self.reach.window > 0
         return shared and find(self.mixer).divides == "log_mass"
 
     @property
     def slots(self) -> int:
-        """Slots of the mixer's state; 0 if it has none."""
+        """Number of slots of the mixer's state; 0 if it has none."""
         mixer: Any = make(self.mixer, self.mixer_options)
         return mixer.slots if mixer.has_slots else 0
 
     def insert(self, site: Site, projections: Projections) -> fx.Node:
-        """Put a mixer beside an attention, and let their sum take its place; returns the mixer.
+        """Insert a mixer and combine it with the attention; return the mixer's node.
 
-        The attention itself is left as it is: `combining.confine` cuts it to its window.
+        The attention itself is left as it is; `combining.confine` restricts it to its window.
         """
         old, users = site.node, list(site.node.users)
         with site.graph.inserting_before(old):
@@ -80,7 +80,7 @@ class Design:
         return mixed
 
     def _recurrence(self, site: Site, projections: Projections) -> fx.Node:
-        """The mixer's node, [batch, time, heads, d_v]."""
+        """Add the mixer's node, whose output is [batch, time, heads, d_v]."""
         q, k = site.q, site.k
         if not self.rotary:
             q, k = before_rotary(q), before_rotary(k)
@@ -90,7 +90,7 @@ class Design:
         d_v = site.d_v + (self.combine == "joint")
         gates = self._gates(site, mixer, (int(shape(k)[3]), d_v), projections)
         if self.combine == "joint":
-            # a channel of ones, which the mixer sums with its weights
+            # a channel of ones: the mixer's output in it is the sum of its weights
             v = Builder(site.graph).trace(lambda v: F.pad(v, (0, 1), value=1.0), v)
         delay = self.reach.delay(site.causal) if self.combine != "sum" else 0
         kwargs: dict[str, Any] = {
@@ -121,7 +121,7 @@ class Design:
         else:
             options.setdefault("scale", 1.0)
         if self.feature_map != "none" and "feature_map" in known:
-            # one map is enough
+            # the pass applies its map already; the mixer's own would be a second one
             options.setdefault("feature_map", "none")
         if own and self.combine == "joint":
             options["normalise"] = False

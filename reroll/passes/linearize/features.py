@@ -1,4 +1,4 @@
-"""Feature maps: what queries and keys go through before a mixer multiplies them."""
+"""Feature maps that `linearize` applies to queries and keys before a mixer reads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def _hedgehog(x: Tensor, weight: Tensor) -> Tensor:
-    """[softmax(x W); softmax(-x W)] for each head (Zhang et al., 2024, arXiv 2402.04347)."""
+    """Compute [softmax(x W); softmax(-x W)] per head (Zhang et al., 2024, arXiv 2402.04347)."""
     turned = torch.matmul(x, weight)
     return torch.cat((_softmax(turned), _softmax(-turned)), dim=-1)
 
@@ -39,12 +39,12 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     lambda count, size, dtype: Meta((count, size, size), dtype_from_name(dtype)), arithmetic=False
 )
 def identities(count: int, size: int, dtype: str) -> Tensor:
-    """As many identity matrices [count, size, size]."""
+    """Return `count` identity matrices, [count, size, size]."""
     return torch.eye(size, dtype=dtype_from_name(dtype)).repeat(count, 1, 1)
 
 
 def mapped(site: Site, x: fx.Node, feature: Feature, name: str) -> fx.Node:
-    """Queries or keys [batch, heads, time, size] after a feature map; `name` is "q" or "k"."""
+    """Apply a feature map to queries or keys [batch, heads, time, size]; `name` is "q" or "k"."""
     if feature == "none":
         return x
     if feature != "hedgehog":

@@ -1,6 +1,6 @@
-"""How loud a mixer has to be: the factor per head that brings its layer nearest to the original.
+"""Find the factor per head on a mixer's output that brings its layer nearest to the original.
 
-After Taylor-Calibrate (arXiv 2606.16429), by least squares on what the attention gave.
+After Taylor-Calibrate (arXiv 2606.16429), by least squares against the output of the attention.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def measure_gains(
     context: Context,
     least: Callable[[Seen, Reach], Errors],
 ) -> tuple[dict[int, Tensor], dict[int, float]]:
-    """For every layer the gain per query head, and how much of what is missing it brings back.
+    """Return each layer's gain per query head, and the share of the missing output it explains.
 
-    `pairs` has the mixer's node of each attention, whose arguments are still the original's;
-    `least` says what each of a set of gains would miss on one input.
+    Missing is what the attention's output has beyond that of its window. `pairs` maps each
+    attention, whose arguments are still the original's, to its mixer's node. `least` gives the
+    squared error of one input as a function of the gain.
     """
     sums: dict[int, Errors] = {}
     for seen in observed(program, layers, inputs, context, pairs):
@@ -49,65 +50,68 @@ def measure_gains(
 
 
 class Errors(Protocol):
-    """The squared error [heads] of a layer's output as a function of the gain."""
+    """Squared error [heads] of a layer's output as a function of the gain."""
 
     def plus(self, other: Any) -> Any:
-        """The errors over both sets of tokens."""
+        """Return the errors over both sets of tokens."""
 
     def nothing(self) -> Tensor:
-        """The error at gain 0."""
+        """Return the error at gain 0."""
 
     def best(self) -> tuple[Tensor, Tensor]:
-        """The gain with the least error, and that error."""
+        """Return the gain with the least error, and that error."""
 
 
 @dataclass
 class Quadratic:
-    """|missing - gain * mixed|^2."""
+    """Squared error |missing - gain * mixed|^2 of a mixer that is added to the window's output.
+
+    `rest`, `product` and `square` are |missing|^2, missing . mixed and |mixed|^2, each [heads].
+    """
 
     rest: Tensor
     product: Tensor
     square: Tensor
 
     def plus(self, other: Quadratic) -> Quadratic:
-        """The sum of both."""
+        """Return the sum of both errors."""
         return Quadratic(
             self.rest + other.rest, self.product + other.product, self.square + other.square
         )
 
     def nothing(self) -> Tensor:
-        """The error at gain 0."""
+        """Return the error at gain 0."""
         return self.rest
 
     def best(self) -> tuple[Tensor, Tensor]:
-        """The least squares solution, or 0 if that is negative."""
+        """Return the least-squares gain, or 0 if that is negative, and its error."""
         gain = (self.product / self.square.clamp(min=1e-12)).clamp(min=0.0)
         return gain, self.rest - 2 * gain * self.product + gain.square() * self.square
 
 
 @dataclass
 class Table:
-    """The error at each of a number of gains: [gains, heads]."""
+    """Squared errors [gains, heads] at each of a number of gains."""
 
     gains: Tensor
     errors: Tensor
 
     def plus(self, other: Table) -> Table:
-        """The sum of both."""
+        """Return the sum of both errors."""
         return Table(self.gains, self.errors + other.errors)
 
     def nothing(self) -> Tensor:
-        """The error at gain 0."""
+        """Return the error at gain 0."""
         return self.errors[0]
 
     def best(self) -> tuple[Tensor, Tensor]:
-        """The gain of the table with the least error."""
+        """Return the gain of the table with the least error, and that error."""
         least = self.errors.min(0)
         return self.gains[least.indices], least.values
 
 
 def least_squares(seen: Seen, reach: Reach) -> Quadratic:
-    """What a mixer misses that is added with a gain."""
+    """Return the squared error, on one input, of a mixer that is added with a gain."""
     assert seen.mixed is not None
     missing = seen.out - (_windowed(ATTENTION, seen, reach) if reach.window else 0.0)
 
@@ -120,7 +124,10 @@ def least_squares(seen: Seen, reach: Reach) -> Quadratic:
 
 
 def least_joint(seen: Seen, reach: Reach, logs: bool) -> Table:
-    """What a mixer misses that shares one normalisation with the window; `logs` as there."""
+    """Return the squared error, on one input, of a mixer under one normalisation with a window.
+
+    `logs` is as in `combining.joint`.
+    """
     assert seen.mixed is not None
     window, mass = _windowed(ATTENTION, seen, reach), _windowed(ATTENTION_MASS, seen, reach, logs)
     unite = combining.merged if logs else combining.joined
@@ -132,7 +139,7 @@ def least_joint(seen: Seen, reach: Reach, logs: bool) -> Table:
 
 
 def _windowed(op: Any, seen: Seen, reach: Reach, log: bool = False) -> Tensor:
-    """What the attention would give, or divide by, over the window and the first tokens."""
+    """Compute the attention's output, or its softmax divisor, over its window and sinks only."""
     named = {**seen.named, "window": reach.window, "prefix": reach.sinks or None}
     tensors = (seen.q, seen.k, seen.v) if op is ATTENTION else (seen.q, seen.k)
     if log:

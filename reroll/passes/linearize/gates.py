@@ -1,4 +1,4 @@
-"""The gates of a mixer: from the key projection, or from new low-rank projections."""
+"""Build the gates of a mixer, from the key projection or from new low-rank projections."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.weights import Expr, Source, cast, concat, full, normal, zeros
 from reroll.rewrite.ir.weights.expressions import meta_of
 
-# without any measurement: half-lives of heads, in tokens, from the first to the last
+# half-lives in tokens where none are measured: those of the first and of the last head
 SHORTEST, LONGEST = 32.0, 512.0
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the gates of one layer are at the start, for each key-value head.
+    """Initial values of the gates of one layer, for each key-value head.
 
-    `half_life` is in tokens; `strength` is the part of a write gate's range.
+    `half_life` is in tokens; `strength` is a position in the range of a write gate, from 0 to 1.
     """
 
     half_life: Sequence[float]
@@ -35,7 +35,7 @@ class Start:
 
     @classmethod
     def unmeasured(cls, kv_heads: int) -> Start:
-        """Half-lives spread over the heads as RetNet spreads them, and half of the strength."""
+        """Return half-lives spread geometrically over heads, as in RetNet, and strengths 0.5."""
         steps = [n / max(kv_heads - 1, 1) for n in range(kv_heads)]
         lives = [SHORTEST * (LONGEST / SHORTEST) ** s for s in steps]
         return cls(lives, [0.5] * kv_heads)
@@ -45,8 +45,9 @@ class Start:
 class Projections:
     """Low-rank projections of the layer's input with biases: raw = W2 (W1 x) + b.
 
-    W1 is random and W2 zero, so that at the start a gate is what its bias says. `starts` gives that
-    for each layer number, and `clusters` the keys that slots are for.
+    W1 is random and W2 is zero, so that each gate starts as the constant that its bias gives.
+    `starts` has those constants by layer number, and `clusters` the key clusters of
+    `gates=clustered`.
     """
 
     rank: int
@@ -55,7 +56,7 @@ class Projections:
     clusters: Mapping[int, Clusters] = field(default_factory=dict)
 
     def gate(self, site: Site, gate: Gate) -> fx.Node:
-        """The gate's values [batch, kv_heads, time, *shape]."""
+        """Add a gate that is projected from the layer's input: [batch, kv_heads, time, *shape]."""
         graph, heads = site.graph, site.kv_heads
         x = site.projection().args[0]
         assert isinstance(x, fx.Node)
@@ -92,9 +93,9 @@ class Projections:
         return build.trace(values, raw)
 
     def clustered(self, site: Site, gate: Gate) -> fx.Node:
-        """A decay of slots [batch, kv_heads, time, slots]: a token's own slot lets go.
+        """Add log decays of slots [batch, kv_heads, time, slots], from the clusters of keys.
 
-        It keeps 1 - p of what it holds, and e^floor at least.
+        A slot keeps 1 - p of its content, and e^floor at least; p is as in `clusters`.
         """
         k = before_rotary(site.k)
         found = self.clusters[site.chosen[0]]
@@ -115,7 +116,7 @@ class Projections:
         return Builder(site.graph).trace(values, k, *parts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was measured, by the names that weights read it by."""
+        """Return the measured clusters, by the tensor names that weights read them by."""
         return {
             f"linearize.clusters.{layer}.{part}": tensor
             for layer, found in self.clusters.items()
@@ -124,9 +125,10 @@ class Projections:
 
 
 def liger_gate(site: Site, mixer: Mixer, gate: Gate, variant: str) -> fx.Node:
-    """A gate from the key projection before its rotary embedding: arXiv 2503.01496, table 1.
+    """Build a gate from the key projection before its rotary embedding: arXiv 2503.01496, table 1.
 
-    `variant` is "paper", or "code" for what the released code does, which differs in constants.
+    `variant` is "paper", or "code" for the released code, which has other constants. Raises
+    PassError where Liger has no such gate.
     """
     if variant not in gate.from_key:
         known = ", ".join(gate.from_key) or "none"
@@ -139,7 +141,7 @@ def liger_gate(site: Site, mixer: Mixer, gate: Gate, variant: str) -> fx.Node:
 
 
 def _raw(gate: Gate, start: Start) -> list[float]:
-    """The raw number of each head at which the gate has its value at the start."""
+    """Return the raw number of each head at which the gate has its initial value."""
     raws = []
     for life, strength in zip(start.half_life, start.strength, strict=True):
         if gate.role == "decay":
@@ -155,5 +157,5 @@ def _raw(gate: Gate, start: Start) -> list[float]:
 
 
 def _seed(seed: int, layer: int, what: str) -> int:
-    """One seed for each weight: the same for the same pass, layer and gate."""
+    """Return the seed of one weight: the same for the same pass, layer and gate."""
     return (seed * 1_000_003 + layer * 8_191 + sum(what.encode())) % 2**31

@@ -1,4 +1,4 @@
-"""Linearize: attention becomes a gated linear recurrence, often beside a window."""
+"""Linearize: replace attention by a gated linear recurrence, often with a softmax window."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ Value = int | float | bool | str | None
 
 @dataclass(frozen=True)
 class Calibration:
-    """What text says of each layer, by number.
+    """Measurements on calibration text, by layer number.
 
-    `starts` is what its gates begin with, or `clusters` which keys its slots are for; `gains`
-    [heads] is how loud its mixer is, and `explained` how much of what the window leaves out of its
-    attention that brings back.
+    `starts` has the initial values of gates, or `clusters` the key clusters of slots. `gains`
+    [heads] has the factors on the mixer's output. `explained` is the share of the attention's
+    output beyond the window that the mixer reproduces with them.
     """
 
     starts: dict[int, Start] = field(default_factory=dict)
@@ -53,34 +53,37 @@ class Calibration:
 class Linearize(LayerPass):
     """Let a token mixer with a state of constant size do the work of attention.
 
-    The mixer reads the queries, keys and values that the attention reads: after norms, biases and
-    the rotary embedding, or before the latter with `rotary=false`, which is the default with a
-    feature map, of the pass or of the mixer: it does not commute with a rotation. With `window`,
-    softmax attention stays for the last tokens and the first `sinks`, in the same layers; `combine`
-    says how the two come together:
+    The mixer reads the queries, keys and values of the attention, after norms, biases and the
+    rotary embedding. With `rotary=false` it reads them before the rotary embedding. That is the
+    default with a feature map, of the pass or of the mixer, because a feature map does not commute
+    with a rotation. With `window`, softmax attention stays in the same layers for the last tokens
+    and the first `sinks`. `combine` says how both outputs are combined:
 
-    - `disjoint`: the mixer sees only what the window does not, so its tokens are delayed; it is
-      added with a gain per head, a new weight that starts as `gain`. At gain 0 the model starts
-      as the pass `window` would leave it.
-    - `joint`: as `disjoint`, under one normalisation: LoLCATs (arXiv 2410.10254), equation 6. What
-      the mixer gives is weighted by the sum of its own weights times the gain, which takes features
-      that are not negative; their part of the whole shrinks what the window gives.
-    - `sum`: both see everything that they can, weighted with 1 - mix and mix: Liger (arXiv
-      2503.01496), equation 8.
+    - `disjoint`: the mixer reads only tokens outside the window, so its writes are delayed. Its
+      output is added with a gain per head, a new weight that starts as `gain`. At gain 0 the model
+      starts as the pass `window` would leave it.
+    - `joint`: as `disjoint`, under one normalisation: LoLCATs (arXiv 2410.10254), equation 6. The
+      mixer's output is weighted by the sum of its own weights times the gain, and reduces the
+      window's share. Features must not be negative.
+    - `sum`: both read all tokens in their reach; outputs are weighted with 1 - mix and mix: Liger
+      (arXiv 2503.01496), equation 8.
 
-    Without a window the mixer is alone, times a gain that starts as 1.
+    Without a window the mixer is alone, and its gain starts as 1.
 
-    `gates`: `liger` makes them of the key projection with no new weights, as the paper says, and
-    `liger-code` as its released code does; `learned` makes them by low-rank projections of the
-    layer's input, at the start constant for each head; `calibrated` are learned ones that start
-    from what the attention does on the user's text (arXiv 2606.16429), and so do gains that are not
-    given; `clustered` sort keys into the slots of `mixer=gsa` by clusters of that text's keys, and
-    with `combine=joint` that is attention to the window and to the last key of every cluster
-    (`reroll.passes.linearize.clusters`). State is kept per key-value head.
+    `gates` says where the mixer's gates come from:
 
-    Layers that see only a window already stay as they are unless `layers` names them. Nothing here
-    is trained, and what comes out needs to be: a model in which too many layers are linearized
-    gives words without sense before that.
+    - `liger`: the key projection, with no new weights, as in the paper; `liger-code`: as in its
+      released code.
+    - `learned`: low-rank projections of the layer's input that start constant for each head.
+    - `calibrated`: learned ones that start from the attention's statistics on the user's text
+      (arXiv 2606.16429). Gains that are not given start from them too.
+    - `clustered`: slots of `mixer=gsa` for clusters of that text's keys. With `combine=joint` that
+      is attention to the window and to the last key of every cluster
+      (`reroll.passes.linearize.clusters`).
+
+    State is kept per key-value head. Layers that have a window already stay as they are unless
+    `layers` names them. Nothing is trained here, and the result needs training: if too many layers
+    are linearized, the model generates nonsense before it.
     """
 
     name = "linearize"
@@ -89,9 +92,9 @@ class Linearize(LayerPass):
     mixer: str = option("retention", help="which token mixer: see reroll.mixers")
     mixer_options: dict[str, Value] = option({}, help="options of the mixer")
     gates: Gates = option("learned", help="where the mixer's gates come from")
-    feature_map: Feature = option("none", help="what queries and keys go through first")
+    feature_map: Feature = option("none", help="feature map of queries and keys")
     rotary: bool | None = option(
-        None, help="whether they have their rotary embedding; by default, without a feature map"
+        None, help="apply the mixer after the rotary embedding; by default, without a feature map"
     )
     window: int = option(
         64,
@@ -101,7 +104,7 @@ class Linearize(LayerPass):
     sinks: int = option(
         4, within=COUNT_OR_NONE, help="how many of the first tokens it sees beside them"
     )
-    combine: Combine = option("disjoint", help="how the window and the mixer come together")
+    combine: Combine = option("disjoint", help="how the outputs of window and mixer are combined")
     mix: float = option(0.5, within=SHARE, help="the mixer's part in a sum, from 0 to 1")
     gain: float | None = option(
         None,
@@ -144,7 +147,7 @@ class Linearize(LayerPass):
         return self._rewritten(program, left, found, context)
 
     def _calibrated(self, program: Program, chosen: set[int], context: Context) -> Calibration:
-        """What gates and gains start from: for each layer, of the original's own attention."""
+        """Measure the initial gates and gains of each layer on the original's own attention."""
         if self.gates not in ("calibrated", "clustered"):
             return Calibration()
         text = self._text(program, context)
@@ -159,7 +162,7 @@ class Linearize(LayerPass):
             clusters = measure_clusters(program, sites, text, context, design.slots)
         else:
             starts = measure_starts(program, layers, text, design.reach, context)
-        # the attentions are still the original's, and gains are zero: so are all inputs
+        # attentions are the original's and gains are zero, so all inputs are the original's too
         if self.gain is not None or not design.has_gain:
             return Calibration(starts, clusters)
         projections = Projections(self.rank, context.seed, starts, clusters)
@@ -171,7 +174,7 @@ class Linearize(LayerPass):
         return Calibration(starts, clusters, *measured)
 
     def _text(self, program: Program, context: Context) -> list[Mapping[str, Tensor]] | None:
-        """The text to calibrate on, if there is any; PassError if there has to be."""
+        """Return the calibration text, or None; raises PassError if the gates need one."""
         text = samples(program, context, self.samples)
         if text is None and self.gates == "clustered":
             raise PassError(
@@ -184,7 +187,7 @@ class Linearize(LayerPass):
     def _beside(
         self, program: Program, design: Design, projections: Projections, chosen: set[int]
     ) -> tuple[Program, dict[fx.Node, fx.Node]]:
-        """The program with silent mixers, its graphs changed in place; each attention's mixer."""
+        """Insert mixers with gain 0, in place; return the program and each attention's mixer."""
         layers, _ = self.chosen(program)
         sites = self._sites(program, layers, chosen)
         mixers = {site.node: design.insert(site, projections) for site in sites}
@@ -193,7 +196,7 @@ class Linearize(LayerPass):
     def _rewritten(
         self, program: Program, numbers: set[int], found: Calibration, context: Context
     ) -> Program:
-        """The program with mixers in these layers; its graphs are changed in place."""
+        """Insert mixers in these layers and restrict their attention; edits the graphs in place."""
         layers, _ = self.chosen(program)
         sites, design = self._sites(program, layers, numbers), self._design()
         projections = Projections(self.rank, context.seed, found.starts, found.clusters)
@@ -215,7 +218,7 @@ class Linearize(LayerPass):
         )  # fmt: skip
 
     def _sites(self, program: Program, layers: list[Layer], chosen: set[int]) -> list[Site]:
-        """What there is to linearize; raises PassError, with the reason, if that is nothing."""
+        """Return the attentions to linearize; raises PassError, with the reason, if none can be."""
         edit = WeightEditor(program)
         sites: list[Site] = []
         misses: list[Miss] = []
@@ -241,7 +244,7 @@ class Linearize(LayerPass):
         return f"layers {ranges(done)} are {self.mixer}{beside}, gates {self.gates}"
 
     def _with_gains(self, sites: list[Site], gains: Mapping[int, Tensor]) -> WeightEditor:
-        """Write the gains of the layers into their weights: given, measured, or by default."""
+        """Write the gains of the layers into weights: the option's, measured, or by default."""
         edit = sites[0].edit
         default = 0.0 if self.window else 1.0
         for site in sites:
@@ -260,7 +263,7 @@ class Linearize(LayerPass):
 
 
 def _with_tensors(program: Program, projections: Projections) -> Program:
-    """The program with what was measured beside the tensors of its checkpoint."""
+    """Add the measured clusters to the tensors of the program's checkpoint."""
     if not projections.clusters:
         return program
     tensors = MemorySource(projections.tensors())

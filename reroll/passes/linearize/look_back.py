@@ -1,4 +1,4 @@
-"""What gates start as: how far back heads look, and how sharply.
+"""Initialize gates from the look-back distance and the entropy of each head's attention.
 
 After Taylor-Calibrate (arXiv 2606.16429): a head's decay has the half-life of its mean look-back
 distance, and its write strength follows from the entropy of its attention.
@@ -19,13 +19,13 @@ from reroll.rewrite.analysis.layers import Layer
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context
 
-# half-lives that are less than a token or more than any text say nothing
+# bounds of half-lives in tokens: shorter than a token, or longer than any text, is noise
 SHORTEST, LONGEST = 1.0, 65536.0
 
 
 @dataclass
 class _Sums:
-    """Sums over tokens for the query heads of one layer."""
+    """Sums over tokens, for each query head of one layer."""
 
     distance: Tensor | float = 0.0
     mass: Tensor | float = 0.0
@@ -40,7 +40,7 @@ def measure_starts(
     reach: Reach,
     context: Context,
 ) -> dict[int, Start]:
-    """Half-lives and write strengths of every layer's key-value heads."""
+    """Measure half-lives and write strengths of the key-value heads of every layer."""
     sums: dict[int, _Sums] = {}
     kv_heads: dict[int, int] = {}
     for seen in observed(program, layers, inputs, context):
@@ -57,7 +57,7 @@ def _look_back(sums: _Sums, seen: Seen, reach: Reach) -> None:
     old = weights.masked_fill(age < 0, 0.0)
     sums.distance = sums.distance + (old * age).sum((0, 2, 3))
     sums.mass = sums.mass + old.sum((0, 2, 3))
-    # what is seen of, by each token
+    # number of tokens each query attends to, plus one so that its log is not 0
     count = at + 2 if seen.causal else torch.full_like(at, time + 1)
     entropy = -(weights * weights.clamp(min=1e-9).log()).sum(-1) / count.log()
     sums.entropy = sums.entropy + entropy.sum((0, 2))

@@ -1,6 +1,6 @@
-"""What the attentions of a program get and give on a sample of text.
+"""Observe the inputs and outputs of a program's attentions on a sample of text.
 
-Calibration measures on it: all inputs are those that the original's layers have.
+Calibration measures on them: every attention gets the inputs that it has in the original.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ LENGTH = 512
 
 @dataclass(frozen=True)
 class Reach:
-    """The tokens that a mixer sees: not those near by, nor the first `sinks`.
+    """Tokens that a mixer reads: all but those of the window and the first `sinks`.
 
-    Near are the last `window` tokens; in attention that is not causal, those at a distance of at
-    most `window`, if there is one.
+    The window is the last `window` tokens. Where attention is not causal, it is all tokens at a
+    distance of at most `window`; 0 is no window.
     """
 
     window: int
     sinks: int
 
     def delay(self, causal: bool) -> int:
-        """How many tokens late a mixer reads what is written."""
+        """Return by how many tokens a mixer's writes are delayed, so that it skips the window."""
         return self.window if causal or not self.window else self.window + 1
 
     def ages(self, time: int, causal: bool) -> Tensor:
-        """[time, time]: how long a query's mixer has held a key, and -1 where it does not see it.
+        """Return for how many tokens each query's mixer has held each key, [time, time], or -1.
 
-        A delayed token has been in the state for as long as it is out of the window.
+        A key enters the state when it leaves the window, at age 0.
         """
         at = torch.arange(time)
         distance = at[:, None] - at[None, :]
@@ -48,7 +48,7 @@ class Reach:
 
 
 def samples(program: Program, context: Context, count: int) -> list[Mapping[str, Tensor]] | None:
-    """Up to `count` pieces of the user's text as inputs; None if there is no text to be had."""
+    """Return up to `count` samples of the user's text as inputs; None if there is no text."""
     if context.is_large(program):
         return None
     tokens, length = context.tokens(program), min(LENGTH, program.origin.positions or LENGTH)
@@ -59,7 +59,11 @@ def samples(program: Program, context: Context, count: int) -> list[Mapping[str,
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attention got and gave for one input, and `mixed` what its mixer gave, if any."""
+    """Arguments and output of one attention for one input.
+
+    `number` is that of its layer, `named` has its other arguments by name, and `mixed` is the
+    output of its mixer, if it has one.
+    """
 
     number: int
     q: Tensor
@@ -72,11 +76,11 @@ class Seen:
 
     @property
     def causal(self) -> bool:
-        """Whether it looks back only."""
+        """Whether the attention is causal."""
         return bool(self.named["causal"])
 
     def weights(self) -> Tensor:
-        """The attention of all queries to all keys, [batch, heads, time, time]."""
+        """Compute the attention weights of all queries and keys, [batch, heads, time, time]."""
         time = self.q.shape[2]
         k = self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], 1)
         scores = self.q @ k.mT * self.scale
@@ -93,9 +97,9 @@ def observed(
     context: Context,
     mixers: Mapping[fx.Node, fx.Node] | None = None,
 ) -> Iterator[Seen]:
-    """What the attentions of `layers` get and give, for each input, layer after layer.
+    """Yield arguments and outputs of the attentions of `layers`, input by input, layer by layer.
 
-    `mixers` has the mixer's node, which runs before it, of an attention.
+    `mixers` maps an attention to its mixer's node, which runs before it.
     """
     numbers = {layer.node: layer.numbers for layer in layers}
     owner = {mixer: node for node, mixer in (mixers or {}).items()}

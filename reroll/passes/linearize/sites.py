@@ -1,4 +1,4 @@
-"""What an attention offers to a mixer in its place: queries, keys, values, and their origin."""
+"""Describe an attention that a mixer can replace: queries, keys, values and projections."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ class Site:
     q: fx.Node
     k: fx.Node
     v: fx.Node
-    # the name of the weight with its gains, once it has one
+    # the name of the weight that holds its gains, once there is one
     gain: str | None = None
-    # the node of what the attention divides by, if that is wanted
+    # the node of the attention's softmax divisor, once there is one
     mass: fx.Node | None = None
 
     @property
     def node(self) -> fx.Node:
-        """The attention node."""
+        """Node of the attention."""
         return self.layer.node
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph that it is in."""
+        """Graph that holds the attention."""
         return self.node.graph
 
     @property
@@ -79,28 +79,28 @@ class Site:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the values."""
+        """Dtype of the values."""
         kind: TensorType = self.v.meta["type"]
         return kind.dtype
 
     @property
     def causal(self) -> bool:
-        """Whether a token looks back only."""
+        """Whether the attention is causal."""
         return bool(self.layer.values("causal")[0])
 
     @property
     def active(self) -> list[bool]:
-        """For each trip, whether its layer is chosen."""
+        """Whether the layer of each trip is chosen, by trip."""
         return [n in self.chosen for n in self.layer.numbers]
 
     def after(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-        """A new node behind another one."""
+        """Insert a new node after another one."""
         build = Builder(self.graph, self.layer.loop)
         with build.after(node):
             return build.call(target, *args)
 
     def projection(self) -> fx.Node:
-        """The linear layer that makes the keys. Raises PassError if there is none."""
+        """Find the linear layer that computes the keys. Raises PassError if there is none."""
         seen, front = {self.k}, [self.k]
         while front:
             node = front.pop(0)
@@ -110,17 +110,18 @@ class Site:
             seen.update(new)
             front += new
         raise PassError(
-            "no linear layer makes the keys",
+            "no linear layer computes the keys",
             where=self.node.name,
-            hint="choose gates that need none, such as liger",
+            hint="choose gates that need no key projection, such as liger",
         )
 
     def new_weight(
         self, name: str, meta_shape: tuple[int, ...], make: Callable[[int], Expr]
     ) -> fx.Node:
-        """A new weight beside those of the attention, made for each chosen layer by its number.
+        """Add a weight next to those of the attention, with an entry for each chosen layer.
 
-        Layers that are not chosen read one that a chosen layer has, and do nothing with it.
+        `make` gives the entry of a layer's number. Layers that are not chosen share the entry of a
+        chosen one, and do not use it.
         """
         full = self.edit.free_name(f"{self._stem()}mixer.{name}")
         made = [make(number) for number in self.chosen]
@@ -136,7 +137,7 @@ class Site:
         return self.edit.node(self.graph, full)
 
     def _stem(self) -> str:
-        """What the names of the attention's weights begin with."""
+        """Return the prefix of the names of the attention's weights."""
         try:
             name = str(self.projection().args[1].target)  # type: ignore[union-attr]
         except PassError:
@@ -145,7 +146,7 @@ class Site:
 
 
 def site_of(layer: Layer, chosen: tuple[int, ...], edit: WeightEditor) -> Site | Miss:
-    """The site of an attention, or what keeps a mixer from taking its place."""
+    """Return the site of an attention, or the reason why a mixer cannot replace it."""
     node = layer.node
     if len(set(layer.values("causal"))) > 1:
         return Miss("the attention is causal in some trips only", (node.name,))
@@ -155,15 +156,19 @@ def site_of(layer: Layer, chosen: tuple[int, ...], edit: WeightEditor) -> Site |
     q, k, v = (argument(node, name) for name in ("q", "k", "v"))
     if (cache := behind_cache(k)) is not None:
         if behind_cache(v) is not cache:
-            return Miss("keys and values come out of different caches", (node.name,), depth=1)
+            return Miss("keys and values are read from different caches", (node.name,), depth=1)
         k, v = before_cache(k), before_cache(v)
     if shape(k)[2:3] != shape(q)[2:3]:
-        return Miss("the keys are not those of the tokens that ask", (node.name,), depth=2)
+        return Miss(
+            "the keys belong to other tokens than the queries, as in cross-attention",
+            (node.name,),
+            depth=2,
+        )
     return Site(layer, chosen, edit, q, k, v)
 
 
 def before_rotary(x: fx.Node) -> fx.Node:
-    """Queries or keys before their rotary embedding; the same node if there is none."""
+    """Return queries or keys before their rotary embedding; the same node if there is none."""
     source = x.args[0] if x.target is ROPE else x
     assert isinstance(source, fx.Node)
     return source

@@ -1,4 +1,4 @@
-"""Give the layers of a shared block a low-rank residual each."""
+"""Parts of the pass `relax`: low-rank factors, and a budget for their ranks."""
 
 from reroll.passes.relax.relax import Relax
 

@@ -1,4 +1,4 @@
-"""Low-rank residuals of tied weights: what they are made of, and how much they leave."""
+"""Build the low-rank residuals of tied weights, and measure the error that they leave."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from reroll.rewrite.ir.weights import Weight, cast, scale, slice_, sub, svd_down
 from reroll.rewrite.ir.weights.expressions import Expr
 from reroll.rewrite.ir.weights.store import WeightStore
 
-# an exact decomposition to compare with stays affordable up to this side
+# the largest side for which an exact decomposition is computed for comparison
 CHECKED_SIDE = 2048
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two stacked factors of one rank: up @ down is added to a weight."""
+    """Two stacked factors of one rank; up @ down is added to a weight."""
 
     rank: int
     down_name: str
@@ -35,11 +35,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Factors:
-    """The residuals of one weight: for each trip that has one, it and its factors up and down.
+    """Residuals of one weight: for each trip that has one, the residual and its two factors.
 
-    `pairs` are the factors as they are stored: one pair where all trips have one rank; else the
-    first so many ranks, the next ones, and so on, each with a pair of zeros for the trips that have
-    none of them.
+    `pairs` are the factors as they are stored. Where all trips have one rank, there is one pair.
+    Else ranks are cut at each rank that occurs, and each slice is a pair. In a pair, trips of a
+    lower rank share zeros.
     """
 
     kind: str
@@ -59,10 +59,11 @@ def make_factors(
     zero: bool,
     method: str,
 ) -> Factors:
-    """The factors of what a shared weight lacks of the original, with a rank for each trip.
+    """Factorize the differences of original weights from a shared one, with a rank for each trip.
 
-    A trip that has its block to itself lacks nothing and gets zeros, one pair for all such trips.
-    With `zero`, products start as zero, and only the factors down as what they would be.
+    A trip that shares its block with no other has no difference; all such trips share a pair of
+    zeros. With `zero`, factors up are zero, so that products start as zero; factors down stay as
+    they are.
     """
     assert shared.index is not None
     uses = Counter(shared.index)
@@ -116,9 +117,9 @@ def make_factors(
 def spend(
     program: Program, names: Mapping[str, Weight], budget: int, step: int, context: Context
 ) -> dict[str, list[int]]:
-    """The rank of each trip of some tied weights, such that the factors fit a budget.
+    """Choose the rank of each trip of some tied weights, such that all factors fit a budget.
 
-    Raises PassError if the budget does not pay for the least rank of a single trip.
+    Raises PassError if the budget is below the cost of the lowest rank of a single trip.
     """
     spectra: dict[tuple[str, int], Spectrum] = {}
     for number, (name, shared) in enumerate(names.items()):
@@ -142,7 +143,7 @@ def spend(
         spent = sum(_cost(names[name], each) for name, each in ranks.items())
         if spent <= budget:
             break
-        # pairs of zeros cost as well, and which there are is known only now
+        # pairs of zeros cost parameters too, and are known only after allocation
         left -= spent - budget
     if not any(any(each) for each in ranks.values()):
         least = min((spectra[k].cost * choices[k][1] for k in spectra if choices[k][1:]), default=0)
@@ -155,7 +156,7 @@ def spend(
 
 
 def _cost(weight: Weight, ranks: Sequence[int]) -> int:
-    """The parameters of the factors that `make_factors` makes, pairs of zeros included."""
+    """Count the parameters of the factors of `make_factors`, with pairs of zeros."""
     bounds = [0, *sorted(set(ranks) - {0})]
     pairs = 0
     for start, stop in pairwise(bounds):
@@ -165,7 +166,7 @@ def _cost(weight: Weight, ranks: Sequence[int]) -> int:
 
 
 def residual(original: Expr, shared: Expr) -> Expr:
-    """What a trip's weight has that the shared one lacks, in fp32 at least."""
+    """Subtract the shared weight from a trip's original one, in fp32 at least."""
     # the difference of two close numbers loses bits
     dtype = torch.promote_types(original.meta.dtype, torch.float32)
     return sub(cast(original, dtype), cast(shared, dtype))
@@ -176,10 +177,10 @@ def _spread(ranks: Sequence[int]) -> str:
 
 
 def residuals_left(program: Program, factors: Sequence[Factors], context: Context) -> Iterator[str]:
-    """Say for each kind of weight how much of its residuals the factors leave.
+    """Report for each kind of weight the relative residual that the factors leave.
 
-    Looks at all of them, or at one of each kind where the context asks to be sparing; that of a
-    randomized decomposition is compared with the least possible once for each shape.
+    Measures all of them, or one of each kind where the context is sparing. A randomized
+    decomposition is compared with the optimum, once for each shape.
     """
     kinds: dict[tuple[str, str, str], list[Factors]] = {}
     for each in factors:
@@ -220,14 +221,17 @@ def residuals_left(program: Program, factors: Sequence[Factors], context: Contex
 
 
 def _left(residual: Tensor, up: Tensor) -> float:
-    """|R - B A| / |R|: B A is a projection of R, so the squares of the norms subtract."""
+    """Compute |R - B A| / |R|.
+
+    B A is a projection of R, so the squares of the norms subtract; `up` has the norm of B A.
+    """
     whole = residual.double().square().sum().item()
     kept = up.double().square().sum().item()
     return max(1 - kept / whole, 0.0) ** 0.5 if whole else 0.0
 
 
 def _best(residual: Tensor, rank: int) -> float:
-    """The least |R - B A| / |R| at a rank, from the eigenvalues of the smaller Gram matrix."""
+    """Compute the least |R - B A| / |R| at a rank, by eigenvalues of the smaller Gram matrix."""
     wide = residual.double()
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
     values = torch.linalg.eigvalsh(gram).clamp_min(0)

@@ -1,4 +1,4 @@
-"""Spending a budget of parameters on low-rank residuals where it takes most of them away."""
+"""Allocate a budget of parameters to the low-rank residuals that it reduces most."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What a residual [out, in] has to give.
+    """Squared singular values of a residual [out, in], and the cost of one rank.
 
-    `energy` holds its squared singular values, largest first, as shares of the squared norm of the
-    matrix that it belongs to; `cost` is what one rank costs in parameters: out + in.
+    `energy` holds them, largest first, as shares of the squared norm of the original matrix. `cost`
+    is out + in parameters.
     """
 
     energy: Tensor
@@ -26,7 +26,7 @@ class Spectrum:
 
 
 def spectrum(residual: Tensor, original: Tensor) -> Spectrum:
-    """The spectrum of a residual, from the eigenvalues of its smaller Gram matrix in fp64."""
+    """Compute a residual's spectrum from the eigenvalues of its smaller Gram matrix, in fp64."""
     wide = residual.double()
     gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
     values = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0)
@@ -35,9 +35,9 @@ def spectrum(residual: Tensor, original: Tensor) -> Spectrum:
 
 
 def tiers(shape: tuple[int, ...], step: int) -> list[int]:
-    """The ranks that a residual may get: 0, step, 2 step, 4 step, ... while factors are smaller.
+    """List the ranks that a residual may get: 0, step, 2 step, 4 step, ... while factors save.
 
-    They are few, because each of them is a pair of factors in the graph.
+    They are few, because each rank is a pair of factors in the graph.
     """
     ranks = [0]
     rank = step
@@ -50,10 +50,10 @@ def tiers(shape: tuple[int, ...], step: int) -> list[int]:
 def allocate(
     spectra: Mapping[Key, Spectrum], choices: Mapping[Key, list[int]], budget: int
 ) -> dict[Key, int]:
-    """The rank of each residual, so that the factors have at most `budget` parameters in all.
+    """Choose the rank of each residual so that all factors have at most `budget` parameters.
 
-    Greedy by what the next choice takes away per parameter, which is the best there is up to the
-    last choices that fit, because every spectrum falls.
+    Greedy by the energy that the next rank removes per parameter. That is optimal, except for the
+    last ranks that fit, because every spectrum is sorted in descending order.
     """
     ranks = dict.fromkeys(spectra, 0)
     order = list(spectra)

@@ -1,4 +1,4 @@
-"""Relax: every trip of a tied loop gets back a low-rank part of what tying took from it."""
+"""Relax: give every trip of a tied loop a low-rank part of the weights that tying removed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 Rank = int | Literal["full"]
 
-# "auto" takes the randomized decomposition from this smaller side on, if it has so much less to do
+# "auto" uses the randomized decomposition above this smaller side, if side / rank is this large
 LARGE_SIDE = 512
 LARGE_RATIO = 4
 
@@ -31,26 +31,26 @@ class Relax(Pass):
     """Add a low-rank residual per trip to the tied matrices of each loop.
 
     Relaxed Recursive Transformers (arXiv 2410.20672), section 2.3. A linear layer with the shared
-    matrix W' becomes y = W' x + B_t (A_t x), where B_t A_t is the best approximation of rank
-    `rank` of what trip t lost, W_t - W'. Every tied matrix that only linear layers use is relaxed.
+    matrix W' becomes y = W' x + B_t (A_t x). B_t A_t is the best approximation of rank `rank` of
+    the difference W_t - W' of trip t. Every tied matrix that only linear layers use is relaxed.
 
-    `ranks` sets ranks by the kind of the weight, which is the end of its module's name: `q_proj`
-    or `self_attn.q_proj`. Rank 0 leaves a kind tied. A rank at or above a matrix's own, or "full",
-    gives each trip its original matrix back instead of factors, which would take more parameters
-    for the same; so full rank everywhere restores the original model.
+    `ranks` sets ranks by the kind of the weight, which is the end of its module's name: `q_proj` or
+    `self_attn.q_proj`. Rank 0 leaves a kind tied. "full", or a rank that is not below a matrix's
+    own, gives each trip its original matrix back: factors would take more parameters for the same.
+    So full rank everywhere restores the original model.
 
     Vectors that were tied (biases, layer scales, norms) become one per trip again, as they were,
-    because no factors are smaller. What is left tied is named in a remark.
+    because no factors are smaller. A remark names the weights that stay tied.
 
-    With a `budget`, ranks differ from layer to layer and from kind to kind: parameters go where
-    they take away most of |R|^2 / |W|^2, as the singular values of all residuals say. 0.1 spends a
-    tenth of the parameters that the matrices had before they were tied. Kinds in `ranks` keep
-    theirs and are not counted. Every rank that occurs in a kind is a pair of factors in the graph,
-    and a trip without it multiplies by zeros, so that a budget saves parameters, not time.
+    With a `budget`, ranks differ by layer and by kind: parameters go where they reduce |R|^2 /
+    |W|^2 most, by the singular values of all residuals. 0.1 spends a tenth of the parameters that
+    the matrices had before they were tied. Kinds in `ranks` keep their rank and are not counted.
+    Every rank that occurs in a kind is a pair of factors in the graph, and trips of a lower rank
+    multiply by zeros. So a budget saves parameters, not time.
 
-    Trips that share their block with no other have lost nothing; they share one pair of zero
-    factors. With `init=zero`, the products start as zero and A_t is the same as with `svd`, so
-    that training can start.
+    Trips that share their block with no other have no residual; they share one pair of zero
+    factors. With `init=zero`, the products start as zero and A_t is the same as with `svd`, so that
+    training can start.
     """
 
     name = "relax"
@@ -129,7 +129,7 @@ class Relax(Pass):
                 )
 
     def _rank(self, name: str) -> Rank:
-        """The rank for a weight: that of the longest kind that its name ends with."""
+        """Return the rank for a weight: that of the longest kind that its name ends with."""
         kinds = [kind for kind in self.ranks if _matches(kind, name)]
         return self.ranks[max(kinds, key=len)] if kinds else self.rank
 
@@ -144,7 +144,7 @@ class Relax(Pass):
         return make_factors(name, kind_of(name), shared, original, ranks, zero=zero, method=method)
 
     def _budgeted(self, program: Program, context: Context) -> dict[str, list[int]]:
-        """The rank of each trip of each weight that the budget is for, by name."""
+        """Return the rank of each trip of each weight that the budget covers, by name."""
         if self.budget is None:
             return {}
         candidates = {
@@ -162,7 +162,7 @@ class Relax(Pass):
 
 
 def kind_of(name: str) -> str:
-    """The kind of a weight: the last part of its module's name, or with a bias's name that too."""
+    """Return the kind of a weight: the last part of its module's name, plus `bias` for a bias."""
     parts = name.removesuffix(".weight").split(".")
     return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
 
@@ -186,7 +186,7 @@ def _only_linear(nodes: list[fx.Node]) -> bool:
 
 
 def _insert(loop: Loop, linears: list[fx.Node], pair: Pair) -> None:
-    """Add up(down(x)) to every linear layer over the weight."""
+    """Add up(down(x)) to the output of every linear layer with the weight."""
     build = Builder(loop.body.graph)
     with build.before(next(n for n in loop.body.graph.nodes if n in linears)):
         down = build.weight(pair.down_name, pair.down)

@@ -1,4 +1,4 @@
-"""Share weights between layers."""
+"""Parts of the pass `tie`: blocks of shared weights, and scaling by step."""
 
 from reroll.passes.tie.tie import Tie
 

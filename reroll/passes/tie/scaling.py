@@ -1,4 +1,4 @@
-"""Scaling what a body writes by the step that it is in: how one block tells its trips apart."""
+"""Scale the outputs of a loop body by the step, so that a block can act differently per trip."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ INNER = 16
 
 
 def scale_by_step(program: Program, loop: Loop, index: Sequence[int]) -> tuple[Program, int]:
-    """Multiply what each sublayer writes, and the result, by 1 + MLP(step); edits in place.
+    """Multiply the outputs of the sublayers and of the trip by 1 + MLP(step); edits in place.
 
-    The MLP of Raptor (arXiv 2512.19941): the step t in [0, 1] of a block's trips -> Linear(1, 16)
-    -> SiLU -> Linear(16, width) for each of them. Trips with the same number in `index` are those
-    of one block, and share it. Its last layer starts as zero, so that nothing changes before
-    training. Returns the Program and the number of new parameters.
+    The MLP of Raptor (arXiv 2512.19941) maps the step t in [0, 1] of a block's trips: Linear(1, 16)
+    -> SiLU -> Linear(16, width) for each scaled output. Trips with the same number in `index` share
+    a block and its MLP. The last layer starts as zero, so that nothing changes before training.
+    Returns the Program and the number of new parameters.
 
     Raises PassError if the residual stream of the body cannot be followed.
     """
@@ -37,7 +37,8 @@ def scale_by_step(program: Program, loop: Loop, index: Sequence[int]) -> tuple[P
     stream = Tracer(program).trace(places[0])
     if isinstance(stream, Miss):
         raise PassError(
-            f"what the sublayers write cannot be told: {stream.reason}", ", ".join(stream.nodes)
+            f"the residual stream cannot be followed: {stream.reason}",
+            ", ".join(stream.nodes),
         )
     returned: Any = body.output_node().args[0]
     result: fx.Node = returned[0]
@@ -85,7 +86,7 @@ def _times(build: Builder, scale: fx.Node) -> Callable[[fx.Node], fx.Node]:
 
 
 def _steps(index: Sequence[int]) -> tuple[float, ...]:
-    """Where each trip is among those of its block, from 0 to 1."""
+    """Return the position of each trip among those of its block, from 0 to 1."""
     uses = [[t for t, b in enumerate(index) if b == block] for block in range(max(index) + 1)]
     return tuple(
         uses[block].index(trip) / max(len(uses[block]) - 1, 1) for trip, block in enumerate(index)

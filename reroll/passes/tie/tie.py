@@ -1,4 +1,4 @@
-"""Tie: the trips of a depth loop share a few blocks of weights."""
+"""Tie: let the trips of a depth loop share a few blocks of weights."""
 
 from __future__ import annotations
 
@@ -29,32 +29,33 @@ _NORMS = (RMS_NORM, torch.ops.aten.layer_norm.default)
 class Tie(Pass):
     """Let the trips of each depth loop share `blocks` blocks of weights.
 
-    Relaxed Recursive Transformers (arXiv 2410.20672), section 2.2. A block is everything that one
-    trip of the loop holds: one layer, or one period where layers repeat with a longer one. The body
-    does not change, only which entry of each weight a trip uses.
+    Relaxed Recursive Transformers (arXiv 2410.20672), section 2.2. A block holds the weights of one
+    trip of the loop: of one layer, or of one period of layers. The body does not change, only which
+    entry of each weight a trip uses.
 
-    Layouts say which trips share. With L trips and K blocks, `cycle` gives trip t the block
-    t mod K, `sequence` gives neighbours one block, and `middle_cycle` leaves the first and the last
-    trip alone, which count as two of the K blocks, and cycles through the rest. L need not be a
-    multiple of K: some blocks then serve one trip more than others, and no layer is dropped.
+    Layouts say which trips share. With L trips and K blocks, `cycle` gives trip t the block t mod
+    K, and `sequence` gives neighbouring trips one block. `middle_cycle` leaves the first and the
+    last trip alone, which count as two of the K blocks, and cycles through the rest. L need not be
+    a multiple of K: some blocks then serve one trip more than others, and no layer is dropped.
 
-    With `phases`, every phase of the loop has one block: a contiguous run of layers that do alike
-    things (Block-Recurrent Hypothesis, arXiv 2512.19941). `auto` finds them as `find_phases` does,
-    as many as `blocks` says or, without it, as are worth it; `layout` has no meaning then, and
-    `stepwise` takes the middle trip of a phase, `lower` the first.
+    With `phases`, every phase of the loop has one block. A phase is a contiguous run of layers with
+    similar outputs (Block-Recurrent Hypothesis, arXiv 2512.19941). `auto` finds phases as
+    `find_phases` does: `blocks` of them or, without it, as many as are worth it. `layout` is not
+    used then; `stepwise` takes the middle trip of a phase, `lower` the first.
 
-    A block starts as the mean of the trips that share it (`average`, best before `relax`), as one
-    of K trips spaced evenly through the loop (`stepwise`, best without `relax`), or as one of the
-    first K trips (`lower`; of the middle ones with `middle_cycle`).
+    `init` says what a block starts as: the mean of the trips that share it (`average`, best before
+    `relax`), or the weights of one trip. With `stepwise`, best without `relax`, these are K trips
+    spaced evenly through the loop. With `lower` they are the first K trips, or with `middle_cycle`
+    the first middle ones.
 
-    With `scaling`, what each sublayer writes and what a trip returns are scaled by a small MLP of
-    the step, one for each block, so that a block can do something else in each of its trips: the
-    student block of Raptor (arXiv 2512.19941). It starts as the factor 1 and has to be trained.
+    With `scaling`, the outputs of sublayers and of the trip are scaled by a small MLP of the step,
+    one MLP for each block. So a block can act differently in each of its trips: the student block
+    of Raptor (arXiv 2512.19941). The factors start as 1 and have to be trained.
 
     Weights of norms stay one per trip unless `norms` is set: they are small, and what they scale
-    differs from depth to depth. Everything else that is trained is tied, biases and other vectors
-    included; `relax` gives each trip its own vectors back. What the weights were before is kept for
-    `relax` in `Program.reference`.
+    differs from depth to depth. All other trainable weights are tied, with biases and other
+    vectors; `relax` gives each trip its own vectors back. `Program.reference` keeps the weights
+    before tying, for `relax`.
     """
 
     name = "tie"
@@ -104,7 +105,7 @@ class Tie(Pass):
         return program
 
     def _phases(self, program: Program, loop: Loop, blocks: int, context: Context) -> Phases:
-        """The phases of a loop: those given, or those found, `blocks` of them unless that is 0."""
+        """Return the given phases of a loop, or find `blocks` of them; 0 finds the best number."""
         if isinstance(self.phases, list):
             starts = (0, *self.phases)
             if list(starts) != sorted(set(starts)) or starts[-1] >= loop.trips:
@@ -122,7 +123,7 @@ class Tie(Pass):
         return found
 
     def _blocks(self, program: Program) -> dict[Loop, int]:
-        """How many blocks each loop that is to be tied gets."""
+        """Return the number of blocks of each loop that is to be tied."""
         loops = program.loops
         if self.blocks is None:
             return dict.fromkeys(loops, 0)
@@ -157,7 +158,7 @@ class Tie(Pass):
         tied: dict[str, Weight] = {}
         for name, nodes in weight_nodes(loop.body.graph).items():
             weight = program.weights[name]
-            # what all trips share already, such as the head that exits use, is no block's
+            # weights that all trips share already, such as the head of exits, stay out of blocks
             if (
                 weight.index is not None
                 and weight.trainable
@@ -205,7 +206,7 @@ class Tie(Pass):
 
 
 def assignment(trips: int, blocks: int, layout: Layout) -> tuple[int, ...]:
-    """The block of each trip."""
+    """Return the block of each trip."""
     if layout == "cycle":
         return tuple(t % blocks for t in range(trips))
     if layout == "sequence":
@@ -215,14 +216,14 @@ def assignment(trips: int, blocks: int, layout: Layout) -> tuple[int, ...]:
 
 
 def starts(trips: int, blocks: int, layout: Layout, init: Init) -> tuple[int, ...]:
-    """The trip whose weights each block starts as; for `average` it has no meaning."""
+    """Return the trip whose weights each block starts as; with `average` it is not used."""
     if layout == "middle_cycle":
         return (0, *_spaced(1, trips - 2, blocks - 2, init), trips - 1)
     return _spaced(0, trips - 1, blocks, init)
 
 
 def middles(phases: Phases) -> tuple[int, ...]:
-    """The trip in the middle of each phase."""
+    """Return the trip in the middle of each phase."""
     stops = (*phases.starts[1:], phases.layers)
     return tuple((a + b - 1) // 2 for a, b in zip(phases.starts, stops, strict=True))
 
@@ -238,6 +239,6 @@ def _is_norms(node: fx.Node) -> bool:
 
 
 def _runs(index: tuple[int, ...]) -> str:
-    """The assignment, shortened: "0 1 2 3 0 1 ... 2 3"."""
+    """Format the assignment, shortened: "0 1 2 3 0 1 ... 2 3"."""
     words = [str(b) for b in index]
     return " ".join(words if len(words) <= 12 else [*words[:8], "...", *words[-2:]])

@@ -1,4 +1,4 @@
-"""Align: every trip learns to compute from the original's input what the original computes."""
+"""Align: train every trip to compute the original's output from the original's input."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from reroll.rewrite.pipeline.options import option
 class Align(Stage):
     """Fit each trip to the original's layers on the original's hidden states.
 
-    With x_t and y_t what the original's layers of trip t take and give, and f_t the trip,
+    With x_t and y_t the input and output of the original's layers of trip t, and f_t the trip,
 
         loss = mean_t |f_t(x_t) - y_t|^2 / |y_t - x_t|^2
 
-    over the tokens of a row: the error relative to what the layers add. Trips see the original's
-    input, so that all learn at once (MOHAWK's second stage, arXiv 2408.10189; LoLCATs' attention
-    transfer, arXiv 2410.10254). Blocks that are applied several times need their own errors as
-    input too (Raptor, arXiv 2512.19941): `free` is the probability, at the end of the stage, that
-    a trip takes what the trip before gave; it grows from 0 in proportion to the steps.
+    over the tokens of a row: the error relative to what the layers add. All trips get the
+    original's inputs, so all learn at once (MOHAWK's second stage, arXiv 2408.10189; LoLCATs'
+    attention transfer, arXiv 2410.10254). Blocks that are applied several times must also learn on
+    inputs with their own errors (Raptor, arXiv 2512.19941). `free` is the probability, at the end
+    of the stage, that a trip takes the output of the trip before. It grows from 0 in proportion to
+    the steps.
 
-    With `into`, a name such as `o_proj`, it is what the layers of that name take that is compared,
-    relative to its size. That of `o_proj` is what attention gives: the attention transfer of
-    LoLCATs (arXiv 2410.10254) and the first stage of RADLADS (arXiv 2505.03005).
+    With `into`, a name such as `o_proj`, the loss compares the inputs of the layers of that name,
+    relative to their size. The input of `o_proj` is the output of attention: the attention transfer
+    of LoLCATs (arXiv 2410.10254) and the first stage of RADLADS (arXiv 2505.03005).
 
-    With `start_tokens`, what is linear in its weights begins at its least-squares value, on the
-    original's inputs (`reroll.recover.closed_form`), and with `start_free` then on the model's own
-    (`reroll.recover.sequential_fit`).
+    With `start_tokens`, tied weights and residuals start at their least-squares values on the
+    original's inputs (`reroll.recover.closed_form`). With `start_free` residuals are then fitted on
+    the model's own inputs (`reroll.recover.sequential_fit`).
     """
 
     name = "align"
@@ -86,7 +87,7 @@ class Align(Stage):
             self._inside(models.teacher) as theirs,
         ):
             models.show_teacher(batch)
-        # the original's layers in each of the student's trips
+        # number of the original's trips in each of the student's
         step = len(seen) // len(trips)
         inputs = [x for x, _ in seen[::step]]
         given = [
@@ -112,14 +113,14 @@ class Align(Stage):
         return nullcontext({}) if self.into is None else taken(model, self.into)
 
     def _forced(self, batch: Batch, trips: int) -> list[bool]:
-        """Which trips take the original's value."""
+        """Draw which trips take the original's hidden state as their input."""
         generator = torch.Generator().manual_seed(batch.seed)
         chances = torch.rand(trips, generator=generator)
         return [bool(c >= self.free * batch.progress) for c in chances]
 
 
 def relative_error(actual: Tensor, expected: Tensor, source: Tensor, weights: Tensor) -> Tensor:
-    """|actual - expected|^2 / |expected - source|^2 of each row, its mean by the rows' tokens.
+    """Compute |actual - expected|^2 / |expected - source|^2 of each row, averaged by tokens.
 
     All are [rows, length, width]; `weights` [rows, length] is 0 at padding.
     """

@@ -1,4 +1,4 @@
-"""Distil: the student's distribution over tokens comes near the original's."""
+"""Distil: train the student's distribution of the next token towards the original's."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Distil(Stage):
         loss = T^2 KL(p_T || q_T) + ce * cross-entropy + hidden * error of the last hidden state
 
     with p the original's and q the student's softmax(logits / T) (Hinton et al., 2015, arXiv
-    1503.02531), or KL(q || p) with `direction=reverse`. With `top_k`, only the k tokens most
-    likely to the original are compared, and the rest as one.
+    1503.02531), or KL(q || p) with `direction=reverse`. With `top_k`, only the original's k most
+    likely tokens are compared one by one, and all others as one.
     """
 
     name = "distil"
@@ -56,7 +56,7 @@ class Distil(Stage):
         return Loss(value, parts)
 
     def divergence(self, logits: Tensor, expected: Tensor) -> Tensor:
-        """The mean divergence over positions; both are [positions, vocabulary]."""
+        """Compute the mean divergence over positions; both are [positions, vocabulary]."""
         return mean_over_pieces(logits, self._piece, expected)
 
     def _piece(self, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Distil(Stage):
 
 
 def coarse(log: Tensor, chosen: Tensor) -> Tensor:
-    """Log-probabilities of the chosen tokens and, as one, of all others: [positions, k + 1]."""
+    """Return log-probabilities of chosen tokens and of all others as one: [positions, k + 1]."""
     kept = log.gather(-1, chosen)
     rest = torch.log1p(-kept.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
     return torch.cat((kept, rest), -1)

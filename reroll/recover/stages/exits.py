@@ -1,4 +1,4 @@
-"""Exits: the model learns to answer after fewer trips, and not to lose the full depth for it."""
+"""Exits: train the predictions after fewer trips without losing quality at full depth."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from reroll.runtime.functions.loops import read_out
 
 
 class Exits(Stage):
-    """Train the predictions after some trips beside those at full depth.
+    """Train the predictions after some trips together with those at full depth.
 
-    With L_i the loss after `at[i]` trips, by the norm and head that the exit has of its own or else
-    the model's (`insert_exits(head=...)`), and L_B that at full depth,
+    L_i is the loss after `at[i]` trips, by the exit's own norm and head or else the model's
+    (`insert_exits(head=...)`). With L_B the loss at full depth,
 
         loss = (sum_i a_i L_i + a_B L_B) / (sum_i a_i + a_B)
 
     Relaxed Recursive Transformers (arXiv 2410.20672), section 3.4: `aggressive` has a_i =
-    `coefficient` and a_B = 1, `weighted` a_i = i of 1, 2, .., B. With `distil`, an exit learns the
-    full depth's own distribution, detached, and otherwise the text.
+    `coefficient` and a_B = 1, `weighted` a_i = i of 1, 2, .., B. With `distil`, the target of an
+    exit is the detached distribution at full depth, and otherwise the text.
     """
 
     name = "exits"
@@ -80,7 +80,7 @@ class Exits(Stage):
         return Loss(value, {**parts, "full": last.item()})
 
     def combined(self, losses: list[Tensor]) -> Tensor:
-        """The weighted mean of the losses, the full depth's last."""
+        """Compute the weighted mean of the losses; that at full depth is the last."""
         if self.weights == "weighted":
             factors = [float(number) for number in range(1, len(losses) + 1)]
         else:

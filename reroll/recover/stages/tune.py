@@ -1,4 +1,4 @@
-"""Tune: the cross-entropy of the text itself, without the original."""
+"""Tune: train on the cross-entropy of the text itself, without the original."""
 
 from __future__ import annotations
 

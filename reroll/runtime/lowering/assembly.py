@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from reroll.errors import UsageError
-from reroll.rewrite.analysis.state_plan import CacheLayer, stateful_nodes
+from reroll.rewrite.analysis.state_plan import CacheLayer
 from reroll.rewrite.capture.pictures import picture_inputs, text_part
 from reroll.rewrite.ir.defaults import looks_into, reads
 from reroll.rewrite.ir.program import Program
@@ -82,16 +82,14 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
     program, plan = lowering.program, lowering.plan
     loops, sources = {}, {}
     for loop in program.loops:
-        name, caches = loop.name, stateful_nodes(loop.body.graph)
+        name = loop.name
         trip_type = _trip_type(name, lowering.graphs[name])
         for trip in tree.trips[name]:
             trip.__class__ = trip_type
         sources[name] = trip_type.source
-        first = plan.number(caches[0]) if caches else 0
         loops[name] = Trips(
             tree.trips[name],
-            first,
-            len(caches),
+            *lowering.states[name],
             exits=lowering.exits.get(name),
             hidden=lowering.hidden[name],
         )

@@ -48,6 +48,7 @@ class Lowering:
         keeps: whether it applies `logits_to_keep` itself.
         updates: the function by which each stateful node updates its layer.
         statics: for loops over an encoder's result, the graph of values that no token changes.
+        states: for each loop, the number of its first state and how many a trip has.
         exits: the properties of exits, for each loop that has them.
         hidden: the hidden states of each loop.
         graphs: runnable graphs by loop ("main" for the main graph) and function.
@@ -66,6 +67,7 @@ class Lowering:
     keeps: bool = False
     updates: dict[fx.Node, Callable[..., Any]] = field(default_factory=dict)
     statics: dict[str, fx.Graph] = field(default_factory=dict)
+    states: dict[str, tuple[int, int]] = field(default_factory=dict)
     exits: dict[str, LoopExits] = field(default_factory=dict)
     hidden: dict[str, Any] = field(default_factory=dict)
     graphs: dict[str, dict[str, fx.Graph]] = field(default_factory=dict)
@@ -199,8 +201,11 @@ def _functions(x: Lowering, loop: Loop) -> dict[str, fx.Graph]:
     """Return the graphs of a trip: `forward`, and those for exits, hidden states and an encoder."""
     name, body, readings = loop.name, loop.body.graph, x.tree.readings[loop.name]
     layers = x.layers[name]
+    # before the body is split: the test of an exit may keep state as well
+    stateful = stateful_nodes(body)
+    x.states[name] = x.plan.number(stateful[0]) if stateful else 0, len(stateful)
     own: dict[fx.Node, Update] = {
-        node: (x.updates[node], number) for number, node in enumerate(stateful_nodes(body))
+        node: (x.updates[node], number) for number, node in enumerate(stateful)
     }
     graphs = {}
     exits = exits_of(loop)
