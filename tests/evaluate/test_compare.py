@@ -249,6 +249,7 @@ def test_smollm2_rolled_is_the_original(real_model: Callable[[str], Path]) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_gemma_gets_its_first_token(real_model: Callable[[str], Path]) -> None:
     """Without `<bos>` at the start of each window its perplexity is more than twice as high."""
     path = real_model("gemma-3-270m")

@@ -22,7 +22,8 @@ from reroll.rewrite.pipeline.pipeline import Pipeline, resolve
 
 log = logging.getLogger(__name__)
 
-Measure = Literal["auto"] | bool
+# as on the command line, or as in Python
+Measure = Literal["auto", "on", "off"] | bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def run_passes(
         text: calibration text, or a file with it; a sample ships with reroll.
         tokenizer: turns text into token ids; the original model's own by default.
         measure: "auto" checks exact passes and measures approximate ones unless the weights are
-            larger than `large` bytes; True does so in any case, False does not measure.
+            larger than `large` bytes; True or "on" does so in any case, False or "off" does not.
         stop_after: the number or the name of the last pass to run.
         print_after: names of passes after which the program is shown, or "all".
         on_event: called with each Event: starts, progress, steps and programs to show.
@@ -77,8 +78,10 @@ def run_passes(
     """
     check_number("seed", seed, SEED, "run_passes")
     check_number("large", large, NOT_NEGATIVE, "run_passes", integer=False)
-    if measure not in (True, False, "auto"):
+    if measure not in (True, False, "auto", "on", "off"):
         raise UsageError(f'measure must be "auto", True or False, not {measure!r}', "run_passes")
+    if measure in ("on", "off"):
+        measure = measure == "on"
     if not (text is None or isinstance(text, str | Path)):
         raise UsageError(f"text must be text or the Path of a file, not {text!r:.40}", "run_passes")
     chosen = _stopped(resolve(passes), stop_after)

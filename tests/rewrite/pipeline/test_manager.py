@@ -204,6 +204,18 @@ def test_stopping_early():
             run_passes(program, "nothing, shift", stop_after=stop)
 
 
+@pytest.mark.parametrize(("word", "value"), [("off", False), ("on", True)])
+def test_the_words_of_the_command_line_say_whether_to_measure(word, value):
+    program = captured("llama")
+    steps = [
+        run_passes(program, "shift", measure=measure).origin.steps[-1] for measure in (word, value)
+    ]
+    assert steps[0].measured == steps[1].measured
+    assert bool(steps[0].measured) is value
+    with pytest.raises(UsageError, match="measure must be"):
+        run_passes(program, "shift", measure="of")
+
+
 def test_events_tell_what_happens():
     events = []
     result = run_passes(
