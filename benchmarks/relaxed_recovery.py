@@ -28,7 +28,7 @@ from benchmarks.least_squares import MEASURED, rows
 from benchmarks.recovery import DATA
 from reroll.cli.recovery import token_count
 from reroll.recover import recover
-from reroll.recover.hooks import hooked
+from reroll.recover.hooks import removing_hooks
 from reroll.recover.measure import held_out
 from reroll.recover.recipe import Recipe, parse
 
@@ -63,7 +63,10 @@ def influences(model: Any, ids: torch.Tensor) -> list[float]:
     def note(_layer: Any, taken: tuple[torch.Tensor, ...], given: torch.Tensor) -> None:
         found.append(1 - torch.cosine_similarity(taken[0], given, -1).mean().item())
 
-    with torch.no_grad(), hooked([n.register_forward_hook(note) for n in model.model.layers]):
+    with (
+        torch.no_grad(),
+        removing_hooks([n.register_forward_hook(note) for n in model.model.layers]),
+    ):
         model(input_ids=ids)
     return found
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reroll.recover.hooks import hooked
+from reroll.recover.hooks import removing_hooks
 from reroll.recover.stage import Batch, Models
 from reroll.rewrite.analysis.low_rank import factor_names
 from reroll.rewrite.ir.program import Program, weight_nodes
@@ -158,8 +158,8 @@ def _outer_products(
             each.teacher.register_forward_pre_hook(note(each.name))  # type: ignore[arg-type]
             for each in layers
         ]
-        with hooked(handles):
-            models.show_teacher(batch)
+        with removing_hooks(handles):
+            models.run_teacher_for_hooks(batch)
     return {name: total / tokens for name, total in sums.items()}
 
 

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
-def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+def removing_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove hooks at the end of the block."""
     try:
         yield
@@ -21,7 +21,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def recorded(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def record_trips(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Record the first carried value that each trip takes and returns, while the block runs."""
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -29,18 +29,18 @@ def recorded(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]
         seen.append((args[0], output[0]))
 
     handles = [trip.register_forward_hook(note) for trip in trips]
-    with hooked(handles):
+    with removing_hooks(handles):
         yield seen
 
 
-def named(model: nn.Module, ending: str) -> set[str]:
+def modules_ending(model: nn.Module, ending: str) -> set[str]:
     """Return the names of the modules whose last parts are `ending`."""
     names = (name for name, _ in model.named_modules(remove_duplicate=False))
     return {name for name in names if f".{name}".endswith(f".{ending}")}
 
 
 @contextmanager
-def taken(model: nn.Module, ending: str) -> Iterator[dict[str, Tensor]]:
+def record_inputs(model: nn.Module, ending: str) -> Iterator[dict[str, Tensor]]:
     """Record the first input of each module whose name ends with `ending`, by name."""
     seen: dict[str, Tensor] = {}
 
@@ -52,14 +52,14 @@ def taken(model: nn.Module, ending: str) -> Iterator[dict[str, Tensor]]:
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(noting(name))
-        for name in named(model, ending)
+        for name in modules_ending(model, ending)
     ]
-    with hooked(handles):
+    with removing_hooks(handles):
         yield seen
 
 
 @contextmanager
-def fed(trips: Sequence[nn.Module], values: Sequence[Tensor | None]) -> Iterator[None]:
+def replace_inputs(trips: Sequence[nn.Module], values: Sequence[Tensor | None]) -> Iterator[None]:
     """Replace the first input of each trip that has a value in `values`; None leaves it."""
 
     def feeder(value: Tensor) -> Any:
@@ -70,5 +70,5 @@ def fed(trips: Sequence[nn.Module], values: Sequence[Tensor | None]) -> Iterator
         for trip, value in zip(trips, values, strict=True)
         if value is not None
     ]
-    with hooked(handles):
+    with removing_hooks(handles):
         yield

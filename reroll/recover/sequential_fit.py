@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from reroll.errors import UsageError
 from reroll.recover.closed_form import Layer, layers_to_fit, set_factors
-from reroll.recover.hooks import hooked
+from reroll.recover.hooks import removing_hooks
 from reroll.recover.stage import Batch, Models
 
 # ridge penalty that keeps a residual unchanged, relative to the mean square of an input
@@ -44,8 +44,8 @@ def fit_trip_by_trip(models: Models, batches: Sequence[Batch]) -> dict[str, floa
     if not layers:
         return {}
     assert models.teacher is not None
-    ours = _Walk(models.module, models.show_student, batches)
-    theirs = _Walk(models.teacher, models.show_teacher, batches)
+    ours = _Walk(models.module, models.run_student_for_hooks, batches)
+    theirs = _Walk(models.teacher, models.run_teacher_for_hooks, batches)
     if len(ours.trips) != len(theirs.trips):
         raise UsageError(
             f"the original has {len(theirs.trips)} trips and this model {len(ours.trips)}",
@@ -124,7 +124,7 @@ def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found[module] = (args[0], output)
 
-    with hooked([module.register_forward_hook(note) for module in modules]):
+    with removing_hooks([module.register_forward_hook(note) for module in modules]):
         yield found
 
 
@@ -191,7 +191,7 @@ class _Walk:
 
             # a module that makes several trips is hooked once
             once = dict.fromkeys(self.trips)
-            with hooked([m.register_forward_hook(note, with_kwargs=True) for m in once]):
+            with removing_hooks([m.register_forward_hook(note, with_kwargs=True) for m in once]):
                 self.show(batch)
             self.hidden.append(calls[first][0][0])
             self.rest.append({t: (calls[t][0][1:], calls[t][1]) for t in range(len(calls))})

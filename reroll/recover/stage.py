@@ -79,13 +79,13 @@ class Models:
             logits: Tensor = self.teacher(**arguments(batch)).logits
         return logits
 
-    def show_teacher(self, batch: Batch) -> None:
+    def run_teacher_for_hooks(self, batch: Batch) -> None:
         """Run the teacher without gradients, only for the hooks on its modules."""
         assert self.teacher is not None
         with torch.no_grad():
             self.teacher(**arguments(batch), **self._least())
 
-    def show_student(self, batch: Batch) -> None:
+    def run_student_for_hooks(self, batch: Batch) -> None:
         """Run the student only for the hooks on its modules."""
         self.student(**arguments(batch), **self._least())
 
@@ -170,10 +170,10 @@ class Stage(Declared, ABC):
     def loss(self, batch: Batch, models: Models) -> Loss:
         """Compute the mean loss over a batch's tokens, with gradients into the student."""
 
-    def begin(self, models: Models) -> None:
+    def check_models(self, models: Models) -> None:
         """Check the models, whenever the stage begins or continues; raise if they do not fit."""
 
-    def start(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
+    def initialise(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
         """Set weights without training, once before the first step.
 
         `rows(n)` returns the stage's first n training tokens, in batches. The returned values are

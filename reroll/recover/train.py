@@ -73,7 +73,7 @@ def _train_stage(run: Setup, trained: Trained, checkpoint: Any, on_step: OnStep)
             _restore(student, tensors)
             optimizer.load_state_dict(optimizer_state)
         models = Models(student, run.module, run.teacher)
-        stage.begin(models)
+        stage.check_models(models)
         if checkpoint is None:
             _start(run, trained, stage, models)
         objective, optimizer = run.accelerator.prepare(_Objective(stage, models), optimizer)
@@ -170,7 +170,7 @@ def _start(run: Setup, trained: Trained, stage: Stage, models: Models) -> None:
         taken = take(run.corpus.train, trained.progress.steps * settings.batch, count)
         return [batch_of(run.module, p) for p in taken.split(settings.micro or settings.batch)]
 
-    parts = stage.start(models, rows)
+    parts = stage.initialise(models, rows)
     if parts:
         _measure(run, trained, f"the steps of {stage.name}", parts)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reroll.recover import Batch, Models
 from reroll.recover.closed_form import fit_linear_layers
-from reroll.recover.hooks import recorded
+from reroll.recover.hooks import record_trips
 from reroll.recover.sequential_fit import fit_trip_by_trip
 from reroll.recover.trainable import new_names
 from reroll.rewrite.pipeline.manager import run_passes
@@ -102,7 +102,7 @@ def test_an_untied_model_has_nothing_to_fit(batches: list[Batch]) -> None:
 
 def last_output(model: Any, batch: Batch) -> Tensor:
     """What the last trip gives for the tokens of a batch."""
-    with recorded(model.trip_modules()[-1:]) as seen, torch.no_grad():
+    with record_trips(model.trip_modules()[-1:]) as seen, torch.no_grad():
         model(input_ids=batch.data, attention_mask=batch.mask, use_cache=False)
     return seen[0][1][batch.mask.bool()]
 

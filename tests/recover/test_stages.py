@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from reroll.errors import UsageError
 from reroll.recover import Batch, Models, load_recipe
-from reroll.recover.hooks import recorded
+from reroll.recover.hooks import record_trips
 from reroll.recover.losses import cross_entropy, mean_over_pieces
 from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.recipe import parse
@@ -119,7 +119,7 @@ def test_what_attention_gives_can_be_aligned(batch: Batch) -> None:
     assert loss.parts["worst_trip"] == 0
     assert first_error > 1e-3
     with pytest.raises(UsageError, match="is called c_proj"):
-        Align(into="c_proj").begin(models)
+        Align(into="c_proj").check_models(models)
 
 
 def test_trips_run_freely_in_the_end(models: Models, batch: Batch) -> None:
@@ -130,17 +130,17 @@ def test_trips_run_freely_in_the_end(models: Models, batch: Batch) -> None:
 
 
 def test_align_needs_trips_that_correspond(models: Models) -> None:
-    Align().begin(models)
+    Align().check_models(models)
     six = captured.captured("t5").to_module()
     with pytest.raises(UsageError, match="has 6 trips, which 4 cannot share evenly"):
-        Align().begin(Models(models.module, models.module, six))
+        Align().check_models(Models(models.module, models.module, six))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_what_a_trip_returns_is_read_out_as_the_model_would(name: str, batch: Batch) -> None:
     model = captured.captured(name).to_module().eval()
     whole = Models(model, model, None)
-    with recorded(model.trip_modules()) as seen:
+    with record_trips(model.trip_modules()) as seen:
         logits = whole.run(batch)
     assert torch.equal(read_out(model, seen[-1][1], **arguments(batch)), logits)
     assert not torch.allclose(read_out(model, seen[1][1], **arguments(batch)), logits)
@@ -162,7 +162,7 @@ def test_exits_are_weighted(models: Models, batch: Batch) -> None:
         torch.tensor(found["weighted"][2]), Distil().loss(batch, models).value.detach()
     )
     with pytest.raises(UsageError, match="4 trips"):
-        Exits(at=[4]).begin(models)
+        Exits(at=[4]).check_models(models)
 
 
 def test_exits_train_the_heads_that_they_have(batch: Batch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from reroll.bounds import COUNT_OR_NONE, POSITIVE, SHARE
 from reroll.errors import UsageError
 from reroll.recover.closed_form import fit_linear_layers
-from reroll.recover.hooks import fed, named, recorded, taken
+from reroll.recover.hooks import modules_ending, record_inputs, record_trips, replace_inputs
 from reroll.recover.sequential_fit import fit_trip_by_trip
 from reroll.recover.stage import Batch, Loss, Models, Stage
 from reroll.rewrite.pipeline.options import option
@@ -57,7 +57,7 @@ class Align(Stage):
         False, help="then fit residuals trip by trip, on what the model itself gives them"
     )
 
-    def begin(self, models: Models) -> None:
+    def check_models(self, models: Models) -> None:
         assert models.teacher is not None
         teacher, student = len(models.teacher.trip_modules()), len(models.module.trip_modules())
         if teacher % student:
@@ -67,12 +67,14 @@ class Align(Stage):
                 hint="leave the stage out, or choose passes that keep the trips",
             )
         sides = models.teacher, models.module
-        if self.into is not None and not set.intersection(*(named(m, self.into) for m in sides)):
+        if self.into is not None and not set.intersection(
+            *(modules_ending(m, self.into) for m in sides)
+        ):
             raise UsageError(
                 f"no layer of both models is called {self.into}", where="stage align, option into"
             )
 
-    def start(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
+    def initialise(self, models: Models, rows: Callable[[int], list[Batch]]) -> dict[str, float]:
         if not self.start_tokens:
             return {}
         batches = rows(self.start_tokens)
@@ -83,10 +85,10 @@ class Align(Stage):
         assert models.teacher is not None
         trips = models.module.trip_modules()
         with (
-            recorded(models.teacher.trip_modules()) as seen,
+            record_trips(models.teacher.trip_modules()) as seen,
             self._inside(models.teacher) as theirs,
         ):
-            models.show_teacher(batch)
+            models.run_teacher_for_hooks(batch)
         # number of the original's trips in each of the student's
         step = len(seen) // len(trips)
         inputs = [x for x, _ in seen[::step]]
@@ -94,8 +96,12 @@ class Align(Stage):
             x if forced else None
             for x, forced in zip(inputs, self._forced(batch, len(trips)), strict=True)
         ]
-        with fed(trips, given), recorded(trips) as made, self._inside(models.module) as ours:
-            models.show_student(batch)
+        with (
+            replace_inputs(trips, given),
+            record_trips(trips) as made,
+            self._inside(models.module) as ours,
+        ):
+            models.run_student_for_hooks(batch)
         weights = batch.mask.float()
         if self.into is None:
             targets = [y for _, y in seen[step - 1 :: step]]
@@ -110,7 +116,7 @@ class Align(Stage):
         return Loss(value, {"worst_trip": float(worst), "worst": errors[worst].item()})
 
     def _inside(self, model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
-        return nullcontext({}) if self.into is None else taken(model, self.into)
+        return nullcontext({}) if self.into is None else record_inputs(model, self.into)
 
     def _forced(self, batch: Batch, trips: int) -> list[bool]:
         """Draw which trips take the original's hidden state as their input."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reroll.bounds import COUNT, NOT_NEGATIVE, POSITIVE
-from reroll.recover.hooks import recorded
+from reroll.recover.hooks import record_trips
 from reroll.recover.losses import cross_entropy, mean_over_pieces, unpadded
 from reroll.recover.stage import Batch, Loss, Models, Stage
 from reroll.recover.stages.align import relative_error
@@ -40,9 +40,9 @@ class Distil(Stage):
     def loss(self, batch: Batch, models: Models) -> Loss:
         assert models.teacher is not None
         ends = [m.trip_modules()[-1] for m in (models.teacher, models.module)]
-        with recorded(ends[:1]) as theirs:
+        with record_trips(ends[:1]) as theirs:
             expected = models.ask(batch)
-        with recorded(ends[1:]) as ours:
+        with record_trips(ends[1:]) as ours:
             logits = models.run(batch)
         kl = self.divergence(unpadded(logits, batch.mask), unpadded(expected, batch.mask))
         value, parts = kl, {"kl": kl.item()}

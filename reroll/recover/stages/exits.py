@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reroll.bounds import COUNT, NOT_NEGATIVE
 from reroll.errors import UsageError
-from reroll.recover.hooks import recorded
+from reroll.recover.hooks import record_trips
 from reroll.recover.losses import cross_entropy, unpadded
 from reroll.recover.stage import Batch, Loss, Models, Stage, arguments
 from reroll.recover.stages.distil import Distil
@@ -49,7 +49,7 @@ class Exits(Stage):
         if sorted(set(self.at)) != self.at:
             raise UsageError("`at` is an ascending list", where="stage exits, option at")
 
-    def begin(self, models: Models) -> None:
+    def check_models(self, models: Models) -> None:
         loop = models.module.program.loops[-1]
         if self.at[-1] >= loop.trips:
             raise UsageError(
@@ -61,7 +61,7 @@ class Exits(Stage):
     def loss(self, batch: Batch, models: Models) -> Loss:
         divergence = Distil.make({}).divergence
         trips = models.module.trip_modules()[-models.module.program.loops[-1].trips :]
-        with recorded([trips[number - 1] for number in self.at]) as seen:
+        with record_trips([trips[number - 1] for number in self.at]) as seen:
             logits = models.run(batch)
         own = unpadded(logits, batch.mask)
         if self.target == "original":
