@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reroll.errors import PassError
 from reroll.mixers import make
-from reroll.passes.linearize.look_back import measure_starts
+from reroll.passes.linearize.half_lives import measure_starts
 from reroll.passes.linearize.observed import Reach, observed
 from reroll.rewrite.analysis.context import Context
 from reroll.rewrite.analysis.costs import state_bytes

@@ -13,9 +13,9 @@ from torch import fx
 
 from reroll.bounds import COUNT, SIZE
 from reroll.errors import PassError, UsageError
-from reroll.passes.exits.absence import leave_out
 from reroll.passes.exits.heads import add_heads, copy_path, path_to_logits
 from reroll.passes.exits.scores import Scores, stacked_weight
+from reroll.passes.exits.skipped_tokens import leave_out
 from reroll.rewrite.capture.rolling.split import find_loop, inline
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.exits import exits_of

@@ -19,7 +19,7 @@ from reroll.passes.linearize.design import Combine, Design, Gates
 from reroll.passes.linearize.features import Feature
 from reroll.passes.linearize.gains import least_joint, least_squares, measure_gains
 from reroll.passes.linearize.gates import Projections, Start
-from reroll.passes.linearize.look_back import measure_starts
+from reroll.passes.linearize.half_lives import measure_starts
 from reroll.passes.linearize.observed import Reach, samples
 from reroll.passes.linearize.sites import Site, site_of
 from reroll.rewrite.analysis.layers import Layer

@@ -16,16 +16,16 @@ from reroll.rewrite.ir.defaults import looks_into, reads
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.loops import Trips
 from reroll.runtime.lowering.codegen import compile_graph, runnable
-from reroll.runtime.lowering.halves import cut
+from reroll.runtime.lowering.encoder_constants import is_decoder_input
+from reroll.runtime.lowering.encoder_decoder import cut
 from reroll.runtime.lowering.modules import Tree, Trip, build_tree
 from reroll.runtime.lowering.passes import PASSES, Lowering, Observer, lower_graphs
-from reroll.runtime.lowering.statics import is_decoder_input
 from reroll.runtime.models.pictures import put_pictures, with_pictures
 
 
 @dataclass
 class HalfFunctions:
-    """Functions of an encoder-decoder model: see `halves`."""
+    """Functions of an encoder-decoder model: see `encoder_decoder`."""
 
     encode: Callable[..., tuple[Any, ...]]
     extend: Callable[..., tuple[Any, ...]]

@@ -20,12 +20,12 @@ from reroll.rewrite.ir.program import Loop, Program
 from reroll.runtime.functions.hidden import note_in_main, observed, states_of
 from reroll.runtime.lowering.attention_masks import place_masks
 from reroll.runtime.lowering.codegen import Update, runnable
+from reroll.runtime.lowering.encoder_constants import split_statics
 from reroll.runtime.lowering.exit_graphs import LoopExits, loop_exits, split_exits
 from reroll.runtime.lowering.heads import head_path, keep_before_head, take_embeddings
 from reroll.runtime.lowering.hoisting import OWN_INPUTS, hoist_invariants
 from reroll.runtime.lowering.modules import Tree
 from reroll.runtime.lowering.padding import read_padding
-from reroll.runtime.lowering.statics import split_statics
 from reroll.runtime.models.pictures import count_places
 from reroll.runtime.state.caches import tell_padding, update_function
 
