@@ -11,7 +11,7 @@ from torch import fx
 
 from reroll.bounds import COUNT, COUNT_OR_NONE
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.analysis.measure import Judge
+from reroll.rewrite.analysis.measure import Measurer
 from reroll.rewrite.capture.rolling.split import (
     find_loop,
     inline,
@@ -72,7 +72,7 @@ class LoopWindow(Pass):
         candidates = self._candidates()
         if len(candidates) == 1:
             return self._looped(program, *candidates[0], context)
-        judge = Judge(program, context)
+        judge = Measurer(program, context)
         if judge.kind != "text" or not judge.generates:
             raise PassError(
                 "a search needs a model that predicts text, and its tokenizer",

@@ -80,7 +80,7 @@ def _in_fp32(program: Program) -> Program:
     return widened(program, torch.float32) if half else program
 
 
-class Judge:
+class Measurer:
     """Comparison of programs on the same tokens; each program's outputs are computed once."""
 
     def __init__(self, program: Program, context: Context) -> None:

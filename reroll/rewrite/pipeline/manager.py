@@ -12,7 +12,7 @@ from typing import Any, Literal
 from reroll.bounds import NOT_NEGATIVE, SEED, check_number
 from reroll.errors import PassError, RerollError, UsageError
 from reroll.rewrite.analysis.context import LARGE, Context
-from reroll.rewrite.analysis.measure import Judge, Violation, difference, size
+from reroll.rewrite.analysis.measure import Measurer, Violation, difference, size
 from reroll.rewrite.analysis.samples import Tokenizer
 from reroll.rewrite.ir.hidden import keep_complete
 from reroll.rewrite.ir.program import Program
@@ -147,7 +147,7 @@ class _Runner:
         self.measure = measure
         self.on_event = on_event
         self.count = count
-        self.judge: Judge | None = None
+        self.judge: Measurer | None = None
 
     def run(self, number: int, each: Pass, program: Program) -> Program:
         text = str(each)
@@ -185,7 +185,7 @@ class _Runner:
             return {"relative_rms_error": _checked(each, before, after)}
         if self.measure is False:
             return {}
-        self.judge = self.judge or Judge(self.original, self.context)
+        self.judge = self.judge or Measurer(self.original, self.context)
         quality = {"previous": self.judge.compare(before, after)}
         quality["original"] = (
             quality["previous"]
