@@ -19,7 +19,7 @@ import torch
 
 import reroll
 from reroll.rewrite.analysis.context import Context
-from reroll.rewrite.analysis.measure import Judge
+from reroll.rewrite.analysis.measure import Measurer
 from reroll.rewrite.pipeline.pipeline import resolve
 
 INITS = ("stepwise", "average", "lower")
@@ -32,7 +32,7 @@ class Table:
     def __init__(self, original: Any, text: Path, file: Path | None) -> None:
         self.original, self.file = original, file
         self.context = Context(text_source=text)
-        self.judge = Judge(original, self.context)
+        self.measurer = Measurer(original, self.context)
         self.rows: list[dict[str, Any]] = []
 
     def add(self, program: Any, passes: str, before: str = "") -> Any:
@@ -40,7 +40,7 @@ class Table:
         (each,) = resolve(passes)
         self.context.remarks = []
         result = each.run(program.edit(), self.context)
-        quality = self.judge.compare(self.original, result)
+        quality = self.measurer.compare(self.original, result)
         remarks = list(self.context.remarks)
         left = [float(m[1]) for r in remarks if (m := LEFT.search(r))]
         found = {
@@ -54,7 +54,7 @@ class Table:
             "residual_left": sum(left) / len(left) if left else None,
             "remarks": remarks,
         }
-        self.judge.keep([self.original, program])
+        self.measurer.keep([self.original, program])
         self.rows.append(found)
         shown = "" if found["residual_left"] is None else f"{found['residual_left']:.3f}"
         print(

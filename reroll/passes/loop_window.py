@@ -72,8 +72,8 @@ class LoopWindow(Pass):
         candidates = self._candidates()
         if len(candidates) == 1:
             return self._looped(program, *candidates[0], context)
-        judge = Measurer(program, context)
-        if judge.kind != "text" or not judge.generates:
+        measurer = Measurer(program, context)
+        if measurer.kind != "text" or not measurer.generates:
             raise PassError(
                 "a search needs a model that predicts text, and its tokenizer",
                 hint="give one start, one stop and one number of steps",
@@ -82,9 +82,9 @@ class LoopWindow(Pass):
         for number, candidate in enumerate(candidates):
             context.progress(number, len(candidates), "searching")
             tried = self._looped(program.edit(), *candidate, None)
-            quality = judge.compare(program, tried)["perplexity"]
+            quality = measurer.compare(program, tried)["perplexity"]
             found.append((quality["after"], candidate))
-            judge.keep([program])
+            measurer.keep([program])
         found.sort()
         context.remark(
             f"{len(found)} windows tried; perplexity {quality['before']:.4g} without, "

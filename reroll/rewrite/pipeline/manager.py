@@ -147,7 +147,7 @@ class _Runner:
         self.measure = measure
         self.on_event = on_event
         self.count = count
-        self.judge: Measurer | None = None
+        self.measurer: Measurer | None = None
 
     def run(self, number: int, each: Pass, program: Program) -> Program:
         text = str(each)
@@ -160,18 +160,18 @@ class _Runner:
         after = _guarded(each, program, self.context)
         keep_complete(after, program)
         seconds = time.perf_counter() - start
-        measured = {**_changes(size(program), size(after)), **self.judged(each, program, after)}
+        measured = {**_changes(size(program), size(after)), **self.quality(each, program, after)}
         step = Step(text, seconds, tuple(self.context.remarks), measured)
         steps = (*program.origin.steps, step)
         result = replace(after, origin=replace(after.origin, steps=steps))
-        if self.judge is not None:
-            self.judge.renamed(after, result)
-            self.judge.keep([self.original, result])
+        if self.measurer is not None:
+            self.measurer.renamed(after, result)
+            self.measurer.keep([self.original, result])
         log.info("%s", summary(step))
         self.tell(Event("done", text, number, self.count, program=result, step=step))
         return result
 
-    def judged(self, each: Pass, before: Program, after: Program) -> dict[str, Any]:
+    def quality(self, each: Pass, before: Program, after: Program) -> dict[str, Any]:
         """Check an exact pass, or measure an approximate one."""
         looked_at = (before, after) if each.contract == "exact" else (self.original, before, after)
         skipped = any(map(self.context.is_large, looked_at))
@@ -185,12 +185,12 @@ class _Runner:
             return {"relative_rms_error": _checked(each, before, after)}
         if self.measure is False:
             return {}
-        self.judge = self.judge or Measurer(self.original, self.context)
-        quality = {"previous": self.judge.compare(before, after)}
+        self.measurer = self.measurer or Measurer(self.original, self.context)
+        quality = {"previous": self.measurer.compare(before, after)}
         quality["original"] = (
             quality["previous"]
             if before is self.original
-            else self.judge.compare(self.original, after)
+            else self.measurer.compare(self.original, after)
         )
         return {"quality": quality}
 
