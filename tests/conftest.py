@@ -41,6 +41,21 @@ def shared_captures(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
         captured.shared.mkdir(exist_ok=True)
 
 
+@pytest.fixture(autouse=True)
+def own_plugins_forgotten():
+    """Forget the passes, mixers, ... that a test registers when it ends."""
+    from reroll.rewrite.pipeline.registry import Registry
+
+    before = {id(registry): dict(registry.classes) for registry in Registry.known}
+    yield
+    for registry in Registry.known:
+        known = before.get(id(registry), {})
+        ours = (n for n, cls in registry.classes.items() if cls.__module__.startswith("reroll."))
+        registry.classes = {**{n: registry.classes[n] for n in ours}, **known}
+        }
+        registry.classes = {**own, **known}
+
+
 @pytest.fixture(scope="session")
 def real_model(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """Where a real model lies; skips the test with the command that makes it where it does not."""

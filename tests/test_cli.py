@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 import reroll
 from reroll.cli import terminal
 from reroll.cli.app import app
-from reroll.rewrite.pipeline.registry import registries
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -219,14 +218,6 @@ class Counted(Measure):
 '''
 
 
-@pytest.fixture
-def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what is registered when the test ends."""
-    for registry in registries():
-        monkeypatch.setattr(registry, "classes", registry.all())
-
-
-@pytest.mark.usefixtures("plugins")
 def test_plugins_of_every_kind(model: Path, out: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(USERS_PLUGINS)

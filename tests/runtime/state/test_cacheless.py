@@ -54,7 +54,7 @@ def test_hidden_padding_changes_nothing(lowered: Any) -> None:
 
 def test_what_needs_a_cache_is_refused(lowered: Any) -> None:
     past = DynamicCache()
-    with pytest.raises(UsageError, match="keeps no cache, so past_key_values"):
+    with pytest.raises(UsageError, match="keeps no cache, so it cannot use past_key_values"):
         lowered.generate(IDS, past_key_values=past, **WISHES)
     with pytest.raises(UsageError, match="cannot check what a draft model proposes"):
         lowered.generate(IDS[:1], assistant_model=model("lfm2"), **WISHES)
