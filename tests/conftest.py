@@ -50,10 +50,8 @@ def own_plugins_forgotten():
     yield
     for registry in Registry.known:
         known = before.get(id(registry), {})
-        ours = (n for n, cls in registry.classes.items() if cls.__module__.startswith("reroll."))
-        registry.classes = {**{n: registry.classes[n] for n in ours}, **known}
-        }
-        registry.classes = {**own, **known}
+        ours = {n: c for n, c in registry.classes.items() if c.__module__.startswith("reroll.")}
+        registry.classes = {**ours, **known}
 
 
 @pytest.fixture(scope="session")
