@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -136,9 +136,33 @@ def _stored(
         table[name] = Weight(tuple(entries), own_index, weight.trainable)
     if state is not None:
         tensors = {stored: _given(places, state) for stored, places in held.items()}
+        _check_names(model, held.values(), state)
     for source in sources.values():
         _check_tensor(source.name, tensors[source.name], source.meta)
     return WeightTable(table), tensors
+
+
+def _names(places: list[Place]) -> list[str]:
+    """Return all names that a state dict can have for a weight."""
+    return [
+        ".".join((*path, *around, place.leaf))
+        for place in places
+        for path in _paths(place)
+        for around in ((), ("base_layer",), ("original_module",))
+    ]
+
+
+def _check_names(model: Any, held: Iterable[list[Place]], state: Mapping[str, Tensor]) -> None:
+    """Raise UsageError if a state dict has tensors that the model does not have."""
+    known = {name for places in held for name in _names(places)} | set(model.state_dict())
+    others = [name for name in state if name not in known]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UsageError(
+            f"the state dict has {others[0]}{more}, which the model does not have",
+            where="save_pretrained",
+            hint="leave it out of state_dict, or save the model without state_dict",
+        )
 
 
 def _given(places: list[Place], state: Mapping[str, Tensor]) -> Tensor:
@@ -146,12 +170,7 @@ def _given(places: list[Place], state: Mapping[str, Tensor]) -> Tensor:
 
     Raises UsageError if there is none, or if names of one parameter have different tensors.
     """
-    names = [
-        ".".join((*path, *around, place.leaf))
-        for place in places
-        for path in _paths(place)
-        for around in ((), ("base_layer",), ("original_module",))
-    ]
+    names = _names(places)
     given = {name: state[name] for name in names if name in state}
     if not given:
         raise UsageError("the state dict has no tensor of this name", where=names[0])

@@ -188,6 +188,9 @@ def test_a_state_dict_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
     compiled = {f"_orig_mod.{n}": t for n, t in state.items()}
     with pytest.raises(UsageError, match="has no tensor of this name"):
         model.save_pretrained(tmp_path, state_dict=compiled)
+    more = {**state, "value_head.weight": torch.zeros(1)}
+    with pytest.raises(UsageError, match=r"value_head\.weight, which the model does not have"):
+        model.save_pretrained(tmp_path, state_dict=more)
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     with pytest.raises(UsageError, match=r"another tensor for lm_head\.weight"):
         model.save_pretrained(tmp_path, state_dict=state)
