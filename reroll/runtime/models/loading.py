@@ -101,9 +101,15 @@ def _config(
 
     Raises UsageError for an unknown option, or a change of an entry that the Program fixes.
     """
+    if config is not None and not isinstance(config, RerollConfig):
+        raise UsageError(
+            f"the configuration of a lowered model is a RerollConfig, not {type(config).__name__}",
+            where=name,
+            hint="leave config out, or load it with AutoConfig.from_pretrained",
+        )
     kwargs = {k: v for k, v in kwargs.items() if k not in _NO_EFFECT}
     stored = RerollConfig.from_pretrained(directory)
-    own = config if isinstance(config, RerollConfig) else copy.deepcopy(stored)
+    own = copy.deepcopy(stored) if config is None else config
     for option, value in kwargs.items():
         if not hasattr(own, option):
             # callers such as lm-eval pass None for options that they do not use
@@ -127,7 +133,8 @@ def _check_fixed(own: dict[str, Any], stored: dict[str, Any], name: str) -> None
     Entries that all configurations have, and token ids, are read when a lowered model runs. All
     others are fixed in its graph.
     """
-    free = RerollConfig().to_dict().keys()
+    # which weights are tied, the Program says
+    free = RerollConfig().to_dict().keys() - {"tie_word_embeddings", "is_encoder_decoder"}
     for key, value in stored.items():
         if key in free or key.endswith("_token_id") or own.get(key) == value:
             continue

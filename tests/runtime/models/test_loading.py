@@ -209,3 +209,14 @@ def test_a_directory_that_is_not_ours(tmp_path: Path) -> None:
         load_program(tmp_path)
     with pytest.raises(UsageError, match=r"no config\.json"):
         load_program(tmp_path / "nothing")
+
+
+def test_a_configuration_that_is_not_its_own_is_refused(saved: Path) -> None:
+    with pytest.raises(UsageError, match="is a RerollConfig, not LlamaConfig"):
+        type(load(saved)).from_pretrained(str(saved), config=transformers.LlamaConfig())
+    config = transformers.AutoConfig.from_pretrained(saved)
+    assert load(saved, config=config).config is config
+    tied = config.tie_word_embeddings
+    with pytest.raises(UsageError, match="tie_word_embeddings is part of the program"):
+        load(saved, tie_word_embeddings=not tied)
+    assert load(saved, tie_word_embeddings=tied).config.tie_word_embeddings == tied
