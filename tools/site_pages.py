@@ -1,7 +1,7 @@
 """Hooks of MkDocs: pages from the root of the repository, and links that lead out of the folder.
 
-README.md, CONTRIBUTING.md and CHANGELOG.md become pages of the site. On all pages, links to these
-and to folders lead to the page that stands for them; a link to a file of source is left as its
+README.md, CONTRIBUTING.md and CHANGELOG.md become pages of the site. On all pages, links to these,
+to pictures and to folders lead to the page that stands for them; a link to a file of source is left as its
 text, since the site holds none. A link to a file that is not there is a warning, which is an error
 under `--strict`.
 """
@@ -29,7 +29,7 @@ FROM_ROOT = {
 }
 FOLDERS = {"docs/results": "results/README.md"}
 
-_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
+_LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 _FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
@@ -66,4 +66,4 @@ def _link(match: re.Match[str], source: str, here: str) -> str:
     if page is None:
         return match["text"]
     link = posixpath.relpath(page, posixpath.dirname(here) or ".")
-    return f"[{match['text']}]({link}{sharp}{anchor})"
+    return f"{match['mark']}[{match['text']}]({link}{sharp}{anchor})"
