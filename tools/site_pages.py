@@ -1,9 +1,9 @@
 """Hooks of MkDocs: pages from the root of the repository, and links that lead out of the folder.
 
 README.md, CONTRIBUTING.md and CHANGELOG.md become pages of the site. On all pages, links to these,
-to pictures and to folders lead to the page that stands for them; a link to a file of source is left as its
-text, since the site holds none. A link to a file that is not there is a warning, which is an error
-under `--strict`.
+to pictures and to folders lead to the page that stands for them. A link to a file of source is left
+as its text, since the site holds none. A link to a file that is not there is a warning, which is an
+error under `--strict`.
 """
 
 from __future__ import annotations
