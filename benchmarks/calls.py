@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import tiny_models
-from benchmarks.tiny_configs import TEXT_IDS
 from reroll.rewrite.analysis.tolerances import forward, relative_rms
+from tests.tiny import types as tiny_types
+from tests.tiny.configs import TEXT_IDS
 
 CALLS = ("ids", "mask", "left", "right", "everything")
 MEASURES = ("forward", "loss", "tokens")
@@ -39,7 +39,7 @@ Outcome = dict[str, Any]
 
 def make_calls(model: Any, seed: int = 0) -> dict[str, Inputs]:
     """The keyword inputs of each call; a model that reads no text has the first and last only."""
-    given = tiny_models.example_inputs(model, BATCH, LENGTH, seed)
+    given = tiny_types.example_inputs(model, BATCH, LENGTH, seed)
     if "input_ids" not in given:
         return {"ids": given}
     ids = given.pop("input_ids")
@@ -87,7 +87,7 @@ def _optional(model: Any, accepted: set[str], mask: Tensor) -> Inputs:
 def run_call(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Outcome]:
     """What a model gives in one call: a value by measure, or the error that it raised instead."""
     runs: dict[str, Callable[[], Outcome]] = {
-        "forward": lambda: {"value": tiny_models.run_eager(model, _typed(model, inputs))},
+        "forward": lambda: {"value": tiny_types.run_eager(model, _typed(model, inputs))},
         "loss": lambda: _loss(model, _typed(model, inputs)),
         "tokens": lambda: _tokens(model, inputs),
     }
@@ -174,7 +174,7 @@ def _apart(
     """How far a copy is from the original in one call; None if either refuses it."""
     if "value" not in own["forward"] or "value" not in other["forward"]:
         return None
-    values = (tiny_models.valid_outputs(each["forward"]["value"], given) for each in (own, other))
+    values = (tiny_types.valid_outputs(each["forward"]["value"], given) for each in (own, other))
     a, b = (value.double() for value in values)
     found = {"rounding": relative_rms(a, b)}
     found["farthest"] = max(float((a - b).abs().max()), _generated_apart(own, other))
@@ -215,7 +215,7 @@ def compare(
         else:
             a, b = got["value"], wanted["value"]
             if measure == "forward":
-                a, b = (tiny_models.valid_outputs(each, inputs) for each in (a, b))
+                a, b = (tiny_types.valid_outputs(each, inputs) for each in (a, b))
             cells[measure] = _compare_values(a, b, allowed)
     return cells
 

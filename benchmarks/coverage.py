@@ -1,15 +1,14 @@
 """Which model types convert exactly, by every door and called in every way.
 
-Every model is tiny and random (see `tiny_models`). A row is a type and a door: the model as an
+Every model is tiny and random (see `tests.tiny.types`). A row is a type and a door: the model as an
 object, a directory that transformers saved, or that directory in bf16. It holds a cell for each
 call and measure (see `calls`), in the process that captured and, from the saved model, in a fresh
 one, and for each ONNX graph that was exported and run. A row is measured in a process of its own
 with a time limit, so one that crashes or hangs costs only itself. Rows that a results file has are
 not measured again.
 
-    python -m benchmarks.coverage --kind causal --json docs/results/coverage.json
+    python -m benchmarks.coverage --kind causal --json docs/results/data/coverage.json
     python -m benchmarks.coverage --types llama,gemma3_text --doors object
-    python -m benchmarks.coverage --json docs/results/coverage.json --table docs/results/coverage.md
 """
 
 from __future__ import annotations
@@ -24,69 +23,26 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import transformers
 
-from benchmarks import tiny_models
-from benchmarks.calls import compare, expected_of, make_calls, passed, run_call
-from benchmarks.coverage_table import line, totals, write_table
+from benchmarks.calls import compare, expected_of, make_calls, run_call
+from benchmarks.coverage_table import DOORS, Row, line, totals
+from benchmarks.harness import write_json
 from reroll.export.onnx import Onnx
 from reroll.rewrite.capture import capture
 from reroll.rewrite.capture.raising import raise_idioms
 from reroll.rewrite.capture.rolling import roll_loops
 from reroll.rewrite.ir.interpret import complete, run
 from reroll.rewrite.ir.program import Program
+from tests.tiny import types as tiny_types
 
-Door = Literal["object", "directory", "bf16"]
-DOORS: tuple[Door, ...] = get_args(Door)
-
-# relative to the largest logit: what reordering a sum changes in fp32
-TOLERANCE = 1e-5
 BATCH, LENGTH = 2, 24
-
-
-@dataclass
-class Row:
-    """What happened to one model type by one door; a field is None where a step before it failed.
-
-    `error` is the largest difference of the flat program, run by the reference of each op, from the
-    original's outputs, `scale` the largest output. `loops` lists each loop as trips x layers per
-    trip, `rolled` adds them up. `cells` are by "call.measure", "opened.call.measure" and
-    "export.graph"; "save", "open" or "export" holds the refusal of the whole step.
-    """
-
-    type: str
-    kind: tiny_models.Kind
-    door: Door = "object"
-    layers: int | None = None
-    mixing: str | None = None
-    nodes: int | None = None
-    attentions: int | None = None
-    error: float | None = None
-    scale: float | None = None
-    loops: str | None = None
-    rolled: int | None = None
-    rolled_error: float | None = None
-    cells: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    failed: str | None = None
-    reason: str | None = None
-
-    @property
-    def exact(self) -> bool:
-        """Whether the flat program computes the original's outputs bit for bit."""
-        return self.error == 0.0
-
-    @property
-    def right(self) -> bool:
-        """Whether every step succeeded and no cell is wrong or refused."""
-        return self.failed is None and all(map(passed, self.cells.values()))
 
 
 Report = Callable[[Row], None]
@@ -122,8 +78,8 @@ def _told(error: Exception) -> str:
 
 def _build(row: Row, work: Work, report: Report) -> None:
     """Make the original, as the door has it."""
-    model: Any = tiny_models.build(row.type, kind=row.kind)
-    row.layers, row.mixing = tiny_models.layer_count(model), tiny_models.token_mixing(model)
+    model: Any = tiny_types.build(row.type, kind=row.kind)
+    row.layers, row.mixing = tiny_types.layer_count(model), tiny_types.token_mixing(model)
     work["given"] = model
     if row.door != "object":
         dtype = torch.bfloat16 if row.door == "bf16" else torch.float32
@@ -135,7 +91,7 @@ def _build(row: Row, work: Work, report: Report) -> None:
         )
         model = opened.eval()
     work["original"] = model
-    tiny_models.run_eager(model, tiny_models.example_inputs(model, BATCH, LENGTH))
+    tiny_types.run_eager(model, tiny_types.example_inputs(model, BATCH, LENGTH))
 
 
 def _graph(row: Row, work: Work, report: Report) -> None:
@@ -157,13 +113,13 @@ def _roll(row: Row, work: Work, report: Report) -> None:
 
 def _difference(program: Program, original: Any) -> tuple[float, float]:
     """Largest difference from the original's outputs, and the largest output, where not padded."""
-    given = tiny_models.example_inputs(original, BATCH, LENGTH)
+    given = tiny_types.example_inputs(original, BATCH, LENGTH)
     given = {n: t.to(original.dtype) if t.is_floating_point() else t for n, t in given.items()}
     names = {each.name for each in program.inputs}
     inputs = complete(program, {name: t for name, t in given.items() if name in names})
-    actual = tiny_models.primary_output(SimpleNamespace(**run(program, inputs)))
-    actual = tiny_models.valid_outputs(actual, inputs)
-    expected = tiny_models.valid_outputs(tiny_models.run_eager(original, given), inputs)
+    actual = tiny_types.primary_output(SimpleNamespace(**run(program, inputs)))
+    actual = tiny_types.valid_outputs(actual, inputs)
+    expected = tiny_types.valid_outputs(tiny_types.run_eager(original, given), inputs)
     if actual.shape != expected.shape:
         raise ValueError(f"outputs are {list(actual.shape)}, not {list(expected.shape)}")
     return float((actual - expected).abs().max()), float(expected.abs().max())
@@ -295,10 +251,7 @@ class Results:
         """Write the file whole."""
         if self.path is None:
             return
-        data = [dataclasses.asdict(row) for _, row in sorted(self.rows.items())]
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(data, indent=1) + "\n")
-        new.replace(self.path)
+        write_json(self.path, [dataclasses.asdict(row) for _, row in sorted(self.rows.items())])
 
 
 def main() -> None:
@@ -308,19 +261,15 @@ def main() -> None:
     parser.add_argument("--kind", choices=["causal", "encoder", "all"], default="all")
     parser.add_argument("--doors", default=",".join(DOORS), help="comma-separated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in FILE")
-    parser.add_argument("--table", type=Path, metavar="PAGE", help="write the table into PAGE")
     parser.add_argument("--again", choices=["failed", "all"], help="measure such rows again")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds per row")
     parser.add_argument("--minutes", type=float, default=40.0, help="start no row after that")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     arguments = parser.parse_args()
     results = Results(arguments.json)
-    if arguments.table:
-        write_table(arguments.table, list(results.rows.values()))
-        return
     chosen = arguments.types.split(",") if arguments.types else None
-    known: dict[tiny_models.Kind, list[str]]
-    known = {"causal": tiny_models.causal_types(), "encoder": tiny_models.encoder_types()}
+    known: dict[tiny_types.Kind, list[str]]
+    known = {"causal": tiny_types.causal_types(), "encoder": tiny_types.encoder_types()}
     wanted = [
         Row(each, kind, door)
         for kind, types in known.items()

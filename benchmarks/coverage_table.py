@@ -1,19 +1,58 @@
-"""The rows of `benchmarks.coverage` as text: a line each, totals, and a page's tables."""
+"""The rows of `benchmarks.coverage`: a line each, totals, and the tables of a page."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, get_args
 
+from benchmarks import harness
 from benchmarks.calls import passed
+from tests.tiny.types import Kind
 
-if TYPE_CHECKING:
-    from benchmarks.coverage import Row
+Door = Literal["object", "directory", "bf16"]
+DOORS: tuple[Door, ...] = get_args(Door)
 
-_BEGIN, _END = "<!-- generated: coverage -->", "<!-- end of generated -->"
+
+@dataclass
+class Row:
+    """What happened to one model type by one door; a field is None where a step before it failed.
+
+    `error` is the largest difference of the flat program, run by the reference of each op, from the
+    original's outputs, `scale` the largest output. `loops` lists each loop as trips x layers per
+    trip, `rolled` adds them up. `cells` are by "call.measure", "opened.call.measure" and
+    "export.graph"; "save", "open" or "export" holds the refusal of the whole step.
+    """
+
+    type: str
+    kind: Kind
+    door: Door = "object"
+    layers: int | None = None
+    mixing: str | None = None
+    nodes: int | None = None
+    attentions: int | None = None
+    error: float | None = None
+    scale: float | None = None
+    loops: str | None = None
+    rolled: int | None = None
+    rolled_error: float | None = None
+    cells: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    failed: str | None = None
+    reason: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the flat program computes the original's outputs bit for bit."""
+        return self.error == 0.0
+
+    @property
+    def right(self) -> bool:
+        """Whether every step succeeded and no cell is wrong or refused."""
+        return self.failed is None and all(map(passed, self.cells.values()))
 
 
 def line(row: Row) -> str:
@@ -67,37 +106,37 @@ def totals(rows: Sequence[Row]) -> str:
             "rolled": sum(bool(row.rolled) for row in of_door),
             "right in every call": sum(map(called, of_door)),
             "exported and run": sum(map(exports, of_door)),
-            "wrong without an error": sum(_silent(row) for row in of_door),
+            "wrong without an error": sum(silent(row) for row in of_door),
         }
         lines.append(f"{door}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     return "\n".join(lines)
 
 
-def _silent(row: Row) -> bool:
+def silent(row: Row) -> bool:
+    """Whether a cell is wrong without an error."""
     return any(cell.startswith("wrong") for cell in row.cells.values())
 
 
-def write_table(page: Path, rows: Sequence[Row]) -> None:
-    """Put the tables in the place of those that a page has between its two marks."""
-    text = page.read_text()
-    pattern = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-    body = f"{_BEGIN}\n\n{_tables(rows)}\n{_END}"
-    if not pattern.search(text):
-        raise SystemExit(f"{page} has no lines {_BEGIN} and {_END}")
-    page.write_text(pattern.sub(lambda _: body, text))
+def tables(kind: Kind) -> dict[str, Callable[[Sequence[dict[str, Any]]], list[str]]]:
+    """How each table of a kind of models is made of the rows of a file."""
+
+    def rows(content: Sequence[dict[str, Any]]) -> list[Row]:
+        return [row for row in (Row(**each) for each in content) if row.kind == kind]
+
+    parts = {"counts": _counts, "refusals": _refusals, "types": _by_type}
+    return {name: partial(_table, rows, part) for name, part in parts.items()}
 
 
-def _tables(rows: Sequence[Row]) -> str:
-    parts = []
-    for kind in dict.fromkeys(row.kind for row in rows):
-        of_kind = [row for row in rows if row.kind == kind]
-        parts += [f"### {kind.capitalize()} models", "", _counts(of_kind), _refusals(of_kind)]
-        parts += [_by_type(of_kind)]
-    return "\n".join(parts)
+def _table(rows: Callable[[Any], list[Row]], part: Any, content: Any) -> list[str]:
+    columns, cells = part(rows(content))
+    return [*harness.header(columns), *(harness.line(columns, row) for row in cells)]
 
 
-def _counts(rows: Sequence[Row]) -> str:
-    doors = list(dict.fromkeys(row.door for row in rows))
+Cells = tuple[dict[str, str], list[dict[str, Any]]]
+
+
+def _counts(rows: Sequence[Row]) -> Cells:
+    doors = [door for door in DOORS if any(row.door == door for row in rows)]
     measures: dict[str, Callable[[Row], int]] = {
         "types measured": lambda row: True,
         "captured": lambda row: row.nodes is not None,
@@ -105,21 +144,21 @@ def _counts(rows: Sequence[Row]) -> str:
         "layers rolled into loops": lambda row: bool(row.rolled),
         "right in every call, also saved and opened again": called,
         "exported to ONNX and right there": exports,
-        "a cell is wrong without an error": _silent,
-        "rows of tokens that part within rounding": lambda row: _ties(row),
+        "a cell is wrong without an error": silent,
+        "rows of tokens that part within rounding": _ties,
     }
-    lines = [f"| | {' | '.join(doors)} |", f"| --- |{' ---: |' * len(doors)}"]
-    for name, count in measures.items():
-        numbers = [str(sum(count(row) for row in rows if row.door == door)) for door in doors]
-        lines.append(f"| {name} | {' | '.join(numbers)} |")
-    return "\n".join(lines) + "\n"
+    cells = [
+        {"": name} | {d: sum(count(row) for row in rows if row.door == d) for d in doors}
+        for name, count in measures.items()
+    ]
+    return {"": "{}"} | dict.fromkeys(doors, "{:}"), cells
 
 
 def _ties(row: Row) -> int:
     return sum(int(cell.split()[1]) for cell in row.cells.values() if cell.startswith("ties"))
 
 
-def _refusals(rows: Sequence[Row]) -> str:
+def _refusals(rows: Sequence[Row]) -> Cells:
     """What is refused or fails, by reason, with the types and doors that it concerns."""
     by_reason: dict[str, Counter[str]] = {}
     for row in rows:
@@ -128,33 +167,32 @@ def _refusals(rows: Sequence[Row]) -> str:
             key = re.sub(r"^\S+: ", "", text, count=1)
             key = re.sub(r"\bReroll\w+: |\b\w+For\w+: ", "", key).replace("|", "/")
             by_reason.setdefault(key, Counter())[row.type] += 1
-    if not by_reason:
-        return ""
-    lines = ["| refused or failing, by its first reason | types (doors) |", "| --- | --- |"]
-    for text, types in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        names = ", ".join(f"{name} ({count})" for name, count in types.items())
-        lines.append(f"| {text} | {names} |")
-    return "\n".join(lines) + "\n"
-
-
-def _by_type(rows: Sequence[Row]) -> str:
-    doors = list(dict.fromkeys(row.door for row in rows))
-    lines = [
-        f"| type | layers | loops | {' | '.join(doors)} |",
-        f"| --- | ---: | --- |{' --- |' * len(doors)}",
+    title, types = "refused or failing, by its first reason", "types (doors)"
+    cells = [
+        {title: text, types: ", ".join(f"{name} ({count})" for name, count in found.items())}
+        for text, found in sorted(by_reason.items(), key=lambda item: -len(item[1]))
     ]
-    for name in dict.fromkeys(row.type for row in rows):
-        of_type = {row.door: row for row in rows if row.type == name}
-        first = next(iter(of_type.values()))
-        cells = [_summary(of_type[door]) if door in of_type else "" for door in doors]
-        lines.append(
-            f"| {name} | {first.layers or '-'} | {first.loops or '-'} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines) + "\n"
+    return {title: "{}", types: "{}"}, cells
+
+
+def _by_type(rows: Sequence[Row]) -> Cells:
+    """Types by what becomes of them at each door: those that fare alike are one row."""
+    doors = [door for door in DOORS if any(row.door == door for row in rows)]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in sorted({row.type for row in rows}):
+        by_door = {row.door: row for row in rows if row.type == name}
+        summary = tuple(_summary(by_door[door]) if door in by_door else "" for door in doors)
+        alike.setdefault(summary, []).append(name)
+    cells = [
+        {"types": ", ".join(names)} | dict(zip(doors, summary, strict=True))
+        for summary, names in sorted(alike.items(), key=lambda item: -len(item[1]))
+    ]
+    return dict.fromkeys(doors, "{}") | {"types": "{}"}, cells
 
 
 def _summary(row: Row) -> str:
     """Calls and exports of a row in a few signs."""
     if row.failed and not row.cells:
         return f"no ({row.failed})"
-    return f"{score(row)}{'' if exports(row) else ', no ONNX'}"
+    right = "all right" if called(row) else score(row)
+    return f"{right}{'' if exports(row) else ', no ONNX'}"

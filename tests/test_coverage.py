@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import calls
 from benchmarks.coverage import DOORS, Results, Row, measure
-from benchmarks.coverage_table import called, exports, reason, score, totals, write_table
+from benchmarks.coverage_table import called, exports, reason, score, totals
+from benchmarks.tables import rendered as rendered_table
 
 # what each type is there for
 CAUSAL = {
@@ -110,7 +111,7 @@ def test_tokens_may_part_within_rounding_and_are_counted():
 
 
 def test_rows_are_kept_and_make_a_table(tmp_path):
-    file, page = tmp_path / "rows.json", tmp_path / "page.md"
+    file = tmp_path / "coverage.json"
     results = Results(file)
     results.add(
         Row("a", "causal", nodes=3, error=0.0, cells={"ids.forward": "0", "export.loop": "0"})
@@ -120,10 +121,5 @@ def test_rows_are_kept_and_make_a_table(tmp_path):
     rows = list(Results(file).rows.values())
     assert [row.right for row in rows] == [True, False]
     assert "captured 1" in totals(rows)
-    page.write_text("before\n<!-- generated: coverage -->\nold\n<!-- end of generated -->\nafter\n")
-    write_table(page, rows)
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "CaptureError: no / yes | b (1)" in text
+    rendered = rendered_table("coverage-causal-refusals", tmp_path)
+    assert "CaptureError: no / yes | b (1)" in rendered

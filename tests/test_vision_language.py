@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import reroll
-from benchmarks.tiny_configs import tiny_config
-from benchmarks.tiny_models import perturb
 from reroll.errors import CaptureError, UsageError
 from reroll.evaluate.inspect import inspect_model
+from tests.tiny.configs import tiny_config
+from tests.tiny.types import perturb
 
 QUICK = ["llava", "qwen2_vl", "mllama"]
 OTHERS = [

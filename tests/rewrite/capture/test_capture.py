@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import tiny_models
 from reroll.errors import CaptureError, CheckpointError, UsageError
 from reroll.rewrite.analysis.samples import random_inputs
 from reroll.rewrite.capture.export import capture
@@ -19,6 +18,7 @@ from reroll.rewrite.ir.interpret import run
 from reroll.rewrite.ir.text.parser import parse
 from tests.captured import SPECIAL, TEXT, flat, llama, model
 from tests.conftest import MODELS
+from tests.tiny import types as tiny_types
 
 TEXTS = ["llama", "gpt2", "gemma3", "gpt_neox", "bloom", "bert"]
 NAMES = [*TEXTS, "vit", "dinov2", "t5", "whisper"]
@@ -374,7 +374,7 @@ def test_a_branch_that_no_allowed_size_takes_is_none(monkeypatch):
 
 @pytest.mark.slow
 def test_git_is_captured_without_a_past(caplog):
-    made = tiny_models.build("git")
+    made = tiny_types.build("git")
     with caplog.at_level(logging.DEBUG, "reroll"):
         program = capture(made, roll=False)
     assert "something else for other lengths, batch sizes or pasts" in caplog.text

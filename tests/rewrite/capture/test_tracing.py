@@ -10,7 +10,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from benchmarks import tiny_models
 from reroll.errors import CaptureError
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.tracing import (
@@ -22,6 +21,7 @@ from reroll.rewrite.capture.tracing import (
     tracing,
 )
 from tests.captured import gemma3, gpt2, llama, whisper
+from tests.tiny import types as tiny_types
 
 
 def heads(count: int) -> torch.Tensor:
@@ -190,7 +190,7 @@ def test_blocks_are_padded_as_transformers_pads_them():
 
 
 def test_a_model_that_asks_whether_there_is_anything_to_pad_keeps_its_cache():
-    program = capture(tiny_models.build("gemma4_unified"), roll=False)
+    program = capture(tiny_types.build("gemma4_unified"), roll=False)
     assert program.has_past
     assert program.origin.cache_span is None
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from reroll.errors import CheckpointError
 from reroll.rewrite.checkpoint import SafetensorsSource, hf_source
+from tests.tiny import types as tiny_types
 
 TEXT = {
     "vocab_size": 32,
@@ -149,12 +150,11 @@ def test_real_models(real_model: Callable[[str], Path], directory: str, name: st
 
 @pytest.mark.slow
 def test_every_type_that_transformers_knows(tmp_path: Path) -> None:
-    tiny_models = pytest.importorskip("benchmarks.tiny_models")
-    types = [("causal", t) for t in tiny_models.causal_types()]
-    types += [("encoder", t) for t in tiny_models.encoder_types()]
+    types = [("causal", t) for t in tiny_types.causal_types()]
+    types += [("encoder", t) for t in tiny_types.encoder_types()]
     for kind, model_type in types:
-        if model_type not in tiny_models.UNSUPPORTED:
+        if model_type not in tiny_types.UNSUPPORTED:
             directory = tmp_path / kind / model_type
-            model = tiny_models.build(model_type, kind=kind)
+            model = tiny_types.build(model_type, kind=kind)
             model.save_pretrained(directory)
             assert_like_transformers(directory, type(model).__name__)

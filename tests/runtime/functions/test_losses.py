@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import reroll
-from benchmarks import tiny_models
 from reroll.errors import UsageError
 from tests import tiny
+from tests.tiny import types as tiny_types
 
 
 class AlignedLlama(LlamaForCausalLM):
@@ -48,7 +48,7 @@ def loss(model: Any, ids: torch.Tensor) -> float:
 def test_labels_are_shifted_where_the_original_shifts_them(
     name: str, door: str, kind: str, tmp_path: Path
 ) -> None:
-    model: Any = tiny_models.build(name, kind="causal")
+    model: Any = tiny_types.build(name, kind="causal")
     model.save_pretrained(tmp_path / "original")
     program = reroll.capture(model if door == "object" else str(tmp_path / "original"))
     assert program.origin.loss == kind

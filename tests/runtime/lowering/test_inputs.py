@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import reroll
-from benchmarks import tiny_models
 from reroll.errors import UsageError
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.tolerances import relative_rms
 from reroll.rewrite.ir.records import TensorType
 from reroll.runtime.lowering.lower import lower
 from tests import captured
+from tests.tiny import types as tiny_types
 
 ROWS, LENGTH, PAD = 3, 9, 1
 IDS = torch.randint(3, 60, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -173,7 +173,7 @@ def test_attention_weights_are_refused(name):
 
 def test_a_mask_of_four_dimensions_tells_how_many_tokens_there_are():
     # Llama 4 scales its queries by positions that it counts from the mask's length
-    model = tiny_models.build("llama4_text")
+    model = tiny_types.build("llama4_text")
     seen = torch.ones(LENGTH, LENGTH).tril().bool()
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min).expand(ROWS, 1, -1, -1)
     with torch.no_grad():

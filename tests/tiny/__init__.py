@@ -118,7 +118,8 @@ def _made(cls: type[Model], config: PreTrainedConfig, seed: int) -> Model:
         model = cls(config)
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save(model: PreTrainedModel, directory: Path, tokens: Any | None = None) -> Path:

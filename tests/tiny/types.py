@@ -1,19 +1,10 @@
-"""Tiny random instances of every model type that the installed transformers knows.
-
-    python -m benchmarks.tiny_models --kind causal
-
-prints which types build and run.
-"""
+"""Tiny random instances of every model type that the installed transformers knows."""
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import logging
 import re
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from benchmarks.tiny_configs import TEXT_IDS, nested_classes, tiny_config
+from tests.tiny.configs import TEXT_IDS, nested_classes, tiny_config
 
 Kind = Literal["causal", "encoder"]
 
@@ -253,44 +244,3 @@ def perturb(model: PreTrainedModel, seed: int) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("bias") and buffer.is_floating_point() and not buffer.any():
                 buffer.add_(NOISE * torch.randn(buffer.shape, generator=generator))
-
-
-def _rows(types: Sequence[str], kind: Kind) -> Iterator[tuple[str, str, str, str]]:
-    """Type, layers, mixing and outcome of building each type and running it once."""
-    for model_type in types:
-        started = time.perf_counter()
-        layers = mixing = "-"
-        try:
-            model = build(model_type, kind=kind)
-            layers, mixing = str(layer_count(model)), token_mixing(model)
-            inputs = example_inputs(model, batch=2, length=24)
-            output = run_eager(model, inputs)
-            outcome = f"ok {time.perf_counter() - started:.1f}s {tuple(output.shape)}"
-            if not valid_outputs(output, inputs).isfinite().all():
-                outcome = "not finite"
-        except Exception as error:  # the table is the report of what fails
-            first = str(error).strip().split("\n")[0]
-            outcome = f"{type(error).__name__}: {first}"
-        yield model_type, layers, mixing, outcome
-
-
-def main() -> None:
-    """Print which types build and run."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--types", help="comma-separated model types; all by default")
-    parser.add_argument("--kind", choices=["causal", "encoder"], default="causal")
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    types = arguments.types.split(",") if arguments.types else None
-    types = types or (causal_types() if arguments.kind == "causal" else encoder_types())
-    passed = 0
-    for model_type, layers, mixing, outcome in _rows(types, arguments.kind):
-        passed += outcome.startswith("ok")
-        print(f"{model_type:28s} {layers:>3s}  {mixing:10s} {outcome}", flush=True)
-    print(f"{passed} of {len(types)} build and run")
-
-
-if __name__ == "__main__":
-    main()

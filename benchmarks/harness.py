@@ -1,0 +1,218 @@
+"""The harness of all benchmarks: options, tables of results that are kept, timing in turns.
+
+A benchmark is a module: its docstring says what is measured and beside what, its `DEFAULTS` are its
+options, and its `main` adds rows to a `Table`. `--json FILE` keeps the rows with the command and
+the commit; the same command goes on where it stopped. `python -m benchmarks.tables` puts the files
+of `docs/results/data` on the pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODEL = "models/smollm2-135m-instruct"
+TEXT = Path("data/text")
+WIKI = TEXT / "wiki.val.txt"
+
+Row = dict[str, Any]
+
+
+def parse_options(doc: str | None, *positional: str, **defaults: Any) -> argparse.Namespace:
+    """Parse the command line: an option for each default, of its type; set the threads.
+
+    A tuple takes values of its first item's type with commas between them, False is a flag, a type
+    in the place of a default is an option without one, and positional names take several words.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in positional:
+        parser.add_argument(name, nargs="+")
+    for name, default in ({"threads": 1, "json": Path} | defaults).items():
+        option = f"--{name.replace('_', '-')}"
+        if default is False:
+            parser.add_argument(option, action="store_true")
+        elif isinstance(default, type):
+            parser.add_argument(option, type=default)
+        elif isinstance(default, tuple):
+            parser.add_argument(option, type=_sequence_of(type(default[0])), default=default)
+        else:
+            parser.add_argument(option, type=type(default), default=default)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def _sequence_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    return lambda text: tuple(kind(item) for item in text.split(",") if item)
+
+
+class Table:
+    """Rows of results as a Markdown table, printed as they come and kept in a file.
+
+    `columns` maps titles to templates of `str.format`: "{}" is text, "{:.1f}" a number, aligned to
+    the right. A row is keyed by title; further keys are kept in the file and not shown.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, columns: Mapping[str, str], part: str = ""
+    ) -> None:
+        self.columns, self.rows = dict(columns), list[Row]()
+        self.file: Path | None = options.json
+        if self.file and part:
+            self.file = self.file.with_stem(f"{self.file.stem}-{part}")
+        self.command = command()
+        if self.file and self.file.exists():
+            kept = json.loads(self.file.read_text(encoding="utf-8"))
+            if kept["command"] != self.command:
+                raise SystemExit(f"{self.file} is of `{kept['command']}`: choose another --json")
+            self.rows = kept["rows"]
+        print("\n".join([*header(self.columns), *(line(self.columns, r) for r in self.rows)]))
+
+    def missing(self, cases: Iterable[Row]) -> Iterator[Row]:
+        """Cases without a row that has all their values."""
+        for case in cases:
+            if not any(case.items() <= {k: row.get(k) for k in case}.items() for row in self.rows):
+                yield case
+
+    def add(self, row: Row) -> None:
+        """Print a row and keep it."""
+        self.rows.append(row)
+        print(line(self.columns, row), flush=True)
+        if self.file:
+            result = {"command": self.command, "commit": commit(), "machine": machine()}
+            write_json(self.file, result | {"columns": self.columns, "rows": self.rows})
+
+
+def header(columns: Mapping[str, str]) -> list[str]:
+    """The two lines that begin a Markdown table."""
+    rules = ("---:" if ":" in template else "---" for template in columns.values())
+    return [f"| {' | '.join(columns)} |", f"| {' | '.join(rules)} |"]
+
+
+def line(columns: Mapping[str, str], row: Row) -> str:
+    """A row as a line of a Markdown table; what is None or missing is an empty cell."""
+    cells = (
+        template.format(value) if (value := row.get(title)) is not None else ""
+        for title, template in columns.items()
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def command() -> str:
+    """The command that runs, as a user types it, but for the file of results."""
+    module = Path(sys.argv[0]).stem
+    words = sys.argv[1:]
+    if "--json" in words:
+        at = words.index("--json")
+        words = words[:at] + words[at + 2 :]
+    quoted = (f'"{word}"' if set(word) & set(" ()[]=,;") else word for word in words)
+    return " ".join(["python -m", f"benchmarks.{module}", *quoted])
+
+
+def commit() -> str:
+    """The commit that is measured, with a plus sign if files differ from it."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
+
+def machine() -> str:
+    """What a speed depends on."""
+    return f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a file whole, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def kept(file: Path, make: Callable[[], Row]) -> Row:
+    """The content of a JSON file, made and written if it is not there."""
+    if not file.is_file():
+        write_json(file, make())
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: int = 1,
+) -> dict[str, list[float]]:
+    """Seconds of each call of each side, round by round in alternating order.
+
+    So what else the machine does hits all sides alike. The first `warm` rounds are not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(warm + rounds):
+        for name in list(sides) if number % 2 else list(sides)[::-1]:
+            start = clock()
+            sides[name]()
+            if number >= warm:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median time of each side."""
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def best(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The shortest time of each side."""
+    return {name: min(times) for name, times in seconds.items()}
+
+
+def run_process(words: Sequence[object], threads: int = 1, **environment: str) -> Row:
+    """Run a command to its end: its output, seconds, and peak resident memory in MB."""
+    variables = dict(os.environ, OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1") | environment
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [str(word) for word in words],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(map(str, words))} failed:\n{output[-2000:]}")
+    seconds = time.perf_counter() - start
+    return {"output": output, "seconds": seconds, "peak MB": usage.ru_maxrss * 1024 / 1e6}
+
+
+def original(model: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> Any:
+    """The model in transformers, for inference."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **arguments).eval()
+
+
+def text_ids(
+    model: str, file: Path, tokens: int, *, skip: int = 0, special: bool = False
+) -> Tensor:
+    """The first tokens of a text [tokens], behind `skip` characters of it."""
+    from transformers import AutoTokenizer
+
+    with file.open(encoding="utf-8") as opened:
+        text = opened.read(skip + 16 * tokens)[skip:]
+    ids = AutoTokenizer.from_pretrained(model).encode(text, add_special_tokens=special)
+    return torch.tensor(ids[:tokens])
