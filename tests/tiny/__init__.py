@@ -115,10 +115,10 @@ def vit(seed: int = 0) -> ViTModel:
 def _made(cls: type[Model], config: PreTrainedConfig, seed: int) -> Model:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        model = cls(config)
+        model: Model = cls(config)
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    model.eval()
+    model.train(False)
     return model
 
 
