@@ -154,14 +154,18 @@ def in_turns(
     *,
     clock: Callable[[], float] = time.perf_counter,
     warm: int = 1,
+    before: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each call of each side, round by round in alternating order.
 
     So what else the machine does hits all sides alike. The first `warm` rounds are not counted.
+    With `before`, each side runs once more before each call, to have its weights in the cache.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm + rounds):
         for name in list(sides) if number % 2 else list(sides)[::-1]:
+            if before:
+                sides[name]()
             start = clock()
             sides[name]()
             if number >= warm:

@@ -10,8 +10,6 @@ class token for pictures.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import reroll
+from benchmarks.harness import TEXT, WIKI, Table, parse_options
 
 LINEAR = "linearize(mixer=linear, window=0, combine=joint"
 RETENTION = "linearize(feature_map=elu, gates=calibrated"
@@ -72,41 +71,38 @@ def features(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return found[mask.bool()], (found * seen).sum(1) / seen.sum(1)
 
 
+def inputs_of(program: Any, path: str, options: Any) -> dict[str, Tensor]:
+    """Text or pictures, as the model takes them."""
+    types = {n.name: n.meta["type"] for n in program.graph.nodes if n.op == "placeholder"}
+    if "pixel_values" in types:
+        return pictures(types["pixel_values"].shape[-1])
+    return texts(path, options.text, options.count)
+
+
 def main() -> None:
-    """Print a line for each model and pipeline."""
-    parser = argparse.ArgumentParser(description="features of linearized encoders, untrained")
-    parser.add_argument("--models", default="minilm-l6-v2,dinov2-small")
-    parser.add_argument("--held-out", type=Path, default=Path("data/text/wiki.val.txt"))
-    parser.add_argument("--calibrate-on", type=Path, default=Path("data/text/wiki.train.txt"))
-    parser.add_argument("--count", type=int, default=16, help="paragraphs")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    sample = options.calibrate_on.read_text(encoding="utf-8")[:60_000]
-    rows = []
-    for name in options.models.split(","):
-        path = f"models/{name}"
+    """One row for each model and pipeline."""
+    options = parse_options(__doc__, models=("minilm-l6-v2", "dinov2-small"), text=WIKI, count=16)
+    sample = TEXT / "wiki.train.txt"
+    columns = {
+        "model": "{}",
+        "pipeline": "{}",
+        "cosine, tokens": "{:.3f}",
+        "cosine, used": "{:.3f}",
+    }
+    table = Table(options, columns)
+    cases = ({"model": model, "pipeline": name} for model in options.models for name in PIPELINES)
+    for case in table.missing(cases):
+        path = f"models/{case['model']}"
         program = reroll.capture(path, dtype="float32")
-        named = {n.name: n.meta["type"] for n in program.graph.nodes if n.op == "placeholder"}
-        picture = named.get("pixel_values")
-        inputs = (
-            texts(path, options.held_out, options.count)
-            if picture is None
-            else pictures(int(picture.shape[-1]))
-        )
-        original = features(program.to_module(), inputs)
-        for what, text in PIPELINES.items():
-            after = reroll.run_passes(program, text, text=sample, measure=False)
-            pairs = zip(features(after.to_module(), inputs), original, strict=True)
-            tokens, used = (float(F.cosine_similarity(a, b, dim=-1).mean()) for a, b in pairs)
-            rows.append(
-                {"model": name, "name": what, "passes": text, "tokens": tokens, "used": used}
-            )
-            print(f"{name:14s} {what:34s} tokens {tokens:.3f}  used {used:.3f}", flush=True)
-            print(*(f"    {r}" for r in after.origin.steps[-1].remarks), sep="\n", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        inputs = inputs_of(program, path, options)
+        expected = features(program.to_module(), inputs)
+        passes = PIPELINES[case["pipeline"]]
+        after = reroll.run_passes(program, passes, text=sample, measure=False)
+        cosines = [
+            F.cosine_similarity(a, b, -1).mean().item()
+            for a, b in zip(features(after.to_module(), inputs), expected, strict=True)
+        ]
+        table.add(case | dict(zip(list(columns)[2:], cosines, strict=True)) | {"passes": passes})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
 """Decode speed with a state of constant size, beside the original with its growing cache.
 
-One process, one token of each model in turn, so that what else the machine does hits all alike. The
-original's cache is filled with random keys and values; the others read a prompt that fills their
-state, which is then told that it has seen as many tokens as the context has.
+One process, one token of each model in turn. The original's cache is filled with random keys and
+values; the others read a prompt that fills their state, which then stands at the context's end.
+"Over the first" is each model's time over its own at the first context, these in turns as well.
 
-    python -m benchmarks.linearize_speed [--model DIR] [--contexts 1024,8192,32768] [--threads 1]
+    python -m benchmarks.linearize_speed [--model DIR] [--contexts 1024,8192,32768] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import reroll
+from benchmarks.harness import MODEL, Table, in_turns, medians, original, parse_options
 from reroll.rewrite.analysis.costs import state_bytes
 
 PIPELINES = {
@@ -51,75 +49,37 @@ def after_prompt(model: Any, context: int) -> DynamicCache:
     return cache
 
 
-def measure(models: dict[str, Any], context: int, steps: int) -> dict[str, float]:
-    """Median seconds of one decoded token for each model."""
-    caches = {
-        name: filled(model, context) if name == "original" else after_prompt(model, context)
-        for name, model in models.items()
-    }
-    token = torch.tensor([[100]])
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for step in range(steps + 3):
-        for name in list(models) if step % 2 else list(models)[::-1]:
-            start = time.perf_counter()
-            models[name](token, past_key_values=caches[name], use_cache=True)
-            if step >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def drift(model: Any, contexts: list[int], steps: int) -> dict[int, float]:
-    """Seconds of a token at each context over those at the first, the contexts in turn."""
-    caches = {context: after_prompt(model, context) for context in contexts}
-    token = torch.tensor([[100]])
-    seconds: dict[int, list[float]] = {context: [] for context in contexts}
-    for step in range(steps + 3):
-        for context in contexts if step % 2 else contexts[::-1]:
-            start = time.perf_counter()
-            model(token, past_key_values=caches[context], use_cache=True)
-            if step >= 3:
-                seconds[context].append(time.perf_counter() - start)
-    medians = {context: statistics.median(times) for context, times in seconds.items()}
-    return {context: each / medians[contexts[0]] for context, each in medians.items()}
-
-
 def main() -> None:
-    """Print a line per context."""
-    parser = argparse.ArgumentParser(description="decode speed of linearized models")
-    parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--contexts", default="1024,8192,32768")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    """One row for each context and model."""
+    options = parse_options(__doc__, model=MODEL, contexts=(1024, 8192, 32768), steps=16)
     program = reroll.capture(options.model, dtype="float32")
     programs = {n: reroll.run_passes(program, t, measure=False) for n, t in PIPELINES.items()}
-    original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    models = {"original": original, **{n: p.to_module() for n, p in programs.items()}}
-    rows: list[dict[str, Any]] = []
+    models = {name: each.to_module() for name, each in programs.items()}
+    models = {"original": original(options.model)} | models
+    columns = {"context": "{:,}", "model": "{}", "tokens/s": "{:.2f}", "of the original": "{:.2f}"}
+    table = Table(options, columns | {"state, MB": "{:.1f}", "over the first": "{:.3f}"})
+    token = torch.tensor([[100]])
+
+    def step(name: str, context: int) -> Callable[[], Any]:
+        made = filled if name == "original" else after_prompt
+        cache = made(models[name], context)
+        return partial(models[name], token, past_key_values=cache, use_cache=True)
+
     with torch.inference_mode():
-        for context in map(int, options.contexts.split(",")):
-            seconds = measure(models, context, options.steps)
-            row: dict[str, Any] = {"context": context, "seconds": seconds}
-            row["state"] = {n: state_bytes(p, context) for n, p in programs.items()}
-            row["state"]["original"] = state_bytes(program, context)
-            rows.append(row)
-            found = "  ".join(
-                f"{name} {1 / each:.2f} tokens/s ({seconds['original'] / each:.2f} x, "
-                f"{row['state'][name] / 1e6:.1f} MB)"
-                for name, each in seconds.items()
-            )
-            print(f"context {context:6d}  {found}", flush=True)
-        contexts = [row["context"] for row in rows]
+        drift: dict[str, dict[str, float]] = {}
         for name in PIPELINES:
-            ratios = drift(models[name], contexts, 2 * options.steps)
-            rows.append({"name": name, "over the first": ratios})
-            print(
-                f"{name}: time of a token", {c: round(r, 3) for c, r in ratios.items()}, flush=True
-            )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+            sides = {str(context): step(name, context) for context in options.contexts}
+            took = medians(in_turns(sides, 2 * options.steps, warm=3))
+            drift[name] = {context: s / next(iter(took.values())) for context, s in took.items()}
+        for context in options.contexts:
+            sides = {name: step(name, context) for name in models}
+            seconds = medians(in_turns(sides, options.steps, warm=3))
+            for name, each in seconds.items():
+                row = {"context": context, "model": name, "tokens/s": 1 / each}
+                row["of the original"] = seconds["original"] / each
+                row["state, MB"] = state_bytes(programs.get(name, program), context) / 1e6
+                row["over the first"] = drift.get(name, {}).get(str(context))
+                table.add(row)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ merge of the checkpoint with itself.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from benchmarks.harness import Table, parse_options, run_process
 
 PASSES = "tie(blocks=14, init=average), relax(rank=64)"
 # the sizes of Llama-3.2-3B
@@ -38,8 +36,8 @@ SHAPE = {
 }
 
 
-def write_checkpoint(directory: Path, shape: dict[str, Any]) -> int:
-    """A Llama checkpoint of random weights, one shard for every few layers; returns its bytes."""
+def write_checkpoint(directory: Path, shape: dict[str, Any]) -> None:
+    """Write a Llama checkpoint of random weights, one shard for every few layers."""
     from transformers import LlamaConfig
 
     directory.mkdir(parents=True)
@@ -80,22 +78,6 @@ def write_checkpoint(directory: Path, shape: dict[str, Any]) -> int:
         total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
-
-
-def measured(command: list[str], threads: int) -> dict[str, Any]:
-    """Run a command to its end: its seconds and the peak resident memory of its process, in MB."""
-    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1")
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{output[-2000:]}")
-    return {"seconds": time.perf_counter() - start, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
 
 
 def merge_config(source: Path, file: Path) -> Path:
@@ -110,43 +92,34 @@ def merge_config(source: Path, file: Path) -> Path:
 
 
 def main() -> None:
-    """Run the comparison and print it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for about 20 GB of files")
-    parser.add_argument("--mergekit", help="the mergekit-yaml command, where there is one")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
-    parser.add_argument("--passes", default=PASSES)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--keep", action="store_true", help="keep the files")
-    options = parser.parse_args()
-    source = options.work / "checkpoint"
-    shape = dict(SHAPE, num_hidden_layers=options.layers)
-    size = (
-        sum(f.stat().st_size for f in source.glob("*.safetensors"))
-        if source.exists()
-        else write_checkpoint(source, shape)
+    """One row for each side."""
+    options = parse_options(
+        __doc__, work=Path, mergekit="", threads=2, layers=28, passes=PASSES, keep=False
     )
-    rows: dict[str, Any] = {"checkpoint_mb": size / 1e6, "threads": options.threads}
-    out = options.work / "converted"
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "reroll.cli", "convert", str(source), str(out)]
-    rows["reroll"] = measured(
-        [*command, "--passes", options.passes, "--measure", "off"], options.threads
-    )
-    rows["reroll"]["written_mb"] = sum(f.stat().st_size for f in out.glob("*.safetensors")) / 1e6
+    if options.work is None:
+        raise SystemExit("--work DIR: a folder for about 20 GB of files")
+    source, out = options.work / "checkpoint", options.work / "converted"
+    if not source.exists():
+        write_checkpoint(source, dict(SHAPE, num_hidden_layers=options.layers))
+    words = [sys.executable, "-m", "reroll.cli", "convert", source, out]
+    commands = {"reroll": [*words, "--passes", options.passes, "--measure", "off"]}
     if options.mergekit:
-        merged = options.work / "merged"
-        shutil.rmtree(merged, ignore_errors=True)
         recipe = merge_config(source, options.work / "merge.yaml")
-        command = [options.mergekit, str(recipe), str(merged), "--lazy-unpickle", "--allow-crimes"]
-        rows["mergekit"] = measured(command, options.threads)
-        rows["time_ratio"] = rows["reroll"]["seconds"] / rows["mergekit"]["seconds"]
-    print(json.dumps(rows, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        commands["mergekit"] = [options.mergekit, recipe, out, "--lazy-unpickle", "--allow-crimes"]
+    columns = {"": "{}", "peak MB": "{:,.0f}", "seconds": "{:.1f}", "written, MB": "{:,.0f}"}
+    table = Table(options, columns | {"checkpoint, MB": "{:,.0f}"})
+    for case in table.missing({"": side} for side in commands):
+        shutil.rmtree(out, ignore_errors=True)
+        row = case | run_process(commands[case[""]], options.threads)
+        row |= {"written, MB": megabytes(out), "checkpoint, MB": megabytes(source)}
+        table.add(row | {"output": None})
     if not options.keep:
         shutil.rmtree(options.work, ignore_errors=True)
+
+
+def megabytes(directory: Path) -> float:
+    """Size of the weights in a directory."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 1e6
 
 
 if __name__ == "__main__":

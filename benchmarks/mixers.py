@@ -1,123 +1,130 @@
-"""Mixers beside softmax attention on a CPU: prefill, and forward with backward.
+"""Mixers and windows beside softmax attention on a CPU: prefill, and forward with backward.
 
-The peer is `scaled_dot_product_attention`, causal, in fp32; a mixer runs in bf16 or fp32, eager and
-compiled (`reroll.mixers.compiled`, compiled before the clock starts). The sides take turns, and the
-best of all turns counts. The clock is that of the thread, so that time lost to other processes is
-not counted; with more than one thread it is the wall.
+The peer is `scaled_dot_product_attention`, causal, in fp32, for one sequence of 9 heads of 64, as a
+layer of SmolLM2. A mixer runs eager and compiled (`reroll.mixers.compiled`, compiled before the
+clock starts), a window in blocks and with the mask of all pairs written out. The sides take turns,
+the best of all turns counts, by the clock of the thread, or of the wall with more than one.
 
-    python -m benchmarks.mixers [--mixers gla,retention] [--threads 1] [--json FILE]
+    python -m benchmarks.mixers [--sides gla,retention,window] [--dtypes bfloat16,float32]
+        [--lengths 2048,8192] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness import Table, best, in_turns, parse_options
 from reroll.mixers import compiled, make
+from reroll.runtime.functions.attention import attend
+from reroll.runtime.functions.bands import Band
 
-HEADS, SIZE = 9, 64
-# tokens, with backward
-CASES = ((2048, False), (8192, False), (2048, True))
+HEADS, KV_HEADS, SIZE = 9, 3, 64
+WINDOW, SINKS = 64, 4
+Run = Callable[[], Any]
 
 
-def softmax_attention(length: int, backward: bool) -> Callable[[], None]:
-    """One run of the peer."""
-    q, k, v = (torch.randn(1, HEADS, length, SIZE, requires_grad=backward) for _ in range(3))
+def timed(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Run:
+    """A run of a forward, or of that and all gradients."""
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
 
     def run() -> None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        with torch.set_grad_enabled(backward):
+            out = forward()
         if backward:
-            torch.autograd.grad(out.sum(), (q, k, v))
+            torch.autograd.grad(out.float().sum(), leaves, allow_unused=True)
 
     return run
 
 
-def mixing(
-    name: str, dtype: torch.dtype, compile: bool, length: int, backward: bool
-) -> Callable[[], None]:
-    """One run of a mixer, from inputs to output and state, or to all gradients."""
+def drawn(length: int, dtype: torch.dtype, kv_heads: int = HEADS) -> list[Tensor]:
+    """Random q, k and v [1, heads, length, size]."""
+    heads = (HEADS, kv_heads, kv_heads)
+    return [torch.randn(1, count, length, SIZE).to(dtype) for count in heads]
+
+
+def softmax(length: int, backward: bool) -> Run:
+    """The peer."""
+    q, k, v = drawn(length, torch.float32)
+
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return timed(forward, [q, k, v], backward)
+
+
+def mixing(name: str, length: int, dtype: torch.dtype, backward: bool) -> dict[str, Run]:
+    """A mixer from inputs to output and state."""
     mixer = make(name)
-    inputs = [torch.randn(1, HEADS, length, SIZE).to(dtype) for _ in range(3)]
     gates = [
         gate.activation(torch.randn(1, HEADS, length, *gate.shape))
         for gate in mixer.gates(SIZE, SIZE)
     ]
-    leaves = [t.requires_grad_(backward) for t in (*inputs, *gates)]
-
-    def forward() -> Tensor:
-        q, k, v, *now = leaves
-        if compile:
-            return compiled.chunk(mixer, q, k, v, now)[0]
-        return mixer.chunk(q, k, v, now)[0]
-
-    def run() -> None:
-        if backward:
-            torch.autograd.grad(forward().float().sum(), leaves, allow_unused=True)
-        else:
-            with torch.no_grad():
-                forward()
-
-    return run
-
-
-def best(
-    sides: Sequence[Callable[[], None]], turns: int, clock: Callable[[], float]
-) -> list[float]:
-    """The shortest time of each side in milliseconds, the sides taking turns."""
-    for side in sides:
-        side()
-    times = [float("inf")] * len(sides)
-    for _ in range(turns):
-        for i, side in enumerate(sides):
-            start = clock()
-            side()
-            times[i] = min(times[i], 1000 * (clock() - start))
-    return times
-
-
-def measure(args: argparse.Namespace, name: str, length: int, backward: bool) -> dict[str, Any]:
-    """The peer and a mixer's variants at one length."""
-    clock = time.thread_time if args.threads == 1 else time.perf_counter
-    variants = {
-        f"{str(dtype).removeprefix('torch.')}{' compiled' if compile else ''}": (dtype, compile)
-        for dtype in (torch.bfloat16, torch.float32)
-        for compile in ((False, True) if args.compile else (False,))
+    leaves = [*drawn(length, dtype), *gates]
+    q, k, v, *rest = leaves
+    return {
+        "eager": timed(lambda: mixer.chunk(q, k, v, rest)[0], leaves, backward),
+        "compiled": timed(lambda: compiled.chunk(mixer, q, k, v, rest)[0], leaves, backward),
     }
-    sides = [softmax_attention(length, backward)]
-    sides += [mixing(name, dtype, each, length, backward) for dtype, each in variants.values()]
-    turns = max(2, args.turns * 2048 // length)
-    peer, *times = best(sides, turns, clock)
-    row: dict[str, Any] = {"mixer": name, "tokens": length, "backward": backward, "peer": peer}
-    for variant, took in zip(variants, times, strict=True):
-        row[variant] = took
-    shown = "  ".join(f"{v} {row[v]:.1f} ms ({peer / row[v]:.1f} x)" for v in variants)
-    what = "forward and backward" if backward else "forward"
-    print(f"{name:15s} {length:5d} {what}: attention {peer:.1f} ms  {shown}", flush=True)
-    return row
+
+
+def windowed(length: int, dtype: torch.dtype, backward: bool) -> dict[str, Run]:
+    """Attention over a window and sinks."""
+    band = Band(length, WINDOW, SINKS)
+    written = band.written_out(torch.device("cpu"))
+    leaves = drawn(length, dtype, KV_HEADS)
+    q, k, v = leaves
+    scale = SIZE**-0.5
+    return {
+        "causal": timed(lambda: attend(q, k, v, scale, True, None), leaves, backward),
+        "mask of all pairs": timed(lambda: attend(q, k, v, scale, True, written), leaves, backward),
+        "blocks": timed(lambda: attend(q, k, v, scale, True, band), leaves, backward),
+    }
 
 
 def main() -> None:
-    """Print one row for each mixer and length."""
-    parser = argparse.ArgumentParser(description="mixers beside softmax attention")
-    parser.add_argument("--mixers", default="retention,gla")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--turns", type=int, default=12, help="turns at 2048 tokens")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    """One row for each side, length, dtype, direction and form."""
+    options = parse_options(
+        __doc__,
+        sides=("retention", "gla", "window"),
+        dtypes=("bfloat16", "float32"),
+        lengths=(2048, 8192),
+        turns=12,
+    )
     torch.manual_seed(0)
-    rows = [measure(args, m, *case) for m in args.mixers.split(",") for case in CASES]
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    columns = {"": "{}", "form": "{}", "tokens": "{:,}", "dtype": "{}", "backward": "{}"}
+    columns |= {"ms": "{:.1f}", "attention, ms": "{:.1f}", "attention over it": "{:.1f}"}
+    table = Table(options, columns)
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
+    cases = (
+        {"": side, "tokens": length, "dtype": dtype, "backward": direction}
+        for side in options.sides
+        for length in options.lengths
+        for dtype in options.dtypes
+        for direction in ("no", "yes")
+    )
+    for case in table.missing(cases):
+        backward, length = case["backward"] == "yes", case["tokens"]
+        dtype = getattr(torch, case["dtype"])
+        sides = {"peer": softmax(length, backward)}
+        sides |= (
+            windowed(length, dtype, backward)
+            if case[""] == "window"
+            else mixing(case[""], length, dtype, backward)
+        )
+        turns = max(2, options.turns * 2048 // length)
+        took = {name: 1e3 * s for name, s in best(in_turns(sides, turns, clock=clock)).items()}
+        attention = took.pop("peer")
+        for form, ms in took.items():
+            ratio = attention / ms
+            shown = {"form": form, "ms": ms, "attention, ms": attention, "attention over it": ratio}
+            table.add(case | shown)
 
 
 if __name__ == "__main__":
