@@ -19,7 +19,8 @@ def test_a_page_has_the_tables_of_its_files(page):
     assert updated(text) == text, "python -m benchmarks.tables writes them"
 
 
-@pytest.mark.parametrize("page", PAGE_FILES, ids=lambda page: page.stem)
+# figures of the index are held against the pages by the tests of documents
+@pytest.mark.parametrize("page", [page for page in PAGE_FILES if page.stem != "README"])
 def test_no_table_is_typed(page):
     typed = TABLE.sub("", page.read_text(encoding="utf-8"))
     assert not re.findall(r"^\|.*$", typed, re.MULTILINE)
@@ -29,6 +30,6 @@ def test_no_table_is_typed(page):
 def test_a_file_of_results_says_what_made_it(file):
     content = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(content, dict) and "columns" in content:
-        assert content["command"].startswith(("python ", "pytest ", "reroll ", "make "))
+        assert content["command"].startswith(("python ", "reroll ", "TRITON_INTERPRET=1 python "))
         assert re.fullmatch(r"[0-9a-f]{7,}\+?", content["commit"])
         assert content["rows"]
