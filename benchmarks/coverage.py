@@ -9,11 +9,13 @@ not measured again.
 
     python -m benchmarks.coverage --kind causal --json docs/results/data/coverage.json
     python -m benchmarks.coverage --types llama,gemma3_text --doors object
+
+`--again failed` or `all` measures rows once more, `--limit` are seconds of a row, after `--minutes`
+none begins, `--jobs` run at a time.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -33,7 +35,7 @@ import transformers
 
 from benchmarks.calls import compare, expected_of, make_calls, run_call
 from benchmarks.coverage_table import DOORS, Row, line, totals
-from benchmarks.harness import write_json
+from benchmarks.harness import parse_options, write_json
 from reroll.export.onnx import Onnx
 from reroll.rewrite.capture import capture
 from reroll.rewrite.capture.raising import raise_idioms
@@ -256,47 +258,38 @@ class Results:
 
 def main() -> None:
     """Measure the rows that are missing, print each, and the totals over all."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--types", help="comma-separated model types; all of the kind by default")
-    parser.add_argument("--kind", choices=["causal", "encoder", "all"], default="all")
-    parser.add_argument("--doors", default=",".join(DOORS), help="comma-separated")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in FILE")
-    parser.add_argument("--again", choices=["failed", "all"], help="measure such rows again")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds per row")
-    parser.add_argument("--minutes", type=float, default=40.0, help="start no row after that")
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
-    arguments = parser.parse_args()
-    results = Results(arguments.json)
-    chosen = arguments.types.split(",") if arguments.types else None
+    options = parse_options(
+        __doc__, types=str, kind="all", doors=DOORS, again="", limit=240.0, minutes=40.0, jobs=1
+    )
+    results = Results(options.json)
     known: dict[tiny_types.Kind, list[str]]
     known = {"causal": tiny_types.causal_types(), "encoder": tiny_types.encoder_types()}
     wanted = [
         Row(each, kind, door)
         for kind, types in known.items()
         for each in types
-        for door in DOORS
-        if arguments.kind in (kind, "all")
-        and (chosen is None or each in chosen)
-        and door in arguments.doors.split(",")
-        and _due(results.rows.get((each, door)), arguments.again)
+        for door in options.doors
+        if options.kind in (kind, "all")
+        and (options.types is None or each in options.types.split(","))
+        and _due(results.rows.get((each, door)), options.again)
     ]
-    end = time.perf_counter() + 60 * arguments.minutes
+    end = time.perf_counter() + 60 * options.minutes
     # started before any other thread, and with nothing in it but what a user imports
     _fresh().set_forkserver_preload(["transformers", "reroll"])
 
     def run_one(row: Row) -> None:
         if time.perf_counter() < end:
-            row = measured(row, arguments.limit)
+            row = measured(row, options.limit)
             results.add(row)
             results.write()
             print(line(row), flush=True)
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(run_one, wanted))
     print(totals(list(results.rows.values())))
 
 
-def _due(row: Row | None, again: str | None) -> bool:
+def _due(row: Row | None, again: str) -> bool:
     return row is None or again == "all" or (again == "failed" and not row.right)
 
 
