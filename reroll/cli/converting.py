@@ -81,7 +81,7 @@ def convert(
     from reroll.evaluate.tokenizing import read_text
     from reroll.rewrite.pipeline.pipeline import recipe_path, resolve
 
-    # all arguments are checked before the model is opened
+    # what is read and written is checked before the model is opened
     recipe = None if recipe is None else recipe_path(recipe)
     read = [f for f in (recipe, text, *(load or ())) if f is not None]
     check_directory(out, overwrite=overwrite, sources=[model, *read])
