@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import reroll
-from reroll.cli.recovery import token_count
+from reroll.cli.recovering import token_count
 from reroll.evaluate.suite import choose, evaluate
 from reroll.recover import Recipe, load_recipe, recover
 from reroll.rewrite.pipeline.pipeline import read_yaml, recipe_path

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import reroll
 from benchmarks.least_squares import MEASURED, rows
 from benchmarks.recovery import DATA
-from reroll.cli.recovery import token_count
+from reroll.cli.recovering import token_count
 from reroll.recover import recover
 from reroll.recover.hooks import removing_hooks
 from reroll.recover.measure import held_out

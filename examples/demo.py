@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import reroll
-from reroll.cli import reports
+from reroll.cli.inspecting import print_inspection
+from reroll.cli.tables import format_size
 from reroll.cli.terminal import Bars
 from reroll.evaluate.compare import compare
 from reroll.evaluate.generation import generate, open_generator
@@ -95,7 +96,7 @@ def main() -> None:
     text = arguments.text.read_text(encoding="utf-8")
 
     with step(f"inspecting {arguments.model.name}") as bars:
-        reports.inspected(inspect_model(str(arguments.model), on_progress=bars))
+        print_inspection(inspect_model(str(arguments.model), on_progress=bars))
     with step("running the original"):
         first = {"recipe": "original", **examine(arguments.model, text)}
     with step("opening it for comparison, and capturing it"):
@@ -166,8 +167,8 @@ def table(rows: list[dict[str, Any]], tokens: int) -> Table:
             f"{row['perplexity']['b']:,.4g}",
             f"{row['kl']:.3g}" if apart else "-",
             f"{row['top1_agreement']:.1%}" if apart else "-",
-            reports.size(row["file_bytes"]),
-            reports.size(row["state_bytes"]),
+            format_size(row["file_bytes"]),
+            format_size(row["state_bytes"]),
             f"{row['decode_tokens_per_second']:.1f}/s",
         )
     return made

@@ -64,6 +64,12 @@ def check_file(target: str | Path, *, overwrite: bool = False, sources: Paths = 
     _check_writable(target)
 
 
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Return the bytes of each file in a directory, by its path within."""
+    files = sorted(f for f in directory.rglob("*") if f.is_file())
+    return {str(f.relative_to(directory)): f.stat().st_size for f in files}
+
+
 @contextmanager
 def new_directory(
     target: str | Path, *, overwrite: bool = False, sources: Paths = ()

@@ -1,97 +1,86 @@
-"""Export a model; target and directory are checked before any long work."""
+"""Define the command `export`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import typer
 
 import reroll
-from reroll.cli.reports import new_table, number, size
-from reroll.cli.terminal import results, write
+from reroll.cli.command import command
+from reroll.cli.options import AnyModel, Dtype, Json, Load, Revision, Trust
+from reroll.cli.tables import Found, format_number, format_size, new_table
+from reroll.cli.terminal import Bars, write, write_json
 from reroll.errors import ExportError
-from reroll.export.targets import find
-from reroll.rewrite.capture.pictures import picture_inputs
-from reroll.writing import check_directory, new_directory
-
-Progress = Callable[[int, int, str], None]
+from reroll.writing import check_directory, file_sizes, new_directory
 
 
-class Export:
-    """A model to export, and a directory that a target writes with options of the command line.
+@command
+def export(
+    ctx: typer.Context,
+    model: AnyModel,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write.")],
+    target: Annotated[str, typer.Option(help="What to export to: see `reroll targets`.")] = "onnx",
+    load: Load = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DIR if it exists.")
+    ] = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Write a model for another runtime. A target has options of its own: see `reroll targets`.
 
-    Raises UsageError if there is no such target or option, or the directory cannot be written.
+    The directory appears whole or not at all; if a check fails, there is none.
     """
+    from reroll.export.targets import find
+    from reroll.rewrite.capture.pictures import picture_inputs
 
-    def __init__(
-        self,
-        model: str,
-        directory: Path,
-        target: str,
-        words: Sequence[str],
-        *,
-        overwrite: bool = False,
-        load: Sequence[Path] | None = None,
-    ) -> None:
-        self.target = find(target).parse(words)
-        self.model, self.directory, self.overwrite = model, directory, overwrite
-        check_directory(directory, overwrite=overwrite, sources=[model, *(load or ())])
-
-    def run(self, on_progress: Progress, **options: Any) -> dict[str, Any]:
-        """Capture the model and write the directory; return what was written, as JSON data."""
+    # all arguments are checked before the model is opened
+    chosen = find(target).parse(ctx.args)
+    check_directory(directory, overwrite=overwrite, sources=[model, *(load or ())])
+    with Bars() as bars:
         start = time.perf_counter()
-        on_progress(0, 0, "capturing")
-        program = reroll.capture(self.model, **options)
+        bars(0, 0, "capturing")
+        program = reroll.capture(
+            model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
         captured = time.perf_counter() - start
         if pictures := picture_inputs(program.inputs):
             raise ExportError(
                 f"{pictures[0]} cannot be exported",
-                where=self.model,
+                where=model,
                 hint="convert the original without its pictures, and export that",
             )
         sources = program.origin.paths
-        with new_directory(self.directory, overwrite=self.overwrite, sources=sources) as temporary:
-            found = self.target.write(program, temporary, on_progress)
-        files = {
-            str(f.relative_to(self.directory)): f.stat().st_size
-            for f in sorted(self.directory.rglob("*"))
-            if f.is_file()
-        }
-        seconds = {"capture": captured, **found.pop("seconds", {})}
-        return {
-            "source": self.model,
-            "out": str(self.directory),
-            "target": self.target.name,
-            **found,
-            "sizes": files,
-            "seconds": {**seconds, "total": time.perf_counter() - start},
-        }
+        with new_directory(directory, overwrite=overwrite, sources=sources) as temporary:
+            told = chosen.write(program, temporary, bars)
+    seconds = {"capture": captured, **told.pop("seconds", {})}
+    found = {
+        "source": model,
+        "out": str(directory),
+        "target": chosen.name,
+        **told,
+        "sizes": file_sizes(directory),
+        "seconds": {**seconds, "total": time.perf_counter() - start},
+    }
+    write_json(found) if json_ else _print_export(found)
 
 
-def exported(found: Mapping[str, Any]) -> None:
-    """Print what `export` wrote."""
+def _print_export(found: Found) -> None:
+    """Print what was written, and how far from the original it is."""
     rows = new_table("file", ">size")
     for name, count in found["sizes"].items():
-        rows.add_row(name, size(count))
-    results().print(rows)
+        rows.add_row(name, format_size(count))
+    write(rows)
     for kind, graph in found.get("graphs", {}).items():
-        check = graph.get("check")
-        if check:
+        if check := graph.get("check"):
+            error, most = check["relative_rms_error"], check["tolerance"]
             write(
-                f"{kind}: checked, relative RMS error {number(check['relative_rms_error'])} "
-                f"of at most {number(check['tolerance'])}"
+                f"{kind}: checked, relative RMS error {format_number(error)} "
+                f"of at most {format_number(most)}"
             )
-    write(f"{found['out']} written in {number(found['seconds']['total'])} s")
-
-
-def targets(found: Sequence[Mapping[str, Any]]) -> None:
-    """Print the targets and their options."""
-    for each in found:
-        write(f"{each['name']}\n\n{each['documentation']}\n")
-        rows = new_table("option", "value", "default", "")
-        for item in each["options"]:
-            default = item["default"]
-            shown = ",".join(default) if isinstance(default, list) else number(default)
-            rows.add_row(f"--{item['name']}", item["kind"], shown, item["help"])
-        results().print(rows)
+    write(f"{found['out']} written in {format_number(found['seconds']['total'])} s")

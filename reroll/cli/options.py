@@ -1,15 +1,56 @@
-"""Define number options with a range, and report command-line options that cannot be read."""
+"""Declare the options that commands share, and number options with a range."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
-from typer.exceptions import TyperException
 
 from reroll.bounds import Range, problem_with
-from reroll.cli.terminal import report_error
+
+# ---- which model, and how it is opened
+
+MODEL_HELP = "A hub id, a directory, or a .gguf file."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+AnyModel = Annotated[str, typer.Argument(metavar="OUT", help="A converted model, or any other.")]
+WithExits = Annotated[str, typer.Argument(metavar="OUT", help="A converted model with exits.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Compute in this dtype: float32, bfloat16, float16.", show_default="the model's own"
+    ),
+]
+Attention = Annotated[
+    Literal["eager", "sdpa"], typer.Option(help="transformers' attention for an original.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+Text = Annotated[
+    Path | None, typer.Option(help="A file with text to measure on.", show_default="a short sample")
+]
+
+# ---- what is written
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+# ---- of every command
+
+Load = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A Python file with passes, mixers, targets, stages or measures; it is run. "
+        "Repeatable.",
+        show_default=False,
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")]
+
+# ---- numbers
 
 
 def integer(within: Range, help: str, **options: Any) -> Any:
@@ -41,19 +82,3 @@ def _number(within: Range, help: str, integer: bool, options: dict[str, Any]) ->
         help=f"{help.removesuffix('.')}: {within}.",
         **options,
     )
-
-
-class Commands(TyperGroup):
-    """Group of commands that reports unreadable options like all other errors."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except TyperException as error:
-            within: Any = getattr(error, "ctx", None) or ctx
-            report_error(
-                error.format_message(),
-                within.command_path,
-                f"{within.command_path} --help shows the options",
-            )
-            raise typer.Exit(error.exit_code) from None

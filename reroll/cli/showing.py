@@ -1,21 +1,26 @@
-"""The command `show`."""
+"""Define the commands `show` and `diff`, which print programs and how two differ."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reroll.cli.app import Json, Revision, Trust, app, program_of
-from reroll.cli.terminal import Bars, command, notes, write, write_json
+import reroll
+from reroll.bounds import COUNT_OR_NONE
+from reroll.cli.command import command
+from reroll.cli.options import AnyModel, Json, Revision, Trust, integer
+from reroll.cli.terminal import Bars, notes, write, write_json
 from reroll.errors import UsageError
 
+if TYPE_CHECKING:
+    from reroll.rewrite.ir.program import Program
 
-@app.command("show")
+
 @command
-def show_command(
-    model: Annotated[str, typer.Argument(metavar="OUT", help="A converted model, or any other.")],
+def show(
+    model: AnyModel,
     html: Annotated[
         Path | None, typer.Option(help="Write a page here on which the program is seen.")
     ] = None,
@@ -50,7 +55,7 @@ def show_command(
         return
     with Bars() as bars:
         bars(0, 0, "capturing")
-        program = program_of(model, **options)
+        program = _program_of(model, **options)
     if lowered:
         from reroll.runtime.lowering.assembly import lowered_text
 
@@ -106,7 +111,7 @@ def _write_page(
     with Bars() as bars:
         for number, name in enumerate(names):
             bars(number, len(names), f"capturing {name}")
-            pictures.append(picture(program_of(name, **options), called[number]))
+            pictures.append(picture(_program_of(name, **options), called[number]))
     write_file(page(*pictures), file)
     if json_:
         from dataclasses import asdict
@@ -120,3 +125,45 @@ def _called(names: list[str]) -> list[str]:
     """What models are called on a page: directories by their own names, if those differ."""
     short = [Path(name).resolve().name if Path(name).exists() else name for name in names]
     return short if len(set(short)) == len(names) else names
+
+
+@command
+def diff(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A model, or a file with a program's text.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    context: Annotated[int, integer(COUNT_OR_NONE, "Lines around each change.")] = 3,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Say how the program of B differs from that of A. Exits with 1 if it does, as diff does."""
+    from reroll.rewrite.ir.text.compare import diff as differences
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with Bars() as bars:
+        bars(0, 2, f"opening {a}")
+        before = _program_of(a, **options)
+        bars(1, 2, f"opening {b}")
+        after = _program_of(b, **options)
+    text = differences(before, after, context=context)
+    if json_:
+        write_json({"a": a, "b": b, "same": not text, "diff": text.splitlines()})
+    elif text:
+        write(text)
+    else:
+        notes().print("the programs are the same")
+    if text:
+        raise typer.Exit(1)
+
+
+def _program_of(name: str, **options: Any) -> Program:
+    """The Program of a model, or of a file with a program's text."""
+    path = Path(name)
+    if path.is_file() and path.suffix != ".gguf":
+        try:
+            return reroll.parse(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError("this is not the text of a program", where=name) from error
+    return reroll.capture(name, **options)

@@ -1,23 +1,16 @@
-"""Write results to stdout and everything else to stderr, and report how a command fails."""
+"""Write results to stdout, as text, tables or JSON, and everything else to stderr."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
-import logging
 import math
-import os
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Any, TextIO
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -28,10 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-
-from reroll.errors import RerollError, UsageError
-
-F = TypeVar("F", bound=Callable[..., None])
+from rich.table import Table
 
 # seconds until progress is shown
 PATIENCE = 2.0
@@ -46,18 +36,31 @@ def notes() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def results() -> Console:
-    """Return the console for results: the command's stdout."""
+@contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """Keep stdout for results within a block: what libraries print goes to stderr."""
+    global _results
+    before, _results = _results, sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = before
+
+
+# ---- results
+
+
+def write(*things: str | Table) -> None:
+    """Write text as it is, and tables, to the results."""
     file = _results or sys.stdout
     # tables in a file or a pipe should not be folded to 80 columns
-    width = None if file.isatty() else 160
-    return Console(file=file, highlight=False, width=width)
-
-
-def write(text: str) -> None:
-    """Write text to the results as it is."""
-    file = _results or sys.stdout
-    file.write(text if text.endswith("\n") else f"{text}\n")
+    console = Console(file=file, highlight=False, width=None if file.isatty() else 160)
+    for thing in things:
+        if isinstance(thing, Table):
+            console.print(thing)
+        else:
+            file.write(thing if thing.endswith("\n") else f"{thing}\n")
     file.flush()
 
 
@@ -74,114 +77,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-# ---- failing
-
-
-Load = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="A Python file with passes, mixers, targets, stages or measures; it is run. "
-        "Repeatable.",
-        show_default=False,
-    ),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show tracebacks.")]
-
-# the options of every command
-_SHARED = {
-    name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
-    for name, kind, value in (("load", Load, None), ("debug", Debug, False))
-}
-
-
-def command(function: F) -> F:
-    """Add the options of all commands to a command, and report its errors in three lines.
-
-    The exit status is 2 if the command was used wrongly, 1 if something else failed, 130 if it was
-    interrupted. Output of libraries on stdout goes to stderr.
-    """
-    signature = inspect.signature(function, eval_str=True)
-    shared = {n: p for n, p in _SHARED.items() if n not in signature.parameters}
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        debug, files = bool(kwargs.get("debug")), kwargs.get("load") or ()
-        with _stdout_for_results(), _logging(debug):
-            try:
-                if files:
-                    from reroll.rewrite.pipeline.registry import load_file
-
-                    for file in files:
-                        load_file(file)
-                function(*args, **{n: v for n, v in kwargs.items() if n not in shared})
-            except RerollError as error:
-                report_error(error.message, error.where, error.hint, debug)
-                raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
-            except (typer.Exit, typer.Abort):
-                raise
-            except KeyboardInterrupt:
-                report_error("interrupted", None, None, debug)
-                raise typer.Exit(130) from None
-            except BrokenPipeError:
-                raise typer.Exit(1) from None
-            except Exception as error:
-                reason = str(error).strip().partition("\n")[0]
-                what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-                hint = None if debug else "rerun with --debug for a traceback"
-                report_error(what, None, hint, debug)
-                raise typer.Exit(1) from None
-
-    parameters = [*signature.parameters.values(), *shared.values()]
-    guarded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    guarded.__annotations__ = {p.name: p.annotation for p in parameters}
-    return guarded  # type: ignore[return-value]
-
-
-def report_error(what: str, where: str | None, hint: str | None, debug: bool = False) -> None:
-    """Print an error in up to three lines."""
-    if debug:
-        traceback.print_exc(file=sys.stderr)
-    console = notes()
-    for name, text, style in (
-        ("error", what, "bold red"),
-        ("where", where, "bold"),
-        ("hint", hint, "bold"),
-    ):
-        if text is not None:
-            console.print(f"[{style}]{name}:[/] {escape(text)}", soft_wrap=True)
-
-
-@contextmanager
-def _stdout_for_results() -> Iterator[None]:
-    global _results
-    before, _results = _results, sys.stdout
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        _results = before
-
-
-@contextmanager
-def _logging(debug: bool) -> Iterator[None]:
-    """Log to stderr at the level of --debug or of the variable REROLL_LOG."""
-    name = "DEBUG" if debug else os.environ.get("REROLL_LOG", "").upper()
-    level = getattr(logging, name, None) if name else logging.WARNING
-    logger = logging.getLogger("reroll")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level if isinstance(level, int) else logging.WARNING)
-    try:
-        if name and not isinstance(level, int):
-            logger.warning("REROLL_LOG=%s is no level: debug, info, warning or error", name)
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
 
 
 # ---- progress

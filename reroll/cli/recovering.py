@@ -11,21 +11,20 @@ from typing import Annotated, Any
 import typer
 
 from reroll.bounds import COUNT, SEED, TOKENS
-from reroll.cli import reports
-from reroll.cli.app import Json, Model, Revision, Trust, app
-from reroll.cli.options import integer
-from reroll.cli.terminal import Bars, command, write, write_json
+from reroll.cli.command import command
+from reroll.cli.options import Json, Model, Out, Overwrite, Revision, Trust, integer
+from reroll.cli.tables import Found, format_number, new_table
+from reroll.cli.terminal import Bars, write, write_json
 from reroll.errors import UsageError
 from reroll.writing import check_file, new_file
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
-@app.command()
 @command
 def recover(
     model: Annotated[str, typer.Argument(metavar="OUT_IN", help="A converted model.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    out: Out,
     data: Annotated[
         list[str], typer.Option(help="A text file, a directory or a dataset. Repeatable.")
     ],
@@ -41,9 +40,7 @@ def recover(
         Path | None,
         typer.Option("--tensorboard", metavar="DIR", help="Write each step for TensorBoard here."),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
-    ] = False,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     dtype: Annotated[
         str | None,
@@ -92,10 +89,29 @@ def recover(
             on_step=show,
         )
     if report.main:
-        write_json(vars(report)) if json_ else reports.recovered(vars(report))
+        write_json(vars(report)) if json_ else _print_recovery(vars(report))
 
 
-@app.command()
+def _print_recovery(found: Found) -> None:
+    """Print what was measured on held-out text, by stage."""
+    known = {
+        "perplexity": "perplexity", "original_perplexity": "original's", "kl": "KL",
+        "top1_agreement": "top-1", "cosine": "cosine", "relative_error": "relative error",
+    }  # fmt: skip
+    shown = {key: title for key, title in known.items() if key in found["measures"][-1]}
+    table = new_table(
+        "measured", ">tokens", *(f">{title}" for title in shown.values()),
+        title=f"{found['out']}: {found['tokens']:,} tokens in {found['seconds']:.0f} s, held out",
+    )  # fmt: skip
+    for line in found["measures"]:
+        table.add_row(
+            f"before {line['before']}" if line["before"] else "at the end",
+            format_number(line["tokens"]),
+            *(format_number(line.get(key)) for key in shown),
+        )
+    write(table)
+
+
 @command
 def sample(
     model: Model,
@@ -110,9 +126,7 @@ def sample(
         ),
     ] = None,
     seed: Annotated[int, integer(SEED, "Of the random choices.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
-    ] = False,
+    overwrite: Overwrite = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -139,7 +153,7 @@ def sample(
                 start=start, seed=seed, on_progress=lambda n, of: bars(n, of, "tokens"),
             ):  # fmt: skip
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    write(f"{out}")
+    write(str(out))
 
 
 def token_count(text: str) -> int:

@@ -1,0 +1,210 @@
+"""Define the command `convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+import reroll
+from reroll.bounds import SEED
+from reroll.cli.command import command
+from reroll.cli.options import (
+    Dtype,
+    Json,
+    Load,
+    Model,
+    Out,
+    Overwrite,
+    Revision,
+    Text,
+    Trust,
+    integer,
+)
+from reroll.cli.tables import Found, format_number, format_size, new_table
+from reroll.cli.terminal import Bars, Stopwatch, write, write_json
+from reroll.errors import UsageError
+from reroll.writing import check_directory, file_sizes
+
+if TYPE_CHECKING:
+    from reroll.rewrite.ir.program import Program
+    from reroll.rewrite.pipeline.manager import Event, Measure
+
+
+@command
+def convert(
+    model: Model,
+    out: Out,
+    passes: Annotated[
+        str | None,
+        typer.Option(help="Passes, such as 'tie(blocks=10), relax(rank=64)'.", show_default="none"),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML file with passes, or the name of a recipe.")
+    ] = None,
+    text: Text = None,
+    measure: Annotated[
+        str, typer.Option(help="auto, on or off: measure what each pass does.")
+    ] = "auto",
+    dtype: Dtype = None,
+    load: Load = None,
+    print_after: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Print the program after this pass, or 'all'. Repeatable.", show_default=False
+        ),
+    ] = None,
+    stop_after: Annotated[
+        str | None,
+        typer.Option(help="Stop after this many passes, or after the pass of this name."),
+    ] = None,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Print how long each step took.")
+    ] = False,
+    overwrite: Overwrite = False,
+    seed: Annotated[int, integer(SEED, "For passes that use random numbers.")] = 0,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Convert what a vision-language model sees too.")
+    ] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Capture a model, run passes on it, and write a Hugging Face directory.
+
+    Without passes, the model is rolled and computes the same.
+    """
+    from reroll.evaluate.tokenizing import read_text
+    from reroll.rewrite.pipeline.pipeline import recipe_path, resolve
+
+    # what is read and written is checked before the model is opened
+    recipe = None if recipe is None else recipe_path(recipe)
+    read = [f for f in (recipe, text, *(load or ())) if f is not None]
+    check_directory(out, overwrite=overwrite, sources=[model, *read])
+    if passes is not None and recipe is not None:
+        raise UsageError("--passes and --recipe exclude each other", hint="give one of them")
+    chosen = resolve(recipe if recipe is not None else passes or [])
+    content = None if text is None else read_text(text)
+    watch = Stopwatch()
+    with Bars() as bars:
+        with watch.step("capture"):
+            bars(0, 0, "capturing")
+            program = reroll.capture(
+                model,
+                dtype=dtype,
+                pictures=pictures,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+            check_directory(out, overwrite=overwrite, sources=program.origin.paths)
+        with watch.step("passes"):
+            rewritten = reroll.run_passes(
+                program,
+                chosen,
+                text=content,
+                measure=_measure(measure),
+                stop_after=int(stop_after) if stop_after and stop_after.isdigit() else stop_after,
+                print_after="all" if "all" in (print_after or ()) else print_after or (),
+                on_event=lambda event: _tell(event, bars),
+                seed=seed,
+            )
+        with watch.step("save"):
+            rewritten.save(
+                str(out),
+                overwrite=overwrite,
+                progress=lambda done, total: bars(done, total, f"writing {out}"),
+            )
+    found = _summary(model, out, program, rewritten, watch.seconds)
+    write_json(found) if json_ else _print_conversion(found, timing)
+
+
+def _measure(word: str) -> Measure:
+    if word not in ("auto", "on", "off"):
+        raise UsageError(f"--measure is auto, on or off, not {word!r}")
+    return word  # type: ignore[return-value]
+
+
+def _tell(event: Event, bars: Bars) -> None:
+    """Show an event of the pass manager."""
+    if event.kind == "start":
+        bars(0, 0, event.text)
+    elif event.kind == "progress":
+        bars(event.done, event.total, f"{event.text}: {event.what}")
+    elif event.kind == "print":
+        bars.print(f"# after {event.text}\n{event.program}")
+    elif event.step is not None:
+        from reroll.rewrite.pipeline.manager import summary
+
+        bars.print(summary(event.step))
+        for remark in event.step.remarks:
+            bars.print(f"  {remark}")
+
+
+def _summary(
+    model: str, out: Path, before: Program, after: Program, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Summarise the conversion as JSON data: sizes, costs, loops, passes, files."""
+    from reroll.rewrite.analysis.measure import size
+
+    old, new = size(before), size(after)
+    counts = ("parameters", "bytes", "flops_per_token")
+    steps = after.origin.steps[len(before.origin.steps) :]
+    return {
+        "model": model,
+        "out": str(out),
+        **{name: {"before": old[name], "after": new[name]} for name in counts},
+        "state_bytes": {
+            context: {"before": count, "after": new["state_bytes"][context]}
+            for context, count in old["state_bytes"].items()
+        },
+        "loops": [
+            {"name": p.name, "trips": p.trips, "period": p.period, "layers": p.layers}
+            for p in after.loops
+        ],
+        "passes": [
+            {
+                "pass": step.text,
+                "seconds": step.seconds,
+                "remarks": list(step.remarks),
+                "measured": dict(step.measured),
+            }
+            for step in steps
+        ],
+        "remarks": list(after.origin.remarks),
+        "files": file_sizes(out),
+        "seconds": {**seconds, "total": sum(seconds.values())},
+    }
+
+
+def _print_conversion(found: Found, timing: bool) -> None:
+    """Print the sizes and costs before and after."""
+    table = new_table("", ">before", ">after", ">ratio")
+    _add_change(table, "parameters", found["parameters"], format_number)
+    _add_change(table, "weights", found["bytes"], format_size)
+    _add_change(table, "FLOPs per token", found["flops_per_token"], format_number)
+    for context, change in found["state_bytes"].items():
+        if change["before"] or change["after"]:
+            _add_change(table, f"state at {int(context):,} tokens", change, format_size)
+    write(table)
+    if timing:
+        times = new_table("step", ">seconds")
+        for name, seconds in found["seconds"].items():
+            if name != "total":
+                times.add_row(name, f"{seconds:.2f}")
+            if name == "passes":
+                for step in found["passes"]:
+                    times.add_row(escape(f"  {step['pass']}"), f"{step['seconds']:.2f}")
+        times.add_row("total", f"{found['seconds']['total']:.2f}")
+        write(times)
+    write(*found["remarks"])
+    write(f"wrote {found['out']}: {format_size(sum(found['files'].values()))}")
+
+
+def _add_change(table: Table, label: str, change: Found, shown: Any) -> None:
+    before, after = change["before"], change["after"]
+    ratio = f"{after / before:.3f}" if before else "-"
+    table.add_row(label, shown(before), shown(after), ratio)

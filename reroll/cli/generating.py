@@ -1,0 +1,204 @@
+"""Define the commands that decode: `generate`, and `calibrate` and `serve-bench` for exits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import reroll
+from reroll.bounds import BETWEEN, COUNT, LARGEST, POSITIVE, SEED, TOP_P, Range
+from reroll.cli.command import command
+from reroll.cli.options import AnyModel, Dtype, Json, Revision, Trust, WithExits, integer, number
+from reroll.cli.tables import Found, new_table
+from reroll.cli.terminal import Bars, write, write_json
+from reroll.errors import UsageError
+
+if TYPE_CHECKING:
+    from reroll.rewrite.ir.program import Program
+
+# the first new token comes with the prompt, and only those after it are timed
+NEW_TOKENS = Range(least=2, most=LARGEST)
+THREADS = Range(least=1, most=1024)
+
+
+@command
+def generate(
+    model: AnyModel,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue. Repeatable: a batch.")],
+    max_new_tokens: Annotated[int, integer(COUNT, "At most this many new tokens.")] = 64,
+    temperature: Annotated[float | None, number(POSITIVE, "Sample, at this temperature.")] = None,
+    top_k: Annotated[int | None, integer(COUNT, "Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, number(TOP_P, "Sample from this share of likelihood.")] = None,
+    beams: Annotated[int, integer(COUNT, "Beams of a beam search.")] = 1,
+    seed: Annotated[int, integer(SEED, "For sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    read_twice: Annotated[
+        bool,
+        typer.Option(
+            "--read-twice", help="Read each prompt twice: recurrent models recall better."
+        ),
+    ] = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Continue prompts. Greedy unless an option for sampling is given."""
+    from reroll.evaluate.generation import generate as run
+    from reroll.evaluate.generation import open_generator
+    from reroll.evaluate.subjects import Opening
+
+    with Bars() as bars:
+        bars(0, 0, "opening the model")
+        opening = Opening(dtype, revision=revision, trust_remote_code=trust_remote_code)
+        module, tokenizer = open_generator(model, opening)
+        bars(0, 0, "generating")
+        found = run(
+            module,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            beams=beams,
+            seed=seed,
+            chat=chat,
+            read_twice=read_twice,
+        )
+    found = {"model": model, **found}
+    write_json(found) if json_ else _print_texts(found)
+
+
+def _print_texts(found: Found) -> None:
+    outputs = found["outputs"]
+    for output in outputs:
+        if len(outputs) > 1:
+            write(f"> {output['prompt']}")
+        write(output["text"])
+    tokens = sum(o["tokens"] for o in outputs)
+    rate = found["tokens_per_second"]
+    write(f"\n{tokens} tokens in {found['seconds']:.1f} s, {rate:.1f} tokens/s with the prompt")
+    if "depth" in found:
+        write(_depth(found["depth"]))
+
+
+@command
+def calibrate(
+    model: WithExits,
+    text: Annotated[Path, typer.Option(help="A file with text to calibrate on.")],
+    risk: Annotated[
+        float, number(BETWEEN, "The part of tokens that may differ from the full depth.")
+    ] = 0.05,
+    confidence: Annotated[float, number(BETWEEN, "With which that has to hold.")] = 0.95,
+    max_tokens: Annotated[int, integer(COUNT, "Use at most so many tokens.")] = 4096,
+    json_: Json = False,
+) -> None:
+    """Choose the thresholds of a model's exits on text, and write them into the model."""
+    program = reroll.load(model)
+    ids = _ids(program, model, text, 16 * max_tokens)[:max_tokens]
+    with Bars() as bars:
+        result, chosen = reroll.calibrate(
+            program, ids, risk=risk, confidence=confidence, progress=bars
+        )
+        bars(0, 0, f"writing {model}")
+        result.save(model, overwrite=True)
+    found = {"model": model, **chosen.as_data()}
+    write_json(found) if json_ else _print_thresholds(found)
+
+
+def _ids(program: Program, model: str, text: Path, characters: int) -> list[int]:
+    """Tokenize the first characters of a file with a model's tokenizer."""
+    from reroll.evaluate.tokenizing import plain_ids, read_text, tokenizer_of
+
+    tokenizer = tokenizer_of(program)
+    if tokenizer is None:
+        raise UsageError("the model has no tokenizer", where=model)
+    return plain_ids(tokenizer, read_text(text)[:characters])
+
+
+def _print_thresholds(found: Found) -> None:
+    if found["thresholds"] is None:
+        write("no threshold keeps the risk: nobody leaves")
+        return
+    table = new_table("after", "threshold", title="exits")
+    for trips, threshold in found["thresholds"].items():
+        table.add_row(f"{trips} trips", f"{threshold:.4g}")
+    write(
+        table,
+        f"at most {found['risk']:.3g} of tokens differ from the full depth, with confidence "
+        f"{found['confidence']:.3g}: {found['observed']:.3g} of {found['tokens']} did; mean depth "
+        f"{found['depth']:.4g} of {found['trips']}",
+    )
+
+
+@command
+def serve_bench(
+    model: WithExits,
+    text: Annotated[Path, typer.Option(help="A file; passages of it are the prompts.")],
+    slots: Annotated[int, integer(COUNT, "Requests that run at once.")] = 16,
+    queue: Annotated[int, integer(COUNT, "Requests for each slot in all.")] = 2,
+    prompt_tokens: Annotated[int, integer(COUNT, "Tokens of a prompt.")] = 16,
+    max_new_tokens: Annotated[int, integer(NEW_TOKENS, "New tokens of a request.")] = 32,
+    rounds: Annotated[int, integer(COUNT, "How often all sides run.")] = 3,
+    threads: Annotated[int, integer(THREADS, "Of the processor.")] = 1,
+    json_: Json = False,
+) -> None:
+    """Answer many requests with depth-wise batching, and without, and say how fast.
+
+    Greedy. With one thread, seconds are those of the processor.
+    """
+    import torch
+
+    from reroll.evaluate.serving import compare_serving
+    from reroll.rewrite.analysis.reach import check_length
+
+    torch.set_num_threads(threads)
+    program = reroll.load(model)
+    check_length(
+        program, prompt_tokens + max_new_tokens, "--prompt-tokens and --max-new-tokens",
+        "give at most {limit} together",
+    )  # fmt: skip
+    count = slots * queue
+    ids = _ids(program, model, text, 32 * count * prompt_tokens)
+    if len(ids) < count * prompt_tokens:
+        raise UsageError(f"the text is too short for {count} prompts of {prompt_tokens} tokens")
+    step = len(ids) // count
+    prompts = [ids[i * step : i * step + prompt_tokens] for i in range(count)]
+    with Bars() as bars:
+        found = compare_serving(
+            program.to_module(),
+            prompts,
+            slots=slots,
+            tokens=max_new_tokens,
+            rounds=rounds,
+            progress=bars,
+        )
+    found = {"model": model, **found}
+    write_json(found) if json_ else _print_speeds(found)
+
+
+def _print_speeds(found: Found) -> None:
+    table = new_table("side", ">tokens/s", ">of lockstep", ">batches", ">rows each", ">mean depth")
+    for name, side in found["sides"].items():
+        table.add_row(
+            name,
+            f"{side['tokens_per_second']:.1f}",
+            f"{side['of_lockstep']:.2f}",
+            str(side["batches"]),
+            f"{side['rows_per_batch']:.1f}",
+            f"{side['depth']['mean']:.1f}",
+        )
+    write(
+        table,
+        f"{found['requests']} requests of {found['tokens']} tokens, {found['slots']} at once, "
+        f"{found['threads']} threads; prompts' time not counted",
+        _depth(found["sides"]["depth"]["depth"]),
+    )
+
+
+def _depth(found: Found) -> str:
+    counts = ", ".join(f"{trips}: {count}" for trips, count in found["histogram"].items())
+    return f"{found['mean']:.4g} trips per token ({counts})"
