@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -33,11 +34,22 @@ from typing import Any
 
 from benchmarks.harness import Row, Table, header, line, parse_options
 
-COMMANDS = ("convert", "recover", "export")
-COLUMNS = dict.fromkeys(("command", "number", "replaces", "killed", "left", "same"), "{}")
-# of the moments, how many are times; the others are calls that change files
-TIMED = 0.75
-STEPS = 8
+PASSES = '--passes "tie(blocks=1), relax(rank=2)" --measure off'
+# these import and build what the commands need, so that forks have it; nothing is trained, since
+# threads of autograd do not outlive a fork
+BEFORE = (
+    "convert WORK/model WORK/rolled",
+    f"convert WORK/model WORK/tied {PASSES}",
+    "export WORK/rolled WORK/exported --check",
+    "compare WORK/rolled WORK/tied --max-tokens 64 --length 16",
+)
+COMMANDS = {
+    "convert": f"convert WORK/model OUT {PASSES}",
+    # eight steps
+    "recover": "recover WORK/tied OUT --teacher WORK/rolled --tokens 256 --data WORK/text.txt "
+    "--recipe WORK/recipe.yaml",
+    "export": "export WORK/rolled OUT --check",
+}
 RECIPE = """
 recover:
   length: 16
@@ -48,42 +60,25 @@ recover:
     - distil: {lr: 0.003, share: 0.5}
     - tune: {lr: 0.001, share: 0.5}
 """
+COLUMNS = dict.fromkeys(("command", "number", "replaces", "killed", "left", "same"), "{}")
+# of the moments, how many are times; the others are calls that change files
+TIMED = 0.75
 
 
-def prepare(folder: Path) -> dict[str, list[str]]:
-    """A tiny model and what is made of it; the commands to be killed, without their output.
-
-    What is done here imports and builds what the commands need, so that forks have it. Nothing is
-    trained: threads of autograd do not outlive a fork, and those of products do not, either.
-    """
+def prepare(folder: Path) -> None:
+    """Make a tiny model and what the commands need of it."""
     import accelerate  # noqa: F401
 
     import reroll.recover  # noqa: F401
     from reroll.rewrite.analysis.samples import sample_text
     from tests import tiny
 
-    model, rolled, tied, recipe, text, exported = (
-        str(folder / name)
-        for name in ("model", "rolled", "tied", "recipe.yaml", "text.txt", "exported")
-    )
-    tiny.save(tiny.llama(layers=2), Path(model), tiny.tokenizer())
-    Path(recipe).write_text(RECIPE, encoding="utf-8")
-    Path(text).write_text(sample_text(), encoding="utf-8")
-    passes = ["--passes", "tie(blocks=1), relax(rank=2)", "--measure", "off"]
-    tokens = ["--tokens", str(STEPS * 2 * 16), "--data", text, "--recipe", recipe]
-    for arguments in (
-        ["convert", model, rolled],
-        ["convert", model, tied, *passes],
-        ["export", rolled, exported, "--check"],
-        ["compare", rolled, tied, "--max-tokens", "64", "--length", "16"],
-    ):
-        if refused := cli(arguments):
+    tiny.save(tiny.llama(layers=2), folder / "model", tiny.tokenizer())
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    (folder / "text.txt").write_text(sample_text(), encoding="utf-8")
+    for text in BEFORE:
+        if refused := cli(shlex.split(text.replace("WORK", str(folder)))):
             raise SystemExit(refused)
-    return {
-        "convert": ["convert", model, "OUT", *passes],
-        "recover": ["recover", tied, "OUT", "--teacher", rolled, *tokens],
-        "export": ["export", rolled, "OUT", "--check"],
-    }
 
 
 def cli(arguments: list[str]) -> str:
@@ -187,9 +182,10 @@ def _without_times(value: Any) -> Any:
 class Victim:
     """A command that is killed, with what an uninterrupted run of it gives."""
 
-    def __init__(self, name: str, arguments: list[str], folder: Path) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
         self.out = folder / name / "out"
-        self.arguments = [str(self.out) if a == "OUT" else a for a in arguments]
+        text = COMMANDS[name].replace("WORK", str(folder)).replace("OUT", str(self.out))
+        self.arguments = shlex.split(text)
         self.prepare(replaces=False)
         start = time.perf_counter()
         status = finish(self.arguments, self.out.parent)
@@ -286,15 +282,15 @@ def summary(content: Any) -> list[str]:
 
 def main() -> None:
     """Kill what has not been killed yet, and print the table."""
-    options = parse_options(__doc__, moments=36, commands=COMMANDS)
+    options = parse_options(__doc__, moments=36, commands=tuple(COMMANDS))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     table = Table(options, COLUMNS)
     with tempfile.TemporaryDirectory(prefix="killed-") as folder:
-        commands = prepare(Path(folder))
+        prepare(Path(folder))
         for name in options.commands:
             cases = [{"command": name, "number": n} for n in range(options.moments)]
             if missing := list(table.missing(cases)):
-                victim = Victim(name, commands[name], Path(folder))
+                victim = Victim(name, Path(folder))
             for case in missing:
                 table.add(case | victim.kill(case["number"], options.moments))
     print("\n".join(["", *summary({"rows": table.rows})]))
