@@ -102,6 +102,7 @@ def main() -> None:
         data=DATA, work=Path("out/relaxed"),
     )  # fmt: skip
     options.tokens = token_count(options.tokens)
+    options.work.mkdir(parents=True, exist_ok=True)
     table = Table(options, COLUMNS)
     for blocks, rank, side in product(options.blocks, options.ranks, options.sides):
         name = f"{blocks} blocks, rank {rank}: {SIDES[side][0]}"
