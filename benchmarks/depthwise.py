@@ -1,84 +1,73 @@
 """Continuous depth-wise batching beside lockstep and compaction, on a tied model with exits.
 
     python -m benchmarks.depthwise [--model DIR] [--blocks 15,10] [--at 10] [--requests 1,4,16]
-        [--criterion saturation] [--states propagate,skip] [--depth 0.6 | --level Q] [--queue 2]
-        [--tokens 24] [--full] [--rounds 3] [--threads 1] [--dtype float32] [--parts] [--json FILE]
+        [--states propagate,skip] [--level Q] [--queue 2] [--prompt 12] [--tokens 24] [--full]
+        [--rounds 3] [--dtype float32] [--parts] [--json FILE]
 
 All four sides run the same functions over the same caches: `full` never leaves the loop, `lockstep`
 waits for its slowest row, `compaction` drops rows that are done, `depth` fills their places with
-tokens at other depths. Exits stand after the first round through the blocks and all further ones,
-or where `--at` says. Thresholds are one quantile of the scores, at each exit, of tokens that are
-generated at full depth: the first for which tokens make at most `--depth` of the trips on some of
-the prompts. The model is tied and not trained, so what it says is of no use, and when it leaves is
-a matter of its hidden states. The tokens of all sides with exits have to be the same. `--full`
-counts the time in which no slot is free for want of requests, as a server that is busy has it.
+tokens at other depths. All sides with exits have to give the same tokens. Exits stand after each
+round through the blocks, or where `--at` says. Thresholds are one quantile of the scores, at each
+exit, of tokens that are generated at full depth: `--level`, or the first for which tokens make at
+most 60 % of the trips. The model is tied and not trained. `--full` counts the time in which no slot
+is free for want of requests, as a server that is busy has it. `--parts` times what a tick consists
+of instead, in milliseconds of the processor's time.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 import reroll
+from benchmarks.harness import MODEL, WIKI, Row, Table, in_turns, medians, parse_options, text_ids
 from reroll.evaluate.exits import scores_at, with_open
 from reroll.evaluate.serving import answer, compare_serving
 from reroll.rewrite.ir.exits import exit_loop
 from reroll.runtime.depthwise import DepthScheduler
-from reroll.runtime.depthwise.engine import Engine
-from reroll.runtime.depthwise.frames import Row, frame_of
+from reroll.runtime.depthwise.frames import frame_of
 
 LEVELS = (0.4, 0.3, 0.2, 0.1, 0.05)
-TRIPS, SKIPS, HEAD, START = "one trip", "all trips not made", "head", "start of a token"
+CASE = {"blocks, exits": "{}", "state": "{}", "requests": "{:}"}
+SIDES = {
+    "side": "{}", "depth": "{:.1f}", "tokens/s": "{:.1f}", "of lockstep": "{:.2f}",
+    "rows per batch": "{:.1f}",
+}  # fmt: skip
+TRIP, SKIPS, HEAD, START = "one trip", "all trips not made", "head", "start of a token"
+PARTS = dict.fromkeys((TRIP, SKIPS, HEAD, START), "{:.2f}")
 
 
-def parts(model: Any, prompts: list[list[int]], counts: list[int]) -> dict[int, dict[str, float]]:
-    """The processor's time of each part of a tick, in milliseconds, by the number of rows."""
-    found: dict[int, dict[str, float]] = {}
-    for count in counts:
-        scheduler = DepthScheduler(model, slots=count, length=64)
-        for prompt in prompts[:count]:
-            scheduler.submit(prompt, max_new_tokens=8)
-        scheduler.tick()
-        now = scheduler._rows
-        calls = _calls(scheduler.engine, now)
-        with torch.no_grad():
-            frame_of(now)
-            found[count] = {}
-            for name, call in calls.items():
-                times = []
-                for _ in range(15):
-                    start = time.process_time()
-                    call()
-                    times.append(1000 * (time.process_time() - start))
-                found[count][name] = statistics.median(times)
-    return found
-
-
-def _calls(engine: Engine, now: list[Row]) -> dict[str, Callable[[], Any]]:
-    """What a tick does with these rows, by name."""
-    half = engine.trips // 2
+def parts(model: Any, prompts: list[list[int]], count: int, options: Any) -> list[Row]:
+    """The processor's time of each part of a tick with so many rows, in milliseconds."""
+    scheduler = DepthScheduler(model, slots=count, length=64)
+    for prompt in prompts[:count]:
+        scheduler.submit(prompt, max_new_tokens=8)
+    scheduler.tick()
+    engine, now = scheduler.engine, scheduler._rows
     slots = [row.slot for row in now]
 
-    def at(trip: int) -> list[Row]:
+    def at(trip: int) -> Any:
         for row in now:
             row.trip, row.left = trip, False
         return now
 
-    return {
-        TRIPS: lambda: engine.run_step(at(0)),
-        SKIPS: lambda: engine.run_skips(at(half)),
+    calls: dict[str, Callable[[], Any]] = {
+        TRIP: lambda: engine.run_step(at(0)),
+        SKIPS: lambda: engine.run_skips(at(engine.trips // 2)),
         HEAD: lambda: engine.logits(now),
         START: lambda: engine.start(slots, [5] * len(slots)),
     }
+    found: Row = {}
+    with torch.no_grad():
+        frame_of(now)
+        for name, call in calls.items():
+            found |= medians(in_turns({name: call}, 15, clock=time.process_time, warm=0))
+    return [{name: 1000 * seconds for name, seconds in found.items()}]
 
 
 def opened(program: Any, at: list[int], prompts: list[list[int]], options: Any) -> Any:
@@ -93,89 +82,59 @@ def opened(program: Any, at: list[int], prompts: list[list[int]], options: Any) 
     scores = {t: s.view(len(rows), -1)[:, -new:].flatten() for t, s in found.items()}
     for level in LEVELS if options.level is None else [options.level]:
         tried = with_open(program, {t: s.quantile(level).item() for t, s in scores.items()})
-        if options.level is not None:
-            break
         depth = answer(tried.to_module(), prompts, slots=16, tokens=options.tokens)["depth"]
         print(f"quantile {level}: {depth}", file=sys.stderr, flush=True)
-        if depth.mean <= options.depth * loop.trips:
+        if depth.mean <= 0.6 * loop.trips:
             break
     return tried
 
 
+def served(model: Any, prompts: list[list[int]], count: int, options: Any) -> list[Row]:
+    """What each side does with the requests, with so many slots."""
+    found = compare_serving(
+        model, prompts[: count * options.queue], slots=count, tokens=options.tokens,
+        rounds=options.rounds, while_full=options.full,
+    )  # fmt: skip
+    return [
+        {
+            "side": name, "depth": side["depth"]["mean"], "tokens/s": side["tokens_per_second"],
+            "of lockstep": side["of_lockstep"], "rows per batch": side["rows_per_batch"],
+            "measured": side,
+        }
+        for name, side in found["sides"].items()
+    ]  # fmt: skip
+
+
 def main() -> None:
-    """Print the table, row by row."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--text", type=Path, default=Path("data/text/wiki.val.txt"))
-    parser.add_argument("--blocks", default="15,10")
-    parser.add_argument("--at", help="trips after which tokens may leave")
-    parser.add_argument("--requests", default="1,4,16")
-    parser.add_argument("--criterion", default="saturation")
-    parser.add_argument("--states", default="propagate,skip")
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--depth", type=float, default=0.6)
-    parser.add_argument("--level", type=float, help="the quantile, instead of a search for it")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--queue", type=int, default=2, help="requests for each slot")
-    parser.add_argument("--full", action="store_true", help="count only while no slot is free")
-    parser.add_argument("--prompt", type=int, default=12, help="tokens of a prompt")
-    parser.add_argument("--parts", action="store_true", help="time the parts of a tick instead")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    """Add a row for each number of requests, and with `--parts` not for each side."""
+    options = parse_options(
+        __doc__, model=MODEL, blocks=(15, 10), at=str, requests=(1, 4, 16),
+        states=("propagate", "skip"), level=float, queue=2, prompt=12, tokens=24, full=False,
+        rounds=3, dtype="float32", parts=False,
+    )  # fmt: skip
+    table = Table(options, CASE | (PARTS if options.parts else SIDES))
     original = reroll.capture(options.model, dtype=getattr(torch, options.dtype))
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    text = options.text.read_text(encoding="utf-8")[:60_000]
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    counts = [int(n) for n in options.requests.split(",")]
-    rows: list[Any] = []
-    if options.parts:
-        print(f"| blocks | state | rows | {TRIPS} | {SKIPS} | {HEAD} | {START} |")
-        print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
-    else:
-        print("| blocks, exits | state | requests | side | depth | tokens/s | of lockstep | rows |")
-        print("| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |")
+    ids = text_ids(options.model, WIKI, 10_000).tolist()
+    starts = range(0, 60 * max(options.requests) * options.queue, 60)
+    prompts = [ids[start : start + options.prompt] for start in starts]
     trips = original.loops[0].trips
-    for blocks in map(int, options.blocks.split(",")):
-        at = list(range(blocks, trips, blocks))
-        if options.at:
-            at = [int(n) for n in options.at.split(",")]
-        for state in options.states.split(","):
-            exits = f"insert_exits(at={at}, criterion={options.criterion}, state={state})"
-            program = reroll.run_passes(original, f"tie(blocks={blocks}), {exits}", measure=False)
-            if options.parts:
-                prompts = [ids[100 * i : 100 * i + 12] for i in range(max(counts))]
-                program = with_open(program, {at[0] - 1: 0.5})
-                for count, took in parts(program.to_module(), prompts, counts).items():
-                    cells = " | ".join(f"{value:.2f}" for value in took.values())
-                    print(f"| {blocks} | {state} | {count} | {cells} |", flush=True)
-                continue
-            prompts = [
-                ids[60 * i : 60 * i + options.prompt] for i in range(max(counts) * options.queue)
-            ]
-            chosen = opened(program, at, prompts[:24], options)
-            model = chosen.to_module()
-            for count in counts:
-                found = compare_serving(
-                    model,
-                    prompts[: count * options.queue],
-                    slots=count,
-                    tokens=options.tokens,
-                    rounds=options.rounds,
-                    while_full=options.full,
-                )
-                for name, side in found["sides"].items():
-                    print(
-                        f"| {blocks}, {at} | {state} | {count} | {name} "
-                        f"| {side['depth']['mean']:.1f} | {side['tokens_per_second']:.1f} "
-                        f"| {side['of_lockstep']:.2f} | {side['rows_per_batch']:.1f} |",
-                        flush=True,
-                    )
-                rows.append({"blocks": blocks, "at": at, "state": state, **found})
-                if options.json:
-                    options.json.write_text(json.dumps(rows, indent=1))
+    for blocks, state in product(options.blocks, options.states):
+        at = [int(n) for n in (options.at or "").split(",") if n]
+        at = at or list(range(blocks, trips, blocks))
+        case = {"blocks, exits": f"{blocks}, {at}", "state": state}
+        missing = list(table.missing(case | {"requests": n} for n in options.requests))
+        if not missing:
+            continue
+        passes = f"tie(blocks={blocks}), insert_exits(at={at}, criterion=saturation, state={state})"
+        program = reroll.run_passes(original, passes, measure=False)
+        if options.parts:
+            program = with_open(program, {at[0] - 1: 0.5})
+        else:
+            program = opened(program, at, prompts[:24], options)
+        model, measure = program.to_module(), parts if options.parts else served
+        for each in missing:
+            for row in measure(model, prompts, each["requests"], options):
+                table.add(each | row)
 
 
 if __name__ == "__main__":

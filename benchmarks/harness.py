@@ -220,3 +220,14 @@ def text_ids(
         text = opened.read(skip + 16 * tokens)[skip:]
     ids = AutoTokenizer.from_pretrained(model).encode(text, add_special_tokens=special)
     return torch.tensor(ids[:tokens])
+
+
+def progress(name: str) -> Callable[[Mapping[str, Any]], None]:
+    """What tells on stderr, at every tenth step of a recovery, how far it is."""
+
+    def tell(step: Mapping[str, Any]) -> None:
+        if step["steps"] % 10 == 0:
+            left = f"{step['seconds_left'] / 60:.0f} minutes left"
+            print(f"  {name}: {step['stage']} loss {step['smooth']:.4g}, {left}", file=sys.stderr)
+
+    return tell

@@ -10,33 +10,46 @@ other run the output is there already and is to be replaced.
 
 After each kill the output has to be absent, as it was before, or finished. If anything is left
 beside it, the same command runs to its end and has to give what an uninterrupted run gives, bit for
-bit but for the times that it took, and leave nothing beside it. Moments that a results file has are
-not run again.
+bit but for the times that it took, and leave nothing beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Container
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("convert", "recover", "export")
-# of the moments, how many are times; the others are calls that change files
-TIMED = 0.75
+from benchmarks.harness import Row, Table, header, line, parse_options
 
+PASSES = '--passes "tie(blocks=1), relax(rank=2)" --measure off'
+# these import and build what the commands need, so that forks have it; nothing is trained, since
+# threads of autograd do not outlive a fork
+BEFORE = (
+    "convert WORK/model WORK/rolled",
+    f"convert WORK/model WORK/tied {PASSES}",
+    "export WORK/rolled WORK/exported --check",
+    "compare WORK/rolled WORK/tied --max-tokens 64 --length 16",
+)
+COMMANDS = {
+    "convert": f"convert WORK/model OUT {PASSES}",
+    # eight steps
+    "recover": "recover WORK/tied OUT --teacher WORK/rolled --tokens 256 --data WORK/text.txt "
+    "--recipe WORK/recipe.yaml",
+    "export": "export WORK/rolled OUT --check",
+}
 RECIPE = """
 recover:
   length: 16
@@ -47,60 +60,45 @@ recover:
     - distil: {lr: 0.003, share: 0.5}
     - tune: {lr: 0.001, share: 0.5}
 """
-STEPS = 8
+COLUMNS = dict.fromkeys(("command", "number", "replaces", "killed", "left", "same"), "{}")
+# of the moments, how many are times; the others are calls that change files
+TIMED = 0.75
 
 
-def prepare(folder: Path) -> dict[str, list[str]]:
-    """A tiny model and what is made of it; the commands to be killed, without their output.
-
-    What is done here imports and builds what the commands need, so that forks have it. Nothing is
-    trained: threads of autograd do not outlive a fork.
-    """
+def prepare(folder: Path) -> None:
+    """Make a tiny model and what the commands need of it."""
     import accelerate  # noqa: F401
-    import torch
 
     import reroll.recover  # noqa: F401
     from reroll.rewrite.analysis.samples import sample_text
     from tests import tiny
 
-    # threads of products do not outlive a fork, either
-    torch.set_num_threads(1)
-    model, rolled, tied = (str(folder / name) for name in ("model", "rolled", "tied"))
-    tiny.save(tiny.llama(layers=2), Path(model), tiny.tokenizer())
+    tiny.save(tiny.llama(layers=2), folder / "model", tiny.tokenizer())
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     (folder / "text.txt").write_text(sample_text(), encoding="utf-8")
-    passes = ["--passes", "tie(blocks=1), relax(rank=2)", "--measure", "off"]
-    data = ["--data", str(folder / "text.txt"), "--recipe", str(folder / "recipe.yaml")]
-    tokens = ["--tokens", str(STEPS * 2 * 16)]
-    cli(["convert", model, rolled])
-    cli(["convert", model, tied, *passes])
-    cli(["export", rolled, str(folder / "exported"), "--check"])
-    cli(["compare", rolled, tied, "--max-tokens", "64", "--length", "16"])
-    return {
-        "convert": ["convert", model, "OUT", *passes],
-        "recover": ["recover", tied, "OUT", "--teacher", rolled, *data, *tokens],
-        "export": ["export", rolled, "OUT", "--check"],
-    }
+    for text in BEFORE:
+        if refused := cli(shlex.split(text.replace("WORK", str(folder)))):
+            raise SystemExit(refused)
 
 
-def cli(arguments: list[str]) -> None:
-    """Run the command line."""
+def cli(arguments: list[str]) -> str:
+    """Run the command line; the message of a refusal."""
     from reroll.cli import app
 
-    with redirect_stdout(io.StringIO()):
+    said = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(said):
         status = app(arguments, prog_name="reroll", standalone_mode=False)
-    if status:
-        raise SystemExit(status)
+    return said.getvalue().strip().splitlines()[-1] if status else ""
 
 
 # ---- processes
 
 
-def fork(work: Callable[[], None], place: Path, told: int = -1, kill_at: int = -1) -> int:
-    """Do some work in a fork, whose number is returned.
+def fork(arguments: list[str], place: Path, kill_at: int = -1) -> int:
+    """Run a command in a fork, whose number is returned.
 
-    Each call of it that changes a file in `place` writes a byte to the file descriptor `told`;
-    before the one with the number `kill_at`, the fork kills itself.
+    Before its call with the number `kill_at` that changes a file in `place`, the fork kills itself.
+    How many calls there were is in a file beside `place` at the end.
     """
     process = os.fork()
     if process:
@@ -110,9 +108,9 @@ def fork(work: Callable[[], None], place: Path, told: int = -1, kill_at: int = -
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in (1, 2):
             os.dup2(nothing, descriptor)
-        watch(place, told, kill_at)
-        work()
-        status = 0
+        calls = watch(place, kill_at)
+        status = bool(cli(arguments))
+        place.with_suffix(".calls").write_text(str(len(calls)))
     finally:
         os._exit(status)
 
@@ -120,39 +118,37 @@ def fork(work: Callable[[], None], place: Path, told: int = -1, kill_at: int = -
 _CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod"}
 
 
-def watch(place: Path, told: int, kill_at: int) -> None:
-    """Tell of the calls of this process that change a file in `place`, and stop it before one."""
-    calls = 0
+def watch(place: Path, kill_at: int) -> list[str]:
+    """List the calls of this process that change a file in `place`, and stop it before one."""
+    calls: list[str] = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal calls
         opens = event == "open" and bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
-        changes = (opens or event in _CHANGES) and str(place) in str(arguments[0])
+        changes = (opens or event in _CHANGES) and f"{place}/" in f"{arguments[0]}/"
         # the library of the system is asked to exchange two directories
-        if not changes and (event, arguments) != ("ctypes.dlopen", (None,)):
-            return
-        if calls == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        calls += 1
-        if told >= 0:
-            os.write(told, b".")
+        if changes or (event, arguments) == ("ctypes.dlopen", (None,)):
+            if len(calls) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(event)
 
     sys.addaudithook(hook)
+    return calls
 
 
-def finish(work: Callable[[], None], place: Path) -> tuple[int, int, float]:
-    """Some work done in a fork: its exit status, calls that changed files, and seconds."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+def finish(arguments: list[str], place: Path) -> int:
+    """Run a command to its end in a fork; its exit status."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(arguments, place), 0)[1])
+
+
+def killed_after(seconds: float, process: int) -> float | None:
+    """Kill a fork after so many seconds; if it ends before, after how many it did."""
     start = time.perf_counter()
-    process = fork(work, place, writing)
-    os.close(writing)
-    calls = 0
-    with os.fdopen(reading, "rb") as file:
-        while data := file.read1(4096):
-            calls += len(data)
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    return status, calls, time.perf_counter() - start
+    while (now := time.perf_counter() - start) < seconds:
+        if os.waitpid(process, os.WNOHANG)[0]:
+            return now
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    return None if os.WIFSIGNALED(os.waitpid(process, 0)[1]) else seconds
 
 
 # ---- what is left
@@ -160,18 +156,16 @@ def finish(work: Callable[[], None], place: Path) -> tuple[int, int, float]:
 _TIMES = {"seconds", "seconds_left", "tokens_per_second", "smooth", "total"}
 
 
-def contents(path: Path) -> dict[str, str]:
-    """The files of a directory, hashed without the times that the run took."""
-    return {
-        file.relative_to(path).as_posix(): hashlib.sha256(_timeless(file)).hexdigest()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
+def contents(path: Path, timed: Container[str] = (".json", ".jsonl", ".md")) -> dict[str, str]:
+    """The files of a directory, hashed; those that tell times without these."""
+    found = {}
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        data = _timeless(file) if file.suffix in timed else file.read_bytes()
+        found[file.relative_to(path).as_posix()] = hashlib.sha256(data).hexdigest()
+    return found
 
 
 def _timeless(file: Path) -> bytes:
-    if file.suffix not in (".json", ".jsonl", ".md"):
-        return file.read_bytes()
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".md":
         return re.sub(r"[\d.e-]+ s\b", "", text).encode()
@@ -185,152 +179,122 @@ def _without_times(value: Any) -> Any:
     return [_without_times(v) for v in value] if isinstance(value, list) else value
 
 
-def beside(out: Path) -> list[str]:
-    """What lies beside an output, and is no checkpoint that waits to be gone on from."""
-    names = {p.name for p in out.parent.iterdir()} - {out.name}
-    return sorted(names)
-
-
-def is_writing(out: Path) -> bool:
-    """Whether a run that was killed had begun to write something that is not done."""
-    run = out.with_name(f"{out.name}.run")
-    return any(n.startswith(".") for n in beside(out)) or any(run.glob("*.part"))
-
-
-# ---- one command
-
-
 class Victim:
     """A command that is killed, with what an uninterrupted run of it gives."""
 
-    def __init__(self, name: str, arguments: list[str], folder: Path) -> None:
-        self.name, self.folder = name, folder
+    def __init__(self, name: str, folder: Path) -> None:
         self.out = folder / name / "out"
-        self.arguments = [str(self.out) if a == "OUT" else a for a in arguments]
-        self._clean()
-        status, self.calls, self.seconds = finish(lambda: cli(self.arguments), self.out.parent)
+        text = COMMANDS[name].replace("WORK", str(folder)).replace("OUT", str(self.out))
+        self.arguments = shlex.split(text)
+        self.prepare(replaces=False)
+        start = time.perf_counter()
+        status = finish(self.arguments, self.out.parent)
         assert status == 0, f"{name} failed with {status}"
+        self.seconds = time.perf_counter() - start
+        self.calls = int(self.out.parent.with_suffix(".calls").read_text())
         self.expected = contents(self.out)
-        # what is replaced in every other run
-        self.old = {"old.txt": hashlib.sha256(b"old").hexdigest()}
 
-    def kill(self, number: int, moments: int) -> dict[str, Any]:
-        """Kill one run, look, and run the command to its end; what was seen, as JSON data."""
-        timed = round(TIMED * moments)
+    def kill(self, number: int, moments: int) -> Row:
+        """Kill one run, look, and run the command to its end; what was seen."""
         replaces = bool(number % 2)
         arguments = [*self.arguments, "--overwrite"] if replaces else self.arguments
         # a run can be sooner done than the first was: then its moment comes sooner, too
         for _ in range(4):
-            self._clean()
-            if replaces:
-                self.out.mkdir()
-                (self.out / "old.txt").write_text("old")
-            if number < timed:
-                at: dict[str, Any] = {"seconds": self.seconds * (number + 0.5) / timed}
-                killed = self._killed_after(at["seconds"], lambda: cli(arguments))
-            else:
-                at = {"call": round(self.calls * (number - timed + 0.5) / (moments - timed))}
-                process = fork(lambda: cli(arguments), self.out.parent, kill_at=at["call"])
-                killed = os.WIFSIGNALED(os.waitpid(process, 0)[1])
+            old = self.prepare(replaces)
+            at, killed = self.killed_at(number, moments, arguments)
             if killed:
                 break
-        writing = is_writing(self.out)
-        left, again = self._state(replaces), bool(beside(self.out))
+        unfinished = self.out.with_name("out.run").glob("*.part")
+        hidden = [name for name in self.beside() if name.startswith(".")]
+        writing = "call" in at or bool(hidden) or any(unfinished)
+        left, again = self.state(replaces, old), bool(self.beside())
         if left != "finished" and again:
-            status, *_ = finish(lambda: cli(arguments), self.out.parent)
-            left = left if status == 0 else f"{left}, and the next run failed with {status}"
+            status = finish(arguments, self.out.parent)
+            left += f", and the next run failed with {status}" if status else ""
         same = contents(self.out) == self.expected if again else None
         # a finished run that was killed before it tidied up has its checkpoints left
-        rest = [n for n in beside(self.out) if not (left == "finished" and n == "out.run")]
-        return {
-            "command": self.name, "number": number, "replaces": replaces, **at, "killed": killed,
-            "writing": writing or "call" in at, "left": left, "again": again, "same": same,
-            "beside": rest,
-        }  # fmt: skip
+        rest = [n for n in self.beside() if not (left == "finished" and n == "out.run")]
+        seen = {"writing": writing, "left": left, "again": again, "same": same, "beside": rest}
+        return {"replaces": replaces, **at, "killed": killed, **seen}
 
-    def _killed_after(self, seconds: float, work: Callable[[], None]) -> bool:
-        """Do some work in a fork and kill it after `seconds`, if it has not ended before."""
-        start = time.perf_counter()
-        process = fork(work, self.out.parent)
-        while (now := time.perf_counter() - start) < seconds:
-            if os.waitpid(process, os.WNOHANG)[0]:
-                self.seconds = now
-                return False
-            time.sleep(0.002)
-        os.kill(process, signal.SIGKILL)
-        return os.WIFSIGNALED(os.waitpid(process, 0)[1])
+    def killed_at(self, number: int, moments: int, arguments: list[str]) -> tuple[Row, bool]:
+        """The moment with a number, and whether a run was killed at it."""
+        timed = round(TIMED * moments)
+        if number < timed:
+            seconds = self.seconds * (number + 0.5) / timed
+            ended = killed_after(seconds, fork(arguments, self.out.parent))
+            self.seconds = self.seconds if ended is None else ended
+            return {"seconds": seconds}, ended is None
+        call = round(self.calls * (number - timed + 0.5) / (moments - timed))
+        process = fork(arguments, self.out.parent, kill_at=call)
+        return {"call": call}, os.WIFSIGNALED(os.waitpid(process, 0)[1])
 
-    def _state(self, replaces: bool) -> str:
+    def beside(self) -> list[str]:
+        """What lies beside the output."""
+        return sorted({p.name for p in self.out.parent.iterdir()} - {self.out.name})
+
+    def state(self, replaces: bool, old: dict[str, str]) -> str:
+        """What the output is, after a kill."""
         if not self.out.exists():
             return "LOST" if replaces else "absent"
         found = contents(self.out)
         if found == self.expected:
             return "finished"
-        return "as before" if replaces and found == self.old else "HALF WRITTEN"
+        return "as before" if replaces and found == old else "HALF WRITTEN"
 
-    def _clean(self) -> None:
+    def prepare(self, replaces: bool) -> dict[str, str]:
+        """Put what is to be replaced where the output goes, or nothing; its contents."""
         shutil.rmtree(self.out.parent, ignore_errors=True)
         self.out.parent.mkdir()
+        if replaces:
+            self.out.mkdir()
+            (self.out / "old.txt").write_text("old")
+        return contents(self.out)
 
 
-def is_right(record: dict[str, Any]) -> bool:
+def is_right(row: Row) -> bool:
     """Whether nothing was lost or half written, and the next run gave what it should."""
-    fine = record["left"] in ("absent", "as before", "finished")
+    fine = row["left"] in ("absent", "as before", "finished")
     # what was killed after its output was done may leave what it wrote with
-    tidy = record["left"] == "finished" or not record["beside"]
-    return fine and record["same"] is not False and tidy
+    tidy = row["left"] == "finished" or not row["beside"]
+    return fine and row["same"] is not False and tidy
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """The figures, command by command, as Markdown."""
-    lines = [
-        "| command | killed | while files were written | output absent | as before | finished "
-        "| run again, the same | wrong |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name in dict.fromkeys(r["command"] for r in records):
-        own = [r for r in records if r["command"] == name]
-        left = Counter(r["left"] for r in own)
-        counts = [
-            sum(r["killed"] for r in own), sum(r["killed"] and r["writing"] for r in own),
-            left["absent"], left["as before"], left["finished"],
-            sum(r["same"] is True for r in own), sum(not is_right(r) for r in own),
-        ]  # fmt: skip
-        lines.append(f"| {name} | " + " | ".join(map(str, counts)) + " |")
-    return "\n".join(lines)
+def summary(content: Any) -> list[str]:
+    """The figures, command by command, as Markdown, of what a file of results holds."""
+    lines = []
+    for name in dict.fromkeys(row["command"] for row in content["rows"]):
+        own = [row for row in content["rows"] if row["command"] == name]
+        left = Counter(row["left"] for row in own)
+        lines.append({
+            "command": name,
+            "killed": sum(row["killed"] for row in own),
+            "while files were written": sum(row["killed"] and row["writing"] for row in own),
+            "output absent": left["absent"],
+            "as before": left["as before"],
+            "finished": left["finished"],
+            "run again, the same": sum(row["same"] is True for row in own),
+            "wrong": sum(not is_right(row) for row in own),
+        })  # fmt: skip
+    columns = dict.fromkeys(lines[0], "{:}") | {"command": "{}"}
+    return [*header(columns), *(line(columns, row) for row in lines)]
 
 
 def main() -> None:
     """Kill what has not been killed yet, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--moments", type=int, default=36, help="of each command")
-    parser.add_argument("--commands", default=",".join(COMMANDS))
-    parser.add_argument("--json", type=Path, help="results, which are added to")
-    options = parser.parse_args()
+    options = parse_options(__doc__, moments=36, commands=tuple(COMMANDS))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    records: list[dict[str, Any]] = []
-    if options.json is not None and options.json.exists():
-        records = json.loads(options.json.read_text(encoding="utf-8"))
+    table = Table(options, COLUMNS)
     with tempfile.TemporaryDirectory(prefix="killed-") as folder:
-        commands = prepare(Path(folder))
-        for name in options.commands.split(","):
-            done = {r["number"] for r in records if r["command"] == name}
-            todo = [n for n in range(options.moments) if n not in done]
-            victim = Victim(name, commands[name], Path(folder)) if todo else None
-            for number in todo:
-                assert victim is not None
-                record = victim.kill(number, options.moments)
-                records.append(record)
-                if not is_right(record):
-                    print("WRONG", record, flush=True)
-                if options.json is not None:
-                    text = ",\n".join(json.dumps(r) for r in records)
-                    options.json.write_text(f"[\n{text}\n]\n", encoding="utf-8")
-            print(f"{name}: {len(todo)} moments", flush=True)
-    print(table(records))
-    sys.exit(not all(map(is_right, records)))
+        prepare(Path(folder))
+        for name in options.commands:
+            cases = [{"command": name, "number": n} for n in range(options.moments)]
+            if missing := list(table.missing(cases)):
+                victim = Victim(name, Path(folder))
+            for case in missing:
+                table.add(case | victim.kill(case["number"], options.moments))
+    print("\n".join(["", *summary({"rows": table.rows})]))
+    sys.exit(not all(map(is_right, table.rows)))
 
 
 if __name__ == "__main__":

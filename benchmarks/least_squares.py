@@ -1,96 +1,82 @@
 """What least squares gives a tied and relaxed model before its first step of training.
 
-The shared weights and residuals are fitted on the original's inputs to each layer, over text of
-several domains; the model is measured before and after on text of another domain, and on held-out
-text of one that was fitted.
+The shared weights (`--train all`) and residuals are fitted on the original's inputs to each layer,
+over text of several domains, and with `--free` the residuals again, trip by trip, on the model's
+own. Measured on text of another domain, and on held-out text of one that was fitted.
 
-    python -m benchmarks.least_squares [--train new|all] [--free] [--tokens 8192] [--passes TEXT]
-        [--threads N] [--json FILE]
+    python -m benchmarks.least_squares [--train new] [--free] [--tokens 8192] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from transformers import AutoTokenizer
 
 import reroll
+from benchmarks.harness import MODEL, TEXT, Row, Table, parse_options, text_ids
 from reroll.recover import Batch, Models
 from reroll.recover.closed_form import fit_linear_layers
 from reroll.recover.data import Rows
 from reroll.recover.measure import held_out
 from reroll.recover.sequential_fit import fit_trip_by_trip
-from reroll.recover.trainable import new_names
+from reroll.recover.stages.align import Align
+from reroll.recover.trainable import new_names, training
 
+PASSES = "tie(blocks=15, init=average), relax(rank=128)"
 LENGTH = 512
 MEASURED = 4 * LENGTH
+TEXTS = ("wiki", "pydocs")
 FITTED = ("pydocs", "shakespeare", "sqlitedocs", "gcide")
-# a source begins with titles, which are left out of what is fitted
-SKIPPED = 1000
-# characters that have the tokens wanted in any of the texts
-CHARACTERS = 8
+# characters at the start of a source, which are titles
+TITLES = 1000
+COLUMNS = {
+    f"{text}: {title}": form
+    for text in TEXTS
+    for title, form in {"perplexity": "{:,.4g}", "kl": "{:.3g}", "top1_agreement": "{:.1%}"}.items()
+}
+ERRORS = {"error_before": "{:.4f}", "error_after": "{:.4f}", "seconds": "{:.0f}"}
 
 
-def rows(tokenizer: Any, file: str, tokens: int, skipped: int = 0) -> Rows:
-    """The first tokens of a text, behind so many characters, in rows."""
-    text = Path("data/text", file).read_text(encoding="utf-8")
-    ids = tokenizer(text[skipped : skipped + tokens * CHARACTERS])["input_ids"][:tokens]
-    data = torch.tensor(ids).view(-1, LENGTH)
+def rows(model: str, file: str, tokens: int = MEASURED, skip: int = 0) -> Rows:
+    """The first tokens of a text in rows, behind so many characters."""
+    data = text_ids(model, TEXT / file, tokens, skip=skip, special=True).view(-1, LENGTH)
     return Rows(data, torch.ones_like(data))
 
 
 def main() -> None:
-    """Convert, measure, fit, measure again."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--passes", default="tie(blocks=15, init=average), relax(rank=128)")
-    parser.add_argument("--train", choices=("new", "all"), default="new")
-    parser.add_argument("--free", action="store_true", help="then trip by trip: start_free")
-    parser.add_argument("--tokens", type=int, default=8192, help="to fit on, of all texts")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    """Convert, fit, and measure at each step."""
+    options = parse_options(__doc__, model=MODEL, train="new", free=False, tokens=8192)
+    fits: dict[str, Callable[[Models, list[Batch]], Row]] = {
+        "by SVD": lambda models, batches: {},
+        "fitted on the original's inputs": fit_linear_layers,
+    }
+    if options.free:
+        fits["then on the model's own"] = fit_trip_by_trip
+    table = Table(options, {"": "{}"} | COLUMNS | ERRORS)
+    if not list(table.missing({"": name} for name in fits)):
+        return
     original = reroll.capture(options.model, dtype=torch.float32)
-    tied = reroll.run_passes(original, options.passes, measure=False)
-    student = tied.to_module().eval()
-    teacher = original.to_module().eval().requires_grad_(False)
-    new = new_names(student, teacher)
-    for name, parameter in student.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(options.train == "all" or name in new)
-    texts = {name: rows(tokenizer, f"{name}.val.txt", MEASURED) for name in ("wiki", "pydocs")}
+    tied = reroll.run_passes(original, PASSES, measure=False)
+    student, teacher = tied.to_module().eval(), original.to_module().eval().requires_grad_(False)
     each = options.tokens // len(FITTED) // LENGTH * LENGTH
     batches = [
         Batch(row.data, row.mask)
         for name in FITTED
-        for row in rows(tokenizer, f"{name}.train.txt", each, SKIPPED).split(1)
+        for row in rows(options.model, f"{name}.train.txt", each, TITLES).split(1)
     ]
-    before = {name: held_out(student, teacher, text) for name, text in texts.items()}
-    start = time.perf_counter()
-    both = Models(student, student, teacher)
-    errors = fit_linear_layers(both, batches)
-    if options.free:
-        errors |= fit_trip_by_trip(both, batches)
-    seconds = time.perf_counter() - start
-    after = {name: held_out(student, teacher, text) for name, text in texts.items()}
-    print("| text | | perplexity | original's | KL | top-1 |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
-    for name in texts:
-        for what, found in (("before", before[name]), ("after", after[name])):
-            cells = (found[k] for k in ("perplexity", "original_perplexity", "kl"))
-            numbers = " | ".join(f"{value:,.4g}" for value in cells)
-            print(f"| {name} | {what} | {numbers} | {found['top1_agreement']:.1%} |")
-    print("squared errors: " + ", ".join(f"{k} {v:.4f}" for k, v in errors.items()))
-    print(f"{seconds:.0f} seconds")
-    if options.json:
-        whole = {"before": before, "after": after, "errors": errors, "seconds": seconds}
-        options.json.write_text(json.dumps(whole), encoding="utf-8")
+    stage = Align.make({"train": options.train})
+    with training(student, stage, new_names(student, teacher)):
+        for name, fit in fits.items():
+            start = time.perf_counter()
+            found = fit(Models(student, student, teacher), batches)
+            found["seconds"] = time.perf_counter() - start
+            for case in table.missing([{"": name}]):
+                for text in TEXTS:
+                    measured = held_out(student, teacher, rows(options.model, f"{text}.val.txt"))
+                    found |= {f"{text}: {title}": value for title, value in measured.items()}
+                table.add(case | found)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@ by the step; they start at least squares and are aligned with the original's lay
 images that were not trained on: the cosine of the class token's and the patches' features with the
 original's, and a linear probe on both models' class tokens.
 
-    python -m benchmarks.raptor [--images 2000] [--blocks 3] [--threads N] [--json FILE]
+    python -m benchmarks.raptor [--images 2000] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,23 +19,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reroll
+from benchmarks.harness import Row, Table, parse_options, progress
 from reroll.recover import recover
 from reroll.recover.images import ENDINGS, ImageInput, image_input
 from reroll.recover.recipe import parse
 
-# one image in so many is measured on
-APART = 8
+IMAGES = Path("data/images")
+SETS, PROBED = ("stamps", "textile", "mnist"), ("stamps", "textile")
+MEASURES = {"cosine, class": "{:.3f}", "cosine, patches": "{:.3f}", "linear probe": "{:.1%}"}
+COLUMNS = {f"{name}: {title}": form for name in PROBED for title, form in MEASURES.items()}
+STAGE = {"lr": 1e-3, "train": "all", "free": 1.0, "start_tokens": 20_000}
+RECIPE = {"recover": {"batch": 8, "held_rows": 16, "stages": [{"align": STAGE}]}}
+SIDES = ("original", "tied, untrained", "recovered")
 
 
-def split(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images of a set to train on, and those to measure on."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix in ENDINGS)
-    return [p for n, p in enumerate(found) if n % APART], found[::APART]
+def split(name: str) -> tuple[list[Path], list[Path]]:
+    """The images of a set to train on, and every eighth, to measure on."""
+    found = sorted(p for p in (IMAGES / name).rglob("*") if p.suffix in ENDINGS)
+    return [p for n, p in enumerate(found) if n % 8], found[::8]
 
 
-def gathered(sets: list[list[Path]], count: int, folder: Path) -> Path:
+def gathered(count: int, folder: Path) -> Path:
     """A directory with links to `count` images, as many of each set as there are."""
-    chosen = [p for s in sets for p in s[:: max(len(s) * len(sets) // count, 1)]]
+    folder.mkdir()
+    train = [split(name)[0] for name in SETS]
+    chosen = [p for s in train for p in s[:: max(len(s) * len(train) // count, 1)]]
     for number, path in enumerate(chosen):
         (folder / f"{number:05}{path.suffix}").symlink_to(path.resolve())
     return folder
@@ -53,106 +59,69 @@ def features(model: Any, seen: ImageInput, paths: list[Path]) -> Tensor:
     return torch.cat(parts)
 
 
-def probe(train: Tensor, labels: list[int], test: Tensor, wanted: list[int]) -> float:
+def probe(train: Tensor, labels: Tensor, test: Tensor, wanted: Tensor) -> float:
     """The accuracy of a logistic regression on features [images, width]."""
     mean, deviation = train.mean(0), train.std(0) + 1e-6
     train, test = (train - mean) / deviation, (test - mean) / deviation
-    weight = torch.zeros(train.shape[1] + 1, max(labels) + 1, requires_grad=True)
+    weight = torch.zeros(train.shape[1] + 1, int(labels.max()) + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         logits = train @ weight[1:] + weight[0]
-        value = F.cross_entropy(logits, torch.tensor(labels)) + 1e-3 * weight[1:].square().sum()
+        value = F.cross_entropy(logits, labels) + 1e-3 * weight[1:].square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
     found = (test @ weight[1:] + weight[0]).argmax(-1)
-    return (found == torch.tensor(wanted)).float().mean().item()
+    return (found == wanted).float().mean().item()
+
+
+def measured(model: Any, teacher: Any, seen: ImageInput) -> Row:
+    """How near a model's features are to the original's, and what they are good for."""
+    found: Row = {"M parameters": sum(p.numel() for p in model.parameters()) / 1e6}
+    for name in PROBED:
+        train, test = split(name)
+        train = train[:: max(len(train) // 400, 1)]
+        classes = sorted({p.parent.name for p in train})
+        labels, wanted = (
+            torch.tensor([classes.index(p.parent.name) for p in part]) for part in (train, test)
+        )
+        ours = features(model, seen, test)
+        cosines = F.cosine_similarity(ours, features(teacher, seen, test), -1)
+        given = features(model, seen, train)[:, 0]
+        found[f"{name}: cosine, class"] = cosines[:, 0].mean().item()
+        found[f"{name}: cosine, patches"] = cosines[:, 1:].mean().item()
+        found[f"{name}: linear probe"] = probe(given, labels, ours[:, 0], wanted)
+    return found
 
 
 def main() -> None:
     """Convert, measure, recover, measure again."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/dinov2-small")
-    parser.add_argument("--sets", nargs="+", default=["stamps", "textile", "mnist"])
-    parser.add_argument("--probe", nargs="+", default=["stamps", "textile"])
-    parser.add_argument("--blocks", type=int, default=3)
-    parser.add_argument("--images", type=int, default=2000, help="images to train on")
-    parser.add_argument("--passes", help="instead of tying the phases")
-    parser.add_argument("--start", type=int, default=20_000, help="positions for least squares")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    pixels = torch.zeros(2, 3, options.size, options.size)
-    original = reroll.capture(options.model, inputs={"pixel_values": pixels})
-    passes = options.passes or f"tie(phases=auto, blocks={options.blocks}, scaling=true)"
-    tied = reroll.run_passes(original, passes, measure=False)
-    print("\n".join(f"{s.text}: {r}" for s in tied.origin.steps for r in s.remarks))
-    seen = image_input(original)
+    options = parse_options(__doc__, model="models/dinov2-small", images=2000, threads=2)
+    table = Table(options, {"": "{}", "M parameters": "{:.2f}"} | COLUMNS)
+    original = reroll.capture(options.model, inputs={"pixel_values": torch.zeros(2, 3, 224, 224)})
+    seen, teacher = image_input(original), original.to_module().eval()
     assert seen is not None
-    sets = {name: split(Path("data/images", name)) for name in options.sets}
-    tests = {name: sets[name] for name in options.probe}
-    teacher = original.to_module().eval()
-    table: dict[str, dict[str, float]] = {}
-
-    def measure(name: str, model: Any) -> None:
-        row: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
-        for label, (train, test) in tests.items():
-            train = train[:: max(len(train) // 400, 1)]
-            sides = {id(m): features(m, seen, test) for m in (model, teacher)}
-            ours, theirs = sides[id(model)], sides[id(teacher)]
-            row[f"{label}: cosine, class"] = (
-                F.cosine_similarity(ours, theirs, -1)[:, 0].mean().item()
+    tied = reroll.run_passes(original, "tie(phases=auto, blocks=3, scaling=true)", measure=False)
+    for case in table.missing({"": name} for name in SIDES):
+        if case[""] != "recovered":
+            model = teacher if case[""] == "original" else tied.to_module().eval()
+            table.add(case | measured(model, teacher, seen))
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            report = recover(
+                tied,
+                Path(work, "out"),
+                teacher=original,
+                data=[gathered(options.images, Path(work, "images"))],
+                recipe=parse(RECIPE),
+                tokens=options.images * seen.positions,
+                on_step=progress("raptor"),
             )
-            row[f"{label}: cosine, patches"] = (
-                F.cosine_similarity(ours, theirs, -1)[:, 1:].mean().item()
-            )
-            classes = sorted({p.parent.name for p in train})
-            labels, wanted = (
-                [classes.index(p.parent.name) for p in part] for part in (train, test)
-            )
-            given = features(model, seen, train)[:, 0]
-            row[f"{label}: linear probe"] = probe(given, labels, ours[:, 0], wanted)
-        table[name] = row
-        print(name, json.dumps(row), flush=True)
-
-    measure("original", teacher)
-    measure("tied, untrained", tied.to_module().eval())
-    stage = {"align": {"lr": 1e-3, "train": "all", "free": 1.0, "start_tokens": options.start}}
-    recipe = parse({"recover": {"batch": 8, "held_rows": 16, "stages": [stage]}})
-    with tempfile.TemporaryDirectory() as work:
-        data = Path(work, "images")
-        data.mkdir()
-        gathered([train for train, _ in sets.values()], options.images, data)
-        report = recover(
-            tied,
-            Path(work, "out"),
-            teacher=original,
-            data=[data],
-            recipe=recipe,
-            tokens=options.images * seen.positions,
-            on_step=lambda s: (
-                print(
-                    f"  step {s['steps']}: {s['smooth']:.4f}, {s['seconds_left'] / 60:.0f} minutes"
-                )
-                if s["steps"] % 10 == 0
-                else None
-            ),
-        )
-        for line in report.measures:
-            print(json.dumps(line))
-        measure("recovered", reroll.load(Path(work, "out")).to_module().eval())
-    print("| | " + " | ".join(table) + " |\n| --- |" + " ---: |" * len(table))
-    for label in table["original"]:
-        cells = (f"{row[label]:,.4g}" for row in table.values())
-        print(f"| {label} | " + " | ".join(cells) + " |")
-    if options.json:
-        whole = {"table": table, "run": vars(report), "options": {**vars(options), "json": None}}
-        options.json.write_text(json.dumps(whole, default=str), encoding="utf-8")
+            model = reroll.load(Path(work, "out")).to_module().eval()
+            table.add(case | measured(model, teacher, seen) | {"run": vars(report)})
 
 
 if __name__ == "__main__":

@@ -5,28 +5,47 @@ passes and, if it has a recovery, after that, beside the original, on text of an
 was trained on. Models and results are kept in `--work`, and a run that was stopped goes on where it
 was, so that long comparisons can be made in pieces.
 
-    python -m benchmarks.recovery A B --tokens 2M --work out/recovery
-        [--batch ROWS] [--train-only] [--recovered-only] [--model DIR] [--threads N]
-        [--data FILE ...] [--text FILE] [--beside MEASURES] [--alone MEASURES]
+    python -m benchmarks.recovery A B --tokens 2M --work out/recovery [--batch ROWS]
+        [--beside MEASURES] [--alone MEASURES] [--data FILE,...] [--json FILE]
+
+`tptt` among the recipes is TPTT (arXiv 2506.17671), from its package: `pip install tptt` into an
+environment beside reroll's. Its LiZA puts a delta rule on each attention's own projections and
+mixes both outputs; adapters on q, k, v and o then learn the text, in rows of `--length` tokens,
+while the share of the delta rule rises. The softmax attention stays whole, and so does its state.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import reroll
+from benchmarks.harness import (
+    MODEL,
+    TEXT,
+    WIKI,
+    Row,
+    Table,
+    kept,
+    original,
+    parse_options,
+    progress,
+    write_json,
+)  # fmt: skip
+from benchmarks.recover_speed import plain_loop, with_adapters
 from reroll.cli.recovering import token_count
 from reroll.evaluate.suite import choose, evaluate
-from reroll.recover import Recipe, load_recipe, recover
+from reroll.evaluate.tokenizing import plain_ids, special_ids
+from reroll.recover.data import make_corpus, take
 from reroll.rewrite.pipeline.pipeline import read_yaml, recipe_path
 
-DATA = [f"data/text/{name}.train.txt" for name in ("pydocs", "shakespeare", "gcide", "foldoc")]
+DATA = tuple(str(TEXT / f"{n}.train.txt") for n in ("pydocs", "shakespeare", "gcide", "foldoc"))
 # beside the original, and what needs no original
 BESIDE = "agreement(contexts=[2048], tokens=8192), generation(prompts=4, new=32)"
 ALONE = (
@@ -35,144 +54,111 @@ ALONE = (
 )
 
 
-def measured(model: Any, options: argparse.Namespace, file: Path) -> dict[str, Any]:
-    """The headline of each measure; from the file if it is there."""
-    if not file.is_file():
-        lines: dict[str, Any] = {}
-        # a model that is no directory has no tokenizer but the original's
-        alone = None if isinstance(model, str) else options.model
-        for text, original in ((options.beside, options.model), (options.alone, alone)):
-            found = evaluate(model, original, choose(text, "quick"), text=Path(options.text))
-            for each in found["measures"].values():
-                lines |= each.get("headline", {}).get("model", {})
-        file.write_text(json.dumps(lines, indent=1), encoding="utf-8")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+def measured(model: Any, options: Any) -> Row:
+    """The headline of each measure."""
+    lines: Row = {}
+    # a model that is no directory has no tokenizer but the original's
+    alone = None if isinstance(model, str) else options.model
+    for text, beside in ((options.beside, options.model), (options.alone, alone)):
+        found = evaluate(model, beside, choose(text, "quick"), text=WIKI)
+        for each in found["measures"].values():
+            lines |= each.get("headline", {}).get("model", {})
+    return lines
 
 
-def started(path: Path, options: argparse.Namespace) -> Path:
+def converted(path: Path, options: Any) -> str:
     """The model after a recipe's passes: made if it is not there."""
     start: Path = options.work / f"{path.stem}-start"
     if not start.is_dir():
         program = reroll.capture(options.model, dtype=torch.float32)
-        converted = reroll.run_passes(
-            program, path, text=Path(options.data[0]), measure=False, seed=options.seed
-        )
-        converted.save(str(start))
-    return start
+        first = Path(options.data[0])
+        reroll.run_passes(program, path, text=first, measure=False).save(str(start))
+    return str(start)
 
 
-def recovers(path: Path) -> bool:
-    """Whether a recipe has more than passes."""
-    return "recover" in dict(read_yaml(path))  # type: ignore[call-overload]
-
-
-def trained(path: Path, options: argparse.Namespace) -> Path:
-    """The model after a recipe's recovery: made if it is not there."""
+def trained(path: Path, options: Any) -> Path:
+    """The model after a recipe's recovery, and its report beside it: made if it is not there."""
     end: Path = options.work / f"{path.stem}-{options.tokens}"
-    if end.is_dir():
-        return end
-    start = started(path, options)
-
-    def show(step: Any) -> None:
-        if step["steps"] % 10 == 0:
-            left = step["seconds_left"] / 60
-            rate = step["tokens_per_second"]
-            print(
-                f"  {path.stem}: {step['tokens']:,} tokens, {step['stage']} loss "
-                f"{step['smooth']:.4g}, {rate:.0f} tokens/s, {left:.0f} minutes left",
-                flush=True,
-            )
-
-    recipe = load_recipe(path)
-    if options.batch:
-        recipe = Recipe(replace(recipe.settings, batch=options.batch), recipe.stages)
-    report = recover(
-        str(start),
-        end,
-        data=options.data,
-        recipe=recipe,
-        tokens=options.tokens,
-        teacher=options.model,
-        on_step=show,
-    )
-    end.with_suffix(".run.json").write_text(json.dumps(vars(report), indent=1), encoding="utf-8")
+    if not end.is_dir():
+        recipe = load_recipe(path)
+        if options.batch:
+            recipe = Recipe(replace(recipe.settings, batch=options.batch), recipe.stages)
+        report = recover(
+            converted(path, options), end, data=options.data, recipe=recipe, tokens=options.tokens,
+            teacher=options.model, on_step=progress(path.stem),
+        )  # fmt: skip
+        write_json(end.with_suffix(".run.json"), vars(report))
     return end
 
 
-def row(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def results(path: Path, options: Any) -> dict[str, Row]:
     """What one recipe gives: after its passes, and after its recovery."""
-    found: dict[str, dict[str, Any]] = {}
-    if not (options.recovered_only and recovers(path)):
-        start = started(path, options)
-        found["passes only"] = measured(str(start), options, start.with_suffix(".json"))
-    if not recovers(path):
-        return found
-    end = trained(path, options)
-    run = json.loads(end.with_suffix(".run.json").read_text(encoding="utf-8"))
-    cost = {"tokens": run["tokens"], "seconds": round(run["seconds"])}
-    found["recovered"] = measured(str(end), options, end.with_suffix(".json")) | cost
+    start = converted(path, options)
+    found = {"passes only": kept(Path(f"{start}.json"), lambda: measured(start, options))}
+    if "recover" in dict(read_yaml(path)):  # type: ignore[call-overload]
+        end = trained(path, options)
+        run = json.loads(end.with_suffix(".run.json").read_text(encoding="utf-8"))
+        cost = {"tokens": run["tokens"], "seconds": round(run["seconds"]), "losses": losses(end)}
+        file = end.with_suffix(".json")
+        found["recovered"] = kept(file, lambda: measured(str(end), options)) | cost
     return found
 
 
-def curve(end: Path, parts: int = 8) -> list[float]:
+def losses(end: Path, parts: int = 8) -> str:
     """The mean loss of a run in each of its parts, of as many steps each."""
     log = (end / "recovery.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]
-    return [part.mean().item() for part in torch.tensor(losses).chunk(parts)]
+    found = torch.tensor([line["loss"] for line in map(json.loads, log) if "loss" in line])
+    return ", ".join(f"{part.mean():.3g}" for part in found.chunk(parts))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What all sides of the comparison have in common."""
-    parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--data", nargs="+", default=DATA)
-    parser.add_argument("--text", default="data/text/wiki.val.txt")
-    parser.add_argument("--tokens", default="500k", type=token_count)
-    parser.add_argument("--work", type=Path, default=Path("out/recovery"))
-    parser.add_argument("--beside", default=BESIDE, help="measures with the original beside")
-    parser.add_argument("--alone", default=ALONE, help="measures without it")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, help="rows of a step, instead of the recipe's")
-    parser.add_argument("--recovered-only", action="store_true", help="not what passes alone give")
-    parser.add_argument("--train-only", action="store_true", help="measure another time")
+def tptt(options: Any) -> Row:
+    """TPTT trained as published (rank 8, the delta rule's share from 0.01 to 0.5), and measured."""
+    from tptt import LiZACallback, get_tptt_model
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    base, tokenizer = original(options.model), AutoTokenizer.from_pretrained(options.model)
+    mixed, _ = get_tptt_model(base, base.config, operator_mode="delta_rule", mag_weight=0.01)
+    model = with_adapters(mixed)
+    batch = options.batch or 2
+    steps = max(round(options.tokens / (options.length * batch)), 1)
+    tokens = steps * options.length * batch
+    callback = LiZACallback(model, "gradual", 0.01, 0.5, transition_step=max(steps // 4, 1))
+    corpus = make_corpus(
+        options.data, lambda text: plain_ids(tokenizer, text), length=options.length,
+        tokens=tokens, held_rows=8, pack="join",
+        before=special_ids(tokenizer)[0], end=tokenizer.eos_token_id, seed=0,
+    )  # fmt: skip
+    batches = (take(corpus.train, step * batch, batch).data for step in range(steps))
+    start = time.perf_counter()
+    for step, _ in enumerate(plain_loop(model, batches, lr=5e-4), 1):
+        callback.on_step_end(None, SimpleNamespace(global_step=step), None)
+    seconds = round(time.perf_counter() - start)
+    cost = {"tokens": tokens, "seconds": seconds}
+    return measured(model.merge_and_unload().eval(), options) | cost
 
 
 def main() -> None:
     """Run what has not been run yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="+", type=recipe_path)
-    add_options(parser)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    options.work.mkdir(parents=True, exist_ok=True)
-    if options.train_only:
-        for path in filter(recovers, options.recipes):
-            trained(path, options)
-        return
-    curves: dict[str, list[float]] = {}
-    rows: dict[str, dict[str, Any]] = {
-        "original": measured(options.model, options, options.work / "original.json")
-    }
-    for path in options.recipes:
-        for what, found in row(path, options).items():
-            rows[f"{path.stem}, {what}"] = found
-        if recovers(path):
-            curves[path.stem] = curve(trained(path, options))
-    peer = options.work / f"tptt-{options.tokens}.json"
-    if peer.is_file():
-        rows["TPTT, recovered"] = json.loads(peer.read_text(encoding="utf-8"))
-    labels = list(dict.fromkeys(label for found in rows.values() for label in found))
-    print("| | " + " | ".join(labels) + " |")
-    print("| --- |" + " ---: |" * len(labels))
-    for name, found in rows.items():
-        cells = [found.get(label, "") for label in labels]
-        print(f"| {name} | " + " | ".join(_cell(value) for value in cells) + " |")
-    for name, losses in curves.items():
-        print(f"{name}, loss by eighths of the run: " + ", ".join(map(_cell, losses)))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if value else ""
+    options = parse_options(
+        __doc__, "recipes", model=MODEL, data=DATA, tokens="500k", work=Path("out/recovery"),
+        beside=BESIDE, alone=ALONE, batch=0, length=1024, threads=2,
+    )  # fmt: skip
+    options.tokens = token_count(options.tokens)
+    file = options.work / "original.json"
+    found = {"original": kept(file, lambda: measured(options.model, options))}
+    for name in options.recipes:
+        if name == "tptt":
+            file = options.work / f"tptt-{options.tokens}.json"
+            found["tptt, recovered"] = kept(file, lambda: tptt(options))
+        else:
+            path = recipe_path(name)
+            found |= {f"{path.stem}, {k}": row for k, row in results(path, options).items()}
+    titles = dict.fromkeys(title for row in found.values() for title in row)
+    forms = {"tokens": "{:,}", "seconds": "{:,}", "losses": "{}"}
+    table = Table(options, {"": "{}"} | {title: forms.get(title, "{:.4g}") for title in titles})
+    for case in table.missing({"": name} for name in found):
+        table.add(case | found[case[""]])
 
 
 if __name__ == "__main__":

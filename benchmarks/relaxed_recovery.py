@@ -5,176 +5,111 @@ the least squares, trip by trip, that the `align` stage begins with, with its st
 with neither. Beside each stands the original without some of its layers, as many as make it the
 same size: those whose output is nearest to their input (block influence, Men et al., 2024, arXiv
 2403.03853), and then distilled on the same tokens. Measured on text of another domain than was
-trained on.
+trained on; perplexities are times the original's. Models and results are kept in `--work`.
 
     python -m benchmarks.relaxed_recovery [--blocks 15,10] [--ranks 32,64,128] [--tokens 16384]
-        [--sides fit,align,distil,drop] [--threads N] [--work out/relaxed]
-
-Results are kept in `--work`: a run that was stopped goes on, and the table has all that is there.
+        [--sides fit,align,distil,drop] [--work out/relaxed] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import reroll
-from benchmarks.least_squares import MEASURED, rows
+from benchmarks.harness import MODEL, Row, Table, kept, original, parse_options, progress
+from benchmarks.least_squares import rows
 from benchmarks.recovery import DATA
 from reroll.cli.recovering import token_count
 from reroll.recover import recover
-from reroll.recover.hooks import removing_hooks
+from reroll.recover.hooks import record_trips
 from reroll.recover.measure import held_out
-from reroll.recover.recipe import Recipe, parse
+from reroll.recover.recipe import parse
 
 START = {"start_tokens": 8192, "start_free": True, "train": "new"}
-STAGES: dict[str, list[dict[str, Any]]] = {
-    "fit": [{"align": {**START, "share": 0}}, {"distil": {"lr": 3e-4}}],
-    "align": [
-        {"align": {**START, "share": 0.4, "lr": 1e-3}},
-        {"distil": {"share": 0.6, "lr": 3e-4}},
-    ],
-    "distil": [{"distil": {"lr": 3e-4}}],
-    "drop": [{"distil": {"lr": 3e-4}}],
+DISTIL = {"lr": 3e-4}
+SIDES: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "fit": ("fitted, distilled", [{"align": {**START, "share": 0}}, {"distil": DISTIL}]),
+    "align": (
+        "fitted, aligned, distilled",
+        [{"align": {**START, "share": 0.4, "lr": 1e-3}}, {"distil": {**DISTIL, "share": 0.6}}],
+    ),
+    "distil": ("distilled", [{"distil": DISTIL}]),
+    "drop": ("layers dropped, distilled", [{"distil": DISTIL}]),
 }
-NAMES = {
-    "fit": "fitted, distilled",
-    "align": "fitted, aligned, distilled",
-    "distil": "distilled",
-    "drop": "layers dropped, distilled",
-}
+SETTINGS = {"length": 512, "batch": 2, "precision": "bf16", "held_rows": 8}
+COLUMNS = {
+    "": "{}", "M parameters": "{:.1f}", "before": "{:,.4g}", "after": "{:,.4g}", "KL": "{:.3g}",
+    "top-1": "{:.1%}", "own domains, before": "{:,.4g}", "own, after": "{:,.4g}",
+    "minutes": "{:.0f}",
+}  # fmt: skip
 
 
-def recipe(side: str) -> Recipe:
-    """How one side is trained."""
-    shared = {"length": 512, "batch": 2, "precision": "bf16", "held_rows": 8}
-    return parse({"recover": {**shared, "stages": STAGES[side]}})
-
-
-def influences(model: Any, ids: torch.Tensor) -> list[float]:
-    """1 - the mean cosine of what each layer takes and gives, over text."""
-    found: list[float] = []
-
-    def note(_layer: Any, taken: tuple[torch.Tensor, ...], given: torch.Tensor) -> None:
-        found.append(1 - torch.cosine_similarity(taken[0], given, -1).mean().item())
-
-    with (
-        torch.no_grad(),
-        removing_hooks([n.register_forward_hook(note) for n in model.model.layers]),
-    ):
-        model(input_ids=ids)
-    return found
-
-
-def cut(path: str, parameters: int, out: Path) -> str:
+def cut(path: str, teacher: Any, parameters: int, out: Path) -> str:
     """The original without its least influential layers, of at most so many parameters."""
     if not out.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        found = influences(model, rows(tokenizer, "pydocs.train.txt", MEASURED, 1000).data)
+        with torch.no_grad(), record_trips(teacher.trip_modules()) as seen:
+            teacher(input_ids=rows(path, "pydocs.train.txt", skip=1000).data)
+        likeness = [torch.cosine_similarity(x, y, -1).mean().item() for x, y in seen]
+        model = original(path)
         layers = model.model.layers
         each = sum(p.numel() for p in layers[0].parameters())
         rest = sum(p.numel() for p in model.parameters()) - each * len(layers)
         count = min((parameters - rest) // each, len(layers))
-        kept = sorted(sorted(range(len(layers)), key=lambda n: -found[n])[:count])
-        model.model.layers = torch.nn.ModuleList(layers[n] for n in kept)
+        stay = sorted(sorted(range(len(layers)), key=likeness.__getitem__)[:count])
+        model.model.layers = torch.nn.ModuleList(layers[n] for n in stay)
         model.config.num_hidden_layers = count
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = [model.config.layer_types[n] for n in kept]
-        for number, layer in enumerate(model.model.layers):
-            layer.self_attn.layer_idx = number
         model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        AutoTokenizer.from_pretrained(path).save_pretrained(out)
     return str(out)
 
 
-def case(options: argparse.Namespace, side: str, blocks: int, rank: int) -> dict[str, Any]:
+def recovered(options: Any, side: str, blocks: int, rank: int, out: Path) -> Row:
     """One model, measured before and after its training."""
-    file: Path = options.work / f"{side}-{blocks}-{rank}-{options.tokens}.json"
-    if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    original = reroll.capture(options.model, dtype=torch.float32)
+    whole = reroll.capture(MODEL, dtype=torch.float32)
+    teacher = whole.to_module().eval()
     passes = f"tie(blocks={blocks}, init=average), relax(rank={rank})"
-    student = reroll.run_passes(original, passes, measure=False)
+    student = reroll.run_passes(whole, passes, measure=False)
     if side == "drop":
-        dropped = options.work / f"cut-{student.parameters()}"
-        path = cut(options.model, student.parameters(), dropped)
+        size = student.parameters()
+        path = cut(MODEL, teacher, size, options.work / f"cut-{size}")
         student = reroll.capture(path, dtype=torch.float32)
-    teacher = original.to_module().eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    wiki = rows(tokenizer, "wiki.val.txt", MEASURED)
+    wiki = rows(MODEL, "wiki.val.txt")
     before = held_out(student.to_module(), teacher, wiki)
-
-    def show(step: Any) -> None:
-        if step["steps"] % 4 == 0:
-            left = step["seconds_left"] / 60
-            print(f"  {file.stem}: {step['smooth']:.4g}, {left:.0f} minutes left", flush=True)
-
-    out = file.with_suffix("")
     report = recover(
-        student, out, data=DATA, recipe=recipe(side), tokens=options.tokens, teacher=original,
-        overwrite=True, on_step=show,
+        student, out, data=options.data, tokens=options.tokens, teacher=whole, overwrite=True,
+        recipe=parse({"recover": {**SETTINGS, "stages": SIDES[side][1]}}),
+        on_step=progress(out.name),
     )  # fmt: skip
     after = held_out(reroll.load(out).to_module(), teacher, wiki)
-    found = {
-        "parameters": student.parameters(),
-        "before": before,
-        "after": after,
-        "own": report.measures,
-        "tokens": report.tokens,
-        "seconds": report.seconds,
-    }
-    file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return found
-
-
-def line(name: str, found: dict[str, Any]) -> str:
-    """A row of the table."""
-    before, after = found["before"], found["after"]
-    first, last = found["own"][0], found["own"][-1]
-    own = [f"{m['perplexity'] / m['original_perplexity']:,.4g}" for m in (first, last)]
-    whole = after["original_perplexity"]
-    cells = [
-        f"{found['parameters'] / 1e6:.1f}",
-        f"{before['perplexity'] / whole:,.4g}",
-        f"{after['perplexity'] / whole:,.4g}",
-        f"{after['kl']:.3g}",
-        f"{after['top1_agreement']:.1%}",
-        *own,
-        f"{found['seconds'] / 60:.0f}",
-    ]
-    return f"| {name} | " + " | ".join(cells) + " |"
+    ratios = [m["perplexity"] / m["original_perplexity"] for m in (before, after, *report.measures)]
+    return {
+        "M parameters": student.parameters() / 1e6, "before": ratios[0], "after": ratios[1],
+        "KL": after["kl"], "top-1": after["top1_agreement"], "own domains, before": ratios[2],
+        "own, after": ratios[-1], "minutes": report.seconds / 60, "own": report.measures,
+    }  # fmt: skip
 
 
 def main() -> None:
     """Run what has not been run yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--blocks", default="15,10")
-    parser.add_argument("--ranks", default="32,64,128")
-    parser.add_argument("--sides", default=",".join(STAGES))
-    parser.add_argument("--tokens", default="16384", type=token_count)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("out/relaxed"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse_options(
+        __doc__, blocks=(15, 10), ranks=(32, 64, 128), sides=tuple(SIDES), tokens="16384",
+        data=DATA, work=Path("out/relaxed"),
+    )  # fmt: skip
+    options.tokens = token_count(options.tokens)
     options.work.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for blocks in map(int, options.blocks.split(",")):
-        for rank in map(int, options.ranks.split(",")):
-            for side in options.sides.split(","):
-                found = case(options, side, blocks, rank)
-                size = f"{blocks} blocks, rank {rank}"
-                lines.append(line(f"{size}: {NAMES[side]}", found))
-    print("perplexities are times the original's")
-    print("| | M parameters | wiki, before | after | KL | top-1 | own, before | after | minutes |")
-    print("| --- |" + " ---: |" * 8)
-    print("\n".join(lines))
+    table = Table(options, COLUMNS)
+    for blocks, rank, side in product(options.blocks, options.ranks, options.sides):
+        name = f"{blocks} blocks, rank {rank}: {SIDES[side][0]}"
+        out = options.work / f"{side}-{blocks}-{rank}-{options.tokens}"
+        for case in table.missing([{"": name}]):
+            file = out.with_name(f"{out.name}.json")
+            table.add(case | kept(file, partial(recovered, options, side, blocks, rank, out)))
 
 
 if __name__ == "__main__":

@@ -7,23 +7,21 @@ one that can rotate does all (Grazzi et al., 2024, arXiv 2411.12537; Siems et al
 2502.10297). Each mixer is trained on short sequences and scored, on the last quarter of them, on
 longer ones.
 
-    python -m benchmarks.state_tracking [--steps N] [--tasks parity,swaps] [--json FILE]
+    python -m benchmarks.state_tracking [--steps 800] [--tasks parity,swaps] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness import Row, Table, parse_options
 from reroll.mixers import Mixer, make
 
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,30 +31,31 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deltanet, beta to 2": ("deltanet", {"negative": True}),
     "deltaproduct, beta to 2": ("deltaproduct", {}),
 }
+ORDERS = torch.tensor(list(permutations(range(3))))
+# the tokens of a task: bits, the orders that swap two of three items, or all orders
+TASKS = {"parity": (0, 1), "swaps": (1, 2, 5), "permutations": tuple(range(6))}
 HEADS, SIZE, WIDTH = 4, 8, 32
-ORDERS = list(permutations(range(3)))
+LENGTH = 31
+
+
+def classes(task: str) -> int:
+    """How many answers a task has."""
+    return 2 if task == "parity" else len(ORDERS)
 
 
 def batch(task: str, rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens [rows, length + 1], the first of which says that a sequence begins, and answers."""
+    allowed = torch.tensor(TASKS[task])
+    tokens = allowed[torch.randint(len(allowed), (rows, length), generator=generator)]
+    begin = torch.full((rows, 1), classes(task))
     if task == "parity":
-        tokens = torch.randint(2, (rows, length), generator=generator)
-        answers, begin = tokens.cumsum(1) % 2, 2
-    else:
-        # token i applies ORDERS[i]; the odd ones among them are swaps
-        odd = [i for i, p in enumerate(ORDERS) if sum(p[j] == j for j in range(3)) == 1]
-        allowed = torch.tensor(odd if task == "swaps" else range(6))
-        tokens = allowed[torch.randint(len(allowed), (rows, length), generator=generator)]
-        after = {p: i for i, p in enumerate(ORDERS)}
-        table = torch.tensor(
-            [[after[tuple(p[j] for j in step)] for step in ORDERS] for p in ORDERS]
-        )
-        state, found = torch.zeros(rows, dtype=torch.long), []
-        for t in range(length):
-            state = table[state, tokens[:, t]]
-            found.append(state)
-        answers, begin = torch.stack(found, 1), 6
-    return torch.cat([torch.full((rows, 1), begin), tokens], 1), answers
+        return torch.cat([begin, tokens], 1), tokens.cumsum(1) % 2
+    state, states = ORDERS[0].expand(rows, 3), []
+    for token in tokens.T:
+        state = state.gather(1, ORDERS[token])
+        states.append(state)
+    same = (torch.stack(states, 1)[:, :, None] == ORDERS).all(-1)
+    return torch.cat([begin, tokens], 1), same.long().argmax(-1)
 
 
 class Layer(nn.Module):
@@ -64,8 +63,7 @@ class Layer(nn.Module):
 
     def __init__(self, mixer: Mixer, classes: int) -> None:
         super().__init__()
-        self.mixer = mixer
-        self.gates = mixer.gates(SIZE, SIZE)
+        self.mixer, self.gates = mixer, mixer.gates(SIZE, SIZE)
         self.embed = nn.Embedding(7, WIDTH)
         self.qkv = nn.Linear(WIDTH, 3 * HEADS * SIZE)
         self.raw = nn.ModuleList()
@@ -92,18 +90,18 @@ class Layer(nn.Module):
         return answers
 
 
-def train(task: str, name: str, steps: int, length: int, seed: int) -> dict[str, float]:
+def train(task: str, name: str, steps: int) -> Row:
     """The share of right answers at the length of training and at four times that."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     mixer, options = MIXERS[name]
-    model = Layer(make(mixer, {"chunk_size": 32, **options}), 2 if task == "parity" else 6)
+    model = Layer(make(mixer, {"chunk_size": 32, **options}), classes(task))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     start = time.thread_time()
     for step in range(steps):
         # short sequences first
-        now = min(length, 4 + length * 2 * step // steps)
+        now = min(LENGTH, 4 + LENGTH * 2 * step // steps)
         tokens, answers = batch(task, 64, now, generator)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), answers.flatten())
         optimizer.zero_grad()
@@ -111,38 +109,23 @@ def train(task: str, name: str, steps: int, length: int, seed: int) -> dict[str,
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    scores = {"seconds": time.thread_time() - start}
-    for each in (length, 4 * length):
-        tokens, answers = batch(task, 256, each, generator)
+    found = {"seconds": time.thread_time() - start}
+    for length in (LENGTH, 4 * LENGTH):
+        tokens, answers = batch(task, 256, length, generator)
         with torch.no_grad():
             right = model(tokens).argmax(-1) == answers
-        scores[f"at {each}"] = right[:, -each // 4 :].float().mean().item()
-    return scores
+        found[f"at {length}"] = right[:, -length // 4 :].float().mean().item()
+    return found
 
 
 def main() -> None:
-    """Print one row for each mixer and task."""
-    parser = argparse.ArgumentParser(description="what a state can follow")
-    parser.add_argument("--tasks", default="parity,swaps,permutations")
-    parser.add_argument("--mixers", default=";".join(MIXERS))
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--length", type=int, default=31)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = []
-    for task in args.tasks.split(","):
-        for name in args.mixers.split(";"):
-            for seed in range(args.seeds):
-                row = {"task": task, "mixer": name, "seed": seed}
-                row |= train(task, name, args.steps, args.length, seed)
-                shown = "  ".join(f"{k} {v:.2f}" for k, v in row.items() if k.startswith("at"))
-                print(f"{task:13s} {name:24s} {shown}  ({row['seconds']:.0f} s)", flush=True)
-                rows.append(row)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    """Add one row for each task and mixer."""
+    options = parse_options(__doc__, tasks=tuple(TASKS), steps=800)
+    scores = {f"at {length}": "{:.2f}" for length in (LENGTH, 4 * LENGTH)}
+    table = Table(options, {"task": "{}", "mixer": "{}", **scores, "seconds": "{:.0f}"})
+    cases = [{"task": task, "mixer": name} for task in options.tasks for name in MIXERS]
+    for case in table.missing(cases):
+        table.add(case | train(case["task"], case["mixer"], options.steps))
 
 
 if __name__ == "__main__":
