@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import torch
+from onnx import helper, numpy_helper
 
 from benchmarks.harness import Table, in_turns, medians, parse_options
+from reroll.export.onnx.emit.artifact import CONTRIB
 from reroll.export.onnx.emit.session import Session
+from reroll.export.onnx.graph import Graph
 
 PAIRS = 60
 SIZES = ((576, 1536), (1536, 576))
@@ -47,28 +50,24 @@ def matrix(precision: str, k: int, n: int, random: np.random.Generator) -> list[
 def products(precision: str, distinct: int) -> tuple[onnx.ModelProto, int]:
     """A graph of `PAIRS` pairs of products through so many distinct ones, and their bytes."""
     random = np.random.default_rng(0)
-    weights: list[list[TensorProto]] = []
-    nodes = []
+    graph = Graph()
+    weights = []
+    for number in range(2 * distinct):
+        parts = enumerate(matrix(precision, *SIZES[number % 2], random))
+        arrays = [numpy_helper.from_array(part, f"w{number}.{i}") for i, part in parts]
+        weights.append([graph.stored(a.name, a, torch.float32) for a in arrays])
+    x = graph.input("x", torch.float32, (1, SIZES[0][0]))
     for number in range(2 * PAIRS):
         k, n = SIZES[number % 2]
-        if number < 2 * distinct:
-            parts = enumerate(matrix(precision, k, n, random))
-            weights.append([numpy_helper.from_array(p, f"w{number}.{i}") for i, p in parts])
         kind, how = "MatMul", dict[str, Any]()
         if precision == "int8":
-            kind, how = "MatMulNBits", {"domain": "com.microsoft", "K": k, "N": n, "bits": 8}
+            kind, how = "MatMulNBits", {"domain": CONTRIB, "K": k, "N": n, "bits": 8}
             how |= {"block_size": BLOCK, "accuracy_level": 4}
-        inputs = [f"x{number}", *(w.name for w in weights[number % (2 * distinct)])]
-        nodes.append(helper.make_node(kind, inputs, [f"x{number + 1}"], **how))
-    x, y = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, SIZES[0][0]])
-        for name in ("x0", f"x{2 * PAIRS}")
-    )
-    every = [part for parts in weights for part in parts]
-    graph = helper.make_graph(nodes, "products", [x], [y], every)
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-    size = sum(len(w.raw_data) for w in every)
-    return helper.make_model(graph, opset_imports=opsets, ir_version=11), size
+        x = graph.op(kind, x, *weights[number % (2 * distinct)], **how)
+    graph.output(x, "y", (1, SIZES[0][0]))
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(CONTRIB, 1)]
+    made = helper.make_model(graph.finish("products"), opset_imports=opsets, ir_version=11)
+    return made, sum(len(w.raw_data) for w in graph.initializers.values())
 
 
 def main() -> None:
@@ -76,7 +75,7 @@ def main() -> None:
     options = parse_options(__doc__, precisions=("fp32", "int8"), rounds=12)
     table = Table(options, COLUMNS)
     clock = time.process_time if options.threads == 1 else time.perf_counter
-    x = {"x0": np.random.default_rng(1).standard_normal((1, SIZES[0][0]), dtype=np.float32)}
+    x = {"x": np.random.default_rng(1).standard_normal((1, SIZES[0][0]), dtype=np.float32)}
     for case in table.missing({"precision": p} for p in options.precisions):
         sides, sizes = {}, {}
         for distinct in DISTINCT[case["precision"]]:
