@@ -11,15 +11,12 @@ prompt.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import gguf
 
+from benchmarks.harness import parse_options
 
-def write(
-    source: Path, out: Path, kind: gguf.GGMLQuantizationType | None, context: int | None
-) -> None:
+
+def write(source: str, out: str, kind: str, context: int) -> None:
     """Write every tensor of `source` to `out`, matrices as `kind`."""
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
@@ -29,17 +26,15 @@ def write(
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
         inner = field.types[1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
-        value = field.contents()
-        if context and name == f"{architecture}.context_length":
-            value = context
-        writer.add_key_value(name, value, field.types[0], inner)
+        longest = context and name == f"{architecture}.context_length"
+        writer.add_key_value(name, context if longest else field.contents(), field.types[0], inner)
     for tensor in reader.tensors:
-        if kind is None:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-            continue
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        into = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(tensor.name, gguf.quantize(values, into), raw_dtype=into)
+        data, into = tensor.data, tensor.tensor_type
+        if kind:
+            values = gguf.dequantize(data, into)
+            into = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+            data = gguf.quantize(values, into)
+        writer.add_tensor(tensor.name, data, raw_dtype=into)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -47,15 +42,10 @@ def write(
 
 
 def main() -> None:
-    """Read the command line and write the file."""
-    parser = argparse.ArgumentParser(description="a GGUF file's weights in another precision")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--type", choices=("F32", "F16", "Q8_0"))
-    parser.add_argument("--context", type=int, help="the longest context that the file allows")
-    options = parser.parse_args()
-    kind = gguf.GGMLQuantizationType[options.type] if options.type else None
-    write(options.source, options.out, kind, options.context)
+    """Write the file."""
+    options = parse_options(__doc__, "files", type="", context=0)
+    source, out = options.files
+    write(source, out, options.type, options.context)
 
 
 if __name__ == "__main__":

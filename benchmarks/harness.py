@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ def parse_options(doc: str | None, *positional: str, **defaults: Any) -> argpars
     """Parse the command line: an option for each default, of its type; set the threads.
 
     A tuple takes values of its first item's type with commas between them, False is a flag, a type
-    in the place of a default is an option without one, and positional names take several words.
+    in the place of a default is an option without one, and positional names take several words;
+    those that end in an asterisk may take none.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name in positional:
-        parser.add_argument(name, nargs="+")
+        parser.add_argument(name.rstrip("*"), nargs="*" if name.endswith("*") else "+")
     for name, default in ({"threads": 1, "json": Path} | defaults).items():
         option = f"--{name.replace('_', '-')}"
         if default is False:
@@ -184,7 +186,10 @@ def best(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def run_process(words: Sequence[object], threads: int = 1, **environment: str) -> Row:
-    """Run a command to its end: its output, seconds, and peak resident memory in MB."""
+    """Run a command to its end: its output, seconds, and peak resident memory in MB.
+
+    Seconds are those of the clock, and of the processor.
+    """
     variables = dict(os.environ, OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1") | environment
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -200,7 +205,12 @@ def run_process(words: Sequence[object], threads: int = 1, **environment: str) -
     if status:
         raise SystemExit(f"{' '.join(map(str, words))} failed:\n{output[-2000:]}")
     seconds = time.perf_counter() - start
-    return {"output": output, "seconds": seconds, "peak MB": usage.ru_maxrss * 1024 / 1e6}
+    return {
+        "output": output,
+        "seconds": seconds,
+        "processor seconds": usage.ru_utime + usage.ru_stime,
+        "peak MB": usage.ru_maxrss * 1024 / 1e6,
+    }
 
 
 def original(model: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> Any:
@@ -231,3 +241,13 @@ def progress(name: str) -> Callable[[Mapping[str, Any]], None]:
             print(f"  {name}: {step['stage']} loss {step['smooth']:.4g}, {left}", file=sys.stderr)
 
     return tell
+
+
+def module_of(file: Path) -> Any:
+    """The module in a Python file outside of packages, such as a bundle's `model.py`."""
+    spec = spec_from_file_location(file.stem, file)
+    assert spec
+    assert spec.loader
+    module = sys.modules[file.stem] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -9,19 +9,18 @@ that only look at memory in another way are not counted. Nothing is timed.
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
-from triton.runtime import interpreter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
 
 import reroll
+from benchmarks.harness import Row, Table, module_of, parse_options
 from reroll.export.triton import Triton
+from tests import tiny
 
 LAYERS = 4
 VIEWS = {
@@ -34,6 +33,8 @@ PASSES = {
     "linearized": "linearize(mixer=retention, window=16, sinks=4)",
     "tied, relaxed": "tie(blocks=2, init=average), relax(rank=8)",
 }
+COLUMNS = {"program": "{}", "launches by PyTorch's operations": "{:d}", "with kernels": "{:d}"}
+COLUMNS |= {"for each layer": "{}"}
 
 
 class Counter(TorchDispatchMode):
@@ -42,73 +43,51 @@ class Counter(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        self.count += name not in VIEWS
+        self.count += func.__name__.split(".")[0] not in VIEWS
         return func(*args, **(kwargs or {}))
 
 
-def model() -> Any:
-    """Four layers with shared keys and values."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).bfloat16().eval()
-
-
 def launches(bundle: Any) -> int:
-    """Of one decoding step of two rows."""
-    own = 0
-    launch = interpreter.GridExecutor.__call__
+    """Launches of one decoding step of two rows."""
+    counter = Counter()  # type: ignore[no-untyped-call]
+    run = GridExecutor.__call__
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal own
-        own += 1
-        # what the interpreter does inside is none of ours
-        with torch.utils._python_dispatch._disable_current_modes():
-            return launch(self, *args, **kwargs)
+    def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        counter.count += 1
+        # what the interpreter does inside is not counted
+        with _disable_current_modes():
+            return run(executor, *args, **kwargs)
 
     bundle.prefill([[1, 2, 3]] * 2)
-    interpreter.GridExecutor.__call__ = counted
-    try:
-        counter = Counter()  # type: ignore[no-untyped-call]
-        with counter:
-            bundle.decode([4, 5])
-    finally:
-        interpreter.GridExecutor.__call__ = launch
-    return own + counter.count
+    with patch.object(GridExecutor, "__call__", launch), counter:
+        bundle.decode([4, 5])
+    return counter.count
 
 
-def by_torch(loaded: Any) -> None:
-    """Put PyTorch's operations in the place of the kernels."""
-    loaded.ROWS = 0
-    loaded.norm, loaded.turned, loaded.gated = loaded.rms_norm, loaded.rope, loaded.glu
+def counted(passes: str) -> Row:
+    """Launches of a bundle of the model after these passes."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
+    program = reroll.capture(tiny.llama(LAYERS, vocab_size=64, **sizes).bfloat16())
+    with tempfile.TemporaryDirectory() as folder:
+        Triton(arch=("sm_90",)).write(
+            reroll.run_passes(program, passes, measure=False), Path(folder)
+        )
+        module = module_of(Path(folder) / "model.py")
+        bundle = module.Model(folder)
+        ours = launches(bundle)
+        # PyTorch's operations in the place of the kernels
+        module.ROWS = 0
+        module.norm, module.turned, module.gated = module.rms_norm, module.rope, module.glu
+        theirs = launches(bundle)
+    each = f"{theirs / LAYERS:.1f}, {ours / LAYERS:.1f}"
+    return dict(zip(list(COLUMNS)[1:], (theirs, ours, each), strict=True))
 
 
 def main() -> None:
-    """Print the table."""
-    print(
-        "| program | launches of a step by PyTorch's operations | with kernels | for each layer |"
-    )
-    print("| --- | ---: | ---: | --- |")
-    for name, passes in PASSES.items():
-        program = reroll.capture(model())
-        if passes:
-            program = reroll.run_passes(program, passes, measure=False)
-        with tempfile.TemporaryDirectory() as folder:
-            Triton(arch=("sm_90",)).write(program, Path(folder))
-            spec = spec_from_file_location("bundle", Path(folder) / "model.py")
-            assert spec is not None
-            assert spec.loader is not None
-            loaded = module_from_spec(spec)
-            sys.modules["bundle"] = loaded
-            spec.loader.exec_module(loaded)
-            bundle = loaded.Model(folder)
-            ours = launches(bundle)
-            by_torch(loaded)
-            theirs = launches(bundle)
-        print(f"| {name} | {theirs} | {ours} | {theirs / LAYERS:.1f}, {ours / LAYERS:.1f} |")
+    """Print a row for each program."""
+    table = Table(parse_options(__doc__), COLUMNS)
+    for case in table.missing({"program": name} for name in PASSES):
+        table.add(case | counted(PASSES[case["program"]]))
 
 
 if __name__ == "__main__":

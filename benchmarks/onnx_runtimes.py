@@ -11,16 +11,17 @@ Each runs a prompt of 24 tokens and 8 more, in a batch of two that is padded on 
 
 from __future__ import annotations
 
-import argparse
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import AutoConfig
 
-import reroll
-from reroll.export.onnx import Kind, Onnx
-from reroll.writing import new_directory
+from benchmarks.harness import MODEL, Table, parse_options, run_process
+from benchmarks.onnx_speed import export
+from reroll.rewrite.analysis.tolerances import relative_rms
 
 TIED = "tie(blocks=10), relax(rank=16)"
 PASSES = {
@@ -34,6 +35,8 @@ PASSES = {
     "gsa": "linearize(mixer=gsa, window=0, sinks=0)",
     "mlstm": "linearize(mixer=mlstm, window=16, sinks=4, gain=0.5)",
 }
+COLUMNS = {"model": "{}", "graph": "{}", "versions": "{}", "relative RMS": "{:.1e}"}
+COLUMNS |= {"ms of a step": "{:.0f}", "of the other": "{:.0f}"}
 
 # what runs in both environments: it may import nothing else
 DRIVER = """
@@ -69,46 +72,32 @@ np.savez(out, logits=np.concatenate(logits, 1)[seen > 0], version=ort.__version_
 """
 
 
-def compared(path: Path, pythons: list[str], threads: int) -> tuple[float, list[str], list[float]]:
-    """Relative RMS between two environments, their versions, and seconds of the last step."""
-    found = []
-    for number, python in enumerate(pythons):
-        out = path.with_name(f"logits{number}.npz")
-        words = [python, "-c", DRIVER, str(path), str(out), str(threads), "49152"]
-        subprocess.run(words, check=True)
-        found.append(np.load(out))
-    a, b = (f["logits"].astype(np.float64) for f in found)
-    error = float(np.sqrt(((a - b) ** 2).mean() / (b**2).mean()))
-    return error, [str(f["version"]) for f in found], [float(f["seconds"]) for f in found]
-
-
 def main() -> None:
-    """Export what is not there yet, and print one line per graph."""
-    parser = argparse.ArgumentParser(description="two versions of ONNX Runtime on the same graphs")
-    parser.add_argument("--model", default="models/smollm2-135m-instruct")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--other", required=True, help="Python of the other environment")
-    parser.add_argument("--only", default=",".join(PASSES))
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    for name in options.only.split(","):
-        out = options.work / name.replace(" ", "-")
-        # a Loop that gathers all weights of the original is slow, and is the same graph otherwise
-        graphs: tuple[Kind, ...] = ("loop", "unrolled") if "tie" in PASSES[name] else ("unrolled",)
-        if not out.exists():
-            program = reroll.capture(options.model, dtype="float32")
-            program = reroll.run_passes(program, PASSES[name], measure=False)
-            with new_directory(out) as directory:
-                Onnx(graphs=graphs).write(program, directory)
-        for graph in graphs:
-            pythons = [sys.executable, options.other]
-            error, versions, seconds = compared(out / f"{graph}.onnx", pythons, options.threads)
-            print(
-                f"{name:24s} {graph:9s} {versions[0]} and {versions[1]}: relative RMS {error:.1e}; "
-                f"a step {1e3 * seconds[0]:.0f} and {1e3 * seconds[1]:.0f} ms",
-                flush=True,
-            )
+    """Print a row for each graph."""
+    options = parse_options(
+        __doc__, model=MODEL, work=Path("build/onnx"), other="OLD/bin/python", only=tuple(PASSES)
+    )
+    table = Table(options, COLUMNS)
+    words = AutoConfig.from_pretrained(options.model).vocab_size
+    kinds = {
+        name: ("unrolled", "loop") if "tie" in PASSES[name] else ("unrolled",) for name in PASSES
+    }
+    cases = ({"model": name, "graph": kind} for name in options.only for kind in kinds[name])
+    for case in table.missing(cases):
+        name, kind = case.values()
+        out = export(options.model, PASSES[name], options.work / name, graphs=kinds[name])
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            for python in (sys.executable, options.other):
+                file, graph = f"{folder}/logits.npz", out / f"{kind}.onnx"
+                run_process([python, "-c", DRIVER, graph, file, options.threads, words])
+                with np.load(file) as saved:
+                    found.append(dict(saved))
+        ours, theirs = (1e3 * float(side["seconds"]) for side in found)
+        versions = " and ".join(str(side["version"]) for side in found)
+        error = relative_rms(*(torch.from_numpy(side["logits"]) for side in found))
+        row = {"versions": versions, "relative RMS": error}
+        table.add(case | row | {"ms of a step": ours, "of the other": theirs})
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from benchmarks.recover_speed import plain_loop, with_adapters
 from reroll.cli.recovering import token_count
 from reroll.evaluate.suite import choose, evaluate
 from reroll.evaluate.tokenizing import plain_ids, special_ids
+from reroll.recover import Recipe, load_recipe, recover
 from reroll.recover.data import make_corpus, take
 from reroll.rewrite.pipeline.pipeline import read_yaml, recipe_path
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import coverage_table
+from benchmarks import coverage_table, killed
 from benchmarks.harness import header, line
 
 PAGES = Path("docs/results")
@@ -25,7 +25,7 @@ TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DO
 DERIVED: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     f"coverage-causal-{part}": ("coverage", table)
     for part, table in coverage_table.tables("causal").items()
-}
+} | {"core-killed": ("killed", killed.summary)}
 
 
 def rendered(name: str, folder: Path = PAGES / "data") -> str:
