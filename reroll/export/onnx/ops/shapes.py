@@ -14,7 +14,7 @@ from reroll.export.onnx.graph import TARGET, Value
 from reroll.export.onnx.ops import heads
 from reroll.export.onnx.ops.arguments import Parameter, repeated, shape_of
 from reroll.export.onnx.ops.complex_numbers import by_parts
-from reroll.export.onnx.plan.reading import EXCHANGES, exchanged
+from reroll.export.onnx.plan.reading import CONCATENATIONS, EXCHANGES, exchanged
 from reroll.rewrite.ir.lowerings import lowering, op_name
 from reroll.rewrite.ir.matching import shape
 
@@ -258,7 +258,7 @@ def pad(
     return constant_pad(g, node, x, sizes, value)
 
 
-@lowering(TARGET, "aten::cat.default", "aten::concat.default", "aten::concatenate.default")
+@lowering(TARGET, *CONCATENATIONS)
 def cat(g: Translator, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> Value:
     """Concatenate tensors."""
     rank, dtype = len(shape(node)), g.dtype(node)

@@ -88,6 +88,8 @@ _UNREAD: dict[str, tuple[Slot, ...]] = {
     },
 }  # fmt: skip
 
+CONCATENATIONS = ("aten::cat.default", "aten::concat.default", "aten::concatenate.default")
+
 _MATRICES: dict[str, Slot] = {"aten::linear.default": 1, "reroll::exit_linear.default": 3}
 
 EXCHANGES = (
@@ -127,7 +129,9 @@ def _forms(
         dtype = settings.dtype if weight.trainable else torch.float32
     op = op_name(node.target) if node.op == "call_function" else ""
     bits = None if by_row else quantise.bits_of(settings, program, ref.name)
-    if slot in _UNREAD.get(op, ()):
+    # torch lets an empty vector be among tensors of any rank
+    is_left_out = op in CONCATENATIONS and meta.shape == (0,) and len(shape(node)) != 1
+    if is_left_out or slot in _UNREAD.get(op, ()):
         return "unread", ()
     if slot == 0 and op in EXCHANGES and exchanged(node) == (-2, -1):
         return "turned", ()
