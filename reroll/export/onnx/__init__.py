@@ -1,8 +1,8 @@
 """The ONNX target: a Program as graphs that stock runtimes run.
 
 graph.py    building ONNX graphs: values, scopes, hoisting, dead code
-plan/       decisions before writing: trips that become one Loop, states as inputs and outputs, the
-            weight file that all graphs share, block-wise integer weights
+plan/       all decisions, before the first node: trips that become one Loop, states as inputs and
+            outputs, weights with their stored forms and places in the file that all graphs share
 ops/        the lowering of each op: ATen's, norms and projections, attention as ONNX Runtime's own
             operator, token mixers, exits
 emit/       translation of a Program's graphs to ONNX nodes, the directory with its description,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ from reroll.export.onnx.emit import check
 from reroll.export.onnx.emit.manifest import write_manifest
 from reroll.export.onnx.emit.step import step_graphs
 from reroll.export.onnx.emit.translate import Translator
+from reroll.export.onnx.emit.weight_file import write_weights
 from reroll.export.onnx.graph import Graph, nodes_of
-from reroll.export.onnx.plan.parameters import Settings
 from reroll.export.onnx.plan.parts import exported_part
-from reroll.export.onnx.plan.weights import WeightFile
+from reroll.export.onnx.plan.record import Plan, make_plan
+from reroll.export.onnx.plan.settings import Settings
 from reroll.export.side_files import copy_side_files
 from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir.dtypes import HALVES, retype
@@ -56,20 +58,20 @@ def write(
     settings = Settings(target.precision, target.opset, target.block, target.runtime)
     # first, so that no side file replaces a file written here
     copy_side_files(program, directory)
-    weights = WeightFile(program)
+    plan = make_plan(program, settings, target.graphs)
+    log.debug("%s", plan)
     files: dict[str, str] = {}
-    for kind in dict.fromkeys(target.graphs):
-        for name, graph in _graphs(program, kind, weights, settings).items():
-            model = _model(graph, name, settings)
-            files[name] = f"{name}.onnx"
-            onnx.save(model, str(directory / files[name]))
-            log.info("%s: %d nodes", files[name], len(model.graph.node))
+    for name, graph in _graphs(plan):
+        model = _model(graph, name, settings)
+        files[name] = f"{name}.onnx"
+        onnx.save(model, str(directory / files[name]))
+        log.info("%s: %d nodes", files[name], len(model.graph.node))
 
     def report(done: int, total: int) -> None:
         if progress is not None:
             progress(done, total, "writing weights")
 
-    weights.write(directory, report)
+    write_weights(plan, directory, report)
     seconds = {"write": time.perf_counter() - start}
     checked = {}
     if target.check:
@@ -77,17 +79,15 @@ def write(
         checked = _checked(settings, program, directory, files, progress)
         seconds["check"] = time.perf_counter() - start
     part = "whole" if program is whole else "encoder"
-    found = write_manifest(directory, program, part, settings, files, weights, checked)
+    found = write_manifest(directory, plan, part, files, checked)
     return {**found, "seconds": seconds}
 
 
-def _graphs(
-    program: Program, kind: str, weights: WeightFile, settings: Settings
-) -> dict[str, Graph]:
-    """Return the graphs of one kind by name; `weights` will write the weights that they read."""
-    if kind == "step":
-        return step_graphs(program, weights, settings)
-    return {kind: Translator(program, weights, settings, rolled=kind == "loop").run()}
+def _graphs(plan: Plan) -> Iterator[tuple[str, Graph]]:
+    """Yield the planned graphs by name."""
+    parts = step_graphs(plan) if "step" in plan.graphs else {}
+    for name, graph in plan.graphs.items():
+        yield name, parts[name] if name in parts else Translator(plan, graph).run()
 
 
 def _model(built: Graph, name: str, settings: Settings) -> onnx.ModelProto:

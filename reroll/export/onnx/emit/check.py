@@ -20,8 +20,8 @@ from reroll.errors import ExportError
 from reroll.export.onnx.emit.choices import Choices
 from reroll.export.onnx.emit.session import Session
 from reroll.export.onnx.graph import nodes_of
-from reroll.export.onnx.plan.parameters import Settings
 from reroll.export.onnx.plan.quantise import bits_of, dequantised
+from reroll.export.onnx.plan.settings import Settings
 from reroll.rewrite.analysis.distance import Distance
 from reroll.rewrite.analysis.samples import (
     default_tokenizer,

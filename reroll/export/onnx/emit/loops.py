@@ -8,9 +8,9 @@ import torch
 from onnx import helper
 
 from reroll.export.onnx.graph import Graph, Value
-from reroll.export.onnx.plan.parameters import Trip, Varying
-from reroll.export.onnx.plan.segments import Segment, rolled, unrolled
-from reroll.rewrite.ir.program import Loop
+from reroll.export.onnx.ops.arguments import Trip, Varying
+from reroll.export.onnx.ops.exits import run_skipping
+from reroll.export.onnx.plan.segments import LoopPlan, Segment
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
@@ -19,32 +19,38 @@ BOOL, INT = torch.bool, torch.int64
 
 
 def emit_loop(
-    g: Translator, loop: Loop, carry: tuple[Any, ...], inputs: tuple[Any, ...]
+    g: Translator, plan: LoopPlan, carry: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """Emit all trips of a depth loop, and return its last carry."""
     carry = tuple(g.tensor(value) for value in carry)
-    for segment in rolled(g.program, loop) if g.rolled else unrolled(loop):
+    for segment in plan.segments:
         if segment.rounds == 1:
             for position in range(segment.period):
-                carry = run_trip(g, loop, Trip(segment.trips(position)), carry, inputs)
+                carry = run_trip(g, Trip(plan, segment.trips(position)), carry, inputs)
         else:
-            carry = _loop(g, loop, segment, carry, inputs)
+            carry = _loop(g, plan, segment, carry, inputs)
     return carry
 
 
 def run_trip(
-    g: Translator, loop: Loop, trip: Trip, carry: tuple[Any, ...], inputs: tuple[Any, ...]
+    g: Translator,
+    trip: Trip,
+    carry: tuple[Any, ...],
+    inputs: tuple[Any, ...],
+    *,
+    is_skipped: bool = False,
 ) -> tuple[Any, ...]:
-    """Emit one trip, or the running one of several, and return the carry after it."""
-    # imported late: the lowerings of ops build on the translator, which builds on this module
-    from reroll.export.onnx.ops import exits
+    """Emit one trip, or the running one of several, and return the carry after it.
 
+    If it is skipped, it runs its kept nodes only once all tokens have left.
+    """
+    loop = trip.loop.loop
     given = [_input(g, value, trip) for value in inputs]
     before, g.trip = g.trip, trip
     name = f"{loop.name} {trip.numbers[0]}"
     try:
-        if exits.can_skip(g, loop, trip):
-            return exits.run_skipping(g, loop, name, carry, given)
+        if is_skipped:
+            return run_skipping(g, trip.loop, name, carry, given)
         return g.walk(name, loop.body.graph, [*carry, *given])
     finally:
         g.trip = before
@@ -60,11 +66,12 @@ def _input(g: Translator, value: Any, trip: Trip) -> Any:
 
 def _loop(
     g: Translator,
-    loop: Loop,
+    plan: LoopPlan,
     segment: Segment,
     carry: tuple[Value, ...],
     inputs: tuple[Any, ...],
 ) -> tuple[Value, ...]:
+    loop, skips = plan.loop, plan.skips(segment)
     outer, scans = g.graph, g.scans
     body = g.graph = Graph(outer)
     g.scans = []
@@ -78,8 +85,8 @@ def _loop(
         for value, shape in zip(carry, shapes, strict=True)
     )
     for position in range(segment.period):
-        trip = Trip(segment.trips(position), number)
-        values = run_trip(g, loop, trip, values, inputs)
+        trip = Trip(plan, segment.trips(position), repeat=number)
+        values = run_trip(g, trip, values, inputs, is_skipped=skips)
     body.output(condition, outer.fresh("go_on"), ())
     for value, before, shape in zip(values, carry, shapes, strict=True):
         body.output(g.cast(g.tensor(value), before.dtype), outer.fresh("carried"), shape)

@@ -17,10 +17,12 @@ from onnx import TensorProto
 
 import reroll
 from reroll.export.onnx.emit.readme import readme
-from reroll.export.onnx.emit.translate import computed_inputs
-from reroll.export.onnx.plan.parameters import Settings
-from reroll.export.onnx.plan.states import CONV, PAST, PRESENT, RECURRENT
-from reroll.export.onnx.plan.weights import FILE, WeightFile
+from reroll.export.onnx.emit.weight_file import digests
+from reroll.export.onnx.graph import ELEMENT
+from reroll.export.onnx.plan.parts import computed_inputs
+from reroll.export.onnx.plan.record import Plan
+from reroll.export.onnx.plan.states import CONV, PAST, PRESENT, RECURRENT, State
+from reroll.export.onnx.plan.weights import FILE
 from reroll.rewrite.ir.program import Program
 
 MANIFEST, GENAI = "manifest.json", "genai_config.json"
@@ -28,16 +30,15 @@ MANIFEST, GENAI = "manifest.json", "genai_config.json"
 
 def write_manifest(
     directory: Path,
-    program: Program,
+    plan: Plan,
     part: str,
-    settings: Settings,
     files: dict[str, str],
-    weights: WeightFile,
     checked: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the three files, and return the manifest."""
+    program, settings = plan.program, plan.settings
     graphs = {kind: _graph(directory / file) for kind, file in files.items()}
-    states = _states(next(iter(graphs.values())))
+    states = [_state(state) for state in plan.graphs[next(iter(files))].states]
     config = _genai_config(program, states, directory, files)
     if config is not None:
         _write_json(directory / GENAI, config)
@@ -58,13 +59,13 @@ def write_manifest(
             for p in program.loops
         ],
         "graphs": graphs,
-        "computed_inputs": computed_inputs(program),
+        "computed_inputs": list(plan.computed_inputs),
         "states": states,
         "decoding": _decoding(program, states),
         "weights": {
             "file": FILE,
             "bytes": (directory / FILE).stat().st_size,
-            "sha256": weights.digests(directory),
+            "sha256": digests(plan, directory),
         },
     }
     (directory / "README.md").write_text(readme(found, config is not None), encoding="utf-8")
@@ -109,26 +110,17 @@ def _described(item: Any) -> dict[str, Any]:
     }
 
 
-def _states(graph: dict[str, Any]) -> list[dict[str, Any]]:
-    """Describe every state: which output is which input of the next run."""
-    prefix = PAST.partition(".")[0]
-    found = []
-    for item in graph["inputs"]:
-        if not item["name"].startswith(f"{prefix}."):
-            continue
-        _, layer, part = item["name"].split(".")
-        found.append(
-            {
-                "layer": int(layer),
-                "part": part,
-                "input": item["name"],
-                "output": PRESENT.format(layer, part),
-                "dtype": item["dtype"],
-                "shape": item["shape"],
-                "grows": "past_sequence_length" in item["shape"],
-            }
-        )
-    return found
+def _state(state: State) -> dict[str, Any]:
+    """Describe a state: which output is which input of the next run."""
+    return {
+        "layer": state.number,
+        "part": state.part,
+        "input": state.input,
+        "output": state.output,
+        "dtype": TensorProto.DataType.Name(ELEMENT[state.dtype]).lower(),
+        "shape": list(state.shape),
+        "grows": state.grows,
+    }
 
 
 _GROWING = ("key", "value")

@@ -1,7 +1,7 @@
 """Translate a Program's graphs to ONNX nodes, with the helpers that lowerings use.
 
 A lowering is a function (g, node, *args, **kwargs) with the arguments of the op. Tensors are
-`Value`s. Weights are `Parameter`s until a form of them is requested. Sizes known only at run time
+`Value`s. Weights are `Parameter`s, each with its planned form. Sizes known only at run time
 are `Size`s, and values that differ by trip are `Varying`. It returns the results of the op.
 """
 
@@ -18,18 +18,18 @@ from torch import fx
 from reroll.errors import ExportError, RerollError, located
 from reroll.export.onnx.emit.loops import emit_loop
 from reroll.export.onnx.graph import ELEMENT, TARGET, Graph, Value
-from reroll.export.onnx.ops.arguments import repeated
-from reroll.export.onnx.plan.parameters import Parameter, Settings, Size, Trip, Varying
-from reroll.export.onnx.plan.states import States
-from reroll.export.onnx.plan.weights import WeightFile
-from reroll.rewrite.analysis.state_plan import plan_states
+from reroll.export.onnx.ops.arguments import Parameter, Size, Trip, Varying, repeated
+from reroll.export.onnx.ops.states import States
+from reroll.export.onnx.plan.graphs import GraphPlan
+from reroll.export.onnx.plan.reading import Ref, Slot
+from reroll.export.onnx.plan.record import Plan
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.defaults import reads
 from reroll.rewrite.ir.lowerings import find_lowering, op_name
-from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.records import Dim, Input, TensorType
 
 INT = torch.int64
+THRESHOLDS = "exit_thresholds"
 
 _ARITHMETIC: dict[type[ast.AST], str] = {
     ast.Add: "Add",
@@ -41,20 +41,18 @@ _FUNCTIONS = {"FloorDiv": "Div", "Max": "Max", "Min": "Min"}
 
 
 class Translator:
-    """Translator of a Program to one ONNX graph; `rolled` says whether trips may become a Loop."""
+    """Translator of a Program to one ONNX graph, which follows the plan of that graph."""
 
-    def __init__(
-        self, program: Program, weights: WeightFile, settings: Settings, rolled: bool
-    ) -> None:
-        self.program, self.weights, self.settings = program, weights, settings
-        self.rolled = rolled
+    def __init__(self, whole: Plan, plan: GraphPlan) -> None:
+        self.program, self.settings, self.wide = whole.program, whole.settings, whole.wide
+        self.computed_inputs = whole.computed_inputs
+        self.plan = plan
         self.graph = Graph()
         self.trip: Trip | None = None
         self.scans: list[Any] = []
         self.sizes: dict[str, Value] = {}
-        self.loops: dict[fx.Node, Loop] = {loop.node: loop for loop in program.loops}
-        self.wide = settings.wide_nodes(program)
-        self.states = States(program)
+        self.states = States(plan)
+        self.thresholds: Value | None = None
         self._given: dict[str, Value] = {}
 
     # ---- translation of graphs
@@ -63,7 +61,7 @@ class Translator:
         """Translate the whole Program."""
         self.graph.reserve(self.program.outputs)
         inputs = [self.given(item.name) for item in self.program.inputs]
-        self.states.add_inputs(self)
+        self.add_inputs()
         results = self.walk("main", self.program.graph, inputs)
         for name, node, value in zip(
             self.program.outputs, _returned(self.program.graph), results, strict=True
@@ -71,6 +69,13 @@ class Translator:
             self.output(name, value, node)
         self.states.add_outputs(self)
         return self.graph
+
+    def add_inputs(self) -> None:
+        """Add the inputs that the Program does not have: states, and thresholds of exits."""
+        self.states.add_inputs(self)
+        if self.plan.thresholds:
+            default = torch.tensor(self.plan.thresholds)
+            self.thresholds = self.graph.default_input(THRESHOLDS, default)
 
     def output(self, name: str, value: Any, node: Any) -> None:
         """Make a value an output of the graph; floats are converted to fp32."""
@@ -84,7 +89,7 @@ class Translator:
         """Return an input of the Program by name: a graph input, or its computed default."""
         if name not in self._given:
             item = next(i for i in self.program.inputs if i.name == name)
-            computed = name in computed_inputs(self.program)
+            computed = name in self.computed_inputs
             self._given[name] = self._stand_in(item) if computed else self._input(name, item.type)
         return self._given[name]
 
@@ -133,10 +138,9 @@ class Translator:
             if node.op == "placeholder":
                 continue
             if node.op == "get_attr":
-                weight = self.program.weights[str(node.target)]
-                values[node] = Parameter(self, str(node.target), weight, self.trip)
+                values[node] = Ref.of(node, self.trip)
             elif node.op == "output":
-                result: Any = fx.node.map_arg(node.args[0], values.__getitem__)
+                result: Any = self._argument(node, 0, values)
                 return tuple(result) if isinstance(result, tuple | list) else (result,)
             else:
                 try:
@@ -149,7 +153,7 @@ class Translator:
     def _origin(self, node: fx.Node) -> str:
         """Name the module of the original near a node: that of the nearest weight before it."""
         front, seen = [node], {node}
-        while front and node not in self.loops:
+        while front and node not in self.plan.loops:
             for each in front:
                 if each.op == "get_attr":
                     return f" (after {str(each.target).rpartition('.')[0]})"
@@ -157,13 +161,26 @@ class Translator:
             seen.update(front)
         return ""
 
+    def _argument(self, node: fx.Node, slot: Slot, values: Mapping[fx.Node, Any]) -> Any:
+        """Return one argument of a node, with its weights as the plan lets it read them."""
+
+        def found(source: fx.Node) -> Any:
+            value = values[source]
+            if not isinstance(value, Ref):
+                return value
+            return Parameter(self, value, self.plan.reads[node, slot, value])
+
+        given: Any = node.args[slot] if isinstance(slot, int) else node.kwargs[slot]
+        return fx.node.map_arg(given, found)
+
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        args: Any = fx.node.map_arg(node.args, values.__getitem__)
-        kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
+        if node.target is ops.loop:
+            inputs: Any = fx.node.map_arg(node.args[2], values.__getitem__)
+            return emit_loop(self, self.plan.loops[node], self._argument(node, 1, values), inputs)
+        args = [self._argument(node, slot, values) for slot in range(len(node.args))]
+        kwargs = {name: self._argument(node, name, values) for name in node.kwargs}
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if node.target is ops.loop:
-            return emit_loop(self, self.loops[node], args[1], args[2])
         function = find_lowering(TARGET, node.target)
         if function is None and self._is_constant(node):
             make: Any = node.target
@@ -212,7 +229,7 @@ class Translator:
         then has its rows first.
         """
         if isinstance(value, Parameter):
-            value = value.plain(rank)
+            value = value.tensor(rank)
         elif isinstance(value, Size):
             value = self.op("Squeeze", value.value, self.ints(0))
         elif isinstance(value, Varying):
@@ -296,22 +313,6 @@ class Translator:
         if len(open_) == 1:
             target[open_[0]] = -1
         return self.op("Reshape", x, self.shape(target))
-
-
-def computed_inputs(program: Program) -> list[str]:
-    """Return the Program's inputs that its graphs compute themselves.
-
-    These are inputs with a default of their own, and positions where there is no past to count
-    from. So are token types of a decoder, which runtimes of decoders do not support. Padding masks
-    stay inputs: runtimes give them to every model, even to one with a default for them.
-    """
-    stateful = bool(plan_states(program).layers)
-    return [
-        i.name
-        for i in program.inputs
-        if i.role != "padding"
-        and (i.default is not None or (i.role == "zeros" if stateful else i.counts))
-    ]
 
 
 def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:

@@ -10,9 +10,8 @@ import torch
 from torch import fx
 
 from reroll.export.onnx.graph import TARGET, Value
-from reroll.export.onnx.ops.arguments import repeated
+from reroll.export.onnx.ops.arguments import Parameter, Size, Varying, repeated
 from reroll.export.onnx.ops.complex_numbers import Complex, by_parts, complex_binary
-from reroll.export.onnx.plan.parameters import Parameter, Size, Varying
 from reroll.rewrite.ir.lowerings import lowering, op_name
 from reroll.rewrite.ir.matching import shape
 

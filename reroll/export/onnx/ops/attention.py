@@ -10,7 +10,7 @@ from torch import fx
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import TARGET, Value
 from reroll.export.onnx.ops import grouped, masks, windows
-from reroll.export.onnx.plan.parameters import Varying
+from reroll.export.onnx.ops.arguments import Varying
 from reroll.rewrite.ir.lowerings import lowering
 from reroll.rewrite.ir.matching import argument, bind, shape
 from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS
@@ -117,7 +117,7 @@ def _mask(
     length, keys = shape(argument(node, "q"))[2], shape(argument(node, "k"))[2]
     columns = g.tensor(given["k"]).columns
     if columns is not None:
-        keys = columns.count(g)
+        keys = windows.count(g, columns)
         padding = limits.padding
         padding = g.tensor(padding) if padding is not None else windows.padding_of(g)
         keep: Value | None = windows.visible(g, columns, limits.window, padding)

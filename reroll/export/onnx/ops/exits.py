@@ -14,18 +14,15 @@ from onnx import helper
 from torch import fx
 
 from reroll.export.onnx.graph import TARGET, Graph, Value
-from reroll.export.onnx.plan.parameters import Trip, select
-from reroll.rewrite.analysis.state_plan import stateful_nodes
-from reroll.rewrite.ir.exits import exits_of, is_open
+from reroll.export.onnx.plan.segments import LoopPlan
+from reroll.rewrite.ir.exits import is_open
 from reroll.rewrite.ir.lowerings import find_lowering, lowering
-from reroll.rewrite.ir.ops import ABSENT, CACHE, HOLD
-from reroll.rewrite.ir.program import Loop, ancestors
+from reroll.rewrite.ir.ops import ABSENT
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
 
 BOOL, INT, FLOAT = torch.bool, torch.int64, torch.float32
-THRESHOLDS = "exit_thresholds"
 
 
 @lowering(TARGET, "reroll::exit.default")
@@ -92,44 +89,28 @@ def exit_linear(
 
 def _threshold(g: Translator) -> Value | None:
     """Return the threshold of the running trip; None where no token can leave."""
-    loop = next(loop for loop in g.program.loops if exits_of(loop) is not None)
-    exits = exits_of(loop)
-    assert exits is not None
     assert g.trip is not None
-    if not is_open(exits.thresholds[g.trip.numbers[0]]):
+    exits, numbers = g.trip.loop.exits, g.trip.numbers
+    if exits is None or not is_open(exits.thresholds[numbers[0]]):
         return None
-    given = g.graph.root.default_input(THRESHOLDS, torch.tensor(exits.thresholds))
-    numbers = g.trip.numbers
-    if g.trip.repeat is None:
-        place = g.number(numbers[0], INT)
-    else:
-        place = select(g, [*numbers], Trip((-1, *numbers), g.trip.repeat))
-    return g.op("Gather", given, place, axis=0)
-
-
-def can_skip(g: Translator, loop: Loop, trip: Trip) -> bool:
-    """Whether a trip may run for its caches only, once all its tokens have left."""
-    exits = exits_of(loop)
-    if trip.repeat is None or exits is None or not any(map(is_open, exits.thresholds)):
-        return False
-    returned: Any = loop.body.graph.output_node().args[0]
-    return returned[0].target is HOLD and all(
-        node.target is CACHE for node in stateful_nodes(loop.body.graph)
-    )
+    place = g.number(numbers[0], INT)
+    if g.trip.repeat is not None:
+        place = g.op("Gather", g.number([*numbers], INT), g.trip.repeat, axis=0)
+    return g.op("Gather", g.thresholds, place, axis=0)
 
 
 def run_skipping(
-    g: Translator, loop: Loop, name: str, carry: tuple[Any, ...], given: list[Any]
+    g: Translator, plan: LoopPlan, name: str, carry: tuple[Any, ...], given: list[Any]
 ) -> tuple[Any, ...]:
     """Emit a trip's cache updates, and an `If` for the rest of the trip.
 
     The rest runs unless all tokens have left.
     """
-    graph, exits = loop.body.graph, exits_of(loop)
+    graph, exits, kept = plan.loop.body.graph, plan.exits, plan.kept
     assert exits is not None
-    needed = ancestors(stateful_nodes(graph))
+    assert kept is not None
     values = g.start(graph, [*carry, *given])
-    g.run_nodes(name, [n for n in graph.nodes if n in needed], values)
+    g.run_nodes(name, [n for n in graph.nodes if n in kept], values)
     body = g.graph
     done = g.op("Cast", g.tensor(carry[exits.done]), to=7, dtype=INT)
     all_done = g.op("Greater", g.op("ReduceMin", done, keepdims=0), g.number(0, INT), dtype=BOOL)
@@ -140,7 +121,7 @@ def run_skipping(
         if skips:
             results: Any = carry
         else:
-            rest = [n for n in graph.nodes if n not in needed]
+            rest = [n for n in graph.nodes if n not in kept]
             results = g.run_nodes(name, rest, dict(values))
         for value, kind in zip(results, kinds, strict=True):
             branch.output(g.tensor(value, kind), body.fresh("branch"), None)

@@ -15,7 +15,7 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import ELEMENT, TARGET, Graph, Value
-from reroll.export.onnx.plan.parameters import Parameter
+from reroll.export.onnx.ops.arguments import Parameter
 from reroll.rewrite.ir.lowerings import lowering
 from reroll.rewrite.ir.matching import shape
 

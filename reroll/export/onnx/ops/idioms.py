@@ -11,10 +11,8 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import TARGET, Value
-from reroll.export.onnx.ops import windows
-from reroll.export.onnx.plan import quantise
-from reroll.export.onnx.plan import weights as forms
-from reroll.export.onnx.plan.parameters import Parameter, is_looked_up
+from reroll.export.onnx.ops import quantised, windows
+from reroll.export.onnx.ops.arguments import Parameter
 from reroll.rewrite.ir.lowerings import lowering
 
 if TYPE_CHECKING:
@@ -28,25 +26,24 @@ def linear(g: Translator, node: fx.Node, x: Any, weight: Any, bias: Any = None) 
     """Multiply x by the transposed weight [outputs, inputs], and add a bias."""
     dtype, rank = g.dtype(node), len(node.meta["type"].shape)
     x = g.tensor(x, dtype)
-    if not isinstance(weight, Parameter) or weight.is_transposed:
+    if not isinstance(weight, Parameter) or weight.ref.is_transposed:
         made = g.op("MatMul", x, g.op("Transpose", g.tensor(weight, dtype), perm=[1, 0]))
-    elif quantise.applies(g, weight):
-        made = g.cast(quantise.matmul(g, x, weight), dtype)
-    elif is_looked_up(g.program, weight.name):
+    elif weight.read.how == "quantised":
+        made = g.cast(quantised.matmul(g, x, weight), dtype)
+    elif weight.read.how == "plain":
         made = _gemm(g, node, x, weight)
     else:
-        form = forms.transposed(weight.meta, weight.dtype)
-        made = g.op("MatMul", x, g.cast(weight.as_(form, rank), dtype), hint=_hint(weight))
+        made = g.op("MatMul", x, g.tensor(weight, dtype, rank), hint=_hint(weight))
     return made if bias is None else g.op("Add", made, g.tensor(bias, dtype, rank))
 
 
 def _gemm(g: Translator, node: fx.Node, x: Value, weight: Parameter) -> Value:
     """Multiply by a matrix that is stored untransposed, as Gemm allows for rank 2 only."""
-    outputs, inputs = weight.meta.shape
+    outputs, inputs = weight.shape
     source: Any = node.args[0]
     before, after = source.meta["type"].shape, node.meta["type"].shape
     flat = x if len(before) == 2 else g.op("Reshape", x, g.ints(-1, inputs))
-    made = g.op("Gemm", flat, g.cast(weight.plain(), x.dtype), transB=1, hint=_hint(weight))
+    made = g.op("Gemm", flat, g.tensor(weight, x.dtype), transB=1, hint=_hint(weight))
     return made if len(before) == 2 else g.op("Reshape", made, g.shape([*after[:-1], outputs]))
 
 
@@ -84,8 +81,8 @@ def addmm(g: Translator, node: fx.Node, c: Any, a: Any, b: Any, **factors: Any) 
 def embedding(g: Translator, node: fx.Node, table: Any, ids: Any, *_: Any) -> Value:
     """Look up rows of a table."""
     ids = g.tensor(ids)
-    if isinstance(table, Parameter) and quantise.applies(g, table):
-        return g.cast(quantise.look_up(g, table, ids), g.dtype(node))
+    if isinstance(table, Parameter) and table.read.how == "quantised":
+        return g.cast(quantised.look_up(g, table, ids), g.dtype(node))
     return g.cast(g.op("Gather", g.tensor(table), ids, axis=0), g.dtype(node))
 
 
@@ -99,17 +96,13 @@ def rms_norm(
     """Lower to RMSNormalization, in fp32 inside; the offset is added to the stored weight."""
     x = g.tensor(x)
     rank, width = len(node.meta["type"].shape), node.meta["type"].shape[-1]
-    by_rows = isinstance(weight, Parameter) and weight.by_rows
-    if isinstance(weight, Parameter) and offset:
-        scale = weight.as_(forms.offset(weight.meta, weight.dtype, offset), rank)
-    elif weight is None:
+    if weight is None:
         scale = g.number([1.0] * width, x.dtype)
     else:
         scale = g.tensor(weight, x.dtype, rank)
         if offset and not isinstance(weight, Parameter):
             scale = g.op("Add", scale, g.number(offset, x.dtype))
-    scale = g.cast(scale, x.dtype)
-    if not by_rows:
+    if not (isinstance(weight, Parameter) and weight.by_row):
         return g.op("RMSNormalization", x, scale, axis=-1, epsilon=eps)
     ones = g.number([1.0] * width, x.dtype)
     return g.op("Mul", g.op("RMSNormalization", x, ones, axis=-1, epsilon=eps), scale)
@@ -130,7 +123,7 @@ def layer_norm(
     x, axis = g.tensor(x), -len(shape)
     rank = len(node.meta["type"].shape)
     given = [v for v in (weight, bias) if v is not None]
-    if any(isinstance(v, Parameter) and v.by_rows for v in given):
+    if any(isinstance(v, Parameter) and v.by_row for v in given):
         made = layer_norm(g, node, x, shape, None, None, eps)
         if weight is not None:
             made = g.op("Mul", made, g.tensor(weight, x.dtype, rank))

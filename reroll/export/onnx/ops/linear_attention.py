@@ -41,7 +41,7 @@ def linear_attention(
     `decay` [batch, kv_heads, time] also has d_k at the end if `x.by_channel`; `beta` never does.
     """
     numbers = g.states.of(g, node)
-    past = g.states.read(g, numbers, part, (x.kv_heads, x.d_k, x.d_v), FLOAT)
+    past = g.states.read(g, numbers, part)
     is_standard = g.settings.opset >= STANDARD
     inputs = [_packed(g, x.q, x.heads * x.d_k), _packed(g, x.k, x.kv_heads * x.d_k)]
     inputs += [_packed(g, x.v, x.kv_heads * x.d_v), past]

@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from reroll.export.onnx.graph import TARGET, Value
-from reroll.export.onnx.ops.arguments import shape_of
-from reroll.export.onnx.plan.parameters import Size
+from reroll.export.onnx.ops.arguments import Size, shape_of
 from reroll.rewrite.ir.lowerings import lowering, op_name
 from reroll.rewrite.ir.matching import shape
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import TARGET, Value
-from reroll.export.onnx.plan.parameters import Varying
+from reroll.export.onnx.ops.arguments import Varying
 from reroll.rewrite.ir.lowerings import lowering
 from reroll.rewrite.ir.matching import bind
 from reroll.rewrite.ir.ops import MASK

@@ -11,6 +11,7 @@ import torch
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.ops.recurrence import Tokens
+from reroll.export.onnx.plan.states import features
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
@@ -102,7 +103,7 @@ def with_features(g: Translator, mixer: Any, x: Tokens) -> Tokens:
     q, k = (_feature_map(g, name, value, x.d_k) for value in (x.q, x.k))
     # the features of a zero key need not be zero
     k = k if x.writes is None else g.op("Mul", k, x.writes)
-    return replace(x, q=q, k=k, d_k=mixer.features(x.d_k))
+    return replace(x, q=q, k=k, d_k=features(mixer, x.d_k))
 
 
 def _feature_map(g: Translator, name: str, x: Value, d_k: int) -> Value:

@@ -78,7 +78,7 @@ def mlstm(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
     """
     forget, write = x.gates
     numbers = g.states.of(g, node)
-    before = g.states.read(g, numbers, "maximum", (x.kv_heads,), FLOAT)
+    before = g.states.read(g, numbers, "maximum")
     before = g.op("Unsqueeze", before, g.ints(2))
     sums = g.op("CumSum", forget, g.number(2, INT))
     highest = running_maximum(g, g.op("Sub", write, sums))
@@ -189,7 +189,7 @@ def rwkv6(g: Translator, node: fx.Node, mixer: Any, x: Tokens) -> Value:
     decay, bonus = x.gates
     sizes = (x.d_k, x.d_k, x.d_v)
     numbers = g.states.of(g, node)
-    past = g.states.read(g, numbers, CONV, (x.kv_heads, sum(sizes)), FLOAT)
+    past = g.states.read(g, numbers, CONV)
     axis = g.ints(2)
     given = g.op("Concat", x.k, decay, x.v, axis=3)
     held = g.op("Concat", g.op("Unsqueeze", past, axis), given, axis=2)

@@ -14,8 +14,10 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import TARGET, Value
+from reroll.export.onnx.ops.arguments import Varying
+from reroll.export.onnx.ops.states import NoStates
 from reroll.export.onnx.ops.windows import padding_of
-from reroll.export.onnx.plan.parameters import Varying
+from reroll.export.onnx.plan.states import recurrence_parts
 from reroll.mixers import make
 from reroll.rewrite.ir.lowerings import find_lowering, lowering
 
@@ -98,7 +100,10 @@ def bidirectional(
     ends = {
         name: g.op("Shape", q, start=i, end=i + 1, dtype=INT) for name, i in (("b", 0), ("s", 2))
     }
-    g.states, g.sizes = NoStates(), {**sizes, **ends}  # type: ignore[assignment]
+    # delayed by one token at least on the way back, so that a token reads its own write only once
+    late = max(delay, 1)
+    forwards, backwards = (NoStates(recurrence_parts(node, d)) for d in (delay, late))
+    g.states, g.sizes = forwards, {**sizes, **ends}  # type: ignore[assignment]
     try:
         if skip and padding is None:
             padding = g.op("Expand", g.number(1, INT), g.shape(["b", "s"]))
@@ -106,28 +111,11 @@ def bidirectional(
         forth = _mixed(g, node, q, k, v, values, rule, options, writes, delay)
         q, k, v, *values = (_reversed(g, x, 2) for x in (q, k, v, *values))
         writes = None if writes is None else _reversed(g, writes, 2)
-        # delayed by one token at least, so that a token reads its own write only once
-        back = _mixed(g, node, q, k, v, values, rule, options, writes, max(delay, 1))
+        g.states = backwards  # type: ignore[assignment]
+        back = _mixed(g, node, q, k, v, values, rule, options, writes, late)
     finally:
         g.states, g.sizes = states, sizes
     return g.cast(g.op("Add", forth, _reversed(g, back, 1)), g.dtype(node))
-
-
-class NoStates:
-    """Replacement of `States` in which every state begins with zeros, and none is stored."""
-
-    def of(self, g: Translator, node: fx.Node) -> tuple[int, ...]:
-        """Return no numbers."""
-        return ()
-
-    def read(
-        self, g: Translator, numbers: Any, part: str, dims: tuple[int, ...], dtype: torch.dtype
-    ) -> Value:
-        """Return zeros."""
-        return g.op("Expand", g.number(0.0, dtype), g.shape(["b", *dims]))
-
-    def write(self, g: Translator, numbers: Any, part: str, value: Value) -> None:
-        """Do nothing."""
 
 
 def _refuse_varying(*options: Any) -> None:
@@ -236,8 +224,7 @@ def _delayed(
     ]
     packed = g.op("Concat", k, v, *lifted, column, axis=3)
     numbers = g.states.of(g, node)
-    dims = (kv_heads, delay, sum(sizes))
-    past = g.states.read(g, numbers, "waiting", dims, FLOAT)
+    past = g.states.read(g, numbers, "waiting")
     held = g.op("Concat", past, packed, axis=2)
     axis = g.ints(2)
     g.states.write(g, numbers, "waiting", g.op("Slice", held, g.ints(-delay), g.ints(2**62), axis))

@@ -12,9 +12,9 @@ from torch import fx
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import TARGET, Value
 from reroll.export.onnx.ops import heads
-from reroll.export.onnx.ops.arguments import repeated, shape_of
+from reroll.export.onnx.ops.arguments import Parameter, repeated, shape_of
 from reroll.export.onnx.ops.complex_numbers import by_parts
-from reroll.export.onnx.plan.parameters import Parameter
+from reroll.export.onnx.plan.reading import CONCATENATIONS, EXCHANGES, exchanged
 from reroll.rewrite.ir.lowerings import lowering, op_name
 from reroll.rewrite.ir.matching import shape
 
@@ -66,23 +66,15 @@ def reshape(g: Translator, node: fx.Node, x: Any, *_: Any) -> Value:
     return heads.reshape(g, g.tensor(x), shape_of(node), shape(node))
 
 
-@lowering(
-    TARGET,
-    "aten::transpose.int",
-    "aten::swapaxes.default",
-    "aten::swapdims.default",
-    "aten::t.default",
-    "aten::mT.default",
-)
+@lowering(TARGET, *EXCHANGES)
 @by_parts
-def transpose(g: Translator, node: fx.Node, x: Any, a: int = 0, b: int = 1) -> Any:
+def transpose(g: Translator, node: fx.Node, x: Any, *_: int) -> Any:
     """Exchange two dimensions; for the matrices of a weight, in the file."""
+    if isinstance(x, Parameter) and x.read.how == "turned":
+        return x.ref.turned()
     order = list(range(len(shape(node))))
-    if op_name(node.target) == "aten::mT.default":
-        a, b = -2, -1
+    a, b = exchanged(node)
     order[a], order[b] = order[b], order[a]
-    if isinstance(x, Parameter) and order[:-2] == sorted(order[:-2]) and order[-2] > order[-1]:
-        return x.transposed()
     return heads.transpose(g, g.tensor(x), order)
 
 
@@ -266,7 +258,7 @@ def pad(
     return constant_pad(g, node, x, sizes, value)
 
 
-@lowering(TARGET, "aten::cat.default", "aten::concat.default", "aten::concatenate.default")
+@lowering(TARGET, *CONCATENATIONS)
 def cat(g: Translator, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> Value:
     """Concatenate tensors."""
     rank, dtype = len(shape(node)), g.dtype(node)
@@ -282,7 +274,7 @@ def cat(g: Translator, node: fx.Node, parts: Sequence[Any], dim: int = 0) -> Val
 
 
 def _shape_of(value: Any, source: fx.Node) -> tuple[Any, ...]:
-    return value.meta.shape if isinstance(value, Parameter) else shape(source)
+    return value.shape if isinstance(value, Parameter) else shape(source)
 
 
 @lowering(TARGET, "aten::stack.default")

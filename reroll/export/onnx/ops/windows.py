@@ -6,15 +6,16 @@ window (`prefix`), the last `window - 1` tokens before the new ones, and the new
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import Value
-from reroll.export.onnx.plan.parameters import Size
+from reroll.export.onnx.ops.arguments import Size
+from reroll.export.onnx.plan.states import Ring
 from reroll.rewrite.ir.program import Program
 
 if TYPE_CHECKING:
@@ -23,43 +24,32 @@ if TYPE_CHECKING:
 INT, BOOL, FLOAT = torch.int64, torch.bool, torch.float32
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Tokens of the columns of keys: `first` ones, then `held` past ones, then the new ones."""
-
-    first: int
-    held: int
-
-    def count(self, g: Translator) -> Any:
-        """Return the number of columns."""
-        new = g.size("s")
-        assert isinstance(new, Size)
-        return Size(g, g.op("Add", new.value, g.ints(self.first + self.held)))
+def count(g: Translator, columns: Ring) -> Size:
+    """Return the number of columns of keys."""
+    new = g.size("s")
+    assert isinstance(new, Size)
+    return Size(g, g.op("Add", new.value, g.ints(columns.first + columns.held)))
 
 
 def append(g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Value]:
     """Update the caches with new keys and values, and return those of all columns."""
     states = g.states
     numbers = states.of(g, node)
-    rings = {states.ring(number) for number in numbers}
-    (ring,) = rings
-    assert ring is not None
-    columns = Columns(ring.prefix, max((ring.size or 0) - 1, 0))
+    columns = states.ring(numbers[0])
+    assert columns is not None
     made = []
-    for part, name, new in (("key", "k", k), ("value", "v", v)):
-        source: Any = node.args[("k", "v").index(name)]
-        _, heads, _, width = source.meta["type"].shape
+    for part, new in (("key", k), ("value", v)):
         new = g.cast(new, g.settings.dtype)
         shown = [new]
         if columns.held:
-            past = states.read(g, numbers, part, (heads, columns.held, width))
+            past = states.read(g, numbers, part)
             joined = g.op("Concat", past, new, axis=2, hint=part)
             kept = g.op("Slice", joined, g.ints(-columns.held), g.ints(2**62), g.ints(2))
             states.write(g, numbers, part, kept)
             shown = [joined]
         if columns.first:
             label = f"first_{part}"
-            first = states.read(g, numbers, label, (heads, columns.first, width))
+            first = states.read(g, numbers, label)
             here = g.cast(_places(g, columns.first), new.dtype)
             # each first token is added once, to zeros
             states.write(g, numbers, label, g.op("Add", first, g.op("MatMul", here, new)))
@@ -69,7 +59,7 @@ def append(g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Val
     return made[0], made[1]
 
 
-def visible(g: Translator, columns: Columns, window: int, padding: Value) -> Value:
+def visible(g: Translator, columns: Ring, window: int, padding: Value) -> Value:
     """Return which columns a new token sees: [batch, 1, time, columns].
 
     `padding` is over all tokens.

@@ -1,1 +1,14 @@
-"""Plan an export: initialisers, states, and which trips become one Loop."""
+"""Plan an export: all that is decided before the first node is written.
+
+`make_plan` builds a frozen `Plan` from a Program and settings; `emit` reads it.
+
+    settings.py   precision and opset, and the dtypes that follow
+    parts.py      the part of a Program that is exported, and the inputs that a graph computes
+    segments.py   which trips of a depth loop become one ONNX Loop, and what runs after an exit
+    states.py     states as inputs and outputs
+    forms.py      stored forms of weights; quantise.py has those of integers
+    reading.py    in which form each argument of a node reads a weight
+    weights.py    initialisers, and the layout of the weight file
+    graphs.py     the plan of one graph; step.py has the three of a host that schedules
+    record.py     the whole plan
+"""

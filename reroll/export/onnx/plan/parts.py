@@ -1,4 +1,4 @@
-"""The part of a Program that can be exported: for an encoder-decoder model, the encoder."""
+"""What of a Program is exported: its part, and the inputs that graphs take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from reroll.errors import ExportError
+from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir.defaults import needed_inputs
 from reroll.rewrite.ir.program import Program, weight_nodes
 from reroll.rewrite.ir.weights import WeightTable
@@ -61,4 +62,20 @@ def only(program: Program, outputs: list[str], names: dict[str, str]) -> Program
         inputs=tuple(inputs),
         outputs=tuple(names.get(name, name) for name in outputs),
         origin=replace(program.origin, auto_class="AutoModel"),
+    )
+
+
+def computed_inputs(program: Program) -> tuple[str, ...]:
+    """Return the Program's inputs that its graphs compute themselves.
+
+    These are inputs with a default of their own, and positions where there is no past to count
+    from. So are token types of a decoder, which runtimes of decoders do not support. Padding masks
+    stay inputs: runtimes give them to every model, even to one with a default for them.
+    """
+    stateful = bool(plan_states(program).layers)
+    return tuple(
+        i.name
+        for i in program.inputs
+        if i.role != "padding"
+        and (i.default is not None or (i.role == "zeros" if stateful else i.counts))
     )

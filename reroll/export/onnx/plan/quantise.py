@@ -11,28 +11,17 @@ It is looked up in the same bytes by GatherBlockQuantized.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from reroll.export.onnx.graph import Value
-from reroll.export.onnx.plan.parameters import Parameter, is_looked_up
-from reroll.export.onnx.plan.weights import Form
-
-if TYPE_CHECKING:
-    from reroll.export.onnx.emit.translate import Translator
-    from reroll.export.onnx.plan.parameters import Settings
-    from reroll.rewrite.ir.program import Program
-    from reroll.rewrite.ir.weights.expressions import Meta
-
-CONTRIB = "com.microsoft"
+from reroll.export.onnx.plan.forms import Form
+from reroll.export.onnx.plan.settings import Settings
+from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.weights.expressions import Meta
 
 # smaller matrices, such as low-rank residuals, are not quantised
 _LEAST = 64
-
-# inputs are rounded to 8 bits by block; 0 keeps them in fp32
-ACCURACY = 4
 
 
 def bits_of(settings: Settings, program: Program, name: str) -> int | None:
@@ -44,6 +33,17 @@ def bits_of(settings: Settings, program: Program, name: str) -> int | None:
     if min(shape) < _LEAST or shape[1] % settings.block or not _is_multiplied(program, name):
         return None
     return 8 if is_looked_up(program, name) else settings.bits
+
+
+def is_looked_up(program: Program, name: str) -> bool:
+    """Whether a weight is a table of embeddings, which is then stored untransposed."""
+    tables = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor)
+    return any(
+        node.op == "get_attr" and str(node.target) == name and user.target in tables
+        for _, graph in program.graphs()
+        for node in graph.nodes
+        for user in node.users
+    )
 
 
 def _is_multiplied(program: Program, name: str) -> bool:
@@ -64,54 +64,7 @@ def _is_multiplied(program: Program, name: str) -> bool:
     return fits and any(user.target is linear for _, user in users)
 
 
-def applies(g: Translator, weight: Parameter) -> bool:
-    """Whether a weight is quantised where it is used."""
-    return bits_of(g.settings, g.program, weight.name) is not None and not weight.by_rows
-
-
-def matmul(g: Translator, x: Value, weight: Parameter) -> Value:
-    """Multiply by a quantised matrix."""
-    outputs, inputs = weight.meta.shape
-    bits = bits_of(g.settings, g.program, weight.name)
-    assert bits is not None
-    block = g.settings.block
-    packed, scales, zeros = (weight.as_(f) for f in _forms(weight.meta, bits, block))
-    return g.op(
-        "MatMulNBits",
-        g.cast(x, torch.float32),
-        packed,
-        scales,
-        zeros,
-        domain=CONTRIB,
-        K=inputs,
-        N=outputs,
-        bits=bits,
-        block_size=block,
-        accuracy_level=ACCURACY,
-    )
-
-
-def look_up(g: Translator, weight: Parameter, ids: Value) -> Value:
-    """Look up rows of a quantised table."""
-    block = g.settings.block
-    rows, columns = weight.meta.shape
-    packed, scales, zeros = _forms(weight.meta, 8, block)
-    return g.op(
-        "GatherBlockQuantized",
-        weight.as_(packed, view=(rows, columns)),
-        ids,
-        weight.as_(scales),
-        weight.as_(zeros),
-        domain=CONTRIB,
-        dtype=torch.float32,
-        bits=8,
-        block_size=block,
-        gather_axis=0,
-        quantize_axis=1,
-    )
-
-
-def _forms(meta: Meta, bits: int, block: int) -> tuple[Form, Form, Form]:
+def forms(meta: Meta, bits: int, block: int) -> tuple[Form, Form, Form]:
     """Return the forms of the integers, the scales and the zero points of a matrix."""
     rows, columns = meta.shape
     blocks = columns // block

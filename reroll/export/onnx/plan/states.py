@@ -14,184 +14,97 @@ and its outputs `present.N.PART`, the names that optimum, transformers.js and on
                              and never used where onnxruntime-genai needs one beside a recurrence
     waiting                  [batch, kv_heads, delay, channels]: tokens that a delayed recurrence
                              has not written yet
+
+A mixer with a construction of its own registers its states as "states:NAME", a function of the
+mixer, kv_heads, d_k and d_v. It returns the sizes of each part, without the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from reroll.export.onnx.graph import Value
-from reroll.export.onnx.ops.grouped import Appended
-from reroll.export.onnx.plan.parameters import Scan, select
-from reroll.rewrite.analysis.state_plan import CacheLayer, plan_states
+from reroll.export.onnx.graph import TARGET
+from reroll.mixers import make
+from reroll.rewrite.analysis.state_plan import StatePlan
+from reroll.rewrite.ir.lowerings import find_lowering, lowering
 from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
+from reroll.rewrite.ir.ops import ATTENTION, RECURRENCE
 from reroll.rewrite.ir.program import Program
-
-if TYPE_CHECKING:
-    from reroll.export.onnx.emit.translate import Translator
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
 RECURRENT, CONV = "recurrent_state", "conv_state"
 GROWS = "past_sequence_length"
-INT = torch.int64
+
+# sizes of a state behind the batch, by its part
+Parts = dict[str, tuple[int | str, ...]]
 
 
-class States:
-    """States of one graph."""
+@dataclass(frozen=True)
+class State:
+    """One state of a graph.
 
-    def __init__(self, program: Program) -> None:
-        self.numbers, self.layers = (plan := plan_states(program)).numbers, plan.layers
-        self.rings = keeps_rings(program)
-        self.past: dict[tuple[int, str], Value] = {}
-        self.present: dict[tuple[int, str], Value] = {}
-        self.shapes: dict[tuple[int, str], tuple[int | str, ...]] = {}
+    Attributes:
+        number: the number of its node's state in the Program.
+        part: which part of that state it is.
+        dims: its sizes behind the batch.
+        is_idle: whether it is empty and passed through, for onnxruntime-genai.
+    """
 
-    def ring(self, number: int) -> CacheLayer | None:
-        """Return the layer of this number if it keeps a window only, else None."""
-        layer = self.layers[number]
-        return layer if self.rings and layer.kind == "sliding_attention" else None
+    number: int
+    part: str
+    dims: tuple[int | str, ...]
+    dtype: torch.dtype
+    is_idle: bool = False
 
-    def add_inputs(self, g: Translator) -> None:
-        """Add the caches that grow as inputs of the graph; other states become inputs when read."""
-        for node, numbers in self.numbers.items():
-            if node.target is not CACHE:
-                continue
-            for number in numbers:
-                if self.ring(number) is None:
-                    for part, kind in _parts(node):
-                        self._slot(g, number, part, (kind[0], GROWS, kind[1]))
+    @property
+    def input(self) -> str:
+        """Name of the state before the run."""
+        return PAST.format(self.number, self.part)
 
-    def add_outputs(self, g: Translator) -> None:
-        """Add all states after the new tokens as outputs of the graph."""
-        if self._suits_genai():
-            for number in [n for n, part in self.shapes if part == RECURRENT]:
-                if (number, CONV) not in self.shapes:
-                    self.present[number, CONV] = self._slot(g, number, CONV, (1, 1), torch.float32)
-        for (number, part), dims in self.shapes.items():
-            after = ["total_sequence_length" if d == GROWS else d for d in dims]
-            name = PRESENT.format(number, part)
-            g.graph.output(self.present[number, part], name, ("batch_size", *after))
+    @property
+    def output(self) -> str:
+        """Name of the state after the run."""
+        return PRESENT.format(self.number, self.part)
 
-    def _suits_genai(self) -> bool:
-        """Whether onnxruntime-genai supports states of these names.
+    @property
+    def grows(self) -> bool:
+        """Whether it holds all tokens."""
+        return GROWS in self.dims
 
-        It finds the layers with a recurrence by their convolution, and so needs one in all of them.
-        """
-        return all(
-            part in (RECURRENT, CONV) or (part in ("key", "value") and GROWS in dims)
-            for (_, part), dims in self.shapes.items()
-        )
+    @property
+    def shape(self) -> tuple[int | str, ...]:
+        """Shape before the run."""
+        return ("batch_size", *self.dims)
 
-    def _slot(
-        self,
-        g: Translator,
-        number: int,
-        part: str,
-        dims: tuple[int | str, ...],
-        dtype: torch.dtype | None = None,
-    ) -> Value:
-        """Return one state before the run, as an input; `dims` are those after the batch."""
-        if (number, part) not in self.past:
-            root = g.graph.root
-            kind = dtype or g.settings.dtype
-            name = PAST.format(number, part)
-            self.past[number, part] = root.input(name, kind, ("batch_size", *dims))
-            self.shapes[number, part] = dims
-        return self.past[number, part]
-
-    def total(self, g: Translator) -> Value | None:
-        """Return the number of tokens, past and new, or None without a cache that grows."""
-        growing = [k for k, dims in self.shapes.items() if GROWS in dims]
-        if not growing or "s" not in g.sizes:
-            return None
-        past = g.op("Shape", self.past[growing[0]], start=2, end=3, dtype=INT)
-        return g.op("Add", past, g.sizes["s"])
-
-    # ---- states of the running trip
-
-    def of(self, g: Translator, node: fx.Node) -> tuple[int, ...]:
-        """Return the numbers of a node's states in the running trips."""
-        numbers = self.numbers[node]
-        if g.trip is None:
-            return numbers
-        # with rows, the host passes the states of each row's own round
-        trips = g.trip.numbers[:1] if g.trip.rows else g.trip.numbers
-        return tuple(numbers[t] for t in trips)
-
-    def read(
-        self,
-        g: Translator,
-        numbers: Sequence[int],
-        part: str,
-        dims: tuple[int | str, ...],
-        dtype: torch.dtype | None = None,
-    ) -> Value:
-        """Return one part of the state before the run, of the running trip."""
-        past = [self._slot(g, number, part, dims, dtype) for number in numbers]
-        if len(past) == 1:
-            return past[0]
-        assert g.trip is not None
-        sizes = g.op("Concat", g.ints(len(past)), g.op("Shape", past[0], dtype=INT), axis=0)
-        # only the concatenation copies; the reshape does not
-        stack = g.op("Reshape", g.op("Concat", *past, axis=0), sizes, allowzero=1)
-        return g.op("Gather", stack, select(g, range(len(past)), g.trip), axis=0)
-
-    def write(self, g: Translator, numbers: Sequence[int], part: str, value: Value) -> None:
-        """Set one part of the state after the run, of the running trip."""
-        if len(numbers) == 1:
-            self.present[numbers[0], part] = value
-            return
-
-        def take(stack: Value) -> None:
-            for position, number in enumerate(numbers):
-                own = g.op("Gather", stack, g.number(position, INT), axis=0)
-                self.present[number, part] = own
-
-        g.scans.append(Scan(value, take))
-
-    def append(self, g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Value]:
-        """Append new keys and values to a cache, and return those of all tokens."""
-        numbers = self.of(g, node)
-        made = {"key": k, "value": v}
-        for part, kind in _parts(node):
-            new = g.cast(made[part], g.settings.dtype)
-            dims = (kind[0], GROWS, kind[1])
-            past = self.read(g, numbers, part, dims)
-            total = g.op("Concat", past, new, axis=2, hint=part)
-            number = numbers[0] if len(numbers) == 1 else None
-            made[part] = replace(total, appended=Appended(past, new, number, part))
-            if len(numbers) == 1:
-                self.present[numbers[0], part] = total
-            else:
-                self._collect(g, numbers, part, new)
-        return made["key"], made["value"]
-
-    def _collect(self, g: Translator, numbers: Sequence[int], part: str, new: Value) -> None:
-        """Let the Loop return the new tokens of every round, and append them outside."""
-
-        def take(stack: Value) -> None:
-            for position, number in enumerate(numbers):
-                own = g.op("Gather", stack, g.number(position, INT), axis=0)
-                past = self.past[number, part]
-                self.present[number, part] = g.op("Concat", past, own, axis=2)
-
-        g.scans.append(Scan(new, take))
+    @property
+    def shape_after(self) -> tuple[int | str, ...]:
+        """Shape after the run."""
+        return tuple("total_sequence_length" if d == GROWS else d for d in self.shape)
 
 
-def _parts(node: fx.Node) -> list[tuple[str, tuple[int, int]]]:
-    """Return the parts of a cache and their (kv_heads, head_dim); values may be absent."""
-    found = []
-    for part, name in (("key", "k"), ("value", "v")):
-        sizes: Any = shape(argument(node, name))
-        if sizes[3]:
-            found.append((part, (sizes[1], sizes[3])))
-    return found
+@dataclass(frozen=True)
+class Ring:
+    """Tokens that a window's keys are of: `first` ones, then `held` past ones, then the new."""
+
+    first: int
+    held: int
+
+
+def plan_rings(program: Program, states: StatePlan) -> dict[int, Ring]:
+    """Return the caches that keep a window only, by number."""
+    if not keeps_rings(program):
+        return {}
+    return {
+        number: Ring(layer.prefix, max((layer.size or 0) - 1, 0))
+        for number, layer in enumerate(states.layers)
+        if layer.kind == "sliding_attention"
+    }
 
 
 def keeps_rings(program: Program) -> bool:
@@ -209,3 +122,75 @@ def keeps_rings(program: Program) -> bool:
             if node.target is ATTENTION and argument(node, "prefix") is not None:
                 return True
     return False
+
+
+def cache_parts(node: fx.Node, ring: Ring | None) -> Parts:
+    """Return the parts of a cache; values may be absent."""
+    found: Parts = {}
+    for part, name in (("key", "k"), ("value", "v")):
+        sizes: Any = shape(argument(node, name))
+        heads, width = sizes[1], sizes[3]
+        if ring is None and width:
+            found[part] = (heads, GROWS, width)
+        if ring is not None and ring.held:
+            found[part] = (heads, ring.held, width)
+        if ring is not None and ring.first:
+            found[f"first_{part}"] = (heads, ring.first, width)
+    return found
+
+
+def recurrence_parts(node: fx.Node, delay: int) -> Parts:
+    """Return the parts of a recurrence's state, in the order in which it reads them."""
+    mixer = make(argument(node, "rule"), argument(node, "options"))
+    _, kv_heads, _, d_k = shape(argument(node, "k"))
+    d_v = shape(argument(node, "v"))[3]
+    found: Parts = {}
+    if delay:
+        gates = sum(math.prod(gate.shape) for gate in mixer.gates(d_k, d_v))
+        found["waiting"] = (kv_heads, delay, d_k + d_v + gates + 1)
+    sizes = find_lowering(TARGET, f"states:{mixer.name}") or _by_core
+    return {**found, **sizes(mixer, kv_heads, d_k, d_v)}
+
+
+def _by_core(mixer: Any, kv_heads: int, d_k: int, d_v: int) -> Parts:
+    """Return the state of a mixer that declares its core."""
+    counts = mixer.core is not None and mixer.core.counts
+    return {RECURRENT: (kv_heads, features(mixer, d_k), d_v + counts)}
+
+
+def features(mixer: Any, d_k: int) -> int:
+    """Return the channels of a key after the mixer's feature map."""
+    return d_k if mixer.key_map == "none" else mixer.features(d_k)
+
+
+@lowering(TARGET, "states:mlstm")
+def mlstm(mixer: Any, kv_heads: int, d_k: int, d_v: int) -> Parts:
+    """Return the running maximum, and a state with a column that counts."""
+    return {"maximum": (kv_heads,), RECURRENT: (kv_heads, d_k, d_v + 1)}
+
+
+@lowering(TARGET, "states:gsa")
+def gsa(mixer: Any, kv_heads: int, d_k: int, d_v: int) -> Parts:
+    """Return the slots' keys, one head for each slot, and their values."""
+    slots = mixer.slots
+    return {"slot_keys": (slots * kv_heads, d_k, 1), RECURRENT: (kv_heads, slots, d_v)}
+
+
+@lowering(TARGET, "states:rwkv6")
+def rwkv6(mixer: Any, kv_heads: int, d_k: int, d_v: int) -> Parts:
+    """Return the last token, and the state without it."""
+    d_k = features(mixer, d_k)
+    return {CONV: (kv_heads, 2 * d_k + d_v), RECURRENT: (kv_heads, d_k, d_v)}
+
+
+def with_idle(states: Mapping[tuple[int, str], State]) -> tuple[State, ...]:
+    """Add an idle convolution to every recurrence where onnxruntime-genai knows the states else.
+
+    It finds the layers with a recurrence by their convolution, and so needs one in all of them.
+    """
+    found = tuple(states.values())
+    known = (RECURRENT, CONV)
+    if not all(s.part in known or (s.part in ("key", "value") and s.grows) for s in found):
+        return found
+    alone = [s for s in found if s.part == RECURRENT and (s.number, CONV) not in states]
+    return (*found, *(State(s.number, CONV, (1, 1), torch.float32, is_idle=True) for s in alone))
