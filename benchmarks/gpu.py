@@ -155,7 +155,7 @@ def speed(quick: bool) -> list[dict[str, Any]]:
 def _has_tiles(family: str, mixer: Any, k: Tensor, v: Tensor) -> bool:
     gate = 2 if mixer.gates(1, 1)[0].shape else 1
     limit = forms.limit_of(mixer)
-    return configurations.find(family, k, v, gate, forms.precision(), limit) is not None
+    return configurations.find_tiles(family, k, v, gate, forms.precision(), limit) is not None
 
 
 @contextmanager

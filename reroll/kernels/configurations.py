@@ -41,7 +41,9 @@ def head_size(k: int, v: int) -> int:
     return max(64, size)
 
 
-def find(family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int) -> Tiles | None:
+def find_tiles(
+    family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int
+) -> Tiles | None:
     """Return the tiles for these keys and values, or None.
 
     Chunks have `limit` tokens or fewer.

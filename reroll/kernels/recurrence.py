@@ -82,7 +82,9 @@ def diagonal_backward(
     """
     q, k, v, g, start, starts = map(_together, (q, k, v, g, start, starts))
     do = _together(do.transpose(1, 2))
-    found = (configurations.find(f, k, v, kind_of_gate(g), precision, limit) for f in BACKWARDS)
+    found = (
+        configurations.find_tiles(f, k, v, kind_of_gate(g), precision, limit) for f in BACKWARDS
+    )
     tiles = next(filter(None, found), None)
     if tiles is None:
         raise _no_kernel("diagonal_backward", k, v, kind_of_gate(g), limit)
@@ -166,7 +168,7 @@ def step(
     """
     q, k, v, state = map(_together, (q, k, v, state))
     g = None if g is None else g.contiguous()
-    found = configurations.find("step", k, v, 1 if g is None else g.dim() - 1, "ieee", 16)
+    found = configurations.find_tiles("step", k, v, 1 if g is None else g.dim() - 1, "ieee", 16)
     if found is None:
         raise _no_kernel("step", k, v, 0 if g is None else g.dim() - 1, 1)
     new = torch.empty_like(state, memory_format=torch.contiguous_format)
@@ -189,7 +191,7 @@ def _tiles(
     family: str, k: Tensor, v: Tensor, g: Tensor | None, precision: str, limit: int
 ) -> configurations.Tiles:
     # gates with one number per head need no contiguous last dimension, which is time
-    found = configurations.find(family, k, v, kind_of_gate(g), precision, limit)
+    found = configurations.find_tiles(family, k, v, kind_of_gate(g), precision, limit)
     if found is None:
         raise _no_kernel(family, k, v, kind_of_gate(g), limit)
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-States = tuple[Tensor, ...]
+State = tuple[Tensor, ...]
 
 
 def opens(segments: Tensor) -> Tensor:
@@ -31,10 +31,10 @@ def apart(
     k: Tensor,
     v: Tensor,
     gates: Sequence[Tensor],
-    state: States,
+    state: State,
     padding: Tensor | None,
     segments: Tensor,
-) -> tuple[Tensor, States]:
+) -> tuple[Tensor, State]:
     """Run `form` on each segment as a row of its own.
 
     A segment of `segments` [batch, time] continues as long as the number stays the same. The first
@@ -81,8 +81,8 @@ def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[...,
         return x.movedim(time, 1).flatten(0, 1)[None].movedim(1, time)
 
     def packed(
-        q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: States
-    ) -> tuple[Tensor, States]:
+        q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> tuple[Tensor, State]:
         begin, last = _states(state, first)
         rest = one(k, 2), one(v, 2), tuple(one(g, 2) for g in gates)
         out, end = run(one(q, 3), *rest, begin)
@@ -92,7 +92,7 @@ def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[...,
     return packed
 
 
-def _states(state: States, first: Tensor) -> tuple[States, Tensor]:
+def _states(state: State, first: Tensor) -> tuple[State, Tensor]:
     """Return the initial state of each segment, and the number of each row's last segment."""
     ends = first.sum(1).cumsum(0)
     rows = torch.cat([ends.new_zeros(1), ends[:-1]])

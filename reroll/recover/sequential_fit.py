@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from reroll.errors import UsageError
-from reroll.recover.closed_form import Layer, layers_to_fit, set_factors
+from reroll.recover.closed_form import FittedLinear, layers_to_fit, set_factors
 from reroll.recover.hooks import removing_hooks
 from reroll.recover.stage import Batch, Models
 
@@ -57,11 +57,11 @@ def fit_trip_by_trip(models: Models, batches: Sequence[Batch]) -> dict[str, floa
         for group in ours.groups(trip, layers):
             sums = _sums(group, trip, ours, theirs, batches)
             for layer in group:
-                found = sums[layer.name]
-                before += found.error(layer)
-                _fit(layer, found)
-                after += found.error(layer)
-                size += found.size
+                layer_sums = sums[layer.name]
+                before += layer_sums.error(layer)
+                _fit(layer, layer_sums)
+                after += layer_sums.error(layer)
+                size += layer_sums.size
         ours.advance(trip)
         theirs.advance(trip)
     return {"own_error_before": before / size, "own_error_after": after / size}
@@ -70,7 +70,7 @@ def fit_trip_by_trip(models: Models, batches: Sequence[Batch]) -> dict[str, floa
 class _Sums:
     """Sums C = X^T X, D = (Y - bias)^T X and |Y - bias|^2 of one layer, over tokens."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: FittedLinear) -> None:
         weight = layer.teacher.weight
         self.c = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
         self.d = torch.zeros_like(weight, dtype=torch.float64)
@@ -82,31 +82,31 @@ class _Sums:
         self.d += y.T @ x
         self.size += y.double().square().sum().item()
 
-    def error(self, layer: Layer) -> float:
+    def error(self, layer: FittedLinear) -> float:
         """Compute |X W^T - Y|^2 with the layer's current weight and residual."""
         weight = (layer.student.weight + layer.product()).double()
         return self.size + ((weight @ self.c - 2 * self.d) * weight).sum().item()
 
 
 def _sums(
-    group: Sequence[Layer], trip: int, ours: _Walk, theirs: _Walk, batches: Sequence[Batch]
+    group: Sequence[FittedLinear], trip: int, ours: _Walk, theirs: _Walk, batches: Sequence[Batch]
 ) -> dict[str, _Sums]:
     sums = {layer.name: _Sums(layer) for layer in group}
     for number, batch in enumerate(batches):
         keep = batch.mask.bool()
-        with _seen([layer.student for layer in group]) as taken:
+        with _seen([layer.student for layer in group]) as student_calls:
             ours.run(trip, number)
-        with _seen([layer.teacher for layer in group]) as given:
+        with _seen([layer.teacher for layer in group]) as teacher_calls:
             theirs.run(trip, number)
         for layer in group:
-            y = given[layer.teacher][1][keep].float()
+            y = teacher_calls[layer.teacher][1][keep].float()
             if layer.student.bias is not None:
                 y = y - layer.student.bias
-            sums[layer.name].add(taken[layer.student][0][keep].float(), y)
+            sums[layer.name].add(student_calls[layer.student][0][keep].float(), y)
     return sums
 
 
-def _fit(layer: Layer, sums: _Sums) -> None:
+def _fit(layer: FittedLinear, sums: _Sums) -> None:
     residual = layer.product().double()
     stay = RIDGE * sums.c.diagonal().mean()
     held = sums.c.clone()
@@ -119,13 +119,13 @@ def _fit(layer: Layer, sums: _Sums) -> None:
 @contextmanager
 def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
     """Record the first input and the output of each module while the block runs."""
-    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found[module] = (args[0], output)
+        calls[module] = (args[0], output)
 
     with removing_hooks([module.register_forward_hook(note) for module in modules]):
-        yield found
+        yield calls
 
 
 class _Walk:
@@ -159,21 +159,21 @@ class _Walk:
                 # other operations lie between these trips
                 self._look(trip + 1)
 
-    def groups(self, trip: int, layers: Mapping[str, Layer]) -> Iterator[list[Layer]]:
+    def groups(self, trip: int, layers: Mapping[str, FittedLinear]) -> Iterator[list[FittedLinear]]:
         """Yield the layers of a trip in the order in which they run, grouped by their input."""
         inside = set(self.trips[trip].modules())
-        own: dict[nn.Module, Layer] = {
+        by_module: dict[nn.Module, FittedLinear] = {
             layer.student: layer for layer in layers.values() if layer.student in inside
         }
-        with _seen(list(own)) as seen:
+        with _seen(list(by_module)) as calls:
             self.run(trip, 0)
-        group: list[Layer] = []
+        group: list[FittedLinear] = []
         last: Tensor | None = None
-        for module, (x, _) in seen.items():
+        for module, (x, _) in calls.items():
             if group and x is not last:
                 yield group
                 group = []
-            group.append(own[module])
+            group.append(by_module[module])
             last = x
         if group:
             yield group

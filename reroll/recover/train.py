@@ -128,8 +128,8 @@ def _step(
     rows = take(run.corpus.train, progress.steps * settings.batch, settings.batch)
     count = int(rows.mask.sum())
     # the rows are dealt out to the processes in turn
-    own = rows.pick(range(int(accelerator.process_index), len(rows), run.processes))
-    pieces = own.split(settings.micro or len(own))
+    local = rows.pick(range(int(accelerator.process_index), len(rows), run.processes))
+    pieces = local.split(settings.micro or len(local))
     optimizer.zero_grad()
     seed = settings.seed * 1_000_003 + progress.steps
     torch.manual_seed(seed)

@@ -86,12 +86,12 @@ def _adapted(module: Any, stage: Stage) -> Iterator[nn.Module]:
 
 def _shared(module: nn.Module, names: list[str]) -> str | None:
     """Return the first linear layer whose weight an earlier one shares; None if there is none."""
-    seen: set[int] = set()
+    counted: set[int] = set()
     for name in names:
         weight = module.get_submodule(name).weight
-        if id(weight) in seen:
+        if id(weight) in counted:
             return name
-        seen.add(id(weight))
+        counted.add(id(weight))
     return None
 
 

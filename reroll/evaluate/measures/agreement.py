@@ -40,9 +40,9 @@ class Agreement(Measure):
             raise NotApplicable(f"no context fits: the text has {len(text.ids)} tokens")
         return {"model": {"contexts": [self._at(bench, text, c) for c in contexts]}}
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {}
-        for at in found["contexts"]:
+        for at in result["contexts"]:
             rows[f"KL from the original at {at['context']:,} (nats)"] = at["kl"]
             rows[f"top-1 agreement at {at['context']:,}"] = at["top1_agreement"]
         return rows

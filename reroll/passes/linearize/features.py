@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from reroll.passes.linearize.sites import Site
+from reroll.passes.linearize.linearized_attention import LinearizedAttention
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.weights import Expr, build
 from reroll.rewrite.ir.weights.expressions import DTYPE_NAMES, Meta, dtype_from_name
@@ -43,18 +43,18 @@ def identities(count: int, size: int, dtype: str) -> Tensor:
     return torch.eye(size, dtype=dtype_from_name(dtype)).repeat(count, 1, 1)
 
 
-def mapped(site: Site, x: fx.Node, feature: Feature, name: str) -> fx.Node:
+def mapped(attention: LinearizedAttention, x: fx.Node, feature: Feature, name: str) -> fx.Node:
     """Apply a feature map to queries or keys [batch, heads, time, size]; `name` is "q" or "k"."""
     if feature == "none":
         return x
     if feature != "hedgehog":
-        return Builder(site.graph).trace(_PLAIN[feature], x)
-    kind = x.meta["type"]
-    heads, size = int(kind.shape[1]), int(kind.shape[3])
+        return Builder(attention.graph).trace(_PLAIN[feature], x)
+    type_ = x.meta["type"]
+    heads, size = int(type_.shape[1]), int(type_.shape[3])
 
     def start(layer: int) -> Expr:
         del layer
-        return build("identities", heads, size, DTYPE_NAMES[kind.dtype])
+        return build("identities", heads, size, DTYPE_NAMES[type_.dtype])
 
-    weight = site.new_weight(f"{name}_features", (heads, size, size), start)
-    return Builder(site.graph).trace(_hedgehog, x, weight)
+    weight = attention.new_weight(f"{name}_features", (heads, size, size), start)
+    return Builder(attention.graph).trace(_hedgehog, x, weight)

@@ -50,8 +50,8 @@ class Distil(Stage):
             ce = cross_entropy(logits, batch.labels)
             value, parts["ce"] = value + self.ce * ce, ce.item()
         if self.hidden:
-            (source, target), (_, made) = theirs[0], ours[0]
-            error = relative_error(made, target, source, batch.mask.float())
+            (source, target), (_, output) = theirs[0], ours[0]
+            error = relative_error(output, target, source, batch.mask.float())
             value, parts["hidden"] = value + self.hidden * error, error.item()
         return Loss(value, parts)
 

@@ -53,7 +53,7 @@ def keep_by_measure(
         alone[layer] = distance(rewritten([layer]))
     ranking = sorted(layers, key=lambda n: -alone[n])
     kept, rest = ranking[:count], ranking[count:]
-    context.remark(f"KL on {distance.what} of each layer alone: {_shown(ranking, alone)}")
+    context.remark(f"KL on {distance.text} of each layer alone: {_shown(ranking, alone)}")
     best = distance(rewritten(rest))
     exchanged = 0
     while exchanged < min(count, len(rest)):
@@ -80,7 +80,7 @@ class _Distance:
                 "only a model that takes tokens can be measured", hint="name the layers"
             )
         tokens, what = context.some_tokens(program, LENGTH // 8)
-        self.what = f"{what}, and the same again,"
+        self.text = f"{what}, and the same again,"
         length = min(LENGTH, (program.origin.positions or 2 * LENGTH) // 2)
         twice = tokens[None, :length].repeat(1, 2)
         self.inputs: Mapping[str, Tensor] = token_inputs(program, twice)

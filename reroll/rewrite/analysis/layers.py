@@ -20,7 +20,7 @@ from reroll.rewrite.ir.program import Loop, Program
 
 
 @dataclass(frozen=True)
-class Layer:
+class AttentionLayer:
     """Attention node with the numbers of its layers, one per trip of its loop."""
 
     node: fx.Node
@@ -42,7 +42,7 @@ class Layer:
             self.loop.drop_unused_inputs()
 
 
-def attention_layers(program: Program) -> list[Layer]:
+def attention_layers(program: Program) -> list[AttentionLayer]:
     """Find the self-attentions of a Program; cross-attention is excluded."""
     found: list[tuple[fx.Node, Loop | None, list[int]]] = []
     loops = {loop.node: loop for loop in program.loops}
@@ -60,7 +60,7 @@ def attention_layers(program: Program) -> list[Layer]:
                     row.append(count)
                     count += 1
             found += [(n, loop, row) for n, row in zip(inner, rows, strict=True)]
-    return [Layer(node, loop, tuple(numbers)) for node, loop, numbers in found]
+    return [AttentionLayer(node, loop, tuple(numbers)) for node, loop, numbers in found]
 
 
 def _is_self_attention(node: fx.Node) -> bool:

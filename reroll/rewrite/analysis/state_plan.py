@@ -28,15 +28,15 @@ class CacheLayer:
     """Layout of one state: its layer type, window and sizes.
 
     Attributes:
-        kind: a layer type of transformers. A recurrence is "hybrid_sliding": of the types with a
-            recurrent state, that is the one that also counts its tokens.
+        layer_type: a layer type of transformers. A recurrence is "hybrid_sliding": of the types
+            with a recurrent state, that is the one that also counts its tokens.
         size: tokens of the window or chunk; None for all tokens.
         kv_heads: number of key-value heads, if it is a constant.
         head_dim: size of a key, if it is a constant.
         prefix: how many first tokens are kept beside the window.
     """
 
-    kind: str
+    layer_type: str
     size: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -45,7 +45,7 @@ class CacheLayer:
     @property
     def reach(self) -> tuple[str, int | None, int]:
         """Layer type, size and prefix, which together determine the tokens that it keeps."""
-        return self.kind, self.size, self.prefix
+        return self.layer_type, self.size, self.prefix
 
 
 @dataclass(frozen=True)

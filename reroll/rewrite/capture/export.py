@@ -24,7 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.branches import BranchError, check_branches
-from reroll.rewrite.capture.halves import keeps_parameters, trace, with_dtypes_of, without_data
+from reroll.rewrite.capture.half_precision import (
+    keeps_parameters,
+    trace,
+    with_dtypes_of,
+    without_data,
+)
 from reroll.rewrite.capture.left_out import TracedGraph, with_defaults
 from reroll.rewrite.capture.losses import loss_of
 from reroll.rewrite.capture.models import describe, open_model

@@ -112,7 +112,7 @@ class _Search:
     whole: TracedGraph
     without: TracedGraph
     left_out: set[str]
-    found: dict[str, list[Any]] = field(default_factory=dict)
+    counterparts: dict[str, list[Any]] = field(default_factory=dict)
     differ: list[tuple[fx.Node, Any]] = field(default_factory=list)
 
     def walk(self, whole: Mapping[str, Any], without: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ class _Search:
             seen.add(pair)
             a, b = pair
             if a.op == "placeholder" and str(a.target) in self.left_out:
-                self.found.setdefault(str(a.target), []).append(b)
+                self.counterparts.setdefault(str(a.target), []).append(b)
                 continue
             inner = _operands(a, b)
             if inner is None:
@@ -137,7 +137,9 @@ class _Search:
     def default_of(self, name: str, with_past: bool) -> fx.Graph | None:
         """Return the graph of an input's default; None if its role implies it or it is unknown."""
         item = next(i for i in self.program.inputs if i.name == name)
-        nodes = [n for n in dict.fromkeys(self.found.get(name, ())) if isinstance(n, fx.Node)]
+        nodes = [
+            n for n in dict.fromkeys(self.counterparts.get(name, ())) if isinstance(n, fx.Node)
+        ]
         special = [n for n in nodes if not self._is_plain(item, n, with_past)]
         if not special:
             self._tell_unknown(item, bool(nodes), with_past)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from reroll.rewrite.capture.halves import without_data
+from reroll.rewrite.capture.half_precision import without_data
 from reroll.rewrite.ir.records import Loss
 
 log = logging.getLogger(__name__)

@@ -47,7 +47,7 @@ class Builder:
         infer(node, self.loop)
         return node
 
-    def place(self, name: str, kind: TensorType | None = None) -> fx.Node:
+    def placeholder(self, name: str, kind: TensorType | None = None) -> fx.Node:
         """Write a placeholder of a tensor type, or of a number."""
         node = self.graph.placeholder(name)
         set_type(node, kind)
@@ -102,7 +102,7 @@ class Builder:
             elif node.op == "output":
                 return made[node.args[0]]  # type: ignore[no-any-return]
             else:
-                made[node] = self._copy(node, made, sizes.named())
+                made[node] = self._copy(node, made, sizes.names())
                 if widens:
                     widen_node(made[node], torch.bfloat16)
         raise ProgramError("the function returns nothing")

@@ -50,7 +50,7 @@ def count(graph: fx.Graph) -> int:
     return sum(len(marks(node)) for node in graph.nodes)
 
 
-def named(program: Program) -> Iterator[str]:
+def hidden_names(program: Program) -> Iterator[str]:
     """Yield the outputs of which the Program has marks, in the order of `NAMES`."""
     found = {name for _, graph in program.graphs() for node in graph.nodes for name in marks(node)}
     yield from (name for name in NAMES if name in found)

@@ -81,13 +81,13 @@ class Sizes:
             return dim
         return self._sizes.setdefault(dim, _SIZES[len(self._sizes)])
 
-    def named(self) -> Mapping[int, str]:
+    def names(self) -> Mapping[int, str]:
         """Return the names of the dimensions, by their sizes."""
         return {size: name for name, size in self._sizes.items()}
 
     def name(self, size: int, node: fx.Node) -> Dim:
         """Return the dimension of a size; ProgramError for a size derived from a symbolic one."""
-        if size in (names := self.named()):
+        if size in (names := self.names()):
             return names[size]
         if names and size >= _SIZES[0] and size not in self._numbers:
             raise ProgramError(

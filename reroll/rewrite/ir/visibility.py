@@ -121,7 +121,7 @@ class Visibility:
             seen = seen | (first if before is None else first & before)
         return seen
 
-    def seen(self, q: Tensor, keys: int, start: int = 0) -> Tensor:
+    def visible(self, q: Tensor, keys: int, start: int = 0) -> Tensor:
         """Compute which of `keys` keys, from position `start` on, the queries at positions `q` see.
 
         Returns booleans [batch or 1, 1, queries, keys]. Keys after the end of `padding` are hidden;
@@ -155,7 +155,7 @@ class Visibility:
     def added(self, q: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
         """Compute the additive mask: 0 where a key is visible, else the dtype's minimum."""
         lowest = torch.finfo(dtype).min
-        return torch.where(self.seen(q, keys), torch.zeros((), dtype=dtype), lowest)
+        return torch.where(self.visible(q, keys), torch.zeros((), dtype=dtype), lowest)
 
 
 NAMES = tuple(f.name for f in fields(Visibility))

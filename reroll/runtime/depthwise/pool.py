@@ -17,7 +17,7 @@ from reroll.runtime.functions.attention import attend
 TOGETHER = 4096
 
 
-class Places:
+class KeyPositions:
     """Trips, slots and positions of the keys of a batch's rows."""
 
     def __init__(
@@ -36,12 +36,12 @@ class Places:
         if key not in self.masks:
             # on the host, so that testing whether anything is masked does not wait for the device
             last, keys = torch.tensor(self.positions)[:, None], torch.arange(self.longest)
-            seen = keys <= last
+            visible = keys <= last
             if any(window is not None for window in windows):
                 sizes = [self.longest if w is None else w for w in windows]
-                seen = seen & (keys > last - torch.tensor(sizes)[:, None])
-            whole = bool(seen.all())
-            self.masks[key] = None if whole else seen[:, None, None].to(self.index[0].device)
+                visible = visible & (keys > last - torch.tensor(sizes)[:, None])
+            whole = bool(visible.all())
+            self.masks[key] = None if whole else visible[:, None, None].to(self.index[0].device)
         return self.masks[key]
 
 
@@ -62,14 +62,14 @@ class Pool:
         like: Tensor,
         absent: bool = False,
     ) -> None:
-        sizes = [kind[i] for pair in kinds for kind in pair for i in (1, 3)]
+        sizes = [shape[i] for pair in kinds for shape in pair for i in (1, 3)]
         if not all(isinstance(size, int) for size in sizes):
             raise UsageError("the sizes of a cache layer are known only when the model runs")
         self.length, self.absent = length, absent
         self.lengths = [0] * slots
         # unwritten positions are read with weight 0, so they must be finite
         self.keys, self.values = (
-            [like.new_zeros(trips, slots, kind[i][1], length, kind[i][3]) for kind in kinds]
+            [like.new_zeros(trips, slots, shape[i][1], length, shape[i][3]) for shape in kinds]
             for i in (0, 1)
         )
 
@@ -85,7 +85,7 @@ class Pool:
                 pair[0][:, slot, :, length:, -1] = ABSENT
         self.lengths[slot] = length
 
-    def store(self, number: int, places: Places, k: Tensor, v: Tensor) -> None:
+    def store(self, number: int, places: KeyPositions, k: Tensor, v: Tensor) -> None:
         """Write the keys and values [rows, kv_heads, 1, size] of tokens to their positions."""
         trips, slots, positions = places.index
         self.keys[number][trips, slots, :, positions] = k[:, :, 0]
@@ -94,7 +94,7 @@ class Pool:
     def attend(
         self,
         number: int,
-        places: Places,
+        places: KeyPositions,
         q: Tensor,
         scale: float,
         windows: Sequence[int | None],

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from reroll.bounds import COUNT, check_number
 from reroll.errors import UsageError
 from reroll.runtime.depthwise.engine import Engine
-from reroll.runtime.depthwise.frames import Row
+from reroll.runtime.depthwise.row_batch import Row
 from reroll.runtime.functions.exits import DepthReport
 
 Mode = Literal["depth", "compact", "lockstep"]
@@ -125,11 +125,11 @@ class DepthScheduler:
         """Yield the tokens of a request as they are generated; other requests advance meanwhile."""
         if number not in self._requests:
             raise UsageError(f"there is no request {number}")
-        request, given = self._requests[number], 0
+        request, yielded = self._requests[number], 0
         while True:
-            while given < len(request.tokens):
-                yield request.tokens[given]
-                given += 1
+            while yielded < len(request.tokens):
+                yield request.tokens[yielded]
+                yielded += 1
             if request.done or self._closed:
                 return
             self.tick()

@@ -18,7 +18,7 @@ from reroll.runtime.functions.loops import Trips
 from reroll.runtime.lowering.codegen import compile_graph, runnable
 from reroll.runtime.lowering.encoder_constants import is_decoder_input
 from reroll.runtime.lowering.encoder_decoder import cut
-from reroll.runtime.lowering.modules import Tree, Trip, build_tree
+from reroll.runtime.lowering.modules import Tree, TripModule, build_tree
 from reroll.runtime.lowering.passes import PASSES, Lowering, Observer, lower_graphs
 from reroll.runtime.models.pictures import put_pictures, with_pictures
 
@@ -158,12 +158,12 @@ def reassemble(model: Any, program: Program) -> Assembly:
 
     The Program may differ from the model's own in dtypes only.
     """
-    own: Assembly = model._assembly
+    old: Assembly = model._assembly
     new = assemble(nn.Module(), program)
     for name, trips in new.tree.trips.items():
-        for trip, source in zip(own.tree.trips[name], trips, strict=True):
+        for trip, source in zip(old.tree.trips[name], trips, strict=True):
             trip.__class__ = type(source)
-    return replace(new, loops=own.loops, tree=own.tree)
+    return replace(new, loops=old.loops, tree=old.tree)
 
 
 def _halves(graph: fx.Graph, program: Program, sources: dict[str, str]) -> HalfFunctions:
@@ -177,7 +177,7 @@ def _halves(graph: fx.Graph, program: Program, sources: dict[str, str]) -> HalfF
     return HalfFunctions(*functions)
 
 
-def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[Trip]:
+def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[TripModule]:
     members: dict[str, Any] = {"source": ""}
     for method, graph in graphs.items():
         members[method], source = compile_graph(graph, f"{name} {method}")
@@ -185,13 +185,13 @@ def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[Trip]:
     if "observed" in members:
         members["forward"] = _either(members["forward"], members["observed"])
     title = "".join(part.capitalize() for part in re.split(r"\W|_", name, flags=re.ASCII))
-    return type(f"{title}Trip", (Trip,), members)
+    return type(f"{title}Trip", (TripModule,), members)
 
 
 def _either(plain: Callable[..., Any], observed: Callable[..., Any]) -> Callable[..., Any]:
     """Make the forward of a trip that also returns its hidden states if `observe` is set."""
 
-    def forward(self: Trip, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
+    def forward(self: TripModule, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
         return (observed if observe else plain)(self, *args, **kwargs)
 
     return forward

@@ -135,10 +135,10 @@ class _Rewriter:
         new.meta.update(node.meta)
         return new
 
-    def _module(self, weight: Any, kind: str) -> str | None:
+    def _module(self, weight: Any, attribute: str) -> str | None:
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return None
-        module: str | None = getattr(self.readings[str(weight.target)], kind)
+        module: str | None = getattr(self.readings[str(weight.target)], attribute)
         return module
 
     def _device(self) -> Any:

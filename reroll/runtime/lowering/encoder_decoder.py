@@ -123,9 +123,9 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _graph(
-    whole: fx.Graph, given: list[fx.Node], wanted: list[Any], elsewhere: list[fx.Node]
+    whole: fx.Graph, inputs: list[fx.Node], wanted: list[Any], elsewhere: list[fx.Node]
 ) -> fx.Graph:
-    """Build a graph over `given` and all inputs that computes the wanted values.
+    """Build a graph over `inputs` and all inputs that computes the wanted values.
 
     Sizes of tensors that it does not compute are read from those of `elsewhere`.
     """
@@ -134,13 +134,13 @@ def _graph(
     stack = [n for value in wanted for n in _nodes_in(value)]
     while stack:
         node = stack.pop()
-        if node not in needed and node not in given and node.op != "placeholder":
+        if node not in needed and node not in inputs and node.op != "placeholder":
             needed.add(node)
-            found = other.get(node)
-            stack.extend(node.all_input_nodes if found is None else [found[0]])
+            substitute = other.get(node)
+            stack.extend(node.all_input_nodes if substitute is None else [substitute[0]])
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    for node in [*given, *(n for n in whole.nodes if n.op == "placeholder")]:
+    for node in [*inputs, *(n for n in whole.nodes if n.op == "placeholder")]:
         if node not in values:
             new = graph.create_node("placeholder", "x", name=node.name)
             new.target = str(node.target) if node.target in OWN_INPUTS else new.name
@@ -148,11 +148,11 @@ def _graph(
     for node in whole.nodes:
         if node not in needed:
             continue
-        found = other.get(node)
-        if found is None:
+        substitute = other.get(node)
+        if substitute is None:
             values[node] = graph.node_copy(node, values.__getitem__)
             continue
-        tensor, dim = found
+        tensor, dim = substitute
         if node.op == "call_method":
             values[node] = graph.call_method("size", (values[tensor], dim))
         else:
@@ -162,9 +162,9 @@ def _graph(
 
 
 def _nodes_in(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)
-    return found
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(value, nodes.append)
+    return nodes
 
 
 def _other_size(node: fx.Node, tensors: list[fx.Node]) -> tuple[fx.Node, Any] | None:
@@ -174,8 +174,8 @@ def _other_size(node: fx.Node, tensors: list[fx.Node]) -> tuple[fx.Node, Any] | 
         return None
     if node.target is getattr:
         return tensors[0], None
-    kind = source.meta.get("type")
-    name = kind.shape[node.args[1]] if isinstance(kind, TensorType) else None  # type: ignore[index]
+    type_ = source.meta.get("type")
+    name = type_.shape[node.args[1]] if isinstance(type_, TensorType) else None  # type: ignore[index]
     for tensor in tensors:
         other = tensor.meta.get("type")
         if name is not None and isinstance(other, TensorType) and name in other.shape:

@@ -61,11 +61,11 @@ def split_exits(loop: Loop, exits: Exits) -> Split:
     places, width = loop.places, len(loop.carry)
     test = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    for number, place in enumerate(places[:width]):
-        values[place] = test.placeholder(f"old_{number}")
+    for number, placeholder in enumerate(places[:width]):
+        values[placeholder] = test.placeholder(f"old_{number}")
     new = [test.placeholder(f"new_{number}") for number in range(width)]
-    for place in places[width:]:
-        values[place] = test.placeholder(place.name)
+    for placeholder in places[width:]:
+        values[placeholder] = test.placeholder(placeholder.name)
     layers = None
     if any(map(is_stateful, exits.tests)):
         layers = test.create_node("placeholder", OWN_INPUTS[0], (None,), name=OWN_INPUTS[0])

@@ -55,7 +55,7 @@ class States:
     def ring(self, number: int) -> CacheLayer | None:
         """Return the layer of this number if it keeps a window only, else None."""
         layer = self.layers[number]
-        return layer if self.rings and layer.kind == "sliding_attention" else None
+        return layer if self.rings and layer.layer_type == "sliding_attention" else None
 
     def add_inputs(self, g: Translator) -> None:
         """Add the caches that grow as inputs of the graph; other states become inputs when read."""

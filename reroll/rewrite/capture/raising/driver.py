@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.rewrite.capture.raising.attention import ATTENTION_RULES, absorb_masks
-from reroll.rewrite.capture.raising.idioms import RULES, Rule
+from reroll.rewrite.capture.raising.idioms import RULES, RewriteRule
 from reroll.rewrite.ir import weights as lazy
 from reroll.rewrite.ir.hidden import keep_complete, stand_in, unmark
 from reroll.rewrite.ir.matching import match
@@ -46,7 +46,7 @@ def raise_idioms(program: Program) -> Program:
     return program.pruned()
 
 
-def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
+def apply_rule(graph: fx.Graph, rule: RewriteRule, checked: dict[Any, bool]) -> int:
     """Replace every region that the rule matches; return their number.
 
     `checked` caches whether a replacement computes the same, by the ops and types of its region.

@@ -49,7 +49,7 @@ class Token(NamedTuple):
 
     kind: str
     text: str
-    place: int
+    position: int
 
 
 class ExprParser:
@@ -79,7 +79,7 @@ class ExprParser:
     # ---- tokens
 
     def _fail(self, message: str, token: Token | None = None) -> NoReturn:
-        place = (token or self._next).place
+        place = (token or self._next).position
         raise ProgramError(message, where=f"column {self._shift + place + 1}")
 
     def _scan(self, position: int) -> Token:
@@ -92,7 +92,7 @@ class ExprParser:
 
     def _take(self) -> Token:
         token = self._next
-        self._next = self._scan(token.place + len(token.text))
+        self._next = self._scan(token.position + len(token.text))
         return token
 
     def _accept(self, mark: str) -> bool:
@@ -141,7 +141,7 @@ class ExprParser:
             if args:
                 self._expect("mark", ",")
             args.extend(self._argument(depth + 1))
-        with located(f"column {self._shift + op.place + 1}"):
+        with located(f"column {self._shift + op.position + 1}"):
             return build(op.text, *args)
 
     def _source(self) -> list[Source]:
@@ -150,14 +150,14 @@ class ExprParser:
         self._expect("mark", ",")
         meta = self._meta()
         self._expect("mark", ")")
-        with located(f"column {self._shift + name.place + 1}"):
+        with located(f"column {self._shift + name.position + 1}"):
             return [Source(string_value(text), meta) for text in unfold(name.text, angles=True)]
 
     def _meta(self) -> Meta:
         dtype = self._expect("word")
         self._expect("mark", "[")
         sizes = self._integers()
-        with located(f"column {self._shift + dtype.place + 1}"):
+        with located(f"column {self._shift + dtype.position + 1}"):
             return Meta(sizes, dtype_from_name(dtype.text))
 
     def _integers(self) -> tuple[int, ...]:
@@ -177,5 +177,5 @@ class ExprParser:
         return float(token.text) if re.search(r"[.eE]", token.text) else int(token.text)
 
     def _string(self, token: Token) -> str:
-        with located(f"column {self._shift + token.place + 1}"):
+        with located(f"column {self._shift + token.position + 1}"):
             return string_value(token.text)

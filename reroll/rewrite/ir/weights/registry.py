@@ -14,7 +14,7 @@ from torch import Tensor
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.weights.expressions import INFERENCES, Argument, Expr, Meta
 
-Rule: TypeAlias = Callable[..., Meta]
+MetaRule: TypeAlias = Callable[..., Meta]
 Compute: TypeAlias = Callable[..., Tensor]
 
 
@@ -24,7 +24,7 @@ class WeightFunction:
 
     name: str
     compute: Compute
-    rule: Rule
+    rule: MetaRule
     # whether inputs are cast to fp32 or fp64; otherwise they keep their dtype
     arithmetic: bool
     # set if the function can be computed from a running sum: (sum, count) -> result
@@ -35,7 +35,7 @@ FUNCTIONS: dict[str, WeightFunction] = {}
 
 
 def weight_function(
-    rule: Rule,
+    rule: MetaRule,
     *,
     name: str | None = None,
     arithmetic: bool = True,
