@@ -166,7 +166,7 @@ class _Sample:
     """Inputs to run on: batches, their kind, and the length of a window."""
 
     batches: list[dict[str, Tensor]]
-    kind: str
+    source: str
     length: int | None = None
     windows: int | None = None
     prefix: int = 0
@@ -278,8 +278,8 @@ def _result(
         "state_bytes": None if stateless else states,
         "tokens": distance.positions,
         "inputs": {
-            "kind": sample.kind,
-            "text": source if sample.kind == "text" else None,
+            "kind": sample.source,
+            "text": source if sample.source == "text" else None,
             "length": sample.length,
             "windows": sample.windows,
             "prefix_tokens": sample.prefix,

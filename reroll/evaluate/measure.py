@@ -67,7 +67,7 @@ class Measure(Declared, ABC):
     that differ.
     """
 
-    what: ClassVar[str] = "measure"
+    category: ClassVar[str] = "measure"
     full: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod

@@ -41,8 +41,8 @@ def window_reference(
     row, column = torch.arange(time)[:, None], torch.arange(time)[None, :]
     begin = start[:, None, None]
     near = (column > row - window) | (column - begin < prefix)
-    seen = ((column <= row) & (column >= begin) & near)[:, None]
-    scores = (q.float() @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    visible = ((column <= row) & (column >= begin) & near)[:, None]
+    scores = (q.float() @ k.mT * scale).masked_fill(~visible, -torch.inf)
     high = scores.amax(-1, keepdim=True)
     high = torch.where(high.isfinite(), high, 0.0)
     p = (scores - high).exp()
@@ -68,8 +68,10 @@ def near_tile(
                   mask=in_time[:, None] & (cv < V)[None, :], other=0.0).to(DT)  # fmt: skip
     s = tl.dot(q, tl.trans(b_k), input_precision=PRECISION) * scale
     near = (column[None, :] > row[:, None] - window) | (column[None, :] - first < prefix)
-    seen = near & (column[None, :] <= row[:, None]) & in_time[None, :] & (column >= first)[None, :]
-    s = tl.where(seen, s, float("-inf"))
+    visible = (
+        near & (column[None, :] <= row[:, None]) & in_time[None, :] & (column >= first)[None, :]
+    )
+    s = tl.where(visible, s, float("-inf"))
     new = tl.maximum(m, tl.max(s, axis=1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp(s - shift[:, None])

@@ -47,7 +47,7 @@ def apart(
     flat = first.flatten()
     row = flat.cumsum(0) - 1  # [batch * time], the segment of each token
     starts = flat.nonzero()[:, 0]
-    place = torch.arange(batch * time, device=flat.device) - starts[row]
+    position = torch.arange(batch * time, device=flat.device) - starts[row]
     lengths = torch.bincount(row)
     longest = int(lengths.max())
 
@@ -58,10 +58,10 @@ def apart(
     def rows(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)[where].transpose(1, 2)
 
-    seen = inside if padding is None else inside & padding.flatten()[where].bool()
-    begin, last = _states(state, first)
-    out, end = form(rows(q), rows(k), rows(v), [rows(g) for g in gates], begin, seen)
-    return out[row, place].unflatten(0, (batch, time)), tuple(s[last] for s in end)
+    mask = inside if padding is None else inside & padding.flatten()[where].bool()
+    initial, last = _states(state, first)
+    out, end = form(rows(q), rows(k), rows(v), [rows(g) for g in gates], initial, mask)
+    return out[row, position].unflatten(0, (batch, time)), tuple(s[last] for s in end)
 
 
 def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[..., Any]:
@@ -83,9 +83,9 @@ def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[...,
     def packed(
         q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
     ) -> tuple[Tensor, State]:
-        begin, last = _states(state, first)
+        initial, last = _states(state, first)
         rest = one(k, 2), one(v, 2), tuple(one(g, 2) for g in gates)
-        out, end = run(one(q, 3), *rest, begin)
+        out, end = run(one(q, 3), *rest, initial)
         out = out[0].unflatten(2, segments.shape).movedim(2, 0)
         return out, tuple(s[last] for s in end)
 
@@ -97,5 +97,5 @@ def _states(state: State, first: Tensor) -> tuple[State, Tensor]:
     ends = first.sum(1).cumsum(0)
     rows = torch.cat([ends.new_zeros(1), ends[:-1]])
     count = int(ends[-1])
-    begin = tuple(s.new_zeros(count, *s.shape[1:]).index_copy(0, rows, s) for s in state)
-    return begin, ends - 1
+    initial = tuple(s.new_zeros(count, *s.shape[1:]).index_copy(0, rows, s) for s in state)
+    return initial, ends - 1

@@ -73,7 +73,7 @@ class LoopWindow(Pass):
         if len(candidates) == 1:
             return self._looped(program, *candidates[0], context)
         measurer = Measurer(program, context)
-        if measurer.kind != "text" or not measurer.generates:
+        if measurer.source != "text" or not measurer.generates:
             raise PassError(
                 "a search needs a model that predicts text, and its tokenizer",
                 hint="give one start, one stop and one number of steps",

@@ -50,10 +50,10 @@ class Context:
         """Record what was changed, or why it was not; the user sees it."""
         self.remarks.append(str(text))
 
-    def progress(self, done: int, total: int, what: str = "") -> None:
+    def progress(self, done: int, total: int, text: str = "") -> None:
         """Report the progress of the pass; a call is cheap."""
         if self.report_progress is not None:
-            self.report_progress(done, total, what)
+            self.report_progress(done, total, text)
 
     @cached_property
     def text(self) -> str:
@@ -78,9 +78,9 @@ class Context:
 
     def some_tokens(self, program: Program, count: int) -> tuple[Tensor, str]:
         """Return ids of the text, or `count` random ones without it, and a name for them."""
-        found = self.tokens(program)
-        if found is not None and found.numel() > 1:
-            return found, "text"
+        tokens = self.tokens(program)
+        if tokens is not None and tokens.numel() > 1:
+            return tokens, "text"
         return self.random_tokens(program, count), "random tokens"
 
     def outputs(

@@ -82,8 +82,8 @@ def _matmul(operands: slice) -> Cost:
         left, _ = node.args[operands]
         inner, result = shape(left)[-1:], shape(node)
         # a symbolic size of the columns or of the inner dimension is the length of the context
-        seen = [d if isinstance(d, int) else place.context for d in (*inner, *result[-1:])]
-        return 2 * count(result[:-1]) * math.prod(seen)
+        sizes = [d if isinstance(d, int) else place.context for d in (*inner, *result[-1:])]
+        return 2 * count(result[:-1]) * math.prod(sizes)
 
     return rule
 

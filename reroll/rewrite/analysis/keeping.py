@@ -79,8 +79,8 @@ class _Distance:
             raise PassError(
                 "only a model that takes tokens can be measured", hint="name the layers"
             )
-        tokens, what = context.some_tokens(program, LENGTH // 8)
-        self.text = f"{what}, and the same again,"
+        tokens, text = context.some_tokens(program, LENGTH // 8)
+        self.text = f"{text}, and the same again,"
         length = min(LENGTH, (program.origin.positions or 2 * LENGTH) // 2)
         twice = tokens[None, :length].repeat(1, 2)
         self.inputs: Mapping[str, Tensor] = token_inputs(program, twice)

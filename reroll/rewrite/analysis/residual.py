@@ -154,14 +154,14 @@ class Tracer:
 
 def channels(node: fx.Node) -> Any:
     """Return the size of a value's last dimension; None if it has no type."""
-    kind = node.meta.get("type")
-    return kind.shape[-1] if isinstance(kind, TensorType) and kind.shape else None
+    type_ = node.meta.get("type")
+    return type_.shape[-1] if isinstance(type_, TensorType) and type_.shape else None
 
 
 def rank(node: fx.Node) -> int:
     """Return the number of dimensions of a value; 0 if it has no type."""
-    kind = node.meta.get("type")
-    return len(kind.shape) if isinstance(kind, TensorType) else 0
+    type_ = node.meta.get("type")
+    return len(type_.shape) if isinstance(type_, TensorType) else 0
 
 
 def _passes(node: fx.Node) -> bool:

@@ -105,14 +105,14 @@ def before_cache(value: fx.Node) -> fx.Node:
 
 def readers(cache: fx.Node) -> list[fx.Node | None]:
     """Return the attention nodes that read the outputs of a cache; None for any other use."""
-    found: list[fx.Node | None] = []
+    attentions: list[fx.Node | None] = []
     for item in cache.users:
         if item.target is not operator.getitem:
-            found.append(None)
+            attentions.append(None)
             continue
         for user in item.users:
-            found.append(user if user.target in MASKED else None)
-    return found
+            attentions.append(user if user.target in MASKED else None)
+    return attentions
 
 
 def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
@@ -134,11 +134,11 @@ def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
     sizes = shape(argument(node, "k"))
     heads, dim = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
     heads, dim = (x if isinstance(x, int) else None for x in (heads, dim))
-    kind, size, prefix = "full_attention", None, 0
+    layer_type, size, prefix = "full_attention", None, 0
     reaches = {_reach(reader, loop, trip) for reader in readers(node)}
     if len(reaches) == 1:
-        kind, size, prefix = reaches.pop()
-    return CacheLayer(kind, size, heads, dim, prefix)
+        layer_type, size, prefix = reaches.pop()
+    return CacheLayer(layer_type, size, heads, dim, prefix)
 
 
 def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int | None, int]:
@@ -146,11 +146,19 @@ def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int
     everything = "full_attention", None, 0
     if node is None:
         return everything
-    seen = Visibility.of(node)
+    visibility = Visibility.of(node)
     if loop is not None:
-        seen = seen.map(lambda value: loop.resolve(value, trip))
-    if seen.causal is True and isinstance(seen.window, int) and isinstance(seen.prefix, int | None):
-        return "sliding_attention", seen.window, seen.prefix or 0
-    if seen.causal is True and isinstance(seen.chunk, int) and seen.prefix is None:
-        return "chunked_attention", seen.chunk, 0
+        visibility = visibility.map(lambda value: loop.resolve(value, trip))
+    if (
+        visibility.causal is True
+        and isinstance(visibility.window, int)
+        and isinstance(visibility.prefix, int | None)
+    ):
+        return "sliding_attention", visibility.window, visibility.prefix or 0
+    if (
+        visibility.causal is True
+        and isinstance(visibility.chunk, int)
+        and visibility.prefix is None
+    ):
+        return "chunked_attention", visibility.chunk, 0
     return everything

@@ -362,12 +362,12 @@ class _Wrapper(nn.Module):
             while len(_module_stack()) > depth:
                 _module_stack().popitem()
             return halted.tensors
-        found = {name: value for name, value in out.items() if isinstance(value, Tensor)}
+        outputs = {name: value for name, value in out.items() if isinstance(value, Tensor)}
         for name in NAMES if self.hidden else ():
             states = out.get(name) or ()
             if all(isinstance(value, Tensor) for value in states):
-                found.update((f"{name}.{number}", value) for number, value in enumerate(states))
-        return found
+                outputs.update((f"{name}.{number}", value) for number, value in enumerate(states))
+        return outputs
 
 
 def _module_stack() -> dict[str, Any]:
@@ -401,11 +401,11 @@ class _Tracer:
             return None, HALVES
         in_bf16 = program.dtype == torch.bfloat16
         for half in (torch.float16,) if in_bf16 else (torch.float16, torch.bfloat16):
-            found = self.in_half(program, exported, half)
-            if isinstance(found, Program):
+            in_half = self.in_half(program, exported, half)
+            if isinstance(in_half, Program):
                 halves = HALVES if half == torch.float16 else (half,)
-                return (None if in_bf16 else found), halves
-            log.info("not known in %s: %s", half, found.reason)
+                return (None if in_bf16 else in_half), halves
+            log.info("not known in %s: %s", half, in_half.reason)
         return None, ((torch.bfloat16,) if in_bf16 else ())
 
     def in_half(
@@ -457,7 +457,7 @@ def _export(
     shapes = {
         e.name: {i: auto for i, dim in enumerate(e.dims) if isinstance(dim, str)} for e in examples
     }
-    own = implementation != IMPLEMENTATION
+    modified = implementation != IMPLEMENTATION
 
     def export(hidden: bool) -> tuple[torch.export.ExportedProgram, Traced]:
         with (
@@ -465,10 +465,10 @@ def _export(
             _quiet(),
             _on_cpu(model),
             frequencies_by_position(model),
-            tracing(model, implementation, None if own else halt) as traced,
+            tracing(model, implementation, None if modified else halt) as traced,
         ):
             exported = torch.export.export(
-                _Wrapper(model, stateful, halt, own, hidden),
+                _Wrapper(model, stateful, halt, modified, hidden),
                 (tensors,),
                 dynamic_shapes=(shapes,),
                 strict=False,
@@ -595,12 +595,12 @@ def _to_program(
         Input(e.name, TensorType(flat.dtypes[e.name], flat.shapes[e.name]), e.role)
         for e in examples
     )
-    for example, given in zip(examples, inputs, strict=True):
-        fixed = [d for d, n in zip(example.dims, given.type.shape, strict=True) if d != n]
+    for example, item in zip(examples, inputs, strict=True):
+        fixed = [d for d, n in zip(example.dims, item.type.shape, strict=True) if d != n]
         if any(isinstance(d, str) for d in fixed):
             raise CaptureError(
                 f"the model fixes the {'batch' if 'b' in fixed else 'length'} of {example.name} "
-                f"to {list(given.type.shape)}",
+                f"to {list(item.type.shape)}",
                 where=type(model).__name__,
             )
     outputs = take_marks(flat.graph, flat.outputs)

@@ -46,7 +46,7 @@ def without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made = {} if dtype == getattr(model, "dtype", None) else _buffer_dtypes(model, dtype)
+    dtypes = {} if dtype == getattr(model, "dtype", None) else _buffer_dtypes(model, dtype)
     saved = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     twins: dict[int, nn.Parameter] = {}
 
@@ -63,8 +63,8 @@ def without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 module._parameters[name] = None if parameter is None else twins[id(parameter)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    own = made.get(f"{path}.{name}".removeprefix("."), buffer.dtype)
-                    module._buffers[name] = twin(buffer, own)
+                    buffer_dtype = dtypes.get(f"{path}.{name}".removeprefix("."), buffer.dtype)
+                    module._buffers[name] = twin(buffer, buffer_dtype)
         yield
     finally:
         for module, parameters, buffers in saved:
@@ -78,13 +78,13 @@ def _buffer_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtyp
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
-            made = type(model)(deepcopy(model.config))
+            fresh = type(model)(deepcopy(model.config))
     # custom model code may need more than a configuration: buffers then keep their dtypes
     except Exception:
         return {}
     finally:
         torch.set_default_dtype(before)
-    return {name: buffer.dtype for name, buffer in made.named_buffers()}
+    return {name: buffer.dtype for name, buffer in fresh.named_buffers()}
 
 
 def keeps_parameters(model: nn.Module, half: torch.dtype) -> bool:
@@ -102,7 +102,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.Graph:
     mode: FakeTensorMode = next(model.parameters()).fake_mode  # type: ignore[attr-defined]
     examples = {name: mode.from_tensor(tensor.cpu()) for name, tensor in inputs.items()}
     traced = make_fx(
-        lambda given: {n: v for n, v in model(given).items() if n.split(".")[0] not in NAMES},
+        lambda values: {n: v for n, v in model(values).items() if n.split(".")[0] not in NAMES},
         tracing_mode="fake",
         pre_dispatch=True,
         _allow_non_fake_inputs=True,

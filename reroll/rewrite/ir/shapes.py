@@ -91,8 +91,8 @@ def tidy_shapes(graph: fx.Graph) -> int:
 
 
 def _shape(node: Any) -> tuple[Dim, ...] | None:
-    kind = node.meta.get("type") if isinstance(node, fx.Node) else None
-    return kind.shape if kind is not None else None
+    type_ = node.meta.get("type") if isinstance(node, fx.Node) else None
+    return type_.shape if type_ is not None else None
 
 
 def _tidy_reshape(graph: fx.Graph, node: fx.Node) -> int:

@@ -30,11 +30,11 @@ class LayerPass(Pass):
 
         Raises PassError if there are no layers, and UsageError for numbers of missing layers.
         """
-        found = attention_layers(program)
-        if not found:
+        layers = attention_layers(program)
+        if not layers:
             raise PassError("there is no attention in the program")
-        count = 1 + max(max(layer.numbers) for layer in found)
-        return found, set(choose(count, self.layers, self.keep, self.name))
+        count = 1 + max(max(layer.numbers) for layer in layers)
+        return layers, set(choose(count, self.layers, self.keep, self.name))
 
     def measured(
         self,

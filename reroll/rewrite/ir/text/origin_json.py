@@ -142,14 +142,14 @@ def _object(
     return fields
 
 
-def _member(fields: Mapping[str, Any], key: str, kind: type[T] | tuple[type[T], ...]) -> T:
+def _member(fields: Mapping[str, Any], key: str, type_: type[T] | tuple[type[T], ...]) -> T:
     with located(key):
-        return _is(fields[key], kind)
+        return _is(fields[key], type_)
 
 
-def _is(value: object, kind: type[T] | tuple[type[T], ...]) -> T:
+def _is(value: object, type_: type[T] | tuple[type[T], ...]) -> T:
     # in Python, True is an int
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+    if not isinstance(value, type_) or (isinstance(value, bool) and type_ is not bool):
+        names = " or ".join(k.__name__ for k in (type_ if isinstance(type_, tuple) else (type_,)))
         raise ProgramError(f"{value!r:.80} is not of type {names}")
     return value

@@ -109,8 +109,8 @@ def _call(node: fx.Node, name: Namer) -> str:
         return f"?{node.op}({node.target})"
     if node.target is ops.loop and _is_plain_loop(node):
         body, carry, inputs, trips = node.args
-        given = f" inputs({_values(inputs, name)})" if inputs else ""
-        return f"loop {bare(str(body))}({_values(carry, name)}){given} trips={trips}"
+        inputs_text = f" inputs({_values(inputs, name)})" if inputs else ""
+        return f"loop {bare(str(body))}({_values(carry, name)}){inputs_text} trips={trips}"
     arguments = [value_to_text(value, name) for value in node.args]
     arguments += [f"{key}={value_to_text(value, name)}" for key, value in node.kwargs.items()]
     return f"{op_name(node.target) or f'?{node.target}'}({', '.join(arguments)})"
@@ -126,11 +126,11 @@ def _values(values: Any, name: Namer) -> str:
 
 
 def _type(node: fx.Node) -> str:
-    kind = node.meta.get("type")
-    if not isinstance(kind, TensorType):
+    type_ = node.meta.get("type")
+    if not isinstance(type_, TensorType):
         return ""
     hidden = f" hidden({', '.join(marks(node))})" if marks(node) else ""
-    return f" : {type_to_text(kind)}{hidden}"
+    return f" : {type_to_text(type_)}{hidden}"
 
 
 def _dtype(program: Program) -> str:

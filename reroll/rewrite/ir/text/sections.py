@@ -110,10 +110,10 @@ def _input(draft: Draft, line: str) -> None:
     cursor.expect("input")
     name = cursor.name()
     cursor.expect(":")
-    kind = cursor.tensor_type()
+    type_ = cursor.tensor_type()
     cursor.expect("role")
     cursor.expect("=")
-    draft.inputs.append(Input(name, kind, cursor.name()))
+    draft.inputs.append(Input(name, type_, cursor.name()))
     cursor.end()
 
 
@@ -198,14 +198,14 @@ def _open(draft: Draft, section: str, number: int) -> None:
 
 
 def _placeholders(cursor: Cursor) -> list[Placeholder]:
-    found = []
+    placeholders = []
     cursor.expect("(")
     while not cursor.accept(")"):
         name = cursor.node()
-        found.append(Placeholder(name, name, *read_type(cursor)))
+        placeholders.append(Placeholder(name, name, *read_type(cursor)))
         if cursor.token != ")":
             cursor.expect(",")
-    return found
+    return placeholders
 
 
 def _statements(number: int, lines: Sequence[str]) -> Iterable[Statement]:

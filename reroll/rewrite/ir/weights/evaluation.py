@@ -85,8 +85,8 @@ def evaluate_outputs(
             for output in others:
                 yield output.name, output.entry, live[step.expr].clone()
             # a tensor that a later step reads is cloned, because the caller may write to it
-            given = live[step.expr] if step.expr in dropped else live[step.expr].clone()
-            yield last.name, last.entry, given
+            tensor = live[step.expr] if step.expr in dropped else live[step.expr].clone()
+            yield last.name, last.entry, tensor
         for expr in dropped:
             live.pop(expr, None)
 

@@ -135,17 +135,17 @@ def _node(nodes: Sequence[Expr], ref: object) -> Expr:
 # ---- checked access
 
 
-def _member(data: object, key: str, kind: type[T]) -> T:
+def _member(data: object, key: str, type_: type[T]) -> T:
     if not isinstance(data, dict):
         raise ProgramError(f"a JSON object is needed, not {data!r:.80}")
     if key not in data:
         raise ProgramError(f"{key!r} is missing")
     with located(key):
-        return _is(data[key], kind)
+        return _is(data[key], type_)
 
 
-def _is(value: object, kind: type[T]) -> T:
+def _is(value: object, type_: type[T]) -> T:
     # bool is a subclass of int, but true is not a number
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ProgramError(f"{value!r:.80} is not of type {kind.__name__}")
+    if not isinstance(value, type_) or (type_ is int and isinstance(value, bool)):
+        raise ProgramError(f"{value!r:.80} is not of type {type_.__name__}")
     return value
