@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import fx
 
+from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE
+from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE, is_stateful
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.visibility import Visibility
 
@@ -66,18 +67,16 @@ class StatePlan:
 
 
 def plan_states(program: Program) -> StatePlan:
-    """Number the states of a Program and find the layout of each."""
+    """Number the states of a Program and find the layout of each.
+
+    Raises ProgramError for an op with a state that is neither a cache nor a recurrence.
+    """
     layers: list[CacheLayer] = []
     numbers: dict[fx.Node, tuple[int, ...]] = {}
     for node, layer in _walk(program):
         numbers[node] = (*numbers.get(node, ()), len(layers))
         layers.append(layer)
     return StatePlan(tuple(layers), numbers)
-
-
-def is_stateful(node: fx.Node) -> bool:
-    """Whether a node reads and writes state of its own."""
-    return node.op == "call_function" and node.target in (CACHE, RECURRENCE)
 
 
 def stateful_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -131,6 +130,12 @@ def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
 def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
     if node.target is RECURRENCE:
         return CacheLayer("hybrid_sliding", 1)
+    if node.target is not CACHE:
+        raise ProgramError(
+            f"{node.target} keeps state, and only caches and recurrences have a place for it",
+            where=node.name,
+            hint="keep it in a reroll.cache or a reroll.recurrence",
+        )
     sizes = shape(argument(node, "k"))
     heads, dim = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
     heads, dim = (x if isinstance(x, int) else None for x in (heads, dim))

@@ -154,8 +154,12 @@ class Visibility:
 
     def added(self, q: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
         """Compute the additive mask: 0 where a key is visible, else the dtype's minimum."""
-        lowest = torch.finfo(dtype).min
-        return torch.where(self.visible(q, keys), torch.zeros((), dtype=dtype), lowest)
+        return additive(self.visible(q, keys), dtype)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert booleans to an additive mask: 0 where a key is visible, else the dtype's minimum."""
+    return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
 
 
 NAMES = tuple(f.name for f in fields(Visibility))

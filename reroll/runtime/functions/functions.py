@@ -28,7 +28,7 @@ from reroll.rewrite.ir.ops import (
     WIDEN,
     activate,
 )
-from reroll.rewrite.ir.visibility import Visibility
+from reroll.rewrite.ir.visibility import Visibility, additive
 from reroll.runtime.functions.documents import Documents
 
 aten = torch.ops.aten
@@ -148,7 +148,7 @@ def mask(padding: Tensor | Documents | None, *args: Any, **kwargs: Any) -> Tenso
     if not arguments["causal"]:
         return torch.ops.reroll.mask(None, *args, **kwargs)  # type: ignore[no-any-return]
     visible = padding.visible(Visibility.among(arguments))
-    return torch.where(visible, 0.0, torch.finfo(arguments["dtype"]).min).to(arguments["dtype"])
+    return additive(visible, arguments["dtype"])
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {

@@ -19,12 +19,11 @@ from reroll.errors import ProgramError
 from reroll.rewrite.analysis.state_plan import (
     MASKED,
     behind_cache,
-    is_stateful,
     plan_states,
     stateful_nodes,
 )
 from reroll.rewrite.ir.matching import argument, bind, shape
-from reroll.rewrite.ir.ops import ATTENTION
+from reroll.rewrite.ir.ops import ATTENTION, is_stateful
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.visibility import Visibility
 from reroll.runtime.functions.attention import attend

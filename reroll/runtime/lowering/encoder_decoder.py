@@ -7,7 +7,6 @@ and values of cross-attentions, follow from it.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,11 @@ from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.records import Input, TensorType
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
-
-_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv}
+from reroll.runtime.lowering.sizes import is_size
 
 
 @dataclass
-class Halves:
+class Parts:
     """Graphs of an encoder-decoder model; each takes the Program's inputs, and the state last.
 
     `encode` returns the hidden state. `extend` takes it first and returns the other values that
@@ -34,7 +32,7 @@ class Halves:
     decode: fx.Graph
 
 
-def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -> Halves:
+def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -> Parts:
     """Cut a main graph into encoder and decoder.
 
     `hidden_output` is the index of the output that is the encoder's hidden state, or None. Raises
@@ -63,15 +61,15 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
     extend = _graph(graph, [hidden], rest, [hidden])
     decode = _graph(graph, [hidden, *rest], list(output.args[0]), [hidden, *rest, *near])
     data = {n for n in encoder if n.op == "placeholder"}
-    for half in (extend, decode):
-        late = [n for n in half.nodes if n.op == "placeholder" and n.users]
+    for part in (extend, decode):
+        late = [n for n in part.nodes if n.op == "placeholder" and n.users]
         late = [n for n in late if n.name in {d.name for d in data - {hidden, *rest}}]
         if late:
             raise ProgramError(
                 "the decoder needs more of the encoder than its last hidden state",
                 where=late[0].name,
             )
-    return Halves(encode, extend, decode)
+    return Parts(encode, extend, decode)
 
 
 def _sides(graph: fx.Graph, roles: dict[str, str]) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -108,18 +106,9 @@ def _crossing(
         node
         for node in graph.nodes
         if node in encoder
-        and not _is_size(node)
-        and (node in outputs or any(u in decoder and not _is_size(u) for u in node.users))
+        and not is_size(node)
+        and (node in outputs or any(u in decoder and not is_size(u) for u in node.users))
     ]
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node is a size or device, which another tensor of the same size can provide."""
-    if node.op == "call_method" and node.target == "size":
-        return True
-    if node.target is getattr:
-        return node.args[1] == "device"
-    return node.target in _ARITHMETIC and node.meta.get("type") is None
 
 
 def _graph(
@@ -129,7 +118,7 @@ def _graph(
 
     Sizes of tensors that it does not compute are read from those of `elsewhere`.
     """
-    other = {n: _other_size(n, elsewhere) for n in whole.nodes if _is_size(n) and elsewhere}
+    other = {n: _other_size(n, elsewhere) for n in whole.nodes if is_size(n) and elsewhere}
     needed: set[fx.Node] = set()
     stack = [n for value in wanted for n in _nodes_in(value)]
     while stack:
@@ -170,10 +159,10 @@ def _nodes_in(value: Any) -> list[fx.Node]:
 def _other_size(node: fx.Node, tensors: list[fx.Node]) -> tuple[fx.Node, Any] | None:
     """Find one of `tensors` and its dimension of the same name; for a device, return any tensor."""
     source = node.args[0]
-    if not isinstance(source, fx.Node) or node.target in _ARITHMETIC:
-        return None
     if node.target is getattr:
         return tensors[0], None
+    if node.op != "call_method" or not isinstance(source, fx.Node):
+        return None
     type_ = source.meta.get("type")
     name = type_.shape[node.args[1]] if isinstance(type_, TensorType) else None  # type: ignore[index]
     for tensor in tensors:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
-from reroll.rewrite.analysis.state_plan import is_stateful, stateful_nodes
+from reroll.rewrite.analysis.state_plan import stateful_nodes
 from reroll.rewrite.ir.exits import Exits
-from reroll.rewrite.ir.ops import CACHE, HOLD, MARK_KEYS, RECURRENCE
+from reroll.rewrite.ir.ops import CACHE, HOLD, MARK_KEYS, RECURRENCE, is_stateful
 from reroll.rewrite.ir.program import Loop
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
+from reroll.runtime.lowering.sizes import is_size
 
 
 @dataclass
@@ -94,7 +94,7 @@ def loop_exits(loop: Loop, exits: Exits) -> LoopExits:
     returned: Any = body.output_node().args[0]
     layers = [n for n in stateful_nodes(body) if n not in exits.tests]
     # a body that gets the number of rows as an input cannot run for fewer
-    told = any(isinstance(n, fx.Node) and _is_size(n) for n in loop.inputs)
+    told = any(isinstance(n, fx.Node) and is_size(n) for n in loop.inputs)
     holds = returned[0].target is HOLD
     marks = any(n.target is MARK_KEYS for n in body.nodes)
     absent = marks and all(n.target is CACHE for n in layers)
@@ -102,12 +102,3 @@ def loop_exits(loop: Loop, exits: Exits) -> LoopExits:
     return LoopExits(
         exits.done, exits.thresholds, holds, holds and not told, absent, len(layers), keeps
     )
-
-
-def _is_size(node: fx.Node) -> bool:
-    if node.target is torch.ops.aten.sym_size.int:
-        return True
-    inputs = node.all_input_nodes
-    # arithmetic on sizes is a size; an ATen op that makes a tensor of sizes is not
-    own = not isinstance(node.target, torch._ops.OpOverload)
-    return own and bool(inputs) and all(map(_is_size, inputs))

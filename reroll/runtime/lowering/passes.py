@@ -31,6 +31,27 @@ from reroll.runtime.state.caches import tell_padding, update_function
 
 
 @dataclass
+class Interface:
+    """Properties of a lowered main graph on which the model's `forward` depends.
+
+    Attributes:
+        mixing: the name of an operation that mixes tokens of different documents, if any.
+        masks: the padding inputs that are needed as tensors; the others may be None.
+        head: the path of the module that computes the logits.
+        embeddings: the path of the module that looks up the tokens.
+        takes_embeddings: whether embeddings can be given instead of tokens.
+        keeps: whether it applies `logits_to_keep` itself.
+    """
+
+    mixing: str | None = None
+    masks: frozenset[str] = frozenset()
+    head: str | None = None
+    embeddings: str | None = None
+    takes_embeddings: bool = False
+    keeps: bool = False
+
+
+@dataclass
 class Lowering:
     """A Program during its lowering to a module that runs.
 
@@ -38,14 +59,9 @@ class Lowering:
         program: the Program, whose graphs the passes change.
         tree: the modules that hold its weights.
         plan: its states.
-        state: the node of the running forward's `State`, an input of the main graph.
+        state: the node of the running forward's `ForwardState`, an input of the main graph.
         layers: the node of its cache layers in each graph.
-        mixing: the name of an operation that mixes tokens of different documents, if any.
-        masks: the padding inputs that are needed as tensors; the others may be None.
-        head: the path of the module that computes the logits.
-        embeddings: the path of the module that looks up the tokens.
-        takes_embeddings: whether embeddings can be given instead of tokens.
-        keeps: whether it applies `logits_to_keep` itself.
+        interface: properties of the main graph on which `forward` depends.
         updates: the function by which each stateful node updates its layer.
         static_graphs: for loops over an encoder's result, the graph of values that are the same
             for all tokens.
@@ -60,12 +76,7 @@ class Lowering:
     plan: StatePlan = field(default_factory=lambda: StatePlan((), {}))
     state: fx.Node | None = None
     layers: dict[str, fx.Node] = field(default_factory=dict)
-    mixing: str | None = None
-    masks: frozenset[str] = frozenset()
-    head: str | None = None
-    embeddings: str | None = None
-    takes_embeddings: bool = False
-    keeps: bool = False
+    interface: Interface = field(default_factory=Interface)
     updates: dict[fx.Node, Callable[..., Any]] = field(default_factory=dict)
     static_graphs: dict[str, fx.Graph] = field(default_factory=dict)
     states: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -110,7 +121,7 @@ def hoist(x: Lowering) -> None:
 
 def plan_state(x: Lowering) -> None:
     """Number the states, and find operations that mix tokens of different documents."""
-    x.plan, x.mixing = plan_states(x.program), other_mixing(x.program)
+    x.plan, x.interface.mixing = plan_states(x.program), other_mixing(x.program)
 
 
 def add_state_inputs(x: Lowering) -> None:
@@ -132,15 +143,17 @@ def add_state_inputs(x: Lowering) -> None:
 
 def check_padding(x: Lowering) -> None:
     """Let attentions read one boolean mask per padding input, or None."""
-    x.masks = read_padding(x.program, _state(x))
+    x.interface.masks = read_padding(x.program, _state(x))
 
 
 def open_ends(x: Lowering) -> None:
     """Take embeddings instead of tokens, and compute logits only where they are wanted."""
-    readings = x.tree.readings["main"]
-    x.head = head_path(x.program, readings)
-    x.embeddings, x.takes_embeddings = take_embeddings(x.program, readings, _state(x))
-    x.keeps = keep_before_head(x.program, _state(x))
+    readings, interface = x.tree.readings["main"], x.interface
+    interface.head = head_path(x.program, readings)
+    interface.embeddings, interface.takes_embeddings = take_embeddings(
+        x.program, readings, _state(x)
+    )
+    interface.keeps = keep_before_head(x.program, _state(x))
 
 
 def place_pictures(x: Lowering) -> None:

@@ -222,7 +222,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         trains = self.training and self.is_gradient_checkpointing
         if past is not None or (caches and not trains):
             return None
-        return documents_of(self.program.inputs, inputs, self._assembly.mixing)
+        return documents_of(self.program.inputs, inputs, self._assembly.interface.mixing)
 
     def run_program(
         self, inputs: Mapping[str, Tensor | None], past: Any = None, **wishes: Any
@@ -357,7 +357,9 @@ class RerollPreTrainedModel(PreTrainedModel):
             return self._computed(item, default, values, past)
         if item.role == "data":
             raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
-        if item.role == ROLE or (item.role == "padding" and item.name not in self._assembly.masks):
+        if item.role == ROLE or (
+            item.role == "padding" and item.name not in self._assembly.interface.masks
+        ):
             return None
         return self._counted(item, values, past)
 
@@ -418,7 +420,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         """Return the token ids; for embeddings, ids of the same size whose values are not read."""
         if embeddings is None:
             return ids
-        if ids is not None or not self._assembly.takes_embeddings:
+        if ids is not None or not self._assembly.interface.takes_embeddings:
             why = "both tokens and embeddings" if ids is not None else "embeddings for this model"
             raise UsageError(f"forward cannot take {why}", where=type(self).__name__)
         return torch.full(
@@ -465,18 +467,18 @@ class RerollPreTrainedModel(PreTrainedModel):
         setattr(self.get_submodule(owner), leaf, value)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        path = self._assembly.head
+        path = self._assembly.interface.head
         return None if path is None else self.get_submodule(path)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        path = self._assembly.head
+        path = self._assembly.interface.head
         if path is None:
             raise NotImplementedError("the model has no output embeddings")
         owner, _, leaf = path.rpartition(".")
         setattr(self.get_submodule(owner), leaf, new_embeddings)
 
     def _embedding_path(self) -> str | None:
-        return self._assembly.embeddings
+        return self._assembly.interface.embeddings
 
     def init_weights(self) -> None:
         """Do nothing: the weights come from the Program."""

@@ -14,7 +14,7 @@ from reroll.errors import UsageError
 from reroll.runtime.functions.hidden import Wish, hidden_states
 from reroll.runtime.functions.loops import ForwardState, keep_positions
 from reroll.runtime.functions.losses import language_loss
-from reroll.runtime.lowering.assembly import HalfFunctions
+from reroll.runtime.lowering.assembly import EncoderDecoder
 from reroll.runtime.models.causal_lm import check_span, refuse_attentions, wants_cache
 from reroll.runtime.models.generation import RerollGenerationMixin
 from reroll.runtime.models.modeling import RerollPreTrainedModel
@@ -83,7 +83,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         )
         outputs = self._decode(inputs, encoder_outputs, state)
         logits = outputs["logits"]
-        if not self._assembly.keeps:
+        if not self._assembly.interface.keeps:
             logits = keep_positions(logits, state)
         loss = None
         if labels is not None:
@@ -103,53 +103,53 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         self, inputs: Mapping[str, Tensor | None], output_hidden_states: Wish = None
     ) -> BaseModelOutput:
         """Compute the encoder's last hidden state, and what the decoder derives from it alone."""
-        values = self._half_arguments(inputs, "encoder")
+        values = self._part_arguments(inputs, "encoder")
         states, wish = hidden_states(self, output_hidden_states)
         state = ForwardState(self._assembly.loops, hidden=states)
         try:
-            (hidden,) = self._halves.encode(self, *values, state)
+            (hidden,) = self._functions.encode(self, *values, state)
         except (IndexError, RuntimeError) as error:
             raise self.explained(error, inputs, None) from error
         output = BaseModelOutput(last_hidden_state=hidden)
         if states is not None:
             output["hidden_states"] = states.chosen("encoder_hidden_states", wish)
         state = ForwardState(self._assembly.loops)
-        for number, value in enumerate(self._halves.extend(self, hidden, *values, state)):
+        for number, value in enumerate(self._functions.extend(self, hidden, *values, state)):
             output[f"for_decoder_{number}"] = value
         return output
 
     def _decode(
         self, inputs: Mapping[str, Tensor | None], encoded: Any, state: ForwardState
     ) -> dict[str, Tensor]:
-        values = self._half_arguments(inputs, "decoder", state)
+        values = self._part_arguments(inputs, "decoder", state)
         hidden = encoded[0]
         rest = []
         if isinstance(encoded, Mapping):
             rest = [v for k, v in encoded.items() if k.startswith("for_decoder_")]
         if not rest:
-            rest = list(self._halves.extend(self, hidden, *values, state))
+            rest = list(self._functions.extend(self, hidden, *values, state))
         try:
-            outputs = self._halves.decode(self, hidden, *rest, *values, state)
+            outputs = self._functions.decode(self, hidden, *rest, *values, state)
         except (IndexError, RuntimeError) as error:
             reads = {k: v for k, v in inputs.items() if k.startswith("decoder_")}
             raise self.explained(error, reads, state.layers) from error
         return dict(zip(self.program.outputs, outputs, strict=True))
 
     @property
-    def _halves(self) -> HalfFunctions:
-        assert self._assembly.halves is not None
-        return self._assembly.halves
+    def _functions(self) -> EncoderDecoder:
+        assert self._assembly.encoder_decoder is not None
+        return self._assembly.encoder_decoder
 
-    def _half_arguments(
-        self, inputs: Mapping[str, Tensor | None], half: str, state: ForwardState | None = None
+    def _part_arguments(
+        self, inputs: Mapping[str, Tensor | None], part: str, state: ForwardState | None = None
     ) -> list[Tensor | None]:
-        """Return all inputs in order; those of the other half are None unless given."""
+        """Return all inputs in order; those of the other part are None unless given."""
         past: Any = 0
         if state is not None and state.layers is not None:
             past = state.layers[0].get_seq_length()
         values: dict[str, Tensor | None] = {i.name: inputs.get(i.name) for i in self.program.inputs}
         items = [
-            i for i in self.program.inputs if i.name.startswith("decoder_") == (half == "decoder")
+            i for i in self.program.inputs if i.name.startswith("decoder_") == (part == "decoder")
         ]
         return self._completed(values, items, past)
 
@@ -212,7 +212,7 @@ class RerollForSpeechSeq2Seq(RerollForSeq2SeqLM):
 
 
 class Encoder:
-    """The encoder half of a lowered model."""
+    """The encoder of a lowered model."""
 
     def __init__(self, model: RerollForSeq2SeqLM) -> None:
         self.model = model

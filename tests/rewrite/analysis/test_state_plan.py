@@ -8,13 +8,12 @@ import reroll
 from reroll.rewrite.analysis.state_plan import (
     before_cache,
     behind_cache,
-    is_stateful,
     plan_states,
     readers,
     stateful_nodes,
 )
 from reroll.rewrite.ir.matching import argument
-from reroll.rewrite.ir.ops import ATTENTION, CACHE
+from reroll.rewrite.ir.ops import ATTENTION, CACHE, is_stateful
 from tests import captured
 
 LAYERS = 4
