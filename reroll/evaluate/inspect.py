@@ -20,11 +20,10 @@ from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.raising.driver import raise_idioms
 from reroll.rewrite.capture.rolling.roll import roll_loops
 from reroll.rewrite.ir import interpret
-from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import ATTENTION
 from reroll.rewrite.ir.ops.base import Place
 from reroll.rewrite.ir.program import Loop, Program
-from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import type_to_text
 from reroll.rewrite.ir.text.op_names import op_name
 from reroll.rewrite.ir.visibility import Visibility
@@ -170,7 +169,7 @@ def _attention(node: fx.Node, place: Place) -> dict[str, Any]:
         return place.resolve(argument(node, name)) is not None
 
     limits = Visibility.of(node).map(constant)
-    q, k = (_shape(node.args[position]) for position in (0, 1))
+    q, k = (shape(node.args[position]) for position in (0, 1))
     return {
         "causal": bool(limits.causal),
         "window": limits.window,
@@ -182,11 +181,6 @@ def _attention(node: fx.Node, place: Place) -> dict[str, Any]:
         "sinks": has("sinks"),
         "bias": has("bias"),
     }
-
-
-def _shape(node: Any) -> tuple[Any, ...]:
-    type_ = getattr(node, "meta", {}).get("type")
-    return type_.shape if isinstance(type_, TensorType) else ()
 
 
 # ---- whether it is exact

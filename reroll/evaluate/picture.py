@@ -25,10 +25,11 @@ from reroll.rewrite.ir.matching import argument, is_weight
 from reroll.rewrite.ir.ops import ATTENTION, BIDIRECTIONAL, RECURRENCE
 from reroll.rewrite.ir.ops.base import Place
 from reroll.rewrite.ir.program import Loop, Program
-from reroll.rewrite.ir.records import Step, TensorType
+from reroll.rewrite.ir.records import Step
 from reroll.rewrite.ir.text.literals import node_name, type_to_text, value_to_text
 from reroll.rewrite.ir.text.op_names import LOOP, op_name
 from reroll.rewrite.ir.text.printer import node_to_text
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.ir.visibility import Visibility
 
 CONTEXTS = (1024, 4096)
@@ -492,14 +493,14 @@ def _line(node: fx.Node, stem: str, names: Mapping[fx.Node, str], note: str) -> 
 
     operands = [text(v) for v in node.args if v not in weights]
     operands += [f"{k}={text(v)}" for k, v in node.kwargs.items()]
-    type_ = node.meta.get("type")
+    type_ = type_of(node)
     library, _, rest = op.partition(".")
     return Line(
         names[node],
         rest.partition(".")[0] if library in ("aten", "reroll") else op,
         tuple(_short(str(n.target), stem) for n in weights),
         ", ".join(operands),
-        type_to_text(type_) if isinstance(type_, TensorType) else "",
+        "" if type_ is None else type_to_text(type_),
         node_to_text(node),
         op in MINOR,
         note,
@@ -519,8 +520,8 @@ def _read(nodes: Iterable[fx.Node]) -> set[str]:
 
 
 def _typed(node: fx.Node) -> str:
-    type_ = node.meta.get("type")
-    return f"{node.name} {type_to_text(type_)}" if isinstance(type_, TensorType) else node.name
+    type_ = type_of(node)
+    return f"{node.name} {type_to_text(type_)}" if type_ is not None else node.name
 
 
 def _inputs(loop: Loop) -> Iterator[str]:

@@ -20,6 +20,7 @@ from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.runner import Runner
 from reroll.rewrite.analysis.costs import flops_per_token
 from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.pipeline.options import option
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -86,7 +87,7 @@ def bytes_read(program: Program) -> int:
 def _graph(program: Program, graph: fx.Graph) -> int:
     total = 0
     for node in graph.nodes:
-        type_ = node.meta.get("type")
+        type_ = type_of(node)
         if node.op != "get_attr" or type_ is None:
             continue
         size = type_.dtype.itemsize

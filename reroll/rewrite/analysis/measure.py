@@ -18,6 +18,7 @@ from reroll.rewrite.analysis.costs import flops_per_token, keeps_state, state_by
 from reroll.rewrite.analysis.distance import Distance
 from reroll.rewrite.analysis.samples import random_inputs, rows_of, token_input
 from reroll.rewrite.ir.interpret import run, widened
+from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights.store import WeightStore
 
@@ -180,5 +181,5 @@ def _width(program: Program) -> int:
     output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     values = output.args[0] if isinstance(output.args[0], tuple | list) else output.args
     position = program.outputs.index(measured_output(program))
-    type_ = getattr(values[position], "meta", {}).get("type")
-    return type_.shape[-1] if type_ is not None and isinstance(type_.shape[-1], int) else 1
+    dims = shape(values[position])
+    return dims[-1] if dims and isinstance(dims[-1], int) else 1

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from reroll.errors import CaptureError
 from reroll.rewrite.ir.hidden import stand_in
 from reroll.rewrite.ir.records import Dim, TensorType
-from reroll.rewrite.ir.types import set_type
+from reroll.rewrite.ir.types import set_type, type_of
 
 aten = torch.ops.aten
 
@@ -93,7 +93,7 @@ def drop_casts(graph: fx.Graph) -> None:
         if node.target is not aten.to.dtype:
             continue
         source: Any = node.args[0]
-        type_ = source.meta.get("type")
+        type_ = type_of(source)
         if type_ is not None and type_.dtype == node.args[1]:
             stand_in(node, source)
             graph.erase_node(node)

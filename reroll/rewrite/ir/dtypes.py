@@ -21,7 +21,7 @@ from reroll.rewrite.ir.ops import WIDEN
 from reroll.rewrite.ir.program import Loop, Program, copy
 from reroll.rewrite.ir.records import Input, TensorType
 from reroll.rewrite.ir.shapes import concrete
-from reroll.rewrite.ir.types import run_without_data, set_dtype, set_type
+from reroll.rewrite.ir.types import run_without_data, set_dtype, set_type, type_of
 from reroll.rewrite.ir.weights import Weight, WeightTable, cast
 
 aten = torch.ops.aten
@@ -125,8 +125,7 @@ def _keep_wide(node: fx.Node) -> None:
     node.args = node.args[:position]
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
     graph = node.graph
-    if isinstance(first, fx.Node) and isinstance(first.meta.get("type"), TensorType):
-        type_ = first.meta["type"]
+    if isinstance(first, fx.Node) and (type_ := type_of(first)) is not None:
         with graph.inserting_before(node):
             wide = graph.call_function(WIDEN, (first,))
         set_type(wide, TensorType(torch.float32, type_.shape))
@@ -175,8 +174,8 @@ def _follow(node: fx.Node, old: torch.dtype, new: torch.dtype) -> None:
     _replace(node, lambda v: new if isinstance(v, torch.dtype) and v == old else v)
     if node.target is WIDEN and new in HALVES:
         node.target, node.args = aten.to.dtype, (*node.args, torch.float32)
-    type_ = node.meta.get("type")
-    if isinstance(type_, TensorType) and type_.dtype == old:
+    type_ = type_of(node)
+    if type_ is not None and type_.dtype == old:
         set_dtype(node, new)
 
 
@@ -196,8 +195,8 @@ def _drop_cast(node: fx.Node) -> None:
         node.target, node.args = aten.to.dtype, (*node.args, torch.float32)
     if node.target is aten.to.dtype:
         source: Any = node.args[0]
-        type_ = source.meta.get("type")
-        if isinstance(type_, TensorType) and type_.dtype == node.args[1]:
+        type_ = type_of(source)
+        if type_ is not None and type_.dtype == node.args[1]:
             stand_in(node, source)
     elif node.target is not aten.arange.start and _asks_for(node, torch.float32):
         schema = getattr(node.target, "_schema", None)

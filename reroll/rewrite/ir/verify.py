@@ -18,6 +18,7 @@ from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import type_to_text
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.ir.verify_nodes import fitting, node_problem
 from reroll.rewrite.ir.weights import Source
 from reroll.rewrite.ir.weights.expressions import walk
@@ -208,10 +209,10 @@ def _loop_problems(loop: Loop) -> Iterator[Problem]:
             )
     for placeholder, value in [*zip(placeholders, (*loop.carry, *loop.inputs), strict=False)]:
         for item in value if isinstance(value, tuple) else (value,):
-            if not fitting(item, placeholder.meta.get("type")):
+            if not fitting(item, type_of(placeholder)):
                 yield Problem(f"%{placeholder.name} of the body has another type", node=loop.node)
     for placeholder, value in zip(placeholders, returned, strict=False):
-        if not fitting(value, placeholder.meta.get("type")):
+        if not fitting(value, type_of(placeholder)):
             message = f"the next trip's %{placeholder.name} has another type than this trip's"
             yield Problem(message, loop.name, loop.body.graph.output_node())
     for user in loop.node.users:
@@ -239,7 +240,7 @@ def _weight_problems(
             wanted = " and ".join(f"for {n} trips" for n in sorted(trips)) or "outside loops"
             message = f"@{node.target} is stacked for {weight.trips} trips, and used {wanted}"
             yield Problem(message, name, node)
-        type_ = node.meta.get("type")
+        type_ = type_of(node)
         meta = TensorType(weight.meta.dtype, weight.meta.shape)
-        if isinstance(type_, TensorType) and type_ != meta:
+        if type_ is not None and type_ != meta:
             yield Problem(f"@{node.target} is {weight.meta}, not {type_to_text(type_)}", name, node)

@@ -14,6 +14,7 @@ from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import misfit, nodes_in
 from reroll.rewrite.ir.text.op_names import op_name
+from reroll.rewrite.ir.types import type_of
 
 _SCALAR = (int, float, bool)
 # types of constants that the dispatcher accepts for a parameter; a node is always accepted
@@ -104,8 +105,8 @@ def accepts(type_name: str, value: Any) -> bool:
 
 def fitting(value: Any, type_: TensorType | None) -> bool:
     """Whether a value may have this type, as far as its own type is known."""
-    known = value.meta.get("type") if isinstance(value, fx.Node) else None
-    if not isinstance(known, TensorType) or not isinstance(type_, TensorType):
+    known = type_of(value)
+    if known is None or type_ is None:
         return True
     return (
         known.dtype == type_.dtype

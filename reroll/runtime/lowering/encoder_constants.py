@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.types import type_of
 from reroll.runtime.functions.loops import run_static
 from reroll.runtime.lowering.hoisting import outer_values, placeholders
 
@@ -65,7 +66,7 @@ def _split(program: Program, loop: Loop, encoded: set[fx.Node], state: fx.Node) 
     static = _static_nodes(loop.body.graph, set(fixed))
     border = [node for node in static if any(user not in static for user in node.users)]
     # sizes are excluded: they are cheap to compute, and are no tensors
-    border = [node for node in border if node.meta.get("type") is not None]
+    border = [node for node in border if type_of(node) is not None]
     if not border:
         return None
     graph, used = _extract(loop.body.graph, border, static)

@@ -14,7 +14,8 @@ from torch import fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import shape
-from reroll.rewrite.ir.records import Input, TensorType
+from reroll.rewrite.ir.records import Input
+from reroll.rewrite.ir.types import type_of
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
 from reroll.runtime.lowering.sizes import is_size
 
@@ -44,7 +45,7 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
     crossing = _crossing(graph, encoder, decoder, output)
     hidden = output.args[0][hidden_output] if hidden_output is not None else None
     if hidden not in encoder:
-        hidden = next((n for n in crossing if isinstance(n.meta.get("type"), TensorType)), None)
+        hidden = next((n for n in crossing if type_of(n) is not None), None)
     if hidden is None:
         raise ProgramError("the decoder does not read the encoder")
     batch = next(i.type.shape[0] for i in inputs if i.role == "data")
@@ -163,10 +164,10 @@ def _other_size(node: fx.Node, tensors: list[fx.Node]) -> tuple[fx.Node, Any] | 
         return tensors[0], None
     if node.op != "call_method" or not isinstance(source, fx.Node):
         return None
-    type_ = source.meta.get("type")
-    name = type_.shape[node.args[1]] if isinstance(type_, TensorType) else None  # type: ignore[index]
+    type_ = type_of(source)
+    name = None if type_ is None else type_.shape[node.args[1]]  # type: ignore[index]
     for tensor in tensors:
-        other = tensor.meta.get("type")
-        if name is not None and isinstance(other, TensorType) and name in other.shape:
+        other = type_of(tensor)
+        if name is not None and other is not None and name in other.shape:
             return tensor, other.shape.index(name)
     return None

@@ -147,8 +147,8 @@ def _agree(
 
 def _example(node: fx.Node, generator: torch.Generator) -> Any:
     """Draw a random value of a node's type, in fp32 where it is floating."""
-    type_ = node.meta.get("type")
-    if not isinstance(type_, TensorType):
+    type_ = type_of(node)
+    if type_ is None:
         return _integer(node)
     shape = [concrete(dim, _SIZES) for dim in type_.shape]
     if node.target is MASK:

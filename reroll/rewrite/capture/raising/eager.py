@@ -285,8 +285,7 @@ def raise_sdpa(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     build = Builder(graph)
     kwargs: dict[str, Any] = {"causal": True} if causal else {}
     if mask is not None:
-        type_ = mask.meta.get("type")
-        if type_ is not None and type_.dtype == torch.bool:
+        if dtype(mask) == torch.bool:
             low = torch.finfo(torch.float32).min
             mask = build.call(aten.where.Scalar, mask, 0.0, low)
         kwargs["bias"] = mask

@@ -30,6 +30,7 @@ from reroll.rewrite.ir.hidden import drop_marks, stand_in, unmark
 from reroll.rewrite.ir.patterns import Miss, nearest
 from reroll.rewrite.ir.program import Program, weight_nodes
 from reroll.rewrite.ir.records import Body
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.ir.weights import Weight
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def _letter(node: fx.Node) -> str:
 
     def describe(value: Any) -> Any:
         if isinstance(value, fx.Node):
-            type_ = value.meta.get("type")
+            type_ = type_of(value)
             shape = type_.shape if value.op == "get_attr" and type_ is not None else ""
             return f"{'w' if value.op == 'get_attr' else 'v'}{shape}"
         if isinstance(value, (list, tuple)):

@@ -39,10 +39,10 @@ from torch import fx
 
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.hidden import marks
-from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import Namer, bare, node_name, type_to_text, value_to_text
 from reroll.rewrite.ir.text.op_names import op_name
 from reroll.rewrite.ir.text.origin_json import origin_to_json
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.ir.weights import WeightTable, table_to_text
 
 if TYPE_CHECKING:
@@ -126,8 +126,8 @@ def _values(values: Any, name: Namer) -> str:
 
 
 def _type(node: fx.Node) -> str:
-    type_ = node.meta.get("type")
-    if not isinstance(type_, TensorType):
+    type_ = type_of(node)
+    if type_ is None:
         return ""
     hidden = f" hidden({', '.join(marks(node))})" if marks(node) else ""
     return f" : {type_to_text(type_)}{hidden}"
