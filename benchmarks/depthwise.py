@@ -34,7 +34,7 @@ from reroll.evaluate.serving import answer, compare_serving
 from reroll.rewrite.ir.exits import exit_loop
 from reroll.runtime.depthwise import DepthScheduler
 from reroll.runtime.depthwise.engine import Engine
-from reroll.runtime.depthwise.row_batch import Row, join_rows
+from reroll.runtime.depthwise.row_batch import Row, gather_rows
 
 LEVELS = (0.4, 0.3, 0.2, 0.1, 0.05)
 TRIPS, SKIPS, HEAD, START = "one trip", "all trips not made", "head", "start of a token"
@@ -51,7 +51,7 @@ def parts(model: Any, prompts: list[list[int]], counts: list[int]) -> dict[int, 
         now = scheduler._rows
         calls = _calls(scheduler.engine, now)
         with torch.no_grad():
-            join_rows(now)
+            gather_rows(now)
             found[count] = {}
             for name, call in calls.items():
                 times = []

@@ -23,7 +23,7 @@ import reroll
 from reroll.recover import Batch, Models
 from reroll.recover.closed_form import fit_linear_layers
 from reroll.recover.data import Rows
-from reroll.recover.measure import held_out
+from reroll.recover.held_out import held_out
 from reroll.recover.sequential_fit import fit_trip_by_trip
 from reroll.recover.trainable import new_names
 

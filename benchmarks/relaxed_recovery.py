@@ -28,8 +28,8 @@ from benchmarks.least_squares import MEASURED, rows
 from benchmarks.recovery import DATA
 from reroll.cli.recovery import token_count
 from reroll.recover import recover
+from reroll.recover.held_out import held_out
 from reroll.recover.hooks import removing_hooks
-from reroll.recover.measure import held_out
 from reroll.recover.recipe import Recipe, parse
 
 START = {"start_tokens": 8192, "start_free": True, "train": "new"}

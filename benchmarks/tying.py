@@ -19,7 +19,7 @@ import torch
 
 import reroll
 from reroll.rewrite.analysis.context import Context
-from reroll.rewrite.analysis.measure import Measurer
+from reroll.rewrite.analysis.program_distance import Measurer
 from reroll.rewrite.pipeline.pipeline import resolve
 
 INITS = ("stepwise", "average", "lower")

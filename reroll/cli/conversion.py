@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from reroll.rewrite.analysis.measure import size
+from reroll.rewrite.analysis.program_distance import size
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Step
 from reroll.writing import Paths, check_directory

@@ -17,7 +17,7 @@ from reroll.errors import UsageError
 from reroll.evaluate.subjects import Attention, Opening, Subject, open_subject
 from reroll.evaluate.tokenizing import make_windows, read_text
 from reroll.rewrite.analysis.distance import Distance
-from reroll.rewrite.analysis.measure import measured_output
+from reroll.rewrite.analysis.program_distance import measured_output
 from reroll.rewrite.analysis.reach import check_length, longest
 from reroll.rewrite.analysis.samples import random_inputs, vocabulary
 from reroll.rewrite.ir.records import Input

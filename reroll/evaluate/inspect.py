@@ -14,7 +14,7 @@ from reroll.errors import RerollError, UsageError
 from reroll.evaluate.subjects import Opening, is_converted, open_original
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.costs import flops_per_token, state_bytes
-from reroll.rewrite.analysis.measure import measured_output
+from reroll.rewrite.analysis.program_distance import measured_output
 from reroll.rewrite.analysis.samples import random_inputs
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.raising.driver import raise_idioms

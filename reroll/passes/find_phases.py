@@ -15,7 +15,6 @@ from reroll.rewrite.analysis.hidden_inputs import (
     hidden_states,
     values_of,
 )
-from reroll.rewrite.analysis.measure import measured_output
 from reroll.rewrite.analysis.phases import (
     Phases,
     bisections,
@@ -24,6 +23,7 @@ from reroll.rewrite.analysis.phases import (
     linear_cka,
     segment,
 )
+from reroll.rewrite.analysis.program_distance import measured_output
 from reroll.rewrite.analysis.residual import Tracer
 from reroll.rewrite.capture.rolling.split import find_loop, select_trips
 from reroll.rewrite.ir.patterns import Miss

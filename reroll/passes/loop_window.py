@@ -11,7 +11,7 @@ from torch import fx
 
 from reroll.bounds import COUNT, COUNT_OR_NONE
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.analysis.measure import Measurer
+from reroll.rewrite.analysis.program_distance import Measurer
 from reroll.rewrite.capture.rolling.split import (
     find_loop,
     inline,
@@ -146,8 +146,8 @@ def _firsts(pieces: list[Loop]) -> list[int]:
 def _stepped(body: fx.Graph, scheme: Scheme, length: float) -> tuple[fx.Graph, int]:
     """Build a body of one step along F(h) - h, and return it and how often it runs F."""
     graph = fx.Graph()
-    places = [n for n in body.nodes if n.op == "placeholder"]
-    values = {placeholder: graph.node_copy(placeholder) for placeholder in places}
+    placeholders = [n for n in body.nodes if n.op == "placeholder"]
+    values = {placeholder: graph.node_copy(placeholder) for placeholder in placeholders}
     runs = 0
 
     call = Builder(graph).call
@@ -155,13 +155,13 @@ def _stepped(body: fx.Graph, scheme: Scheme, length: float) -> tuple[fx.Graph, i
     def slope(h: fx.Node) -> fx.Node:
         nonlocal runs
         runs += 1
-        (out,) = inline(graph, body, {**values, places[0]: h})
+        (out,) = inline(graph, body, {**values, placeholders[0]: h})
         return call(aten.sub.Tensor, out, h)
 
     def along(h: fx.Node, direction: fx.Node, factor: float) -> fx.Node:
         return call(aten.add.Tensor, h, call(aten.mul.Tensor, direction, factor))
 
-    h = values[places[0]]
+    h = values[placeholders[0]]
     first = slope(h)
     if scheme == "euler":
         out = along(h, first, length)

@@ -94,9 +94,9 @@ def _sums(
     sums = {layer.name: _Sums(layer) for layer in group}
     for number, batch in enumerate(batches):
         keep = batch.mask.bool()
-        with _seen([layer.student for layer in group]) as student_calls:
+        with _recorded_calls([layer.student for layer in group]) as student_calls:
             ours.run(trip, number)
-        with _seen([layer.teacher for layer in group]) as teacher_calls:
+        with _recorded_calls([layer.teacher for layer in group]) as teacher_calls:
             theirs.run(trip, number)
         for layer in group:
             y = teacher_calls[layer.teacher][1][keep].float()
@@ -117,7 +117,9 @@ def _fit(layer: FittedLinear, sums: _Sums) -> None:
 
 
 @contextmanager
-def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+def _recorded_calls(
+    modules: Sequence[nn.Module],
+) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
     """Record the first input and the output of each module while the block runs."""
     calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -165,7 +167,7 @@ class _Walk:
         by_module: dict[nn.Module, FittedLinear] = {
             layer.student: layer for layer in layers.values() if layer.student in inside
         }
-        with _seen(list(by_module)) as calls:
+        with _recorded_calls(list(by_module)) as calls:
             self.run(trip, 0)
         group: list[FittedLinear] = []
         last: Tensor | None = None

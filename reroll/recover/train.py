@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reroll.errors import RecoveryError
 from reroll.recover.checkpoints import Progress
 from reroll.recover.data import take
-from reroll.recover.measure import held_out
+from reroll.recover.held_out import held_out
 from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.setup import Setup
 from reroll.recover.stage import Batch, Loss, Models, Stage, batch_of

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from reroll.errors import PassError
 from reroll.mixers import make
+from reroll.passes.linearize.attention_calls import Reach, attention_calls
 from reroll.passes.linearize.half_lives import measure_starts
-from reroll.passes.linearize.observed import Reach, attention_calls
 from reroll.rewrite.analysis.context import Context
 from reroll.rewrite.analysis.costs import state_bytes
 from reroll.rewrite.analysis.layers import attention_layers

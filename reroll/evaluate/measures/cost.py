@@ -9,6 +9,7 @@ once only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -90,12 +91,11 @@ def _graph(program: Program, graph: fx.Graph) -> int:
         type_ = type_of(node)
         if node.op != "get_attr" or type_ is None:
             continue
-        size = type_.dtype.itemsize
-        for length in type_.shape:
-            size *= length
+        sizes = [int(size) for size in type_.shape]
+        size = type_.dtype.itemsize * math.prod(sizes)
         tables = [u for u in node.users if u.target is EMBEDDING and u.args[0] is node]
         # a table that is tied to the head is read whole there
         if tables and len(tables) == len(node.users):
-            size //= type_.shape[0]
+            size //= sizes[0]
         total += size
     return total

@@ -64,7 +64,7 @@ def _hidden(
     depth: float,
     hay: list[int],
     offset: int,
-    said: str,
+    sentence: str,
     closing: str,
     candidates: list[str],
 ) -> tuple[Question, int] | None:
@@ -72,7 +72,7 @@ def _hidden(
 
     Prompt and answer have `length` tokens. None if that is too short.
     """
-    question = encode(runner, said, candidates, 0)
+    question = encode(runner, sentence, candidates, 0)
     asking = question.prompt[len(runner.prefix) :]
     answer = question.candidates[0]
     needle = asking + answer + plain_ids(runner.tokenizer, closing)

@@ -196,17 +196,17 @@ class _Builder:
 
     # ---- the body
 
-    def _body(self, places: list[fx.Node], result: fx.Node, depth: fx.Node) -> fx.Graph:
+    def _body(self, placeholders: list[fx.Node], result: fx.Node, depth: fx.Node) -> fx.Graph:
         build, loop, options = self.body, self.loop, self.options
         graph, call = build.graph, build.call
         defer = options.state == "defer"
-        h = graph.node_copy(places[0])
+        h = graph.node_copy(placeholders[0])
         kept = build.placeholder("kept", self.hidden) if defer else h
         tokens = self.hidden.shape[:-1]
         carried = {
             name: build.placeholder(name, TensorType(d, tokens)) for name, d in self.carried.items()
         }
-        values = {places[0]: h, **{p: graph.node_copy(p) for p in places[1:]}}
+        values = {placeholders[0]: h, **{p: graph.node_copy(p) for p in placeholders[1:]}}
         threshold = build.placeholder("threshold")
         done = carried["done"]
         (out,) = inline(graph, loop.body.graph, values)

@@ -13,10 +13,10 @@ from reroll.errors import PassError
 from reroll.mixers import Mixer, make
 from reroll.mixers.registry import find
 from reroll.passes.linearize import combining
+from reroll.passes.linearize.attention_calls import Reach
 from reroll.passes.linearize.features import Feature, mapped
 from reroll.passes.linearize.gates import Projections, liger_gate
 from reroll.passes.linearize.linearized_attention import LinearizedAttention, before_rotary
-from reroll.passes.linearize.observed import Reach
 from reroll.rewrite.analysis.layers import per_trip
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.passes.linearize import combining
-from reroll.passes.linearize.observed import AttentionCall, Reach, attention_calls
+from reroll.passes.linearize.attention_calls import AttentionCall, Reach, attention_calls
 from reroll.rewrite.analysis.layers import AttentionLayer
 from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS
 from reroll.rewrite.ir.program import Program

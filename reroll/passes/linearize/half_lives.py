@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.passes.linearize.attention_calls import AttentionCall, Reach, attention_calls
 from reroll.passes.linearize.gates import Start
-from reroll.passes.linearize.observed import AttentionCall, Reach, attention_calls
 from reroll.rewrite.analysis.layers import AttentionLayer
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context

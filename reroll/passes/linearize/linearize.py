@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from reroll.bounds import COUNT, COUNT_OR_NONE, FINITE, SHARE, SIZE
 from reroll.errors import PassError, UsageError
 from reroll.mixers.registry import find
+from reroll.passes.linearize.attention_calls import Reach, samples
 from reroll.passes.linearize.clusters import Clusters, measure_clusters
 from reroll.passes.linearize.combining import confine
 from reroll.passes.linearize.design import Combine, Design, Gates
@@ -21,7 +22,6 @@ from reroll.passes.linearize.gains import least_joint, least_squares, measure_ga
 from reroll.passes.linearize.gates import Projections, Start
 from reroll.passes.linearize.half_lives import measure_starts
 from reroll.passes.linearize.linearized_attention import LinearizedAttention, linearized_attention
-from reroll.passes.linearize.observed import Reach, samples
 from reroll.rewrite.analysis.layers import AttentionLayer
 from reroll.rewrite.checkpoint import ChainSource, MemorySource
 from reroll.rewrite.ir.patterns import Miss, nearest

@@ -14,7 +14,7 @@ from torch import Tensor
 from reroll.errors import PassError
 from reroll.rewrite.analysis.context import Context
 from reroll.rewrite.analysis.distance import divergence
-from reroll.rewrite.analysis.measure import measured_output
+from reroll.rewrite.analysis.program_distance import measured_output
 from reroll.rewrite.analysis.samples import token_input, token_inputs
 from reroll.rewrite.ir.program import Program
 

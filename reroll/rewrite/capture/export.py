@@ -40,7 +40,7 @@ from reroll.rewrite.capture.signature import (
     Example,
     can_generate,
     default_examples,
-    given_examples,
+    examples_from,
     has_state,
     picture_examples,
 )
@@ -49,8 +49,8 @@ from reroll.rewrite.capture.tracing import (
     Halt,
     Halted,
     Traced,
+    custom_layers,
     make_cache,
-    own_layers,
     tracing,
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
@@ -202,7 +202,7 @@ def _capture(
             continue
         try:
             examples = (
-                default_examples(model, with_state) if inputs is None else given_examples(inputs)
+                default_examples(model, with_state) if inputs is None else examples_from(inputs)
             )
             kept = [e for e in examples if whole or e.role in ("data", "padding")]
             if not whole and len(kept) == len(examples):
@@ -331,7 +331,7 @@ class _Wrapper(nn.Module):
         self.stateful = stateful
         self.halt, self.at_cache = halt, at_cache
         self.hidden = hidden
-        self.own_layers = own_layers(model.config) if stateful else []
+        self.custom_layers = custom_layers(model.config) if stateful else []
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         keywords: dict[str, Any] = dict(inputs, return_dict=True)
@@ -348,7 +348,7 @@ class _Wrapper(nn.Module):
                 for name in ("num_hidden_layers", "decoder_layers", "num_layers")
             )
             halt = self.halt if self.at_cache else None
-            cache = make_cache(total - tokens, total, layers, cross, self.own_layers, halt)
+            cache = make_cache(total - tokens, total, layers, cross, self.custom_layers, halt)
             keywords.update(past_key_values=cache, use_cache=True)
         elif "use_cache" in _parameters(self.model):
             keywords["use_cache"] = False
@@ -645,7 +645,7 @@ def _with_cache_span(model: Any, program: Program, traced: Traced) -> Program:
     The configuration alone sets the window of a transformers cache, even if the model's masks have
     no such window.
     """
-    layers = own_layers(model.config)
+    layers = custom_layers(model.config)
     windows = {int(w) for layer in layers if (w := getattr(layer, "sliding_window", None))}
     if not traced.spans or not (shorter := windows - traced.spans):
         return program

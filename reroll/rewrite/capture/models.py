@@ -113,7 +113,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
     """
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     files = {} if path is None else side_files(path)
-    if path is None and (settings := _own_settings(model)) is not None:
+    if path is None and (settings := _generation_settings(model)) is not None:
         files[GENERATION_FILE] = generation_file(settings)
     return Origin(
         model=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
@@ -127,7 +127,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
     )
 
 
-def _own_settings(model: Any) -> Any:
+def _generation_settings(model: Any) -> Any:
     """Return a model object's generation settings if they differ from its configuration's."""
     from transformers import GenerationConfig
 

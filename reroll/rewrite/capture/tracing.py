@@ -141,7 +141,7 @@ def attention_interface(
     return out, None
 
 
-def own_layers(config: Any) -> list[Any]:
+def custom_layers(config: Any) -> list[Any]:
     """Return the cache layers that transformers makes from a configuration; empty if it fails."""
     from transformers import DynamicCache
 

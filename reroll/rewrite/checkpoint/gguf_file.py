@@ -103,9 +103,9 @@ class GgufFile:
             raise _Damage("its alignment is not a size")
         start = -(-self._at // alignment) * alignment
         for name, meta, quantization, offset in infos:
-            self._place(name, meta, quantization, start + offset)
+            self._add_tensor(name, meta, quantization, start + offset)
 
-    def _place(self, name: str, meta: Meta, quantization: Any, offset: int) -> None:
+    def _add_tensor(self, name: str, meta: Meta, quantization: Any, offset: int) -> None:
         from gguf.quants import quant_shape_to_byte_shape
 
         try:

@@ -111,7 +111,7 @@ class HfSource:
         return self._names.available(self._metas)
 
     @property
-    def held(self) -> Collection[str]:
+    def stored(self) -> Collection[str]:
         """Names of the tensors that are stored under their own names, not under a tied one."""
         return self._metas.keys()
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from reroll.errors import ProgramError, RerollError
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.program import Loop
 from reroll.rewrite.ir.records import Dim, TensorType
+
+if TYPE_CHECKING:
+    from reroll.rewrite.ir.program import Loop
 
 # primes, so that a computed size is hardly ever one of them by chance
 _SIZES = (100003, 100019, 100043, 100049, 100057, 100069, 100103, 100109)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from reroll.bounds import NOT_NEGATIVE, SEED, check_number
 from reroll.errors import PassError, RerollError, UsageError
 from reroll.rewrite.analysis.context import LARGE, Context
-from reroll.rewrite.analysis.measure import Measurer, Violation, difference, size
+from reroll.rewrite.analysis.program_distance import Measurer, Violation, difference, size
 from reroll.rewrite.analysis.samples import Tokenizer
 from reroll.rewrite.ir.hidden import keep_complete
 from reroll.rewrite.ir.program import Program

@@ -25,7 +25,7 @@ from reroll.rewrite.ir.program import Loop, weight_nodes
 from reroll.runtime.depthwise.fused import Depths
 from reroll.runtime.depthwise.plan import PerSegment, Plan, Segments
 from reroll.runtime.depthwise.pool import KeyPositions, Pool
-from reroll.runtime.depthwise.row_batch import Row, RowBatch, input_at, join_rows
+from reroll.runtime.depthwise.row_batch import Row, RowBatch, gather_rows, input_at
 from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
 from reroll.runtime.lowering.hoisting import hoist_invariants
 
@@ -176,17 +176,17 @@ class Engine:
         The last one is cached, because the next trip often has the same rows.
         """
         if self.batch is None or not self.batch.has(rows):
-            self.batch = join_rows(rows)
+            self.batch = gather_rows(rows)
         return self.batch
 
     def _batched(self, batch: RowBatch, trips: Sequence[int]) -> tuple[list[Any], Segments]:
         order = sorted(set(trips))
         sizes = tuple(trips.count(trip) for trip in order)
         inputs = [input_at(value, order, sizes) for value in batch.inputs]
-        places = KeyPositions(trips, batch.positions, self.device)
+        at = KeyPositions(trips, batch.positions, self.device)
 
         def store(number: int, k: Tensor, v: Tensor) -> None:
-            self.pool.store(number, places, k, v)
+            self.pool.store(number, at, k, v)
 
         def attend(number: int, q: Tensor, node: fx.Node) -> Tensor:
             for name in ("chunk", "bias", "blocks", "sinks"):
@@ -195,7 +195,7 @@ class Engine:
             window = argument(node, "window")
             windows = [self.loop.resolve(window, trip) for trip in trips]
             cap, scale = argument(node, "softcap"), float(argument(node, "scale"))
-            return self.pool.attend(number, places, q, scale, windows, cap)
+            return self.pool.attend(number, at, q, scale, windows, cap)
 
         depths = None
         if dispatch.considers_kernels(self.device):

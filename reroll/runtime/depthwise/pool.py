@@ -21,10 +21,10 @@ class KeyPositions:
     """Trips, slots and positions of the keys of a batch's rows."""
 
     def __init__(
-        self, trips: Sequence[int], places: Sequence[tuple[int, int]], device: torch.device
+        self, trips: Sequence[int], positions: Sequence[tuple[int, int]], device: torch.device
     ) -> None:
         self.trips = list(trips)
-        self.slots, self.positions = ([p[i] for p in places] for i in (0, 1))
+        self.slots, self.positions = ([p[i] for p in positions] for i in (0, 1))
         numbers = self.trips, self.slots, self.positions
         self.index = tuple(torch.tensor(x, device=device) for x in numbers)
         self.longest = max(self.positions) + 1
@@ -85,16 +85,16 @@ class Pool:
                 pair[0][:, slot, :, length:, -1] = ABSENT
         self.lengths[slot] = length
 
-    def store(self, number: int, places: KeyPositions, k: Tensor, v: Tensor) -> None:
+    def store(self, number: int, at: KeyPositions, k: Tensor, v: Tensor) -> None:
         """Write the keys and values [rows, kv_heads, 1, size] of tokens to their positions."""
-        trips, slots, positions = places.index
+        trips, slots, positions = at.index
         self.keys[number][trips, slots, :, positions] = k[:, :, 0]
         self.values[number][trips, slots, :, positions] = v[:, :, 0]
 
     def attend(
         self,
         number: int,
-        places: KeyPositions,
+        at: KeyPositions,
         q: Tensor,
         scale: float,
         windows: Sequence[int | None],
@@ -105,15 +105,15 @@ class Pool:
         `q` is [rows, heads, 1, size]. Returns [rows, 1, heads, size].
         """
         keys, values = self.keys[number], self.values[number]
-        longest, (trips, slots, _) = places.longest, places.index
-        if softcap is None and len(places.trips) * longest <= TOGETHER:
+        longest, (trips, slots, _) = at.longest, at.index
+        if softcap is None and len(at.trips) * longest <= TOGETHER:
             k, v = (t[trips, slots, :, :longest] for t in (keys, values))
             grouped = q.unflatten(1, (keys.shape[2], -1)).squeeze(3)
-            out = F.scaled_dot_product_attention(grouped, k, v, places.mask(windows), scale=scale)
+            out = F.scaled_dot_product_attention(grouped, k, v, at.mask(windows), scale=scale)
             return out.flatten(1, 2)[:, None]
         rows = []
-        for row, (trip, slot) in enumerate(zip(places.trips, places.slots, strict=True)):
-            stop, window = places.positions[row] + 1, windows[row]
+        for row, (trip, slot) in enumerate(zip(at.trips, at.slots, strict=True)):
+            stop, window = at.positions[row] + 1, windows[row]
             start = 0 if window is None else max(0, stop - window)
             k, v = (t[trip, slot, None, :, start:stop] for t in (keys, values))
             rows.append(attend(q[row : row + 1], k, v, scale, False, None, softcap))

@@ -78,7 +78,7 @@ class RowBatch:
         )
 
 
-def join_rows(rows: Sequence[Row]) -> RowBatch:
+def gather_rows(rows: Sequence[Row]) -> RowBatch:
     """Make a new batch of rows that may come from several batches, and move the rows to it."""
     sources = list(dict.fromkeys(row.batch for row in rows))
     parts = []

@@ -136,7 +136,7 @@ class _Shared:
     def __init__(self, layer: Any, batch: int, rest: Tensor, live: Tensor) -> None:
         self.layer, self.batch, self.rest, self.live = layer, batch, rest, live
         self.is_compileable = False
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.left_states: tuple[Tensor, Tensor] | None = None
 
     def filling(self) -> _Filling:
         return _Filling(self)
@@ -146,14 +146,14 @@ class _Shared:
 
     def leave_out(self) -> None:
         """Mark the tokens of rows that have left as absent."""
-        self.held = _absent(self.layer, len(self.rest))
+        self.left_states = _absent(self.layer, len(self.rest))
 
     def finish(self) -> None:
         """Do nothing: `update` has already written to the shared layer."""
 
     def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        assert self.held is not None
-        whole = [self._merged(old, new) for old, new in zip(self.held, (k, v), strict=True)]
+        assert self.left_states is not None
+        whole = [self._merged(old, new) for old, new in zip(self.left_states, (k, v), strict=True)]
         keys, values = self.layer.update(*whole, **options)
         return keys[self.live], values[self.live]
 
@@ -181,7 +181,7 @@ class _Filling:
 
     def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         del options
-        self.shared.held = k, v
+        self.shared.left_states = k, v
         return k, v
 
     def get_mask_sizes(self, length: int) -> Any:

@@ -116,7 +116,11 @@ def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tenso
     counter = None if exits is None else exits.done + 1
     try:
         for name in kept:
-            result = _Given(hidden, counter, depth) if name == last else _Given(None, None, 0)
+            result = (
+                _FixedResult(hidden, counter, depth)
+                if name == last
+                else _FixedResult(None, None, 0)
+            )
             loops[name] = Trips([result], 0, 0)
         logits: Tensor = model(**inputs).logits
     finally:
@@ -124,7 +128,7 @@ def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tenso
     return logits
 
 
-class _Given(nn.Module):
+class _FixedResult(nn.Module):
     """A trip that computes nothing: it returns given hidden states, or its carry unchanged.
 
     `counter` is the position of the carried value that counts trips, which is set to `depth`.

@@ -131,9 +131,9 @@ def path_of(name: str) -> Path:
     return (_attribute(first, _model_names()), *(_attribute(p, _MODULE_NAMES) for p in rest))
 
 
-def _attribute(part: str, taken: frozenset[str]) -> str:
+def _attribute(part: str, reserved: frozenset[str]) -> str:
     part = re.sub(r"[^\w*]", "_", part, flags=re.ASCII) or "_"
-    return f"{part}_" if part in taken or keyword.iskeyword(part) else part
+    return f"{part}_" if part in reserved or keyword.iskeyword(part) else part
 
 
 _MODULE_NAMES = frozenset(dir(nn.Module())) | {"gradient_checkpointing", "main_input_name"}

@@ -135,7 +135,7 @@ def _stored(
         own_index = None if weight.index is None else tuple(index)
         table[name] = Weight(tuple(entries), own_index, weight.trainable)
     if state is not None:
-        tensors = {stored: _given(placements, state) for stored, placements in held.items()}
+        tensors = {stored: _tensor_from(placements, state) for stored, placements in held.items()}
         _check_names(model, held.values(), state)
     for source in sources.values():
         _check_tensor(source.name, tensors[source.name], source.meta)
@@ -165,7 +165,7 @@ def _check_names(model: Any, held: Iterable[list[Placement]], state: Mapping[str
         )
 
 
-def _given(placements: list[Placement], state: Mapping[str, Tensor]) -> Tensor:
+def _tensor_from(placements: list[Placement], state: Mapping[str, Tensor]) -> Tensor:
     """Return a state dict's tensor for a weight, under any of its names.
 
     Raises UsageError if there is none, or if names of one parameter have different tensors.

@@ -24,7 +24,7 @@ _SIZES = {
 }
 
 
-def own_type(layer: CacheLayer) -> type | None:
+def reroll_class(layer: CacheLayer) -> type | None:
     """Return reroll's class for a cache layer, or None where transformers has one for it."""
     # imported here, because transformers is needed to hold a state but not to plan one
     from reroll.runtime.functions.recurrences import RecurrentLayer
@@ -38,8 +38,8 @@ def own_type(layer: CacheLayer) -> type | None:
 
 
 def _make(layer: CacheLayer) -> Any:
-    """Make a new layer of `own_type`."""
-    layer_class = own_type(layer)
+    """Make a new layer of `reroll_class`."""
+    layer_class = reroll_class(layer)
     assert layer_class is not None
     sizes = () if layer.layer_type == "hybrid_sliding" else (layer.size or 0, layer.prefix)
     return layer_class(*sizes)
@@ -130,7 +130,7 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
             hint="make it from the model's own configuration: DynamicCache(config=model.config)",
         )
     for number, planned in enumerate(plan):
-        layer_class = own_type(planned)
+        layer_class = reroll_class(planned)
         if layer_class is not None and type(cache.layers[number]) is not layer_class:
             _replace(cache.layers, number, _make(planned))
     if type(cache) is DynamicCache and not cache.offloading:
@@ -138,7 +138,7 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
     if cache.offloading:
         # reroll's own layers are small, so they are not offloaded
         return [
-            cache.layers[n] if own_type(planned) is not None else _Offloaded(cache, n)
+            cache.layers[n] if reroll_class(planned) is not None else _Offloaded(cache, n)
             for n, planned in enumerate(plan)
         ]
     return cache.layers  # type: ignore[no-any-return]

@@ -47,7 +47,7 @@ def roll_loops(program: Program) -> Program:
     merge_equal(program.graph)
     lift_parts(program.graph)
     while True:
-        unified = find_loop(program)
+        unified = find_repetition(program)
         if unified is None:
             break
         program = insert_loop(program, unified)
@@ -119,7 +119,7 @@ class Candidate:
     trips: int
 
 
-def find_loop(program: Program) -> Unifier | None:
+def find_repetition(program: Program) -> Unifier | None:
     """Find the loop that covers the most nodes, with the fewest carried values; else None."""
     order = data_nodes(program)
     outside = weight_nodes(program.graph)

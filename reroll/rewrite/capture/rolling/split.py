@@ -291,7 +291,7 @@ def _renamed(name: str, old: str, new: str, start: int, inner: str = "") -> str:
     return f"{new}.{stem}" if stem != name else f"{new}.{name}"
 
 
-def _free(name: str, taken: set[str]) -> str:
-    while name in taken:
+def _free(name: str, used: set[str]) -> str:
+    while name in used:
         name += "_"
     return name

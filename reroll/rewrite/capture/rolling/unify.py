@@ -19,10 +19,10 @@ class Region:
     """Nodes of one trip, in the order in which they run."""
 
     nodes: list[fx.Node]
-    places: dict[fx.Node, int] = field(init=False)
+    indices: dict[fx.Node, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.places = {node: index for index, node in enumerate(self.nodes)}
+        self.indices = {node: index for index, node in enumerate(self.nodes)}
 
 
 # classes of arguments of the body; constants stand for themselves
@@ -30,7 +30,7 @@ class Region:
 class Inner:
     """Value of the same trip, by the index of its node in the region."""
 
-    place: int
+    index: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Given:
+class LoopInput:
     """Input of the loop; `position` is its index among the inputs."""
 
     position: int
@@ -100,13 +100,13 @@ class Unifier:
         self._owner = {node: t for t, region in enumerate(regions) for node in region.nodes}
         self._memo: dict[Any, Any] = {}
         self._weights = outside
-        self.body = [self._place(index) for index in range(len(regions[0].nodes))]
+        self.body = [self._unify_at(index) for index in range(len(regions[0].nodes))]
         self._check_uses()
         self._check_order()
         if not self.stacks:
             raise Differ("no weight is stacked over the trips", regions[0].nodes[0].name)
 
-    def _place(self, index: int) -> tuple[Any, Any]:
+    def _unify_at(self, index: int) -> tuple[Any, Any]:
         nodes = [region.nodes[index] for region in self.regions]
         is_reroll_op = "reroll" in str(nodes[0].target)
         args = self._zip([n.args for n in nodes], nodes, is_reroll_op)
@@ -130,7 +130,7 @@ class Unifier:
         if all(type(v) is type(first) and v == first for v in values):
             return first
         if is_reroll_op or all(isinstance(v, float) for v in values):
-            return self._given(tuple(values))
+            return self._loop_input(tuple(values))
         raise Differ(f"a constant differs: {first!r} and others", *(n.name for n in nodes[:2]))
 
     def _value(self, values: list[Any], nodes: list[fx.Node]) -> Any:
@@ -142,14 +142,14 @@ class Unifier:
     def _classify(self, values: list[Any], nodes: list[fx.Node]) -> Any:
         owners = [self._owner.get(v) for v in values]
         if owners == list(range(self.trips)):
-            places = {self.regions[t].places[v] for t, v in enumerate(values)}
-            if len(places) == 1:
-                return Inner(places.pop())
+            indices = {self.regions[t].indices[v] for t, v in enumerate(values)}
+            if len(indices) == 1:
+                return Inner(indices.pop())
             raise Differ("a value comes from different places", *(n.name for n in nodes[:2]))
         if owners[1:] == list(range(self.trips - 1)) and owners[0] is None:
-            places = {self.regions[t].places[v] for t, v in enumerate(values[1:])}
-            if len(places) == 1:
-                return self._carried(places.pop(), values[0], nodes[0])
+            indices = {self.regions[t].indices[v] for t, v in enumerate(values[1:])}
+            if len(indices) == 1:
+                return self._carried(indices.pop(), values[0], nodes[0])
         if any(owner is not None for owner in owners):
             raise Differ(
                 "a value is not of the same or of the previous trip throughout",
@@ -180,7 +180,7 @@ class Unifier:
                 k: self._zip([v.kwargs[k] for v in values], values, False) for k in like.kwargs
             }
             return Computed(like, args, kwargs)
-        return self._given(tuple(values))
+        return self._loop_input(tuple(values))
 
     def _alike(self, values: list[Any]) -> bool:
         """Whether values are results of the same op with equal constants, one in each trip."""
@@ -199,7 +199,7 @@ class Unifier:
         """Classify a value that is the same in every trip: a shared weight, or an invariant."""
         if isinstance(value, fx.Node) and value.op == "get_attr" and self._only_inside(value):
             return self._stacked((str(value.target),) * self.trips)
-        return self._given(value)
+        return self._loop_input(value)
 
     def _only_inside(self, weight: fx.Node) -> bool:
         nodes = self._weights[str(weight.target)]
@@ -214,19 +214,19 @@ class Unifier:
         self.stacks[names[0]] = names
         return Stacked(names[0])
 
-    def _given(self, value: Any) -> Given:
+    def _loop_input(self, value: Any) -> LoopInput:
         for position, known in enumerate(self.inputs):
             if _identical(known, value):
-                return Given(position)
+                return LoopInput(position)
         self.inputs.append(value)
-        return Given(len(self.inputs) - 1)
+        return LoopInput(len(self.inputs) - 1)
 
     def _check_uses(self) -> None:
         """Check that nodes after the loop use only values that the last trip carries out."""
         for t, region in enumerate(self.regions):
             for node in region.nodes:
                 outer = [u for u in node.users if u not in self._owner]
-                if outer and (t != self.trips - 1 or region.places[node] not in self.carry):
+                if outer and (t != self.trips - 1 or region.indices[node] not in self.carry):
                     raise Differ("a value inside a trip is used after the loop", node.name)
 
     def _check_order(self) -> None:
@@ -263,10 +263,10 @@ class Unifier:
 
         def resolve(value: Any) -> Any:
             if isinstance(value, Inner):
-                return values[value.place]
+                return values[value.index]
             if isinstance(value, Carried):
                 return carried[value.position]
-            if isinstance(value, Given):
+            if isinstance(value, LoopInput):
                 return inputs[value.position]
             if isinstance(value, Stacked):
                 if value.name not in weights:

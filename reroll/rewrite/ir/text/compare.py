@@ -99,11 +99,11 @@ def _aligned(before: fx.Graph, after: fx.Graph) -> tuple[list[str], list[str]]:
     new = [node for node in after.nodes if node.op != "get_attr"]
     names: dict[fx.Node, str] = {node: node_name(node) for node in old}
     names.update((y, names[x]) for x, y in _pairs(old, new))
-    taken = set(names.values())
+    used = set(names.values())
     for node in new:
         if node not in names:
-            names[node] = _fresh(node_name(node), taken)
-            taken.add(names[node])
+            names[node] = _fresh(node_name(node), used)
+            used.add(names[node])
     namer: Namer = lambda node: names.get(node) or node_name(node)  # noqa: E731
     return _lines(old, namer), _lines(new, namer)
 
