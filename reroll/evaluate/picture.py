@@ -84,10 +84,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Mixing:
-    """What mixes tokens: `name` in a word, `description` in a few."""
+    """What mixes tokens: `name` in a word, `what` in a few."""
 
     name: str
-    description: str
+    what: str
 
 
 @dataclass(frozen=True)

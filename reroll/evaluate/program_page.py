@@ -130,7 +130,7 @@ def _region(region: RegionPicture) -> Iterator[str]:
     count = f"{len(region.lines)} ops" if len(region.lines) > 1 else "1 op"
     yield '<details class="box region"><summary>'
     yield f"<b>{count}</b>: {escape(brief)}"
-    mixed = trip_lanes.in_turn((m.description for m in region.mixings), ", ")
+    mixed = trip_lanes.in_turn((m.what for m in region.mixings), ", ")
     words = [mixed] if mixed else []
     if region.parameters:
         words.append(f"{region.parameters:,} parameters")

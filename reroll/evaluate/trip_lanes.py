@@ -163,7 +163,7 @@ def _residuals(loop: LoopPicture) -> Iterator[str]:
 
 
 def _mixings(trips: Sequence[TripPicture]) -> Iterator[str]:
-    known = {m.name: m.description for trip in trips for m in trip.mixings}
+    known = {m.name: m.what for trip in trips for m in trip.mixings}
     texts = [(in_turn((m.name for m in t.mixings), " + ") or "–", mixed(t)) for t in trips]
     if len(known) == 1 and len(set(texts)) == 1:
         words = escape(mixed(trips[0]))
@@ -177,7 +177,7 @@ def _mixings(trips: Sequence[TripPicture]) -> Iterator[str]:
 
 def mixed(trip: TripPicture) -> str:
     """What mixes tokens in one trip, in words."""
-    return in_turn((m.description for m in trip.mixings), "; ") or "nothing"
+    return in_turn((m.what for m in trip.mixings), "; ") or "nothing"
 
 
 def in_turn(texts: Iterable[str], between: str) -> str:

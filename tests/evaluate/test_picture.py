@@ -82,7 +82,7 @@ def test_ranks_of_a_budget_add_up_over_its_parts() -> None:
 def test_windows_are_seen_layer_by_layer() -> None:
     loop = loop_of(rewritten("llama", "window(size=3, keep=[0])"))
     assert [[m.name for m in trip.mixings] for trip in loop.trips] == [["all"]] + [["window 3"]] * 3
-    assert "the first 4" in loop.trips[1].mixings[0].description
+    assert "the first 4" in loop.trips[1].mixings[0].what
     assert loop.trips[0].state[4096] > loop.trips[1].state[4096] == loop.trips[1].state[1024]
     assert [trip.layers for trip in loop.trips] == [(0,), (1,), (2,), (3,)]
 

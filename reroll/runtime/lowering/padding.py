@@ -44,7 +44,7 @@ READERS = (visible_tokens, valid_tokens)
 def read_padding(program: Program, state: fx.Node) -> frozenset[str]:
     """Let attentions read padding through one of `READERS`, changing the graphs in place.
 
-    `state` is the node of the main graph's `State`. Returns the names of the padding inputs that
+    `state` is the node of the main graph's `ForwardState`. Returns the names of the padding inputs that
     are still needed as tensors.
     """
     nodes = {str(n.target): n for n in placeholders(program.graph)}
