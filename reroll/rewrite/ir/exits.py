@@ -19,14 +19,14 @@ class Exits:
 
     Attributes:
         node: the exit op, which computes the tokens that have left the loop.
-        done: the position of its result among the carried values.
+        left_position: the position of its result among the carried values.
         thresholds: one for each trip; infinite where no token can exit.
         decided: the positions of the carried values that are used only for exit decisions.
         tests: the nodes of the body that are needed only for those values.
     """
 
     node: fx.Node
-    done: int
+    left_position: int
     thresholds: tuple[float, ...]
     decided: tuple[int, ...]
     tests: frozenset[fx.Node]

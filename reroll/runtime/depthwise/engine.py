@@ -54,12 +54,12 @@ class Engine:
         self.padding = {i.name for i in program.inputs if i.role == "padding"}
         exits = exits_of(self.loop)
         self.thresholds = exits.thresholds if exits else ()
-        self.done = exits.done if exits else None
+        self.left_position = exits.left_position if exits else None
         running = None if exits is None else loop_exits(self.loop, exits)
         # with exact caches, the remaining trips also run for tokens that have left
         self.defers = running is not None and not running.holds
         # absent tokens need no update: the pool marks all positions behind a prompt as absent
-        self.absent = running is not None and running.absent
+        self.marks_absent = running is not None and running.marks_absent
         if exits is not None:
             self.test = Plan(split_exits(self.loop, exits).test)
         caches = stateful_nodes(body)
@@ -86,7 +86,7 @@ class Engine:
         }
         like = next(p for p in model.parameters() if p.dtype.is_floating_point)
         kinds = [[shape(argument(n, x)) for x in ("k", "v")] for n in caches]
-        self.pool = Pool(kinds, self.trips, slots, length, like, self.absent)
+        self.pool = Pool(kinds, self.trips, slots, length, like, self.marks_absent)
         self.device = like.device
         self._stacks: dict[str, Tensor] = {}
         self.width = len(self.loop.carry)
@@ -132,8 +132,8 @@ class Engine:
         if any(self.is_tested(trip) for trip in set(trips)):
             # trips without an exit have an infinite threshold
             new = self.test.run([*batch.carry, *new, *inputs], weight, segments)
-            assert self.done is not None
-            for row, left in zip(rows, new[self.done].flatten().tolist(), strict=True):
+            assert self.left_position is not None
+            for row, left in zip(rows, new[self.left_position].flatten().tolist(), strict=True):
                 row.left = left
         batch.carry = list(new)
         for row in rows:
@@ -148,7 +148,7 @@ class Engine:
 
         All rows and trips are one run, so that what all trips share is computed once.
         """
-        if self.absent:
+        if self.marks_absent:
             return
         batch = self._row_batch(rows)
         pairs = [(t, n) for t in range(self.trips) for n, row in enumerate(rows) if row.trip <= t]
@@ -166,7 +166,7 @@ class Engine:
 
     def depth(self, row: Row) -> int:
         """Return how many trips a row ran; a loop with exits counts them in its carry."""
-        return row.trip if self.done is None else int(row.carry[self.done + 1])
+        return row.trip if self.left_position is None else int(row.carry[self.left_position + 1])
 
     # ---- a batch
 

@@ -49,8 +49,8 @@ class Pool:
     """Keys and values [trips, slots, kv_heads, length, size] of each cache in a trip.
 
     `kinds` are the types of keys and values of one trip. `lengths[slot]` counts the tokens of a
-    request whose outputs are known. With `absent`, positions are marked as absent until they are
-    stored: see `reroll.rewrite.ir.ops.mark_keys`.
+    request whose outputs are known. With `marks_absent`, positions are marked as absent until they
+    are stored: see `reroll.rewrite.ir.ops.mark_keys`.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Pool:
         slots: int,
         length: int,
         like: Tensor,
-        absent: bool = False,
+        marks_absent: bool = False,
     ) -> None:
         sizes = [shape[i] for pair in kinds for shape in pair for i in (1, 3)]
         if not all(isinstance(size, int) for size in sizes):
             raise UsageError("the sizes of a cache layer are known only when the model runs")
-        self.length, self.absent = length, absent
+        self.length, self.marks_absent = length, marks_absent
         self.lengths = [0] * slots
         # unwritten positions are read with weight 0, so they must be finite
         self.keys, self.values = (
@@ -81,7 +81,7 @@ class Pool:
                 for whole, part in zip(pair, (layer.keys, layer.values), strict=True):
                     held = part.shape[2]
                     whole[trip, slot, :, length - held : length] = part[0]
-            if self.absent:
+            if self.marks_absent:
                 pair[0][:, slot, :, length:, -1] = ABSENT
         self.lengths[slot] = length
 

@@ -90,7 +90,7 @@ def run_loop(
         else:
             carry = trip(*carry, *values, past_key_values=trip_layers)
         if exits is not None and is_open(exits.thresholds[number]):
-            kept = {"past_key_values": trip_layers} if exits.keeps else {}
+            kept = {"past_key_values": trip_layers} if exits.test_has_state else {}
             carry = trip.test(*old, *carry, *values, **kept)  # type: ignore[operator]
     return carry
 
@@ -113,7 +113,7 @@ def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tenso
     loops = model._assembly.loops
     kept, last = dict(loops), model.program.loops[-1].name
     exits = kept[last].exits
-    counter = None if exits is None else exits.done + 1
+    counter = None if exits is None else exits.left_position + 1
     try:
         for name in kept:
             result = (

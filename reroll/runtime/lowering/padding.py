@@ -44,8 +44,8 @@ READERS = (visible_tokens, valid_tokens)
 def read_padding(program: Program, state: fx.Node) -> frozenset[str]:
     """Let attentions read padding through one of `READERS`, changing the graphs in place.
 
-    `state` is the node of the main graph's `ForwardState`. Returns the names of the padding inputs that
-    are still needed as tensors.
+    `state` is the node of the main graph's `ForwardState`. Returns the names of the padding inputs
+    that are still needed as tensors.
     """
     nodes = {str(n.target): n for n in placeholders(program.graph)}
     inputs = [nodes[i.name] for i in program.inputs if i.role == "padding"]

@@ -40,7 +40,7 @@ class Interface:
         head: the path of the module that computes the logits.
         embeddings: the path of the module that looks up the tokens.
         takes_embeddings: whether embeddings can be given instead of tokens.
-        keeps: whether it applies `logits_to_keep` itself.
+        keeps_positions: whether it applies `logits_to_keep` itself.
     """
 
     mixing: str | None = None
@@ -48,7 +48,7 @@ class Interface:
     head: str | None = None
     embeddings: str | None = None
     takes_embeddings: bool = False
-    keeps: bool = False
+    keeps_positions: bool = False
 
 
 @dataclass
@@ -153,7 +153,7 @@ def open_ends(x: Lowering) -> None:
     interface.embeddings, interface.takes_embeddings = take_embeddings(
         x.program, readings, _state(x)
     )
-    interface.keeps = keep_before_head(x.program, _state(x))
+    interface.keeps_positions = keep_before_head(x.program, _state(x))
 
 
 def place_pictures(x: Lowering) -> None:

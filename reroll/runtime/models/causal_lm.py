@@ -75,7 +75,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             documents=self.documents(inputs, asked, past),
         )
         logits = outputs.pop("logits")
-        if not self._assembly.interface.keeps:
+        if not self._assembly.interface.keeps_positions:
             logits = keep_positions(logits, state)
         loss = None
         if labels is not None:

@@ -83,7 +83,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         )
         outputs = self._decode(inputs, encoder_outputs, state)
         logits = outputs["logits"]
-        if not self._assembly.interface.keeps:
+        if not self._assembly.interface.keeps_positions:
             logits = keep_positions(logits, state)
         loss = None
         if labels is not None:
