@@ -79,16 +79,18 @@ def fit_linear_layers(models: Models, batches: Sequence[Batch]) -> dict[str, flo
 def layers_to_fit(models: Models) -> list[FittedLinear]:
     """Return the student's trainable linear layers that share a weight or have residuals."""
     assert models.teacher is not None
-    theirs = dict(models.teacher.named_modules(remove_duplicate=False))
-    ours = dict(models.module.named_modules(remove_duplicate=False))
-    uses = Counter(id(m.weight) for m in ours.values() if isinstance(m, nn.Linear))
+    teacher_modules = dict(models.teacher.named_modules(remove_duplicate=False))
+    student_modules = dict(models.module.named_modules(remove_duplicate=False))
+    uses = Counter(id(m.weight) for m in student_modules.values() if isinstance(m, nn.Linear))
     factors_of = _factors(models.module.program)
     layers: list[FittedLinear] = []
-    for name, module in ours.items():
-        other = theirs.get(name)
+    for name, module in student_modules.items():
+        other = teacher_modules.get(name)
         if not isinstance(module, nn.Linear) or not isinstance(other, nn.Linear):
             continue
-        pairs = [(ours[down], ours[up]) for down, up in factors_of.get(name, ())]
+        pairs = [
+            (student_modules[down], student_modules[up]) for down, up in factors_of.get(name, ())
+        ]
         factors = [
             (down, up)
             for down, up in pairs

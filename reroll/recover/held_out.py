@@ -40,11 +40,13 @@ def _one_by_one(module: Any, rows: RowSource) -> Iterator[Batch]:
 def _predictions(module: Any, teacher: Any | None, rows: RowSource) -> dict[str, float]:
     distance = Distance(logits=True)
     for batch in _one_by_one(module, rows):
-        ours: Tensor = module(**arguments(batch)).logits[0]
-        theirs = ours if teacher is None else teacher(**arguments(batch)).logits[0]
+        student_logits: Tensor = module(**arguments(batch)).logits[0]
+        teacher_logits = (
+            student_logits if teacher is None else teacher(**arguments(batch)).logits[0]
+        )
         ids = batch.data[0]
         following = torch.cat((ids[1:], ids.new_full((1,), -100)))
-        distance.add(theirs, ours, following)
+        distance.add(teacher_logits, student_logits, following)
     perplexity, original = (distance.perplexity(side) or math.nan for side in (1, 0))
     metrics = {"perplexity": perplexity}
     if teacher is not None:
@@ -58,7 +60,9 @@ def _features(module: Any, teacher: Any | None, rows: RowSource) -> dict[str, fl
         return {}
     distance, cosines = Distance(logits=False), []
     for batch in _one_by_one(module, rows):
-        ours, theirs = (m(**arguments(batch))[0].flatten(0, -2) for m in (module, teacher))
-        distance.add(theirs, ours)
-        cosines.append(cosine(theirs.float(), ours.float()))
+        student_states, teacher_states = (
+            m(**arguments(batch))[0].flatten(0, -2) for m in (module, teacher)
+        )
+        distance.add(teacher_states, student_states)
+        cosines.append(cosine(teacher_states.float(), student_states.float()))
     return {"cosine": sum(cosines) / len(cosines), "relative_error": distance.relative_rms_error}

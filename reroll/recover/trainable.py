@@ -99,7 +99,7 @@ def new_names(module: nn.Module, teacher: nn.Module | None) -> frozenset[str]:
     """Return the names of parameters that the original does not have, such as gates and factors."""
     if teacher is None:
         return frozenset()
-    ours, theirs = (
+    student_names, teacher_names = (
         {name for name, _ in m.named_parameters(remove_duplicate=False)} for m in (module, teacher)
     )
-    return frozenset(ours - theirs)
+    return frozenset(student_names - teacher_names)

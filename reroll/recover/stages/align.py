@@ -86,7 +86,7 @@ class Align(Stage):
         trips = models.module.trip_modules()
         with (
             record_trips(models.teacher.trip_modules()) as teacher_trips,
-            self._inside(models.teacher) as theirs,
+            self._inside(models.teacher) as teacher_outputs,
         ):
             models.run_teacher_for_hooks(batch)
         # number of the original's trips in each of the student's
@@ -99,7 +99,7 @@ class Align(Stage):
         with (
             replace_inputs(trips, student_inputs),
             record_trips(trips) as student_trips,
-            self._inside(models.module) as ours,
+            self._inside(models.module) as student_outputs,
         ):
             models.run_student_for_hooks(batch)
         weights = batch.mask.float()
@@ -110,7 +110,11 @@ class Align(Stage):
                 for (_, y), target, x in zip(student_trips, targets, inputs, strict=True)
             ]
         else:
-            parts = [(ours[n], theirs[n], torch.zeros_like(theirs[n])) for n in ours if n in theirs]
+            parts = [
+                (student_outputs[n], teacher_outputs[n], torch.zeros_like(teacher_outputs[n]))
+                for n in student_outputs
+                if n in teacher_outputs
+            ]
         errors = [relative_error(*part, weights) for part in parts]
         value = torch.stack(errors).mean()
         worst = max(range(len(errors)), key=lambda t: errors[t].item())
