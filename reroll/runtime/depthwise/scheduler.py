@@ -230,7 +230,7 @@ class DepthScheduler:
             # the remaining trips run in the background, ahead of the next token's in each group
             behind = [replace(r, background=True) for r in rows if r.trip < engine.trips]
             self._rows += [r for r in behind if r.slot in self._running]
-        self._begin(going)
+        self._start_tokens(going)
 
     def _give(self, request: Request, token: int) -> bool:
         """Append a token to a request; return whether it is still incomplete."""
@@ -247,7 +247,7 @@ class DepthScheduler:
     def _batch_is_through(self) -> bool:
         return all(row.background for row in self._rows)
 
-    def _begin(self, going: list[tuple[int, int]]) -> None:
+    def _start_tokens(self, going: list[tuple[int, int]]) -> None:
         if going:
             slots, tokens = zip(*going, strict=True)
             self._rows += self.engine.start(slots, tokens)
@@ -270,4 +270,4 @@ class DepthScheduler:
                 going.append((request.slot, token))
         self.counts.prompt_seconds += time.perf_counter() - wall
         self.counts.prompt_cpu_seconds += time.process_time() - cpu
-        self._begin(going)
+        self._start_tokens(going)
