@@ -50,10 +50,10 @@ class Context:
         """Record what was changed, or why it was not; the user sees it."""
         self.remarks.append(str(text))
 
-    def progress(self, done: int, total: int, text: str = "") -> None:
+    def progress(self, done: int, total: int, what: str = "") -> None:
         """Report the progress of the pass; a call is cheap."""
         if self.report_progress is not None:
-            self.report_progress(done, total, text)
+            self.report_progress(done, total, what)
 
     @cached_property
     def text(self) -> str:
