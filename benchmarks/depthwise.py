@@ -30,7 +30,7 @@ from reroll.evaluate.exits import scores_at, with_open
 from reroll.evaluate.serving import answer, compare_serving
 from reroll.rewrite.ir.exits import exit_loop
 from reroll.runtime.depthwise import DepthScheduler
-from reroll.runtime.depthwise.frames import frame_of
+from reroll.runtime.depthwise.row_batch import gather_rows
 
 LEVELS = (0.4, 0.3, 0.2, 0.1, 0.05)
 CASE = {"blocks, exits": "{}", "state": "{}", "requests": "{:}"}
@@ -64,7 +64,7 @@ def parts(model: Any, prompts: list[list[int]], count: int, options: Any) -> lis
     }
     found: Row = {}
     with torch.no_grad():
-        frame_of(now)
+        gather_rows(now)
         for name, call in calls.items():
             found |= medians(in_turns({name: call}, 15, clock=time.process_time, warm=0))
     return [{name: 1000 * seconds for name, seconds in found.items()}]

@@ -180,7 +180,7 @@ def _only(family: str) -> Iterator[None]:
 def _has_tiles(family: str, mixer: Any, k: Tensor, v: Tensor) -> bool:
     gate = 2 if mixer.gates(1, 1)[0].shape else 1
     limit = forms.limit_of(mixer)
-    return configurations.find(family, k, v, gate, forms.precision(), limit) is not None
+    return configurations.find_tiles(family, k, v, gate, forms.precision(), limit) is not None
 
 
 def end_to_end(model: str, steps: int) -> Row:

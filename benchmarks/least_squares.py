@@ -19,7 +19,7 @@ from benchmarks.harness import MODEL, TEXT, Row, Table, parse_options, text_ids
 from reroll.recover import Batch, Models
 from reroll.recover.closed_form import fit_linear_layers
 from reroll.recover.data import Rows
-from reroll.recover.measure import held_out
+from reroll.recover.held_out import held_out
 from reroll.recover.sequential_fit import fit_trip_by_trip
 from reroll.recover.stages.align import Align
 from reroll.recover.trainable import new_names, training

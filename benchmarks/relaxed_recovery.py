@@ -27,8 +27,8 @@ from benchmarks.least_squares import rows
 from benchmarks.recovery import DATA
 from reroll.cli.recovering import token_count
 from reroll.recover import recover
+from reroll.recover.held_out import held_out
 from reroll.recover.hooks import record_trips
-from reroll.recover.measure import held_out
 from reroll.recover.recipe import parse
 
 START = {"start_tokens": 8192, "start_free": True, "train": "new"}

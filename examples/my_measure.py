@@ -23,10 +23,10 @@ class Confidence(Measure):
     def run(self, bench: Bench) -> dict[str, Any]:
         return {side: self._of(bench, runner) for side, runner in bench.sides.items()}
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         return {
-            "probability of the likeliest token": found["confidence"],
-            "how often it is right": found["accuracy"],
+            "probability of the likeliest token": result["confidence"],
+            "how often it is right": result["accuracy"],
         }
 
     def _of(self, bench: Bench, runner: Runner) -> dict[str, Any]:

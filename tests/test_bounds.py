@@ -88,7 +88,7 @@ def _leaves(annotation: Any) -> set[Any]:
 
 
 NUMBERS = [
-    pytest.param(cls, option, id=f"{cls.what}-{cls.name}-{option.name}")
+    pytest.param(cls, option, id=f"{cls.category}-{cls.name}-{option.name}")
     for cls in DECLARED
     for option in cls.options().values()
     if {int, float} & _leaves(option.type) and option.name not in FREE | {"mixer_options"}

@@ -148,7 +148,7 @@ def _summary(
     model: str, out: Path, before: Program, after: Program, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     """Summarise the conversion as JSON data: sizes, costs, loops, passes, files."""
-    from reroll.rewrite.analysis.measure import size
+    from reroll.rewrite.analysis.program_distance import size
 
     old, new = size(before), size(after)
     counts = ("parameters", "bytes", "flops_per_token")

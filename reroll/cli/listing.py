@@ -88,7 +88,7 @@ def plugins(json_: Json = False) -> None:
     from reroll.rewrite.pipeline.registry import registries
 
     found = [
-        {"kind": registry.what, "name": name, "from": registry.origin(name)}
+        {"kind": registry.category, "name": name, "from": registry.origin(name)}
         for registry in registries()
         for name in registry.all()
     ]

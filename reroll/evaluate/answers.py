@@ -61,7 +61,7 @@ class Spot:
 
 
 @dataclass(frozen=True)
-class Seen:
+class TokenScore:
     """Scores of a target at its position, and its log-likelihood in nats.
 
     `exact` compares it with all tokens, `chosen` with the competing ones.
@@ -73,7 +73,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredRow:
     """Token ids, and the positions in them that are scored."""
 
     ids: list[int]
@@ -105,20 +105,20 @@ def ask(
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
     """Answer questions, in their order; `on_batch` is called with the number of finished rows."""
-    rows: list[Row] = []
+    rows: list[ScoredRow] = []
     spans: list[tuple[int, int, bool]] = []
     for question in questions:
-        own, by_first = _rows(question)
-        spans.append((len(rows), len(rows) + len(own), by_first))
-        rows += own
-    seen = look(runner, rows, on_batch)
+        question_rows, by_first = _rows(question)
+        spans.append((len(rows), len(rows) + len(question_rows), by_first))
+        rows += question_rows
+    scores = score_rows(runner, rows, on_batch)
     return [
-        _answer(question, seen[start:end], by_first)
+        _answer(question, scores[start:end], by_first)
         for question, (start, end, by_first) in zip(questions, spans, strict=True)
     ]
 
 
-def _rows(question: Question) -> tuple[list[Row], bool]:
+def _rows(question: Question) -> tuple[list[ScoredRow], bool]:
     """Build the rows of a question, the right one first, and whether first tokens decide."""
     prompt = question.prompt
     order = [question.truth, *(i for i in range(len(question.candidates)) if i != question.truth)]
@@ -131,20 +131,20 @@ def _rows(question: Question) -> tuple[list[Row], bool]:
             Spot(p - 1, ids[p], firsts if by_first and p == len(prompt) else ())
             for p in range(len(prompt), len(ids))
         ]
-        rows.append(Row(ids, spots))
+        rows.append(ScoredRow(ids, spots))
     return rows, by_first
 
 
-def _answer(question: Question, seen: list[list[Seen]], by_first: bool) -> Answer:
-    right = seen[0]
+def _answer(question: Question, scores: list[list[TokenScore]], by_first: bool) -> Answer:
+    right = scores[0]
     exact = 1.0
     for spot in right:
         exact *= spot.exact
-    likelihoods = [sum(s.log_likelihood for s in row) for row in seen]
+    likelihoods = [sum(s.log_likelihood for s in row) for row in scores]
     if by_first:
         chosen = right[0].chosen
     else:
-        means = [x / len(row) for x, row in zip(likelihoods, seen, strict=True)]
+        means = [x / len(row) for x, row in zip(likelihoods, scores, strict=True)]
         values = torch.tensor(means, dtype=torch.float64)
         # a difference by rounding must not decide between equally likely candidates
         best = values >= values.max() - 1e-6 * values.abs().max()
@@ -152,30 +152,30 @@ def _answer(question: Question, seen: list[list[Seen]], by_first: bool) -> Answe
     return Answer(chosen, exact, likelihoods[0])
 
 
-def look(
-    runner: Runner, rows: Sequence[Row], on_batch: Callable[[int], None] = lambda done: None
-) -> list[list[Seen]]:
+def score_rows(
+    runner: Runner, rows: Sequence[ScoredRow], on_batch: Callable[[int], None] = lambda done: None
+) -> list[list[TokenScore]]:
     """Score the targets of some rows, in their order."""
-    found: list[list[Seen]] = [[] for _ in rows]
+    scores: list[list[TokenScore]] = [[] for _ in rows]
     done = 0
     for batch in _batches(rows):
         longest = max(len(rows[n].ids) for n in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for place, number in enumerate(batch):
-            ids[place, : len(rows[number].ids)] = torch.tensor(rows[number].ids)
+        for at, number in enumerate(batch):
+            ids[at, : len(rows[number].ids)] = torch.tensor(rows[number].ids)
         wanted = sorted({s.position for n in batch for s in rows[n].spots})
         for positions, logits in runner.logits(ids, wanted):
             index = {int(p): i for i, p in enumerate(positions)}
-            for place, number in enumerate(batch):
+            for at, number in enumerate(batch):
                 spots = [s for s in rows[number].spots if s.position in index]
-                chosen = logits[place, [index[s.position] for s in spots]]
-                found[number] += [_seen(v, s) for v, s in zip(chosen, spots, strict=True)]
+                chosen = logits[at, [index[s.position] for s in spots]]
+                scores[number] += [_score(v, s) for v, s in zip(chosen, spots, strict=True)]
         done += len(batch)
         on_batch(done)
-    return found
+    return scores
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
+def _batches(rows: Sequence[ScoredRow]) -> Iterator[list[int]]:
     """Group rows of similar length into batches of row numbers, longest first."""
     order = sorted(range(len(rows)), key=lambda n: -len(rows[n].ids))
     start = 0
@@ -185,13 +185,13 @@ def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
         start += count
 
 
-def _seen(logits: Tensor, spot: Spot) -> Seen:
+def _score(logits: Tensor, spot: Spot) -> TokenScore:
     """Score a target by the logits [vocabulary] at its position."""
     logits = logits.float()
     value = logits[spot.target]
     others = logits[list(spot.others)] if spot.others else logits
     log_likelihood = float(value - logits.logsumexp(0))
-    return Seen(_credit(value, logits), _credit(value, others), log_likelihood)
+    return TokenScore(_credit(value, logits), _credit(value, others), log_likelihood)
 
 
 def _credit(value: Tensor, among: Tensor) -> float:
@@ -204,10 +204,10 @@ def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def cell(answers: Sequence[Answer], chance: float, **place: Any) -> dict[str, Any]:
-    """Summarise the answers of one cell as JSON data; `place` has the cell's coordinates."""
+def cell(answers: Sequence[Answer], chance: float, **coordinates: Any) -> dict[str, Any]:
+    """Summarise the answers of one cell as JSON data; `coordinates` has the cell's coordinates."""
     return {
-        **place,
+        **coordinates,
         "accuracy": mean([a.chosen for a in answers]),
         "exact": mean([a.exact for a in answers]),
         "chance": chance,

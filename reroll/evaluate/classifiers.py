@@ -38,10 +38,10 @@ def exit_states(model: Any, tokens: Tensor | Sequence[int]) -> ExitStates:
     token as the full depth. The states serve for all models that differ in their classifiers only.
     Raises UsageError for a model without exits, or with a threshold below infinity.
     """
-    found = exit_loop(model.program)
-    if found is None:
+    loop_and_exits = exit_loop(model.program)
+    if loop_and_exits is None:
         raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
-    _, exits = found
+    _, exits = loop_and_exits
     if any(map(is_open, exits.thresholds)):
         raise UsageError(
             "the model's exits are open, and states of the full depth are needed",
@@ -99,14 +99,14 @@ def fit_exits(
     """
     check_number("steps", steps, COUNT, "fit_exits")
     check_number("decay", decay, NOT_NEGATIVE, "fit_exits", integer=False)
-    found = exit_loop(model.program)
-    if found is None or not any(".exit.score.weight" in n for n in model.program.weights):
+    loop_and_exits = exit_loop(model.program)
+    if loop_and_exits is None or not any(".exit.score.weight" in n for n in model.program.weights):
         raise UsageError(
             "the model's exits have no classifiers",
             hint="convert it with insert_exits(criterion=linear), (criterion=mlp) or gated",
         )
     data = tokens if isinstance(tokens, ExitStates) else exit_states(model, tokens)
-    modules = model._assembly.loops[found[0].name].modules
+    modules = model._assembly.loops[loop_and_exits[0].name].modules
     accuracy = {}
     for trip, rows in data.states.items():
         weights = dict(modules[trip].get_submodule("exit").named_parameters())

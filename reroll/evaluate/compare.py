@@ -17,7 +17,7 @@ from reroll.errors import UsageError
 from reroll.evaluate.subjects import Attention, Opening, Subject, open_subject
 from reroll.evaluate.tokenizing import make_windows, read_text
 from reroll.rewrite.analysis.distance import Distance
-from reroll.rewrite.analysis.measure import measured_output
+from reroll.rewrite.analysis.program_distance import measured_output
 from reroll.rewrite.analysis.reach import check_length, longest
 from reroll.rewrite.analysis.samples import random_inputs, vocabulary
 from reroll.rewrite.ir.records import Input
@@ -84,7 +84,7 @@ def compare(
     check_number("seed", seed, SEED, "compare")
     for context in contexts:
         check_number("contexts", context, COUNT, "compare")
-    report = on_progress or (lambda done, total, what: None)
+    report = on_progress or (lambda done, total, message: None)
     content = read_text(text)
     opening = Opening(dtype, attention, revision, trust_remote_code)
     subjects = []
@@ -166,7 +166,7 @@ class _Sample:
     """Inputs to run on: batches, their kind, and the length of a window."""
 
     batches: list[dict[str, Tensor]]
-    kind: str
+    source: str
     length: int | None = None
     windows: int | None = None
     prefix: int = 0
@@ -195,17 +195,17 @@ def _sample(
         count = max((max_tokens or MAX_TOKENS) // length, 1)
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, top, (count, length), generator=generator)
-        kind, prefix, cut, predicts = "random tokens", 0, False, None
+        source, prefix, cut, predicts = "random tokens", 0, False, None
     else:
         closing = predicts is None and len(texts) == 1
         windows = make_windows(text, tokenizer, length, max_tokens, closing=closing)
-        ids, kind, prefix, cut = windows.ids, "text", windows.prefix, windows.cut
+        ids, source, prefix, cut = windows.ids, "text", windows.prefix, windows.cut
     rows = max(min(batch, _BUDGET // (4 * ids.shape[1] * _width(pair))), 1)
     batches = [
         {**_others(pair, len(part), ids.shape[1], seed), **dict.fromkeys(texts, part)}
         for part in ids.split(rows)
     ]
-    return _Sample(batches, kind, ids.shape[1], ids.shape[0], prefix, cut, predicts)
+    return _Sample(batches, source, ids.shape[1], ids.shape[0], prefix, cut, predicts)
 
 
 def _is_tokens(item: Input) -> bool:
@@ -217,9 +217,9 @@ def _others(pair: _Pair, rows: int, length: int, seed: int) -> dict[str, Tensor]
     """Return random values for the inputs that are not text."""
     if pair.program is None:
         return {}
-    made = random_inputs(pair.program, rows=rows, length=length, seed=seed)
+    inputs = random_inputs(pair.program, rows=rows, length=length, seed=seed)
     wanted = {i.name for i in pair.inputs if i.role == "data"}
-    return {name: tensor for name, tensor in made.items() if name in wanted}
+    return {name: tensor for name, tensor in inputs.items() if name in wanted}
 
 
 def _width(pair: _Pair) -> int:
@@ -278,8 +278,8 @@ def _result(
         "state_bytes": None if stateless else states,
         "tokens": distance.positions,
         "inputs": {
-            "kind": sample.kind,
-            "text": source if sample.kind == "text" else None,
+            "kind": sample.source,
+            "text": source if sample.source == "text" else None,
             "length": sample.length,
             "windows": sample.windows,
             "prefix_tokens": sample.prefix,

@@ -100,10 +100,10 @@ def calibrate(
     """
     check_number("risk", risk, BETWEEN, "calibrate", integer=False)
     check_number("confidence", confidence, BETWEEN, "calibrate", integer=False)
-    found = exit_loop(program)
-    if found is None:
+    loop_and_exits = exit_loop(program)
+    if loop_and_exits is None:
         raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
-    loop, exits = found
+    loop, exits = loop_and_exits
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     length = min(LENGTH, longest(program) or LENGTH)
     rows = [r for r in torch.split(tokens, length) if len(r) == length]
@@ -172,9 +172,9 @@ def exit_trips(program: Program, exits: Exits) -> list[int]:
 def with_open(program: Program, thresholds: dict[int, float]) -> Program:
     """Return the program with other thresholds at its exits."""
     edited = program.edit()
-    found = exit_loop(edited)
-    assert found is not None
-    return with_thresholds(edited, found[0], thresholds)
+    loop_and_exits = exit_loop(edited)
+    assert loop_and_exits is not None
+    return with_thresholds(edited, loop_and_exits[0], thresholds)
 
 
 def _closed(program: Program, at: Sequence[int]) -> Program:
@@ -193,9 +193,9 @@ def scores_at(
 ) -> dict[int, Tensor]:
     """Compute the scores of tokens at each exit, at full depth."""
     opened = with_open(program, dict.fromkeys(at, NEVER))
-    found = exit_loop(opened)
-    assert found is not None
-    target = found[1].node.args[1]
+    loop_and_exits = exit_loop(opened)
+    assert loop_and_exits is not None
+    target = loop_and_exits[1].node.args[1]
     scores: dict[int, list[Tensor]] = {trip: [] for trip in at}
 
     def observe(name: str, trip: int | None, node: Any, args: Any, result: Any) -> None:

@@ -106,7 +106,7 @@ def generate(
     start = time.perf_counter()
     try:
         with torch.no_grad():
-            found = model.generate(
+            generated = model.generate(
                 **batch,
                 **options,
                 num_beams=beams,
@@ -117,8 +117,8 @@ def generate(
         raise _out_of_range(model, batch["input_ids"]) from error
     seconds = time.perf_counter() - start
     # an encoder-decoder's output starts with one start token
-    given = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
-    new = found[:, given:]
+    prompt_length = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    new = generated[:, prompt_length:]
     ends = _ends(model, tokenizer)
     outputs = []
     for prompt, row in zip(prompts, new.tolist(), strict=True):
@@ -160,8 +160,8 @@ def _check(
         check_number("top_p", top_p, TOP_P, "generate", integer=False)
 
 
-def check_room(model: Any, given: int, new: int) -> None:
-    """Raise UsageError if `given` tokens and `new` ones are more than a model has positions for.
+def check_room(model: Any, prompt_length: int, new: int) -> None:
+    """Raise UsageError if a model has no positions for `new` tokens after the prompt.
 
     Does nothing for a model that reroll has not lowered, and for one without a table of positions.
     """
@@ -171,12 +171,12 @@ def check_room(model: Any, given: int, new: int) -> None:
     limits, reads = position_limits(program), model.main_input_name
     writes = "decoder_input_ids" if model.config.is_encoder_decoder else reads
     # the last new token is not an input
-    counts = {reads: given, writes: new if writes != reads else given + new - 1}
+    counts = {reads: prompt_length, writes: new if writes != reads else prompt_length + new - 1}
     for name, count in counts.items():
         if count > limits.get(name, count):
             raise UsageError(
-                f"{given} tokens of the prompt and {new} new ones are more than the model has "
-                f"positions for, {limits[name]}",
+                f"{prompt_length} tokens of the prompt and {new} new ones are more than the model "
+                f"has positions for, {limits[name]}",
                 where="generate",
                 hint="give a shorter prompt, or a lower --max-new-tokens",
             )
@@ -215,10 +215,10 @@ def _padded(tokenizer: Any, texts: Sequence[str], special: bool) -> dict[str, to
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "left"
-    found = tokenizer(
+    encoded = tokenizer(
         list(texts), return_tensors="pt", padding=len(texts) > 1, add_special_tokens=special
     )
-    return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

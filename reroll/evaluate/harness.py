@@ -45,8 +45,8 @@ class Harness(Measure):
             for side, runner in bench.sides.items()
         }
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
-        return {f"{task}: {k}": v for task, metrics in found.items() for k, v in metrics.items()}
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
+        return {f"{task}: {k}": v for task, metrics in result.items() for k, v in metrics.items()}
 
 
 def harness(
@@ -82,7 +82,7 @@ def harness(
             hint="lm_eval ls tasks lists them",
         )
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             model=HFLM(
                 pretrained=subject.model,
                 tokenizer=subject.tokenizer,
@@ -106,7 +106,7 @@ def harness(
             where=", ".join(tasks),
             hint="most tasks download their data from the hub when they first run",
         ) from error
-    return {name: _metrics(values) for name, values in found["results"].items()}
+    return {name: _metrics(values) for name, values in results["results"].items()}
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,17 +14,16 @@ from reroll.errors import RerollError, UsageError
 from reroll.evaluate.subjects import Opening, is_converted, open_original
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.costs import flops_per_token, state_bytes
-from reroll.rewrite.analysis.measure import measured_output
+from reroll.rewrite.analysis.program_distance import measured_output
 from reroll.rewrite.analysis.samples import random_inputs
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.raising.driver import raise_idioms
 from reroll.rewrite.capture.rolling.roll import roll_loops
 from reroll.rewrite.ir import interpret
-from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import ATTENTION
 from reroll.rewrite.ir.ops.base import Place
 from reroll.rewrite.ir.program import Loop, Program
-from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import type_to_text
 from reroll.rewrite.ir.text.op_names import op_name
 from reroll.rewrite.ir.visibility import Visibility
@@ -55,7 +54,7 @@ def inspect_model(
     Raises CaptureError if the model cannot be captured, UsageError or CheckpointError if it cannot
     be opened.
     """
-    report = on_progress or (lambda done, total, what: None)
+    report = on_progress or (lambda done, total, message: None)
     steps = 3 + check
     start = time.perf_counter()
     report(0, steps, "capturing")
@@ -113,8 +112,8 @@ def inspect_model(
 def _logit_error(program: Program, errors: dict[str, Any] | None) -> float | None:
     if errors is None or "logits" not in measured_output(program):
         return None
-    found: float | None = errors["flat"]["max_abs_error"]
-    return found
+    error: float | None = errors["flat"]["max_abs_error"]
+    return error
 
 
 # ---- loops and attention
@@ -149,7 +148,7 @@ def attention_kinds(program: Program) -> list[dict[str, Any]]:
     kinds: Counter[tuple[tuple[str, Any], ...]] = Counter()
     for node, place in _attentions(program):
         kinds[tuple(_attention(node, place).items())] += 1
-    return [{**dict(kind), "count": count} for kind, count in kinds.most_common()]
+    return [{**dict(attention), "count": count} for attention, count in kinds.most_common()]
 
 
 def _attentions(program: Program) -> Iterator[tuple[fx.Node, Place]]:
@@ -166,11 +165,11 @@ def _attention(node: fx.Node, place: Place) -> dict[str, Any]:
         value = place.resolve(value)
         return None if isinstance(value, fx.Node) else value
 
-    def given(name: str) -> bool:
+    def has(name: str) -> bool:
         return place.resolve(argument(node, name)) is not None
 
     limits = Visibility.of(node).map(constant)
-    q, k = (_shape(node.args[position]) for position in (0, 1))
+    q, k = (shape(node.args[position]) for position in (0, 1))
     return {
         "causal": bool(limits.causal),
         "window": limits.window,
@@ -179,14 +178,9 @@ def _attention(node: fx.Node, place: Place) -> dict[str, Any]:
         "heads": q[1] if len(q) == 4 else None,
         "head_dim": q[3] if len(q) == 4 else None,
         "softcap": constant(argument(node, "softcap")),
-        "sinks": given("sinks"),
-        "bias": given("bias"),
+        "sinks": has("sinks"),
+        "bias": has("bias"),
     }
-
-
-def _shape(node: Any) -> tuple[Any, ...]:
-    kind = getattr(node, "meta", {}).get("type")
-    return kind.shape if isinstance(kind, TensorType) else ()
 
 
 # ---- whether it is exact
@@ -202,18 +196,18 @@ def check_capture(model: Any, flat: Program, rolled: Program, seed: int = 0) -> 
     inputs = random_inputs(flat, rows=ROWS, length=TIME, seed=seed, padded=True)
     expected = _eager(model, inputs)[name]
     result: dict[str, Any] = {}
-    for kind, program in (("flat", flat), ("rolled", rolled)):
+    for form, program in (("flat", flat), ("rolled", rolled)):
         try:
             actual = interpret.run(program, inputs)[name]
         except RerollError as error:
-            result[kind] = _failed(str(error))
+            result[form] = _failed(str(error))
             continue
         if actual.shape != expected.shape:
-            result[kind] = _failed(f"{name} is {list(actual.shape)}, not {list(expected.shape)}")
+            result[form] = _failed(f"{name} is {list(actual.shape)}, not {list(expected.shape)}")
             continue
         x, y = _valid(actual, inputs), _valid(expected, inputs)
         same = torch.where(x == y, 0.0, (x - y).double())
-        result[kind] = {
+        result[form] = {
             "bit_identical": torch.equal(x, y),
             "max_abs_error": same.abs().max().item(),
             "relative_rms_error": tolerances.relative_rms(x, y),
@@ -235,13 +229,15 @@ def _eager(model: Any, inputs: dict[str, Tensor]) -> Any:
     training = model.training
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = getattr(model, "dtype", torch.float32)
-    given = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in inputs.items()}
+    converted = {
+        n: t.to(device, dtype if t.is_floating_point() else None) for n, t in inputs.items()
+    }
     try:
         if before != "eager" and hasattr(model, "set_attn_implementation"):
             model.set_attn_implementation("eager")
         model.eval()
         with torch.no_grad():
-            return model(**given)
+            return model(**converted)
     finally:
         model.train(training)
         if before not in (None, "eager") and hasattr(model, "set_attn_implementation"):

@@ -46,8 +46,8 @@ class Bench:
     @property
     def sides(self) -> dict[str, Runner]:
         """Runners by name: "model", and "original" if there is one."""
-        found = {"model": self.model}
-        return found if self.original is None else {**found, "original": self.original}
+        sides = {"model": self.model}
+        return sides if self.original is None else {**sides, "original": self.original}
 
     def random(self, *names: object) -> random.Random:
         """Return a random generator seeded by the seed and these names, equal on every machine."""
@@ -67,7 +67,7 @@ class Measure(Declared, ABC):
     that differ.
     """
 
-    what: ClassVar[str] = "measure"
+    category: ClassVar[str] = "measure"
     full: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
@@ -83,7 +83,7 @@ class Measure(Declared, ABC):
         """
 
     @abstractmethod
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         """Return the few numbers of one side that a table shows, by label."""
 
 

@@ -25,10 +25,11 @@ from reroll.rewrite.ir.matching import argument, is_weight
 from reroll.rewrite.ir.ops import ATTENTION, BIDIRECTIONAL, RECURRENCE
 from reroll.rewrite.ir.ops.base import Place
 from reroll.rewrite.ir.program import Loop, Program
-from reroll.rewrite.ir.records import Step, TensorType
+from reroll.rewrite.ir.records import Step
 from reroll.rewrite.ir.text.literals import node_name, type_to_text, value_to_text
 from reroll.rewrite.ir.text.op_names import LOOP, op_name
 from reroll.rewrite.ir.text.printer import node_to_text
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.ir.visibility import Visibility
 
 CONTEXTS = (1024, 4096)
@@ -123,7 +124,7 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class Trip:
+class TripPicture:
     """One trip of a loop.
 
     `layers` are the self-attentions as passes number them; `parameters` and `bytes` are of all
@@ -147,7 +148,7 @@ class Exit:
 
 
 @dataclass(frozen=True)
-class Region:
+class RegionPicture:
     """Ops outside loops; `parameters` and `bytes` are of what nothing before them reads."""
 
     lines: tuple[Line, ...]
@@ -166,7 +167,7 @@ class LoopPicture:
     carry: tuple[str, ...]
     inputs: tuple[str, ...]
     body: tuple[Line, ...]
-    trips: tuple[Trip, ...]
+    trips: tuple[TripPicture, ...]
     sharing: tuple[Sharing, ...]
     residuals: tuple[Residual, ...]
     exits: tuple[Exit, ...]
@@ -189,7 +190,7 @@ class Picture:
     flops: int
     state: Mapping[int, int]
     stages: tuple[Stage, ...]
-    parts: tuple[Region | LoopPicture, ...]
+    parts: tuple[RegionPicture | LoopPicture, ...]
 
     @property
     def loops(self) -> tuple[LoopPicture, ...]:
@@ -239,7 +240,7 @@ def stages(program: Program) -> tuple[Stage, ...]:
 
 def _changes(step: Step) -> Iterator[Change]:
     """What a pass measured; numbers that stayed the same are left out."""
-    seen = set()
+    shown_keys = set()
     for keys, before, after in _numbers(step.measured, ()):
         if before == after:
             continue
@@ -252,9 +253,9 @@ def _changes(step: Step) -> Iterator[Change]:
             label += f", against {other}"
         # what stands before the first pass is the original
         shown = (" ".join(words), before, after)
-        if keys[-1] == "tokens" or shown in seen:
+        if keys[-1] == "tokens" or shown in shown_keys:
             continue
-        seen.add(shown)
+        shown_keys.add(shown)
         unit = "share" if keys[-1] == "top1_agreement" else _UNITS.get(keys[0], "")
         yield Change(label, before, after, unit)
 
@@ -298,7 +299,7 @@ class _Collector:
             layer.node: layer.numbers for layer in attention_layers(self.program)
         }
 
-    def parts(self) -> Iterator[Region | LoopPicture]:
+    def parts(self) -> Iterator[RegionPicture | LoopPicture]:
         """The loops, and what runs between them."""
         loops = {loop.node: loop for loop in self.program.loops}
         pending: list[fx.Node] = []
@@ -311,14 +312,14 @@ class _Collector:
             yield self.loop(loops[node])
         yield from self.region(pending)
 
-    def region(self, nodes: list[fx.Node]) -> Iterator[Region]:
+    def region(self, nodes: list[fx.Node]) -> Iterator[RegionPicture]:
         """Ops outside loops, if there are any."""
         calls = [n for n in nodes if n.op == "call_function"]
         if not calls:
             return
         place = Place(0)
         read = {str(n.target) for c in calls for n in c.all_input_nodes if is_weight(n)}
-        yield Region(
+        yield RegionPicture(
             tuple(self.lines(calls, "")),
             tuple(m for n in calls if (m := self.mixing(n, place)) is not None),
             *self.stored(sorted(read)),
@@ -337,7 +338,7 @@ class _Collector:
         return LoopPicture(
             loop.name,
             loop.period,
-            tuple(_typed(place) for place in loop.places[: len(loop.carry)]),
+            tuple(_typed(placeholder) for placeholder in loop.places[: len(loop.carry)]),
             tuple(_inputs(loop)),
             tuple(self.lines(list(loop.body.graph.nodes), f"{loop.name}.*.")),
             trips,
@@ -348,13 +349,13 @@ class _Collector:
             {c: sum(trip.state[c] for trip in trips) for c in self.contexts},
         )
 
-    def trip(self, loop: Loop, trip: int, live: set[fx.Node], read: set[str]) -> Trip:
+    def trip(self, loop: Loop, trip: int, live: set[fx.Node], read: set[str]) -> TripPicture:
         """One trip."""
         place = Place(0, loop, trip)
         nodes = [n for n in loop.body.graph.nodes if n in live]
         mixings = [m for n in nodes if (m := self.mixing(n, place))]
         weights = [self.program.weights[name] for name in read]
-        return Trip(
+        return TripPicture(
             trip,
             tuple(self.layers[n][trip] for n in nodes if n in self.layers),
             tuple(mixings),
@@ -397,7 +398,7 @@ class _Collector:
                 else:
                     index.append(None)
             groups.setdefault(tuple(index), []).append(name)
-        found = [
+        shared = [
             Sharing(
                 tuple(_short(name, f"{loop.name}.*.") for name in group),
                 index,
@@ -405,17 +406,17 @@ class _Collector:
             )
             for index, group in groups.items()
         ]
-        return tuple(sorted(found, key=lambda s: (not s.is_shared, -s.parameters * s.entries)))
+        return tuple(sorted(shared, key=lambda s: (not s.is_shared, -s.parameters * s.entries)))
 
     def residuals(self, loop: Loop) -> tuple[Residual, ...]:
         """The ranks of the residuals of each weight; parts of one residual add up."""
-        found: dict[str, list[int]] = {}
+        by_weight: dict[str, list[int]] = {}
         for each in low_rank_terms(loop.body.graph):
             name = _short(str(each.base.args[1].target), f"{loop.name}.*.")  # type: ignore[union-attr]
-            old = found.get(name, [0] * loop.trips)
+            old = by_weight.get(name, [0] * loop.trips)
             new = ranks(self.program, loop, each)
-            found[name] = [a + b for a, b in zip(old, new, strict=True)]
-        return tuple(Residual(name, tuple(each)) for name, each in found.items())
+            by_weight[name] = [a + b for a, b in zip(old, new, strict=True)]
+        return tuple(Residual(name, tuple(each)) for name, each in by_weight.items())
 
     def exits(self, loop: Loop) -> tuple[Exit, ...]:
         """The exits of a loop, closed ones too where the passes say where they stand."""
@@ -492,14 +493,14 @@ def _line(node: fx.Node, stem: str, names: Mapping[fx.Node, str], note: str) -> 
 
     operands = [text(v) for v in node.args if v not in weights]
     operands += [f"{k}={text(v)}" for k, v in node.kwargs.items()]
-    kind = node.meta.get("type")
+    type_ = type_of(node)
     library, _, rest = op.partition(".")
     return Line(
         names[node],
         rest.partition(".")[0] if library in ("aten", "reroll") else op,
         tuple(_short(str(n.target), stem) for n in weights),
         ", ".join(operands),
-        type_to_text(kind) if isinstance(kind, TensorType) else "",
+        "" if type_ is None else type_to_text(type_),
         node_to_text(node),
         op in MINOR,
         note,
@@ -519,28 +520,40 @@ def _read(nodes: Iterable[fx.Node]) -> set[str]:
 
 
 def _typed(node: fx.Node) -> str:
-    kind = node.meta.get("type")
-    return f"{node.name} {type_to_text(kind)}" if isinstance(kind, TensorType) else node.name
+    type_ = type_of(node)
+    return f"{node.name} {type_to_text(type_)}" if type_ is not None else node.name
 
 
 def _inputs(loop: Loop) -> Iterator[str]:
     places = loop.places[len(loop.carry) :]
-    for place, value in zip(places, loop.inputs, strict=True):
-        yield f"{place.name}, one for each trip" if isinstance(value, tuple) else _typed(place)
+    for placeholder, value in zip(places, loop.inputs, strict=True):
+        yield (
+            f"{placeholder.name}, one for each trip"
+            if isinstance(value, tuple)
+            else _typed(placeholder)
+        )
 
 
-def _attention(seen: Visibility, cross: bool) -> Mixing:
+def _attention(visibility: Visibility, cross: bool) -> Mixing:
     """An attention in words."""
     if cross:
         return Mixing("cross", "attention to another sequence")
-    first = f" and the first {seen.prefix}" if isinstance(seen.prefix, int) and seen.prefix else ""
-    side = "last " if seen.causal is True else ""
-    if isinstance(seen.window, int):
-        if not seen.window:
-            return Mixing("first", f"attention to the first {seen.prefix} tokens")
-        words = f"{side}{seen.window:,} tokens" if side else f"{seen.window:,} tokens to each side"
-        return Mixing(f"window {seen.window:,}", f"attention to the {words}{first}")
-    if isinstance(seen.chunk, int):
-        return Mixing(f"chunk {seen.chunk:,}", f"attention in chunks of {seen.chunk:,}")
-    which = "all tokens before" if seen.causal is True else "all tokens"
+    first = (
+        f" and the first {visibility.prefix}"
+        if isinstance(visibility.prefix, int) and visibility.prefix
+        else ""
+    )
+    side = "last " if visibility.causal is True else ""
+    if isinstance(visibility.window, int):
+        if not visibility.window:
+            return Mixing("first", f"attention to the first {visibility.prefix} tokens")
+        words = (
+            f"{side}{visibility.window:,} tokens"
+            if side
+            else f"{visibility.window:,} tokens to each side"
+        )
+        return Mixing(f"window {visibility.window:,}", f"attention to the {words}{first}")
+    if isinstance(visibility.chunk, int):
+        return Mixing(f"chunk {visibility.chunk:,}", f"attention in chunks of {visibility.chunk:,}")
+    which = "all tokens before" if visibility.causal is True else "all tokens"
     return Mixing("all", f"attention to {which}")

@@ -14,7 +14,7 @@ from typing import Any
 from reroll.errors import UsageError
 from reroll.evaluate.pages import escape, number
 
-Found = Mapping[str, Any]
+Results = Mapping[str, Any]
 SIDES = ("model", "original")
 COLORS = {"model": "#c44e34", "original": "#3b6ea5"}
 # not by colour alone
@@ -32,9 +32,9 @@ def need_matplotlib() -> None:
         )
 
 
-def figures(found: Found) -> Iterator[tuple[str, str]]:
+def figures(result: Results) -> Iterator[tuple[str, str]]:
     """Captions and HTML of all plots that the results have data for."""
-    results = {k: v["result"] for k, v in found["measures"].items() if v["status"] == "done"}
+    results = {k: v["result"] for k, v in result["measures"].items() if v["status"] == "done"}
     if "perplexity" in results:
         panels = [("perplexity", _lines(results["perplexity"], "contexts", "perplexity"))]
         yield "Perplexity over the context (lower is better).", curves(panels, "context")
@@ -47,18 +47,21 @@ def figures(found: Found) -> Iterator[tuple[str, str]]:
             yield caption, _accuracies(results[name], name)
     if "speed" in results:
         panels = [
-            (f"{kind}, tokens/s", _lines(results["speed"], "contexts", f"{kind}_tokens_per_second"))
-            for kind in ("prefill", "decode")
+            (
+                f"{phase}, tokens/s",
+                _lines(results["speed"], "contexts", f"{phase}_tokens_per_second"),
+            )
+            for phase in ("prefill", "decode")
         ]
         panels.append(("state, bytes", _lines(results["speed"], "contexts", "state_bytes")))
         yield "Speed and state over the context.", curves(panels, "context")
-    yield from _passes(found["passes"])
+    yield from _passes(result["passes"])
 
 
 # ---- lines
 
 
-def _lines(result: Found, table: str, key: str) -> dict[str, list[tuple[float, float]]]:
+def _lines(result: Results, table: str, key: str) -> dict[str, list[tuple[float, float]]]:
     """Return points by side: the first column of a table against another one."""
     lines = {}
     for side in SIDES:
@@ -133,7 +136,7 @@ def _table(heads: Sequence[str], rows: Sequence[tuple[str | float | None, ...]])
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _accuracies(result: Found, name: str) -> str:
+def _accuracies(result: Results, name: str) -> str:
     """Draw accuracy over the first column of the cells, a panel for each task."""
     if name == "listops":
         tasks = {"listops": {side: result[side] for side in SIDES if side in result}}
@@ -151,7 +154,7 @@ def _accuracies(result: Found, name: str) -> str:
 # ---- recall
 
 
-def _recall(result: Found) -> Iterator[tuple[str, str]]:
+def _recall(result: Results) -> Iterator[tuple[str, str]]:
     maps = []
     for task in ("needle", "passkey"):
         for side in SIDES:
@@ -175,7 +178,7 @@ def _recall(result: Found) -> Iterator[tuple[str, str]]:
             yield f"{task}: accuracy over the number of {column}.", curves(panels, column)
 
 
-def heat_maps(maps: Sequence[tuple[str, Sequence[Found]]]) -> str:
+def heat_maps(maps: Sequence[tuple[str, Sequence[Results]]]) -> str:
     """Draw a heat map of accuracy for each title: depth downwards, length to the right."""
     figure, axes = _figure(len(maps))
     for axis, (title, cells) in zip(axes, maps, strict=True):
@@ -186,8 +189,8 @@ def heat_maps(maps: Sequence[tuple[str, Sequence[Found]]]) -> str:
             row, column = depths.index(each["depth"]), lengths.index(each["length"])
             values[row][column] = each["accuracy"]
             color = "white" if each["accuracy"] > 0.6 else "black"
-            place = {"ha": "center", "va": "center", "color": color, "zorder": 3}
-            axis.text(column, row, f"{each['accuracy']:.2f}", **place)
+            style = {"ha": "center", "va": "center", "color": color, "zorder": 3}
+            axis.text(column, row, f"{each['accuracy']:.2f}", **style)
         # the edges of the cells: from their centres alone, a single one would have no area
         edges = ([n - 0.5 for n in range(len(each) + 1)] for each in (lengths, depths))
         axis.pcolormesh(*edges, values, vmin=0, vmax=1, cmap="Blues", edgecolors="white")
@@ -203,7 +206,7 @@ def heat_maps(maps: Sequence[tuple[str, Sequence[Found]]]) -> str:
 # ---- passes
 
 
-def _passes(passes: Sequence[Found]) -> Iterator[tuple[str, str]]:
+def _passes(passes: Sequence[Results]) -> Iterator[tuple[str, str]]:
     """Yield plots of the change by each pass, as it was measured when it ran."""
     for title, key in (("parameters", "parameters"), ("perplexity", None)):
         steps = []
@@ -223,10 +226,10 @@ def waterfall(title: str, steps: Sequence[tuple[str, float, float]]) -> str:
     figure, (axis,) = _figure(1, width=max(2.0, 0.5 + 0.35 * len(steps)))
     names = ["before", *(name if len(name) < 28 else f"{name[:27]}…" for name, _, _ in steps)]
     axis.bar(0, steps[0][1], color="#999")
-    for place, (_, before, after) in enumerate(steps, 1):
+    for position, (_, before, after) in enumerate(steps, 1):
         color = COLORS["original"] if after <= before else COLORS["model"]
-        axis.bar(place, after - before, bottom=before, color=color)
-        axis.annotate(f"{after:,.4g}", (place, max(before, after)), ha="center", va="bottom")
+        axis.bar(position, after - before, bottom=before, color=color)
+        axis.annotate(f"{after:,.4g}", (position, max(before, after)), ha="center", va="bottom")
     axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
     # room for the numbers above the bars
     axis.set_ylim(0, 1.15 * max(value for _, *pair in steps for value in pair))
@@ -262,5 +265,5 @@ def _svg(figure: Any) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     _, _, text = buffer.getvalue().partition("<svg")
     # what is one panel wide fits a narrow screen
-    kind = "narrow" if figure.get_figwidth() < 2 * INCH else "wide"
-    return f'<svg class="{kind}"{text}'
+    css_class = "narrow" if figure.get_figwidth() < 2 * INCH else "wide"
+    return f'<svg class="{css_class}"{text}'

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from reroll.evaluate import trip_lanes
 from reroll.evaluate.pages import document, escape, number, scroll, size
-from reroll.evaluate.picture import Change, Line, LoopPicture, Picture, Region, Stage
+from reroll.evaluate.picture import Change, Line, LoopPicture, Picture, RegionPicture, Stage
 
 STYLE = """
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.5rem; }
@@ -51,9 +51,9 @@ details > summary { padding: .1rem 0; } details.more > summary { font-size: .85r
 """
 
 
-def page(seen: Picture, against: Picture | None = None) -> str:
+def page(picture: Picture, against: Picture | None = None) -> str:
     """The HTML page of a Program; `against` stands left of it, as what it is compared with."""
-    shown = [seen] if against is None else [against, seen]
+    shown = [picture] if against is None else [against, picture]
     title = " and ".join(each.name for each in shown)
     tallest = max(
         (t.state[c] for p in shown for x in p.loops for t in x.trips for c in t.state), default=0
@@ -61,8 +61,8 @@ def page(seen: Picture, against: Picture | None = None) -> str:
     parts = [f"<header><h1>{escape(title)}</h1>", f'<p class="note">{_about(shown)}</p></header>']
     parts.append(scroll(_facts(shown), "what the programs cost"))
     parts.append(f'<main class="{"pair" if len(shown) > 1 else "alone"}">')
-    for place, each in enumerate(shown):
-        parts += ["<article>", *_program(each, f"p{place}", tallest, len(shown) > 1), "</article>"]
+    for side, each in enumerate(shown):
+        parts += ["<article>", *_program(each, f"p{side}", tallest, len(shown) > 1), "</article>"]
     return document(title, [*parts, "</main>"], STYLE + trip_lanes.STYLE)
 
 
@@ -94,20 +94,22 @@ def _facts(shown: Sequence[Picture]) -> str:
     return f'<table class="facts">{head}<tbody>{"".join(lines)}</tbody></table>'
 
 
-def _program(seen: Picture, key: str, tallest: int, named: bool) -> Iterator[str]:
-    if named:
-        yield f"<h2>{escape(seen.name)}</h2>"
+def _program(picture: Picture, key: str, tallest: int, with_name: bool) -> Iterator[str]:
+    if with_name:
+        yield f"<h2>{escape(picture.name)}</h2>"
     links = "".join(
         f'<li><a href="#{key}-{i}">{escape(_brief(stage.name))}</a></li>'
-        for i, stage in enumerate(seen.stages)
+        for i, stage in enumerate(picture.stages)
     )
     yield f'<ol class="chain" aria-label="stages">{links}</ol>'
-    yield f'<div class="ends">{escape(", ".join(seen.inputs))}</div>'
-    for part in seen.parts:
-        yield from _loop(part, tallest, named) if isinstance(part, LoopPicture) else _region(part)
-    yield f'<div class="ends">{escape(", ".join(seen.outputs))}</div>'
+    yield f'<div class="ends">{escape(", ".join(picture.inputs))}</div>'
+    for part in picture.parts:
+        yield from (
+            _loop(part, tallest, with_name) if isinstance(part, LoopPicture) else _region(part)
+        )
+    yield f'<div class="ends">{escape(", ".join(picture.outputs))}</div>'
     yield '<h2>Stages</h2><ol class="stages">'
-    for i, stage in enumerate(seen.stages):
+    for i, stage in enumerate(picture.stages):
         yield f'<li id="{key}-{i}">{"".join(_stage(stage))}</li>'
     yield "</ol>"
 
@@ -121,7 +123,7 @@ def _brief(name: str) -> str:
 # ---- the graph
 
 
-def _region(region: Region) -> Iterator[str]:
+def _region(region: RegionPicture) -> Iterator[str]:
     names = dict.fromkeys(line.op for line in region.lines if not line.minor)
     brief = ", ".join(names) or "other forms of values"
     brief = brief if len(brief) < 64 else f"{brief[:63]}…"
@@ -149,8 +151,8 @@ def _loop(loop: LoopPicture, tallest: int, beside: bool) -> Iterator[str]:
     yield '<details class="more" open><summary>The ops of one trip</summary>'
     yield f"{_lines(loop.body)}</details>"
     if loop.inputs:
-        given = escape("; ".join(loop.inputs))
-        yield f'<p class="note">All trips are given {given}.</p>'
+        inputs = escape("; ".join(loop.inputs))
+        yield f'<p class="note">All trips are given {inputs}.</p>'
     shown = "" if beside else " open"
     yield f'<details class="more"{shown}><summary>Numbers by trip</summary>'
     yield f"{scroll(_numbers(loop), f'numbers of {loop.name} by trip')}</details></section>"
@@ -162,9 +164,9 @@ def _lines(lines: Sequence[Line]) -> str:
         weights = ", ".join(f'<span class="weight">{escape(w)}</span>' for w in line.weights)
         note = f" {escape(line.note)}" if line.note else ""
         about = " · ".join(t for t in (f"{weights}{note}", escape(line.operands)) if t)
-        kind = ' class="minor"' if line.minor else ""
+        css_class = ' class="minor"' if line.minor else ""
         rows.append(
-            f'<tr{kind} title="{escape(line.text)}">'
+            f'<tr{css_class} title="{escape(line.text)}">'
             f'<td class="n">{escape(line.result)}</td><td>{escape(line.op)}</td><td>{about}</td>'
             f"<td>{escape(line.type)}</td></tr>"
         )
@@ -202,8 +204,8 @@ def _numbers(loop: LoopPicture) -> str:
         cells = "".join(f'<td class="n">{escape(v)}</td>' for v in values)
         cells += f"<td>{escape(trip_lanes.mixed(trip))}</td>"
         if exits:
-            found = exits.get(trip.number)
-            cells += f"<td>{escape(trip_lanes.threshold(found) if found else '')}</td>"
+            exit_ = exits.get(trip.number)
+            cells += f"<td>{escape(trip_lanes.threshold(exit_) if exit_ else '')}</td>"
         rows.append(f"<tr>{cells}</tr>")
     body = "".join(rows)
     return f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'

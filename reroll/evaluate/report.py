@@ -14,11 +14,11 @@ from reroll.evaluate import pages
 from reroll.evaluate.pages import document, escape, number, scroll
 from reroll.writing import Paths
 
-Found = Mapping[str, Any]
+Results = Mapping[str, Any]
 Number = float | int | None
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One line of the table."""
 
     measure: str
@@ -34,24 +34,24 @@ class Row(NamedTuple):
         return self.model / self.original
 
 
-def rows(found: Found) -> list[Row]:
+def rows(results: Results) -> list[TableRow]:
     """Return the numbers that a table shows, measure by measure."""
     lines = []
-    for name, each in found["measures"].items():
+    for name, each in results["measures"].items():
         sides = each.get("headline", {})
         # a side may lack labels of the other, for contexts that it cannot take
         labels = dict.fromkeys(label for side in sides.values() for label in side)
         for label in labels:
             values = [sides.get(side, {}).get(label) for side in ("model", "original")]
-            lines.append(Row(name, label, *values))
+            lines.append(TableRow(name, label, *values))
     return lines
 
 
-def problems(found: Found) -> list[tuple[str, str, str]]:
+def problems(results: Results) -> list[tuple[str, str, str]]:
     """Return the name, status and reason of measures that have no result."""
     return [
         (name, each["status"], each.get("reason") or each.get("error") or "")
-        for name, each in found["measures"].items()
+        for name, each in results["measures"].items()
         if each["status"] != "done"
     ]
 
@@ -79,27 +79,27 @@ def check_page(path: Path, sources: Paths = ()) -> None:
     pages.check_page(path, sources)
 
 
-def write_page(found: Found, path: Path) -> None:
+def write_page(results: Results, path: Path) -> None:
     """Write the page; the file is whole, or as it was before."""
-    pages.write(page(found), path)
+    pages.write(page(results), path)
 
 
-def page(found: Found) -> str:
+def page(results: Results) -> str:
     """Build the HTML page."""
     from reroll.evaluate import plots
 
-    title = f"Evaluation of {found['model']}"
+    title = f"Evaluation of {results['model']}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="note">{escape(_about(found))}</p>',
+        f'<p class="note">{escape(_about(results))}</p>',
         "<h2>Summary</h2>",
-        scroll("".join(_table(found)), "summary"),
+        scroll("".join(_table(results)), "summary"),
     ]
-    for caption, drawn in plots.figures(found):
+    for caption, drawn in plots.figures(results):
         parts += [f"<figure><figcaption>{escape(caption)}</figcaption>"]
         parts += [scroll(drawn, caption), "</figure>"]
     parts.append("<h2>Everything</h2>")
-    for name, each in found["measures"].items():
+    for name, each in results["measures"].items():
         text = json.dumps(each, indent=1, ensure_ascii=False, default=str)
         parts.append(
             f"<details><summary>{escape(name)}: {escape(each['status'])}, "
@@ -108,26 +108,26 @@ def page(found: Found) -> str:
     return document(title, parts, STYLE)
 
 
-def _about(found: Found) -> str:
-    beside = f" beside {found['original']}" if found["original"] else ""
+def _about(results: Results) -> str:
+    beside = f" beside {results['original']}" if results["original"] else ""
     return (
-        f"{found['suite']} suite{beside}, seed {found['seed']}, text: {found['text']}, "
-        f"{found['dtype']['model']}, threads: {found['threads']}, {found['seconds']:.0f} s"
+        f"{results['suite']} suite{beside}, seed {results['seed']}, text: {results['text']}, "
+        f"{results['dtype']['model']}, threads: {results['threads']}, {results['seconds']:.0f} s"
     )
 
 
-def _table(found: Found) -> Iterator[str]:
+def _table(results: Results) -> Iterator[str]:
     heads = '<th class="n">model</th><th class="n">original</th><th class="n">ratio</th>'
     yield f"<table><thead><tr><th>measure</th><th></th>{heads}</tr></thead><tbody>"
     before = ""
-    for row in rows(found):
+    for row in rows(results):
         name = "" if row.measure == before else row.measure
         before = row.measure
         cells = "".join(
             f'<td class="n">{number(v)}</td>' for v in (row.model, row.original, row.ratio)
         )
         yield f"<tr><td>{escape(name)}</td><td>{escape(row.label)}</td>{cells}</tr>"
-    for name, status, reason in problems(found):
+    for name, status, reason in problems(results):
         words = escape(f"{status}: {reason}")
         yield f'<tr><td>{escape(name)}</td><td colspan="4">{words}</td></tr>'
     yield "</tbody></table>"

@@ -46,10 +46,10 @@ class Runner:
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the subject; raises NotApplicable if there is none."""
-        found = self.subject.tokenizer or (self.other and self.other.tokenizer)
-        if found is None:
+        tokenizer = self.subject.tokenizer or (self.other and self.other.tokenizer)
+        if tokenizer is None:
             raise NotApplicable(f"{self.name} has no tokenizer")
-        return found
+        return tokenizer
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -108,17 +108,17 @@ class Runner:
             size = self._size(ids.shape[0], positions, start)
             inside = positions[(positions >= start) & (positions < start + size)]
             whole = size >= length and start == 0
-            found = self.forward(
+            outputs = self.forward(
                 ids[:, start : start + size], cache, inside - start, use_cache=not whole
             )
-            cache = found.get("past_key_values")
+            cache = outputs.get("past_key_values")
             if cache is None and not whole:
                 # a model without a cache needs the whole context in one forward
-                found = self.forward(ids, None, positions, use_cache=False)
-                yield positions, _kept(found["logits"], positions)
+                outputs = self.forward(ids, None, positions, use_cache=False)
+                yield positions, _kept(outputs["logits"], positions)
                 return
             if len(inside):
-                yield inside, _kept(found["logits"], inside - start)
+                yield inside, _kept(outputs["logits"], inside - start)
             start += size
 
     def _size(self, rows: int, positions: Tensor, start: int) -> int:
@@ -159,9 +159,9 @@ class Runner:
         step = ids.to(self.device)
         new: list[Tensor] = []
         for _ in range(count):
-            found = self.forward(step, cache, 1, use_cache=True)
-            cache = found.get("past_key_values")
-            token = found["logits"][:, -1].argmax(-1, keepdim=True)
+            outputs = self.forward(step, cache, 1, use_cache=True)
+            cache = outputs.get("past_key_values")
+            token = outputs["logits"][:, -1].argmax(-1, keepdim=True)
             new.append(token)
             step = token if cache is not None else torch.cat([step, token], dim=1)
         return torch.cat(new, dim=1).cpu()

@@ -57,10 +57,10 @@ def answer(
 
 def closed(program: Program) -> Program:
     """Return the program with infinite thresholds, so that no token leaves early."""
-    found = exit_loop(program)
-    if found is None:
+    loop_and_exits = exit_loop(program)
+    if loop_and_exits is None:
         raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
-    return with_open(program, dict.fromkeys(range(found[0].trips), math.inf))
+    return with_open(program, dict.fromkeys(range(loop_and_exits[0].trips), math.inf))
 
 
 def compare_serving(
@@ -83,8 +83,8 @@ def compare_serving(
     """
     for name, count in (("slots", slots), ("tokens", tokens), ("rounds", rounds)):
         check_number(name, count, COUNT, "compare_serving")
-    found = exit_loop(model.program)
-    if found is None or not any(map(is_open, found[1].thresholds)):
+    loop_and_exits = exit_loop(model.program)
+    if loop_and_exits is None or not any(map(is_open, loop_and_exits[1].thresholds)):
         raise UsageError(
             "nobody leaves this model early",
             hint="give insert_exits a threshold, or run `reroll calibrate`",
@@ -96,11 +96,13 @@ def compare_serving(
         for name in sides if number % 2 else reversed(sides):
             if progress is not None:
                 progress(number * len(sides), rounds * len(sides), name)
-            own, mode = sides[name]
-            run = answer(own, prompts, slots=slots, tokens=tokens, mode=mode, while_full=while_full)
+            side, mode = sides[name]
+            run = answer(
+                side, prompts, slots=slots, tokens=tokens, mode=mode, while_full=while_full
+            )
             runs[name].append(run)
-    given = [run["tokens"] for name in MODES for run in runs[name]]
-    same = all(_agree(a, b) for each in given for a, b in zip(each, given[0], strict=True))
+    outputs = [run["tokens"] for name in MODES for run in runs[name]]
+    same = all(_agree(a, b) for each in outputs for a, b in zip(each, outputs[0], strict=True))
     assert same, "the sides do not give the same tokens"
     # the first token of each request comes from its prompt, and has no depth
     speed = {
@@ -112,7 +114,7 @@ def compare_serving(
         "requests": len(prompts),
         "tokens": tokens,
         "threads": torch.get_num_threads(),
-        "trips": found[0].trips,
+        "trips": loop_and_exits[0].trips,
         "sides": {
             name: {
                 "tokens_per_second": speed[name],

@@ -62,14 +62,14 @@ class Subject:
     @cached_property
     def tokenizer(self) -> Any | None:
         """Tokenizer of the model, if it has one."""
-        found = None if self.program is None else tokenizer_of(self.program)
-        if found is None and self.path is not None and not self.converted:
-            found = open_tokenizer(
+        tokenizer = None if self.program is None else tokenizer_of(self.program)
+        if tokenizer is None and self.path is not None and not self.converted:
+            tokenizer = open_tokenizer(
                 self.path,
                 revision=self.opening.revision,
                 trust_remote_code=self.opening.trust_remote_code,
             )
-        return found
+        return tokenizer
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,10 +121,10 @@ class Subject:
             options["logits_to_keep"] = keep
         try:
             with torch.no_grad():
-                found = self.model(**self._in_own_dtype(inputs), **options)
+                outputs = self.model(**self._in_own_dtype(inputs), **options)
         except (IndexError, RuntimeError) as error:
             raise self.unreachable(inputs) or error from error
-        value = found.get(output)
+        value = outputs.get(output)
         if not isinstance(value, Tensor):
             raise UsageError(f"the model gives no {output!r}", where=self.name)
         return value

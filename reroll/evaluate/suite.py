@@ -74,7 +74,7 @@ def evaluate(
     check_number("seed", seed, SEED, "evaluate")
     if limit is not None:
         check_number("limit", limit, COUNT, "evaluate")
-    report = on_progress or (lambda done, total, what: None)
+    report = on_progress or (lambda done, total, message: None)
     chosen = choose(None, suite) if measures is None else tuple(measures)
     content = read_text(text)
     opening = opening or Opening(attention="sdpa")
@@ -86,19 +86,19 @@ def evaluate(
         other = open_subject(original, opening)
     runner = Runner(subject, other)
     beside = None if other is None else Runner(other, subject)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     interrupted = False
     for number, measure in enumerate(chosen):
 
         def tell(
-            done: int, total: int, what: str, at: int = number, name: str = measure.name
+            done: int, total: int, message: str, at: int = number, name: str = measure.name
         ) -> None:
-            report(at, len(chosen), f"{name}: {what}{f' ({done} of {total})' if total else ''}")
+            report(at, len(chosen), f"{name}: {message}{f' ({done} of {total})' if total else ''}")
 
         tell(0, 0, "starting")
         bench = Bench(runner, beside, content, seed, tell)
         try:
-            found[measure.name] = _run(measure, bench)
+            results[measure.name] = _run(measure, bench)
         except KeyboardInterrupt:
             # keep the results so far, which took long to measure
             interrupted = True
@@ -106,7 +106,7 @@ def evaluate(
     if tasks and not interrupted:
         report(0, 0, f"lm-eval: {', '.join(tasks)}")
         bench = Bench(runner, beside, content, seed)
-        found["lm_eval"] = _run(Harness.make({"tasks": list(tasks), "limit": limit or 0}), bench)
+        results["lm_eval"] = _run(Harness.make({"tasks": list(tasks), "limit": limit or 0}), bench)
     report(len(chosen), len(chosen), "done")
     return {
         "model": subject.name,
@@ -118,8 +118,8 @@ def evaluate(
         "threads": torch.get_num_threads(),
         "passes": _passes(subject),
         "interrupted": interrupted,
-        "measures": found,
-        "seconds": sum(each["seconds"] for each in found.values()),
+        "measures": results,
+        "seconds": sum(each["seconds"] for each in results.values()),
     }
 
 

@@ -65,8 +65,8 @@ def open_tokenizer(
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokenize a text without special tokens."""
-    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [int(i) for i in found]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [int(i) for i in ids]
 
 
 def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -104,18 +104,18 @@ def read_text(source: str | Path | None) -> str:
 
 def not_utf8(file: Path) -> UsageError:
     """Build the error for a file that is not UTF-8, with the position of the first invalid byte."""
-    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
     with file.open("rb") as stream, suppress(UnicodeDecodeError):
         while piece := stream.read(2**20):
             waiting = len(decoder.getstate()[0])
             try:
                 decoder.decode(piece)
             except UnicodeDecodeError as error:
-                place += error.start - waiting
+                position += error.start - waiting
                 raise
-            place += len(piece)
+            position += len(piece)
     return UsageError(
-        f"the file is not UTF-8 text: byte {place} is none of it",
+        f"the file is not UTF-8 text: byte {position} is none of it",
         where=str(file),
         hint="convert it: iconv -f LATIN1 -t UTF-8, or from whatever it is in",
     )
@@ -126,9 +126,9 @@ def check_utf8(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        place = len(os.fsencode(text[: error.start]))
+        position = len(os.fsencode(text[: error.start]))
         raise UsageError(
-            f"the text is not UTF-8: byte {place} is none of it",
+            f"the text is not UTF-8: byte {position} is none of it",
             where=where,
             hint="set the terminal, or whatever writes the text, to UTF-8",
         ) from error

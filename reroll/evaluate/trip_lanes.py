@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from reroll.evaluate.pages import escape, scroll, size
-from reroll.evaluate.picture import Exit, LoopPicture, Sharing, Trip
+from reroll.evaluate.picture import Exit, LoopPicture, Sharing, TripPicture
 
 # columns are as wide as there is room for, within these
 NARROWEST, ROOM = 18, 520
@@ -76,7 +76,7 @@ def threshold(exit: Exit) -> str:
 
 def _blocks(loop: LoopPicture) -> Iterator[str]:
     shared = [s for s in loop.sharing if s.is_shared]
-    own = [s for s in loop.sharing if not s.is_shared]
+    unshared = [s for s in loop.sharing if not s.is_shared]
     for each in shared:
         kinds = _kinds(each.weights)
         words = (
@@ -85,7 +85,7 @@ def _blocks(loop: LoopPicture) -> Iterator[str]:
         yield from _label(words, ", ".join(each.weights))
         yield _arcs(each)
         yield from _cells(each)
-    for number, each in enumerate(own):
+    for number, each in enumerate(unshared):
         if shared or number:
             everywhere = None not in each.index
             having = sum(n is not None for n in each.index)
@@ -103,7 +103,9 @@ def _blocks(loop: LoopPicture) -> Iterator[str]:
 def _kinds(weights: Sequence[str]) -> str:
     """The kinds of some weights, each with how often it is there."""
     kinds = Counter(".".join(name.split(".")[-1 - name.endswith(".bias") :]) for name in weights)
-    return ", ".join(kind if count == 1 else f"{kind} × {count}" for kind, count in kinds.items())
+    return ", ".join(
+        weight if count == 1 else f"{weight} × {count}" for weight, count in kinds.items()
+    )
 
 
 def _cells(sharing: Sharing) -> Iterator[str]:
@@ -160,18 +162,20 @@ def _residuals(loop: LoopPicture) -> Iterator[str]:
 # ---- tokens and state
 
 
-def _mixings(trips: Sequence[Trip]) -> Iterator[str]:
+def _mixings(trips: Sequence[TripPicture]) -> Iterator[str]:
     known = {m.name: m.what for trip in trips for m in trip.mixings}
     texts = [(in_turn((m.name for m in t.mixings), " + ") or "–", mixed(t)) for t in trips]
     if len(known) == 1 and len(set(texts)) == 1:
         words = escape(mixed(trips[0]))
     else:
-        words = "; ".join(f"{escape(name)}: {escape(what)}" for name, what in known.items())
+        words = "; ".join(
+            f"{escape(name)}: {escape(description)}" for name, description in known.items()
+        )
     yield from _label(f"<b>Tokens are mixed by</b> {words or 'nothing'}")
     yield from _runs(texts)
 
 
-def mixed(trip: Trip) -> str:
+def mixed(trip: TripPicture) -> str:
     """What mixes tokens in one trip, in words."""
     return in_turn((m.what for m in trip.mixings), "; ") or "nothing"
 
@@ -208,9 +212,9 @@ def _states(loop: LoopPicture, tallest: int) -> Iterator[str]:
         bars = "".join(
             f'<i style="height: {100 * trip.state[c] / tallest:.2f}%"></i>' for c in contexts
         )
-        place = f"grid-column: {trip.number + 1}"
+        column = f"grid-column: {trip.number + 1}"
         words = escape(f"trip {trip.number}: {title}")
-        yield f'<div class="bar" style="{place}" title="{words}">{bars}</div>'
+        yield f'<div class="bar" style="{column}" title="{words}">{bars}</div>'
 
 
 # ---- cells
@@ -222,7 +226,7 @@ def _label(words: str, title: str = "") -> Iterator[str]:
     yield f'<div class="label"{about}>{words}</div>'
 
 
-def _runs(texts: Sequence[tuple[str, str]], kind: str = "") -> Iterator[str]:
+def _runs(texts: Sequence[tuple[str, str]], css_class: str = "") -> Iterator[str]:
     """Cells for what trips have, one for each run of equals; upright where that does not fit."""
     runs = []
     start = 0
@@ -234,13 +238,13 @@ def _runs(texts: Sequence[tuple[str, str]], kind: str = "") -> Iterator[str]:
     # beside each other, parts of a text may stand in lines of their own
     longest = [max(map(len, text.split(" + "))) * LETTER for _, _, text, _ in runs]
     fits = all(n <= (stop - a) * width for n, (a, stop, _, _) in zip(longest, runs, strict=True))
-    kind = f"{kind} run" if fits else f"{kind} tall"
+    css_class = f"{css_class} run" if fits else f"{css_class} tall"
     for a, stop, text, title in runs:
         trips = f"trips {a} to {stop - 1}" if stop - a > 1 else f"trip {a}"
-        yield _cell(a, stop, kind, text, f"{trips}: {title}")
+        yield _cell(a, stop, css_class, text, f"{trips}: {title}")
 
 
-def _cell(start: int, stop: int, kind: str, text: str, title: str, style: str = "") -> str:
-    place = f"{style}grid-column: {start + 1} / {stop + 1}"
+def _cell(start: int, stop: int, css_class: str, text: str, title: str, style: str = "") -> str:
+    column = f"{style}grid-column: {start + 1} / {stop + 1}"
     words = escape(title)
-    return f'<div class="cell {kind}" style="{place}" title="{words}">{escape(text)}</div>'
+    return f'<div class="cell {css_class}" style="{column}" title="{words}">{escape(text)}</div>'

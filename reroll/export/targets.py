@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 class Target(Declared, ABC):
     """Base of all targets. A subclass sets `name`, declares its options, and writes."""
 
-    what: ClassVar[str] = "target"
+    category: ClassVar[str] = "target"
 
     def _check_together(self) -> None:
         self.check_options()

@@ -70,16 +70,16 @@ def confidence_part(
             b_w = tl.load(weight + on[None, :].to(tl.int64) * D + ok[:, None],
                           mask=inside[None, :] & (ok < D)[:, None], other=0.0).to(DT)  # fmt: skip
             logits = tl.dot(b_h, b_w, acc=logits, input_precision=PRECISION)
-        seen = tl.where(inside[None, :], logits, float("-inf"))
-        high, at = tl.max(seen, axis=1), tl.argmax(seen, axis=1).to(tl.int32)
-        others = tl.where(tl.arange(0, BN)[None, :] == at[:, None], float("-inf"), seen)
+        masked = tl.where(inside[None, :], logits, float("-inf"))
+        high, at = tl.max(masked, axis=1), tl.argmax(masked, axis=1).to(tl.int32)
+        others = tl.where(tl.arange(0, BN)[None, :] == at[:, None], float("-inf"), masked)
         second = tl.maximum(tl.maximum(second, tl.max(others, axis=1)), tl.minimum(best, high))
         token = tl.where(high > best, (part * per_part + j) * BN + at, token)
         new = tl.maximum(best, high)
         # a part may begin after the end of the vocabulary, and then has no finite logit
         shift = tl.where(new == float("-inf"), 0.0, new)
         shrink = tl.exp(best - shift)
-        p = tl.exp(seen - shift[:, None])
+        p = tl.exp(masked - shift[:, None])
         total = total * shrink + tl.sum(p, axis=1)
         weighted = weighted * shrink + tl.sum(tl.where(inside[None, :], p * logits, 0.0), axis=1)
         best = new

@@ -41,7 +41,9 @@ def head_size(k: int, v: int) -> int:
     return max(64, size)
 
 
-def find(family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int) -> Tiles | None:
+def find_tiles(
+    family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int
+) -> Tiles | None:
     """Return the tiles for these keys and values, or None.
 
     Chunks have `limit` tokens or fewer.
@@ -84,10 +86,10 @@ def _tile(
     family: str, kernel: str, target: str, dtype: torch.dtype, precision: str, size: int
 ) -> Any:
     # fp16 uses the tiles of bf16, and fp64 has none
-    kind = torch.bfloat16 if dtype == torch.float16 else dtype
-    if kind not in (torch.float32, torch.bfloat16):
+    listed = torch.bfloat16 if dtype == torch.float16 else dtype
+    if listed not in (torch.float32, torch.bfloat16):
         return None
-    entry = manifest().get(key(family, target, number_name(kind, precision), 0, size, 16))
+    entry = manifest().get(key(family, target, number_name(listed, precision), 0, size, 16))
     return None if entry is None else entry["tiles"][kernel]
 
 

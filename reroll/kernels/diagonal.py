@@ -59,8 +59,8 @@ def beginnings(
 def tile(pointer, rows, stride, columns, row_mask, size: tl.constexpr):
     """Rows of a tensor in fp32, and zeros outside."""
     mask = row_mask[:, None] & (columns < size)[None, :]
-    found = tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    return found.to(tl.float32)
+    values = tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -74,12 +74,12 @@ def state_tile(pointer, index, k, v, K: tl.constexpr, V: tl.constexpr):
 def log_decay(g, rows, stride, k, row_mask, BT: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr):
     """The log decays of a chunk: [BT, 1], or [BT, BK] with one for each channel."""
     if GATE == 2:
-        found = tile(g, rows, stride, k, row_mask, K)
+        gates = tile(g, rows, stride, k, row_mask, K)
     elif GATE == 1:
-        found = tile(g, rows, stride, tl.arange(0, 1), row_mask, 1)
+        gates = tile(g, rows, stride, tl.arange(0, 1), row_mask, 1)
     else:
-        found = tl.zeros([BT, 1], dtype=tl.float32)
-    return found
+        gates = tl.zeros([BT, 1], dtype=tl.float32)
+    return gates
 
 
 @triton.jit
@@ -103,10 +103,10 @@ def scores(q, k, G, Gn, low, DT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl
     """
     if GATE == 2:
         rise, fall = tl.exp(G - 0.5 * Gn), tl.exp(0.5 * Gn - G)
-        found = tl.dot((q * rise).to(DT), tl.trans((k * fall).to(DT)), input_precision=PRECISION)
+        products = tl.dot((q * rise).to(DT), tl.trans((k * fall).to(DT)), input_precision=PRECISION)
     else:
-        found = tl.dot(q.to(DT), tl.trans(k.to(DT)), input_precision=PRECISION)
-    return found
+        products = tl.dot(q.to(DT), tl.trans(k.to(DT)), input_precision=PRECISION)
+    return products
 
 
 @triton.jit

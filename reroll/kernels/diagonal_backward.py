@@ -125,8 +125,8 @@ def scan_back(
         for r in range(GROUPS):
             b_q = tile(q + r * q_h, t, q_t, ck, here, K) * scale
             b_do = tile(do + r * o_h, t, o_t, cv, here, V)
-            seen = tl.trans((b_q * tl.exp(G)).to(DT))
-            D = tl.dot(seen, b_do.to(DT), acc=D, input_precision=PRECISION)
+            queries = tl.trans((b_q * tl.exp(G)).to(DT))
+            D = tl.dot(queries, b_do.to(DT), acc=D, input_precision=PRECISION)
     if STORE_START:
         at, inside = state_tile(d_start, i_nh.to(tl.int64), ck, cv, K, V)
         tl.store(at, D, mask=inside)

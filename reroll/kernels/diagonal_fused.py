@@ -146,8 +146,8 @@ def fused_back(
                 dq + r * dq_h + t[:, None] * dq_t + ck[None, :],
                 ((b_dq + to_q) * scale).to(dq.dtype.element_ty), mask=keep_k,
             )  # fmt: skip
-            seen = tl.trans((b_q * tl.exp(G)).to(DT))
-            D = tl.dot(seen, b_do, acc=D, input_precision=PRECISION)
+            queries = tl.trans((b_q * tl.exp(G)).to(DT))
+            D = tl.dot(queries, b_do, acc=D, input_precision=PRECISION)
         tl.store(dk + t[:, None] * dk_t + ck[None, :], b_dk.to(dk.dtype.element_ty), mask=keep_k)
         tl.store(
             dv + t[:, None] * dv_t + cv[None, :], b_dv.to(dv.dtype.element_ty),

@@ -206,8 +206,8 @@ def _cannot(backend: str, reason: str, where: str) -> UsageError:
 
 
 @cache
-def _say(name: str, what: str, reason: str) -> None:
-    log.info("%s does not run on %s: %s", what, name, reason)
+def _say(name: str, mixer: str, reason: str) -> None:
+    log.info("%s does not run on %s: %s", mixer, name, reason)
 
 
 def _known(name: str) -> str:

@@ -42,9 +42,9 @@ def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
     """Return its function in place of `mixer.chunk_form`; `starts` is as in `forms.chunk_form`."""
     from importlib import import_module
 
-    found = _op(mixer)
-    assert found is not None
-    module, name = found
+    module_and_name = _op(mixer)
+    assert module_and_name is not None
+    module, name = module_and_name
     op: Any = getattr(import_module(module), name)
 
     def form(

@@ -86,8 +86,8 @@ def rejects(mixer: Mixer, k: Tensor, v: Tensor, needs_gradient: bool = False) ->
     # in each tuple, at least one family must have tiles
     used: list[tuple[str, ...]] = [(family,), ("step",)] + [BACKWARDS] * needs_gradient
     for names in used:
-        found = (configurations.find(n, like, v, gate, precision(), limit) for n in names)
-        if not any(found):
+        tiles = (configurations.find_tiles(n, like, v, gate, precision(), limit) for n in names)
+        if not any(tiles):
             return f"the manifest has no tiles of {names[-1]} without spills for these heads"
     return ""
 

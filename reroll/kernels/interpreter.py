@@ -60,8 +60,8 @@ def install() -> None:
     def patch_once(function: Any) -> Any:
         # a launch patches the language; without this, each call of a function patches it again,
         # which takes most of the time
-        seen = [m for m in function.__globals__.values() if m is tl or m is tl.core]
-        if any(tl.core.is_builtin(m.load) for m in seen):
+        modules = [m for m in function.__globals__.values() if m is tl or m is tl.core]
+        if any(tl.core.is_builtin(m.load) for m in modules):
             return patch_language(function)
         return interpreter._LangPatchScope()
 

@@ -61,8 +61,8 @@ def confidence(
     tiles = configurations.vocabulary_tiles(_target(hidden), hidden.dtype, precision)
     if tiles is None:
         raise _no_tiles("confidence", hidden)
-    found = confidence_kernel(hidden.contiguous(), weight.contiguous(), tiles, precision=precision)
-    return found.highest, found.lead, found.entropy, found.token
+    result = confidence_kernel(hidden.contiguous(), weight.contiguous(), tiles, precision=precision)
+    return result.highest, result.lead, result.entropy, result.token
 
 
 @confidence.register_fake
@@ -78,10 +78,10 @@ def rejects(kernel: str, x: Tensor, rank: int = 0) -> str:
     """Return why a kernel of this file does not run on such tensors; empty if it does."""
     where = _target(x), x.dtype, forms.precision()
     if kernel == "confidence":
-        found = configurations.vocabulary_tiles(*where)
+        tiles = configurations.vocabulary_tiles(*where)
     else:
-        found = configurations.depth_tiles(*where, rank)
-    return "" if found else f"the manifest has no tiles for {x.dtype}, rank {rank}"
+        tiles = configurations.depth_tiles(*where, rank)
+    return "" if tiles else f"the manifest has no tiles for {x.dtype}, rank {rank}"
 
 
 def _target(x: Tensor) -> str:

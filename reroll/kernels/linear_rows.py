@@ -69,8 +69,8 @@ def linear_rows_reference(
     gate, other = outs
     if activation == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * other
-    found: Tensor = getattr(F, activation)(gate) * other
-    return found
+    result: Tensor = getattr(F, activation)(gate) * other
+    return result
 
 
 @triton.jit

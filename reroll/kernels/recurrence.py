@@ -82,8 +82,10 @@ def diagonal_backward(
     """
     q, k, v, g, start, starts = map(_together, (q, k, v, g, start, starts))
     do = _together(do.transpose(1, 2))
-    found = (configurations.find(f, k, v, kind_of_gate(g), precision, limit) for f in BACKWARDS)
-    tiles = next(filter(None, found), None)
+    candidates = (
+        configurations.find_tiles(f, k, v, kind_of_gate(g), precision, limit) for f in BACKWARDS
+    )
+    tiles = next(filter(None, candidates), None)
     if tiles is None:
         raise _no_kernel("diagonal_backward", k, v, kind_of_gate(g), limit)
     run = fused_backward if "fused_back" in tiles else backward
@@ -166,11 +168,13 @@ def step(
     """
     q, k, v, state = map(_together, (q, k, v, state))
     g = None if g is None else g.contiguous()
-    found = configurations.find("step", k, v, 1 if g is None else g.dim() - 1, "ieee", 16)
-    if found is None:
+    tiles_by_kernel = configurations.find_tiles(
+        "step", k, v, 1 if g is None else g.dim() - 1, "ieee", 16
+    )
+    if tiles_by_kernel is None:
         raise _no_kernel("step", k, v, 0 if g is None else g.dim() - 1, 1)
     new = torch.empty_like(state, memory_format=torch.contiguous_format)
-    tiles = found["recurrent_step"]
+    tiles = tiles_by_kernel["recurrent_step"]
     out = one_step(q, k, v, g, beta, state.contiguous(), into=new, tiles=tiles)
     return out, new
 
@@ -189,10 +193,10 @@ def _tiles(
     family: str, k: Tensor, v: Tensor, g: Tensor | None, precision: str, limit: int
 ) -> configurations.Tiles:
     # gates with one number per head need no contiguous last dimension, which is time
-    found = configurations.find(family, k, v, kind_of_gate(g), precision, limit)
-    if found is None:
+    tiles = configurations.find_tiles(family, k, v, kind_of_gate(g), precision, limit)
+    if tiles is None:
         raise _no_kernel(family, k, v, kind_of_gate(g), limit)
-    return found
+    return tiles
 
 
 def _no_kernel(family: str, k: Tensor, v: Tensor, gate: int, limit: int) -> UsageError:

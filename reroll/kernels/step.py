@@ -55,9 +55,9 @@ def recurrent_step(
         slot = tl.load(slots + n).to(tl.int64)
         if slot < 0:
             return
-    place = (slot * H + head) * K * V + ck[:, None] * V + cv[None, :]
+    offsets = (slot * H + head) * K * V + ck[:, None] * V + cv[None, :]
     inside = in_k[:, None] & in_v[None, :]
-    S = tl.load(old + place, mask=inside, other=0.0)
+    S = tl.load(old + offsets, mask=inside, other=0.0)
     b_k = tl.load(k + n * k_b + head * k_h + ck, mask=in_k, other=0.0).to(tl.float32)
     b_v = tl.load(v + n * v_b + head * v_h + cv, mask=in_v, other=0.0).to(tl.float32)
     if UNIT:
@@ -72,7 +72,7 @@ def recurrent_step(
         strength = tl.load(beta + n * b_b + head * b_h).to(tl.float32)
         b_v = strength * (b_v - tl.sum(S * b_k[:, None], axis=0))
     S += b_k[:, None] * b_v[None, :]
-    tl.store(new + place, S, mask=inside)
+    tl.store(new + offsets, S, mask=inside)
     for r in range(GROUPS):
         query_head = head * GROUPS + r
         b_q = tl.load(q + n * q_b + query_head * q_h + ck, mask=in_k, other=0.0).to(tl.float32)

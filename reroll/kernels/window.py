@@ -39,10 +39,10 @@ def window_reference(
     k, v = (x.float().repeat_interleave(groups, 1) for x in (k, v))
     start = torch.zeros(len(q), dtype=torch.long) if first is None else first.long()
     row, column = torch.arange(time)[:, None], torch.arange(time)[None, :]
-    begin = start[:, None, None]
-    near = (column > row - window) | (column - begin < prefix)
-    seen = ((column <= row) & (column >= begin) & near)[:, None]
-    scores = (q.float() @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    first_key = start[:, None, None]
+    near = (column > row - window) | (column - first_key < prefix)
+    visible = ((column <= row) & (column >= first_key) & near)[:, None]
+    scores = (q.float() @ k.mT * scale).masked_fill(~visible, -torch.inf)
     high = scores.amax(-1, keepdim=True)
     high = torch.where(high.isfinite(), high, 0.0)
     p = (scores - high).exp()
@@ -68,8 +68,10 @@ def near_tile(
                   mask=in_time[:, None] & (cv < V)[None, :], other=0.0).to(DT)  # fmt: skip
     s = tl.dot(q, tl.trans(b_k), input_precision=PRECISION) * scale
     near = (column[None, :] > row[:, None] - window) | (column[None, :] - first < prefix)
-    seen = near & (column[None, :] <= row[:, None]) & in_time[None, :] & (column >= first)[None, :]
-    s = tl.where(seen, s, float("-inf"))
+    visible = (
+        near & (column[None, :] <= row[:, None]) & in_time[None, :] & (column >= first)[None, :]
+    )
+    s = tl.where(visible, s, float("-inf"))
     new = tl.maximum(m, tl.max(s, axis=1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp(s - shift[:, None])
@@ -96,9 +98,9 @@ def window_attention_tile(
     v += b * v_b + kv * v_h
     row, ck, cv = i_m * BM + tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BV)
     here = row < T
-    begin = 0
+    first_key = 0
     if HAS_FIRST:
-        begin = tl.load(first + b).to(tl.int32)
+        first_key = tl.load(first + b).to(tl.int32)
     b_q = tl.load(q + row[:, None] * q_t + ck[None, :], mask=here[:, None] & (ck < K)[None, :],
                   other=0.0).to(DT)  # fmt: skip
     m = tl.full([BM], float("-inf"), dtype=tl.float32)
@@ -106,16 +108,16 @@ def window_attention_tile(
     acc = tl.zeros([BM, BV], dtype=tl.float32)
     # the tile where the window of the block's first query begins; the first tokens' tiles end there
     low = tl.maximum(i_m * BM - window + 1, 0) // BN * BN
-    for j in range(begin // BN, tl.cdiv(tl.minimum(begin + prefix, low), BN)):
+    for j in range(first_key // BN, tl.cdiv(tl.minimum(first_key + prefix, low), BN)):
         column = j * BN + tl.arange(0, BN)
         m, total, acc = near_tile(
-            b_q, k, v, column, row, column < tl.minimum(low, T), begin, m, total, acc, scale,
+            b_q, k, v, column, row, column < tl.minimum(low, T), first_key, m, total, acc, scale,
             window, prefix, k_t, v_t, K, V, BK, BV, DT, PRECISION,
         )  # fmt: skip
     for j in range(low // BN, tl.cdiv(tl.minimum(i_m * BM + BM, T), BN)):
         column = j * BN + tl.arange(0, BN)
         m, total, acc = near_tile(
-            b_q, k, v, column, row, column < T, begin, m, total, acc, scale,
+            b_q, k, v, column, row, column < T, first_key, m, total, acc, scale,
             window, prefix, k_t, v_t, K, V, BK, BV, DT, PRECISION,
         )  # fmt: skip
     if HAS_FAR:

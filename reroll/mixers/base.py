@@ -71,7 +71,7 @@ class Mixer(Declared, ABC):
         chunks_wide: whether the chunk form multiplies in fp32 whatever its inputs are.
     """
 
-    what: ClassVar[str] = "mixer"
+    category: ClassVar[str] = "mixer"
     name: ClassVar[str] = ""
     core: ClassVar[Core | None] = None
     divides: ClassVar[Literal["", "normalise", "log_mass"]] = ""
@@ -258,7 +258,7 @@ class Mixer(Declared, ABC):
 
     def text(self) -> str:
         """Return the options that differ from their defaults, as JSON text."""
-        return json.dumps(self.given())
+        return json.dumps(self.changed_options())
 
     def flops(self, heads: int, kv_heads: int, d_k: int, d_v: int) -> int:
         """Count operations for one more token: heads write, query heads read all the state."""

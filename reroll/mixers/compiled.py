@@ -41,14 +41,14 @@ def chunk(
         for start in range(0, time, PIECE):
             now, length = slice(start, start + PIECE), min(PIECE, time - start)
             full = max(SHORTEST, 1 << (length - 1).bit_length())
-            seen = None if padding is None else padding[:, now]
-            if seen is None and full > length:
-                seen = k.new_ones(k.shape[0], length)
+            mask = None if padding is None else padding[:, now]
+            if mask is None and full > length:
+                mask = k.new_ones(k.shape[0], length)
             # equal strides for all pieces, so that one graph serves them
             part = [_filled(t[:, :, now], full).contiguous() for t in (q, k, v, *gates)]
-            if seen is not None:
-                seen = F.pad(seen, (0, full - length)).contiguous()
-            out, state = run(*part[:3], part[3:], tuple(s.contiguous() for s in state), seen)
+            if mask is not None:
+                mask = F.pad(mask, (0, full - length)).contiguous()
+            out, state = run(*part[:3], part[3:], tuple(s.contiguous() for s in state), mask)
             outs.append(out[:, :length].transpose(1, 2))
     # concatenated with heads first, so that each head of a piece is copied as one block
     return torch.cat(outs, 2).transpose(1, 2), state

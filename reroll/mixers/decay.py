@@ -107,8 +107,8 @@ class ChannelDecay(Decay):
     def between(self, diagonal: int = 0) -> Tensor:
         """Compute the decay of each channel between tokens j and i: [..., time, time, d]."""
         sums = self.sums[..., :, None, :] - self.sums[..., None, :, :]
-        seen = _lower(sums[..., 0], diagonal)
-        return sums.masked_fill(~seen[..., None], -torch.inf).exp()
+        causal = _lower(sums[..., 0], diagonal)
+        return sums.masked_fill(~causal[..., None], -torch.inf).exp()
 
     def from_start(self, x: Tensor) -> Tensor:
         return x * _beside(self.sums.exp(), x)

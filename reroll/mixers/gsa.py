@@ -79,8 +79,8 @@ class GSA(Mixer):
         columns, slots = cut(k, size, 2), cut(s, size, 2)
         writes = decay.to_end(slots).to(dtype).mT @ columns
         states, keys = chain(writes, decay.total, state[0])
-        seen = products(products(rows, columns.mT).tril(), (slots * decay.fall).to(dtype))
-        scores = seen * decay.rise.unsqueeze(-3)
+        decayed = products(products(rows, columns.mT).tril(), (slots * decay.fall).to(dtype))
+        scores = decayed * decay.rise.unsqueeze(-3)
         scores = scores + decay.from_start(products(rows, states.mT))
         weights = joined(scores.softmax(-1).to(dtype), time)
         out, values = linear_form.chunks(weights, s, v, log_decay, lambda _: decay, state[1], size)

@@ -105,17 +105,17 @@ class _Stretch:
 
     def ends(self, before: Tensor) -> Tensor:
         """Compute the running maximum before the first of several stretches, and after each."""
-        own = (self.sums[..., -1:] - self.sums + self.write).amax(-1)
-        found = [before]
-        for i in range(own.shape[-1]):
-            found.append(torch.maximum(found[-1] + self.sums[..., i, -1], own[..., i]))
-        return torch.stack(found, -1)
+        new = (self.sums[..., -1:] - self.sums + self.write).amax(-1)
+        tops = [before]
+        for i in range(new.shape[-1]):
+            tops.append(torch.maximum(tops[-1] + self.sums[..., i, -1], new[..., i]))
+        return torch.stack(tops, -1)
 
     def weights(self, tops: Tensor) -> Tensor:
         """Compute the weight of token j's write at token i >= j: [..., time, time]."""
         between = self.sums[..., :, None] - self.sums[..., None, :] + self.write[..., None, :]
-        seen = torch.ones_like(between[(0,) * (between.dim() - 2)], dtype=torch.bool).tril()
-        return (between - tops[..., None]).masked_fill(~seen, -torch.inf).exp()
+        causal = torch.ones_like(between[(0,) * (between.dim() - 2)], dtype=torch.bool).tril()
+        return (between - tops[..., None]).masked_fill(~causal, -torch.inf).exp()
 
     def left(self, before: Tensor, tops: Tensor) -> Tensor:
         """Compute the weight at each token of the state before the stretch: [..., time]."""

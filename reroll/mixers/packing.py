@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-States = tuple[Tensor, ...]
+State = tuple[Tensor, ...]
 
 
 def opens(segments: Tensor) -> Tensor:
@@ -31,10 +31,10 @@ def apart(
     k: Tensor,
     v: Tensor,
     gates: Sequence[Tensor],
-    state: States,
+    state: State,
     padding: Tensor | None,
     segments: Tensor,
-) -> tuple[Tensor, States]:
+) -> tuple[Tensor, State]:
     """Run `form` on each segment as a row of its own.
 
     A segment of `segments` [batch, time] continues as long as the number stays the same. The first
@@ -47,7 +47,7 @@ def apart(
     flat = first.flatten()
     row = flat.cumsum(0) - 1  # [batch * time], the segment of each token
     starts = flat.nonzero()[:, 0]
-    place = torch.arange(batch * time, device=flat.device) - starts[row]
+    position = torch.arange(batch * time, device=flat.device) - starts[row]
     lengths = torch.bincount(row)
     longest = int(lengths.max())
 
@@ -58,10 +58,10 @@ def apart(
     def rows(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)[where].transpose(1, 2)
 
-    seen = inside if padding is None else inside & padding.flatten()[where].bool()
-    begin, last = _states(state, first)
-    out, end = form(rows(q), rows(k), rows(v), [rows(g) for g in gates], begin, seen)
-    return out[row, place].unflatten(0, (batch, time)), tuple(s[last] for s in end)
+    mask = inside if padding is None else inside & padding.flatten()[where].bool()
+    initial, last = _states(state, first)
+    out, end = form(rows(q), rows(k), rows(v), [rows(g) for g in gates], initial, mask)
+    return out[row, position].unflatten(0, (batch, time)), tuple(s[last] for s in end)
 
 
 def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[..., Any]:
@@ -81,21 +81,21 @@ def in_one_row(form: Callable[[Tensor], Any], segments: Tensor) -> Callable[...,
         return x.movedim(time, 1).flatten(0, 1)[None].movedim(1, time)
 
     def packed(
-        q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: States
-    ) -> tuple[Tensor, States]:
-        begin, last = _states(state, first)
+        q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
+    ) -> tuple[Tensor, State]:
+        initial, last = _states(state, first)
         rest = one(k, 2), one(v, 2), tuple(one(g, 2) for g in gates)
-        out, end = run(one(q, 3), *rest, begin)
+        out, end = run(one(q, 3), *rest, initial)
         out = out[0].unflatten(2, segments.shape).movedim(2, 0)
         return out, tuple(s[last] for s in end)
 
     return packed
 
 
-def _states(state: States, first: Tensor) -> tuple[States, Tensor]:
+def _states(state: State, first: Tensor) -> tuple[State, Tensor]:
     """Return the initial state of each segment, and the number of each row's last segment."""
     ends = first.sum(1).cumsum(0)
     rows = torch.cat([ends.new_zeros(1), ends[:-1]])
     count = int(ends[-1])
-    begin = tuple(s.new_zeros(count, *s.shape[1:]).index_copy(0, rows, s) for s in state)
-    return begin, ends - 1
+    initial = tuple(s.new_zeros(count, *s.shape[1:]).index_copy(0, rows, s) for s in state)
+    return initial, ends - 1

@@ -49,19 +49,19 @@ class RWKV6(ChannelDiagonal):
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
     ) -> Result:
         log_decay, bonus = gates
-        before, own = _before(q, log_decay), _own(q, k, v, bonus)
+        before, bonus_output = _before(q, log_decay), _bonus_output(q, k, v, bonus)
         out, end = linear_form.stretch(before, k, v, ChannelDecay(log_decay), state[0], -1)
-        return out + own, (end,)
+        return out + bonus_output, (end,)
 
     def chunk_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
     ) -> Result:
         log_decay, bonus = gates
-        before, own = _before(q, log_decay), _own(q, k, v, bonus)
+        before, bonus_output = _before(q, log_decay), _bonus_output(q, k, v, bonus)
         out, end = linear_form.chunks(
             before, k, v, log_decay, FactoredDecay, state[0], self.longest_chunk, -1
         )
-        return out + own, (end,)
+        return out + bonus_output, (end,)
 
     def step_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
@@ -77,7 +77,7 @@ def _before(q: Tensor, log_decay: Tensor) -> Tensor:
     return q * (-log_decay).exp().unsqueeze(2)
 
 
-def _own(q: Tensor, k: Tensor, v: Tensor, bonus: Tensor) -> Tensor:
+def _bonus_output(q: Tensor, k: Tensor, v: Tensor, bonus: Tensor) -> Tensor:
     """Compute what each token reads of its own write."""
     score = (q * (bonus * k).unsqueeze(2)).sum(-1, keepdim=True)
     return score * v.unsqueeze(2)

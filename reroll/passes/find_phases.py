@@ -15,7 +15,6 @@ from reroll.rewrite.analysis.hidden_inputs import (
     hidden_states,
     values_of,
 )
-from reroll.rewrite.analysis.measure import measured_output
 from reroll.rewrite.analysis.phases import (
     Phases,
     bisections,
@@ -24,6 +23,7 @@ from reroll.rewrite.analysis.phases import (
     linear_cka,
     segment,
 )
+from reroll.rewrite.analysis.program_distance import measured_output
 from reroll.rewrite.analysis.residual import Tracer
 from reroll.rewrite.capture.rolling.split import find_loop, select_trips
 from reroll.rewrite.ir.patterns import Miss
@@ -101,8 +101,8 @@ def _layers(cluster: list[int]) -> str:
 
 def _contributions(program: Program, loop: Loop, context: Context) -> list[str]:
     """Measure the norm of what each sublayer adds, relative to the residual stream."""
-    place = next(n for n in loop.body.graph.nodes if n.op == "placeholder")
-    stream = Tracer(program).trace(place)
+    stream_input = next(n for n in loop.body.graph.nodes if n.op == "placeholder")
+    stream = Tracer(program).trace(stream_input)
     if isinstance(stream, Miss):
         return [f"the residual stream cannot be followed: {stream.reason}"]
     writers = [node for node in loop.body.graph.nodes if node in stream.writers]
@@ -119,12 +119,12 @@ def _contributions(program: Program, loop: Loop, context: Context) -> list[str]:
 
 def _sublayer(node: fx.Node) -> str:
     """Return the module of the nearest weight that a value depends on, or else the node's name."""
-    seen = [node]
-    for current in seen:
+    reached = [node]
+    for current in reached:
         weights = [n for n in current.all_input_nodes if n.op == "get_attr"]
         if weights:
             return str(weights[0].target).removesuffix(".weight").rpartition("*.")[2]
-        seen += current.all_input_nodes
+        reached += current.all_input_nodes
     return node.name
 
 
@@ -149,8 +149,8 @@ def _skips(program: Program, loop: Loop, context: Context) -> str:
                 effects.append(divergence(expected, actual))
             else:
                 effects.append(tolerances.relative_rms(actual, expected))
-    what = "KL divergence" if "logits" in output else "relative RMS error of the output"
-    return f"{what} without each layer: {_numbers(effects)}"
+    metric = "KL divergence" if "logits" in output else "relative RMS error of the output"
+    return f"{metric} without each layer: {_numbers(effects)}"
 
 
 def _numbers(values: object) -> str:

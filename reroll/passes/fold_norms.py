@@ -11,7 +11,7 @@ from torch import fx
 from reroll.errors import PassError
 from reroll.rewrite.analysis.residual import Stream, Tracer, channels
 from reroll.rewrite.ir.builder import Builder
-from reroll.rewrite.ir.hidden import drop_marks, named
+from reroll.rewrite.ir.hidden import drop_marks, hidden_names
 from reroll.rewrite.ir.matching import all_arguments
 from reroll.rewrite.ir.ops import RMS_NORM
 from reroll.rewrite.ir.patterns import Miss, nearest
@@ -81,7 +81,7 @@ class FoldNorms(Pass):
             )
         context.remark(f"{len(done)} of {len(norms)} LayerNorm nodes are RMSNorm now")
         result = folder.edit.result()
-        if any(named(result)):
+        if any(hidden_names(result)):
             drop_marks(result)
             context.remark("hidden states are centred now, so the model does not give them")
         return result
@@ -150,14 +150,14 @@ class _Folder:
             linear, gain = gain, linear
         if not isinstance(linear, fx.Node) or linear.target is not LINEAR or len(linear.users) > 1:
             return None
-        scaled, own = linear, _weights(linear)
-        if not self.edit.owns(scaled, *own) or not self.edit.owns(writer, gain):
+        scaled, weights = linear, _weights(linear)
+        if not self.edit.owns(scaled, *weights) or not self.edit.owns(writer, gain):
             return None
-        if not all(self.edit.fits(_name(w), _name(gain)) for w in own):
+        if not all(self.edit.fits(_name(w), _name(gain)) for w in weights):
             return None
 
         def apply() -> None:
-            for weight in own:
+            for weight in weights:
                 self.edit.combine(_name(weight), [_name(weight), _name(gain)], _scale_rows)
             writer.replace_all_uses_with(scaled)
             writer.graph.erase_node(writer)
@@ -206,10 +206,12 @@ class _Folder:
         if any(not isinstance(v, fx.Node) or v.op != "get_attr" for v in affine):
             return False
         for user in norm.users:
-            own = _weights(user) if user.target is LINEAR else []
-            if not own or norm in own or not self.edit.owns(user, *own):
+            weights = _weights(user) if user.target is LINEAR else []
+            if not weights or norm in weights or not self.edit.owns(user, *weights):
                 return False
-            if any(not self.edit.fits(_name(w), *map(_name, (own[0], *affine))) for w in own):
+            if any(
+                not self.edit.fits(_name(w), *map(_name, (weights[0], *affine))) for w in weights
+            ):
                 return False
         return bool(norm.users)
 

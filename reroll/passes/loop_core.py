@@ -140,18 +140,18 @@ class LoopCore(Pass):
     def _with_adapter(self, program: Program, loop: Loop) -> tuple[Program, Loop]:
         """Let the body read a new carried state and, as an invariant, its former input."""
         old = loop.body.graph
-        kind = loop.carry[0].meta["type"]
-        places = [n for n in old.nodes if n.op == "placeholder"]
+        type_ = loop.carry[0].meta["type"]
+        placeholders = [n for n in old.nodes if n.op == "placeholder"]
         graph = fx.Graph()
-        values = {place: graph.node_copy(place) for place in places}
-        state, width = values[places[0]], kind.shape[-1]
-        build, dtype = Builder(graph), kind.dtype
-        given = build.place("embedded", kind)
+        values = {placeholder: graph.node_copy(placeholder) for placeholder in placeholders}
+        state, width = values[placeholders[0]], type_.shape[-1]
+        build, dtype = Builder(graph), type_.dtype
+        embedding = build.placeholder("embedded", type_)
         entry = concat(1, [zeros((width, width), dtype), identity(width, dtype)])
         adapter, name = Weight((entry,), (0,) * loop.trips), f"{loop.name}.*.adapter.weight"
-        both = build.call(aten.cat.default, [state, given], -1)
+        both = build.call(aten.cat.default, [state, embedding], -1)
         adapted = build.call(aten.linear.default, both, build.weight(name, adapter))
-        graph.output(inline(graph, old, {**values, places[0]: adapted}))
+        graph.output(inline(graph, old, {**values, placeholders[0]: adapted}))
         embedded = loop.carry[0]
         with program.graph.inserting_before(loop.node):
             start = self._start(program.graph, embedded)

@@ -11,7 +11,7 @@ from torch import fx
 
 from reroll.bounds import COUNT, COUNT_OR_NONE
 from reroll.errors import PassError, UsageError
-from reroll.rewrite.analysis.measure import Measurer
+from reroll.rewrite.analysis.program_distance import Measurer
 from reroll.rewrite.capture.rolling.split import (
     find_loop,
     inline,
@@ -73,24 +73,24 @@ class LoopWindow(Pass):
         if len(candidates) == 1:
             return self._looped(program, *candidates[0], context)
         measurer = Measurer(program, context)
-        if measurer.kind != "text" or not measurer.generates:
+        if measurer.source != "text" or not measurer.generates:
             raise PassError(
                 "a search needs a model that predicts text, and its tokenizer",
                 hint="give one start, one stop and one number of steps",
             )
-        found: list[tuple[float, tuple[int, int, int]]] = []
+        by_perplexity: list[tuple[float, tuple[int, int, int]]] = []
         for number, candidate in enumerate(candidates):
             context.progress(number, len(candidates), "searching")
             tried = self._looped(program.edit(), *candidate, None)
             quality = measurer.compare(program, tried)["perplexity"]
-            found.append((quality["after"], candidate))
+            by_perplexity.append((quality["after"], candidate))
             measurer.keep([program])
-        found.sort()
+        by_perplexity.sort()
         context.remark(
-            f"{len(found)} windows tried; perplexity {quality['before']:.4g} without, "
-            + ", ".join(f"{p:.4g} with {_named(c)}" for p, c in found[:3])
+            f"{len(by_perplexity)} windows tried; perplexity {quality['before']:.4g} without, "
+            + ", ".join(f"{p:.4g} with {_named(c)}" for p, c in by_perplexity[:3])
         )
-        return self._looped(program, *found[0][1], context)
+        return self._looped(program, *by_perplexity[0][1], context)
 
     def _candidates(self) -> list[tuple[int, int, int]]:
         starts, stops, steps = (
@@ -146,8 +146,8 @@ def _firsts(pieces: list[Loop]) -> list[int]:
 def _stepped(body: fx.Graph, scheme: Scheme, length: float) -> tuple[fx.Graph, int]:
     """Build a body of one step along F(h) - h, and return it and how often it runs F."""
     graph = fx.Graph()
-    places = [n for n in body.nodes if n.op == "placeholder"]
-    given = {place: graph.node_copy(place) for place in places}
+    placeholders = [n for n in body.nodes if n.op == "placeholder"]
+    values = {placeholder: graph.node_copy(placeholder) for placeholder in placeholders}
     runs = 0
 
     call = Builder(graph).call
@@ -155,13 +155,13 @@ def _stepped(body: fx.Graph, scheme: Scheme, length: float) -> tuple[fx.Graph, i
     def slope(h: fx.Node) -> fx.Node:
         nonlocal runs
         runs += 1
-        (out,) = inline(graph, body, {**given, places[0]: h})
+        (out,) = inline(graph, body, {**values, placeholders[0]: h})
         return call(aten.sub.Tensor, out, h)
 
     def along(h: fx.Node, direction: fx.Node, factor: float) -> fx.Node:
         return call(aten.add.Tensor, h, call(aten.mul.Tensor, direction, factor))
 
-    h = given[places[0]]
+    h = values[placeholders[0]]
     first = slope(h)
     if scheme == "euler":
         out = along(h, first, length)

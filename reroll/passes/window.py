@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from reroll.bounds import COUNT, COUNT_OR_NONE
 from reroll.errors import PassError
-from reroll.rewrite.analysis.layers import Layer, attention_layers
+from reroll.rewrite.analysis.layers import AttentionLayer, attention_layers
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context, option
 from reroll.rewrite.pipeline.layerwise import LayerPass
@@ -41,29 +41,29 @@ class Window(LayerPass):
     )
 
     def run(self, program: Program, context: Context) -> Program:
-        found, chosen = self.chosen(program)
+        layers, chosen = self.chosen(program)
 
         def rewritten(numbers: Collection[int]) -> Program:
             copy = program.edit()
             self._narrow(attention_layers(copy), numbers)
             return copy
 
-        far = sorted(chosen & self._far(found))
+        far = sorted(chosen & self._far(layers))
         eligible = sorted(self.measured(program, far, rewritten, context))
         if not eligible:
             raise PassError(
                 f"no attention of the chosen layers sees further than {self.size} tokens",
                 hint="choose a smaller size; reroll inspect shows the layers",
             )
-        self._narrow(found, eligible)
+        self._narrow(layers, eligible)
         sinks = f" and the first {self.sinks}" if self.sinks else ""
         context.remark(f"layers {ranges(eligible)} see the last {self.size} tokens{sinks}")
         return program
 
-    def _far(self, found: list[Layer]) -> set[int]:
+    def _far(self, layers: list[AttentionLayer]) -> set[int]:
         """Return the layers whose attention reaches further than the window."""
         far = set()
-        for layer in found:
+        for layer in layers:
             rows = zip(layer.numbers, layer.values("window"), layer.values("chunk"), strict=True)
             for number, window, chunk in rows:
                 if chunk is None and (window is None or self._wider(window)):
@@ -73,8 +73,8 @@ class Window(LayerPass):
     def _wider(self, window: object) -> bool:
         return isinstance(window, int) and window > self.size
 
-    def _narrow(self, found: list[Layer], numbers: Collection[int]) -> None:
-        for layer in found:
-            own = [n for n in layer.numbers if n in numbers]
-            layer.set("window", dict.fromkeys(own, self.size))
-            layer.set("prefix", dict.fromkeys(own, self.sinks or None))
+    def _narrow(self, layers: list[AttentionLayer], numbers: Collection[int]) -> None:
+        for layer in layers:
+            narrowed = [n for n in layer.numbers if n in numbers]
+            layer.set("window", dict.fromkeys(narrowed, self.size))
+            layer.set("prefix", dict.fromkeys(narrowed, self.sinks or None))

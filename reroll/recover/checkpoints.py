@@ -56,7 +56,7 @@ class Directory:
         self.path = path
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Lock the directory against other runs; raises UsageError if another run has the lock.
 
         The lock is the operating system's, so it is released when its process ends, however that

@@ -30,7 +30,7 @@ from reroll.recover.stage import Batch, Models
 from reroll.rewrite.analysis.low_rank import factor_names
 from reroll.rewrite.ir.program import Program, weight_nodes
 from reroll.rewrite.ir.weights.factors import low_rank_factors
-from reroll.runtime.lowering.placement import places
+from reroll.runtime.lowering.placement import placements
 
 # how often the shared weight and the residuals are fitted in turn
 ROUNDS = 2
@@ -41,7 +41,7 @@ RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
-class Layer:
+class FittedLinear:
     """Linear layer of the student, the original's of the same name, and the student's factors."""
 
     name: str
@@ -76,19 +76,21 @@ def fit_linear_layers(models: Models, batches: Sequence[Batch]) -> dict[str, flo
     return {"error_before": before / size, "error_after": after / size} if size else {}
 
 
-def layers_to_fit(models: Models) -> list[Layer]:
+def layers_to_fit(models: Models) -> list[FittedLinear]:
     """Return the student's trainable linear layers that share a weight or have residuals."""
     assert models.teacher is not None
-    theirs = dict(models.teacher.named_modules(remove_duplicate=False))
-    ours = dict(models.module.named_modules(remove_duplicate=False))
-    uses = Counter(id(m.weight) for m in ours.values() if isinstance(m, nn.Linear))
+    teacher_modules = dict(models.teacher.named_modules(remove_duplicate=False))
+    student_modules = dict(models.module.named_modules(remove_duplicate=False))
+    uses = Counter(id(m.weight) for m in student_modules.values() if isinstance(m, nn.Linear))
     factors_of = _factors(models.module.program)
-    found: list[Layer] = []
-    for name, module in ours.items():
-        other = theirs.get(name)
+    layers: list[FittedLinear] = []
+    for name, module in student_modules.items():
+        other = teacher_modules.get(name)
         if not isinstance(module, nn.Linear) or not isinstance(other, nn.Linear):
             continue
-        pairs = [(ours[down], ours[up]) for down, up in factors_of.get(name, ())]
+        pairs = [
+            (student_modules[down], student_modules[up]) for down, up in factors_of.get(name, ())
+        ]
         factors = [
             (down, up)
             for down, up in pairs
@@ -97,31 +99,31 @@ def layers_to_fit(models: Models) -> list[Layer]:
         if module.weight.shape == other.weight.shape and (
             factors or (uses[id(module.weight)] > 1 and module.weight.requires_grad)
         ):
-            found.append(Layer(name, module, other, tuple(factors)))
-    return found
+            layers.append(FittedLinear(name, module, other, tuple(factors)))
+    return layers
 
 
 def _factors(program: Program) -> dict[str, list[tuple[str, str]]]:
     """Map the name of a linear module to the names of the modules (down, up) of its residuals."""
-    place, found = places(program), dict[str, list[tuple[str, str]]]()
+    placed, factors = placements(program), dict[str, list[tuple[str, str]]]()
     trips = {name: loop.trips for loop in program.loops for name in weight_nodes(loop.body.graph)}
     for weight, pairs in factor_names(program).items():
         for trip in range(trips.get(weight, 1)):
             for pair in pairs:
-                linears = [place[name].at(trip).linear for name in (weight, *pair)]
+                linears = [placed[name].at(trip).linear for name in (weight, *pair)]
                 paths = [".".join(linear.path) for linear in linears if linear is not None]
                 if len(paths) == len(linears):
                     base, down, up = paths
-                    found.setdefault(base, []).append((down, up))
-    return found
+                    factors.setdefault(base, []).append((down, up))
+    return factors
 
 
-def _groups(models: Models) -> Iterator[list[list[Layer]]]:
+def _groups(models: Models) -> Iterator[list[list[FittedLinear]]]:
     """Group the layers to fit by shared weight, and yield as many groups as memory has room for."""
-    shared: dict[int, list[Layer]] = defaultdict(list)
+    shared: dict[int, list[FittedLinear]] = defaultdict(list)
     for layer in layers_to_fit(models):
         shared[id(layer.student.weight)].append(layer)
-    group: list[list[Layer]] = []
+    group: list[list[FittedLinear]] = []
     taken = 0
     for part in shared.values():
         need = sum(4 * layer.student.in_features**2 for layer in part)
@@ -135,7 +137,7 @@ def _groups(models: Models) -> Iterator[list[list[Layer]]]:
 
 
 def _outer_products(
-    models: Models, layers: Sequence[Layer], batches: Sequence[Batch]
+    models: Models, layers: Sequence[FittedLinear], batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
     """Compute C = X^T X [in, in] for each layer of the original, averaged over tokens."""
     assert models.teacher is not None
@@ -163,7 +165,7 @@ def _outer_products(
     return {name: total / tokens for name, total in sums.items()}
 
 
-def _fit_shared(part: Sequence[Layer], products: Mapping[str, Tensor]) -> None:
+def _fit_shared(part: Sequence[FittedLinear], products: Mapping[str, Tensor]) -> None:
     weight = part[0].student.weight
     if len(part) == 1 or not weight.requires_grad:
         return
@@ -177,12 +179,12 @@ def _fit_shared(part: Sequence[Layer], products: Mapping[str, Tensor]) -> None:
     weight.copy_(torch.linalg.solve(total, wanted, left=False))
 
 
-def _fit_factors(layer: Layer, product: Tensor) -> None:
+def _fit_factors(layer: FittedLinear, product: Tensor) -> None:
     if layer.factors:
         set_factors(layer, layer.teacher.weight - layer.student.weight, product)
 
 
-def set_factors(layer: Layer, wanted: Tensor, product: Tensor) -> None:
+def set_factors(layer: FittedLinear, wanted: Tensor, product: Tensor) -> None:
     """Set a layer's residual nearest to `wanted` [out, in] for inputs with this X^T X."""
     ranks = [down.out_features for down, _ in layer.factors]
     # a symmetric matrix: its eigenvectors are its singular vectors
@@ -196,7 +198,7 @@ def set_factors(layer: Layer, wanted: Tensor, product: Tensor) -> None:
         down.weight.copy_(rows / root[:, None])
 
 
-def _error(part: Sequence[Layer], products: Mapping[str, Tensor]) -> float:
+def _error(part: Sequence[FittedLinear], products: Mapping[str, Tensor]) -> float:
     return sum(
         _size(layer.teacher.weight - layer.student.weight - layer.product(), products[layer.name])
         for layer in part

@@ -46,7 +46,7 @@ class Rows:
         return [Rows(*part) for part in parts]
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Rows that are in memory, or are read when they are picked."""
 
     def __len__(self) -> int: ...
@@ -58,8 +58,8 @@ class Source(Protocol):
 class Corpus:
     """Rows to train on, in order, and held-out rows to measure on."""
 
-    train: Source
-    held_out: Source
+    train: RowSource
+    held_out: RowSource
 
 
 def documents(source: str | Path) -> Iterator[str]:
@@ -188,12 +188,12 @@ def _tokenized(
             return
 
 
-def _packed(found: Iterator[list[int]], room: int, pack: str) -> list[list[int]]:
+def _packed(documents: Iterator[list[int]], room: int, pack: str) -> list[list[int]]:
     """Pack documents into rows of at most `room` tokens."""
     if pack == "separate":
-        rows = [ids[i : i + room] for ids in found for i in range(0, len(ids), room)]
+        rows = [ids[i : i + room] for ids in documents for i in range(0, len(ids), room)]
         return [row for row in rows if len(row) >= min(SHORTEST, room)]
-    joined = [i for ids in found for i in ids]
+    joined = [i for ids in documents for i in ids]
     return [joined[i : i + room] for i in range(0, len(joined) - room + 1, room)]
 
 
@@ -214,6 +214,6 @@ def _tensors(rows: Sequence[list[int]], before: Sequence[int], length: int) -> R
     return Rows(ids, mask)
 
 
-def take(rows: Source, start: int, count: int) -> Rows:
+def take(rows: RowSource, start: int, count: int) -> Rows:
     """Return `count` rows from number `start` on; the first row follows the last."""
     return rows.pick([(start + i) % len(rows) for i in range(count)])

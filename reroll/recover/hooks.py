@@ -23,14 +23,14 @@ def removing_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 @contextmanager
 def record_trips(trips: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Record the first carried value that each trip takes and returns, while the block runs."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    recorded: list[tuple[Tensor, Tensor]] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append((args[0], output[0]))
+        recorded.append((args[0], output[0]))
 
     handles = [trip.register_forward_hook(note) for trip in trips]
     with removing_hooks(handles):
-        yield seen
+        yield recorded
 
 
 def modules_ending(model: nn.Module, ending: str) -> set[str]:
@@ -42,11 +42,11 @@ def modules_ending(model: nn.Module, ending: str) -> set[str]:
 @contextmanager
 def record_inputs(model: nn.Module, ending: str) -> Iterator[dict[str, Tensor]]:
     """Record the first input of each module whose name ends with `ending`, by name."""
-    seen: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
 
     def noting(name: str) -> Any:
         def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0]
+            recorded[name] = args[0]
 
         return note
 
@@ -55,7 +55,7 @@ def record_inputs(model: nn.Module, ending: str) -> Iterator[dict[str, Tensor]]:
         for name in modules_ending(model, ending)
     ]
     with removing_hooks(handles):
-        yield seen
+        yield recorded
 
 
 @contextmanager

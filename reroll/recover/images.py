@@ -103,16 +103,16 @@ def image_corpus(
         folder = Path(source)
         if not folder.is_dir():
             raise UsageError("there is no such directory of images", where=str(source))
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
-        if len(found) <= each:
+        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+        if len(images) <= each:
             raise UsageError(
-                f"{len(found)} images, of which {each} would be held out",
+                f"{len(images)} images, of which {each} would be held out",
                 where=str(source),
                 hint="give more images, or a smaller held_rows",
             )
         # spread over the names, which may be sorted by class
-        chosen = {round(i * (len(found) - 1) / max(each - 1, 1)) for i in range(each)}
-        held += [found[n] for n in sorted(chosen)]
-        train += [path for n, path in enumerate(found) if n not in chosen]
+        chosen = {round(i * (len(images) - 1) / max(each - 1, 1)) for i in range(each)}
+        held += [images[n] for n in sorted(chosen)]
+        train += [path for n, path in enumerate(images) if n not in chosen]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     return Corpus(Images([train[i] for i in order], input), Images(held, input))

@@ -39,11 +39,11 @@ class _Pieces(torch.autograd.Function):
         gradient = torch.empty_like(logits) if needed else None
         for start in range(0, len(logits), PIECE):
             rows = slice(start, start + PIECE)
-            ours = logits[rows].detach().requires_grad_(needed)
+            piece = logits[rows].detach().requires_grad_(needed)
             with torch.set_grad_enabled(needed):
-                value = loss(ours, *(other[rows] for other in others))
+                value = loss(piece, *(other[rows] for other in others))
             if gradient is not None:
-                gradient[rows] = torch.autograd.grad(value, ours)[0]
+                gradient[rows] = torch.autograd.grad(value, piece)[0]
             total += value.detach()
         ctx.gradient = gradient
         return total

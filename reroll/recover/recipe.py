@@ -27,7 +27,7 @@ from reroll.rewrite.pipeline.pipeline import read_yaml, recipe_path
 class Settings(Declared):
     """Settings that all stages of a run share."""
 
-    what: ClassVar[str] = "recipe"
+    category: ClassVar[str] = "recipe"
     name: ClassVar[str] = "recover"
 
     length: int = option(512, within=WINDOW, help="tokens per row")
@@ -62,8 +62,8 @@ class Recipe:
 
     def to_data(self) -> dict[str, Any]:
         """Return the recipe as plain data; `parse` reads it back."""
-        stages = [{s.name: s.given()} for s in self.stages]
-        return {"recover": {**self.settings.given(), "stages": stages}}
+        stages = [{s.name: s.changed_options()} for s in self.stages]
+        return {"recover": {**self.settings.changed_options(), "stages": stages}}
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -79,7 +79,7 @@ def recover(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     accelerator = _accelerator()
     trust = trust_remote_code
-    with directory.held() if accelerator.is_main_process else nullcontext():
+    with directory.exclusive() if accelerator.is_main_process else nullcontext():
         run = prepare(
             accelerator, recipe, student, teacher, data, int(tokens), directory, trust, dtype
         )

@@ -59,9 +59,9 @@ def sampled_texts(
         for row in written[:, len(ids) :].tolist():
             if done >= tokens:
                 return
-            own = row[: row.index(ends)] if ends in row else row
-            text = tokenizer.decode(own, skip_special_tokens=True).strip()
-            done += len(own)
+            generated = row[: row.index(ends)] if ends in row else row
+            text = tokenizer.decode(generated, skip_special_tokens=True).strip()
+            done += len(generated)
             if text:
                 yield text
         round_ += 1

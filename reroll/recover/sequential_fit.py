@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from reroll.errors import UsageError
-from reroll.recover.closed_form import Layer, layers_to_fit, set_factors
+from reroll.recover.closed_form import FittedLinear, layers_to_fit, set_factors
 from reroll.recover.hooks import removing_hooks
 from reroll.recover.stage import Batch, Models
 
@@ -44,33 +44,33 @@ def fit_trip_by_trip(models: Models, batches: Sequence[Batch]) -> dict[str, floa
     if not layers:
         return {}
     assert models.teacher is not None
-    ours = _Walk(models.module, models.run_student_for_hooks, batches)
-    theirs = _Walk(models.teacher, models.run_teacher_for_hooks, batches)
-    if len(ours.trips) != len(theirs.trips):
+    student = _Walk(models.module, models.run_student_for_hooks, batches)
+    teacher = _Walk(models.teacher, models.run_teacher_for_hooks, batches)
+    if len(student.trips) != len(teacher.trips):
         raise UsageError(
-            f"the original has {len(theirs.trips)} trips and this model {len(ours.trips)}",
+            f"the original has {len(teacher.trips)} trips and this model {len(student.trips)}",
             where="fitting trip by trip",
             hint="leave start_free out, or choose passes that keep the trips",
         )
     before = after = size = 0.0
-    for trip in range(len(ours.trips)):
-        for group in ours.groups(trip, layers):
-            sums = _sums(group, trip, ours, theirs, batches)
+    for trip in range(len(student.trips)):
+        for group in student.groups(trip, layers):
+            sums = _sums(group, trip, student, teacher, batches)
             for layer in group:
-                found = sums[layer.name]
-                before += found.error(layer)
-                _fit(layer, found)
-                after += found.error(layer)
-                size += found.size
-        ours.advance(trip)
-        theirs.advance(trip)
+                layer_sums = sums[layer.name]
+                before += layer_sums.error(layer)
+                _fit(layer, layer_sums)
+                after += layer_sums.error(layer)
+                size += layer_sums.size
+        student.advance(trip)
+        teacher.advance(trip)
     return {"own_error_before": before / size, "own_error_after": after / size}
 
 
 class _Sums:
     """Sums C = X^T X, D = (Y - bias)^T X and |Y - bias|^2 of one layer, over tokens."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: FittedLinear) -> None:
         weight = layer.teacher.weight
         self.c = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
         self.d = torch.zeros_like(weight, dtype=torch.float64)
@@ -82,71 +82,77 @@ class _Sums:
         self.d += y.T @ x
         self.size += y.double().square().sum().item()
 
-    def error(self, layer: Layer) -> float:
+    def error(self, layer: FittedLinear) -> float:
         """Compute |X W^T - Y|^2 with the layer's current weight and residual."""
         weight = (layer.student.weight + layer.product()).double()
         return self.size + ((weight @ self.c - 2 * self.d) * weight).sum().item()
 
 
 def _sums(
-    group: Sequence[Layer], trip: int, ours: _Walk, theirs: _Walk, batches: Sequence[Batch]
+    group: Sequence[FittedLinear],
+    trip: int,
+    student: _Walk,
+    teacher: _Walk,
+    batches: Sequence[Batch],
 ) -> dict[str, _Sums]:
     sums = {layer.name: _Sums(layer) for layer in group}
     for number, batch in enumerate(batches):
         keep = batch.mask.bool()
-        with _seen([layer.student for layer in group]) as taken:
-            ours.run(trip, number)
-        with _seen([layer.teacher for layer in group]) as given:
-            theirs.run(trip, number)
+        with _recorded_calls([layer.student for layer in group]) as student_calls:
+            student.run(trip, number)
+        with _recorded_calls([layer.teacher for layer in group]) as teacher_calls:
+            teacher.run(trip, number)
         for layer in group:
-            y = given[layer.teacher][1][keep].float()
+            y = teacher_calls[layer.teacher][1][keep].float()
             if layer.student.bias is not None:
                 y = y - layer.student.bias
-            sums[layer.name].add(taken[layer.student][0][keep].float(), y)
+            sums[layer.name].add(student_calls[layer.student][0][keep].float(), y)
     return sums
 
 
-def _fit(layer: Layer, sums: _Sums) -> None:
+def _fit(layer: FittedLinear, sums: _Sums) -> None:
     residual = layer.product().double()
-    stay = RIDGE * sums.c.diagonal().mean()
-    held = sums.c.clone()
-    held.diagonal().add_(stay)
+    ridge = RIDGE * sums.c.diagonal().mean()
+    damped = sums.c.clone()
+    damped.diagonal().add_(ridge)
     lacking = sums.d - (layer.student.weight + residual) @ sums.c
-    wanted = residual + torch.linalg.solve(held, lacking, left=False)
+    wanted = residual + torch.linalg.solve(damped, lacking, left=False)
     set_factors(layer, wanted.float(), sums.c.float())
 
 
 @contextmanager
-def _seen(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+def _recorded_calls(
+    modules: Sequence[nn.Module],
+) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
     """Record the first input and the output of each module while the block runs."""
-    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found[module] = (args[0], output)
+        calls[module] = (args[0], output)
 
     with removing_hooks([module.register_forward_hook(note) for module in modules]):
-        yield found
+        yield calls
 
 
 class _Walk:
     """A model that runs one trip at a time, each on the result of the trip before."""
 
     def __init__(
-        self, module: Any, show: Callable[[Batch], None], batches: Sequence[Batch]
+        self, module: Any, run_model: Callable[[Batch], None], batches: Sequence[Batch]
     ) -> None:
         self.trips: list[nn.Module] = module.trip_modules()
-        self.show, self.batches = show, batches
+        self.run_model, self.batches = run_model, batches
         # for each batch: the trip's first input, and the other arguments of each trip
         self.hidden: list[Tensor] = []
         self.rest: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
         # whether a trip's first input is the result of the trip before
         self.follows = [True] * len(self.trips)
-        self._look(0)
+        self._record_inputs(0)
 
     def run(self, trip: int, number: int) -> Tensor:
         """Run a trip on a batch, and return the first carried value."""
-        args, named = self.rest[number][trip]
-        out: Tensor = self.trips[trip](self.hidden[number], *args, **named)[0]
+        args, kwargs = self.rest[number][trip]
+        out: Tensor = self.trips[trip](self.hidden[number], *args, **kwargs)[0]
         return out
 
     def advance(self, trip: int) -> None:
@@ -157,42 +163,42 @@ class _Walk:
                 self.hidden = after
             else:
                 # other operations lie between these trips
-                self._look(trip + 1)
+                self._record_inputs(trip + 1)
 
-    def groups(self, trip: int, layers: Mapping[str, Layer]) -> Iterator[list[Layer]]:
+    def groups(self, trip: int, layers: Mapping[str, FittedLinear]) -> Iterator[list[FittedLinear]]:
         """Yield the layers of a trip in the order in which they run, grouped by their input."""
         inside = set(self.trips[trip].modules())
-        own: dict[nn.Module, Layer] = {
+        by_module: dict[nn.Module, FittedLinear] = {
             layer.student: layer for layer in layers.values() if layer.student in inside
         }
-        with _seen(list(own)) as seen:
+        with _recorded_calls(list(by_module)) as calls:
             self.run(trip, 0)
-        group: list[Layer] = []
+        group: list[FittedLinear] = []
         last: Tensor | None = None
-        for module, (x, _) in seen.items():
+        for module, (x, _) in calls.items():
             if group and x is not last:
                 yield group
                 group = []
-            group.append(own[module])
+            group.append(by_module[module])
             last = x
         if group:
             yield group
 
-    def _look(self, first: int) -> None:
+    def _record_inputs(self, first: int) -> None:
         """Run the whole model to record the inputs of the trips from `first` on."""
         self.hidden, self.rest = [], []
         for batch in self.batches:
             calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
 
             def note(
-                _module: nn.Module, args: Any, named: Any, output: Any, to: Any = calls
+                _module: nn.Module, args: Any, kwargs: Any, output: Any, to: Any = calls
             ) -> None:
-                to.append((args, named, output))
+                to.append((args, kwargs, output))
 
             # a module that makes several trips is hooked once
             once = dict.fromkeys(self.trips)
             with removing_hooks([m.register_forward_hook(note, with_kwargs=True) for m in once]):
-                self.show(batch)
+                self.run_model(batch)
             self.hidden.append(calls[first][0][0])
             self.rest.append({t: (calls[t][0][1:], calls[t][1]) for t in range(len(calls))})
             for t in range(1, len(calls)):

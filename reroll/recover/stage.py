@@ -121,7 +121,7 @@ class Loss:
 class Stage(Declared, ABC):
     """Base of all stages. A subclass sets `name`, and `teaches` if it needs the original."""
 
-    what: ClassVar[str] = "stage"
+    category: ClassVar[str] = "stage"
     teaches: ClassVar[bool] = True
 
     share: float = option(

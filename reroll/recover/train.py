@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reroll.errors import RecoveryError
 from reroll.recover.checkpoints import Progress
 from reroll.recover.data import take
-from reroll.recover.measure import held_out
+from reroll.recover.held_out import held_out
 from reroll.recover.optimizers import make_optimizer, rate
 from reroll.recover.setup import Setup
 from reroll.recover.stage import Batch, Loss, Models, Stage, batch_of
@@ -128,8 +128,8 @@ def _step(
     rows = take(run.corpus.train, progress.steps * settings.batch, settings.batch)
     count = int(rows.mask.sum())
     # the rows are dealt out to the processes in turn
-    own = rows.pick(range(int(accelerator.process_index), len(rows), run.processes))
-    pieces = own.split(settings.micro or len(own))
+    local = rows.pick(range(int(accelerator.process_index), len(rows), run.processes))
+    pieces = local.split(settings.micro or len(local))
     optimizer.zero_grad()
     seed = settings.seed * 1_000_003 + progress.steps
     torch.manual_seed(seed)

@@ -86,12 +86,12 @@ def _adapted(module: Any, stage: Stage) -> Iterator[nn.Module]:
 
 def _shared(module: nn.Module, names: list[str]) -> str | None:
     """Return the first linear layer whose weight an earlier one shares; None if there is none."""
-    seen: set[int] = set()
+    counted: set[int] = set()
     for name in names:
         weight = module.get_submodule(name).weight
-        if id(weight) in seen:
+        if id(weight) in counted:
             return name
-        seen.add(id(weight))
+        counted.add(id(weight))
     return None
 
 
@@ -99,7 +99,7 @@ def new_names(module: nn.Module, teacher: nn.Module | None) -> frozenset[str]:
     """Return the names of parameters that the original does not have, such as gates and factors."""
     if teacher is None:
         return frozenset()
-    ours, theirs = (
+    student_names, teacher_names = (
         {name for name, _ in m.named_parameters(remove_duplicate=False)} for m in (module, teacher)
     )
-    return frozenset(ours - theirs)
+    return frozenset(student_names - teacher_names)

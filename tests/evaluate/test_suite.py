@@ -18,7 +18,7 @@ import reroll
 from reroll.cli import app
 from reroll.errors import RerollError, UsageError
 from reroll.evaluate import harness, plots, report, suite
-from reroll.evaluate.answers import Question, Row, Spot, encode, look
+from reroll.evaluate.answers import Question, ScoredRow, Spot, encode, score_rows
 from reroll.evaluate.measure import Bench, Measure, measures
 from reroll.evaluate.runner import Runner
 from reroll.evaluate.subjects import open_subject
@@ -299,7 +299,7 @@ def test_lm_eval_runs_on_a_saved_model(original: Path, out: Path, tasks: Path) -
             questions = [encode(Runner(subject), row["question"], row["choices"], row["label"])]
             whole = [
                 sum(s.log_likelihood for s in seen)
-                for seen in look(Runner(subject), _rows_of(questions[0]))
+                for seen in score_rows(Runner(subject), _rows_of(questions[0]))
             ]
             expected += max(range(3), key=whole.__getitem__) == row["label"]
         assert found["count_to_three"]["acc"] == expected / 4
@@ -322,11 +322,11 @@ def test_the_command_of_lm_eval_loads_a_saved_model(out: Path, tasks: Path) -> N
     assert "count_to_three" in done.stdout
 
 
-def _rows_of(question: Question) -> list[Row]:
+def _rows_of(question: Question) -> list[ScoredRow]:
     """A row for each candidate, every token of which is looked at."""
     rows = []
     for candidate in question.candidates:
         ids = question.prompt + candidate
         start = len(question.prompt)
-        rows.append(Row(ids, [Spot(p - 1, ids[p]) for p in range(start, len(ids))]))
+        rows.append(ScoredRow(ids, [Spot(p - 1, ids[p]) for p in range(start, len(ids))]))
     return rows

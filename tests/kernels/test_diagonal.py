@@ -30,7 +30,7 @@ LIMIT = {"retention": 64, "gla": 32}
 @pytest.fixture(params=["fused", "split"])
 def backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether gradients come from one launch or from four, whatever the manifest has."""
-    find = configurations.find
+    find = configurations.find_tiles
 
     def found(family: str, k: Tensor, v: Tensor, gate: int, precision: str, limit: int) -> Any:
         if family == "diagonal_fused":

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from reroll.errors import PassError, UsageError
 from reroll.mixers import make
+from reroll.passes.linearize.attention_calls import Reach, attention_calls, samples
 from reroll.passes.linearize.half_lives import measure_starts
-from reroll.passes.linearize.observed import Reach, observed, samples
 from reroll.rewrite.analysis.context import Context
 from reroll.rewrite.analysis.costs import state_bytes
 from reroll.rewrite.analysis.layers import attention_layers
@@ -321,7 +321,7 @@ class TestCalibration:
         assert inputs is not None
         layers = attention_layers(with_text)
         starts = measure_starts(with_text, layers, inputs, self.reach, context)
-        (first, *_) = observed(with_text, layers, inputs, context)
+        (first, *_) = attention_calls(with_text, layers, inputs, context)
         q, k = first.q[0], first.k[0].repeat_interleave(2, 0)
         distance, mass = torch.zeros(4), torch.zeros(4)
         for t in range(q.shape[1]):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from reroll.errors import PassError
 from reroll.mixers import make
+from reroll.passes.linearize.attention_calls import Reach, attention_calls
 from reroll.passes.linearize.half_lives import measure_starts
-from reroll.passes.linearize.observed import Reach, observed
 from reroll.rewrite.analysis.context import Context
 from reroll.rewrite.analysis.costs import state_bytes
 from reroll.rewrite.analysis.layers import attention_layers
@@ -144,7 +144,7 @@ def test_what_it_costs() -> None:
 def test_look_back_in_both_directions() -> None:
     program, inputs = captured("bert"), {"input_ids": inputs_of("bert")["input_ids"]}
     layers, context = attention_layers(program), Context()
-    (first, *_) = observed(program, layers, [inputs], context)
+    (first, *_) = attention_calls(program, layers, [inputs], context)
     weights = (first.q @ first.k.mT * first.scale).softmax(-1)
     distance = (torch.arange(23)[:, None] - torch.arange(23)).abs()
     for window, near in ((0, 0), (5, 6)):

@@ -161,7 +161,7 @@ def test_layers_are_exchanged_if_that_is_better() -> None:
 
     class Fixed(keeping._Distance):
         def __init__(self, *_: object) -> None:
-            self.what = "text"
+            self.text = "text"
 
         def __call__(self, numbers: Any) -> float:
             return distances[tuple(sorted(numbers))]

@@ -300,10 +300,10 @@ def test_a_lock_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:
     directory = Directory(tmp_path / "out.run")
     directory.path.mkdir()
     (directory.path / "lock").write_text("1 on elsewhere")
-    with directory.held():
+    with directory.exclusive():
         assert (directory.path / "lock").read_text().startswith(f"{os.getpid()} on ")
         (directory.path / "run.json").write_text("{}")
-    with directory.held():
+    with directory.exclusive():
         pass
     assert (directory.path / "run.json").is_file()
 

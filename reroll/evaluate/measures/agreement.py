@@ -40,9 +40,9 @@ class Agreement(Measure):
             raise NotApplicable(f"no context fits: the text has {len(text.ids)} tokens")
         return {"model": {"contexts": [self._at(bench, text, c) for c in contexts]}}
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {}
-        for at in found["contexts"]:
+        for at in result["contexts"]:
             rows[f"KL from the original at {at['context']:,} (nats)"] = at["kl"]
             rows[f"top-1 agreement at {at['context']:,}"] = at["top1_agreement"]
         return rows
@@ -58,15 +58,15 @@ class Agreement(Measure):
             bench.progress(number, len(starts), f"context {context}")
             ids = torch.tensor([lead + text.ids[start : start + room]])
             pieces = zip(original.logits(ids), model.logits(ids), strict=True)
-            for (_, theirs), (_, ours) in pieces:
-                if theirs.shape != ours.shape:
+            for (_, expected), (_, actual) in pieces:
+                if expected.shape != actual.shape:
                     raise NotApplicable(
-                        f"the models have different vocabularies: {theirs.shape[-1]} and "
-                        f"{ours.shape[-1]}"
+                        f"the models have different vocabularies: {expected.shape[-1]} and "
+                        f"{actual.shape[-1]}"
                     )
-                distance.add(theirs[0], ours[0])
-                five = ours[0].topk(min(5, ours.shape[-1])).indices
-                among += int((five == theirs[0].argmax(-1, keepdim=True)).any(-1).sum())
+                distance.add(expected[0], actual[0])
+                five = actual[0].topk(min(5, actual.shape[-1])).indices
+                among += int((five == expected[0].argmax(-1, keepdim=True)).any(-1).sum())
         return {
             "context": context,
             "kl": distance.kl,

@@ -43,20 +43,20 @@ class Copying(Measure):
     passages: int = option(4, within=COUNT, help="passages of each length")
 
     def run(self, bench: Bench) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for side, runner in bench.sides.items():
             runner.need_generation()
             fitting = [n for n in self.lengths if not runner.limit or 2 * n < runner.limit]
             if not fitting:
                 raise NotApplicable(f"no length fits twice into {runner.limit} tokens")
-            found[side] = {"lengths": []}
+            result[side] = {"lengths": []}
             for length in fitting:
                 bench.progress(0, 0, f"{side}, copying over {length} tokens")
-                found[side]["lengths"].append(self._at(bench, runner, length))
-        return found
+                result[side]["lengths"].append(self._at(bench, runner, length))
+        return result
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
-        return {f"copied over {at['length']:,} tokens": at["again"] for at in found["lengths"]}
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
+        return {f"copied over {at['length']:,} tokens": at["again"] for at in result["lengths"]}
 
     def _at(self, bench: Bench, runner: Runner, length: int) -> dict[str, Any]:
         text = Text(runner, bench.text, 2 * length * self.passages)

@@ -9,6 +9,7 @@ once only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from reroll.evaluate.measure import Bench, Measure, NotApplicable
 from reroll.evaluate.runner import Runner
 from reroll.rewrite.analysis.costs import flops_per_token
 from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.pipeline.options import option
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -34,18 +36,18 @@ class Cost(Measure):
     contexts: list[int] = option([1024, 4096], within=COUNT, help="tokens in context")
 
     def run(self, bench: Bench) -> dict[str, Any]:
-        found = {}
+        result = {}
         for side, runner in bench.sides.items():
-            found[side] = self._of(runner)
-        return found
+            result[side] = self._of(runner)
+        return result
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {
-            "parameters": found["parameters"],
-            "weights (bytes)": found["weight_bytes"],
-            "weights read for a token (bytes)": found["weight_bytes_read"],
+            "parameters": result["parameters"],
+            "weights (bytes)": result["weight_bytes"],
+            "weights read for a token (bytes)": result["weight_bytes_read"],
         }
-        for at in found["contexts"]:
+        for at in result["contexts"]:
             rows[f"FLOPs for a token at {at['context']:,}"] = at["flops_per_token"]
             rows[f"state at {at['context']:,} (bytes)"] = at["state_bytes"]
         return rows
@@ -86,15 +88,14 @@ def bytes_read(program: Program) -> int:
 def _graph(program: Program, graph: fx.Graph) -> int:
     total = 0
     for node in graph.nodes:
-        kind = node.meta.get("type")
-        if node.op != "get_attr" or kind is None:
+        type_ = type_of(node)
+        if node.op != "get_attr" or type_ is None:
             continue
-        size = kind.dtype.itemsize
-        for length in kind.shape:
-            size *= length
+        sizes = [int(size) for size in type_.shape]
+        size = type_.dtype.itemsize * math.prod(sizes)
         tables = [u for u in node.users if u.target is EMBEDDING and u.args[0] is node]
         # a table that is tied to the head is read whole there
         if tables and len(tables) == len(node.users):
-            size //= kind.shape[0]
+            size //= sizes[0]
         total += size
     return total

@@ -52,22 +52,22 @@ class Generation(Measure):
         step = (len(text.ids) - length) // max(count - 1, 1)
         starts = [n * step for n in range(count)]
         prompts = torch.tensor([bench.model.prefix + text.ids[s : s + prompt] for s in starts])
-        made: dict[str, list[list[int]]] = {}
+        generated: dict[str, list[list[int]]] = {}
         for side, runner in bench.sides.items():
-            made[side] = []
+            generated[side] = []
             for number, part in enumerate(prompts.split(BATCH)):
                 bench.progress(number * BATCH, count, f"{side}, continuing")
-                made[side] += runner.greedy(part, new).tolist()
-        made["text"] = [text.ids[s + prompt : s + length] for s in starts]
-        found = {side: style(rows) for side, rows in made.items()}
+                generated[side] += runner.greedy(part, new).tolist()
+        generated["text"] = [text.ids[s + prompt : s + length] for s in starts]
+        result = {side: style(rows) for side, rows in generated.items()}
         if bench.original is not None:
-            pairs = zip(made["model"], made["original"], strict=True)
+            pairs = zip(generated["model"], generated["original"], strict=True)
             lengths = [agreement(a, b) for a, b in pairs]
-            found["model"] |= {
+            result["model"] |= {
                 "agreement_tokens": sum(lengths) / count,
                 "identical": sum(n == new for n in lengths) / count,
             }
-        return {**found, "new": new, "prompts": count}
+        return {**result, "new": new, "prompts": count}
 
     def _fitting(self, bench: Bench) -> tuple[int, int]:
         """Return the tokens of a prompt and of its continuation, reduced to fit the models."""
@@ -78,12 +78,12 @@ class Generation(Measure):
         prompt = max(room * self.prompt // (self.prompt + self.new), 1)
         return prompt, max(room - prompt, 1)
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {}
-        if "agreement_tokens" in found:
-            rows["tokens generated as the original does"] = found["agreement_tokens"]
-        rows["repetition (4-grams)"] = found["repetition"]
-        rows["distinct 2-grams"] = found["distinct"]["2"]
+        if "agreement_tokens" in result:
+            rows["tokens generated as the original does"] = result["agreement_tokens"]
+        rows["repetition (4-grams)"] = result["repetition"]
+        rows["distinct 2-grams"] = result["distinct"]["2"]
         return rows
 
 

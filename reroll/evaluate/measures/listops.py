@@ -53,26 +53,26 @@ class ListOps(Measure):
     )
 
     def run(self, bench: Bench) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for side, runner in bench.sides.items():
             runner.need_generation()
             cells = []
             for most in self.symbols:
                 bench.progress(0, 0, f"{side}, up to {most} symbols")
-                made = self._at(bench, runner, most)
-                cells += [] if made is None else [made]
+                at_length = self._at(bench, runner, most)
+                cells += [] if at_length is None else [at_length]
             if not cells:
                 raise NotApplicable("no question fits into the model's context")
-            found[side] = {
+            result[side] = {
                 **{key: mean([c[key] for c in cells]) for key in ("accuracy", "exact", "chance")},
                 "cells": cells,
             }
-        return found
+        return result
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         return {
             f"up to {c['symbols']:,} symbols (chance {c['chance']:.2f})": c["accuracy"]
-            for c in found["cells"]
+            for c in result["cells"]
         }
 
     def _at(self, bench: Bench, runner: Runner, most: int) -> dict[str, Any] | None:

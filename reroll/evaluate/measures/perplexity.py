@@ -51,7 +51,7 @@ class Perplexity(Measure):
     )
 
     def run(self, bench: Bench) -> dict[str, Any]:
-        found: dict[str, Any] = {"style": self.style}
+        result: dict[str, Any] = {"style": self.style}
         for side, runner in bench.sides.items():
             runner.need_generation()
             text = Text(runner, bench.text, self.tokens)
@@ -65,18 +65,18 @@ class Perplexity(Measure):
                     f"{runner.limit or 'any number'}"
                 )
             kept = [c["context"] for c in curve]
-            found[side] = {
+            result[side] = {
                 "contexts": curve,
                 "left_out": [c for c in self.contexts if c not in kept],
                 "bytes_from": text.bytes_from,
             }
-        return found
+        return result
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {
-            f"perplexity at {c['context']:,}": c["perplexity"] for c in found["contexts"]
+            f"perplexity at {c['context']:,}": c["perplexity"] for c in result["contexts"]
         }
-        rows["bits per byte, longest context"] = found["contexts"][-1]["bits_per_byte"]
+        rows["bits per byte, longest context"] = result["contexts"][-1]["bits_per_byte"]
         return rows
 
     def _at(self, runner: Runner, text: Text, context: int) -> dict[str, Any]:
@@ -131,17 +131,17 @@ class Text:
         if most:
             text = text[: CHARACTERS * most]
         fast = bool(getattr(runner.tokenizer, "is_fast", False))
-        found = runner.tokenizer(
+        encoded = runner.tokenizer(
             text, add_special_tokens=False, verbose=False, return_offsets_mapping=fast
         )
-        self.ids = [int(i) for i in found["input_ids"]]
+        self.ids = [int(i) for i in encoded["input_ids"]]
         if len(self.ids) < 2:
             raise NotApplicable("the text has fewer than two tokens")
         # byte offsets of the characters, and of the end of each token
         if fast:
             self.bytes_from = "offsets"
             offsets = [0, *accumulate(len(c.encode()) for c in text)]
-            ends = accumulate((end for _, end in found["offset_mapping"]), max)
+            ends = accumulate((end for _, end in encoded["offset_mapping"]), max)
             self._ends: list[int] = [0, *(offsets[end] for end in ends)]
         else:
             self.bytes_from = "average"

@@ -40,7 +40,7 @@ TASKS = ("needle", "passkey", "mqar", "phonebook")
 class _Result:
     """One answer, with its cell and its distance."""
 
-    place: tuple[tuple[str, Any], ...]
+    cell: tuple[tuple[str, Any], ...]
     distance: int
     answer: Answer
     chance: float
@@ -80,26 +80,26 @@ class Recall(Measure):
     def run(self, bench: Bench) -> dict[str, Any]:
         bench.model.need_generation()
         window = self.window or bench.model.window
-        found: dict[str, Any] = {"window": window}
+        result: dict[str, Any] = {"window": window}
         for side, runner in bench.sides.items():
-            found[side] = {}
+            result[side] = {}
             for task in self.tasks:
                 results = self._mqar(bench, runner, side) if task == "mqar" else []
-                for questions, place in self._questions(bench, runner, task):
+                for questions, coordinates in self._questions(bench, runner, task):
 
-                    def tell(done: int, what: str = f"{side}, {task} {place}") -> None:
-                        bench.progress(0, 0, f"{what}: {done}")
+                    def tell(done: int, text: str = f"{side}, {task} {coordinates}") -> None:
+                        bench.progress(0, 0, f"{text}: {done}")
 
-                    results += _asked(runner, questions, place, tell)
+                    results += _asked(runner, questions, coordinates, tell)
                 if results:
-                    found[side][task] = _summary(results, window)
-        if not found["model"]:
+                    result[side][task] = _summary(results, window)
+        if not result["model"]:
             raise NotApplicable("no length fits into the model's context")
-        return found
+        return result
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {}
-        for task, each in found.items():
+        for task, each in result.items():
             rows[f"{task} (chance {each['chance']:.2f})"] = each["accuracy"]
             if each["beyond"] is not None:
                 rows[f"{task}, beyond the window"] = each["beyond"]
@@ -115,9 +115,9 @@ class Recall(Measure):
             return [
                 (
                     [
-                        made
+                        question
                         for n in range(self.samples)
-                        if (made := make(bench, runner, length, depth, n)) is not None
+                        if (question := make(bench, runner, length, depth, n)) is not None
                     ],
                     {"length": length, "depth": depth},
                 )
@@ -144,14 +144,17 @@ class Recall(Measure):
 
 
 def _asked(
-    runner: Runner, questions: Sequence[tuple[Question, int]], place: dict[str, Any], tell: Any
+    runner: Runner,
+    questions: Sequence[tuple[Question, int]],
+    coordinates: dict[str, Any],
+    tell: Any,
 ) -> list[_Result]:
     too_long = [q for q, _ in questions if runner.limit and q.length > runner.limit]
     if too_long:
         return []
     answers = ask(runner, [question for question, _ in questions], tell)
     return [
-        _Result(tuple(place.items()), distance, answer, 1 / len(question.candidates))
+        _Result(tuple(coordinates.items()), distance, answer, 1 / len(question.candidates))
         for (question, distance), answer in zip(questions, answers, strict=True)
     ]
 
@@ -161,14 +164,14 @@ def _summary(results: Sequence[_Result], window: int | None) -> dict[str, Any]:
     inside = [r.answer for r in results if window is None or r.distance < window]
     beyond = [r.answer for r in results if window is not None and r.distance >= window]
     cells = []
-    for place in dict.fromkeys(r.place for r in results):
-        own = [r for r in results if r.place == place]
-        distances = [r.distance for r in own]
+    for coordinates in dict.fromkeys(r.cell for r in results):
+        in_cell = [r for r in results if r.cell == coordinates]
+        distances = [r.distance for r in in_cell]
         cells.append(
             cell(
-                [r.answer for r in own],
-                _mean([r.chance for r in own]),
-                **dict(place),
+                [r.answer for r in in_cell],
+                _mean([r.chance for r in in_cell]),
+                **dict(coordinates),
                 distance=round(_mean(distances)),
             )
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from reroll.evaluate.answers import Answer, Question, Row, Spot, encode, look
+from reroll.evaluate.answers import Answer, Question, ScoredRow, Spot, encode, score_rows
 from reroll.evaluate.measure import Bench, NotApplicable
 from reroll.evaluate.runner import Runner
 from reroll.evaluate.tokenizing import plain_ids
@@ -64,7 +64,7 @@ def _hidden(
     depth: float,
     hay: list[int],
     offset: int,
-    said: str,
+    sentence: str,
     closing: str,
     candidates: list[str],
 ) -> tuple[Question, int] | None:
@@ -72,7 +72,7 @@ def _hidden(
 
     Prompt and answer have `length` tokens. None if that is too short.
     """
-    question = encode(runner, said, candidates, 0)
+    question = encode(runner, sentence, candidates, 0)
     asking = question.prompt[len(runner.prefix) :]
     answer = question.candidates[0]
     needle = asking + answer + plain_ids(runner.tokenizer, closing)
@@ -81,9 +81,9 @@ def _hidden(
     if room < 0:
         return None
     filler = [hay[(offset + n) % len(hay)] for n in range(room)]
-    place = round(depth * room)
-    before = runner.prefix + filler[:place]
-    prompt = before + needle + filler[place:] + asking
+    position = round(depth * room)
+    before = runner.prefix + filler[:position]
+    prompt = before + needle + filler[position:] + asking
     distance = len(prompt) - 1 - (len(before) + len(asking))
     return Question(prompt, question.candidates, 0), distance
 
@@ -105,10 +105,10 @@ def phonebook(bench: Bench, runner: Runner, entries: int, sample: int) -> tuple[
     question = encode(runner, f"{chosen[wanted]}:", [f" {n}" for n in candidates.values()], 0)
     asking = question.prompt[len(runner.prefix) :]
     ids = runner.prefix + head
-    found = 0
+    entry_end = 0
     for entry, (name, digits) in enumerate(zip(chosen, numbers, strict=True)):
         if entry == wanted:
-            found = len(ids) + len(asking)
+            entry_end = len(ids) + len(asking)
             line = asking + question.candidates[0] + plain_ids(runner.tokenizer, "\n")
         else:
             line = plain_ids(runner.tokenizer, f"{name}: {digits}\n")
@@ -118,7 +118,7 @@ def phonebook(bench: Bench, runner: Runner, entries: int, sample: int) -> tuple[
         f"{chosen[n]}: {numbers[n]}\n" for n in random.sample(others, min(SHOTS, len(others)))
     )
     prompt = ids + plain_ids(runner.tokenizer, f"\nLooked up\n{again}") + asking
-    return Question(prompt, question.candidates, 0), len(prompt) - 1 - found
+    return Question(prompt, question.candidates, 0), len(prompt) - 1 - entry_end
 
 
 def mqar(bench: Bench, runner: Runner, pairs: int, samples: int) -> Iterator[tuple[Answer, int]]:
@@ -134,14 +134,14 @@ def mqar(bench: Bench, runner: Runner, pairs: int, samples: int) -> Iterator[tup
         row, away = _pairs(bench.random("mqar", pairs, sample), runner.prefix, words, pairs)
         rows.append(row)
         distances.append(away)
-    for seen, away in zip(look(runner, rows), distances, strict=True):
-        for each, distance in zip(seen, away, strict=True):
+    for scores, away in zip(score_rows(runner, rows), distances, strict=True):
+        for each, distance in zip(scores, away, strict=True):
             yield Answer(each.chosen, each.exact, each.log_likelihood), distance
 
 
 def _pairs(
     random: random.Random, prefix: list[int], words: list[int], pairs: int
-) -> tuple[Row, list[int]]:
+) -> tuple[ScoredRow, list[int]]:
     chosen = random.sample(words, 2 * pairs)
     keys, values = chosen[:pairs], chosen[pairs:]
     ids = [*prefix, *(i for pair in zip(keys, values, strict=True) for i in pair)]
@@ -151,7 +151,7 @@ def _pairs(
         said = len(prefix) + 2 * number + 1
         spots.append(Spot(len(ids) - 2, values[number], tuple(values)))
         distances.append(len(ids) - 2 - said)
-    return Row(ids, spots), distances
+    return ScoredRow(ids, spots), distances
 
 
 def _words(runner: Runner) -> list[int]:
@@ -161,7 +161,7 @@ def _words(runner: Runner) -> list[int]:
     count = min(len(tokenizer), runner.vocabulary)
     texts = {i: tokenizer.decode([i]) for i in range(min(count, 20_000)) if i not in special}
     for wanted in (lambda t: t[:1] == " " and t[1:].isalpha() and len(t) > 3, str.isprintable):
-        found = [i for i, text in texts.items() if text.isascii() and wanted(text)]
-        if len(found) >= 512:
+        words = [i for i, text in texts.items() if text.isascii() and wanted(text)]
+        if len(words) >= 512:
             break
-    return found
+    return words

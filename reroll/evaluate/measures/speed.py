@@ -43,7 +43,7 @@ class Speed(Measure):
         contexts = within(self.contexts, bench.model, behind=self.decode)
         if not contexts:
             raise NotApplicable("no context fits into the model's")
-        found: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": self.rounds}
+        result: dict[str, Any] = {"threads": torch.get_num_threads(), "rounds": self.rounds}
         tables: dict[str, list[dict[str, Any]]] = {side: [] for side in bench.sides}
         for context in contexts:
             for side, times in self._at(bench, context).items():
@@ -57,15 +57,15 @@ class Speed(Measure):
                     }
                 )
         for side, table in tables.items():
-            found[side] = {"contexts": table}
+            result[side] = {"contexts": table}
         if bench.original is not None:
             pairs = zip(tables["model"], tables["original"], strict=True)
-            found["ratio"] = {"contexts": [_ratio(a, b) for a, b in pairs]}
-        return found
+            result["ratio"] = {"contexts": [_ratio(a, b) for a, b in pairs]}
+        return result
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {}
-        for at in found["contexts"]:
+        for at in result["contexts"]:
             rows[f"prefill, {at['context']:,} tokens (tokens/s)"] = at["prefill_tokens_per_second"]
             rows[f"decode behind {at['context']:,} (tokens/s)"] = at["decode_tokens_per_second"]
             rows[f"state at {at['context']:,} (bytes)"] = at["state_bytes"]
@@ -91,16 +91,16 @@ def _time(runner: Runner, ids: Tensor, count: int) -> tuple[float, float]:
     """Measure the seconds of one prefill, and of decoding `count` tokens after it."""
     _wait(runner.device)
     start = time.perf_counter()
-    found = runner.forward(ids, None, 1, use_cache=True)
-    token = found["logits"][:, -1].argmax(-1, keepdim=True)
+    outputs = runner.forward(ids, None, 1, use_cache=True)
+    token = outputs["logits"][:, -1].argmax(-1, keepdim=True)
     _wait(runner.device)
     filled = time.perf_counter()
     step = ids.to(runner.device)
     for _ in range(count):
-        cache = found.get("past_key_values")
+        cache = outputs.get("past_key_values")
         step = token if cache is not None else torch.cat([step, token], dim=1)
-        found = runner.forward(step, cache, 1, use_cache=True)
-        token = found["logits"][:, -1].argmax(-1, keepdim=True)
+        outputs = runner.forward(step, cache, 1, use_cache=True)
+        token = outputs["logits"][:, -1].argmax(-1, keepdim=True)
     _wait(runner.device)
     return filled - start, time.perf_counter() - filled
 

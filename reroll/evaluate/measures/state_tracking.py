@@ -66,28 +66,28 @@ class StateTracking(Measure):
             raise UsageError(f"there is no task {unknown[0]!r}", self.name, ", ".join(TASKS))
 
     def run(self, bench: Bench) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for side, runner in bench.sides.items():
             runner.need_generation()
-            found[side] = {}
+            result[side] = {}
             for task in self.tasks:
                 bench.progress(0, 0, f"{side}, {task}")
                 cells = [c for n in self.lengths if (c := self._at(bench, runner, task, n))]
                 if cells:
-                    found[side][task] = _summary(cells)
-            _effect(found[side])
-        if not found["model"]:
+                    result[side][task] = _summary(cells)
+            _effect(result[side])
+        if not result["model"]:
             raise NotApplicable("no question fits into the model's context")
-        return found
+        return result
 
-    def headline(self, found: Mapping[str, Any]) -> dict[str, float | int | None]:
+    def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {
-            f"{task} (chance {found[task]['chance']:.2f})": found[task]["accuracy"]
+            f"{task} (chance {result[task]['chance']:.2f})": result[task]["accuracy"]
             for task in TASKS
-            if task in found
+            if task in result
         }
-        if "tokenizer_effect" in found:
-            rows["counting: the tokenizer's effect"] = found["tokenizer_effect"]
+        if "tokenizer_effect" in result:
+            rows["counting: the tokenizer's effect"] = result["tokenizer_effect"]
         return rows
 
     def _at(self, bench: Bench, runner: Runner, task: str, length: int) -> dict[str, Any] | None:
@@ -105,8 +105,8 @@ class StateTracking(Measure):
             return None
         answers = ask(runner, questions)
         chance = sum(1 / len(q.candidates) for q in questions) / len(questions)
-        found = cell(answers, chance, length=length)
-        return {**found, "tokens_per_item": items / (length * self.samples)}
+        summary = cell(answers, chance, length=length)
+        return {**summary, "tokens_per_item": items / (length * self.samples)}
 
 
 def _shot(
@@ -115,10 +115,10 @@ def _shot(
     """Draw a solved problem that differs from the asked one, if there is another of this length."""
     for attempt in range(TRIES):
         # answers of shots rotate, as those of the samples do
-        made = make(random, length, turn + attempt // 4, letters)
-        if made.question != asked.question:
+        problem = make(random, length, turn + attempt // 4, letters)
+        if problem.question != asked.question:
             break
-    return made
+    return problem
 
 
 def _summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -128,10 +128,10 @@ def _summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     } | {"cells": cells}
 
 
-def _effect(found: dict[str, Any]) -> None:
-    if "counting_separated" in found and "counting_merged" in found:
-        separated, merged = (found[f"counting_{k}"]["accuracy"] for k in ("separated", "merged"))
-        found["tokenizer_effect"] = separated - merged
+def _effect(result: dict[str, Any]) -> None:
+    if "counting_separated" in result and "counting_merged" in result:
+        separated, merged = (result[f"counting_{k}"]["accuracy"] for k in ("separated", "merged"))
+        result["tokenizer_effect"] = separated - merged
 
 
 # ---- problems
@@ -150,8 +150,8 @@ def parity(random: random.Random, length: int, turn: int, letters: int) -> Probl
 def modular(random: random.Random, length: int, turn: int, letters: int) -> Problem:
     """Draw a problem: the sum of digits modulo 5."""
     digits = [random.randrange(MODULUS) for _ in range(length)]
-    place = random.randrange(length)
-    digits[place] = (digits[place] + turn - sum(digits)) % MODULUS
+    position = random.randrange(length)
+    digits[position] = (digits[position] + turn - sum(digits)) % MODULUS
     items = " ".join(map(str, digits))
     question = f"Digits: {items}\nSum modulo {MODULUS}:"
     return Problem(question, str(sum(digits) % MODULUS), list(map(str, range(MODULUS))), items)

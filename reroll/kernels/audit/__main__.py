@@ -40,8 +40,8 @@ def audit(targets: list[str], families: list[str], sizes: list[str]) -> list[dic
             answer = worker.ask(
                 do="measure", family=name, variant=variant, target=target, tiles=entry["tiles"]
             )
-            for kernel, found in answer["found"].items():
-                records.append({"configuration": at, "kernel": kernel, **found})
+            for kernel, measured in answer["found"].items():
+                records.append({"configuration": at, "kernel": kernel, **measured})
     return records
 
 
@@ -89,14 +89,14 @@ def summary(records: list[dict[str, Any]]) -> str:
         family, target, *_ = r["configuration"].split("/")
         groups.setdefault((target, family), []).append(r)
     lines = []
-    for (target, family), own in sorted(groups.items(), key=lambda g: TARGETS.index(g[0][0])):
-        narrow = [r["tensor_core"] for r in own if "/ieee/" not in r["configuration"]]
+    for (target, family), group in sorted(groups.items(), key=lambda g: TARGETS.index(g[0][0])):
+        narrow = [r["tensor_core"] for r in group if "/ieee/" not in r["configuration"]]
         numbers = (
-            len({r["configuration"] for r in own}),
-            len(own),
-            sum(r["spilled"] > 0 for r in own),
-            max(r["registers"] for r in own),
-            -(-max(r["shared"] for r in own) // 1024),
+            len({r["configuration"] for r in group}),
+            len(group),
+            sum(r["spilled"] > 0 for r in group),
+            max(r["registers"] for r in group),
+            -(-max(r["shared"] for r in group) // 1024),
         )
         fewest = str(min(narrow)) if any(narrow) else "none"
         lines.append((target, family, *map(str, numbers), fewest))

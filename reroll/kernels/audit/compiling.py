@@ -73,15 +73,15 @@ class Measured:
 
 def launches(run: Callable[[], Any]) -> list[Launch]:
     """Record what `run` would launch: kernel, arguments and keyword arguments of each."""
-    found: list[Launch] = []
+    recorded: list[Launch] = []
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         del grid, warmup
-        found.append((self, args, kwargs))
+        recorded.append((self, args, kwargs))
 
     with _instead_of_running(note):
         run()
-    return found
+    return recorded
 
 
 @contextmanager
@@ -118,9 +118,9 @@ def binary(launch: Launch, target: str) -> tuple[bytes, dict[str, Any]]:
     """Return the binary of a launch, and what a driver needs to load it."""
     source, options = _source(launch)
     built = triton.compile(source, target=TARGETS[target], options=options)
-    kind = "cubin" if "cubin" in built.asm else "hsaco"
+    format_ = "cubin" if "cubin" in built.asm else "hsaco"
     about = {"name": built.metadata.name, "shared": built.metadata.shared, **options}
-    return built.asm[kind], about
+    return built.asm[format_], about
 
 
 def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
@@ -128,16 +128,16 @@ def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
     # set explicitly, because Triton 3.10 changes the default
     options["enable_fp_fusion"] = True
-    given = dict(zip(kernel.arg_names, args, strict=False))
-    given |= {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    arguments = dict(zip(kernel.arg_names, args, strict=False))
+    arguments |= {k: v for k, v in kwargs.items() if k in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
     declared = {p.name: p.is_constexpr for p in kernel.params}
     for i, name in enumerate(kernel.arg_names):
-        kind, value = _type(given[name], declared[name]), given[name]
-        signature[name] = kind
-        if kind == "constexpr":
+        type_, value = _type(arguments[name], declared[name]), arguments[name]
+        signature[name] = type_
+        if type_ == "constexpr":
             constants[(i,)] = value
-        elif kind.startswith("*") or (kind.startswith("i") and value % 16 == 0):
+        elif type_.startswith("*") or (type_.startswith("i") and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 
@@ -150,8 +150,8 @@ def _type(value: Any, constant: bool) -> str:
         return "fp32"
     if isinstance(value, int):
         return "i32" if abs(value) < 1 << 31 else "i64"
-    kind: str = triton.runtime.jit.mangle_type(value)
-    return kind
+    name: str = triton.runtime.jit.mangle_type(value)
+    return name
 
 
 def _of_cubin(cubin: bytes, shared: int, target: str) -> Measured:
@@ -161,10 +161,10 @@ def _of_cubin(cubin: bytes, shared: int, target: str) -> Measured:
         file.flush()
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
         code = _output(tools / "nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if match is None:
         return Measured(error="cuobjdump says nothing about resources")
-    registers, stack, _, local = map(int, found.groups())
+    registers, stack, _, local = map(int, match.groups())
     # the stack holds spilled registers only, because the kernels have no arrays
     count = len(re.findall(TENSOR_CORE[target], code))
     return Measured(registers, stack + local, shared, count)
@@ -172,8 +172,8 @@ def _of_cubin(cubin: bytes, shared: int, target: str) -> Measured:
 
 def _of_amdgcn(text: str, shared: int) -> Measured:
     def number(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        return int(found[1]) if found else 0
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(match[1]) if match else 0
 
     return Measured(
         number("vgpr_count"),

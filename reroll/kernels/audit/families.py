@@ -81,12 +81,12 @@ def _shapes(variant: Variant) -> dict[str, Tensor]:
     q = empty(batch, time, heads * variant.groups, size).transpose(1, 2)
     k, v = (empty(batch, time, heads, size).transpose(1, 2) for _ in range(2))
     shape = (batch, heads, time) if variant.gate == 1 else (batch, heads, time, size)
-    found = {"q": q, "k": k, "v": v, "start": empty(2, heads, size, size, dtype=torch.float32)}
+    tensors = {"q": q, "k": k, "v": v, "start": empty(2, heads, size, size, dtype=torch.float32)}
     if variant.gate:
-        found["g"] = empty(*shape, dtype=torch.float32)
+        tensors["g"] = empty(*shape, dtype=torch.float32)
     if variant.packed:
-        found["starts"] = empty(3, dtype=torch.int32)
-    return found
+        tensors["starts"] = empty(3, dtype=torch.int32)
+    return tensors
 
 
 def _forward(variant: Variant, tiles: Tiles) -> Any:

@@ -46,11 +46,11 @@ def sweep(
                              variant.limit)  # fmt: skip
                     if only and at not in only:
                         continue
-                    found = worker.ask(
+                    answer = worker.ask(
                         do="choose", family=name, variant=asdict(variant), target=target
                     )
-                    entry = {"tiles": found["tiles"], "registers": _registers(found)}
-                    _note(at, entry if found["tiles"] else None)
+                    entry = {"tiles": answer["tiles"], "registers": _registers(answer)}
+                    _note(at, entry if answer["tiles"] else None)
 
 
 def _note(at: str, entry: dict[str, Any] | None) -> None:
@@ -66,8 +66,8 @@ def _note(at: str, entry: dict[str, Any] | None) -> None:
     MANIFEST.write_text(_text(data), encoding="utf-8")
 
 
-def _registers(found: dict[str, Any]) -> dict[str, int]:
-    return {name: one["registers"] for name, one in found["found"].items()}
+def _registers(answer: dict[str, Any]) -> dict[str, int]:
+    return {name: one["registers"] for name, one in answer["found"].items()}
 
 
 def main() -> None:

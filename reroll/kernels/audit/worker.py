@@ -29,7 +29,7 @@ def choose(family: Family, variant: Variant, target: str) -> tuple[Tiles, dict[s
     for plan in family.plans(variant):
         for bt in (c for c in CHUNKS if c <= variant.limit):
             tiles: Tiles = {}
-            found: dict[str, Measured] = {}
+            measured: dict[str, Measured] = {}
             for name in plan:
                 for tile in family.candidates(name, bt, variant):
                     rest = {
@@ -38,26 +38,26 @@ def choose(family: Family, variant: Variant, target: str) -> tuple[Tiles, dict[s
                     }
                     one = _one(family, variant, rest | {name: tile}, name, target)
                     if not one.problem(target):
-                        tiles[name], found[name] = tile, one
+                        tiles[name], measured[name] = tile, one
                         break
                 else:
                     break
             if len(tiles) == len(plan):
-                return tiles, found
+                return tiles, measured
     return {}, {}
 
 
 def _one(family: Family, variant: Variant, tiles: Tiles, name: str, target: str) -> Measured:
     """Measure a kernel for each number of query heads per state, and combine the worst."""
-    found = []
+    measured = []
     for groups in family.groups:
-        found.append(_built(family, replace(variant, groups=groups), tiles, name, target))
-        if found[-1].problem(target):
-            return found[-1]
+        measured.append(_built(family, replace(variant, groups=groups), tiles, name, target))
+        if measured[-1].problem(target):
+            return measured[-1]
     return Measured(
-        max(m.registers for m in found),
-        shared=max(m.shared for m in found),
-        tensor_core=min(m.tensor_core for m in found),
+        max(m.registers for m in measured),
+        shared=max(m.shared for m in measured),
+        tensor_core=min(m.tensor_core for m in measured),
     )
 
 
@@ -76,10 +76,10 @@ def main() -> None:
         family, variant = FAMILIES[job["family"]], Variant(**job["variant"])
         tiles: Any = job.get("tiles")
         if job["do"] == "choose":
-            tiles, found = choose(family, variant, job["target"])
+            tiles, measured = choose(family, variant, job["target"])
         else:
-            found = measure(family, variant, tiles, job["target"])
-        answer = {"tiles": tiles, "found": {k: m.data(job["target"]) for k, m in found.items()}}
+            measured = measure(family, variant, tiles, job["target"])
+        answer = {"tiles": tiles, "found": {k: m.data(job["target"]) for k, m in measured.items()}}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

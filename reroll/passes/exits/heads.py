@@ -66,12 +66,12 @@ def add_heads(
             "no linear layer computes the logits, so exits can have no head of their own"
         )
     head, before = heads[-1], path[: path.index(heads[-1])]
-    own: dict[str, Weight] = {}
+    head_weights: dict[str, Weight] = {}
 
     def weight_of(stop: int, node: fx.Node, called: str = "") -> fx.Node:
         name = f"exits.{stop}.{called or node.target}"
         old = program.weights[str(node.target)]
-        own[name] = Weight((copy(old.entries[0], stop),), trainable=old.trainable)
+        head_weights[name] = Weight((copy(old.entries[0], stop),), trainable=old.trainable)
         new = program.graph.get_attr(name)
         new.meta.update(node.meta)
         return new
@@ -83,18 +83,18 @@ def add_heads(
             weights = [n for n in head.args[1:] if isinstance(n, fx.Node)]
             # a head that is tied to the embeddings has their name
             names = ("lm_head.weight", "lm_head.bias")
-            made = [
+            nodes = [
                 [node, *(weight_of(stop, node, name) for stop in at)]
                 for node, name in zip(weights, names, strict=False)
             ]
-            args = (chosen, depth, list(at), made[0], made[1] if made[1:] else [])
+            args = (chosen, depth, list(at), nodes[0], nodes[1] if nodes[1:] else [])
             new = Builder(program.graph).call(EXIT_LINEAR, *args)
             mark(new, marks(head))
     if whole:
         head.replace_all_uses_with(new)
     program.graph.eliminate_dead_code()
-    added = sum(weight.elements() for weight in own.values())
-    return program.with_weights(program.weights.with_weights(own)).pruned(), added
+    added = sum(weight.elements() for weight in head_weights.values())
+    return program.with_weights(program.weights.with_weights(head_weights)).pruned(), added
 
 
 def _chosen(

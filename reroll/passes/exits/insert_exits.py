@@ -31,7 +31,7 @@ aten = torch.ops.aten
 Criterion = Literal[
     "margin", "entropy", "patience", "saturation", "latent", "linear", "mlp", "gated"
 ]
-State = Literal["propagate", "defer", "skip"]
+SkippedState = Literal["propagate", "defer", "skip"]
 # ops that take a padding mask
 PADDED = (ATTENTION, RECURRENCE)
 
@@ -80,7 +80,7 @@ class InsertExits(Pass):
     threshold: float | list[float] = option(
         math.inf, help="the score above which a token leaves: one, or one for each exit"
     )
-    state: State = option("propagate", help="what the caches of skipped layers hold")
+    state: SkippedState = option("propagate", help="what the caches of skipped layers hold")
     head: Literal["shared", "norm", "own"] = option(
         "shared", help="what computes the logits at an exit: shared or own norm and head"
     )
@@ -196,28 +196,28 @@ class _Builder:
 
     # ---- the body
 
-    def _body(self, places: list[fx.Node], result: fx.Node, depth: fx.Node) -> fx.Graph:
+    def _body(self, placeholders: list[fx.Node], result: fx.Node, depth: fx.Node) -> fx.Graph:
         build, loop, options = self.body, self.loop, self.options
         graph, call = build.graph, build.call
         defer = options.state == "defer"
-        h = graph.node_copy(places[0])
-        kept = build.place("kept", self.hidden) if defer else h
+        h = graph.node_copy(placeholders[0])
+        kept = build.placeholder("kept", self.hidden) if defer else h
         tokens = self.hidden.shape[:-1]
         carried = {
-            name: build.place(name, TensorType(d, tokens)) for name, d in self.carried.items()
+            name: build.placeholder(name, TensorType(d, tokens)) for name, d in self.carried.items()
         }
-        values = {places[0]: h, **{p: graph.node_copy(p) for p in places[1:]}}
-        threshold = build.place("threshold")
+        values = {placeholders[0]: h, **{p: graph.node_copy(p) for p in placeholders[1:]}}
+        threshold = build.placeholder("threshold")
         done = carried["done"]
         (out,) = inline(graph, loop.body.graph, values)
         if options.state == "skip":
             leave_out(loop, graph, done)
         held = call(HOLD, done, kept, out)
-        made = call(aten.add.Tensor, carried["depth"], call(aten.logical_not.default, done))
+        new_depth = call(aten.add.Tensor, carried["depth"], call(aten.logical_not.default, done))
 
         def logits(hidden: fx.Node) -> fx.Node:
             path = path_to_logits(self.program, loop, [result, depth])
-            return copy_path(graph, path, {result: hidden, depth: made})
+            return copy_path(graph, path, {result: hidden, depth: new_depth})
 
         padded = [n for n in graph.nodes if n.target in PADDED]
         paddings = {argument(n, "padding") for n in padded}
@@ -228,7 +228,7 @@ class _Builder:
         )
         score = scores.make(h, held, carried, threshold)
         left = call(EXIT, done, score, threshold)
-        graph.output((*((out,) if defer else ()), held, left, made, *scores.extra))
+        graph.output((*((out,) if defer else ()), held, left, new_depth, *scores.extra))
         return graph
 
     def _stacked(self, name: str, make: Callable[[int], Expr]) -> fx.Node:

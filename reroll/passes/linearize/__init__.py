@@ -1,4 +1,4 @@
-"""Parts of the pass `linearize`: sites, gates, feature maps, gains, calibration."""
+"""Parts of the pass `linearize`: attentions, gates, feature maps, gains, calibration."""
 
 from reroll.passes.linearize.linearize import Linearize
 

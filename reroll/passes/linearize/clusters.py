@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.errors import PassError
-from reroll.passes.linearize.sites import Site, before_rotary
+from reroll.passes.linearize.linearized_attention import LinearizedAttention, before_rotary
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context
 
@@ -45,22 +45,25 @@ class Clusters:
 
 def measure_clusters(
     program: Program,
-    sites: Sequence[Site],
+    attentions: Sequence[LinearizedAttention],
     inputs: Sequence[Mapping[str, Tensor]],
     context: Context,
     slots: int,
 ) -> dict[int, Clusters]:
-    """Cluster the keys of every chosen layer of the sites, and return the clusters by layer number.
+    """Cluster the keys of every chosen layer; return the clusters by layer number.
 
     Raises PassError if the inputs have fewer tokens than there are slots.
     """
-    owner = {before_rotary(site.k): site for site in sites}
+    owner = {before_rotary(attention.k): attention for attention in attentions}
     keys: dict[int, list[Tensor]] = {}
 
     def keep(name: str, trip: int | None, node: fx.Node, args: tuple[Any, ...], out: Any) -> None:
         del name, args
-        site = owner.get(node)
-        if site is not None and (number := site.layer.numbers[trip or 0]) in site.chosen:
+        attention = owner.get(node)
+        if (
+            attention is not None
+            and (number := attention.layer.numbers[trip or 0]) in attention.chosen
+        ):
             keys.setdefault(number, []).append(out)
 
     for done, each in enumerate(inputs):

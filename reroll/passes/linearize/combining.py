@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from reroll.passes.linearize.sites import Site
+from reroll.passes.linearize.linearized_attention import LinearizedAttention
 from reroll.rewrite.analysis.layers import per_trip
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.ops import ATTENTION_MASS
@@ -65,74 +65,76 @@ def times_heads(x: Tensor, gain: Tensor) -> Tensor:
 # ---- in the graph: each inserts its result after an attention, and returns its node
 
 
-def disjoint(site: Site, mixed: fx.Node) -> fx.Node:
+def disjoint(attention: LinearizedAttention, mixed: fx.Node) -> fx.Node:
     """Add the mixer's output, times a gain per head, to the window's output."""
-    with site.graph.inserting_before(site.node):
-        gained = Builder(site.graph).trace(times_heads, mixed, _gain(site))
-    return site.after(site.node, ADD, (site.node, gained))
+    with attention.graph.inserting_before(attention.node):
+        gained = Builder(attention.graph).trace(times_heads, mixed, _gain(attention))
+    return attention.after(attention.node, ADD, (attention.node, gained))
 
 
-def joint(site: Site, mixed: fx.Node, logs: bool) -> fx.Node:
+def joint(attention: LinearizedAttention, mixed: fx.Node, logs: bool) -> fx.Node:
     """Combine window and mixer under one normalisation.
 
     `logs` says that the mixer's last channel is the log of its sum of weights, not the sum.
     """
-    with site.graph.inserting_before(site.node):
-        gain = _gain(site)
-    site.mass = _mass(site, logs)
-    with site.graph.inserting_before(site.mass.next):
+    with attention.graph.inserting_before(attention.node):
+        gain = _gain(attention)
+    attention.mass = _mass(attention, logs)
+    with attention.graph.inserting_before(attention.mass.next):
         unite = merged if logs else joined
-        return Builder(site.graph).trace(unite, site.node, site.mass, mixed, gain)
+        return Builder(attention.graph).trace(unite, attention.node, attention.mass, mixed, gain)
 
 
-def alone(site: Site, mixed: fx.Node) -> fx.Node:
+def alone(attention: LinearizedAttention, mixed: fx.Node) -> fx.Node:
     """Add the mixer's output, divided by its sum of weights, to the attention's.
 
     There is no window: `confine` removes the attention, or leaves it to the trips whose layers were
     not chosen, in which the mixer is inactive.
     """
-    with site.graph.inserting_before(site.node):
-        divided = Builder(site.graph).trace(normalised, mixed)
-    return site.after(site.node, ADD, (site.node, divided))
+    with attention.graph.inserting_before(attention.node):
+        divided = Builder(attention.graph).trace(normalised, mixed)
+    return attention.after(attention.node, ADD, (attention.node, divided))
 
 
-def weighted(site: Site, mixed: fx.Node, mix: float) -> fx.Node:
+def weighted(attention: LinearizedAttention, mixed: fx.Node, mix: float) -> fx.Node:
     """Add both outputs with weights 1 - mix and mix; other layers keep their attention alone."""
-    loop, active = site.layer.loop, site.active
+    loop, active = attention.layer.loop, attention.active
     window = [1 - mix if a else 1.0 for a in active]
-    left = site.after(site.node, MUL, (site.node, per_trip(loop, "window_part", window)))
+    left = attention.after(
+        attention.node, MUL, (attention.node, per_trip(loop, "window_part", window))
+    )
     mixer = [mix if a else 0.0 for a in active]
-    right = site.after(mixed, MUL, (mixed, per_trip(loop, "mixer_part", mixer)))
-    return site.after(left, ADD, (left, right))
+    right = attention.after(mixed, MUL, (mixed, per_trip(loop, "mixer_part", mixer)))
+    return attention.after(left, ADD, (left, right))
 
 
-def confine(site: Site, window: int, sinks: int) -> None:
+def confine(attention: LinearizedAttention, window: int, sinks: int) -> None:
     """Restrict the attention to window and sinks; remove it if no trip needs it."""
-    if not window and all(site.active):
-        (total,) = site.node.users
+    if not window and all(attention.active):
+        (total,) = attention.node.users
         total.replace_all_uses_with(total.args[1])  # type: ignore[arg-type]
         return
     prefix = (sinks or None) if window else None
-    site.layer.set("window", dict.fromkeys(site.chosen, window))
-    site.layer.set("prefix", dict.fromkeys(site.chosen, prefix))
-    if site.mass is not None:
-        _look_alike(site.mass, site.node)
+    attention.layer.set("window", dict.fromkeys(attention.chosen, window))
+    attention.layer.set("prefix", dict.fromkeys(attention.chosen, prefix))
+    if attention.mass is not None:
+        _look_alike(attention.mass, attention.node)
 
 
-def _gain(site: Site) -> fx.Node:
+def _gain(attention: LinearizedAttention) -> fx.Node:
     """Add a weight with one factor per head to the graph; it is 0 until `Linearize` writes it."""
-    zero = zeros((site.heads,), site.dtype)
-    gain = site.new_weight("gain", (site.heads,), lambda _: zero)
-    site.gain = str(gain.target)
+    zero = zeros((attention.heads,), attention.dtype)
+    gain = attention.new_weight("gain", (attention.heads,), lambda _: zero)
+    attention.gain = str(gain.target)
     return gain
 
 
-def _mass(site: Site, log: bool) -> fx.Node:
+def _mass(attention: LinearizedAttention, log: bool) -> fx.Node:
     """Add the node, after the attention, that computes its softmax divisor, or the log of it."""
-    q, k, _, scale = site.node.args[:4]
-    kwargs = {**site.node.kwargs, **({"log": True} if log else {})}
-    build = Builder(site.graph, site.layer.loop)
-    with build.after(site.node):
+    q, k, _, scale = attention.node.args[:4]
+    kwargs = {**attention.node.kwargs, **({"log": True} if log else {})}
+    build = Builder(attention.graph, attention.layer.loop)
+    with build.after(attention.node):
         return build.call(ATTENTION_MASS, q, k, scale, **kwargs)
 
 

@@ -13,10 +13,10 @@ from reroll.errors import PassError
 from reroll.mixers import Mixer, make
 from reroll.mixers.registry import find
 from reroll.passes.linearize import combining
+from reroll.passes.linearize.attention_calls import Reach
 from reroll.passes.linearize.features import Feature, mapped
 from reroll.passes.linearize.gates import Projections, liger_gate
-from reroll.passes.linearize.observed import Reach
-from reroll.passes.linearize.sites import Site, before_rotary
+from reroll.passes.linearize.linearized_attention import LinearizedAttention, before_rotary
 from reroll.rewrite.analysis.layers import per_trip
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
@@ -58,91 +58,95 @@ class Design:
         mixer: Any = make(self.mixer, self.mixer_options)
         return mixer.slots if mixer.has_slots else 0
 
-    def insert(self, site: Site, projections: Projections) -> fx.Node:
+    def insert(self, attention: LinearizedAttention, projections: Projections) -> fx.Node:
         """Insert a mixer and combine it with the attention; return the mixer's node.
 
         The attention itself is left as it is; `combining.confine` restricts it to its window.
         """
-        old, users = site.node, list(site.node.users)
-        with site.graph.inserting_before(old):
-            mixed = self._recurrence(site, projections)
+        old, users = attention.node, list(attention.node.users)
+        with attention.graph.inserting_before(old):
+            mixed = self._recurrence(attention, projections)
         if self.combine == "joint":
             if self.reach.window:
-                result = combining.joint(site, mixed, self.logs)
+                result = combining.joint(attention, mixed, self.logs)
             else:
-                result = combining.alone(site, mixed)
+                result = combining.alone(attention, mixed)
         elif self.combine == "sum" and self.reach.window:
-            result = combining.weighted(site, mixed, self.mix)
+            result = combining.weighted(attention, mixed, self.mix)
         else:
-            result = combining.disjoint(site, mixed)
+            result = combining.disjoint(attention, mixed)
         for user in users:
             user.replace_input_with(old, result)
         return mixed
 
-    def _recurrence(self, site: Site, projections: Projections) -> fx.Node:
+    def _recurrence(self, attention: LinearizedAttention, projections: Projections) -> fx.Node:
         """Add the mixer's node, whose output is [batch, time, heads, d_v]."""
-        q, k = site.q, site.k
+        q, k = attention.q, attention.k
         if not self.rotary:
             q, k = before_rotary(q), before_rotary(k)
-        q = mapped(site, q, self.feature_map, "q")
-        k = mapped(site, k, self.feature_map, "k")
-        mixer, v = self._mixer(site), site.v
-        d_v = site.d_v + (self.combine == "joint")
-        gates = self._gates(site, mixer, (int(shape(k)[3]), d_v), projections)
+        q = mapped(attention, q, self.feature_map, "q")
+        k = mapped(attention, k, self.feature_map, "k")
+        mixer, v = self._mixer(attention), attention.v
+        d_v = attention.d_v + (self.combine == "joint")
+        gates = self._gates(attention, mixer, (int(shape(k)[3]), d_v), projections)
         if self.combine == "joint":
             # a channel of ones: the mixer's output in it is the sum of its weights
-            v = Builder(site.graph).trace(lambda v: F.pad(v, (0, 1), value=1.0), v)
-        delay = self.reach.delay(site.causal) if self.combine != "sum" else 0
+            v = Builder(attention.graph).trace(lambda v: F.pad(v, (0, 1), value=1.0), v)
+        delay = self.reach.delay(attention.causal) if self.combine != "sum" else 0
         kwargs: dict[str, Any] = {
-            "padding": argument(site.node, "padding"),
+            "padding": argument(attention.node, "padding"),
             "delay": delay,
             "skip": self.reach.sinks if delay else 0,
-            "active": per_trip(site.layer.loop, "recurrent", site.active),
+            "active": per_trip(attention.layer.loop, "recurrent", attention.active),
         }
-        return Builder(site.graph, site.layer.loop).call(
-            RECURRENCE if site.causal else BIDIRECTIONAL,
+        return Builder(attention.graph, attention.layer.loop).call(
+            RECURRENCE if attention.causal else BIDIRECTIONAL,
             *(q, k, v, gates, self.mixer, mixer.text()),
             **{name: v for name, v in kwargs.items() if v not in (None, 0) and v is not True},
         )
 
-    def _mixer(self, site: Site) -> Mixer:
+    def _mixer(self, attention: LinearizedAttention) -> Mixer:
         options, known = dict(self.mixer_options), find(self.mixer).options()
-        own = find(self.mixer).divides == "normalise"
+        normalises = find(self.mixer).divides == "normalise"
         if self.logs:
             options["log_mass"] = True
-            if not site.causal:
+            if not attention.causal:
                 raise PassError(
                     f"{self.mixer} divides each direction by a sum of its own",
-                    where=site.node.name,
+                    where=attention.node.name,
                     hint="use combine=disjoint",
                 )
-        if self.feature_map == "none" and not own:
-            options.setdefault("scale", float(argument(site.node, "scale")))
+        if self.feature_map == "none" and not normalises:
+            options.setdefault("scale", float(argument(attention.node, "scale")))
         else:
             options.setdefault("scale", 1.0)
         if self.feature_map != "none" and "feature_map" in known:
             # the pass applies its map already; the mixer's own would be a second one
             options.setdefault("feature_map", "none")
-        if own and self.combine == "joint":
+        if normalises and self.combine == "joint":
             options["normalise"] = False
-        elif own and not site.causal:
+        elif normalises and not attention.causal:
             raise PassError(
                 f"{self.mixer} divides by a sum over both directions, which is combine=joint",
-                where=site.node.name,
+                where=attention.node.name,
                 hint="add combine=joint",
             )
         return make(self.mixer, options)
 
     def _gates(
-        self, site: Site, mixer: Mixer, sizes: tuple[int, int], projections: Projections
+        self,
+        attention: LinearizedAttention,
+        mixer: Mixer,
+        sizes: tuple[int, int],
+        projections: Projections,
     ) -> list[fx.Node]:
-        made = []
+        gates = []
         for gate in mixer.gates(*sizes):
             if self.gates in ("learned", "calibrated"):
-                made.append(projections.gate(site, gate))
+                gates.append(projections.gate(attention, gate))
             elif self.gates == "clustered":
-                made.append(projections.clustered(site, gate))
+                gates.append(projections.clustered(attention, gate))
             else:
                 variant = "paper" if self.gates == "liger" else "code"
-                made.append(liger_gate(site, mixer, gate, variant))
-        return made
+                gates.append(liger_gate(attention, mixer, gate, variant))
+        return gates

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from reroll.passes.linearize.sites import Site
+from reroll.mixers.feature_maps import FEATURE_MAPS
+from reroll.passes.linearize.linearized_attention import LinearizedAttention
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.weights import Expr, build
 from reroll.rewrite.ir.weights.expressions import DTYPE_NAMES, Meta, dtype_from_name
 from reroll.rewrite.ir.weights.registry import weight_function
 
 Feature = Literal["none", "softmax", "elu", "relu", "hedgehog"]
-
-
-def _softmax(x: Tensor) -> Tensor:
-    return F.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype)
-
-
-def _hedgehog(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute [softmax(x W); softmax(-x W)] per head (Zhang et al., 2024, arXiv 2402.04347)."""
-    turned = torch.matmul(x, weight)
-    return torch.cat((_softmax(turned), _softmax(-turned)), dim=-1)
-
-
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": _softmax,
-    "elu": lambda x: F.elu(x) + 1,
-    "relu": F.relu,
-}
 
 
 @weight_function(
@@ -43,18 +25,21 @@ def identities(count: int, size: int, dtype: str) -> Tensor:
     return torch.eye(size, dtype=dtype_from_name(dtype)).repeat(count, 1, 1)
 
 
-def mapped(site: Site, x: fx.Node, feature: Feature, name: str) -> fx.Node:
+def mapped(attention: LinearizedAttention, x: fx.Node, feature: Feature, name: str) -> fx.Node:
     """Apply a feature map to queries or keys [batch, heads, time, size]; `name` is "q" or "k"."""
     if feature == "none":
         return x
+    features = FEATURE_MAPS[feature]
+    builder = Builder(attention.graph)
     if feature != "hedgehog":
-        return Builder(site.graph).trace(_PLAIN[feature], x)
-    kind = x.meta["type"]
-    heads, size = int(kind.shape[1]), int(kind.shape[3])
+        return builder.trace(lambda x: features(x).to(x.dtype), x)
+    type_ = x.meta["type"]
+    heads, size = int(type_.shape[1]), int(type_.shape[3])
 
     def start(layer: int) -> Expr:
         del layer
-        return build("identities", heads, size, DTYPE_NAMES[kind.dtype])
+        return build("identities", heads, size, DTYPE_NAMES[type_.dtype])
 
-    weight = site.new_weight(f"{name}_features", (heads, size, size), start)
-    return Builder(site.graph).trace(_hedgehog, x, weight)
+    # the paper's projection, per head
+    weight = attention.new_weight(f"{name}_features", (heads, size, size), start)
+    return builder.trace(lambda x, w: features(torch.matmul(x, w)).to(x.dtype), x, weight)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from reroll.passes.linearize import combining
-from reroll.passes.linearize.observed import Reach, Seen, observed
-from reroll.rewrite.analysis.layers import Layer
+from reroll.passes.linearize.attention_calls import AttentionCall, Reach, attention_calls
+from reroll.rewrite.analysis.layers import AttentionLayer
 from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context
@@ -23,11 +23,11 @@ from reroll.rewrite.pipeline.base import Context
 def measure_gains(
     program: Program,
     pairs: Mapping[fx.Node, fx.Node],
-    layers: Sequence[Layer],
+    layers: Sequence[AttentionLayer],
     inputs: Sequence[Mapping[str, Tensor]],
     reach: Reach,
     context: Context,
-    least: Callable[[Seen, Reach], Errors],
+    least: Callable[[AttentionCall, Reach], Errors],
 ) -> tuple[dict[int, Tensor], dict[int, float]]:
     """Return each layer's gain per query head, and the share of the missing output it explains.
 
@@ -36,10 +36,10 @@ def measure_gains(
     squared error of one input as a function of the gain.
     """
     sums: dict[int, Errors] = {}
-    for seen in observed(program, layers, inputs, context, pairs):
-        if seen.mixed is not None:
-            new, old = least(seen, reach), sums.get(seen.number)
-            sums[seen.number] = new if old is None else old.plus(new)
+    for call in attention_calls(program, layers, inputs, context, pairs):
+        if call.mixed is not None:
+            new, old = least(call, reach), sums.get(call.number)
+            sums[call.number] = new if old is None else old.plus(new)
     best = {number: errors.best() for number, errors in sums.items()}
     gains = {number: gain for number, (gain, _) in best.items()}
     explained = {
@@ -110,40 +110,40 @@ class Table:
         return self.gains[least.indices], least.values
 
 
-def least_squares(seen: Seen, reach: Reach) -> Quadratic:
+def least_squares(call: AttentionCall, reach: Reach) -> Quadratic:
     """Return the squared error, on one input, of a mixer that is added with a gain."""
-    assert seen.mixed is not None
-    missing = seen.out - (_windowed(ATTENTION, seen, reach) if reach.window else 0.0)
+    assert call.mixed is not None
+    missing = call.out - (_windowed(ATTENTION, call, reach) if reach.window else 0.0)
 
     def total(x: Tensor) -> Tensor:
         return x.sum((0, 1, 3))
 
     return Quadratic(
-        total(missing.square()), total(missing * seen.mixed), total(seen.mixed.square())
+        total(missing.square()), total(missing * call.mixed), total(call.mixed.square())
     )
 
 
-def least_joint(seen: Seen, reach: Reach, logs: bool) -> Table:
+def least_joint(call: AttentionCall, reach: Reach, logs: bool) -> Table:
     """Return the squared error, on one input, of a mixer under one normalisation with a window.
 
     `logs` is as in `combining.joint`.
     """
-    assert seen.mixed is not None
-    window, mass = _windowed(ATTENTION, seen, reach), _windowed(ATTENTION_MASS, seen, reach, logs)
+    assert call.mixed is not None
+    window, mass = _windowed(ATTENTION, call, reach), _windowed(ATTENTION_MASS, call, reach, logs)
     unite = combining.merged if logs else combining.joined
     gains = torch.cat((torch.zeros(1), torch.logspace(-3, 6, 73)))
     errors = [
-        (unite(window, mass, seen.mixed, gain) - seen.out).square().sum((0, 1, 3)) for gain in gains
+        (unite(window, mass, call.mixed, gain) - call.out).square().sum((0, 1, 3)) for gain in gains
     ]
     return Table(gains, torch.stack(errors))
 
 
-def _windowed(op: Any, seen: Seen, reach: Reach, log: bool = False) -> Tensor:
+def _windowed(op: Any, call: AttentionCall, reach: Reach, log: bool = False) -> Tensor:
     """Compute the attention's output, or its softmax divisor, over its window and sinks only."""
-    named = {**seen.named, "window": reach.window, "prefix": reach.sinks or None}
-    tensors = (seen.q, seen.k, seen.v) if op is ATTENTION else (seen.q, seen.k)
+    options = {**call.options, "window": reach.window, "prefix": reach.sinks or None}
+    tensors = (call.q, call.k, call.v) if op is ATTENTION else (call.q, call.k)
     if log:
-        named["log"] = True
+        options["log"] = True
     with torch.no_grad():
-        out: Tensor = op(*tensors, seen.scale, **named)
+        out: Tensor = op(*tensors, call.scale, **options)
     return out

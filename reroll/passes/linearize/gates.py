@@ -13,7 +13,7 @@ from reroll.errors import PassError
 from reroll.mixers import Gate, Mixer
 from reroll.mixers.gates import wide
 from reroll.passes.linearize.clusters import Clusters
-from reroll.passes.linearize.sites import LINEAR, Site, before_rotary
+from reroll.passes.linearize.linearized_attention import LINEAR, LinearizedAttention, before_rotary
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.weights import Expr, Source, cast, concat, full, normal, zeros
@@ -55,14 +55,14 @@ class Projections:
     starts: Mapping[int, Start] = field(default_factory=dict)
     clusters: Mapping[int, Clusters] = field(default_factory=dict)
 
-    def gate(self, site: Site, gate: Gate) -> fx.Node:
+    def gate(self, attention: LinearizedAttention, gate: Gate) -> fx.Node:
         """Add a gate that is projected from the layer's input: [batch, kv_heads, time, *shape]."""
-        graph, heads = site.graph, site.kv_heads
-        x = site.projection().args[0]
+        graph, heads = attention.graph, attention.kv_heads
+        x = attention.projection().args[0]
         assert isinstance(x, fx.Node)
-        kind: TensorType = x.meta["type"]
-        width, each = int(kind.shape[-1]), math.prod(gate.shape)
-        rank, dtype = min(self.rank, width), kind.dtype
+        type_: TensorType = x.meta["type"]
+        width, each = int(type_.shape[-1]), math.prod(gate.shape)
+        rank, dtype = min(self.rank, width), type_.dtype
 
         def down(layer: int) -> Expr:
             seed = _seed(self.seed, layer, gate.name)
@@ -80,9 +80,9 @@ class Projections:
             return cast(concat(0, parts), dtype)
 
         weights = [
-            site.new_weight(f"{gate.name}_down.weight", (rank, width), down),
-            site.new_weight(f"{gate.name}_up.weight", (heads * each, rank), up),
-            site.new_weight(f"{gate.name}_up.bias", (heads * each,), bias),
+            attention.new_weight(f"{gate.name}_down.weight", (rank, width), down),
+            attention.new_weight(f"{gate.name}_up.weight", (heads * each, rank), up),
+            attention.new_weight(f"{gate.name}_up.bias", (heads * each,), bias),
         ]
         build = Builder(graph)
         raw = build.call(LINEAR, build.call(LINEAR, x, weights[0]), weights[1], weights[2])
@@ -92,39 +92,39 @@ class Projections:
 
         return build.trace(values, raw)
 
-    def clustered(self, site: Site, gate: Gate) -> fx.Node:
+    def clustered(self, attention: LinearizedAttention, gate: Gate) -> fx.Node:
         """Add log decays of slots [batch, kv_heads, time, slots], from the clusters of keys.
 
         A slot keeps 1 - p of its content, and e^floor at least; p is as in `clusters`.
         """
-        k = before_rotary(site.k)
-        found = self.clusters[site.chosen[0]]
+        k = before_rotary(attention.k)
+        clusters = self.clusters[attention.chosen[0]]
 
         def measured(part: str, like: Tensor) -> fx.Node:
             def start(layer: int) -> Expr:
                 name = f"linearize.clusters.{layer}.{part}"
-                return cast(Source(name, meta_of(like)), site.dtype)
+                return cast(Source(name, meta_of(like)), attention.dtype)
 
-            return site.new_weight(f"slots.{part}", tuple(like.shape), start)
+            return attention.new_weight(f"slots.{part}", tuple(like.shape), start)
 
         def values(k: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             near = wide(k) @ wide(weight).transpose(1, 2) + wide(bias).unsqueeze(1)
             return (near.softmax(-1) * -most + 1.0).log()
 
         most = 1.0 if gate.floor is None else -math.expm1(gate.floor)
-        parts = [measured("weight", found.weight), measured("bias", found.bias)]
-        return Builder(site.graph).trace(values, k, *parts)
+        parts = [measured("weight", clusters.weight), measured("bias", clusters.bias)]
+        return Builder(attention.graph).trace(values, k, *parts)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the measured clusters, by the tensor names that weights read them by."""
         return {
             f"linearize.clusters.{layer}.{part}": tensor
-            for layer, found in self.clusters.items()
-            for part, tensor in vars(found).items()
+            for layer, clusters in self.clusters.items()
+            for part, tensor in vars(clusters).items()
         }
 
 
-def liger_gate(site: Site, mixer: Mixer, gate: Gate, variant: str) -> fx.Node:
+def liger_gate(attention: LinearizedAttention, mixer: Mixer, gate: Gate, variant: str) -> fx.Node:
     """Build a gate from the key projection before its rotary embedding: arXiv 2503.01496, table 1.
 
     `variant` is "paper", or "code" for the released code, which has other constants. Raises
@@ -134,10 +134,10 @@ def liger_gate(site: Site, mixer: Mixer, gate: Gate, variant: str) -> fx.Node:
         known = ", ".join(gate.from_key) or "none"
         raise PassError(
             f"Liger has no gate {gate.name} for the mixer {mixer.name} in its {variant}",
-            where=site.node.name,
+            where=attention.node.name,
             hint=f"there is: {known}; or use gates=learned",
         )
-    return Builder(site.graph).trace(gate.from_key[variant], before_rotary(site.k))
+    return Builder(attention.graph).trace(gate.from_key[variant], before_rotary(attention.k))
 
 
 def _raw(gate: Gate, start: Start) -> list[float]:
@@ -156,6 +156,6 @@ def _raw(gate: Gate, start: Start) -> list[float]:
     return raws
 
 
-def _seed(seed: int, layer: int, what: str) -> int:
+def _seed(seed: int, layer: int, name: str) -> int:
     """Return the seed of one weight: the same for the same pass, layer and gate."""
-    return (seed * 1_000_003 + layer * 8_191 + sum(what.encode())) % 2**31
+    return (seed * 1_000_003 + layer * 8_191 + sum(name.encode())) % 2**31

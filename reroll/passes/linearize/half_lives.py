@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.passes.linearize.attention_calls import AttentionCall, Reach, attention_calls
 from reroll.passes.linearize.gates import Start
-from reroll.passes.linearize.observed import Reach, Seen, observed
-from reroll.rewrite.analysis.layers import Layer
+from reroll.rewrite.analysis.layers import AttentionLayer
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context
 
@@ -35,7 +35,7 @@ class _Sums:
 
 def measure_starts(
     program: Program,
-    layers: Sequence[Layer],
+    layers: Sequence[AttentionLayer],
     inputs: Sequence[Mapping[str, Tensor]],
     reach: Reach,
     context: Context,
@@ -43,22 +43,22 @@ def measure_starts(
     """Measure half-lives and write strengths of the key-value heads of every layer."""
     sums: dict[int, _Sums] = {}
     kv_heads: dict[int, int] = {}
-    for seen in observed(program, layers, inputs, context):
-        kv_heads[seen.number] = seen.k.shape[1]
-        _look_back(sums.setdefault(seen.number, _Sums()), seen, reach)
+    for call in attention_calls(program, layers, inputs, context):
+        kv_heads[call.number] = call.k.shape[1]
+        _add_call(sums.setdefault(call.number, _Sums()), call, reach)
     return {n: _start(s, kv_heads[n]) for n, s in sums.items()}
 
 
-def _look_back(sums: _Sums, seen: Seen, reach: Reach) -> None:
-    q = seen.q
+def _add_call(sums: _Sums, call: AttentionCall, reach: Reach) -> None:
+    q = call.q
     time = q.shape[2]
     at = torch.arange(time)
-    weights, age = seen.weights(), reach.ages(time, seen.causal)
+    weights, age = call.weights(), reach.ages(time, call.causal)
     old = weights.masked_fill(age < 0, 0.0)
     sums.distance = sums.distance + (old * age).sum((0, 2, 3))
     sums.mass = sums.mass + old.sum((0, 2, 3))
     # number of tokens each query attends to, plus one so that its log is not 0
-    count = at + 2 if seen.causal else torch.full_like(at, time + 1)
+    count = at + 2 if call.causal else torch.full_like(at, time + 1)
     entropy = -(weights * weights.clamp(min=1e-9).log()).sum(-1) / count.log()
     sums.entropy = sums.entropy + entropy.sum((0, 2))
     sums.count += q.shape[0] * time

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from reroll.bounds import COUNT, COUNT_OR_NONE, FINITE, SHARE, SIZE
 from reroll.errors import PassError, UsageError
 from reroll.mixers.registry import find
+from reroll.passes.linearize.attention_calls import Reach, samples
 from reroll.passes.linearize.clusters import Clusters, measure_clusters
 from reroll.passes.linearize.combining import confine
 from reroll.passes.linearize.design import Combine, Design, Gates
@@ -20,9 +21,8 @@ from reroll.passes.linearize.features import Feature
 from reroll.passes.linearize.gains import least_joint, least_squares, measure_gains
 from reroll.passes.linearize.gates import Projections, Start
 from reroll.passes.linearize.half_lives import measure_starts
-from reroll.passes.linearize.observed import Reach, samples
-from reroll.passes.linearize.sites import Site, site_of
-from reroll.rewrite.analysis.layers import Layer
+from reroll.passes.linearize.linearized_attention import LinearizedAttention, linearized_attention
+from reroll.rewrite.analysis.layers import AttentionLayer
 from reroll.rewrite.checkpoint import ChainSource, MemorySource
 from reroll.rewrite.ir.patterns import Miss, nearest
 from reroll.rewrite.ir.program import Program
@@ -133,18 +133,18 @@ class Linearize(LayerPass):
 
     def run(self, program: Program, context: Context) -> Program:
         layers, chosen = self.chosen(program)
-        eligible = sorted(n for s in self._sites(program, layers, chosen) for n in s.chosen)
-        found = self._calibrated(program, chosen, context)
+        eligible = sorted(n for s in self._attentions(program, layers, chosen) for n in s.chosen)
+        calibration = self._calibrated(program, chosen, context)
 
         def rewritten(numbers: Collection[int]) -> Program:
-            return self._rewritten(program.edit(), set(numbers), found, context)
+            return self._rewritten(program.edit(), set(numbers), calibration, context)
 
         left = self.measured(program, eligible, rewritten, context)
         done = sorted(left)
-        if found.explained:
-            context.remark(_said(found, done))
+        if calibration.explained:
+            context.remark(_calibration_remark(calibration, done))
         context.remark(self._summary(done))
-        return self._rewritten(program, left, found, context)
+        return self._rewritten(program, left, calibration, context)
 
     def _calibrated(self, program: Program, chosen: set[int], context: Context) -> Calibration:
         """Measure the initial gates and gains of each layer on the original's own attention."""
@@ -158,8 +158,8 @@ class Linearize(LayerPass):
         layers, _ = self.chosen(program)
         starts, clusters = {}, {}
         if self.gates == "clustered":
-            sites = self._sites(program, layers, chosen)
-            clusters = measure_clusters(program, sites, text, context, design.slots)
+            attentions = self._attentions(program, layers, chosen)
+            clusters = measure_clusters(program, attentions, text, context, design.slots)
         else:
             starts = measure_starts(program, layers, text, design.reach, context)
         # attentions are the original's and gains are zero, so all inputs are the original's too
@@ -189,75 +189,79 @@ class Linearize(LayerPass):
     ) -> tuple[Program, dict[fx.Node, fx.Node]]:
         """Insert mixers with gain 0, in place; return the program and each attention's mixer."""
         layers, _ = self.chosen(program)
-        sites = self._sites(program, layers, chosen)
-        mixers = {site.node: design.insert(site, projections) for site in sites}
-        return _with_tensors(self._with_gains(sites, {}).result(), projections), mixers
+        attentions = self._attentions(program, layers, chosen)
+        mixers = {attention.node: design.insert(attention, projections) for attention in attentions}
+        return _with_tensors(self._with_gains(attentions, {}).result(), projections), mixers
 
     def _rewritten(
-        self, program: Program, numbers: set[int], found: Calibration, context: Context
+        self, program: Program, numbers: set[int], calibration: Calibration, context: Context
     ) -> Program:
         """Insert mixers in these layers and restrict their attention; edits the graphs in place."""
         layers, _ = self.chosen(program)
-        sites, design = self._sites(program, layers, numbers), self._design()
-        projections = Projections(self.rank, context.seed, found.starts, found.clusters)
-        for site in sites:
-            design.insert(site, projections)
-        edit = self._with_gains(sites, found.gains)
-        for site in sites:
-            confine(site, self.window, self.sinks)
+        attentions, design = self._attentions(program, layers, numbers), self._design()
+        projections = Projections(self.rank, context.seed, calibration.starts, calibration.clusters)
+        for attention in attentions:
+            design.insert(attention, projections)
+        edit = self._with_gains(attentions, calibration.gains)
+        for attention in attentions:
+            confine(attention, self.window, self.sinks)
         return _with_tensors(edit.result(), projections)
 
     def _design(self) -> Design:
         rotary = self.rotary
         if rotary is None:
-            own = find(self.mixer).make(self.mixer_options).key_map
-            rotary = self.feature_map == own == "none"
+            key_map = find(self.mixer).make(self.mixer_options).key_map
+            rotary = self.feature_map == key_map == "none"
         return Design(
             self.mixer, self.mixer_options, self.gates, self.feature_map, rotary,
             self.combine, self.mix, Reach(self.window, self.sinks if self.window else 0),
         )  # fmt: skip
 
-    def _sites(self, program: Program, layers: list[Layer], chosen: set[int]) -> list[Site]:
+    def _attentions(
+        self, program: Program, layers: list[AttentionLayer], chosen: set[int]
+    ) -> list[LinearizedAttention]:
         """Return the attentions to linearize; raises PassError, with the reason, if none can be."""
         edit = WeightEditor(program)
-        sites: list[Site] = []
+        attentions: list[LinearizedAttention] = []
         misses: list[Miss] = []
         for layer in layers:
             windows = zip(layer.numbers, layer.values("window"), strict=True)
             near = {n for n, w in windows if w is not None and self.layers == "all"}
-            own = tuple(n for n in layer.numbers if n in chosen - near)
-            site = site_of(layer, own, edit)
-            if isinstance(site, Miss):
-                misses.append(site)
-            elif own:
-                sites.append(site)
-        if not sites:
+            numbers = tuple(n for n in layer.numbers if n in chosen - near)
+            attention = linearized_attention(layer, numbers, edit)
+            if isinstance(attention, Miss):
+                misses.append(attention)
+            elif numbers:
+                attentions.append(attention)
+        if not attentions:
             why = nearest(misses) if misses else "all see windows already"
             raise PassError(
                 f"no attention can be linearized: {why}",
                 hint="causal attention can; name layers that see a window already with layers=[..]",
             )
-        return sites
+        return attentions
 
     def _summary(self, done: list[int]) -> str:
         beside = f" beside a window of {self.window} and {self.sinks} sinks" if self.window else ""
         return f"layers {ranges(done)} are {self.mixer}{beside}, gates {self.gates}"
 
-    def _with_gains(self, sites: list[Site], gains: Mapping[int, Tensor]) -> WeightEditor:
+    def _with_gains(
+        self, attentions: list[LinearizedAttention], gains: Mapping[int, Tensor]
+    ) -> WeightEditor:
         """Write the gains of the layers into weights: the option's, measured, or by default."""
-        edit = sites[0].edit
+        edit = attentions[0].edit
         default = 0.0 if self.window else 1.0
-        for site in sites:
-            if site.gain is None:
+        for attention in attentions:
+            if attention.gain is None:
                 continue
             entries = []
-            for number in site.chosen:
+            for number in attention.chosen:
                 start = default if self.gain is None else self.gain
-                values = gains[number].tolist() if number in gains else [start] * site.heads
+                values = gains[number].tolist() if number in gains else [start] * attention.heads
                 parts = [full((1,), float(value), torch.float32) for value in values]
-                entries.append(cast(concat(0, parts), site.dtype))
+                entries.append(cast(concat(0, parts), attention.dtype))
             edit.weights = edit.weights.with_weight(
-                site.gain, replace(edit.weights[site.gain], entries=tuple(entries))
+                attention.gain, replace(edit.weights[attention.gain], entries=tuple(entries))
             )
         return edit
 
@@ -270,14 +274,14 @@ def _with_tensors(program: Program, projections: Projections) -> Program:
     return replace(program, source=ChainSource([tensors, program.source]))
 
 
-def _said(found: Calibration, layers: Sequence[int]) -> str:
-    shares = [found.explained[n] for n in layers]
+def _calibration_remark(calibration: Calibration, layers: Sequence[int]) -> str:
+    shares = [calibration.explained[n] for n in layers]
     said = (
         f"mixers bring back {sum(shares) / len(shares):.0%} of what is left out, "
         f"from {min(shares):.0%} to {max(shares):.0%} by layer"
     )
-    if not found.starts:
+    if not calibration.starts:
         return said
-    lives = sorted(life for n in layers for life in found.starts[n].half_life)
+    lives = sorted(life for n in layers for life in calibration.starts[n].half_life)
     lived = f"half-lives from {lives[0]:.0f} to {lives[-1]:.0f} tokens"
     return f"{lived}, median {median(lives):.0f}; {said}"

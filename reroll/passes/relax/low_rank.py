@@ -135,9 +135,9 @@ def spend(
     choices = {key: tiers(program.weights[key[0]].meta.shape, step) for key in spectra}
     left = budget
     while True:
-        found = allocate(spectra, choices, left)
+        allocated = allocate(spectra, choices, left)
         ranks = {
-            name: [found.get((name, trip), 0) for trip in range(len(shared.index or ()))]
+            name: [allocated.get((name, trip), 0) for trip in range(len(shared.index or ()))]
             for name, shared in names.items()
         }
         spent = sum(_cost(names[name], each) for name, each in ranks.items())

@@ -103,21 +103,21 @@ class Relax(Pass):
                 else:
                     assert isinstance(rank, int)
                     ranks = budgeted.get(name, [rank] * loop.trips)
-                    made = self._factors(name, weights[name], original, ranks)
+                    factored = self._factors(name, weights[name], original, ranks)
                     reference = reference.without(name)
                     linears = [user for node in nodes for user in node.users]
-                    for pair in made.pairs:
+                    for pair in factored.pairs:
                         weights = weights.with_weights(
                             {pair.down_name: pair.down, pair.up_name: pair.up}
                         )
                         _insert(loop, linears, pair)
-                    factors.append(made)
+                    factors.append(factored)
         result = replace(program, weights=weights, reference=reference)
         for remark in residuals_left(result, factors, context):
             context.remark(remark)
-        for what, names in (("as they were", restored), ("left tied", left)):
+        for state, names in (("as they were", restored), ("left tied", left)):
             if names:
-                context.remark(f"{what}: {', '.join(sorted(set(map(kind_of, names))))}")
+                context.remark(f"{state}: {', '.join(sorted(set(map(kind_of, names))))}")
         return result
 
     def _check_kinds(self, program: Program) -> None:

@@ -43,8 +43,8 @@ def scale_by_step(program: Program, loop: Loop, index: Sequence[int]) -> tuple[P
     returned: Any = body.output_node().args[0]
     result: fx.Node = returned[0]
     written = [n for n in body.nodes if n in stream.writers]
-    kind: TensorType = result.meta["type"]
-    width = kind.shape[-1]
+    type_: TensorType = result.meta["type"]
+    width = type_.shape[-1]
     assert isinstance(width, int)
     count = len(written) + 1
     step = loop.add_input("step", _steps(index))
@@ -59,15 +59,15 @@ def scale_by_step(program: Program, loop: Loop, index: Sequence[int]) -> tuple[P
     with build.before(next(n for n in body.nodes if n.op != "placeholder")):
         for name, shape in shapes.items():
             entries = tuple(
-                normal(shape, 1.0, block, kind.dtype)
+                normal(shape, 1.0, block, type_.dtype)
                 if name.startswith("up")
-                else zeros(shape, kind.dtype)
+                else zeros(shape, type_.dtype)
                 for block in blocks
             )
             full = f"{loop.name}.*.step.{name}"
             weights[full] = Weight(entries, tuple(index))
             nodes[name] = build.weight(full, weights[full])
-        h = build.call(aten.full.default, [1], step, dtype=kind.dtype)
+        h = build.call(aten.full.default, [1], step, dtype=type_.dtype)
         h = build.call(aten.linear.default, h, nodes["up.weight"], nodes["up.bias"])
         h = build.call(aten.silu.default, h)
         h = build.call(aten.linear.default, h, nodes["down.weight"], nodes["down.bias"])

@@ -115,12 +115,12 @@ class Tie(Pass):
                 )
             return Phases(starts, loop.trips, 0.0)
         distances = cosine_distances(hidden_states(program, loop, context)[1:])
-        found = segment(distances, blocks) if blocks else choose(distances)[0]
+        phases = segment(distances, blocks) if blocks else choose(distances)[0]
         context.remark(
-            f"{loop.name}: {len(found.starts)} phases: {found}, {found.between:.0%} of the "
+            f"{loop.name}: {len(phases.starts)} phases: {phases}, {phases.between:.0%} of the "
             "distance between layers lies between them"
         )
-        return found
+        return phases
 
     def _blocks(self, program: Program) -> dict[Loop, int]:
         """Return the number of blocks of each loop that is to be tied."""

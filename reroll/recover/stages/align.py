@@ -78,38 +78,43 @@ class Align(Stage):
         if not self.start_tokens:
             return {}
         batches = rows(self.start_tokens)
-        found = fit_linear_layers(models, batches)
-        return {**found, **fit_trip_by_trip(models, batches)} if self.start_free else found
+        errors = fit_linear_layers(models, batches)
+        return {**errors, **fit_trip_by_trip(models, batches)} if self.start_free else errors
 
     def loss(self, batch: Batch, models: Models) -> Loss:
         assert models.teacher is not None
         trips = models.module.trip_modules()
         with (
-            record_trips(models.teacher.trip_modules()) as seen,
-            self._inside(models.teacher) as theirs,
+            record_trips(models.teacher.trip_modules()) as teacher_trips,
+            self._inside(models.teacher) as teacher_outputs,
         ):
             models.run_teacher_for_hooks(batch)
         # number of the original's trips in each of the student's
-        step = len(seen) // len(trips)
-        inputs = [x for x, _ in seen[::step]]
-        given = [
+        step = len(teacher_trips) // len(trips)
+        inputs = [x for x, _ in teacher_trips[::step]]
+        student_inputs = [
             x if forced else None
             for x, forced in zip(inputs, self._forced(batch, len(trips)), strict=True)
         ]
         with (
-            replace_inputs(trips, given),
-            record_trips(trips) as made,
-            self._inside(models.module) as ours,
+            replace_inputs(trips, student_inputs),
+            record_trips(trips) as student_trips,
+            self._inside(models.module) as student_outputs,
         ):
             models.run_student_for_hooks(batch)
         weights = batch.mask.float()
         if self.into is None:
-            targets = [y for _, y in seen[step - 1 :: step]]
+            targets = [y for _, y in teacher_trips[step - 1 :: step]]
             parts = [
-                (y, target, x) for (_, y), target, x in zip(made, targets, inputs, strict=True)
+                (y, target, x)
+                for (_, y), target, x in zip(student_trips, targets, inputs, strict=True)
             ]
         else:
-            parts = [(ours[n], theirs[n], torch.zeros_like(theirs[n])) for n in ours if n in theirs]
+            parts = [
+                (student_outputs[n], teacher_outputs[n], torch.zeros_like(teacher_outputs[n]))
+                for n in student_outputs
+                if n in teacher_outputs
+            ]
         errors = [relative_error(*part, weights) for part in parts]
         value = torch.stack(errors).mean()
         worst = max(range(len(errors)), key=lambda t: errors[t].item())

@@ -40,9 +40,9 @@ class Distil(Stage):
     def loss(self, batch: Batch, models: Models) -> Loss:
         assert models.teacher is not None
         ends = [m.trip_modules()[-1] for m in (models.teacher, models.module)]
-        with record_trips(ends[:1]) as theirs:
+        with record_trips(ends[:1]) as teacher_trips:
             expected = models.ask(batch)
-        with record_trips(ends[1:]) as ours:
+        with record_trips(ends[1:]) as student_trips:
             logits = models.run(batch)
         kl = self.divergence(unpadded(logits, batch.mask), unpadded(expected, batch.mask))
         value, parts = kl, {"kl": kl.item()}
@@ -50,8 +50,8 @@ class Distil(Stage):
             ce = cross_entropy(logits, batch.labels)
             value, parts["ce"] = value + self.ce * ce, ce.item()
         if self.hidden:
-            (source, target), (_, made) = theirs[0], ours[0]
-            error = relative_error(made, target, source, batch.mask.float())
+            (source, target), (_, output) = teacher_trips[0], student_trips[0]
+            error = relative_error(output, target, source, batch.mask.float())
             value, parts["hidden"] = value + self.hidden * error, error.item()
         return Loss(value, parts)
 
@@ -59,8 +59,8 @@ class Distil(Stage):
         """Compute the mean divergence over positions; both are [positions, vocabulary]."""
         return mean_over_pieces(logits, self._piece, expected)
 
-    def _piece(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        q, p = ours.float(), theirs.float()
+    def _piece(self, student: Tensor, teacher: Tensor) -> Tensor:
+        q, p = student.float(), teacher.float()
         if self.temperature != 1:
             q, p = q / self.temperature, p / self.temperature
         q, p = q.log_softmax(-1), p.log_softmax(-1)

@@ -61,18 +61,18 @@ class Exits(Stage):
     def loss(self, batch: Batch, models: Models) -> Loss:
         divergence = Distil.make({}).divergence
         trips = models.module.trip_modules()[-models.module.program.loops[-1].trips :]
-        with record_trips([trips[number - 1] for number in self.at]) as seen:
+        with record_trips([trips[number - 1] for number in self.at]) as exit_trips:
             logits = models.run(batch)
-        own = unpadded(logits, batch.mask)
+        full_logits = unpadded(logits, batch.mask)
         if self.target == "original":
-            last = divergence(own, unpadded(models.ask(batch), batch.mask))
+            last = divergence(full_logits, unpadded(models.ask(batch), batch.mask))
         else:
             last = cross_entropy(logits, batch.labels)
         losses = []
-        for stop, (_, hidden) in zip(self.at, seen, strict=True):
+        for stop, (_, hidden) in zip(self.at, exit_trips, strict=True):
             early = read_out(models.module, hidden, stop, **arguments(batch))
             if self.distil:
-                losses.append(divergence(unpadded(early, batch.mask), own.detach()))
+                losses.append(divergence(unpadded(early, batch.mask), full_logits.detach()))
             else:
                 losses.append(cross_entropy(early, batch.labels))
         parts = {f"after_{n}": each.item() for n, each in zip(self.at, losses, strict=True)}

@@ -46,13 +46,13 @@ def distance(index: Sequence[int]) -> int | None:
     block is used twice.
     """
     last: dict[int, int] = {}
-    found: int | None = None
+    least: int | None = None
     for trip, block in enumerate(index):
         if block in last:
             between = len(set(index[last[block] : trip]))
-            found = between if found is None else min(found, between)
+            least = between if least is None else min(least, between)
         last[block] = trip
-    return found
+    return least
 
 
 def reuse_remark(program: Program, loop: Loop, index: Sequence[int]) -> str | None:
@@ -73,9 +73,9 @@ def reuse_remark(program: Program, loop: Loop, index: Sequence[int]) -> str | No
         if fits
         else f"more than the last-level cache of {_megabytes(cache)}: decoding is no faster here"
     )
-    what = "the block" if blocks == 1 else f"{blocks} blocks"
+    read = "the block" if blocks == 1 else f"{blocks} blocks"
     remark = (
-        f"{loop.name}: from one use of a block to the next {what} are read, {listed}, {verdict}"
+        f"{loop.name}: from one use of a block to the next {read} are read, {listed}, {verdict}"
     )
     if blocks == 1:
         remark = remark.replace("the block are read", "only the block is read")

@@ -78,9 +78,9 @@ class Context:
 
     def some_tokens(self, program: Program, count: int) -> tuple[Tensor, str]:
         """Return ids of the text, or `count` random ones without it, and a name for them."""
-        found = self.tokens(program)
-        if found is not None and found.numel() > 1:
-            return found, "text"
+        tokens = self.tokens(program)
+        if tokens is not None and tokens.numel() > 1:
+            return tokens, "text"
         return self.random_tokens(program, count), "random tokens"
 
     def outputs(

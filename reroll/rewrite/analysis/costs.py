@@ -15,6 +15,7 @@ from torch import fx
 
 from reroll.rewrite.ir.exits import exits_of, is_open
 from reroll.rewrite.ir.matching import shape
+from reroll.rewrite.ir.ops import is_stateful
 from reroll.rewrite.ir.ops.base import FLOPS, STATE, Cost, Place, count, register
 from reroll.rewrite.ir.program import Loop, Program
 
@@ -38,7 +39,7 @@ def state_bytes(program: Program, context: int) -> int:
 
 def keeps_state(program: Program) -> bool:
     """Whether any op of a Program has state, as in models that generate."""
-    return any(n.target in STATE for _, graph in program.graphs() for n in graph.nodes)
+    return any(is_stateful(n) for _, graph in program.graphs() for n in graph.nodes)
 
 
 def state_of(nodes: Iterable[fx.Node], place: Place) -> int:
@@ -82,8 +83,8 @@ def _matmul(operands: slice) -> Cost:
         left, _ = node.args[operands]
         inner, result = shape(left)[-1:], shape(node)
         # a symbolic size of the columns or of the inner dimension is the length of the context
-        seen = [d if isinstance(d, int) else place.context for d in (*inner, *result[-1:])]
-        return 2 * count(result[:-1]) * math.prod(seen)
+        sizes = [d if isinstance(d, int) else place.context for d in (*inner, *result[-1:])]
+        return 2 * count(result[:-1]) * math.prod(sizes)
 
     return rule
 

@@ -30,8 +30,8 @@ def hidden_states(
     rows of `length` tokens, or on random tokens or images where there is no text.
     """
     returned: Any = loop.body.graph.output_node().args[0]
-    seen = values_of(program, [loop.carry[0], returned[0]], context, tokens=tokens, length=length)
-    return torch.cat([seen[loop.carry[0]][None, 0], seen[returned[0]]])
+    values = values_of(program, [loop.carry[0], returned[0]], context, tokens=tokens, length=length)
+    return torch.cat([values[loop.carry[0]][None, 0], values[returned[0]]])
 
 
 def values_of(
@@ -74,20 +74,20 @@ def _values(
     length: int,
 ) -> dict[fx.Node, Tensor]:
     inputs = calibration_inputs(program, context, tokens, length)
-    found: dict[fx.Node, dict[int, list[Tensor]]] = {node: {} for node in nodes}
+    values: dict[fx.Node, dict[int, list[Tensor]]] = {node: {} for node in nodes}
 
     def observe(
         name: str, trip: int | None, node: fx.Node, args: tuple[Any, ...], result: Any
     ) -> None:
-        if node in found:
-            found[node].setdefault(trip or 0, []).append(result.float().flatten(0, -2))
+        if node in values:
+            values[node].setdefault(trip or 0, []).append(result.float().flatten(0, -2))
 
     for number, each in enumerate(inputs):
         context.progress(number, len(inputs), "hidden states")
         context.outputs(program, each, observe=observe)
     return {
         node: torch.stack([torch.cat(trips[trip]) for trip in sorted(trips)])
-        for node, trips in found.items()
+        for node, trips in values.items()
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from reroll.errors import PassError
 from reroll.rewrite.analysis.context import Context
 from reroll.rewrite.analysis.distance import divergence
-from reroll.rewrite.analysis.measure import measured_output
+from reroll.rewrite.analysis.program_distance import measured_output
 from reroll.rewrite.analysis.samples import token_input, token_inputs
 from reroll.rewrite.ir.program import Program
 
@@ -53,7 +53,7 @@ def keep_by_measure(
         alone[layer] = distance(rewritten([layer]))
     ranking = sorted(layers, key=lambda n: -alone[n])
     kept, rest = ranking[:count], ranking[count:]
-    context.remark(f"KL on {distance.what} of each layer alone: {_shown(ranking, alone)}")
+    context.remark(f"KL on {distance.text} of each layer alone: {_shown(ranking, alone)}")
     best = distance(rewritten(rest))
     exchanged = 0
     while exchanged < min(count, len(rest)):
@@ -79,8 +79,8 @@ class _Distance:
             raise PassError(
                 "only a model that takes tokens can be measured", hint="name the layers"
             )
-        tokens, what = context.some_tokens(program, LENGTH // 8)
-        self.what = f"{what}, and the same again,"
+        tokens, text = context.some_tokens(program, LENGTH // 8)
+        self.text = f"{text}, and the same again,"
         length = min(LENGTH, (program.origin.positions or 2 * LENGTH) // 2)
         twice = tokens[None, :length].repeat(1, 2)
         self.inputs: Mapping[str, Tensor] = token_inputs(program, twice)

@@ -20,7 +20,7 @@ from reroll.rewrite.ir.program import Loop, Program
 
 
 @dataclass(frozen=True)
-class Layer:
+class AttentionLayer:
     """Attention node with the numbers of its layers, one per trip of its loop."""
 
     node: fx.Node
@@ -42,14 +42,14 @@ class Layer:
             self.loop.drop_unused_inputs()
 
 
-def attention_layers(program: Program) -> list[Layer]:
+def attention_layers(program: Program) -> list[AttentionLayer]:
     """Find the self-attentions of a Program; cross-attention is excluded."""
-    found: list[tuple[fx.Node, Loop | None, list[int]]] = []
+    attentions: list[tuple[fx.Node, Loop | None, list[int]]] = []
     loops = {loop.node: loop for loop in program.loops}
     count = 0
     for node in program.graph.nodes:
         if _is_self_attention(node):
-            found.append((node, None, [count]))
+            attentions.append((node, None, [count]))
             count += 1
         elif node in loops:
             loop = loops[node]
@@ -59,8 +59,8 @@ def attention_layers(program: Program) -> list[Layer]:
                 for row in rows:
                     row.append(count)
                     count += 1
-            found += [(n, loop, row) for n, row in zip(inner, rows, strict=True)]
-    return [Layer(node, loop, tuple(numbers)) for node, loop, numbers in found]
+            attentions += [(n, loop, row) for n, row in zip(inner, rows, strict=True)]
+    return [AttentionLayer(node, loop, tuple(numbers)) for node, loop, numbers in attentions]
 
 
 def _is_self_attention(node: fx.Node) -> bool:
@@ -89,7 +89,7 @@ def per_trip(loop: Loop | None, name: str, values: Sequence[Any]) -> Any:
     if all(value == values[0] and type(value) is type(values[0]) for value in values):
         return values[0]
     assert loop is not None
-    for position, given in enumerate(loop.inputs):
-        if isinstance(given, tuple) and given == tuple(values):
+    for position, old in enumerate(loop.inputs):
+        if isinstance(old, tuple) and old == tuple(values):
             return loop.places[len(loop.carry) + position]
     return loop.add_input(name, tuple(values))

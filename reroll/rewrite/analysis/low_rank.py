@@ -71,11 +71,11 @@ def low_rank_terms(graph: fx.Graph) -> list[LowRankTerm]:
 
 def factor_names(program: Program) -> dict[str, list[tuple[str, str]]]:
     """Return the names of the factors (A, B) of each weight's terms, by the name of the weight."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    names: dict[str, list[tuple[str, str]]] = {}
     for _, graph in program.graphs():
         for term in low_rank_terms(graph):
-            found.setdefault(weight_name(term.base), []).append(term.factors)
-    return found
+            names.setdefault(weight_name(term.base), []).append(term.factors)
+    return names
 
 
 def ranks(program: Program, loop: Loop, term: LowRankTerm) -> tuple[int, ...]:

@@ -100,12 +100,12 @@ def _written_out(program: Program) -> str | None:
 def _carried(loop: Loop) -> list[fx.Node]:
     """Return the nodes of a body that depend on its carry."""
     data = set(loop.places[: len(loop.carry)])
-    found = []
+    carried = []
     for node in loop.body.graph.nodes:
         if node.op == "call_function" and any(n in data for n in node.all_input_nodes):
             data.add(node)
-            found.append(node)
-    return found
+            carried.append(node)
+    return carried
 
 
 def _mixes(node: fx.Node) -> bool:

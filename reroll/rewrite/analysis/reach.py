@@ -31,15 +31,15 @@ def position_limits(program: Program) -> dict[str, int]:
     The indices into a table of positions rise by one from token to token, whatever the tokens are.
     They need not start at 0.
     """
-    found: dict[str, int] = {}
+    limits: dict[str, int] = {}
     for node in program.graph.nodes:
         if node.target is not torch.ops.aten.embedding.default or node.args[0].op != "get_attr":
             continue
         rows = program.weights[str(node.args[0].target)].meta.shape[0]
         for first, length in _risings(program, node.args[1]):
             for name in _inputs_of_length(program, length):
-                found[name] = min(found.get(name, rows), rows - first)
-    return found
+                limits[name] = min(limits.get(name, rows), rows - first)
+    return limits
 
 
 def longest(program: Program) -> int | None:

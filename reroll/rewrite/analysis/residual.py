@@ -15,10 +15,9 @@ import torch
 from torch import fx
 
 from reroll.rewrite.ir.dtypes import CONVERSIONS
-from reroll.rewrite.ir.matching import argument
+from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.patterns import Miss
 from reroll.rewrite.ir.program import Loop, Program
-from reroll.rewrite.ir.records import TensorType
 
 aten = torch.ops.aten
 
@@ -154,14 +153,13 @@ class Tracer:
 
 def channels(node: fx.Node) -> Any:
     """Return the size of a value's last dimension; None if it has no type."""
-    kind = node.meta.get("type")
-    return kind.shape[-1] if isinstance(kind, TensorType) and kind.shape else None
+    dims = shape(node)
+    return dims[-1] if dims else None
 
 
 def rank(node: fx.Node) -> int:
     """Return the number of dimensions of a value; 0 if it has no type."""
-    kind = node.meta.get("type")
-    return len(kind.shape) if isinstance(kind, TensorType) else 0
+    return len(shape(node))
 
 
 def _passes(node: fx.Node) -> bool:

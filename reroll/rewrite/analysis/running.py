@@ -40,16 +40,16 @@ def running(loop: Loop, trip: int) -> set[fx.Node]:
     for node in nodes:
         if is_idle(node, place) or _is_zero(node, zero):
             zero.add(node)
-    found: set[fx.Node] = set()
+    used: set[fx.Node] = set()
     known = set(nodes)
     stack = [loop.body.graph.output_node()]
     while stack:
         node = stack.pop()
-        if node in found or node in zero or node not in known:
+        if node in used or node in zero or node not in known:
             continue
-        found.add(node)
+        used.add(node)
         stack += node.all_input_nodes
-    return found
+    return used
 
 
 def is_idle(node: fx.Node, place: Place) -> bool:

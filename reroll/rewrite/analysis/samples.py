@@ -45,8 +45,8 @@ def default_tokenizer(program: Program) -> Tokenizer | None:
 
 def token_input(program: Program) -> Input | None:
     """Return the input for token ids of the text: the last one with role data and integer dtype."""
-    found = [i for i in program.inputs if i.role == "data" and not i.type.dtype.is_floating_point]
-    return found[-1] if found else None
+    inputs = [i for i in program.inputs if i.role == "data" and not i.type.dtype.is_floating_point]
+    return inputs[-1] if inputs else None
 
 
 def vocabulary(program: Program, name: str | None = None) -> int | None:
@@ -65,14 +65,14 @@ def vocabulary(program: Program, name: str | None = None) -> int | None:
 
 def _comes_from(node: fx.Node, name: str | None) -> bool:
     # ids may be sliced, clamped or offset before they are looked up
-    seen = {node}
+    visited = {node}
     stack = [node]
     while stack:
         current = stack.pop()
         if current.op == "placeholder" and current.target == name:
             return True
-        new = [n for n in current.all_input_nodes if n not in seen]
-        seen.update(new)
+        new = [n for n in current.all_input_nodes if n not in visited]
+        visited.update(new)
         stack += new
     return False
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import fx
 
+from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE
+from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE, is_stateful
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.visibility import Visibility
 
@@ -28,15 +29,15 @@ class CacheLayer:
     """Layout of one state: its layer type, window and sizes.
 
     Attributes:
-        kind: a layer type of transformers. A recurrence is "hybrid_sliding": of the types with a
-            recurrent state, that is the one that also counts its tokens.
+        layer_type: a layer type of transformers. A recurrence is "hybrid_sliding": of the types
+            with a recurrent state, that is the one that also counts its tokens.
         size: tokens of the window or chunk; None for all tokens.
         kv_heads: number of key-value heads, if it is a constant.
         head_dim: size of a key, if it is a constant.
         prefix: how many first tokens are kept beside the window.
     """
 
-    kind: str
+    layer_type: str
     size: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -45,7 +46,7 @@ class CacheLayer:
     @property
     def reach(self) -> tuple[str, int | None, int]:
         """Layer type, size and prefix, which together determine the tokens that it keeps."""
-        return self.kind, self.size, self.prefix
+        return self.layer_type, self.size, self.prefix
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,16 @@ class StatePlan:
 
 
 def plan_states(program: Program) -> StatePlan:
-    """Number the states of a Program and find the layout of each."""
+    """Number the states of a Program and find the layout of each.
+
+    Raises ProgramError for an op with a state that is neither a cache nor a recurrence.
+    """
     layers: list[CacheLayer] = []
     numbers: dict[fx.Node, tuple[int, ...]] = {}
     for node, layer in _walk(program):
         numbers[node] = (*numbers.get(node, ()), len(layers))
         layers.append(layer)
     return StatePlan(tuple(layers), numbers)
-
-
-def is_stateful(node: fx.Node) -> bool:
-    """Whether a node reads and writes state of its own."""
-    return node.op == "call_function" and node.target in (CACHE, RECURRENCE)
 
 
 def stateful_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -105,14 +104,14 @@ def before_cache(value: fx.Node) -> fx.Node:
 
 def readers(cache: fx.Node) -> list[fx.Node | None]:
     """Return the attention nodes that read the outputs of a cache; None for any other use."""
-    found: list[fx.Node | None] = []
+    attentions: list[fx.Node | None] = []
     for item in cache.users:
         if item.target is not operator.getitem:
-            found.append(None)
+            attentions.append(None)
             continue
         for user in item.users:
-            found.append(user if user.target in MASKED else None)
-    return found
+            attentions.append(user if user.target in MASKED else None)
+    return attentions
 
 
 def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
@@ -131,14 +130,20 @@ def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
 def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
     if node.target is RECURRENCE:
         return CacheLayer("hybrid_sliding", 1)
+    if node.target is not CACHE:
+        raise ProgramError(
+            f"{node.target} keeps state, and only caches and recurrences have a place for it",
+            where=node.name,
+            hint="keep it in a reroll.cache or a reroll.recurrence",
+        )
     sizes = shape(argument(node, "k"))
     heads, dim = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)
     heads, dim = (x if isinstance(x, int) else None for x in (heads, dim))
-    kind, size, prefix = "full_attention", None, 0
+    layer_type, size, prefix = "full_attention", None, 0
     reaches = {_reach(reader, loop, trip) for reader in readers(node)}
     if len(reaches) == 1:
-        kind, size, prefix = reaches.pop()
-    return CacheLayer(kind, size, heads, dim, prefix)
+        layer_type, size, prefix = reaches.pop()
+    return CacheLayer(layer_type, size, heads, dim, prefix)
 
 
 def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int | None, int]:
@@ -146,11 +151,19 @@ def _reach(node: fx.Node | None, loop: Loop | None, trip: int) -> tuple[str, int
     everything = "full_attention", None, 0
     if node is None:
         return everything
-    seen = Visibility.of(node)
+    visibility = Visibility.of(node)
     if loop is not None:
-        seen = seen.map(lambda value: loop.resolve(value, trip))
-    if seen.causal is True and isinstance(seen.window, int) and isinstance(seen.prefix, int | None):
-        return "sliding_attention", seen.window, seen.prefix or 0
-    if seen.causal is True and isinstance(seen.chunk, int) and seen.prefix is None:
-        return "chunked_attention", seen.chunk, 0
+        visibility = visibility.map(lambda value: loop.resolve(value, trip))
+    if (
+        visibility.causal is True
+        and isinstance(visibility.window, int)
+        and isinstance(visibility.prefix, int | None)
+    ):
+        return "sliding_attention", visibility.window, visibility.prefix or 0
+    if (
+        visibility.causal is True
+        and isinstance(visibility.chunk, int)
+        and visibility.prefix is None
+    ):
+        return "chunked_attention", visibility.chunk, 0
     return everything

@@ -69,8 +69,8 @@ def _named(text: str, sizes: dict[Any, str]) -> str:
 def _limit(config: Any) -> int:
     """Return the maximum length of a text by the configuration."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = [getattr(text, name, None) for name in _LIMITS]
-    return min((n for n in found if isinstance(n, int) and n > 0), default=2**16)
+    limits = [getattr(text, name, None) for name in _LIMITS]
+    return min((n for n in limits if isinstance(n, int) and n > 0), default=2**16)
 
 
 def _sizes(

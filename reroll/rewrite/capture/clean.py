@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from reroll.errors import CaptureError
 from reroll.rewrite.ir.hidden import stand_in
 from reroll.rewrite.ir.records import Dim, TensorType
-from reroll.rewrite.ir.types import set_type
+from reroll.rewrite.ir.types import set_type, type_of
 
 aten = torch.ops.aten
 
@@ -69,11 +69,11 @@ def flatten(
     shapes: dict[str, tuple[Dim, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for name, node in zip(dims, users, strict=True):
-        kind = _type(by_name[node].meta["val"], symbols)
-        assert kind is not None
+        type_ = _type(by_name[node].meta["val"], symbols)
+        assert type_ is not None
         values[by_name[node]] = placeholder = graph.placeholder(name)
-        set_type(placeholder, kind)
-        shapes[name], dtypes[name] = kind.shape, kind.dtype
+        set_type(placeholder, type_)
+        shapes[name], dtypes[name] = type_.shape, type_.dtype
     for name, node in by_name.items():
         constant = exported.constants.get(f"model.{names[name]}") if name in names else None
         if isinstance(constant, Tensor) and constant.dim() == 0 and "lifted" in names[name]:
@@ -93,8 +93,8 @@ def drop_casts(graph: fx.Graph) -> None:
         if node.target is not aten.to.dtype:
             continue
         source: Any = node.args[0]
-        kind = source.meta.get("type")
-        if kind is not None and kind.dtype == node.args[1]:
+        type_ = type_of(source)
+        if type_ is not None and type_.dtype == node.args[1]:
             stand_in(node, source)
             graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -165,8 +165,8 @@ def _copy_nodes(
         if isinstance(value, str):
             if value not in weights:
                 weights[value] = graph.get_attr(value)
-                kind = _type(node.meta.get("val"), symbols)
-                set_type(weights[value], kind)
+                type_ = _type(node.meta.get("val"), symbols)
+                set_type(weights[value], type_)
             return weights[value]
         return value
 

@@ -24,7 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.branches import BranchError, check_branches
-from reroll.rewrite.capture.halves import keeps_parameters, trace, with_dtypes_of, without_data
+from reroll.rewrite.capture.half_precision import (
+    keeps_parameters,
+    trace,
+    with_dtypes_of,
+    without_data,
+)
 from reroll.rewrite.capture.left_out import TracedGraph, with_defaults
 from reroll.rewrite.capture.losses import loss_of
 from reroll.rewrite.capture.models import describe, open_model
@@ -35,7 +40,7 @@ from reroll.rewrite.capture.signature import (
     Example,
     can_generate,
     default_examples,
-    given_examples,
+    examples_from,
     has_state,
     picture_examples,
 )
@@ -44,8 +49,8 @@ from reroll.rewrite.capture.tracing import (
     Halt,
     Halted,
     Traced,
+    custom_layers,
     make_cache,
-    own_layers,
     tracing,
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
@@ -197,7 +202,7 @@ def _capture(
             continue
         try:
             examples = (
-                default_examples(model, with_state) if inputs is None else given_examples(inputs)
+                default_examples(model, with_state) if inputs is None else examples_from(inputs)
             )
             kept = [e for e in examples if whole or e.role in ("data", "padding")]
             if not whole and len(kept) == len(examples):
@@ -326,7 +331,7 @@ class _Wrapper(nn.Module):
         self.stateful = stateful
         self.halt, self.at_cache = halt, at_cache
         self.hidden = hidden
-        self.own_layers = own_layers(model.config) if stateful else []
+        self.custom_layers = custom_layers(model.config) if stateful else []
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         keywords: dict[str, Any] = dict(inputs, return_dict=True)
@@ -343,7 +348,7 @@ class _Wrapper(nn.Module):
                 for name in ("num_hidden_layers", "decoder_layers", "num_layers")
             )
             halt = self.halt if self.at_cache else None
-            cache = make_cache(total - tokens, total, layers, cross, self.own_layers, halt)
+            cache = make_cache(total - tokens, total, layers, cross, self.custom_layers, halt)
             keywords.update(past_key_values=cache, use_cache=True)
         elif "use_cache" in _parameters(self.model):
             keywords["use_cache"] = False
@@ -357,12 +362,12 @@ class _Wrapper(nn.Module):
             while len(_module_stack()) > depth:
                 _module_stack().popitem()
             return halted.tensors
-        found = {name: value for name, value in out.items() if isinstance(value, Tensor)}
+        outputs = {name: value for name, value in out.items() if isinstance(value, Tensor)}
         for name in NAMES if self.hidden else ():
             states = out.get(name) or ()
             if all(isinstance(value, Tensor) for value in states):
-                found.update((f"{name}.{number}", value) for number, value in enumerate(states))
-        return found
+                outputs.update((f"{name}.{number}", value) for number, value in enumerate(states))
+        return outputs
 
 
 def _module_stack() -> dict[str, Any]:
@@ -396,11 +401,11 @@ class _Tracer:
             return None, HALVES
         in_bf16 = program.dtype == torch.bfloat16
         for half in (torch.float16,) if in_bf16 else (torch.float16, torch.bfloat16):
-            found = self.in_half(program, exported, half)
-            if isinstance(found, Program):
+            in_half = self.in_half(program, exported, half)
+            if isinstance(in_half, Program):
                 halves = HALVES if half == torch.float16 else (half,)
-                return (None if in_bf16 else found), halves
-            log.info("not known in %s: %s", half, found.reason)
+                return (None if in_bf16 else in_half), halves
+            log.info("not known in %s: %s", half, in_half.reason)
         return None, ((torch.bfloat16,) if in_bf16 else ())
 
     def in_half(
@@ -452,7 +457,7 @@ def _export(
     shapes = {
         e.name: {i: auto for i, dim in enumerate(e.dims) if isinstance(dim, str)} for e in examples
     }
-    own = implementation != IMPLEMENTATION
+    modified = implementation != IMPLEMENTATION
 
     def export(hidden: bool) -> tuple[torch.export.ExportedProgram, Traced]:
         with (
@@ -460,10 +465,10 @@ def _export(
             _quiet(),
             _on_cpu(model),
             frequencies_by_position(model),
-            tracing(model, implementation, None if own else halt) as traced,
+            tracing(model, implementation, None if modified else halt) as traced,
         ):
             exported = torch.export.export(
-                _Wrapper(model, stateful, halt, own, hidden),
+                _Wrapper(model, stateful, halt, modified, hidden),
                 (tensors,),
                 dynamic_shapes=(shapes,),
                 strict=False,
@@ -590,12 +595,12 @@ def _to_program(
         Input(e.name, TensorType(flat.dtypes[e.name], flat.shapes[e.name]), e.role)
         for e in examples
     )
-    for example, given in zip(examples, inputs, strict=True):
-        fixed = [d for d, n in zip(example.dims, given.type.shape, strict=True) if d != n]
+    for example, item in zip(examples, inputs, strict=True):
+        fixed = [d for d, n in zip(example.dims, item.type.shape, strict=True) if d != n]
         if any(isinstance(d, str) for d in fixed):
             raise CaptureError(
                 f"the model fixes the {'batch' if 'b' in fixed else 'length'} of {example.name} "
-                f"to {list(given.type.shape)}",
+                f"to {list(item.type.shape)}",
                 where=type(model).__name__,
             )
     outputs = take_marks(flat.graph, flat.outputs)
@@ -640,7 +645,7 @@ def _with_cache_span(model: Any, program: Program, traced: Traced) -> Program:
     The configuration alone sets the window of a transformers cache, even if the model's masks have
     no such window.
     """
-    layers = own_layers(model.config)
+    layers = custom_layers(model.config)
     windows = {int(w) for layer in layers if (w := getattr(layer, "sliding_window", None))}
     if not traced.spans or not (shorter := windows - traced.spans):
         return program

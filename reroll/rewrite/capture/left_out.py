@@ -62,7 +62,7 @@ def with_defaults(
     counted = {e.name for e in examples if e.role in ("positions", "offsets", "zeros")}
     hidden = {e.name for e in examples if e.role == "padding"}
     shifted = {e.name for e in examples if e.name == "decoder_input_ids"}
-    found: dict[str, fx.Graph] = {}
+    defaults: dict[str, fx.Graph] = {}
     # positions may depend on the padding mask, so they are first left out alone
     plans = [(counted, counted), (hidden | shifted, counted | hidden | shifted)]
     for wanted, left_out in plans:
@@ -81,8 +81,8 @@ def with_defaults(
         for name in wanted & used:
             graph = search.default_of(name, stateful and not hidden & left_out)
             if graph is not None:
-                found[name] = graph
-    inputs = tuple(replace(i, default=found.get(i.name)) for i in program.inputs)
+                defaults[name] = graph
+    inputs = tuple(replace(i, default=defaults.get(i.name)) for i in program.inputs)
     return replace(program, inputs=inputs)
 
 
@@ -93,10 +93,10 @@ def _anchors(whole: TracedGraph, left_out: set[str]) -> tuple[Halt | None, dict[
     been read. If there is none, the trace is complete and the values are the outputs.
     """
     nodes = list(whole.graph.nodes)
-    kind = ATTENTION if any(n.target is ATTENTION for n in nodes) else CACHE
+    op = ATTENTION if any(n.target is ATTENTION for n in nodes) else CACHE
     read: set[str] = set()
-    for number, node in enumerate((n for n in nodes if n.target is kind), 1):
-        anchors = {name: argument(node, name) for name in _ANCHORS[kind]}
+    for number, node in enumerate((n for n in nodes if n.target is op), 1):
+        anchors = {name: argument(node, name) for name in _ANCHORS[op]}
         anchors = {name: value for name, value in anchors.items() if value is not None}
         read |= {str(n.target) for n in ancestors(anchors.values()) if n.op == "placeholder"}
         if left_out <= read:
@@ -112,21 +112,21 @@ class _Search:
     whole: TracedGraph
     without: TracedGraph
     left_out: set[str]
-    found: dict[str, list[Any]] = field(default_factory=dict)
+    counterparts: dict[str, list[Any]] = field(default_factory=dict)
     differ: list[tuple[fx.Node, Any]] = field(default_factory=list)
 
     def walk(self, whole: Mapping[str, Any], without: Mapping[str, Any]) -> None:
         """Pair the values of two graphs by name, and then all values that they depend on."""
         stack = [(value, without.get(name)) for name, value in whole.items()]
-        seen: set[tuple[Any, Any]] = set()
+        visited: set[tuple[Any, Any]] = set()
         while stack:
             pair = tuple(map(_uncached, stack.pop()))
-            if pair in seen or not isinstance(pair[0], fx.Node):
+            if pair in visited or not isinstance(pair[0], fx.Node):
                 continue
-            seen.add(pair)
+            visited.add(pair)
             a, b = pair
             if a.op == "placeholder" and str(a.target) in self.left_out:
-                self.found.setdefault(str(a.target), []).append(b)
+                self.counterparts.setdefault(str(a.target), []).append(b)
                 continue
             inner = _operands(a, b)
             if inner is None:
@@ -137,7 +137,9 @@ class _Search:
     def default_of(self, name: str, with_past: bool) -> fx.Graph | None:
         """Return the graph of an input's default; None if its role implies it or it is unknown."""
         item = next(i for i in self.program.inputs if i.name == name)
-        nodes = [n for n in dict.fromkeys(self.found.get(name, ())) if isinstance(n, fx.Node)]
+        nodes = [
+            n for n in dict.fromkeys(self.counterparts.get(name, ())) if isinstance(n, fx.Node)
+        ]
         special = [n for n in nodes if not self._is_plain(item, n, with_past)]
         if not special:
             self._tell_unknown(item, bool(nodes), with_past)
@@ -155,10 +157,10 @@ class _Search:
         """Whether a default equals what the input's role implies, tested on sample inputs."""
         if item.role == "data":
             return False
-        for given in self._trials(numbers(node.graph), with_past):
-            plain = _plain(item, given)
+        for values in self._trials(numbers(node.graph), with_past):
+            plain = _plain(item, values)
             try:
-                value = fitted(item, evaluate(node, given, self.without.constants), len(plain))
+                value = fitted(item, evaluate(node, values, self.without.constants), len(plain))
             except Exception as error:
                 log.debug("the default of %s does not run: %s", item.name, error)
                 return False
@@ -180,14 +182,14 @@ class _Search:
         """Whether two values are equal if all inputs left out are what their roles imply."""
         if not isinstance(b, fx.Node):
             return False
-        for given in self._trials(numbers(b.graph), with_past):
-            all_given = dict(given)
+        for values in self._trials(numbers(b.graph), with_past):
+            all_values = dict(values)
             for item in self.program.inputs:
                 if item.name in self.left_out:
-                    all_given[item.name] = _plain(item, given)
+                    all_values[item.name] = _plain(item, values)
             try:
-                expected = evaluate(b, given, self.without.constants)
-                actual = evaluate(a, all_given, self.whole.constants)
+                expected = evaluate(b, values, self.without.constants)
+                actual = evaluate(a, all_values, self.whole.constants)
                 if not bool((expected == actual).all()):
                     return False
             except Exception:
@@ -200,19 +202,19 @@ class _Search:
         ids = torch.tensor(sorted({*range(40)} | {n for n in special if 0 <= n < 2**20}))
         for length, past in ((7, 4 if with_past else 0), (6, 0)):
             sizes = {"b": 4, "s": length, "t": length + past, "e": 9, "l": 160}
-            given = {}
+            values = {}
             for item in self.program.inputs:
                 if item.name in self.left_out:
                     continue
                 shape = [concrete(dim, sizes) for dim in item.type.shape]
                 if item.type.dtype.is_floating_point:
-                    given[item.name] = torch.randn(shape, generator=generator)
+                    values[item.name] = torch.randn(shape, generator=generator)
                 elif item.role == "padding":
-                    given[item.name] = _masks(*shape).to(item.type.dtype)
+                    values[item.name] = _masks(*shape).to(item.type.dtype)
                 else:
                     at = torch.randint(0, len(ids), shape, generator=generator)
-                    given[item.name] = ids[at].to(item.type.dtype)
-            yield given
+                    values[item.name] = ids[at].to(item.type.dtype)
+            yield values
 
 
 def _uncached(value: Any) -> Any:
@@ -254,10 +256,10 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _plain(item: Input, given: Mapping[str, Tensor]) -> Tensor:
+def _plain(item: Input, values: Mapping[str, Tensor]) -> Tensor:
     """Return the value that an input's role implies, given the other inputs."""
     decoder = item.name.startswith("decoder_")
-    pairs = [(n, t) for n, t in given.items() if n.startswith("decoder_") == decoder]
+    pairs = [(n, t) for n, t in values.items() if n.startswith("decoder_") == decoder]
     tokens = next(t for n, t in pairs if "mask" not in n)
     mask = next((t for n, t in pairs if "mask" in n), tokens)
     batch, length = tokens.shape[:2]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from reroll.rewrite.capture.halves import without_data
+from reroll.rewrite.capture.half_precision import without_data
 from reroll.rewrite.ir.records import Loss
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ def loss_of(model: Any, inputs: Mapping[str, Tensor]) -> Loss | None:
         # some models read numbers from tensors to check them, others to split tensors by them
         for zeros in (False, True):
             try:
-                found = _run(model, inputs, labels, zeros)
-                return None if found is None else _alignment(labels, found)
+                target = _run(model, inputs, labels, zeros)
+                return None if target is None else _alignment(labels, target)
             # a model may fail without labels, or without data, with any exception
             except Exception as error:
                 log.info("the loss of %s is not known: %s", type(model).__name__, error)
@@ -55,10 +55,10 @@ def _run(model: Any, inputs: Mapping[str, Tensor], labels: Tensor, zeros: bool) 
 
     mode: FakeTensorMode = next(model.parameters()).fake_mode
     mode.shape_env, mode.allow_scalar_outputs = ShapeEnv(), True
-    given = {n: mode.from_tensor(t.cpu(), static_shapes=True) for n, t in inputs.items()}
-    with mode, _compiling(), _Intercepted(labels, zeros) as found:
-        loss = model(**given, labels=labels, return_dict=True).get("loss")
-    return found.target if loss is not None and loss is found.loss else None
+    fakes = {n: mode.from_tensor(t.cpu(), static_shapes=True) for n, t in inputs.items()}
+    with mode, _compiling(), _Intercepted(labels, zeros) as intercepted:
+        loss = model(**fakes, labels=labels, return_dict=True).get("loss")
+    return intercepted.target if loss is not None and loss is intercepted.loss else None
 
 
 def _alignment(labels: Tensor, target: Tensor) -> Loss | None:

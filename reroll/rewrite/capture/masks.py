@@ -42,9 +42,9 @@ def describe_mask(function: Callable[..., Any]) -> MaskKind:
     """
     if _maker(function) == "or_masks":
         base, *overlays = _closure(function)["mask_functions"]
-        kind = describe_mask(base)
-        if [_maker(o) for o in overlays] == ["blockwise_overlay"] and kind.blocks is None:
-            return replace(kind, blocks=_closure(overlays[0])["block_sequence_ids"])
+        mask = describe_mask(base)
+        if [_maker(o) for o in overlays] == ["blockwise_overlay"] and mask.blocks is None:
+            return replace(mask, blocks=_closure(overlays[0])["block_sequence_ids"])
         raise _not_modelled(function, *overlays)
     parts: dict[str, int] = {}
     for part in _conjuncts(function):

@@ -113,7 +113,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
     """
     config = json.loads(json.dumps(model.config.to_dict(), default=str))
     files = {} if path is None else side_files(path)
-    if path is None and (settings := _own_settings(model)) is not None:
+    if path is None and (settings := _generation_settings(model)) is not None:
         files[GENERATION_FILE] = generation_file(settings)
     return Origin(
         model=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
@@ -127,7 +127,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
     )
 
 
-def _own_settings(model: Any) -> Any:
+def _generation_settings(model: Any) -> Any:
     """Return a model object's generation settings if they differ from its configuration's."""
     from transformers import GenerationConfig
 
@@ -164,14 +164,14 @@ def class_of(config: Any, trust_remote_code: bool) -> Any:
     for auto, name in custom.items():
         if name == architecture or architecture is None:
             return getattr(transformers, auto)
-    own = getattr(transformers, str(architecture), None)
+    library_class = getattr(transformers, str(architecture), None)
     # a class for another model type is a wrong entry, which transformers ignores too
     if (
         not custom
-        and own is not None
-        and isinstance(config, getattr(own, "config_class", None) or ())
+        and library_class is not None
+        and isinstance(config, getattr(library_class, "config_class", None) or ())
     ):
-        return own
+        return library_class
     causal = transformers.AutoModelForCausalLM
     known = type(config) in causal._model_mapping or causal.__name__ in custom
     return causal if known else transformers.AutoModel
@@ -234,11 +234,14 @@ def _open_directory(
 def _untrusted(config: Any, model: Any, trust: bool) -> tuple[str, ...]:
     """Remark that a model's own code is not run, because transformers has a class for it."""
     architectures = set(getattr(config, "architectures", None) or ())
-    own = type(model).__name__
-    custom = architectures & set(_custom_classes(config).values()) - {own}
+    class_name = type(model).__name__
+    custom = architectures & set(_custom_classes(config).values()) - {class_name}
     if trust or not custom:
         return ()
-    return (f"the code of {min(custom)} that comes with the model is not run: {own} stands for it",)
+    return (
+        f"the code of {min(custom)} that comes with the model is not run: "
+        f"{class_name} stands for it",
+    )
 
 
 def _refuse_code(path: Path, name: str) -> None:

@@ -37,19 +37,21 @@ def percepts(model: Any) -> Iterator[str]:
     there is no table of types, because they are then looked up in the table of tokens.
     """
     arguments = inspect.signature(model.forward).parameters
-    found = [n for n, a in arguments.items() if _PERCEPTS.search(n) and "Tensor" in str(a)]
-    yield from found
-    if found or not getattr(getattr(model, "config", None), "type_vocab_size", None):
+    names = [n for n, a in arguments.items() if _PERCEPTS.search(n) and "Tensor" in str(a)]
+    yield from names
+    if names or not getattr(getattr(model, "config", None), "type_vocab_size", None):
         yield from (name for name in arguments if name == "token_type_ids")
 
 
 def _unread(module: nn.Module, path: str, read: set[str]) -> Iterator[tuple[str, int]]:
     """Yield the largest parts of a module that are not read, with their numbers of parameters."""
-    own = {_join(path, name): p for name, p in module.named_parameters(remove_duplicate=False)}
-    if not own or own.keys() <= read:
+    parameters = {
+        _join(path, name): p for name, p in module.named_parameters(remove_duplicate=False)
+    }
+    if not parameters or parameters.keys() <= read:
         return
-    if path and not own.keys() & read:
-        yield path, sum({id(p): p.numel() for p in own.values()}.values())
+    if path and not parameters.keys() & read:
+        yield path, sum({id(p): p.numel() for p in parameters.values()}.values())
         return
     for name, parameter in module.named_parameters(recurse=False):
         if _join(path, name) not in read:

@@ -37,22 +37,22 @@ def text_part(
     Raises ProgramError if the logits depend on pictures in another way than through `merge`.
     """
     graph = copy(graph)
-    seen: set[fx.Node] = set()
+    merged: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" and node.target in pictures:
-            seen.add(node)
-        if node.op == "output" or not any(n in seen for n in node.all_input_nodes):
+            merged.add(node)
+        if node.op == "output" or not any(n in merged for n in node.all_input_nodes):
             continue
-        if node.target is merge and not {node.args[0], node.args[1]} & seen:
+        if node.target is merge and not {node.args[0], node.args[1]} & merged:
             node.replace_all_uses_with(node.args[0])
         else:
-            seen.add(node)
+            merged.add(node)
     output = next(iter(reversed(graph.nodes)))
     values: Any = output.args[0]
     for name, value in zip(outputs, values, strict=True):
-        if name == "logits" and value in seen:
+        if name == "logits" and value in merged:
             raise ProgramError("the logits depend on pictures in another way than by image tokens")
-    output.args = (tuple(None if value in seen else value for value in values),)
+    output.args = (tuple(None if value in merged else value for value in values),)
     # no node has a side effect
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return graph

@@ -39,8 +39,8 @@ def side_files(directory: Path) -> dict[str, str]:
     names = []
     for folder, folders, files in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        place = Path(folder).relative_to(directory)
-        names += [(place / file).as_posix() for file in sorted(files)]
+        relative = Path(folder).relative_to(directory)
+        names += [(relative / file).as_posix() for file in sorted(files)]
         if len(names) > MAX_FILES:
             # the directory holds other things than the model
             names = [name for name in names if "/" not in name]

@@ -126,7 +126,7 @@ def picture_examples(model: Any) -> list[Example]:
     return [some, replace(some, tensor=some.tensor[:1], dims=(1, *some.dims[1:]))]
 
 
-def given_examples(inputs: Mapping[str, Tensor]) -> list[Example]:
+def examples_from(inputs: Mapping[str, Tensor]) -> list[Example]:
     """Wrap the caller's own example tensors, with a dynamic batch dimension."""
     return [
         Example(name, tensor, ("b", *tensor.shape[1:]) if tensor.dim() else ())

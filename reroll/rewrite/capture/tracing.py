@@ -78,14 +78,14 @@ def mask_interface(
 
     Raises CaptureError for a mask that the op does not model.
     """
-    kind = describe_mask(mask_function) if mask_function is not None else MaskKind(causal=True)
+    mask_type = describe_mask(mask_function) if mask_function is not None else MaskKind(causal=True)
     if traced is not None:
-        traced.spans.add(kind.window or kind.chunk)
+        traced.spans.add(mask_type.window or mask_type.chunk)
     if isinstance(kv_offset, int) and kv_offset != 0:
         raise CaptureError(f"the keys of a mask start at {kv_offset}, not at 0")
     return torch.ops.reroll.mask(  # type: ignore[no-any-return]
         attention_mask, batch_size, q_length, kv_length, q_offset,
-        kind.causal, kind.window, kind.chunk, kind.blocks, dtype,
+        mask_type.causal, mask_type.window, mask_type.chunk, mask_type.blocks, dtype,
     )  # fmt: skip
 
 
@@ -111,8 +111,8 @@ def attention_interface(
     """
     unknown = [
         name
-        for name, given in keywords.items()
-        if name not in _NO_EFFECT and given is not None and given is not False
+        for name, argument in keywords.items()
+        if name not in _NO_EFFECT and argument is not None and argument is not False
     ]
     if unknown:
         raise CaptureError(
@@ -141,7 +141,7 @@ def attention_interface(
     return out, None
 
 
-def own_layers(config: Any) -> list[Any]:
+def custom_layers(config: Any) -> list[Any]:
     """Return the cache layers that transformers makes from a configuration; empty if it fails."""
     from transformers import DynamicCache
 
@@ -157,12 +157,12 @@ def make_cache(
     total: int,
     layers: int,
     cross: bool,
-    own: Sequence[Any] = (),
+    custom: Sequence[Any] = (),
     halt: Halt | None = None,
 ) -> Any:
     """Create a cache for tracing with `past` tokens before the forward and `total` after it.
 
-    With `cross`, it is for an encoder-decoder model, whose cross attention keeps no state. `own`
+    With `cross`, it is for an encoder-decoder model, whose cross attention keeps no state. `custom`
     are the cache layers that the model would have. What they keep besides keys and values becomes
     another `reroll::cache` if it grows with the tokens, and raises CaptureError if not. `halt` ends
     the trace at an update.
@@ -172,9 +172,9 @@ def make_cache(
     class TracedLayer(CacheLayerMixin):
         is_sliding = False
 
-        def __init__(self, own: Any = None) -> None:
+        def __init__(self, custom: Any = None) -> None:
             super().__init__()
-            self._own = own
+            self._own = custom
 
         def lazy_initialization(self, *_: Any) -> None:
             self.is_initialized = True
@@ -190,14 +190,14 @@ def make_cache(
                 raise AttributeError(f"a cache layer of the capture has no {name}")
             return partial(self._append, name)
 
-        def _append(self, name: str, *given: Any, **options: Any) -> Tensor:
+        def _append(self, name: str, *states: Any, **options: Any) -> Tensor:
             """Append a tensor as keys without values, for a method of the model's own layer."""
-            if len(given) != 1 or options or not _appends(self._own, name, given[0]):
+            if len(states) != 1 or options or not _appends(self._own, name, states[0]):
                 raise _not_captured(self._own, name)
             # [batch, time, head_dim] or [batch, heads, time, head_dim]
-            keys = given[0] if given[0].dim() == 4 else given[0].unsqueeze(1)
+            keys = states[0] if states[0].dim() == 4 else states[0].unsqueeze(1)
             keys, _ = self.update(keys, keys[..., :0])
-            return keys if given[0].dim() == 4 else keys.squeeze(1)
+            return keys if states[0].dim() == 4 else keys.squeeze(1)
 
         def __setattr__(self, name: str, value: Any) -> None:
             if isinstance(value, Tensor | torch.SymInt):
@@ -220,7 +220,7 @@ def make_cache(
         def get_seq_length(self) -> int:
             return 0
 
-    traced = Cache(layers=[TracedLayer(o) for o, _ in zip_longest(own, range(layers))])
+    traced = Cache(layers=[TracedLayer(o) for o, _ in zip_longest(custom, range(layers))])
     if not cross:
         return traced
     return EncoderDecoderCache(traced, Cache(layers=[CrossLayer() for _ in range(layers)]))
@@ -289,8 +289,8 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
     traced, prepare = Traced(), masking_utils._preprocess_mask_arguments
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
-        given = signature(prepare).bind(*args, **kwargs).arguments
-        traced.packs |= given.get("position_ids") is not None
+        arguments = signature(prepare).bind(*args, **kwargs).arguments
+        traced.packs |= arguments.get("position_ids") is not None
         return prepare(*args, **kwargs)
 
     pad = masking_utils.maybe_pad_block_sequence_ids
@@ -326,10 +326,10 @@ def _pad_blocks(
     """
     del attention_mask
     length = block_sequence_ids.shape[1]
-    place = torch.arange(kv_length + kv_offset, device=block_sequence_ids.device)
+    index = torch.arange(kv_length + kv_offset, device=block_sequence_ids.device)
     # with a concatenation, empty padding would be a special case for the exporter
-    known = block_sequence_ids[:, place.clamp(max=length - 1)]
-    return torch.where(place < length, known, -1)
+    known = block_sequence_ids[:, index.clamp(max=length - 1)]
+    return torch.where(index < length, known, -1)
 
 
 def _rebind(name: str, function: Any, other: Any) -> None:
@@ -345,12 +345,12 @@ def _rebind(name: str, function: Any, other: Any) -> None:
 
 def _configs(modules: list[nn.Module]) -> list[Any]:
     """Collect all configuration objects of the model's modules, nested ones included."""
-    found: dict[int, Any] = {}
+    configs: dict[int, Any] = {}
     queue: list[Any] = [module.config for module in modules if hasattr(module, "config")]
     while queue:
         config = queue.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+        if id(config) in configs or not hasattr(config, "_attn_implementation_internal"):
             continue
-        found[id(config)] = config
+        configs[id(config)] = config
         queue += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return list(found.values())
+    return list(configs.values())

@@ -29,7 +29,7 @@ class Checkpoint(TensorSource, Protocol):
     """Source of a checkpoint's tensors under a model's names, and the names of unread ones."""
 
     @property
-    def held(self) -> Collection[str]:
+    def stored(self) -> Collection[str]:
         """Names of the tensors that are stored under their own names, not under a tied one."""
         ...
 
@@ -67,7 +67,7 @@ def fit_to_checkpoint(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[s
 def _stored_apart(model: PreTrainedModel, checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """Return (name, tied name) of tied weights that are stored with different values."""
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    both = [(n, t) for n, t in ties.items() if n in checkpoint.held and t in checkpoint.held]
+    both = [(n, t) for n, t in ties.items() if n in checkpoint.stored and t in checkpoint.stored]
     return [(n, t) for n, t in both if not _equal(checkpoint.load(n), checkpoint.load(t))]
 
 

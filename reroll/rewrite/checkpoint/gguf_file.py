@@ -60,9 +60,9 @@ class GgufFile:
         try:
             self._read_header()
         except (_Damage, UnicodeDecodeError, ProgramError) as error:
-            what = error.message if isinstance(error, ProgramError) else error
+            reason = error.message if isinstance(error, ProgramError) else error
             raise CheckpointError(
-                f"it is not a whole GGUF file: {what}",
+                f"it is not a whole GGUF file: {reason}",
                 where=str(file),
                 hint="download it again",
             ) from error
@@ -103,9 +103,9 @@ class GgufFile:
             raise _Damage("its alignment is not a size")
         start = -(-self._at // alignment) * alignment
         for name, meta, quantization, offset in infos:
-            self._place(name, meta, quantization, start + offset)
+            self._add_tensor(name, meta, quantization, start + offset)
 
-    def _place(self, name: str, meta: Meta, quantization: Any, offset: int) -> None:
+    def _add_tensor(self, name: str, meta: Meta, quantization: Any, offset: int) -> None:
         from gguf.quants import quant_shape_to_byte_shape
 
         try:
@@ -125,21 +125,21 @@ class GgufFile:
             raise _Damage(f"tensor {name!r} has {dims} dimensions")
         # GGUF lists the fastest-varying dimension first
         shape = tuple(self._scalar("Q") for _ in range(dims))[::-1]
-        kind = self._scalar("I")
+        type_number = self._scalar("I")
         try:
-            quantization = GGMLQuantizationType(kind)
+            quantization = GGMLQuantizationType(type_number)
         except ValueError as error:
-            raise _Damage(f"tensor {name!r} has the unknown type {kind}") from error
+            raise _Damage(f"tensor {name!r} has the unknown type {type_number}") from error
         return name, Meta(shape, torch.float32), quantization, self._scalar("Q")
 
-    def _value(self, kind: int, depth: int) -> Any:
+    def _value(self, type_number: int, depth: int) -> Any:
         """Read a scalar, a string, or a tuple of numbers; skip other arrays and return None."""
-        if kind == _STRING:
+        if type_number == _STRING:
             return self._string()
-        if kind in _FORMATS:
-            return self._scalar(_FORMATS[kind])
-        if kind != _ARRAY or depth >= MAX_NESTING:
-            raise _Damage(f"a field has the unknown type {kind}")
+        if type_number in _FORMATS:
+            return self._scalar(_FORMATS[type_number])
+        if type_number != _ARRAY or depth >= MAX_NESTING:
+            raise _Damage(f"a field has the unknown type {type_number}")
         item, count = self._scalar("I"), self._scalar("Q")
         if item in _FORMATS:
             raw = self._take(count * struct.calcsize(_FORMATS[item]))

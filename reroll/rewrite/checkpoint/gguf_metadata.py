@@ -154,8 +154,8 @@ def _rotary_dims(config: Any) -> Iterator[Any]:
 
 
 def _rope_type(config: Any) -> Iterator[Any]:
-    kind = _rope(config).get("rope_type", "default")
-    yield "none" if kind == "default" else kind
+    rope_type = _rope(config).get("rope_type", "default")
+    yield "none" if rope_type == "default" else rope_type
 
 
 def _attention_scale(config: Any) -> Iterator[Any]:
@@ -169,7 +169,10 @@ def _gating(config: Any) -> Iterator[Any]:
 
 
 def _window_pattern(config: Any) -> Iterator[Any]:
-    layers = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
+    layers = [
+        layer_type == "sliding_attention"
+        for layer_type in getattr(config, "layer_types", None) or ()
+    ]
     yield tuple(layers)
     # a number n means that every n-th layer has full attention
     yield from (

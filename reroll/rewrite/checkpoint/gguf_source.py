@@ -67,7 +67,7 @@ class GgufSource:
         return self._names.available(self._parts)
 
     @property
-    def held(self) -> Collection[str]:
+    def stored(self) -> Collection[str]:
         """Names of the tensors that are stored under their own names, not under a tied one."""
         return self._parts.keys()
 

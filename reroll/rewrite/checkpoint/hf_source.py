@@ -59,10 +59,10 @@ def quantisation(config: Any) -> str | None:
     """Return a checkpoint's method of quantisation by its configuration; None if not quantised."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
         return None
-    data = found if isinstance(found, dict) else found.to_dict()
+    data = quantization if isinstance(quantization, dict) else quantization.to_dict()
     if not AutoHfQuantizer.supports_quant_method(data):
         return None
     return str(data.get("quant_method") or "bitsandbytes")
@@ -81,8 +81,8 @@ class Conversion:
         rule = deepcopy(self.rule)
         for renamed, stored, pattern in self.takes:
             rule.add_tensor(renamed, stored, pattern, partial(read, stored))
-        made = rule.convert(self.takes[0][0], model=model, config=model.config)
-        return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+        tensors = rule.convert(self.takes[0][0], model=model, config=model.config)
+        return {n: t[0] if isinstance(t, list) else t for n, t in tensors.items()}
 
 
 class HfSource:
@@ -100,8 +100,8 @@ class HfSource:
         conversions, self.unread = _conversions(files, model)
         self.beyond = [n for n, renamed in self.unread.items() if self._names.is_beyond(renamed)]
         for conversion in conversions:
-            made = self._run(conversion, self._file_on_meta)
-            for name, tensor in made.items():
+            tensors = self._run(conversion, self._file_on_meta)
+            for name, tensor in tensors.items():
                 self._conversion[name] = conversion
                 self._metas[name] = meta_of(tensor)
                 self._names.check(name, self._metas[name], where)
@@ -111,7 +111,7 @@ class HfSource:
         return self._names.available(self._metas)
 
     @property
-    def held(self) -> Collection[str]:
+    def stored(self) -> Collection[str]:
         """Names of the tensors that are stored under their own names, not under a tied one."""
         return self._metas.keys()
 

@@ -35,18 +35,18 @@ class ModelNames:
         numbers = re.finditer(r"(?<=\.)\d+(?=\.)", name)
         return any(f"{name[: m.start()]}0{name[m.end() :]}" in self for m in numbers)
 
-    def available(self, found: Container[str]) -> list[str]:
-        """Return the model's names that a checkpoint with the names ``found`` can fill."""
-        return [n for n in self._shapes if n in found or self._tied(n, found) is not None]
+    def available(self, stored: Container[str]) -> list[str]:
+        """Return the model's names that a checkpoint with the names ``stored`` can fill."""
+        return [n for n in self._shapes if n in stored or self._tied(n, stored) is not None]
 
-    def resolve(self, name: str, found: Mapping[str, object], where: str) -> str:
+    def resolve(self, name: str, stored: Mapping[str, object], where: str) -> str:
         """Return the name to read ``name`` from: itself, or the name that it is tied to.
 
         Raises CheckpointError if the checkpoint has neither.
         """
-        resolved = name if name in found else self._tied(name, found)
+        resolved = name if name in stored else self._tied(name, stored)
         if resolved is None:
-            raise missing_tensor(name, found, where)
+            raise missing_tensor(name, stored, where)
         return resolved
 
     def meta(self, name: str, dtype: torch.dtype) -> Meta:
@@ -63,5 +63,5 @@ class ModelNames:
                 hint="make the model from the checkpoint's own configuration",
             )
 
-    def _tied(self, name: str, found: Container[str]) -> str | None:
-        return next((n for n in sorted(self._partners.get(name, ())) if n in found), None)
+    def _tied(self, name: str, stored: Container[str]) -> str | None:
+        return next((n for n in sorted(self._partners.get(name, ())) if n in stored), None)

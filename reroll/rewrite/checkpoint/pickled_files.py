@@ -59,7 +59,7 @@ class PickledSource:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        found = _load(file)
+        tensors = _load(file)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "it is damaged, or holds more than tensors, which could be code",
@@ -69,9 +69,9 @@ def _read(file: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"it cannot be read ({reason})", str(file), DOWNLOAD_AGAIN) from error
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise CheckpointError("it is not a table of tensors", str(file), DOWNLOAD_AGAIN)
-    return found
+    return tensors
 
 
 def _load(file: Path) -> Any:

@@ -92,9 +92,9 @@ def _check_shards(file_of: Mapping[str, Path], headers: Mapping[Path, Mapping[st
     for name, file in {**names, **file_of}.items():
         holders = [f for f, header in headers.items() if name in header]
         if len(holders) != 1:
-            found = " and ".join(f.name for f in holders) or "no shard"
+            actual = " and ".join(f.name for f in holders) or "no shard"
             raise CheckpointError(
-                f"the index puts tensor {name!r} in {file.name}, but it is in {found}",
+                f"the index puts tensor {name!r} in {file.name}, but it is in {actual}",
                 where=str(file.parent / INDEX_FILE),
                 hint=DOWNLOAD_AGAIN,
             )
@@ -189,7 +189,7 @@ def _announced(
     stream: Iterator[tuple[str, Tensor]], shard: Mapping[str, Meta]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a shard's tensors in order, each with its own memory; ExportError if one differs."""
-    seen: set[int] = set()
+    storages: set[int] = set()
     for wanted, meta in shard.items():
         name, tensor = next(stream, (None, None))
         if name != wanted or tensor is None:
@@ -199,7 +199,7 @@ def _announced(
         tensor = tensor.detach().cpu().contiguous()
         # safetensors refuses tensors that share memory
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
+        storages.add(tensor.untyped_storage().data_ptr())
         yield name, tensor

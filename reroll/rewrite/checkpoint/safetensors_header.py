@@ -79,8 +79,8 @@ def read_index(file: Path, suffix: str = ".safetensors") -> dict[str, Path]:
     return {name: file.with_name(str(shard)) for name, shard in weight_map.items()}
 
 
-def _damaged(file: Path, what: str) -> CheckpointError:
-    return CheckpointError(what, where=str(file), hint=DOWNLOAD_AGAIN)
+def _damaged(file: Path, message: str) -> CheckpointError:
+    return CheckpointError(message, where=str(file), hint=DOWNLOAD_AGAIN)
 
 
 def _json_object(data: bytes, file: Path) -> dict[str, Any]:

@@ -47,10 +47,10 @@ class Builder:
         infer(node, self.loop)
         return node
 
-    def place(self, name: str, kind: TensorType | None = None) -> fx.Node:
+    def placeholder(self, name: str, type_: TensorType | None = None) -> fx.Node:
         """Write a placeholder of a tensor type, or of a number."""
         node = self.graph.placeholder(name)
-        set_type(node, kind)
+        set_type(node, type_)
         return node
 
     def weight(self, name: str, weight: Weight) -> fx.Node:
@@ -61,9 +61,9 @@ class Builder:
 
     def wide(self, node: fx.Node) -> fx.Node:
         """Convert a value to fp32, also if the Program is converted to half precision later."""
-        kind = type_of(node)
-        assert kind is not None
-        if kind.dtype != torch.float32:
+        type_ = type_of(node)
+        assert type_ is not None
+        if type_.dtype != torch.float32:
             return self.call(torch.ops.aten.to.dtype, node, torch.float32)
         return node if node.target is WIDEN else self.call(WIDEN, node)
 
@@ -94,28 +94,28 @@ class Builder:
             return function(*tensors)
 
         traced = make_fx(called, tracing_mode="fake", pre_dispatch=True)(*examples)
-        made: dict[fx.Node, Any] = {}
-        given = iter(inputs)
+        nodes: dict[fx.Node, Any] = {}
+        arguments = iter(inputs)
         for node in traced.graph.nodes:
             if node.op == "placeholder":
-                made[node] = next(given)
+                nodes[node] = next(arguments)
             elif node.op == "output":
-                return made[node.args[0]]  # type: ignore[no-any-return]
+                return nodes[node.args[0]]  # type: ignore[no-any-return]
             else:
-                made[node] = self._copy(node, made, sizes.named())
+                nodes[node] = self._copy(node, nodes, sizes.names())
                 if widens:
-                    widen_node(made[node], torch.bfloat16)
+                    widen_node(nodes[node], torch.bfloat16)
         raise ProgramError("the function returns nothing")
 
     def _copy(
-        self, node: fx.Node, made: Mapping[fx.Node, Any], names: Mapping[int, str]
+        self, node: fx.Node, nodes: Mapping[fx.Node, Any], names: Mapping[int, str]
     ) -> fx.Node:
         if node.op != "call_function" or op_name(node.target) is None:
             raise ProgramError(f"a program cannot hold {node.target}", where=node.name)
         fixed = [a for a in _numbers((node.args, node.kwargs)) if a in names]
         if fixed:
             raise ProgramError(f"it needs the size {names[fixed[0]]}", where=node.name)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: made[n])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: nodes[n])
         new = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         value = node.meta.get("val")
         if isinstance(value, Tensor):
@@ -124,10 +124,10 @@ class Builder:
 
 
 def _example(node: fx.Node, sizes: Sizes) -> Tensor:
-    kind = type_of(node)
-    if kind is None:
+    type_ = type_of(node)
+    if type_ is None:
         raise ProgramError("the type of an input is not known", where=node.name)
-    return sizes.empty(kind)
+    return sizes.empty(type_)
 
 
 def _numbers(value: Any) -> list[int]:

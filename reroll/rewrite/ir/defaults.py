@@ -40,15 +40,15 @@ def looks_into(item: Input) -> frozenset[str]:
     )
 
 
-def run_default(item: Input, given: Mapping[str, Any]) -> Any:
+def run_default(item: Input, inputs: Mapping[str, Any]) -> Any:
     """Compute the default of an input from the other inputs by name."""
     assert item.default is not None
     (output,) = item.default.output_node().all_input_nodes
-    return evaluate(output, given)
+    return evaluate(output, inputs)
 
 
 def evaluate(
-    node: fx.Node, given: Mapping[str, Any], constants: Mapping[str, Tensor] | None = None
+    node: fx.Node, inputs: Mapping[str, Any], constants: Mapping[str, Tensor] | None = None
 ) -> Any:
     """Compute the value of a node, given the inputs and the weights that it depends on.
 
@@ -60,7 +60,7 @@ def evaluate(
         if each not in needed:
             continue
         if each.op == "placeholder":
-            values[each] = given[str(each.target)]
+            values[each] = inputs[str(each.target)]
         elif each.op == "get_attr":
             values[each] = (constants or {})[str(each.target)]
         else:
@@ -90,19 +90,19 @@ def ordinary_token(program: Program) -> int:
 
 def numbers(graph: fx.Graph) -> set[int]:
     """Return the integer constants among a graph's arguments."""
-    found: set[int] = set()
+    numbers: set[int] = set()
 
     def look(value: Any) -> None:
         if isinstance(value, tuple | list):
             for item in value:
                 look(item)
         elif isinstance(value, int) and not isinstance(value, bool):
-            found.add(value)
+            numbers.add(value)
 
     for node in graph.nodes:
         if node.op == "call_function":
             look((*node.args, *node.kwargs.values()))
-    return found
+    return numbers
 
 
 def first_position(item: Input) -> int | None:
@@ -113,8 +113,8 @@ def first_position(item: Input) -> int | None:
     ids = torch.full((1, 5), next(i for i in _IDS if i not in special))
     names = reads(item)
     past = 2 if any("mask" in name for name in names) else 0
-    seen = torch.ones(1, 5 + past, dtype=torch.long)
-    positions = run_default(item, {name: seen if "mask" in name else ids for name in names})
+    mask = torch.ones(1, 5 + past, dtype=torch.long)
+    positions = run_default(item, {name: mask if "mask" in name else ids for name in names})
     first = int(positions[0, 0]) - past
     return first if bool((positions == torch.arange(5) + past + first).all()) else None
 
@@ -143,8 +143,8 @@ def extract(node: fx.Node, order: Collection[str]) -> fx.Graph:
 
 def needed_inputs(program: Program, names: Collection[str]) -> set[str]:
     """Return these inputs and those that their defaults are computed from."""
-    found = set(names)
+    needed = set(names)
     for item in reversed(program.inputs):
-        if item.name in found:
-            found.update(reads(item))
-    return found
+        if item.name in needed:
+            needed.update(reads(item))
+    return needed

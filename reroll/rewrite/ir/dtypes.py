@@ -21,7 +21,7 @@ from reroll.rewrite.ir.ops import WIDEN
 from reroll.rewrite.ir.program import Loop, Program, copy
 from reroll.rewrite.ir.records import Input, TensorType
 from reroll.rewrite.ir.shapes import concrete
-from reroll.rewrite.ir.types import run_without_data, set_dtype, set_type
+from reroll.rewrite.ir.types import run_without_data, set_dtype, set_type, type_of
 from reroll.rewrite.ir.weights import Weight, WeightTable, cast
 
 aten = torch.ops.aten
@@ -36,17 +36,19 @@ _SIZES = {"b": 2, "s": 3, "t": 3, "e": 4, "l": 5}
 _LIMITS = ("min", "max")
 
 
-def dtype_of(value: torch.dtype | str | None, own: torch.dtype | None = None) -> torch.dtype | None:
+def dtype_of(
+    value: torch.dtype | str | None, default: torch.dtype | None = None
+) -> torch.dtype | None:
     """Return the dtype that an option names: one of `DTYPES`, or `own` for "auto" and None.
 
     Raises UsageError for anything else.
     """
     if value is None or value == "auto":
-        return own
-    found = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
-    if found not in DTYPES.values():
+        return default
+    dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if dtype not in DTYPES.values():
         raise UsageError(f"{value!r:.80} is no dtype to compute in", hint=f"use {_names(DTYPES)}")
-    return found
+    return dtype
 
 
 def retype(program: Program, dtype: torch.dtype | str | None) -> Program:
@@ -95,8 +97,8 @@ def _retype_input(item: Input, old: torch.dtype, new: torch.dtype) -> Input:
     default = None if item.default is None else copy(item.default)
     for node in () if default is None else default.nodes:
         _follow(node, old, new)
-    kind = TensorType(new if item.type.dtype == old else item.type.dtype, item.type.shape)
-    return replace(item, type=kind, default=default)
+    type_ = TensorType(new if item.type.dtype == old else item.type.dtype, item.type.shape)
+    return replace(item, type=type_, default=default)
 
 
 def _weight(weight: Weight, old: torch.dtype, new: torch.dtype) -> Weight:
@@ -123,18 +125,17 @@ def _keep_wide(node: fx.Node) -> None:
     node.args = node.args[:position]
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
     graph = node.graph
-    if isinstance(first, fx.Node) and isinstance(first.meta.get("type"), TensorType):
-        kind = first.meta["type"]
+    if isinstance(first, fx.Node) and (type_ := type_of(first)) is not None:
         with graph.inserting_before(node):
             wide = graph.call_function(WIDEN, (first,))
-        set_type(wide, TensorType(torch.float32, kind.shape))
+        set_type(wide, TensorType(torch.float32, type_.shape))
         node.update_arg(0, wide)
         return
     # without the dtype argument, the op returns integers or fp32
-    kind = node.meta["type"]
+    type_ = node.meta["type"]
     with graph.inserting_after(node):
         wide = graph.call_function(WIDEN, (node,))
-    set_type(wide, kind)
+    set_type(wide, type_)
     node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
 
 
@@ -173,8 +174,8 @@ def _follow(node: fx.Node, old: torch.dtype, new: torch.dtype) -> None:
     _replace(node, lambda v: new if isinstance(v, torch.dtype) and v == old else v)
     if node.target is WIDEN and new in HALVES:
         node.target, node.args = aten.to.dtype, (*node.args, torch.float32)
-    kind = node.meta.get("type")
-    if isinstance(kind, TensorType) and kind.dtype == old:
+    type_ = type_of(node)
+    if type_ is not None and type_.dtype == old:
         set_dtype(node, new)
 
 
@@ -194,8 +195,8 @@ def _drop_cast(node: fx.Node) -> None:
         node.target, node.args = aten.to.dtype, (*node.args, torch.float32)
     if node.target is aten.to.dtype:
         source: Any = node.args[0]
-        kind = source.meta.get("type")
-        if isinstance(kind, TensorType) and kind.dtype == node.args[1]:
+        type_ = type_of(source)
+        if type_ is not None and type_.dtype == node.args[1]:
             stand_in(node, source)
     elif node.target is not aten.arange.start and _asks_for(node, torch.float32):
         schema = getattr(node.target, "_schema", None)
@@ -217,9 +218,9 @@ def infer_types(program: Program) -> None:
     _infer(program, "main", program.graph, inputs, None)
 
 
-def _empty(kind: TensorType) -> torch.Tensor:
-    shape = [concrete(dim, _SIZES) for dim in kind.shape]
-    return torch.empty(shape, dtype=kind.dtype, device="meta")
+def _empty(type_: TensorType) -> torch.Tensor:
+    shape = [concrete(dim, _SIZES) for dim in type_.shape]
+    return torch.empty(shape, dtype=type_.dtype, device="meta")
 
 
 def _infer(

@@ -19,14 +19,14 @@ class Exits:
 
     Attributes:
         node: the exit op, which computes the tokens that have left the loop.
-        done: the position of its result among the carried values.
+        left_position: the position of its result among the carried values.
         thresholds: one for each trip; infinite where no token can exit.
         decided: the positions of the carried values that are used only for exit decisions.
         tests: the nodes of the body that are needed only for those values.
     """
 
     node: fx.Node
-    done: int
+    left_position: int
     thresholds: tuple[float, ...]
     decided: tuple[int, ...]
     tests: frozenset[fx.Node]
@@ -35,8 +35,8 @@ class Exits:
 def exits_of(loop: Loop) -> Exits | None:
     """Find the exits of a loop; None if every token makes all trips."""
     body = loop.body.graph
-    found = [n for n in body.nodes if n.target is EXIT]
-    if not found:
+    exits = [n for n in body.nodes if n.target is EXIT]
+    if not exits:
         return None
     returned: Any = body.output_node().args[0]
     decided = tuple(i for i, node in enumerate(returned) if _decides(node))
@@ -46,9 +46,9 @@ def exits_of(loop: Loop) -> Exits | None:
     tests = ancestors([returned[i] for i in decided]) - needed
     tests = {n for n in tests if n.op != "placeholder"}
     return Exits(
-        found[0],
-        returned.index(found[0]),
-        tuple(threshold_of(loop, found[0], trip) for trip in range(loop.trips)),
+        exits[0],
+        returned.index(exits[0]),
+        tuple(threshold_of(loop, exits[0], trip) for trip in range(loop.trips)),
         decided,
         frozenset(tests),
     )
@@ -63,9 +63,9 @@ def with_thresholds(program: Program, loop: Loop, thresholds: dict[int, float]) 
     """Set the thresholds after some trips (trip 0 is the first), in place; return the Program."""
     exits = exits_of(loop)
     assert exits is not None
-    place = exits.node.args[2]
-    assert isinstance(place, fx.Node)
-    position = loop.places.index(place) - len(loop.carry)
+    placeholder = exits.node.args[2]
+    assert isinstance(placeholder, fx.Node)
+    position = loop.places.index(placeholder) - len(loop.carry)
     values = tuple(thresholds.get(trip, old) for trip, old in enumerate(exits.thresholds))
     inputs = (*loop.inputs[:position], values, *loop.inputs[position + 1 :])
     loop.change(inputs=inputs)

@@ -23,8 +23,8 @@ NAMES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 
 def marks(node: fx.Node) -> tuple[str, ...]:
     """Return the outputs that a node's value is an entry of."""
-    found: tuple[str, ...] = node.meta.get(HIDDEN, ())
-    return found
+    names: tuple[str, ...] = node.meta.get(HIDDEN, ())
+    return names
 
 
 def mark(node: fx.Node, names: tuple[str, ...]) -> None:
@@ -35,8 +35,8 @@ def mark(node: fx.Node, names: tuple[str, ...]) -> None:
 
 def unmark(node: fx.Node) -> tuple[str, ...]:
     """Remove and return a node's marks."""
-    found: tuple[str, ...] = node.meta.pop(HIDDEN, ())
-    return found
+    names: tuple[str, ...] = node.meta.pop(HIDDEN, ())
+    return names
 
 
 def stand_in(node: fx.Node, new: fx.Node) -> None:
@@ -50,10 +50,10 @@ def count(graph: fx.Graph) -> int:
     return sum(len(marks(node)) for node in graph.nodes)
 
 
-def named(program: Program) -> Iterator[str]:
+def hidden_names(program: Program) -> Iterator[str]:
     """Yield the outputs of which the Program has marks, in the order of `NAMES`."""
-    found = {name for _, graph in program.graphs() for node in graph.nodes for name in marks(node)}
-    yield from (name for name in NAMES if name in found)
+    marked = {name for _, graph in program.graphs() for node in graph.nodes for name in marks(node)}
+    yield from (name for name in NAMES if name in marked)
 
 
 def drop_marks(program: Program) -> None:

@@ -56,10 +56,10 @@ def run(
     dtype = dtype or program.dtype
     if dtype != program.dtype and dtype not in _WIDER.get(program.dtype, ()):
         raise ProgramError(f"a program in {program.dtype} does not run in {dtype}")
-    given = complete(program, inputs)
+    values = complete(program, inputs)
     weights = materialise(program) if weights is None else weights
-    with torch.device("cpu") if not given else next(iter(given.values())).device:
-        outputs = _Interpreter(program, weights, dtype, fast, observe).run(given)
+    with torch.device("cpu") if not values else next(iter(values.values())).device:
+        outputs = _Interpreter(program, weights, dtype, fast, observe).run(values)
     return dict(zip(program.outputs, outputs, strict=True))
 
 
@@ -92,23 +92,23 @@ def complete(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor
         if item.name in inputs:
             _bind(item, fitted(item, inputs[item.name], sizes.get("b", 1)), sizes)
     device = next((t.device for t in inputs.values()), torch.device("cpu"))
-    given: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     with device:
         for item in program.inputs:
-            given[item.name] = _completed(item, inputs, given, sizes).to(device)
-            _bind(item, given[item.name], sizes)
-    return given
+            values[item.name] = _completed(item, inputs, values, sizes).to(device)
+            _bind(item, values[item.name], sizes)
+    return values
 
 
 def _completed(
-    item: Input, inputs: Mapping[str, Tensor], given: Mapping[str, Tensor], sizes: dict[str, int]
+    item: Input, inputs: Mapping[str, Tensor], values: Mapping[str, Tensor], sizes: dict[str, int]
 ) -> Tensor:
     """Return the value given for an input, else its default computed from the inputs before it."""
     batch = sizes.get("b", 1)
     if item.name in inputs:
         return fitted(item, inputs[item.name], batch)
     if item.default is not None:
-        return fitted(item, run_default(item, given).to(item.type.dtype), batch)
+        return fitted(item, run_default(item, values).to(item.type.dtype), batch)
     if item.role == "data":
         raise ProgramError(f"the input {item.name!r} is missing")
     return _default(item, sizes)
@@ -187,11 +187,11 @@ class _Interpreter:
     def plan(self, graph: fx.Graph) -> list[tuple[fx.Node, list[fx.Node]]]:
         """Return each node with the nodes whose last use it is."""
         if graph not in self.plans:
-            seen: set[fx.Node] = set()
+            later: set[fx.Node] = set()
             plan = []
             for node in reversed(graph.nodes):
-                last = [n for n in dict.fromkeys([*node.all_input_nodes, node]) if n not in seen]
-                seen.update(last)
+                last = [n for n in dict.fromkeys([*node.all_input_nodes, node]) if n not in later]
+                later.update(last)
                 plan.append((node, last))
             self.plans[graph] = plan[::-1]
         return self.plans[graph]
@@ -266,16 +266,18 @@ def fused_attention(
 
     With sinks, a soft cap or a window of 0, run the op's own body.
     """
-    given = bind(ATTENTION, (q, k, v, scale, *args), kwargs)
-    seen, bias = Visibility.among(given), given["bias"]
-    if seen.window == 0 or given["sinks"] is not None or given["softcap"] is not None:
-        exact: Tensor = ATTENTION(**given)
+    arguments = bind(ATTENTION, (q, k, v, scale, *args), kwargs)
+    visibility, bias = Visibility.among(arguments), arguments["bias"]
+    if visibility.window == 0 or arguments["sinks"] is not None or arguments["softcap"] is not None:
+        exact: Tensor = ATTENTION(**arguments)
         return exact
     length, keys = q.shape[2], k.shape[2]
-    only_causal = bool(seen.causal) and not seen.is_limited and bias is None and length == keys
-    if not only_causal and (seen.causal or seen.is_limited):
+    only_causal = (
+        bool(visibility.causal) and not visibility.is_limited and bias is None and length == keys
+    )
+    if not only_causal and (visibility.causal or visibility.is_limited):
         at = torch.arange(length, device=q.device) + keys - length
-        mask = seen.added(at, keys, q.dtype)
+        mask = visibility.added(at, keys, q.dtype)
         bias = mask if bias is None else bias + mask
     out = F.scaled_dot_product_attention(
         q, k, v, bias, is_causal=only_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

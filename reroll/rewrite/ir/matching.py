@@ -92,30 +92,30 @@ class _Search:
         self.name = name
         self.miss: Miss | None = None
 
-    def solutions(self, pattern: Any, value: Any, found: _Found) -> Iterator[_Found]:
+    def solutions(self, pattern: Any, value: Any, partial: _Found) -> Iterator[_Found]:
         if pattern is ANY:
-            yield found
+            yield partial
         elif isinstance(pattern, Either):
             for choice in pattern.choices:
-                yield from self.solutions(choice, value, found)
+                yield from self.solutions(choice, value, partial)
         elif isinstance(pattern, Var):
-            yield from self.variable(pattern, value, found)
+            yield from self.variable(pattern, value, partial)
         elif isinstance(pattern, Number):
-            yield from self.number(pattern, value, found)
+            yield from self.number(pattern, value, partial)
         elif isinstance(pattern, Op):
-            yield from self.calls(pattern, value, found)
+            yield from self.calls(pattern, value, partial)
         elif isinstance(pattern, (list, tuple)):
             if isinstance(value, (list, tuple)) and len(value) == len(pattern):
-                yield from self.sequence(list(pattern), list(value), found)
+                yield from self.sequence(list(pattern), list(value), partial)
             else:
-                self.fail(f"expected {len(pattern)} values, found {value!r}", found[1])
+                self.fail(f"expected {len(pattern)} values, found {value!r}", partial[1])
         elif _is_constant(value, pattern):
-            yield found
+            yield partial
         else:
-            self.fail(f"expected {pattern!r}, found {value!r}", found[1])
+            self.fail(f"expected {pattern!r}, found {value!r}", partial[1])
 
-    def variable(self, pattern: Var, value: Any, found: _Found) -> Iterator[_Found]:
-        bound, nodes = found
+    def variable(self, pattern: Var, value: Any, partial: _Found) -> Iterator[_Found]:
+        bound, nodes = partial
         if not isinstance(value, fx.Node):
             return self.fail(f"expected a tensor for {pattern.name}, found {value!r}", nodes)
         if bound.get(pattern.name, value) is not value:
@@ -124,16 +124,16 @@ class _Search:
             return self.fail(f"{value.name} cannot be {pattern.name}", nodes, value)
         yield {**bound, pattern.name: value}, nodes
 
-    def number(self, pattern: Number, value: Any, found: _Found) -> Iterator[_Found]:
-        bound, nodes = found
+    def number(self, pattern: Number, value: Any, partial: _Found) -> Iterator[_Found]:
+        bound, nodes = partial
         if isinstance(value, fx.Node) or value is None:
             return self.fail(f"{pattern.name} is not a constant", nodes)
         if bound.get(pattern.name, value) != value:
             return self.fail(f"{pattern.name} is two different numbers", nodes)
         yield {**bound, pattern.name: value}, nodes
 
-    def calls(self, pattern: Op, node: Any, found: _Found) -> Iterator[_Found]:
-        bound, nodes = found
+    def calls(self, pattern: Op, node: Any, partial: _Found) -> Iterator[_Found]:
+        bound, nodes = partial
         wanted = "|".join(sorted(pattern.targets))
         if not isinstance(node, fx.Node):
             return self.fail(f"expected {wanted}, found {node!r}", nodes)
@@ -151,11 +151,11 @@ class _Search:
         for order in orders:
             yield from self.sequence(list(pattern.args), order, (bound, (*nodes, node.name)))
 
-    def sequence(self, patterns: list[Any], values: list[Any], found: _Found) -> Iterator[_Found]:
+    def sequence(self, patterns: list[Any], values: list[Any], partial: _Found) -> Iterator[_Found]:
         if not patterns:
-            yield found
+            yield partial
             return
-        for inner in self.solutions(patterns[0], values[0], found):
+        for inner in self.solutions(patterns[0], values[0], partial):
             yield from self.sequence(patterns[1:], values[1:], inner)
 
     def fail(self, reason: str, nodes: tuple[str, ...], at: fx.Node | None = None) -> None:
@@ -214,11 +214,11 @@ def is_weight(node: fx.Node) -> bool:
 
 def shape(node: Any) -> tuple[Any, ...]:
     """Return the shape in a node's type; empty if it has none, or is no node."""
-    kind = node.meta.get("type") if isinstance(node, fx.Node) else None
-    return kind.shape if kind is not None else ()
+    type_ = node.meta.get("type") if isinstance(node, fx.Node) else None
+    return type_.shape if type_ is not None else ()
 
 
 def dtype(node: fx.Node) -> torch.dtype | None:
     """Return the dtype in a node's type; None if it has none."""
-    kind = node.meta.get("type")
-    return kind.dtype if kind is not None else None
+    type_ = node.meta.get("type")
+    return type_.dtype if type_ is not None else None

@@ -96,18 +96,18 @@ class Loop:
     def add_input(self, name: str, value: Any) -> fx.Node:
         """Add an input to the loop; return its placeholder in the body."""
         with self.body.graph.inserting_after(self.places[-1]):
-            place = self.body.graph.placeholder(name)
+            placeholder = self.body.graph.placeholder(name)
         self.change(inputs=(*self.inputs, value))
-        return place
+        return placeholder
 
     def drop_unused_inputs(self) -> None:
         """Remove the inputs that the body does not use."""
         inputs = []
-        for place, value in zip(self.places[len(self.carry) :], self.inputs, strict=True):
-            if place.users:
+        for placeholder, value in zip(self.places[len(self.carry) :], self.inputs, strict=True):
+            if placeholder.users:
                 inputs.append(value)
             else:
-                self.body.graph.erase_node(place)
+                self.body.graph.erase_node(placeholder)
         self.change(inputs=inputs)
 
 
@@ -207,14 +207,14 @@ def copy(graph: fx.Graph) -> fx.Graph:
 
 def ancestors(roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
     """Return nodes and all that they depend on, up to and including nodes in `stop`."""
-    found: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
     stack = list(roots)
     while stack:
         node = stack.pop()
-        if node not in found:
-            found.add(node)
+        if node not in reached:
+            reached.add(node)
             stack += [] if node in stop else node.all_input_nodes
-    return found
+    return reached
 
 
 def weight_nodes(graph: fx.Graph) -> dict[str, list[fx.Node]]:

@@ -100,8 +100,8 @@ class Origin:
         nested = self.config.get("text_config")
         for config in (self.config, nested if isinstance(nested, Mapping) else {}):
             for name in ("max_position_embeddings", "n_positions"):
-                if isinstance(found := config.get(name), int) and found > 0:
-                    return found
+                if isinstance(limit := config.get(name), int) and limit > 0:
+                    return limit
         return None
 
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from reroll.rewrite.ir.hidden import stand_in
 from reroll.rewrite.ir.records import Dim
+from reroll.rewrite.ir.types import type_of
 
 aten = torch.ops.aten
 
@@ -91,8 +92,8 @@ def tidy_shapes(graph: fx.Graph) -> int:
 
 
 def _shape(node: Any) -> tuple[Dim, ...] | None:
-    kind = node.meta.get("type") if isinstance(node, fx.Node) else None
-    return kind.shape if kind is not None else None
+    type_ = type_of(node)
+    return None if type_ is None else type_.shape
 
 
 def _tidy_reshape(graph: fx.Graph, node: fx.Node) -> int:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from reroll.errors import ProgramError, RerollError
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.program import Loop
 from reroll.rewrite.ir.records import Dim, TensorType
+
+if TYPE_CHECKING:
+    from reroll.rewrite.ir.program import Loop
 
 # primes, so that a computed size is hardly ever one of them by chance
 _SIZES = (100003, 100019, 100043, 100049, 100057, 100069, 100103, 100109)
@@ -24,21 +26,21 @@ _SIZES = (100003, 100019, 100043, 100049, 100057, 100069, 100103, 100109)
 
 def type_of(node: Any) -> TensorType | None:
     """Return the type of a node; None if unknown, or if its value is not one tensor."""
-    kind = node.meta.get("type") if isinstance(node, fx.Node) else None
-    return kind if isinstance(kind, TensorType) else None
+    type_ = node.meta.get("type") if isinstance(node, fx.Node) else None
+    return type_ if isinstance(type_, TensorType) else None
 
 
-def set_type(node: fx.Node, kind: TensorType | None) -> None:
+def set_type(node: fx.Node, type_: TensorType | None) -> None:
     """Set the type of a node; None leaves the node unchanged."""
-    if kind is not None:
-        node.meta["type"] = kind
+    if type_ is not None:
+        node.meta["type"] = type_
 
 
 def set_dtype(node: fx.Node, dtype: torch.dtype | None) -> None:
     """Change the dtype in the type of a node that has one."""
-    kind = type_of(node)
-    if kind is not None and dtype is not None:
-        node.meta["type"] = TensorType(dtype, kind.shape)
+    type_ = type_of(node)
+    if type_ is not None and dtype is not None:
+        node.meta["type"] = TensorType(dtype, type_.shape)
 
 
 def infer(node: fx.Node, loop: Loop | None = None) -> None:
@@ -71,9 +73,9 @@ class Sizes:
         self._sizes: dict[str, int] = {}
         self._numbers: set[int] = set()
 
-    def empty(self, kind: TensorType) -> Tensor:
+    def empty(self, type_: TensorType) -> Tensor:
         """Create a meta tensor of a type."""
-        return torch.empty([self._size(d) for d in kind.shape], dtype=kind.dtype, device="meta")
+        return torch.empty([self._size(d) for d in type_.shape], dtype=type_.dtype, device="meta")
 
     def _size(self, dim: Dim) -> int:
         if isinstance(dim, int):
@@ -81,13 +83,13 @@ class Sizes:
             return dim
         return self._sizes.setdefault(dim, _SIZES[len(self._sizes)])
 
-    def named(self) -> Mapping[int, str]:
+    def names(self) -> Mapping[int, str]:
         """Return the names of the dimensions, by their sizes."""
         return {size: name for name, size in self._sizes.items()}
 
     def name(self, size: int, node: fx.Node) -> Dim:
         """Return the dimension of a size; ProgramError for a size derived from a symbolic one."""
-        if size in (names := self.named()):
+        if size in (names := self.names()):
             return names[size]
         if names and size >= _SIZES[0] and size not in self._numbers:
             raise ProgramError(
@@ -112,15 +114,15 @@ class _Run:
         return run_without_data(node.target, args, dict(kwargs))
 
     def _read(self, node: fx.Node) -> Any:
-        kind = type_of(node)
-        if kind is not None:
-            return self.sizes.empty(kind)
+        type_ = type_of(node)
+        if type_ is not None:
+            return self.sizes.empty(type_)
         if node.op == "call_function":
             if node.target is ops.loop:
                 return tuple(map(self._read, node.args[1]))  # type: ignore[arg-type]
             return self.value(node)
-        if self.loop is not None and not isinstance(given := self.loop.resolve(node, 0), fx.Node):
-            return given
+        if self.loop is not None and not isinstance(value := self.loop.resolve(node, 0), fx.Node):
+            return value
         # a number, or a tensor of unknown type
         self.unknown = True
         return 1

@@ -18,6 +18,7 @@ from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import type_to_text
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.ir.verify_nodes import fitting, node_problem
 from reroll.rewrite.ir.weights import Source
 from reroll.rewrite.ir.weights.expressions import walk
@@ -81,12 +82,12 @@ def check_sources(program: Program) -> None:
             if not isinstance(expr, Source):
                 continue
             try:
-                found = program.source.meta(expr.name)
+                meta = program.source.meta(expr.name)
             except CheckpointError as error:
                 raise ProgramError(error.message, f"@{name}", error.hint) from None
-            if found.shape != expr.meta.shape:
+            if meta.shape != expr.meta.shape:
                 raise ProgramError(
-                    f"the tensor {expr.name!r} is {found} in the checkpoint, not {expr.meta}",
+                    f"the tensor {expr.name!r} is {meta} in the checkpoint, not {expr.meta}",
                     where=f"@{name}",
                 )
 
@@ -125,20 +126,20 @@ def _interface_problems(program: Program) -> Iterator[Problem]:
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(program.inputs):
         yield Problem(f"it takes {len(placeholders)} inputs; {len(program.inputs)} are declared")
-    for node, given in zip(placeholders, program.inputs, strict=False):
-        if node.target != given.name:
+    for node, item in zip(placeholders, program.inputs, strict=False):
+        if node.target != item.name:
             yield Problem(
-                f"it stands for {node.target!r}, and the input is {given.name!r}", node=node
+                f"it stands for {node.target!r}, and the input is {item.name!r}", node=node
             )
-        if node.meta.get("type", given.type) != given.type:
-            yield Problem(f"the input is declared {type_to_text(given.type)}", node=node)
+        if node.meta.get("type", item.type) != item.type:
+            yield Problem(f"the input is declared {type_to_text(item.type)}", node=node)
     returned = len(_returned(program.graph))
     if returned != len(program.outputs):
         yield Problem(f"it returns {returned} values; {len(program.outputs)} outputs are declared")
-    for kind, names in (("inputs", [i.name for i in program.inputs]), ("outputs", program.outputs)):
+    for role, names in (("inputs", [i.name for i in program.inputs]), ("outputs", program.outputs)):
         for name, count in Counter(names).items():
             if count > 1:
-                yield Problem(f"two {kind} are called {name!r}")
+                yield Problem(f"two {role} are called {name!r}")
 
 
 def _default_problems(program: Program) -> Iterator[Problem]:
@@ -192,8 +193,8 @@ def _loop_problems(loop: Loop) -> Iterator[Problem]:
             f"the body returns {len(returned)} values, and the loop carries {len(loop.carry)}",
             node=loop.node,
         )
-    given = len(loop.carry) + len(loop.inputs)
-    if given != len(placeholders):
+    count = len(loop.carry) + len(loop.inputs)
+    if count != len(placeholders):
         yield Problem(
             f"the body {loop.name!r} takes {len(placeholders)} values; the loop gives "
             f"{len(loop.carry)} carried and {len(loop.inputs)} other",
@@ -206,13 +207,13 @@ def _loop_problems(loop: Loop) -> Iterator[Problem]:
                 node=loop.node,
                 hint="a tuple has one value for each trip",
             )
-    for place, value in [*zip(placeholders, (*loop.carry, *loop.inputs), strict=False)]:
+    for placeholder, value in [*zip(placeholders, (*loop.carry, *loop.inputs), strict=False)]:
         for item in value if isinstance(value, tuple) else (value,):
-            if not fitting(item, place.meta.get("type")):
-                yield Problem(f"%{place.name} of the body has another type", node=loop.node)
-    for place, value in zip(placeholders, returned, strict=False):
-        if not fitting(value, place.meta.get("type")):
-            message = f"the next trip's %{place.name} has another type than this trip's"
+            if not fitting(item, type_of(placeholder)):
+                yield Problem(f"%{placeholder.name} of the body has another type", node=loop.node)
+    for placeholder, value in zip(placeholders, returned, strict=False):
+        if not fitting(value, type_of(placeholder)):
+            message = f"the next trip's %{placeholder.name} has another type than this trip's"
             yield Problem(message, loop.name, loop.body.graph.output_node())
     for user in loop.node.users:
         if user.target is not operator.getitem or user.args[0] is not loop.node:
@@ -239,7 +240,7 @@ def _weight_problems(
             wanted = " and ".join(f"for {n} trips" for n in sorted(trips)) or "outside loops"
             message = f"@{node.target} is stacked for {weight.trips} trips, and used {wanted}"
             yield Problem(message, name, node)
-        kind = node.meta.get("type")
+        type_ = type_of(node)
         meta = TensorType(weight.meta.dtype, weight.meta.shape)
-        if isinstance(kind, TensorType) and kind != meta:
-            yield Problem(f"@{node.target} is {weight.meta}, not {type_to_text(kind)}", name, node)
+        if type_ is not None and type_ != meta:
+            yield Problem(f"@{node.target} is {weight.meta}, not {type_to_text(type_)}", name, node)

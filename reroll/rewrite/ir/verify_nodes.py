@@ -14,6 +14,7 @@ from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import misfit, nodes_in
 from reroll.rewrite.ir.text.op_names import op_name
+from reroll.rewrite.ir.types import type_of
 
 _SCALAR = (int, float, bool)
 # types of constants that the dispatcher accepts for a parameter; a node is always accepted
@@ -64,7 +65,7 @@ def call_problem(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     positional = [p for p in parameters if not p.kwarg_only]
     if len(args) > len(positional):
         return f"{op} takes {len(positional)} arguments without a name, not {len(args)}"
-    given = {p.name: value for p, value in zip(positional, args, strict=False)}
+    arguments = {p.name: value for p, value in zip(positional, args, strict=False)}
     names = [p.name for p in parameters]
     for name, value in kwargs.items():
         if name not in names:
@@ -74,45 +75,45 @@ def call_problem(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                 if near
                 else (f"{op} has no argument {name!r}")
             )
-        if name in given:
+        if name in arguments:
             return f"{op} is given {name!r} twice"
-        given[name] = value
+        arguments[name] = value
     for parameter in parameters:
-        if parameter.name not in given:
+        if parameter.name not in arguments:
             if not parameter.has_default_value():
                 return f"{op} needs the argument {parameter.name!r}"
-        elif not accepts(str(parameter.real_type), given[parameter.name]):
-            value = given[parameter.name]
+        elif not accepts(str(parameter.real_type), arguments[parameter.name]):
+            value = arguments[parameter.name]
             return f"{op} takes {parameter.real_type} for {parameter.name!r}, not {value!r:.60}"
     return None
 
 
-def accepts(kind: str, value: Any) -> bool:
+def accepts(type_name: str, value: Any) -> bool:
     """Whether a value is accepted for a parameter of a schema's type, such as `List[int]`."""
     if isinstance(value, fx.Node):
         return True
-    if kind.startswith("Optional["):
-        return value is None or accepts(kind.removeprefix("Optional[")[:-1], value)
-    if kind.startswith("List["):
-        item = kind.removeprefix("List[")[:-1]
+    if type_name.startswith("Optional["):
+        return value is None or accepts(type_name.removeprefix("Optional[")[:-1], value)
+    if type_name.startswith("List["):
+        item = type_name.removeprefix("List[")[:-1]
         if isinstance(value, list | tuple):
             return all(accepts(item, v) for v in value)
         # the dispatcher expands one number to a list of fixed length
         return accepts(item, value) if item != "Tensor" else False
-    return isinstance(value, _CONSTANTS.get(kind, ()))
+    return isinstance(value, _CONSTANTS.get(type_name, ()))
 
 
-def fitting(value: Any, kind: TensorType | None) -> bool:
+def fitting(value: Any, type_: TensorType | None) -> bool:
     """Whether a value may have this type, as far as its own type is known."""
-    known = value.meta.get("type") if isinstance(value, fx.Node) else None
-    if not isinstance(known, TensorType) or not isinstance(kind, TensorType):
+    known = type_of(value)
+    if known is None or type_ is None:
         return True
     return (
-        known.dtype == kind.dtype
-        and len(known.shape) == len(kind.shape)
+        known.dtype == type_.dtype
+        and len(known.shape) == len(type_.shape)
         and all(
             a == b or isinstance(a, str) or isinstance(b, str)
-            for a, b in zip(known.shape, kind.shape, strict=True)
+            for a, b in zip(known.shape, type_.shape, strict=True)
         )
     )
 

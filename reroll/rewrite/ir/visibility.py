@@ -106,22 +106,22 @@ class Visibility:
         broadcast.
         """
         before = kv <= q if self.causal else None
-        seen = before
+        visible = before
         if self.window is not None:
             distance = q - kv
             near = distance < self.window if self.causal else distance.abs() <= self.window
-            seen = near & (self.window > 0) if seen is None else seen & near
+            visible = near & (self.window > 0) if visible is None else visible & near
         if self.chunk is not None:
             same = kv // self.chunk == q // self.chunk
-            seen = same if seen is None else seen & same
-        if seen is None:
+            visible = same if visible is None else visible & same
+        if visible is None:
             return (kv >= 0) & (q >= 0)
         if self.prefix is not None:
             first = number < self.prefix
-            seen = seen | (first if before is None else first & before)
-        return seen
+            visible = visible | (first if before is None else first & before)
+        return visible
 
-    def seen(self, q: Tensor, keys: int, start: int = 0) -> Tensor:
+    def visible(self, q: Tensor, keys: int, start: int = 0) -> Tensor:
         """Compute which of `keys` keys, from position `start` on, the queries at positions `q` see.
 
         Returns booleans [batch or 1, 1, queries, keys]. Keys after the end of `padding` are hidden;
@@ -136,13 +136,13 @@ class Visibility:
                 first = (counted == 0).sum(-1)[:, None, None, None]
                 rows, columns = rows - first, columns - first
             number = counted[:, kv.clamp(max=counted.shape[1] - 1)][:, None, None] - 1
-        seen = self.near(rows, columns, number)
-        seen = seen[(None,) * (4 - seen.dim())]
+        visible = self.near(rows, columns, number)
+        visible = visible[(None,) * (4 - visible.dim())]
         if self.blocks is not None:
-            seen = seen | self.same_block(q, kv)
+            visible = visible | self.same_block(q, kv)
         if self.padding is not None:
-            seen = seen & _columns(self.padding, start, keys)[:, None, None]
-        return seen
+            visible = visible & _columns(self.padding, start, keys)[:, None, None]
+        return visible
 
     def same_block(self, q: Tensor, kv: Tensor) -> Tensor:
         """Compute whether positions `q` and `kv` are in one block: [batch, 1, queries, keys]."""
@@ -154,8 +154,12 @@ class Visibility:
 
     def added(self, q: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
         """Compute the additive mask: 0 where a key is visible, else the dtype's minimum."""
-        lowest = torch.finfo(dtype).min
-        return torch.where(self.seen(q, keys), torch.zeros((), dtype=dtype), lowest)
+        return additive(self.visible(q, keys), dtype)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert booleans to an additive mask: 0 where a key is visible, else the dtype's minimum."""
+    return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
 
 
 NAMES = tuple(f.name for f in fields(Visibility))

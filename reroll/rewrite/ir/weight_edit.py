@@ -57,8 +57,8 @@ class WeightEditor:
 
     def _stored_twice(self, name: str) -> bool:
         """Whether another weight has the same content; changing one of them would untie them."""
-        own = set(self.weights[name].entries)
-        return any(own & set(w.entries) for other, w in self.weights.items() if other != name)
+        entries = set(self.weights[name].entries)
+        return any(entries & set(w.entries) for other, w in self.weights.items() if other != name)
 
     def fits(self, name: str, *others: str) -> bool:
         """Whether other weights can be folded into a weight without more entries.
@@ -81,11 +81,11 @@ class WeightEditor:
 
         If all of them have a form from before tying, that of `result` is computed from theirs.
         """
-        made = _combined([self.weights[name] for name in names], function)
-        self.weights = self.weights.with_weight(result, made)
+        combined = _combined([self.weights[name] for name in names], function)
+        self.weights = self.weights.with_weight(result, combined)
         if all(name in self.reference for name in names):
-            made = _combined([self.reference[name] for name in names], function)
-            self.reference = self.reference.with_weight(result, made)
+            combined = _combined([self.reference[name] for name in names], function)
+            self.reference = self.reference.with_weight(result, combined)
 
     def copy(self, name: str, new: str) -> str:
         """Copy a weight under another name; return that name."""
@@ -113,15 +113,15 @@ def _combined(parts: list[Weight], function: Callable[..., Expr]) -> Weight:
     trips = next((p.trips for p in parts if p.trips is not None), None)
     dtype = parts[0].meta.dtype
     # trips share an entry only if they share it in all parts; equal constants stay separate
-    made: dict[tuple[int, ...], Expr] = {}
+    expressions: dict[tuple[int, ...], Expr] = {}
     index = []
     for trip in range(trips or 1):
         used = tuple(p.index[trip] for p in parts if p.index is not None)
-        if used not in made:
-            made[used] = cast(function(*(_wide(p.for_trip(trip)) for p in parts)), dtype)
-        index.append(list(made).index(used))
-    own = None if trips is None else tuple(index)
-    return Weight(tuple(made.values()), own, any(p.trainable for p in parts))
+        if used not in expressions:
+            expressions[used] = cast(function(*(_wide(p.for_trip(trip)) for p in parts)), dtype)
+        index.append(list(expressions).index(used))
+    shared_index = None if trips is None else tuple(index)
+    return Weight(tuple(expressions.values()), shared_index, any(p.trainable for p in parts))
 
 
 def _wide(expr: Expr) -> Expr:

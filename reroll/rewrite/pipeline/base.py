@@ -40,7 +40,7 @@ class Pass(Declared, ABC):
     manager measures the distance.
     """
 
-    what: ClassVar[str] = "pass"
+    category: ClassVar[str] = "pass"
     contract: ClassVar[Contract] = "approximate"
     requires: ClassVar[tuple[str, ...]] = ()
 
@@ -52,7 +52,7 @@ class Pass(Declared, ABC):
         """
 
     def __str__(self) -> str:
-        return call_to_text(self.name, self.given())
+        return call_to_text(self.name, self.changed_options())
 
     @classmethod
     def describe(cls) -> dict[str, Any]:

@@ -28,11 +28,11 @@ class Declared:
     """Base of classes that are declared by their options.
 
     A subclass sets `name`, its name in text, and becomes a frozen dataclass with keyword arguments.
-    Its docstring and its fields' help are the documentation. `what` names its kind in errors, such
+    Its docstring and its fields' help are the documentation. `category` is named in errors, such
     as "pass".
     """
 
-    what: ClassVar[str] = ""
+    category: ClassVar[str] = ""
     name: ClassVar[str] = ""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -44,7 +44,7 @@ class Declared:
 
     def __post_init__(self) -> None:
         for key, declared in options_of(type(self)).items():
-            value = declared.convert(getattr(self, key), f"{self.what} {self.name}")
+            value = declared.convert(getattr(self, key), f"{self.category} {self.name}")
             object.__setattr__(self, key, value)
         self._check_together()
 
@@ -67,18 +67,18 @@ class Declared:
             if key not in declared:
                 raise UsageError(
                     f"there is no option {key!r}",
-                    where=f"{cls.what} {cls.name}, option {key}",
-                    hint=nearest_name(str(key), declared) or f"this {cls.what} has no options",
+                    where=f"{cls.category} {cls.name}, option {key}",
+                    hint=nearest_name(str(key), declared) or f"this {cls.category} has no options",
                 )
         for key, value in declared.items():
             if value.default is REQUIRED and key not in options:
                 raise UsageError(
                     f"{key} has to be given: {value.kind}",
-                    where=f"{cls.what} {cls.name}, option {key}",
+                    where=f"{cls.category} {cls.name}, option {key}",
                 )
         return cls(**options)
 
-    def given(self) -> dict[str, Any]:
+    def changed_options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, as plain data."""
         return {
             key: plain(getattr(self, key))

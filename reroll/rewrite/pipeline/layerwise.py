@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from reroll.bounds import COUNT_OR_NONE
 from reroll.errors import PassError
 from reroll.rewrite.analysis.keeping import keep_by_measure
-from reroll.rewrite.analysis.layers import Layer, attention_layers
+from reroll.rewrite.analysis.layers import AttentionLayer, attention_layers
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.base import Context, Pass, option
 from reroll.rewrite.pipeline.selection import Keep, Layers, check_keep, choose, measured_part
@@ -25,16 +25,16 @@ class LayerPass(Pass):
     def check(self) -> None:
         check_keep(self.keep, f"pass {self.name}, option keep")
 
-    def chosen(self, program: Program) -> tuple[list[Layer], set[int]]:
+    def chosen(self, program: Program) -> tuple[list[AttentionLayer], set[int]]:
         """Return all layers, and the numbers of those that the options select.
 
         Raises PassError if there are no layers, and UsageError for numbers of missing layers.
         """
-        found = attention_layers(program)
-        if not found:
+        layers = attention_layers(program)
+        if not layers:
             raise PassError("there is no attention in the program")
-        count = 1 + max(max(layer.numbers) for layer in found)
-        return found, set(choose(count, self.layers, self.keep, self.name))
+        count = 1 + max(max(layer.numbers) for layer in layers)
+        return layers, set(choose(count, self.layers, self.keep, self.name))
 
     def measured(
         self,

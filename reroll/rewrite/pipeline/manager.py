@@ -12,7 +12,7 @@ from typing import Any, Literal
 from reroll.bounds import NOT_NEGATIVE, SEED, check_number
 from reroll.errors import PassError, RerollError, UsageError
 from reroll.rewrite.analysis.context import LARGE, Context
-from reroll.rewrite.analysis.measure import Measurer, Violation, difference, size
+from reroll.rewrite.analysis.program_distance import Measurer, Violation, difference, size
 from reroll.rewrite.analysis.samples import Tokenizer
 from reroll.rewrite.ir.hidden import keep_complete
 from reroll.rewrite.ir.program import Program
@@ -153,8 +153,8 @@ class _Runner:
         text = str(each)
         self.tell(Event("start", text, number, self.count))
         self.context.remarks = []
-        self.context.report_progress = lambda done, total, what: self.tell(
-            Event("progress", text, number, self.count, done=done, total=total, what=what)
+        self.context.report_progress = lambda done, total, detail: self.tell(
+            Event("progress", text, number, self.count, done=done, total=total, what=detail)
         )
         start = time.perf_counter()
         after = _guarded(each, program, self.context)
@@ -176,9 +176,9 @@ class _Runner:
         looked_at = (before, after) if each.contract == "exact" else (self.original, before, after)
         skipped = any(map(self.context.is_large, looked_at))
         if self.measure is not True and skipped:
-            what = "checked" if each.contract == "exact" else "measured"
+            verb = "checked" if each.contract == "exact" else "measured"
             self.context.remark(
-                f"not {what}: the weights are larger than {self.context.large / 2**30:.3g} GiB"
+                f"not {verb}: the weights are larger than {self.context.large / 2**30:.3g} GiB"
             )
             return {}
         if each.contract == "exact":
@@ -238,15 +238,15 @@ def _verify(program: Program) -> None:
 
 
 def _checked(each: Pass, before: Program, after: Program) -> float:
-    found = difference(before, after)
-    if isinstance(found, Violation):
+    outcome = difference(before, after)
+    if isinstance(outcome, Violation):
         raise PassError(
-            f"the pass claims to be exact, but {found.output} differs by a relative RMS error of "
-            f"{found.error:.3g} (tolerance {found.tolerance:.3g})",
+            f"the pass claims to be exact, but {outcome.output} differs by a relative RMS error of "
+            f"{outcome.error:.3g} (tolerance {outcome.tolerance:.3g})",
             where=str(each),
             hint="this is a defect of the pass",
         )
-    return found
+    return outcome
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def check_options(cls: type) -> None:
             )
 
 
-def _supported(kind: Any) -> bool:
-    origin, args = get_origin(kind), get_args(kind)
+def _supported(type_: Any) -> bool:
+    origin, args = get_origin(type_), get_args(type_)
     if origin is Literal:
         return all(type(a) in (int, str, bool, type(None)) for a in args)
     if origin is tuple:
@@ -116,8 +116,8 @@ def _supported(kind: Any) -> bool:
         return args[0] in (str, int) and _supported(args[1])
     if origin in (list, Union, types.UnionType):
         return all(map(_supported, args))
-    is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
-    return is_enum or kind in (int, float, bool, str, type(None), None, Any)
+    is_enum = isinstance(type_, type) and issubclass(type_, enum.Enum)
+    return is_enum or type_ in (int, float, bool, str, type(None), None, Any)
 
 
 def plain(value: Any) -> Any:
@@ -140,9 +140,9 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
     return f"known: {', '.join(known)}" if known else None
 
 
-def _convert(value: Any, kind: Any) -> Any:
-    """Convert `value` to the annotation `kind`, or return REFUSED."""
-    origin, args = get_origin(kind), get_args(kind)
+def _convert(value: Any, type_: Any) -> Any:
+    """Convert `value` to the annotation `type_`, or return REFUSED."""
+    origin, args = get_origin(type_), get_args(type_)
     if origin in (Union, types.UnionType):
         # an exact type match first, so that an integer is not converted to a float
         exact = [a for a in args if isinstance(a, type) and type(value) is a]
@@ -156,17 +156,17 @@ def _convert(value: Any, kind: Any) -> Any:
         return _convert_sequence(value, origin, args)
     if origin is dict:
         return _convert_dict(value, args)
-    if kind is Any:
+    if type_ is Any:
         return value
-    if kind in (None, type(None)):
+    if type_ in (None, type(None)):
         return None if value is None else REFUSED
-    if kind is float and type(value) is int:
+    if type_ is float and type(value) is int:
         return float(value)
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return next((m for m in kind if value is m or value in (m.value, m.name)), REFUSED)
-    if kind is float and isinstance(value, float) and math.isnan(value):
+    if isinstance(type_, type) and issubclass(type_, enum.Enum):
+        return next((m for m in type_ if value is m or value in (m.value, m.name)), REFUSED)
+    if type_ is float and isinstance(value, float) and math.isnan(value):
         return REFUSED
-    return value if isinstance(kind, type) and type(value) is kind else REFUSED
+    return value if isinstance(type_, type) and type(value) is type_ else REFUSED
 
 
 def _convert_sequence(value: Any, origin: type, args: tuple[Any, ...]) -> Any:
@@ -193,9 +193,9 @@ _WORDS = {
 }
 
 
-def describe(kind: Any) -> str:
+def describe(type_: Any) -> str:
     """Describe an annotation in words: "an integer or a mapping of string to integer"."""
-    origin, args = get_origin(kind), get_args(kind)
+    origin, args = get_origin(type_), get_args(type_)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe(arm) for arm in args))
     if origin is Literal:
@@ -204,14 +204,14 @@ def describe(kind: Any) -> str:
         return f"a list of {_plural(args[0])}"
     if origin is dict:
         return f"a mapping of {_plural(args[0])} to {_plural(args[1])}"
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return "one of " + ", ".join(_shown(m.value) for m in kind)
-    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+    if isinstance(type_, type) and issubclass(type_, enum.Enum):
+        return "one of " + ", ".join(_shown(m.value) for m in type_)
+    return _WORDS.get(type_, getattr(type_, "__name__", str(type_)))
 
 
-def _plural(kind: Any) -> str:
+def _plural(type_: Any) -> str:
     words = {int: "integers", float: "numbers", str: "strings", bool: "booleans"}
-    return words.get(kind, f"({describe(kind)})")
+    return words.get(type_, f"({describe(type_)})")
 
 
 def _shown(value: Any) -> str:
@@ -221,18 +221,18 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) and value.isidentifier() else repr(value)
 
 
-def _suggest(value: Any, kind: Any) -> str | None:
+def _suggest(value: Any, type_: Any) -> str | None:
     if not isinstance(value, str):
         return None
-    words = [a for a in _leaves(kind) if isinstance(a, str)]
+    words = [a for a in _leaves(type_) if isinstance(a, str)]
     near = difflib.get_close_matches(value, words, n=1)
     return f"did you mean {near[0]}?" if near else None
 
 
-def _leaves(kind: Any) -> list[Any]:
+def _leaves(type_: Any) -> list[Any]:
     """Return the literal values that an annotation names."""
-    if get_origin(kind) is Literal:
-        return list(get_args(kind))
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return [m.value for m in kind]
-    return [leaf for arm in get_args(kind) for leaf in _leaves(arm)]
+    if get_origin(type_) is Literal:
+        return list(get_args(type_))
+    if isinstance(type_, type) and issubclass(type_, enum.Enum):
+        return [m.value for m in type_]
+    return [leaf for arm in get_args(type_) for leaf in _leaves(arm)]

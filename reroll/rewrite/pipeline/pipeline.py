@@ -115,13 +115,13 @@ def parse_recipe(data: object, where: str = "recipe") -> tuple[Pass, ...]:
         raise UsageError("there is no list of passes", where=where, hint=hint)
     passes: list[Pass] = []
     for number, item in enumerate(data["passes"], 1):
-        place = f"{where}, pass {number}"
+        location = f"{where}, pass {number}"
         if isinstance(item, str):
             passes += parse_pipeline(item)
         elif isinstance(item, Mapping):
-            passes.append(_from_mapping(item, place))
+            passes.append(_from_mapping(item, location))
         else:
-            raise UsageError(f"{item!r:.80} is not a pass", where=place)
+            raise UsageError(f"{item!r:.80} is not a pass", where=location)
     return tuple(passes)
 
 
@@ -138,15 +138,15 @@ def _from_mapping(item: Mapping[Any, Any], where: str) -> Pass:
     try:
         return PASSES.find(str(name)).make(options)
     except UsageError as error:
-        place = where if error.where is None else f"{where}, {error.where}"
-        raise UsageError(error.message, place, error.hint) from None
+        location = where if error.where is None else f"{where}, {error.where}"
+        raise UsageError(error.message, location, error.hint) from None
 
 
 def to_recipe(passes: Iterable[Pass]) -> str:
     """Format passes as a YAML recipe; `load_recipe` reads it back."""
     import yaml
 
-    data = {"passes": [{p.name: p.given()} for p in passes]}
+    data = {"passes": [{p.name: p.changed_options()} for p in passes]}
     return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
 
 

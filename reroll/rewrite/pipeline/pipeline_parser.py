@@ -72,9 +72,9 @@ def pointed(text: str, position: int, message: str, hint: str | None = None) -> 
     left = max(0, column - 60)
     shown = line[left : column + 40].replace("\t", " ")
     number = text.count("\n", 0, position) + 1
-    place = f"line {number}, column {column + 1}" if "\n" in text else f"column {column + 1}"
+    location = f"line {number}, column {column + 1}" if "\n" in text else f"column {column + 1}"
     caret = " " * (column - left) + "^"
-    return UsageError(f"{message}\n  {shown}\n  {caret}", where=f"pipeline, {place}", hint=hint)
+    return UsageError(f"{message}\n  {shown}\n  {caret}", where=f"pipeline, {location}", hint=hint)
 
 
 class _Parser:
@@ -105,16 +105,16 @@ class _Parser:
 
     def need(self, mark: str, where: str) -> None:
         if not self.take(mark):
-            found = self.text[self.position : self.position + 1] or "the end"
-            self.fail(f"expected {mark!r} {where}, found {found}")
+            actual = self.text[self.position : self.position + 1] or "the end"
+            self.fail(f"expected {mark!r} {where}, found {actual}")
 
     def match(self, pattern: re.Pattern[str]) -> str | None:
-        found = pattern.match(self.text, self.position)
-        if found is None:
+        match = pattern.match(self.text, self.position)
+        if match is None:
             return None
-        self.position = found.end()
+        self.position = match.end()
         self.skip()
-        return found.group()
+        return match.group()
 
     def call(self) -> Call:
         position = self.position

@@ -56,7 +56,7 @@ class Registry(Generic[T]):
         added: Callable[[type[T]], None] = lambda cls: None,
     ) -> None:
         self.base, self.folder, self.group, self.added = base, folder, group, added
-        self.what, self.where = base.what, where
+        self.category, self.where = base.category, where
         self.classes: dict[str, type[T]] = {}
         # the distribution of each class from an entry point, and messages of those that failed
         self.distributions: dict[str, str] = {}
@@ -74,11 +74,11 @@ class Registry(Generic[T]):
         known = self.all()
         if name not in known:
             near = nearest_name(name, list(known)) or ""
-            own = f"--load FILE finds a {self.what} of your own, and so does an entry point"
-            hints = [near, *self.failures, *([] if near.startswith("did") else [own])]
+            loading = f"--load FILE finds a {self.category} of your own, and so does an entry point"
+            hints = [near, *self.failures, *([] if near.startswith("did") else [loading])]
             hints = [hint for hint in hints if hint]
-            what = f"there is no {self.what} {name!r}"
-            raise UsageError(what, self.where, "\n  ".join(hints) or None)
+            message = f"there is no {self.category} {name!r}"
+            raise UsageError(message, self.where, "\n  ".join(hints) or None)
         return known[name]
 
     def add(self, cls: type[T]) -> type[T]:
@@ -131,13 +131,13 @@ class Registry(Generic[T]):
     def _add(self, cls: type[T]) -> type[T]:
         check_options(cls)
         if not cls.name.isidentifier():
-            raise UsageError(f"{cls.name!r} is not a name for a {self.what}", cls.__qualname__)
+            raise UsageError(f"{cls.name!r} is not a name for a {self.category}", cls.__qualname__)
         other = self.classes.get(cls.name)
         # loading a file again replaces its classes
         if other is not None and _file(other) != _file(cls):
             raise UsageError(
-                f"there are two {self.what}{'es' if self.what.endswith('s') else 's'} called "
-                f"{cls.name!r}",
+                f"there are two {self.category}{'es' if self.category.endswith('s') else 's'} "
+                f"called {cls.name!r}",
                 where=f"{_file(other)} and {_file(cls)}",
                 hint="rename one of them",
             )
@@ -177,15 +177,15 @@ def load_file(path: str | Path) -> tuple[type[Declared], ...]:
         del sys.modules[name]
         raise UsageError(f"{type(error).__name__}: {error}", where=str(path)) from error
     # the file has imported the base classes, so their registries exist
-    found = [(r, cls) for r in Registry.known for cls in r.classes_of(module)]
-    if not found and not from_file(str(file)):
+    plugins = [(r, cls) for r in Registry.known for cls in r.classes_of(module)]
+    if not plugins and not from_file(str(file)):
         raise UsageError(
             "the file defines no pass, mixer, target, stage or measure, and no lowering of an op",
             where=str(path),
             hint="a pass is a subclass of reroll.Pass that sets `name`",
         )
     with located(str(path)):
-        return tuple(registry.add(cls) for registry, cls in found)
+        return tuple(registry.add(cls) for registry, cls in plugins)
 
 
 def _file(cls: type[Any]) -> str:

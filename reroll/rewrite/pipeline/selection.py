@@ -47,8 +47,8 @@ def choose(count: int, layers: Layers, keep: Keep, owner: str) -> list[int]:
         kept = range(keep - 1, count, keep)
     elif isinstance(keep, list):
         kept = keep
-    for name, given in (("layers", chosen), ("keep", kept)):
-        wrong = [n for n in given if not 0 <= n < count]
+    for name, numbers in (("layers", chosen), ("keep", kept)):
+        wrong = [n for n in numbers if not 0 <= n < count]
         if wrong:
             raise UsageError(
                 f"there is no layer {wrong[0]}", f"{where}, option {name}", f"0 to {count - 1}"

@@ -22,10 +22,10 @@ from reroll.rewrite.ir.exits import exits_of, is_open
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import CACHE
 from reroll.rewrite.ir.program import Loop, weight_nodes
-from reroll.runtime.depthwise.frames import Frame, Row, frame_of, input_at
 from reroll.runtime.depthwise.fused import Depths
-from reroll.runtime.depthwise.plan import Batch, PerSegment, Plan
-from reroll.runtime.depthwise.pool import Places, Pool
+from reroll.runtime.depthwise.plan import PerSegment, Plan, Segments
+from reroll.runtime.depthwise.pool import KeyPositions, Pool
+from reroll.runtime.depthwise.row_batch import Row, RowBatch, gather_rows, input_at
 from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
 from reroll.runtime.lowering.hoisting import hoist_invariants
 
@@ -54,12 +54,12 @@ class Engine:
         self.padding = {i.name for i in program.inputs if i.role == "padding"}
         exits = exits_of(self.loop)
         self.thresholds = exits.thresholds if exits else ()
-        self.done = exits.done if exits else None
+        self.left_position = exits.left_position if exits else None
         running = None if exits is None else loop_exits(self.loop, exits)
         # with exact caches, the remaining trips also run for tokens that have left
         self.defers = running is not None and not running.holds
         # absent tokens need no update: the pool marks all positions behind a prompt as absent
-        self.absent = running is not None and running.absent
+        self.marks_absent = running is not None and running.marks_absent
         if exits is not None:
             self.test = Plan(split_exits(self.loop, exits).test)
         caches = stateful_nodes(body)
@@ -71,8 +71,8 @@ class Engine:
         logits = returned[program.outputs.index("logits")]
         self.after = Plan(_cut(program.graph, list(results.values()), [logits]))
         # the inputs of the loop, which `before` computes together with the first carry
-        self.given = [n for n in dict.fromkeys(_leaves(self.loop.inputs)) if n is not None]
-        self.before = Plan(program.graph, [*self.loop.carry, *self.given])
+        self.loop_inputs = [n for n in dict.fromkeys(_leaves(self.loop.inputs)) if n is not None]
+        self.before = Plan(program.graph, [*self.loop.carry, *self.loop_inputs])
         self.trips = self.loop.trips
         self.groups = _groups(program, self.loop)
         modules = model._assembly.loops[self.loop.name].modules
@@ -86,11 +86,11 @@ class Engine:
         }
         like = next(p for p in model.parameters() if p.dtype.is_floating_point)
         kinds = [[shape(argument(n, x)) for x in ("k", "v")] for n in caches]
-        self.pool = Pool(kinds, self.trips, slots, length, like, self.absent)
+        self.pool = Pool(kinds, self.trips, slots, length, like, self.marks_absent)
         self.device = like.device
         self._stacks: dict[str, Tensor] = {}
         self.width = len(self.loop.carry)
-        self.frame: Frame | None = None
+        self.batch: RowBatch | None = None
 
     def _test_names(self) -> dict[str, Any]:
         if not self.thresholds:
@@ -104,34 +104,38 @@ class Engine:
         lengths = [self.pool.lengths[s] for s in slots]
         ids, at = (torch.tensor(x, device=self.device)[:, None] for x in (tokens, lengths))
         values = {"input_ids": ids, self.positions: at}
-        given = [torch.ones_like(ids) if n in self.padding else values.get(n) for n in self.names]
-        made = self.before.run(given, self.main.__getitem__, Batch((len(slots),)))
-        known = dict(zip(self.given, made[self.width :], strict=True))
+        values_of_inputs = [
+            torch.ones_like(ids) if n in self.padding else values.get(n) for n in self.names
+        ]
+        outputs = self.before.run(values_of_inputs, self.main.__getitem__, Segments((len(slots),)))
+        known = dict(zip(self.loop_inputs, outputs[self.width :], strict=True))
 
-        def own(value: Any) -> Any:
+        def expanded(value: Any) -> Any:
             if isinstance(value, tuple):
-                return tuple(map(own, value))
+                return tuple(map(expanded, value))
             value = known[value] if isinstance(value, fx.Node) else value
             one = isinstance(value, Tensor) and value.shape[:1] == (1,)
             return value.expand(len(slots), *value.shape[1:]) if one else value
 
-        inputs = list(map(own, self.loop.inputs))
-        return Frame.of(list(made[: self.width]), inputs, list(zip(slots, lengths, strict=True)))
+        inputs = list(map(expanded, self.loop.inputs))
+        return RowBatch.of(
+            list(outputs[: self.width]), inputs, list(zip(slots, lengths, strict=True))
+        )
 
     def run_step(self, rows: Sequence[Row]) -> None:
         """Run one trip for rows that are sorted by trip, and advance their carry and trip."""
-        frame = self._frame(rows)
+        batch = self._row_batch(rows)
         trips = [row.trip for row in rows]
-        inputs, batch = self._batched(frame, trips)
+        inputs, segments = self._batched(batch, trips)
         weight = self._weight(trips)
-        new = self.step.run([*frame.carry, *inputs], weight, batch)
+        new = self.step.run([*batch.carry, *inputs], weight, segments)
         if any(self.is_tested(trip) for trip in set(trips)):
             # trips without an exit have an infinite threshold
-            new = self.test.run([*frame.carry, *new, *inputs], weight, batch)
-            assert self.done is not None
-            for row, left in zip(rows, new[self.done].flatten().tolist(), strict=True):
+            new = self.test.run([*batch.carry, *new, *inputs], weight, segments)
+            assert self.left_position is not None
+            for row, left in zip(rows, new[self.left_position].flatten().tolist(), strict=True):
                 row.left = left
-        frame.carry = list(new)
+        batch.carry = list(new)
         for row in rows:
             row.trip += 1
 
@@ -144,45 +148,45 @@ class Engine:
 
         All rows and trips are one run, so that what all trips share is computed once.
         """
-        if self.absent:
+        if self.marks_absent:
             return
-        frame = self._frame(rows)
+        batch = self._row_batch(rows)
         pairs = [(t, n) for t in range(self.trips) for n, row in enumerate(rows) if row.trip <= t]
         trips, numbers = [t for t, _ in pairs], torch.tensor([n for _, n in pairs])
-        every = frame.select(numbers, [rows[n] for _, n in pairs])
-        inputs, batch = self._batched(every, trips)
-        self.skip.run([*every.carry, *inputs], self._weight(trips), batch)
+        every = batch.select(numbers, [rows[n] for _, n in pairs])
+        inputs, segments = self._batched(every, trips)
+        self.skip.run([*every.carry, *inputs], self._weight(trips), segments)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """Compute the logits [rows, vocabulary] of the next tokens."""
-        carry = self._frame(rows).carry
-        given = [carry[i] for i in self.results]
-        found: Tensor = self.after.run(given, self.main.__getitem__, Batch((len(rows),)))[0]
-        return found[:, 0]
+        carry = self._row_batch(rows).carry
+        inputs = [carry[i] for i in self.results]
+        logits: Tensor = self.after.run(inputs, self.main.__getitem__, Segments((len(rows),)))[0]
+        return logits[:, 0]
 
     def depth(self, row: Row) -> int:
         """Return how many trips a row ran; a loop with exits counts them in its carry."""
-        return row.trip if self.done is None else int(row.carry[self.done + 1])
+        return row.trip if self.left_position is None else int(row.carry[self.left_position + 1])
 
     # ---- a batch
 
-    def _frame(self, rows: Sequence[Row]) -> Frame:
-        """Return the frame of some rows.
+    def _row_batch(self, rows: Sequence[Row]) -> RowBatch:
+        """Return the batch of some rows.
 
         The last one is cached, because the next trip often has the same rows.
         """
-        if self.frame is None or not self.frame.has(rows):
-            self.frame = frame_of(rows)
-        return self.frame
+        if self.batch is None or not self.batch.has(rows):
+            self.batch = gather_rows(rows)
+        return self.batch
 
-    def _batched(self, frame: Frame, trips: Sequence[int]) -> tuple[list[Any], Batch]:
+    def _batched(self, batch: RowBatch, trips: Sequence[int]) -> tuple[list[Any], Segments]:
         order = sorted(set(trips))
         sizes = tuple(trips.count(trip) for trip in order)
-        inputs = [input_at(value, order, sizes) for value in frame.inputs]
-        places = Places(trips, frame.places, self.device)
+        inputs = [input_at(value, order, sizes) for value in batch.inputs]
+        at = KeyPositions(trips, batch.positions, self.device)
 
         def store(number: int, k: Tensor, v: Tensor) -> None:
-            self.pool.store(number, places, k, v)
+            self.pool.store(number, at, k, v)
 
         def attend(number: int, q: Tensor, node: fx.Node) -> Tensor:
             for name in ("chunk", "bias", "blocks", "sinks"):
@@ -191,12 +195,12 @@ class Engine:
             window = argument(node, "window")
             windows = [self.loop.resolve(window, trip) for trip in trips]
             cap, scale = argument(node, "softcap"), float(argument(node, "scale"))
-            return self.pool.attend(number, places, q, scale, windows, cap)
+            return self.pool.attend(number, at, q, scale, windows, cap)
 
         depths = None
         if dispatch.considers_kernels(self.device):
             depths = Depths(order, sizes, self._stacked)
-        return inputs, Batch(sizes, store, attend, depths)
+        return inputs, Segments(sizes, store, attend, depths)
 
     def _stacked(self, name: str) -> Tensor:
         """Return a weight stacked over all trips, copied when a kernel first needs it."""
@@ -208,10 +212,10 @@ class Engine:
         order = sorted(set(trips))
 
         def weight(name: str) -> Any:
-            own = [self.weights[name][trip] for trip in order]
-            if all(w is own[0] for w in own):
-                return own[0]
-            return PerSegment(tuple(own))
+            weights = [self.weights[name][trip] for trip in order]
+            if all(w is weights[0] for w in weights):
+                return weights[0]
+            return PerSegment(tuple(weights))
 
         return weight
 

@@ -68,8 +68,8 @@ class LowRank:
         """Whether a kernel computes it for the weights of a batch: all rows must share W."""
         down = weight(self.down)
         rank = len(down if isinstance(down, Tensor) else down.values[0])
-        found = weight(self.weight)
-        return isinstance(found, Tensor) and dispatch.runs("depth_lora", found, rank)
+        base = weight(self.weight)
+        return isinstance(base, Tensor) and dispatch.runs("depth_lora", base, rank)
 
     def run(self, x: Tensor, weight: Callable[[str], Any], depths: Depths) -> Tensor:
         """Compute the outputs [rows, 1, N] of x [rows, 1, K]."""
@@ -99,8 +99,8 @@ class Score:
 
     def runs(self, weight: Callable[[str], Any]) -> bool:
         """Whether a kernel computes it for the weights of a batch: all rows must share the head."""
-        found = weight(self.weight)
-        return isinstance(found, Tensor) and dispatch.runs("confidence", found)
+        head = weight(self.weight)
+        return isinstance(head, Tensor) and dispatch.runs("confidence", head)
 
     def run(self, x: Tensor, weight: Callable[[str], Any], depths: Depths) -> Tensor:
         """Compute the scores [rows, 1] of hidden states [rows, 1, K]."""
@@ -114,17 +114,17 @@ class Score:
         return whole
 
 
-Site = LowRank | Score
+Fusion = LowRank | Score
 
 
-def sites_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> dict[fx.Node, Site]:
+def fusions_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> dict[fx.Node, Fusion]:
     """Find the parts that kernels can compute, by the node of their result."""
-    found = {}
+    fusions = {}
     for node in nodes:
-        site = _low_rank(node) or _margin(node) or _entropy(node)
-        if site is not None and not set(site.inside) & set(outputs):
-            found[node] = site
-    return found
+        fusion = _low_rank(node) or _margin(node) or _entropy(node)
+        if fusion is not None and not set(fusion.inside) & set(outputs):
+            fusions[node] = fusion
+    return fusions
 
 
 def _low_rank(node: fx.Node) -> LowRank | None:
@@ -166,10 +166,10 @@ def _entropy(node: fx.Node) -> Score | None:
     p, log_p = product.args
     if _of(log_p, aten.log_softmax.int, -1) is not _of(p, aten.softmax.int, -1):
         return None
-    found = _score(node, "entropy", p, (part, total, product, p, log_p))
-    size = None if found is None else found.inside[-1].meta["type"].shape[-1]
+    score = _score(node, "entropy", p, (part, total, product, p, log_p))
+    size = None if score is None else score.inside[-1].meta["type"].shape[-1]
     same = isinstance(size, int) and part.args[1] == math.log(size)
-    return found if same else None
+    return score if same else None
 
 
 def _score(node: fx.Node, criterion: str, p: Any, inside: tuple[Any, ...]) -> Score | None:

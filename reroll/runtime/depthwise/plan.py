@@ -19,7 +19,7 @@ from reroll.rewrite.analysis.state_plan import behind_cache
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION, CACHE, RMS_NORM
 from reroll.rewrite.ir.program import ancestors
-from reroll.runtime.depthwise.fused import Depths, sites_of
+from reroll.runtime.depthwise.fused import Depths, fusions_of
 from reroll.runtime.functions.functions import BINARY, FUNCTIONS, METHODS, rms_norm
 
 
@@ -31,7 +31,7 @@ class PerSegment:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Segments:
     """Rows of one run: the size of each segment, and access to their caches.
 
     `store(number, k, v)` stores new keys and values, and `attend(number, q, node)` computes an
@@ -59,20 +59,20 @@ class Plan:
             if node.target is ATTENTION and (cache := behind_cache(argument(node, "k"))) is not None
         }
         needed = ancestors(self.outputs)
-        self.places = [n for n in graph.nodes if n.op == "placeholder"]
+        self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         self.nodes = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
         self.calls = {n: _function(n) for n in self.nodes if n.op == "call_function"}
-        self.sites = sites_of(self.nodes, self.outputs)
+        self.fusions = fusions_of(self.nodes, self.outputs)
 
     def run(
-        self, given: Iterable[Any], weight: Callable[[str], Any], batch: Batch
+        self, inputs: Iterable[Any], weight: Callable[[str], Any], segments: Segments
     ) -> tuple[Any, ...]:
         """Compute the outputs from placeholder values; `weight` returns weights by name."""
-        values: dict[fx.Node, Any] = dict(zip(self.places, given, strict=True))
-        depths = batch.depths
-        sites = {} if depths is None else self.sites
-        fused = {node: site for node, site in sites.items() if site.runs(weight)}
-        inside = {n for site in fused.values() for n in site.inside}
+        values: dict[fx.Node, Any] = dict(zip(self.placeholders, inputs, strict=True))
+        depths = segments.depths
+        fusions = {} if depths is None else self.fusions
+        fused = {node: fusion for node, fusion in fusions.items() if fusion.runs(weight)}
+        inside = {n for fusion in fused.values() for n in fusion.inside}
         for node in self.nodes:
             if node in inside:
                 continue
@@ -82,16 +82,16 @@ class Plan:
             elif node.op == "get_attr":
                 values[node] = weight(str(node.target))
             elif node in self.caches:
-                assert batch.store is not None
+                assert segments.store is not None
                 k, v = (values[a] for a in node.args[:2])
-                batch.store(self.caches[node], k, v)
+                segments.store(self.caches[node], k, v)
                 values[node] = (k, v)
             elif node in self.attentions:
-                assert batch.attend is not None
+                assert segments.attend is not None
                 q: Any = node.args[0]
-                values[node] = batch.attend(self.attentions[node], values[q], node)
+                values[node] = segments.attend(self.attentions[node], values[q], node)
             else:
-                values[node] = self._call(node, values, batch.sizes)
+                values[node] = self._call(node, values, segments.sizes)
         return tuple(values[n] for n in self.outputs)
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any], sizes: tuple[int, ...]) -> Any:
@@ -114,8 +114,8 @@ class Plan:
                     return value[start:stop]
                 return value
 
-            own = {k: of_segment(v) for k, v in kwargs.items()}
-            parts.append(function(*map(of_segment, args), **own))
+            options = {k: of_segment(v) for k, v in kwargs.items()}
+            parts.append(function(*map(of_segment, args), **options))
             start += size
         if isinstance(parts[0], tuple):
             return tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -128,9 +128,9 @@ def _norm(
     """Compute `rms_norm` of all rows at once, each with the weight of its segment."""
     counts = torch.tensor(sizes, device=x.device)
     every = torch.stack(weight.values)
-    own = every.repeat_interleave(counts, 0, output_size=sum(sizes)).float() + offset
-    own = own.view(-1, *[1] * (x.dim() - 2), own.shape[-1])
-    return (rms_norm(x.float(), None, eps) * own).to(x.dtype)
+    gains = every.repeat_interleave(counts, 0, output_size=sum(sizes)).float() + offset
+    gains = gains.view(-1, *[1] * (x.dim() - 2), gains.shape[-1])
+    return (rms_norm(x.float(), None, eps) * gains).to(x.dtype)
 
 
 def _value(item: Any, values: dict[fx.Node, Any]) -> Any:

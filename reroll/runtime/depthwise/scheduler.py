@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from reroll.bounds import COUNT, check_number
 from reroll.errors import UsageError
 from reroll.runtime.depthwise.engine import Engine
-from reroll.runtime.depthwise.frames import Row
+from reroll.runtime.depthwise.row_batch import Row
 from reroll.runtime.functions.exits import DepthReport
 
 Mode = Literal["depth", "compact", "lockstep"]
@@ -125,11 +125,11 @@ class DepthScheduler:
         """Yield the tokens of a request as they are generated; other requests advance meanwhile."""
         if number not in self._requests:
             raise UsageError(f"there is no request {number}")
-        request, given = self._requests[number], 0
+        request, yielded = self._requests[number], 0
         while True:
-            while given < len(request.tokens):
-                yield request.tokens[given]
-                given += 1
+            while yielded < len(request.tokens):
+                yield request.tokens[yielded]
+                yielded += 1
             if request.done or self._closed:
                 return
             self.tick()
@@ -230,7 +230,7 @@ class DepthScheduler:
             # the remaining trips run in the background, ahead of the next token's in each group
             behind = [replace(r, background=True) for r in rows if r.trip < engine.trips]
             self._rows += [r for r in behind if r.slot in self._running]
-        self._begin(going)
+        self._start_tokens(going)
 
     def _give(self, request: Request, token: int) -> bool:
         """Append a token to a request; return whether it is still incomplete."""
@@ -247,7 +247,7 @@ class DepthScheduler:
     def _batch_is_through(self) -> bool:
         return all(row.background for row in self._rows)
 
-    def _begin(self, going: list[tuple[int, int]]) -> None:
+    def _start_tokens(self, going: list[tuple[int, int]]) -> None:
         if going:
             slots, tokens = zip(*going, strict=True)
             self._rows += self.engine.start(slots, tokens)
@@ -270,4 +270,4 @@ class DepthScheduler:
                 going.append((request.slot, token))
         self.counts.prompt_seconds += time.perf_counter() - wall
         self.counts.prompt_cpu_seconds += time.process_time() - cpu
-        self._begin(going)
+        self._start_tokens(going)

@@ -33,7 +33,9 @@ class Band:
     window: int
     prefix: int
     # the results of `masks` by device: all layers of a forward share a band
-    made: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    cached_masks: dict[torch.device, Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def block(self) -> int:
@@ -60,22 +62,22 @@ class Band:
 
     def masks(self, device: torch.device) -> Tensor:
         """Return which of the keys within its reach each query sees: [blocks, 1, block, keys]."""
-        if device not in self.made:
+        if device not in self.cached_masks:
             start = torch.arange(self.count, device=device)[:, None, None] * self.block
             q = start + torch.arange(self.block, device=device)[:, None]
             reach = torch.arange((self.behind + 1) * self.block, device=device)
             key = start - self.behind * self.block + reach
-            own = (key >= 0) & Visibility(causal=True, window=self.window).near(q, key, key)
-            # a first token inside the window already has a column in `own`
+            in_blocks = (key >= 0) & Visibility(causal=True, window=self.window).near(q, key, key)
+            # a first token inside the window already has a column in `in_blocks`
             first = torch.arange(self.prefix, device=device) <= q - self.window
-            self.made[device] = torch.cat((first, own), -1)[:, None]
-        return self.made[device]
+            self.cached_masks[device] = torch.cat((first, in_blocks), -1)[:, None]
+        return self.cached_masks[device]
 
     def written_out(self, device: torch.device) -> Tensor:
         """Return the mask [1, 1, length, length], True where a query may see a key."""
         at = torch.arange(self.length, device=device)
         visibility = Visibility(causal=True, window=self.window, prefix=self.prefix)
-        return visibility.seen(at, self.length)
+        return visibility.visible(at, self.length)
 
 
 def attend_band(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> Tensor:

@@ -35,41 +35,41 @@ class Documents:
     @property
     def offset(self) -> Tensor:
         """Number of tokens of the same document before each token: [batch, time]."""
-        place = torch.arange(self.positions.shape[1], device=self.positions.device)
+        index = torch.arange(self.positions.shape[1], device=self.positions.device)
         begins = F.pad(self.positions.diff(dim=-1) != 1, (1, 0), value=True)
-        return place - torch.where(begins, place, 0).cummax(-1).values
+        return index - torch.where(begins, index, 0).cummax(-1).values
 
     def to(self, *args: Any, **kwargs: Any) -> Documents:
         """Move the positions to another device, for models that are spread over several."""
         return Documents(self.positions.to(*args, **kwargs))
 
-    def seen(self, visibility: Visibility) -> Tensor:
+    def visible(self, visibility: Visibility) -> Tensor:
         """Return the mask [batch, 1, queries, keys] of causal attention without padding or past."""
         number = self.number
         near = visibility.near(
             self.positions[:, :, None], self.positions[:, None], self.offset[:, None]
         )
-        seen = (near & (number[:, :, None] == number[:, None]))[:, None]
+        visible = (near & (number[:, :, None] == number[:, None]))[:, None]
         if visibility.blocks is None:
-            return seen
-        place = torch.arange(seen.shape[-1], device=seen.device)
-        return seen | visibility.same_block(place, place)
+            return visible
+        index = torch.arange(visible.shape[-1], device=visible.device)
+        return visible | visibility.same_block(index, index)
 
 
 def documents_of(
-    inputs: tuple[Input, ...], given: Mapping[str, Tensor | None], mixing: str | None
+    inputs: tuple[Input, ...], values: Mapping[str, Tensor | None], mixing: str | None
 ) -> Documents | None:
     """Find the documents of packed rows; return None if every row is one document.
 
-    `given` are the inputs of a forward without a cache. `mixing` names an operation, other than
+    `values` are the inputs of a forward without a cache. `mixing` names an operation, other than
     attention and recurrences, that mixes tokens. Raises UsageError if a model that has such an
     operation gets packed rows.
     """
     item = next((i for i in inputs if i.role == "positions"), None)
-    positions = None if item is None else given.get(item.name)
+    positions = None if item is None else values.get(item.name)
     if item is None or positions is None or positions.dim() != 2:
         return None
-    if given.get(mask_beside(item)) is not None:
+    if values.get(mask_beside(item)) is not None:
         return None
     rises = (positions.diff(dim=-1) == 1).all()
     if not torch.compiler.is_compiling() and positions.device.type != "meta":
@@ -83,5 +83,5 @@ def documents_of(
     elif mixing is not None:
         torch._assert_async(rises, f"documents in one row would be mixed by {mixing}")
         return None
-    rows = next((t.shape[0] for i in inputs if (t := given.get(i.name)) is not None), 1)
+    rows = next((t.shape[0] for i in inputs if (t := values.get(i.name)) is not None), 1)
     return Documents(positions.expand(rows, -1))

@@ -50,25 +50,25 @@ def run_compacted(
     layers: Sequence[Any],
 ) -> tuple[Tensor, ...]:
     """Run one trip for the rows that have not left, and only the cache updates for the others."""
-    done = carry[exits.done][:, 0]
-    batch = done.shape[0]
-    rest = done.nonzero()[:, 0]
-    if len(rest) == 0:
+    has_left = carry[exits.left_position][:, 0]
+    batch = has_left.shape[0]
+    left = has_left.nonzero()[:, 0]
+    if len(left) == 0:
         return trip(*carry, *values, past_key_values=layers)  # type: ignore[no-any-return]
     # the exit test's own state follows the layers of the body, and can be split
     plain = [layer for layer in layers if not can_split(layer)]
-    known = exits.absent and len(plain) == exits.caches
-    known = known and all(layer.get_seq_length() for layer in plain)
-    if len(rest) == batch:
-        if known:
+    marks_absent = exits.marks_absent and len(plain) == exits.caches
+    marks_absent = marks_absent and all(layer.get_seq_length() for layer in plain)
+    if len(left) == batch:
+        if marks_absent:
             for layer in plain:
                 layer.update(*_absent(layer, batch))
         else:
             trip.fill(*carry, *values, past_key_values=layers)  # type: ignore[operator]
         return carry
-    live = (~done).nonzero()[:, 0]
+    live = (~has_left).nonzero()[:, 0]
     shared = [
-        (_Parts if can_split(layer) else _Shared)(layer, batch, rest, live) for layer in layers
+        (_Parts if can_split(layer) else _Shared)(layer, batch, left, live) for layer in layers
     ]
 
     def rows(items: Sequence[Any], index: Tensor) -> list[Any]:
@@ -77,12 +77,12 @@ def run_compacted(
             for item in items
         ]
 
-    if known:
+    if marks_absent:
         for each in shared:
             each.leave_out()
     else:
         trip.fill(  # type: ignore[operator]
-            *rows(carry, rest), *rows(values, rest), past_key_values=[s.filling() for s in shared]
+            *rows(carry, left), *rows(values, left), past_key_values=[s.filling() for s in shared]
         )
     new = trip(
         *rows(carry, live), *rows(values, live), past_key_values=[s.running() for s in shared]
@@ -110,9 +110,9 @@ def _absent(layer: Any, rows: int) -> tuple[Tensor, Tensor]:
 class _Parts:
     """A layer that replaces its tensors, split by rows into those that have left and the others."""
 
-    def __init__(self, layer: Any, batch: int, rest: Tensor, live: Tensor) -> None:
+    def __init__(self, layer: Any, batch: int, left: Tensor, live: Tensor) -> None:
         self.layer, self.batch = layer, batch
-        self.parts = [(rows, rows_of(layer, rows, batch)) for rows in (rest, live)]
+        self.parts = [(rows, rows_of(layer, rows, batch)) for rows in (left, live)]
 
     def leave_out(self) -> None:
         """Do nothing: only the state of the exit test gets here, which `fill` does not update."""
@@ -133,10 +133,10 @@ class _Shared:
     Both parts are written in one update of the whole batch.
     """
 
-    def __init__(self, layer: Any, batch: int, rest: Tensor, live: Tensor) -> None:
-        self.layer, self.batch, self.rest, self.live = layer, batch, rest, live
+    def __init__(self, layer: Any, batch: int, left: Tensor, live: Tensor) -> None:
+        self.layer, self.batch, self.left, self.live = layer, batch, left, live
         self.is_compileable = False
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.left_states: tuple[Tensor, Tensor] | None = None
 
     def filling(self) -> _Filling:
         return _Filling(self)
@@ -146,20 +146,20 @@ class _Shared:
 
     def leave_out(self) -> None:
         """Mark the tokens of rows that have left as absent."""
-        self.held = _absent(self.layer, len(self.rest))
+        self.left_states = _absent(self.layer, len(self.left))
 
     def finish(self) -> None:
         """Do nothing: `update` has already written to the shared layer."""
 
     def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        assert self.held is not None
-        whole = [self._merged(old, new) for old, new in zip(self.held, (k, v), strict=True)]
+        assert self.left_states is not None
+        whole = [self._merged(old, new) for old, new in zip(self.left_states, (k, v), strict=True)]
         keys, values = self.layer.update(*whole, **options)
         return keys[self.live], values[self.live]
 
-    def _merged(self, rest: Tensor, live: Tensor) -> Tensor:
+    def _merged(self, left: Tensor, live: Tensor) -> Tensor:
         whole = live.new_empty(self.batch, *live.shape[1:])
-        whole[self.rest], whole[self.live] = rest, live
+        whole[self.left], whole[self.live] = left, live
         return whole
 
     def get_mask_sizes(self, length: int) -> Any:
@@ -181,7 +181,7 @@ class _Filling:
 
     def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         del options
-        self.shared.held = k, v
+        self.shared.left_states = k, v
         return k, v
 
     def get_mask_sizes(self, length: int) -> Any:

@@ -28,7 +28,7 @@ from reroll.rewrite.ir.ops import (
     WIDEN,
     activate,
 )
-from reroll.rewrite.ir.visibility import Visibility
+from reroll.rewrite.ir.visibility import Visibility, additive
 from reroll.runtime.functions.documents import Documents
 
 aten = torch.ops.aten
@@ -127,16 +127,16 @@ def exit_linear(
 ) -> Tensor:
     """Compute `reroll.exit_linear` with one matrix product for each token."""
     heads = [(w, biases[n] if biases else None) for n, w in enumerate(weights)]
-    place = torch.zeros_like(depth)
+    exit_number = torch.zeros_like(depth)
     for number, stop in enumerate(stops, 1):
-        place = torch.where(depth == stop, number, place)
-    used = place.unique().tolist()
+        exit_number = torch.where(depth == stop, number, exit_number)
+    used = exit_number.unique().tolist()
     if len(used) == 1:
         return F.linear(x, *heads[used[0]])
     out = x.new_zeros(*x.shape[:-1], weights[0].shape[0])
     for number in used:
-        own = place == number
-        out[own] = F.linear(x[own], *heads[number])
+        here = exit_number == number
+        out[here] = F.linear(x[here], *heads[number])
     return out
 
 
@@ -144,11 +144,11 @@ def mask(padding: Tensor | Documents | None, *args: Any, **kwargs: Any) -> Tenso
     """Compute `reroll.mask` for explicit attention, from padding or packed documents."""
     if not isinstance(padding, Documents):
         return torch.ops.reroll.mask(padding, *args, **kwargs)  # type: ignore[no-any-return]
-    given = bind(MASK, (padding, *args), kwargs)
-    if not given["causal"]:
+    arguments = bind(MASK, (padding, *args), kwargs)
+    if not arguments["causal"]:
         return torch.ops.reroll.mask(None, *args, **kwargs)  # type: ignore[no-any-return]
-    seen = padding.seen(Visibility.among(given))
-    return torch.where(seen, 0.0, torch.finfo(given["dtype"]).min).to(given["dtype"])
+    visible = padding.visible(Visibility.among(arguments))
+    return additive(visible, arguments["dtype"])
 
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from reroll.errors import UsageError
-from reroll.rewrite.ir.hidden import marks, named
+from reroll.rewrite.ir.hidden import hidden_names, marks
 from reroll.rewrite.ir.program import Loop, Program
 
 Names = tuple[str, ...]
@@ -21,12 +21,12 @@ Wish = bool | int | Sequence[int] | None
 class TripStates:
     """Hidden states of one loop's trips: inputs and outputs of a trip, by position.
 
-    `given` are positions in the carry that a trip takes, `returned` positions in the one that it
+    `carried` are positions in the carry that a trip takes, `returned` positions in the one that it
     returns. Where some marked values are not in the carry, `returned` is empty. A trip called with
     `observe` then returns all of them behind the carry, in the order of `extra`.
     """
 
-    given: tuple[tuple[int, Names], ...]
+    carried: tuple[tuple[int, Names], ...]
     returned: tuple[tuple[int, Names], ...]
     extra: tuple[Names, ...] = ()
 
@@ -47,14 +47,14 @@ class HiddenStates:
 
     def chosen(self, name: str, wish: Wish) -> tuple[Tensor | None, ...] | None:
         """Return the entries of one output, with None in place of those that were not requested."""
-        found = self.entries.get(name)
-        if found is None:
+        states = self.entries.get(name)
+        if states is None:
             return None
         if isinstance(wish, bool) or wish is None:
-            return tuple(found)
+            return tuple(states)
         numbers = {wish} if isinstance(wish, int) else set(wish)
-        wanted = {n % len(found) for n in numbers if -len(found) <= n < len(found)}
-        return tuple(value if n in wanted else None for n, value in enumerate(found))
+        wanted = {n % len(states) for n in numbers if -len(states) <= n < len(states)}
+        return tuple(value if n in wanted else None for n, value in enumerate(states))
 
 
 def hidden_states(model: Any, wish: Wish) -> tuple[HiddenStates | None, Wish]:
@@ -68,7 +68,7 @@ def hidden_states(model: Any, wish: Wish) -> tuple[HiddenStates | None, Wish]:
         wish = model.config.output_hidden_states
     if wish is None or wish is False:
         return None, wish
-    if not any(named(model.program)):
+    if not any(hidden_names(model.program)):
         raise UsageError(
             "it is not known which values of the model are its hidden states",
             where=type(model).__name__,
@@ -99,16 +99,16 @@ def note_in_main(program: Program, state: fx.Node) -> None:
 
 def states_of(loop: Loop) -> tuple[TripStates, list[fx.Node]]:
     """Return the hidden states of a loop, and the nodes to be returned behind its carry."""
-    given = tuple((i, marks(p)) for i, p in enumerate(loop.places[: len(loop.carry)]) if marks(p))
+    carried = tuple((i, marks(p)) for i, p in enumerate(loop.places[: len(loop.carry)]) if marks(p))
     inner = [n for n in loop.body.graph.nodes if n.op != "placeholder" and marks(n)]
     returned: Any = loop.body.graph.output_node().args[0]
     if all(node in returned for node in inner):
         places = tuple((list(returned).index(node), marks(node)) for node in inner)
-        return TripStates(given, places), []
-    return TripStates(given, (), tuple(marks(node) for node in inner)), inner
+        return TripStates(carried, places), []
+    return TripStates(carried, (), tuple(marks(node) for node in inner)), inner
 
 
-def observed(graph: fx.Graph, extra: Sequence[fx.Node]) -> fx.Graph:
+def returning(graph: fx.Graph, extra: Sequence[fx.Node]) -> fx.Graph:
     """Copy a body so that it also returns the nodes of `extra` behind the carry."""
     new = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -130,7 +130,7 @@ def run_observed(
     layers: Any,
 ) -> tuple[Any, ...]:
     """Run one trip and collect its hidden states; returns its carry."""
-    for position, names in states.given:
+    for position, names in states.carried:
         hidden.add(carry[position], names)
     options = {"observe": True} if states.extra else {}
     out = trip(*carry, *values, past_key_values=layers, **options)

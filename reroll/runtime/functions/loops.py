@@ -46,7 +46,7 @@ class Trips:
 
 
 @dataclass
-class State:
+class ForwardState:
     """State of one forward: cache layers, loops, and what the caller requests.
 
     `keep` is `logits_to_keep`: the number of last positions, or their indices; 0 means all.
@@ -62,7 +62,9 @@ class State:
     documents: Documents | None = None
 
 
-def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any, ...]) -> Any:
+def run_loop(
+    state: ForwardState, name: str, carry: tuple[Any, ...], inputs: tuple[Any, ...]
+) -> Any:
     """Run a loop and return its last carry; an input that is a tuple has one value per trip."""
     trips = state.loops[name]
     layers, count, start = state.layers, trips.layers_per_trip, trips.first_layer
@@ -70,28 +72,30 @@ def run_loop(state: State, name: str, carry: tuple[Any, ...], inputs: tuple[Any,
     frozen = 0 if trips.backprop is None else len(schedule) - trips.backprop
     for number, trip in enumerate(schedule):
         values = [v[number] if isinstance(v, tuple) else v for v in inputs]
-        own = None
+        trip_layers = None
         if layers is not None and count:
-            own = layers[start : start + count]
+            trip_layers = layers[start : start + count]
             start += count
         old = carry
         if state.hidden is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and number >= frozen):
-                carry = run_observed(trip, trips.hidden, state.hidden, carry, values, own)
+                carry = run_observed(trip, trips.hidden, state.hidden, carry, values, trip_layers)
         elif number < frozen:
             with torch.no_grad():
-                carry = trip(*carry, *values, past_key_values=own)
-        elif exits is not None and own is not None and can_compact(exits, carry, own):
-            carry = run_compacted(trip, exits, carry, values, own)
+                carry = trip(*carry, *values, past_key_values=trip_layers)
+        elif (
+            exits is not None and trip_layers is not None and can_compact(exits, carry, trip_layers)
+        ):
+            carry = run_compacted(trip, exits, carry, values, trip_layers)
         else:
-            carry = trip(*carry, *values, past_key_values=own)
+            carry = trip(*carry, *values, past_key_values=trip_layers)
         if exits is not None and is_open(exits.thresholds[number]):
-            kept = {"past_key_values": own} if exits.keeps else {}
+            kept = {"past_key_values": trip_layers} if exits.test_has_state else {}
             carry = trip.test(*old, *carry, *values, **kept)  # type: ignore[operator]
     return carry
 
 
-def run_static(state: State, name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def run_static(state: ForwardState, name: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Compute what trips derive from `inputs` and their weights alone, in the order of trips."""
     values: list[Any] = []
     for trip in state.loops[name].modules:
@@ -109,18 +113,22 @@ def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tenso
     loops = model._assembly.loops
     kept, last = dict(loops), model.program.loops[-1].name
     exits = kept[last].exits
-    counter = None if exits is None else exits.done + 1
+    counter = None if exits is None else exits.left_position + 1
     try:
         for name in kept:
-            given = _Given(hidden, counter, depth) if name == last else _Given(None, None, 0)
-            loops[name] = Trips([given], 0, 0)
+            result = (
+                _FixedResult(hidden, counter, depth)
+                if name == last
+                else _FixedResult(None, None, 0)
+            )
+            loops[name] = Trips([result], 0, 0)
         logits: Tensor = model(**inputs).logits
     finally:
         loops.update(kept)
     return logits
 
 
-class _Given(nn.Module):
+class _FixedResult(nn.Module):
     """A trip that computes nothing: it returns given hidden states, or its carry unchanged.
 
     `counter` is the position of the carried value that counts trips, which is set to `depth`.
@@ -145,12 +153,12 @@ class _Given(nn.Module):
         return tuple(values)
 
 
-def look_up(table: nn.Module, ids: Tensor, state: State) -> Tensor:
+def look_up(table: nn.Module, ids: Tensor, state: ForwardState) -> Tensor:
     """Look up the embeddings of the tokens, or return those that the caller gave instead."""
     return table(ids) if state.embeddings is None else state.embeddings
 
 
-def keep_positions(values: Tensor, state: State) -> Tensor:
+def keep_positions(values: Tensor, state: ForwardState) -> Tensor:
     """Select the positions of [batch, time, ...] for which the caller wants logits."""
     if isinstance(state.keep, Tensor):
         return values[:, state.keep]

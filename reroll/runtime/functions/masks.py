@@ -52,7 +52,7 @@ def make_mask(
     visibility = Visibility(*limits)
     if isinstance(visibility.padding, Documents):
         if visibility.causal and not visibility.is_empty:
-            return visibility.padding.seen(visibility)
+            return visibility.padding.visible(visibility)
         # in transformers, attention that is not causal sees all documents
         visibility = replace(visibility, padding=None)
     padding = visibility.padding
@@ -78,8 +78,8 @@ def make_mask(
         if band is not None:
             return band
     q = torch.arange(length, device=like.device) + offset
-    seen = visibility.seen(q, keys, start)
-    return _with_kept(seen, padding, start, kept) if kept else seen
+    visible = visibility.visible(q, keys, start)
+    return _with_kept(visible, padding, start, kept) if kept else visible
 
 
 def _band(layer: Any, length: int, keys: int, offset: Any, visibility: Visibility) -> Band | None:
@@ -100,16 +100,16 @@ def kept_columns(layer: Any) -> int:
     return count
 
 
-def _with_kept(seen: Tensor, padding: Tensor | None, start: int, kept: int) -> Tensor:
+def _with_kept(visible: Tensor, padding: Tensor | None, start: int, kept: int) -> Tensor:
     """Add columns for kept first tokens, False where a token also has a column among the others."""
-    number = torch.arange(kept, device=seen.device)
+    number = torch.arange(kept, device=visible.device)
     if padding is None:
         past = (number < start)[None]
     else:
         past = number < padding[:, :start].sum(-1, keepdim=True)
-    batch = max(seen.shape[0], past.shape[0])
-    first = past[:, None, None].expand(batch, 1, seen.shape[2], -1)
-    return torch.cat((first, seen.expand(batch, -1, -1, -1)), dim=-1)
+    batch = max(visible.shape[0], past.shape[0])
+    first = past[:, None, None].expand(batch, 1, visible.shape[2], -1)
+    return torch.cat((first, visible.expand(batch, -1, -1, -1)), dim=-1)
 
 
 def _sees_all(layer: Any, length: int, keys: int, offset: Any, visibility: Visibility) -> bool:
@@ -145,7 +145,7 @@ def kept_bias(layer: Any, bias: Tensor, padding: Tensor | None, k: Tensor) -> Te
     number = padding.long().cumsum(-1)[:, None]
     wanted = torch.arange(1, kept + 1, device=bias.device)[:, None]
     # in rows with fewer first tokens, the mask hides the wrong columns that argmax gives
-    place = ((number == wanted) & padding.bool()[:, None]).long().argmax(-1)
-    place = place[:, None, None].expand(-1, *bias.shape[1:-1], -1)
-    first = bias.expand(padding.shape[0], *bias.shape[1:]).gather(-1, place)
+    index = ((number == wanted) & padding.bool()[:, None]).long().argmax(-1)
+    index = index[:, None, None].expand(-1, *bias.shape[1:-1], -1)
+    first = bias.expand(padding.shape[0], *bias.shape[1:]).gather(-1, index)
     return torch.cat((first, last.expand(padding.shape[0], *last.shape[1:])), -1)

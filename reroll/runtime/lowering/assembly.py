@@ -18,13 +18,13 @@ from reroll.runtime.functions.loops import Trips
 from reroll.runtime.lowering.codegen import compile_graph, runnable
 from reroll.runtime.lowering.encoder_constants import is_decoder_input
 from reroll.runtime.lowering.encoder_decoder import cut
-from reroll.runtime.lowering.modules import Tree, Trip, build_tree
-from reroll.runtime.lowering.passes import PASSES, Lowering, Observer, lower_graphs
+from reroll.runtime.lowering.modules import Tree, TripModule, build_tree
+from reroll.runtime.lowering.passes import PASSES, Interface, Lowering, Observer, lower_graphs
 from reroll.runtime.models.pictures import put_pictures, with_pictures
 
 
 @dataclass
-class HalfFunctions:
+class EncoderDecoder:
     """Functions of an encoder-decoder model: see `encoder_decoder`."""
 
     encode: Callable[..., tuple[Any, ...]]
@@ -48,28 +48,20 @@ class Default:
 class Assembly:
     """A Program in a form that runs.
 
-    `main` takes the module, the Program's inputs in order and a `State`, and returns the outputs.
-    `masks` are the padding inputs that it needs as tensors; the others may be None. `keeps` says
-    whether it applies `logits_to_keep` itself. `embeddings` and `head` are the paths of the modules
-    that look up the tokens and compute the logits. `sources` is the generated code by graph.
+    `main` takes the module, the Program's inputs in order and a `ForwardState`, and returns the
+    outputs. `layers` are the layouts of its states. `sources` is the generated code by graph.
     `defaults` compute inputs that are left out and do not follow from sizes alone.
-    `takes_embeddings` says whether embeddings can be given instead of tokens. `mixing` names an
-    operation that mixes tokens of different documents, if there is one.
+    `encoder_decoder` has the functions of a model with an encoder.
     """
 
     main: Callable[..., tuple[Any, ...]]
     loops: dict[str, Trips]
     tree: Tree
     layers: tuple[CacheLayer, ...]
-    masks: frozenset[str]
-    keeps: bool
-    embeddings: str | None
-    head: str | None
+    interface: Interface
     sources: dict[str, str]
     defaults: dict[str, Default]
-    takes_embeddings: bool
-    mixing: str | None = None
-    halves: HalfFunctions | None = None
+    encoder_decoder: EncoderDecoder | None = None
 
 
 def assemble(model: nn.Module, program: Program, observe: Observer | None = None) -> Assembly:
@@ -99,22 +91,10 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
         part = text_part(graph, pictures, program.outputs, put_pictures)
         text, sources["text"] = compile_graph(part, "text")
         main = with_pictures(main, text, program.inputs)
-    assembly = Assembly(
-        main,
-        loops,
-        tree,
-        plan.layers,
-        lowering.masks,
-        lowering.keeps,
-        lowering.embeddings,
-        lowering.head,
-        sources,
-        _defaults(program, sources),
-        lowering.takes_embeddings,
-        lowering.mixing,
-    )
+    defaults = _defaults(program, sources)
+    assembly = Assembly(main, loops, tree, plan.layers, lowering.interface, sources, defaults)
     if any(is_decoder_input(i.name) for i in program.inputs):
-        assembly.halves = _halves(graph, program, sources)
+        assembly.encoder_decoder = _encoder_decoder(graph, program, sources)
     return assembly
 
 
@@ -158,26 +138,26 @@ def reassemble(model: Any, program: Program) -> Assembly:
 
     The Program may differ from the model's own in dtypes only.
     """
-    own: Assembly = model._assembly
+    old: Assembly = model._assembly
     new = assemble(nn.Module(), program)
     for name, trips in new.tree.trips.items():
-        for trip, source in zip(own.tree.trips[name], trips, strict=True):
+        for trip, source in zip(old.tree.trips[name], trips, strict=True):
             trip.__class__ = type(source)
-    return replace(new, loops=own.loops, tree=own.tree)
+    return replace(new, loops=old.loops, tree=old.tree)
 
 
-def _halves(graph: fx.Graph, program: Program, sources: dict[str, str]) -> HalfFunctions:
+def _encoder_decoder(graph: fx.Graph, program: Program, sources: dict[str, str]) -> EncoderDecoder:
     outputs = program.outputs
     name = "encoder_last_hidden_state"
-    halves = cut(graph, program.inputs, outputs.index(name) if name in outputs else None)
+    parts = cut(graph, program.inputs, outputs.index(name) if name in outputs else None)
     functions = []
     for part in ("encode", "extend", "decode"):
-        function, sources[part] = compile_graph(getattr(halves, part), part)
+        function, sources[part] = compile_graph(getattr(parts, part), part)
         functions.append(function)
-    return HalfFunctions(*functions)
+    return EncoderDecoder(*functions)
 
 
-def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[Trip]:
+def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[TripModule]:
     members: dict[str, Any] = {"source": ""}
     for method, graph in graphs.items():
         members[method], source = compile_graph(graph, f"{name} {method}")
@@ -185,13 +165,13 @@ def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[Trip]:
     if "observed" in members:
         members["forward"] = _either(members["forward"], members["observed"])
     title = "".join(part.capitalize() for part in re.split(r"\W|_", name, flags=re.ASCII))
-    return type(f"{title}Trip", (Trip,), members)
+    return type(f"{title}Trip", (TripModule,), members)
 
 
 def _either(plain: Callable[..., Any], observed: Callable[..., Any]) -> Callable[..., Any]:
     """Make the forward of a trip that also returns its hidden states if `observe` is set."""
 
-    def forward(self: Trip, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
+    def forward(self: TripModule, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
         return (observed if observe else plain)(self, *args, **kwargs)
 
     return forward

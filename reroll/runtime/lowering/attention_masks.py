@@ -19,12 +19,11 @@ from reroll.errors import ProgramError
 from reroll.rewrite.analysis.state_plan import (
     MASKED,
     behind_cache,
-    is_stateful,
     plan_states,
     stateful_nodes,
 )
 from reroll.rewrite.ir.matching import argument, bind, shape
-from reroll.rewrite.ir.ops import ATTENTION
+from reroll.rewrite.ir.ops import ATTENTION, is_stateful
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.visibility import Visibility
 from reroll.runtime.functions.attention import attend
@@ -58,7 +57,7 @@ class _Placer:
         self.program = program
         self.layers = layers
         self.plan = plan_states(program)
-        self.made: dict[Any, fx.Node] = {}
+        self.masks: dict[Any, fx.Node] = {}
         loops = {loop.node for loop in program.loops if stateful_nodes(loop.body.graph)}
         stateful = (n for n in program.graph.nodes if is_stateful(n) or n in loops)
         self.first_state = next(stateful, None)
@@ -94,42 +93,46 @@ class _Placer:
     ) -> list[Any]:
         """Make the mask of each trip as a node of the main graph; `_UNKNOWN` if impossible."""
         if loop is None:
-            own = None if cache is None else self.plan.number(cache)
-            return [self._outer_mask(node, limits, own, cache or node)]
+            number = None if cache is None else self.plan.number(cache)
+            return [self._outer_mask(node, limits, number, cache or node)]
         known = outer_values(loop)
         masks = []
         for trip in range(loop.trips):
             outer = limits.map(partial(_outside, known, trip))
-            own = None if cache is None else self.plan.number(cache, trip)
-            masks.append(self._outer_mask(node, outer, own, loop.node))
+            number = None if cache is None else self.plan.number(cache, trip)
+            masks.append(self._outer_mask(node, outer, number, loop.node))
         return masks
 
     def _outer_mask(
-        self, node: fx.Node, limits: Visibility, own: int | None, point: fx.Node
+        self, node: fx.Node, limits: Visibility, number: int | None, point: fx.Node
     ) -> Any:
         """Make a mask before the first stateful node if possible, else before `point`."""
-        length = self._length(node, limits, own)
+        length = self._length(node, limits, number)
         inputs = [v for v in limits.values() if isinstance(v, fx.Node)]
         if length is _UNKNOWN or _UNKNOWN in limits.values() or any(not n < point for n in inputs):
             return _UNKNOWN
         first = self.first_state
         if first is not None and first < point and all(n < first for n in inputs):
             point = first
-        if own is not None and (first is None or not first < point):
+        if number is not None and (first is None or not first < point):
             # no layer has been updated there, so all of one kind hold keys at the same positions
-            own = [layer.reach for layer in self.plan.layers].index(self.plan.layers[own].reach)
-        key = (limits, own, length)
-        if key not in self.made:
+            number = [layer.reach for layer in self.plan.layers].index(
+                self.plan.layers[number].reach
+            )
+        key = (limits, number, length)
+        if key not in self.masks:
             graph = self.program.graph
             with graph.inserting_before(point):
-                layer = None if own is None else graph.call_function(layer_of, (self.layers, own))
+                layer = (
+                    None if number is None else graph.call_function(layer_of, (self.layers, number))
+                )
                 like = None if length is None else placeholders(graph)[0]
                 if isinstance(length, tuple):
                     like, length = length[0], graph.call_method("size", length)
-                self.made[key] = _make(graph, layer, limits, like, length, None)
-        return self.made[key]
+                self.masks[key] = _make(graph, layer, limits, like, length, None)
+        return self.masks[key]
 
-    def _length(self, node: fx.Node, limits: Visibility, own: int | None) -> Any:
+    def _length(self, node: fx.Node, limits: Visibility, number: int | None) -> Any:
         """Return the number of queries: a constant, (input, dimension), None or `_UNKNOWN`.
 
         It is None where the mask does not depend on it.
@@ -137,14 +140,14 @@ class _Placer:
         if limits.is_by_key:
             return None
         q, k = shape(argument(node, "q")), shape(argument(node, "k"))
-        if len(q) != 4 or (own is None and k[2:3] != q[2:3]):
+        if len(q) != 4 or (number is None and k[2:3] != q[2:3]):
             return _UNKNOWN
         if isinstance(q[2], int):
             return q[2]
         nodes = {str(n.target): n for n in placeholders(self.program.graph)}
-        for given in self.program.inputs:
-            if given.role == "data" and q[2] in given.type.shape:
-                return nodes[given.name], given.type.shape.index(q[2])
+        for item in self.program.inputs:
+            if item.role == "data" and q[2] in item.type.shape:
+                return nodes[item.name], item.type.shape.index(q[2])
         return _UNKNOWN
 
 

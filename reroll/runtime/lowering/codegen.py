@@ -32,9 +32,9 @@ def runnable(
     """Copy a graph so that it calls only functions that are fast to call.
 
     `layers` is the node of its cache layers, `caches` gives the update of each stateful node, and
-    `state` is the node of the main graph's `State`. Weights become attributes, or calls of the
-    modules that hold them. Ops become functions and methods of PyTorch. Ops that make a tensor from
-    no tensor get the device of the graph's first input.
+    `state` is the node of the main graph's `ForwardState`. Weights become attributes, or calls of
+    the modules that hold them. Ops become functions and methods of PyTorch. Ops that make a tensor
+    from no tensor get the device of the graph's first input.
     """
     return _Rewriter(graph, readings, layers, caches or {}, state).run()
 
@@ -135,10 +135,10 @@ class _Rewriter:
         new.meta.update(node.meta)
         return new
 
-    def _module(self, weight: Any, kind: str) -> str | None:
+    def _module(self, weight: Any, attribute: str) -> str | None:
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return None
-        module: str | None = getattr(self.readings[str(weight.target)], kind)
+        module: str | None = getattr(self.readings[str(weight.target)], attribute)
         return module
 
     def _device(self) -> Any:

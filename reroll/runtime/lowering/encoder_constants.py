@@ -14,21 +14,22 @@ from typing import Any
 from torch import fx
 
 from reroll.rewrite.ir.program import Loop, Program
+from reroll.rewrite.ir.types import type_of
 from reroll.runtime.functions.loops import run_static
 from reroll.runtime.lowering.hoisting import outer_values, placeholders
 
 
-def split_statics(program: Program, state: fx.Node) -> dict[str, fx.Graph]:
+def split_static_graphs(program: Program, state: fx.Node) -> dict[str, fx.Graph]:
     """Move the static parts out of the bodies, in place; return their graphs by loop."""
-    found = {}
+    graphs = {}
     for loop in program.loops:
         encoded = encoder_nodes(program)
         if loop.node in encoded:
             continue
         graph = _split(program, loop, encoded, state)
         if graph is not None:
-            found[loop.name] = graph
-    return found
+            graphs[loop.name] = graph
+    return graphs
 
 
 def is_decoder_input(name: str) -> bool:
@@ -58,20 +59,20 @@ def encoder_nodes(program: Program) -> set[fx.Node]:
 
 def _split(program: Program, loop: Loop, encoded: set[fx.Node], state: fx.Node) -> fx.Graph | None:
     fixed = {
-        place: values[0]
-        for place, values in outer_values(loop).items()
+        placeholder: values[0]
+        for placeholder, values in outer_values(loop).items()
         if isinstance(values[0], fx.Node) and values[0] in encoded and len(set(values)) == 1
     }
     static = _static_nodes(loop.body.graph, set(fixed))
     border = [node for node in static if any(user not in static for user in node.users)]
     # sizes are excluded: they are cheap to compute, and are no tensors
-    border = [node for node in border if node.meta.get("type") is not None]
+    border = [node for node in border if type_of(node) is not None]
     if not border:
         return None
     graph, used = _extract(loop.body.graph, border, static)
     main = program.graph
     with main.inserting_before(loop.node):
-        inputs = tuple(fixed[place] for place in used)
+        inputs = tuple(fixed[placeholder] for placeholder in used)
         values = main.call_function(run_static, (state, loop.name, inputs))
         columns: list[list[fx.Node]] = [[] for _ in border]
         for number in range(loop.trips * len(border)):
@@ -79,9 +80,9 @@ def _split(program: Program, loop: Loop, encoded: set[fx.Node], state: fx.Node) 
             node.meta.update(border[number % len(border)].meta)
             columns[number % len(border)].append(node)
     for node, column in zip(border, columns, strict=True):
-        place = loop.add_input(node.name, tuple(column))
-        place.meta.update(node.meta)
-        node.replace_all_uses_with(place, delete_user_cb=lambda user: user not in static)
+        placeholder = loop.add_input(node.name, tuple(column))
+        placeholder.meta.update(node.meta)
+        node.replace_all_uses_with(placeholder, delete_user_cb=lambda user: user not in static)
     loop.body.graph.eliminate_dead_code()
     loop.drop_unused_inputs()
     return graph
@@ -105,9 +106,13 @@ def _extract(
     """Build a graph that computes the border; return it and the placeholders it reads."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    used = [place for place in placeholders(body) if any(user in static for user in place.users)]
-    for place in used:
-        values[place] = graph.placeholder(place.name)
+    used = [
+        placeholder
+        for placeholder in placeholders(body)
+        if any(user in static for user in placeholder.users)
+    ]
+    for placeholder in used:
+        values[placeholder] = graph.placeholder(placeholder.name)
 
     def value(node: fx.Node) -> fx.Node:
         if node not in values:

@@ -7,7 +7,6 @@ and values of cross-attentions, follow from it.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,14 @@ from torch import fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import shape
-from reroll.rewrite.ir.records import Input, TensorType
+from reroll.rewrite.ir.records import Input
+from reroll.rewrite.ir.types import type_of
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
-
-_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv}
+from reroll.runtime.lowering.sizes import is_size
 
 
 @dataclass
-class Halves:
+class Parts:
     """Graphs of an encoder-decoder model; each takes the Program's inputs, and the state last.
 
     `encode` returns the hidden state. `extend` takes it first and returns the other values that
@@ -34,7 +33,7 @@ class Halves:
     decode: fx.Graph
 
 
-def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -> Halves:
+def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -> Parts:
     """Cut a main graph into encoder and decoder.
 
     `hidden_output` is the index of the output that is the encoder's hidden state, or None. Raises
@@ -46,7 +45,7 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
     crossing = _crossing(graph, encoder, decoder, output)
     hidden = output.args[0][hidden_output] if hidden_output is not None else None
     if hidden not in encoder:
-        hidden = next((n for n in crossing if isinstance(n.meta.get("type"), TensorType)), None)
+        hidden = next((n for n in crossing if type_of(n) is not None), None)
     if hidden is None:
         raise ProgramError("the decoder does not read the encoder")
     batch = next(i.type.shape[0] for i in inputs if i.role == "data")
@@ -63,15 +62,15 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
     extend = _graph(graph, [hidden], rest, [hidden])
     decode = _graph(graph, [hidden, *rest], list(output.args[0]), [hidden, *rest, *near])
     data = {n for n in encoder if n.op == "placeholder"}
-    for half in (extend, decode):
-        late = [n for n in half.nodes if n.op == "placeholder" and n.users]
+    for part in (extend, decode):
+        late = [n for n in part.nodes if n.op == "placeholder" and n.users]
         late = [n for n in late if n.name in {d.name for d in data - {hidden, *rest}}]
         if late:
             raise ProgramError(
                 "the decoder needs more of the encoder than its last hidden state",
                 where=late[0].name,
             )
-    return Halves(encode, extend, decode)
+    return Parts(encode, extend, decode)
 
 
 def _sides(graph: fx.Graph, roles: dict[str, str]) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -108,39 +107,30 @@ def _crossing(
         node
         for node in graph.nodes
         if node in encoder
-        and not _is_size(node)
-        and (node in outputs or any(u in decoder and not _is_size(u) for u in node.users))
+        and not is_size(node)
+        and (node in outputs or any(u in decoder and not is_size(u) for u in node.users))
     ]
 
 
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node is a size or device, which another tensor of the same size can provide."""
-    if node.op == "call_method" and node.target == "size":
-        return True
-    if node.target is getattr:
-        return node.args[1] == "device"
-    return node.target in _ARITHMETIC and node.meta.get("type") is None
-
-
 def _graph(
-    whole: fx.Graph, given: list[fx.Node], wanted: list[Any], elsewhere: list[fx.Node]
+    whole: fx.Graph, inputs: list[fx.Node], wanted: list[Any], elsewhere: list[fx.Node]
 ) -> fx.Graph:
-    """Build a graph over `given` and all inputs that computes the wanted values.
+    """Build a graph over `inputs` and all inputs that computes the wanted values.
 
     Sizes of tensors that it does not compute are read from those of `elsewhere`.
     """
-    other = {n: _other_size(n, elsewhere) for n in whole.nodes if _is_size(n) and elsewhere}
+    other = {n: _other_size(n, elsewhere) for n in whole.nodes if is_size(n) and elsewhere}
     needed: set[fx.Node] = set()
     stack = [n for value in wanted for n in _nodes_in(value)]
     while stack:
         node = stack.pop()
-        if node not in needed and node not in given and node.op != "placeholder":
+        if node not in needed and node not in inputs and node.op != "placeholder":
             needed.add(node)
-            found = other.get(node)
-            stack.extend(node.all_input_nodes if found is None else [found[0]])
+            substitute = other.get(node)
+            stack.extend(node.all_input_nodes if substitute is None else [substitute[0]])
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    for node in [*given, *(n for n in whole.nodes if n.op == "placeholder")]:
+    for node in [*inputs, *(n for n in whole.nodes if n.op == "placeholder")]:
         if node not in values:
             new = graph.create_node("placeholder", "x", name=node.name)
             new.target = str(node.target) if node.target in OWN_INPUTS else new.name
@@ -148,11 +138,11 @@ def _graph(
     for node in whole.nodes:
         if node not in needed:
             continue
-        found = other.get(node)
-        if found is None:
+        substitute = other.get(node)
+        if substitute is None:
             values[node] = graph.node_copy(node, values.__getitem__)
             continue
-        tensor, dim = found
+        tensor, dim = substitute
         if node.op == "call_method":
             values[node] = graph.call_method("size", (values[tensor], dim))
         else:
@@ -162,22 +152,22 @@ def _graph(
 
 
 def _nodes_in(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)
-    return found
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(value, nodes.append)
+    return nodes
 
 
 def _other_size(node: fx.Node, tensors: list[fx.Node]) -> tuple[fx.Node, Any] | None:
     """Find one of `tensors` and its dimension of the same name; for a device, return any tensor."""
     source = node.args[0]
-    if not isinstance(source, fx.Node) or node.target in _ARITHMETIC:
-        return None
     if node.target is getattr:
         return tensors[0], None
-    kind = source.meta.get("type")
-    name = kind.shape[node.args[1]] if isinstance(kind, TensorType) else None  # type: ignore[index]
+    if node.op != "call_method" or not isinstance(source, fx.Node):
+        return None
+    type_ = type_of(source)
+    name = None if type_ is None else type_.shape[node.args[1]]  # type: ignore[index]
     for tensor in tensors:
-        other = tensor.meta.get("type")
-        if name is not None and isinstance(other, TensorType) and name in other.shape:
+        other = type_of(tensor)
+        if name is not None and other is not None and name in other.shape:
             return tensor, other.shape.index(name)
     return None

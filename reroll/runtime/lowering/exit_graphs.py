@@ -5,34 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
-from reroll.rewrite.analysis.state_plan import is_stateful, stateful_nodes
+from reroll.rewrite.analysis.state_plan import stateful_nodes
 from reroll.rewrite.ir.exits import Exits
-from reroll.rewrite.ir.ops import CACHE, HOLD, MARK_KEYS, RECURRENCE
+from reroll.rewrite.ir.ops import CACHE, HOLD, MARK_KEYS, RECURRENCE, is_stateful
 from reroll.rewrite.ir.program import Loop
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
+from reroll.runtime.lowering.sizes import is_size
 
 
 @dataclass
 class LoopExits:
     """Properties of a loop's exits that running it depends on.
 
-    `done` is the position of the carried flag of tokens that have left. `holds` says that the first
-    carried value stays unchanged for these tokens, and `compact` that their rows can be left out.
-    `absent` says that skipped layers only need to know which tokens are absent. `caches` counts the
-    layers with state in a trip. `keeps` says that the exit test has state and needs the cache
-    layers.
+    `left_position` is the position of the carried flag of tokens that have left. `holds` says that
+    the first carried value stays unchanged for these tokens, and `compact` that their rows can be
+    dropped. `marks_absent` says that skipped layers only need to know which tokens are absent.
+    `caches` counts the layers with state in a trip. `test_has_state` says that the exit test needs
+    the cache layers.
     """
 
-    done: int
+    left_position: int
     thresholds: tuple[float, ...]
     holds: bool
     compact: bool
-    absent: bool
+    marks_absent: bool
     caches: int
-    keeps: bool
+    test_has_state: bool
 
 
 @dataclass
@@ -58,14 +58,14 @@ def split_exits(loop: Loop, exits: Exits) -> Split:
     body = loop.body.graph
     output = body.output_node()
     returned: Any = output.args[0]
-    places, width = loop.places, len(loop.carry)
+    placeholders, width = loop.places, len(loop.carry)
     test = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    for number, place in enumerate(places[:width]):
-        values[place] = test.placeholder(f"old_{number}")
+    for number, placeholder in enumerate(placeholders[:width]):
+        values[placeholder] = test.placeholder(f"old_{number}")
     new = [test.placeholder(f"new_{number}") for number in range(width)]
-    for place in places[width:]:
-        values[place] = test.placeholder(place.name)
+    for placeholder in placeholders[width:]:
+        values[placeholder] = test.placeholder(placeholder.name)
     layers = None
     if any(map(is_stateful, exits.tests)):
         layers = test.create_node("placeholder", OWN_INPUTS[0], (None,), name=OWN_INPUTS[0])
@@ -78,7 +78,9 @@ def split_exits(loop: Loop, exits: Exits) -> Split:
     decided = [values[n] if i in exits.decided else new[i] for i, n in enumerate(returned)]
     test.output(tuple(decided))
     tested = {node: values[node] for node in exits.tests if is_stateful(node)}
-    output.args = (tuple(places[i] if i in exits.decided else n for i, n in enumerate(returned)),)
+    output.args = (
+        tuple(placeholders[i] if i in exits.decided else n for i, n in enumerate(returned)),
+    )
     body.eliminate_dead_code()
     fill = fx.Graph()
     filled: dict[fx.Node, fx.Node] = {}
@@ -94,20 +96,17 @@ def loop_exits(loop: Loop, exits: Exits) -> LoopExits:
     returned: Any = body.output_node().args[0]
     layers = [n for n in stateful_nodes(body) if n not in exits.tests]
     # a body that gets the number of rows as an input cannot run for fewer
-    told = any(isinstance(n, fx.Node) and _is_size(n) for n in loop.inputs)
+    reads_batch = any(isinstance(n, fx.Node) and is_size(n) for n in loop.inputs)
     holds = returned[0].target is HOLD
     marks = any(n.target is MARK_KEYS for n in body.nodes)
-    absent = marks and all(n.target is CACHE for n in layers)
-    keeps = any(n.target is RECURRENCE for n in exits.tests)
+    marks_absent = marks and all(n.target is CACHE for n in layers)
+    test_has_state = any(n.target is RECURRENCE for n in exits.tests)
     return LoopExits(
-        exits.done, exits.thresholds, holds, holds and not told, absent, len(layers), keeps
+        exits.left_position,
+        exits.thresholds,
+        holds,
+        holds and not reads_batch,
+        marks_absent,
+        len(layers),
+        test_has_state,
     )
-
-
-def _is_size(node: fx.Node) -> bool:
-    if node.target is torch.ops.aten.sym_size.int:
-        return True
-    inputs = node.all_input_nodes
-    # arithmetic on sizes is a size; an ATen op that makes a tensor of sizes is not
-    own = not isinstance(node.target, torch._ops.OpOverload)
-    return own and bool(inputs) and all(map(_is_size, inputs))

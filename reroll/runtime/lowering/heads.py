@@ -13,6 +13,7 @@ from reroll.rewrite.ir.ops import EXIT_LINEAR
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.loops import keep_positions, look_up
 from reroll.runtime.lowering.modules import Reading
+from reroll.runtime.lowering.sizes import is_size
 
 aten = torch.ops.aten
 
@@ -105,14 +106,9 @@ def _is_read(ids: fx.Node, lookup: fx.Node) -> bool:
     stack = [ids]
     for node in stack:
         for user in node.users:
-            if user is lookup or user.target in _SIZED or _is_size(user):
+            if user is lookup or user.target in _SIZED or is_size(user):
                 continue
             if user.target not in _ALIKE:
                 return True
             stack.append(user)
     return False
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node reads a size of its argument, or its device."""
-    return node.target in (aten.sym_size.int, getattr, "size")

@@ -25,7 +25,7 @@ def hoist_invariants(program: Program) -> Program:
     return program
 
 
-# the arguments that lowering adds: a body's cache layers, and the main graph's `State`
+# the arguments that lowering adds: a body's cache layers, and the main graph's `ForwardState`
 OWN_INPUTS = ("past_key_values", "state")
 
 

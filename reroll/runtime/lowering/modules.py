@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reroll.rewrite.ir.program import Loop, Program, weight_nodes
 from reroll.rewrite.ir.weights.expressions import Meta
-from reroll.runtime.lowering.placement import Path, Place, path_of, places
+from reroll.runtime.lowering.placement import Path, Placement, path_of, placements
 
 
 class Scope(nn.Module):
@@ -28,7 +28,7 @@ class Scope(nn.Module):
     main_input_name = "input_ids"
 
 
-class Trip(GradientCheckpointingLayer):
+class TripModule(GradientCheckpointingLayer):
     """One trip of a loop; each body has a subclass, whose instances share one `forward`."""
 
     # the generated code, set by subclasses
@@ -76,7 +76,7 @@ class Slot:
 class Tree:
     """Trips of each loop, readings of each weight by graph, and the holders of each tensor."""
 
-    trips: dict[str, list[Trip]] = field(default_factory=dict)
+    trips: dict[str, list[TripModule]] = field(default_factory=dict)
     readings: dict[str, dict[str, Reading]] = field(default_factory=dict)
     slots: dict[Any, Slot] = field(default_factory=dict)
 
@@ -96,7 +96,7 @@ def build_tree(model: nn.Module, program: Program) -> Tree:
 class _Builder:
     def __init__(self, model: nn.Module, program: Program) -> None:
         self.model, self.program = model, program
-        self.places = places(program)
+        self.places = placements(program)
         self.tree = Tree()
 
     def add_loop(self, loop: Loop) -> None:
@@ -107,41 +107,43 @@ class _Builder:
         readings = self.tree.readings.setdefault(loop.name, {})
         for number in range(loop.trips):
             path = tuple(part.replace("*", str(number)) for part in root)
-            trip = Trip()
+            trip = TripModule()
             self._module(path[:-1], Scope).add_module(path[-1], trip)
             trips.append(trip)
-            for place, name in enumerate(names):
+            for position, name in enumerate(names):
                 reading = self.add_weight(name, number)
-                readings[name] = self._from_trip(reading, trip, path, f"link_{place}")
+                readings[name] = self._from_trip(reading, trip, path, f"link_{position}")
         self.tree.trips[loop.name] = trips
 
     def add_weight(self, name: str, trip: int) -> Reading:
         """Build the modules of one weight in one trip, and return how the model reads it."""
-        weight, place = self.program.weights[name], self.places[name].at(trip)
+        weight, placement = self.program.weights[name], self.places[name].at(trip)
         holders = []
-        if place.linear is not None:
-            linear = place.linear
+        if placement.linear is not None:
+            linear = placement.linear
             module = self._module(
                 linear.path,
                 lambda: nn.Linear(linear.inputs, linear.outputs, linear.bias, device="meta"),
             )
-            holders.append((module, place.leaf))
-        if place.lookup is not None:
-            table = place.lookup
+            holders.append((module, placement.leaf))
+        if placement.lookup is not None:
+            table = placement.lookup
             module = self._module(
                 table.path,
                 lambda: nn.Embedding(table.rows, table.columns, table.padding, device="meta"),
             )
-            holders.append((module, place.leaf))
+            holders.append((module, placement.leaf))
         if not holders:
-            holders.append((self._module(place.owner, Scope), place.leaf))
+            holders.append((self._module(placement.owner, Scope), placement.leaf))
         key = self.program.weights.identity(name, 0 if weight.index is None else weight.index[trip])
         slot = self.tree.slots.setdefault(key, Slot(weight.meta, weight.trainable))
         slot.holders.extend(holder for holder in holders if holder not in slot.holders)
         return Reading(
-            ".".join((*self._first(place), place.leaf)),
-            ".".join(place.linear.path) if place.linear and place.leaf == "weight" else None,
-            ".".join(place.lookup.path) if place.lookup else None,
+            ".".join((*self._first(placement), placement.leaf)),
+            ".".join(placement.linear.path)
+            if placement.linear and placement.leaf == "weight"
+            else None,
+            ".".join(placement.lookup.path) if placement.lookup else None,
         )
 
     def _root(self, loop: Loop, names: list[str]) -> Path:
@@ -154,7 +156,7 @@ class _Builder:
                 return root
         return ("loops", *path_of(loop.name), "*")
 
-    def _from_trip(self, reading: Reading, trip: Trip, path: Path, link: str) -> Reading:
+    def _from_trip(self, reading: Reading, trip: TripModule, path: Path, link: str) -> Reading:
         """Convert a reading from the model to one from a trip: a path below the trip, or a link."""
         prefix = ".".join(path) + "."
 
@@ -170,11 +172,11 @@ class _Builder:
         assert weight is not None
         return Reading(weight, local(reading.linear, "linear"), local(reading.lookup, "lookup"))
 
-    def _first(self, place: Place) -> Path:
+    def _first(self, placement: Placement) -> Path:
         """Return the path of the module whose weight is read as a plain tensor."""
-        if place.linear is not None:
-            return place.linear.path
-        return place.lookup.path if place.lookup is not None else place.owner
+        if placement.linear is not None:
+            return placement.linear.path
+        return placement.lookup.path if placement.lookup is not None else placement.owner
 
     def _module(self, path: Path, make: Callable[[], nn.Module]) -> nn.Module:
         """Return the module at a path; create it, and the scopes above it, where missing."""

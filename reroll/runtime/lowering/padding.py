@@ -44,8 +44,8 @@ READERS = (visible_tokens, valid_tokens)
 def read_padding(program: Program, state: fx.Node) -> frozenset[str]:
     """Let attentions read padding through one of `READERS`, changing the graphs in place.
 
-    `state` is the node of the main graph's `State`. Returns the names of the padding inputs that
-    are still needed as tensors.
+    `state` is the node of the main graph's `ForwardState`. Returns the names of the padding inputs
+    that are still needed as tensors.
     """
     nodes = {str(n.target): n for n in placeholders(program.graph)}
     inputs = [nodes[i.name] for i in program.inputs if i.role == "padding"]
@@ -58,15 +58,15 @@ def read_padding(program: Program, state: fx.Node) -> frozenset[str]:
     return frozenset(str(n.target) for n in inputs if any(u.target not in READERS for u in n.users))
 
 
-def _read(program: Program, given: fx.Node, state: fx.Node | None) -> None:
-    same = [given]
+def _read(program: Program, padding: fx.Node, state: fx.Node | None) -> None:
+    same = [padding]
     for node in same:
         same.extend(u for u in node.users if u.target in CONVERSIONS)
-    with program.graph.inserting_after(state or given):
+    with program.graph.inserting_after(state or padding):
         if state is None:
-            checked = program.graph.call_function(visible_tokens, (given,))
+            checked = program.graph.call_function(visible_tokens, (padding,))
         else:
-            checked = program.graph.call_function(valid_tokens, (given, state))
+            checked = program.graph.call_function(valid_tokens, (padding, state))
     loops = {loop.node: loop for loop in program.loops}
     for node in same:
         for user in list(node.users):
@@ -78,8 +78,8 @@ def _read(program: Program, given: fx.Node, state: fx.Node | None) -> None:
                 user.update_arg(
                     2,
                     tuple(
-                        checked if value is node and _is_padding_only(place) else value
-                        for value, place in zip(loop.inputs, inner, strict=True)
+                        checked if value is node and _is_padding_only(placeholder) else value
+                        for value, placeholder in zip(loop.inputs, inner, strict=True)
                     ),
                 )
     for node in reversed(same[1:]):

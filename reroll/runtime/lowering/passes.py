@@ -17,10 +17,10 @@ from reroll.rewrite.analysis.state_plan import StatePlan, plan_states, stateful_
 from reroll.rewrite.capture.pictures import picture_inputs
 from reroll.rewrite.ir.exits import exits_of
 from reroll.rewrite.ir.program import Loop, Program
-from reroll.runtime.functions.hidden import note_in_main, observed, states_of
+from reroll.runtime.functions.hidden import note_in_main, returning, states_of
 from reroll.runtime.lowering.attention_masks import place_masks
 from reroll.runtime.lowering.codegen import Update, runnable
-from reroll.runtime.lowering.encoder_constants import split_statics
+from reroll.runtime.lowering.encoder_constants import split_static_graphs
 from reroll.runtime.lowering.exit_graphs import LoopExits, loop_exits, split_exits
 from reroll.runtime.lowering.heads import head_path, keep_before_head, take_embeddings
 from reroll.runtime.lowering.hoisting import OWN_INPUTS, hoist_invariants
@@ -31,6 +31,27 @@ from reroll.runtime.state.caches import tell_padding, update_function
 
 
 @dataclass
+class Interface:
+    """Properties of a lowered main graph on which the model's `forward` depends.
+
+    Attributes:
+        mixing: the name of an operation that mixes tokens of different documents, if any.
+        masks: the padding inputs that are needed as tensors; the others may be None.
+        head: the path of the module that computes the logits.
+        embeddings: the path of the module that looks up the tokens.
+        takes_embeddings: whether embeddings can be given instead of tokens.
+        keeps_positions: whether it applies `logits_to_keep` itself.
+    """
+
+    mixing: str | None = None
+    masks: frozenset[str] = frozenset()
+    head: str | None = None
+    embeddings: str | None = None
+    takes_embeddings: bool = False
+    keeps_positions: bool = False
+
+
+@dataclass
 class Lowering:
     """A Program during its lowering to a module that runs.
 
@@ -38,16 +59,12 @@ class Lowering:
         program: the Program, whose graphs the passes change.
         tree: the modules that hold its weights.
         plan: its states.
-        state: the node of the running forward's `State`, an input of the main graph.
+        state: the node of the running forward's `ForwardState`, an input of the main graph.
         layers: the node of its cache layers in each graph.
-        mixing: the name of an operation that mixes tokens of different documents, if any.
-        masks: the padding inputs that are needed as tensors; the others may be None.
-        head: the path of the module that computes the logits.
-        embeddings: the path of the module that looks up the tokens.
-        takes_embeddings: whether embeddings can be given instead of tokens.
-        keeps: whether it applies `logits_to_keep` itself.
+        interface: properties of the main graph on which `forward` depends.
         updates: the function by which each stateful node updates its layer.
-        statics: for loops over an encoder's result, the graph of values that no token changes.
+        static_graphs: for loops over an encoder's result, the graph of values that are the same
+            for all tokens.
         states: for each loop, the number of its first state and how many a trip has.
         exits: the properties of exits, for each loop that has them.
         hidden: the hidden states of each loop.
@@ -59,14 +76,9 @@ class Lowering:
     plan: StatePlan = field(default_factory=lambda: StatePlan((), {}))
     state: fx.Node | None = None
     layers: dict[str, fx.Node] = field(default_factory=dict)
-    mixing: str | None = None
-    masks: frozenset[str] = frozenset()
-    head: str | None = None
-    embeddings: str | None = None
-    takes_embeddings: bool = False
-    keeps: bool = False
+    interface: Interface = field(default_factory=Interface)
     updates: dict[fx.Node, Callable[..., Any]] = field(default_factory=dict)
-    statics: dict[str, fx.Graph] = field(default_factory=dict)
+    static_graphs: dict[str, fx.Graph] = field(default_factory=dict)
     states: dict[str, tuple[int, int]] = field(default_factory=dict)
     exits: dict[str, LoopExits] = field(default_factory=dict)
     hidden: dict[str, Any] = field(default_factory=dict)
@@ -109,7 +121,7 @@ def hoist(x: Lowering) -> None:
 
 def plan_state(x: Lowering) -> None:
     """Number the states, and find operations that mix tokens of different documents."""
-    x.plan, x.mixing = plan_states(x.program), other_mixing(x.program)
+    x.plan, x.interface.mixing = plan_states(x.program), other_mixing(x.program)
 
 
 def add_state_inputs(x: Lowering) -> None:
@@ -131,15 +143,17 @@ def add_state_inputs(x: Lowering) -> None:
 
 def check_padding(x: Lowering) -> None:
     """Let attentions read one boolean mask per padding input, or None."""
-    x.masks = read_padding(x.program, _state(x))
+    x.interface.masks = read_padding(x.program, _state(x))
 
 
 def open_ends(x: Lowering) -> None:
     """Take embeddings instead of tokens, and compute logits only where they are wanted."""
-    readings = x.tree.readings["main"]
-    x.head = head_path(x.program, readings)
-    x.embeddings, x.takes_embeddings = take_embeddings(x.program, readings, _state(x))
-    x.keeps = keep_before_head(x.program, _state(x))
+    readings, interface = x.tree.readings["main"], x.interface
+    interface.head = head_path(x.program, readings)
+    interface.embeddings, interface.takes_embeddings = take_embeddings(
+        x.program, readings, _state(x)
+    )
+    interface.keeps_positions = keep_before_head(x.program, _state(x))
 
 
 def place_pictures(x: Lowering) -> None:
@@ -150,7 +164,7 @@ def place_pictures(x: Lowering) -> None:
 
 def split_encoded(x: Lowering) -> None:
     """Split off what a decoder computes from the encoder's result alone."""
-    x.statics = split_statics(x.program, _state(x))
+    x.static_graphs = split_static_graphs(x.program, _state(x))
 
 
 def make_masks(x: Lowering) -> None:
@@ -173,8 +187,8 @@ def make_runnable(x: Lowering) -> None:
     """Make the graphs that are compiled, from every graph and the parts of loops with exits."""
     for loop in x.program.loops:
         x.graphs[loop.name] = _functions(x, loop)
-    own = {n: (x.updates[n], x.plan.number(n)) for n in stateful_nodes(x.program.graph)}
-    main = runnable(x.program.graph, x.tree.readings["main"], x.layers["main"], own, x.state)
+    updates = {n: (x.updates[n], x.plan.number(n)) for n in stateful_nodes(x.program.graph)}
+    main = runnable(x.program.graph, x.tree.readings["main"], x.layers["main"], updates, x.state)
     x.graphs["main"] = {"main": main}
 
 
@@ -204,7 +218,7 @@ def _functions(x: Lowering, loop: Loop) -> dict[str, fx.Graph]:
     # before the body is split: the test of an exit may keep state as well
     stateful = stateful_nodes(body)
     x.states[name] = x.plan.number(stateful[0]) if stateful else 0, len(stateful)
-    own: dict[fx.Node, Update] = {
+    updates: dict[fx.Node, Update] = {
         node: (x.updates[node], number) for number, node in enumerate(stateful)
     }
     graphs = {}
@@ -212,18 +226,18 @@ def _functions(x: Lowering, loop: Loop) -> dict[str, fx.Graph]:
     if exits is not None:
         x.exits[name] = loop_exits(loop, exits)
         split = split_exits(loop, exits)
-        own_test = {split.tested[node]: own[node] for node in split.tested}
-        graphs["test"] = runnable(split.test, readings, split.layers, own_test)
-        own_fill = {new: own[node] for node, new in split.filled.items() if node in own}
-        graphs["fill"] = runnable(split.fill, readings, split.filled[layers], own_fill)
-    graphs["forward"] = runnable(body, readings, layers, own)
+        test_updates = {split.tested[node]: updates[node] for node in split.tested}
+        graphs["test"] = runnable(split.test, readings, split.layers, test_updates)
+        fill_updates = {new: updates[node] for node, new in split.filled.items() if node in updates}
+        graphs["fill"] = runnable(split.fill, readings, split.filled[layers], fill_updates)
+    graphs["forward"] = runnable(body, readings, layers, updates)
     x.hidden[name], inner = states_of(loop)
     if inner:
-        seen = observed(body, inner)
+        observed = returning(body, inner)
         # a copy has the same nodes in the same order
-        copies = dict(zip(body.nodes, seen.nodes, strict=True))
-        own_seen = {copies[node]: update for node, update in own.items()}
-        graphs["observed"] = runnable(seen, readings, copies[layers], own_seen)
-    if name in x.statics:
-        graphs["static"] = runnable(x.statics[name], readings)
+        copies = dict(zip(body.nodes, observed.nodes, strict=True))
+        observed_updates = {copies[node]: update for node, update in updates.items()}
+        graphs["observed"] = runnable(observed, readings, copies[layers], observed_updates)
+    if name in x.static_graphs:
+        graphs["static"] = runnable(x.static_graphs[name], readings)
     return graphs

@@ -42,7 +42,7 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Modules that hold a weight; a path may contain a `*` for the trip.
 
     A weight that is neither multiplied nor looked up is the parameter `leaf` of a plain `owner`.
@@ -53,17 +53,17 @@ class Place:
     linear: Linear | None = None
     lookup: Lookup | None = None
 
-    def at(self, trip: int) -> Place:
+    def at(self, trip: int) -> Placement:
         """Return the place in one trip."""
         linear, lookup = self.linear, self.lookup
         if linear is not None:
             linear = replace(linear, path=_at(linear.path, trip))
         if lookup is not None:
             lookup = replace(lookup, path=_at(lookup.path, trip))
-        return Place(_at(self.owner, trip), self.leaf, linear, lookup)
+        return Placement(_at(self.owner, trip), self.leaf, linear, lookup)
 
 
-def places(program: Program) -> dict[str, Place]:
+def placements(program: Program) -> dict[str, Placement]:
     """Return the place of every weight that a graph reads.
 
     Raises ProgramError for a weight that the Program's table does not have.
@@ -75,7 +75,7 @@ def places(program: Program) -> dict[str, Place]:
                 raise ProgramError(f"there is no weight {name!r} in the table", where=graph_name)
             users.setdefault(name, []).extend((n, user) for n in nodes for user in n.users)
     linears = _linears(program, users)
-    found = {}
+    placed = {}
     for name, uses in users.items():
         path = path_of(name)
         linear, lookup = linears.get(name), None
@@ -90,15 +90,15 @@ def places(program: Program) -> dict[str, Place]:
                 lookup = replace(lookup, path=("input_embeddings",))
             else:
                 linear = replace(linear, path=HEAD)
-        found[name] = Place(path[:-1], path[-1], linear, lookup)
-    return found
+        placed[name] = Placement(path[:-1], path[-1], linear, lookup)
+    return placed
 
 
 def _linears(
     program: Program, users: dict[str, list[tuple[fx.Node, fx.Node]]]
 ) -> dict[str, Linear]:
     """Find the weights and biases that an `nn.Linear` of the same name can hold."""
-    found = {}
+    linears = {}
     for name, uses in users.items():
         calls = [u for n, u in uses if u.target is aten.linear.default and u.args[1] is n]
         stem, dot, leaf = name.rpartition(".")
@@ -108,10 +108,10 @@ def _linears(
         biases = {bias_name(call) for call in calls}
         linear = Linear(path_of(name)[:-1], shape[1], shape[0], biases != {None})
         if biases in ({None}, {f"{stem}.bias"}):
-            found[name] = linear
+            linears[name] = linear
         if biases == {f"{stem}.bias"}:
-            found[f"{stem}.bias"] = linear
-    return found
+            linears[f"{stem}.bias"] = linear
+    return linears
 
 
 def bias_name(linear: fx.Node) -> str | None:
@@ -131,9 +131,9 @@ def path_of(name: str) -> Path:
     return (_attribute(first, _model_names()), *(_attribute(p, _MODULE_NAMES) for p in rest))
 
 
-def _attribute(part: str, taken: frozenset[str]) -> str:
+def _attribute(part: str, reserved: frozenset[str]) -> str:
     part = re.sub(r"[^\w*]", "_", part, flags=re.ASCII) or "_"
-    return f"{part}_" if part in taken or keyword.iskeyword(part) else part
+    return f"{part}_" if part in reserved or keyword.iskeyword(part) else part
 
 
 _MODULE_NAMES = frozenset(dir(nn.Module())) | {"gradient_checkpointing", "main_input_name"}
@@ -144,8 +144,8 @@ def _model_names() -> frozenset[str]:
     """Return the attribute names that a lowered model uses itself."""
     from transformers import PreTrainedModel
 
-    own = {"config", "generation_config", "program", "code", "loops"}
-    return _MODULE_NAMES | set(dir(PreTrainedModel)) | own
+    attributes = {"config", "generation_config", "program", "code", "loops"}
+    return _MODULE_NAMES | set(dir(PreTrainedModel)) | attributes
 
 
 def _at(path: Path, trip: int) -> Path:

@@ -17,7 +17,7 @@ from reroll.rewrite.ir.records import Origin
 from reroll.rewrite.ir.weights import Weight, WeightTable, stored_name
 from reroll.rewrite.ir.weights.expressions import Meta, Source, meta_of
 from reroll.rewrite.ir.weights.sources import MemorySource
-from reroll.runtime.lowering.placement import Place, places
+from reroll.runtime.lowering.placement import Placement, placements
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import generation_config
 
@@ -69,12 +69,12 @@ def from_stored(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def kept_tensors(model: Any, program: Program) -> Iterator[Tensor]:
     """Yield the tensors of a lowered model whose dtype is the same in another Program."""
-    found = places(program)
+    placed = placements(program)
     for name, weight in program.weights.items():
         if weight.meta.dtype == model.program.weights[name].meta.dtype:
             for trip in range(1 if weight.index is None else len(weight.index)):
-                place = found[name].at(trip)
-                yield getattr(_holder(model, _paths(place)[0])[0], place.leaf)
+                placement = placed[name].at(trip)
+                yield getattr(_holder(model, _paths(placement)[0])[0], placement.leaf)
 
 
 def untie(model: Any) -> None:
@@ -84,24 +84,24 @@ def untie(model: Any) -> None:
     shared weight would add all of them to it. So this is called before a merge: it unties the
     weights that have an adapter, or all weights if there is none.
     """
-    found = places(model.program)
+    placed = placements(model.program)
     held = {
         name: [
-            _holder(model, _paths(found[name].at(trip))[0])
+            _holder(model, _paths(placed[name].at(trip))[0])
             for trip in range(len(weight.index or ()))
         ]
         for name, weight in model.program.weights.items()
     }
     adapted = {n for n, holders in held.items() if any(is_adapted for _, is_adapted in holders)}
     for name in adapted or held:
-        leaf = found[name].leaf
-        seen: set[int] = set()
+        leaf = placed[name].leaf
+        parameters: set[int] = set()
         for module, _ in held[name]:
             parameter = getattr(module, leaf)
-            if id(parameter) in seen and isinstance(parameter, nn.Parameter):
+            if id(parameter) in parameters and isinstance(parameter, nn.Parameter):
                 copy = parameter.detach().clone()
                 setattr(module, leaf, nn.Parameter(copy, parameter.requires_grad))
-            seen.add(id(parameter))
+            parameters.add(id(parameter))
 
 
 # ---- weights
@@ -110,51 +110,51 @@ def untie(model: Any) -> None:
 def _stored(
     model: Any, program: Program, state: Mapping[str, Tensor] | None
 ) -> tuple[WeightTable, dict[str, Tensor]]:
-    found = places(program)
+    placed = placements(program)
     table: dict[str, Weight] = {}
     tensors: dict[str, Tensor] = {}
     sources: dict[int, Source] = {}
     # the module tree's places of each stored tensor
-    held: dict[str, list[Place]] = {}
+    held: dict[str, list[Placement]] = {}
     for name, weight in program.weights.items():
         trips = 1 if weight.index is None else len(weight.index)
         entries: list[Source] = []
         index = []
         for trip in range(trips):
-            place = found[name].at(trip)
-            tensor = _tensor(model, place)
+            placement = placed[name].at(trip)
+            tensor = _tensor(model, placement)
             source = sources.get(id(tensor))
             if source is None:
                 stored = stored_name(name, len(entries))
                 source = sources[id(tensor)] = Source(stored, weight.meta)
                 tensors[stored] = tensor
-            held.setdefault(source.name, []).append(place)
+            held.setdefault(source.name, []).append(placement)
             if source not in entries:
                 entries.append(source)
             index.append(entries.index(source))
         own_index = None if weight.index is None else tuple(index)
         table[name] = Weight(tuple(entries), own_index, weight.trainable)
     if state is not None:
-        tensors = {stored: _given(places, state) for stored, places in held.items()}
+        tensors = {stored: _tensor_from(placements, state) for stored, placements in held.items()}
         _check_names(model, held.values(), state)
     for source in sources.values():
         _check_tensor(source.name, tensors[source.name], source.meta)
     return WeightTable(table), tensors
 
 
-def _names(places: list[Place]) -> list[str]:
+def _names(placements: list[Placement]) -> list[str]:
     """Return all names that a state dict can have for a weight."""
     return [
-        ".".join((*path, *around, place.leaf))
-        for place in places
-        for path in _paths(place)
+        ".".join((*path, *around, placement.leaf))
+        for placement in placements
+        for path in _paths(placement)
         for around in ((), ("base_layer",), ("original_module",))
     ]
 
 
-def _check_names(model: Any, held: Iterable[list[Place]], state: Mapping[str, Tensor]) -> None:
+def _check_names(model: Any, held: Iterable[list[Placement]], state: Mapping[str, Tensor]) -> None:
     """Raise UsageError if a state dict has tensors that the model does not have."""
-    known = {name for places in held for name in _names(places)} | set(model.state_dict())
+    known = {name for placements in held for name in _names(placements)} | set(model.state_dict())
     others = [name for name in state if name not in known]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -165,16 +165,16 @@ def _check_names(model: Any, held: Iterable[list[Place]], state: Mapping[str, Te
         )
 
 
-def _given(places: list[Place], state: Mapping[str, Tensor]) -> Tensor:
+def _tensor_from(placements: list[Placement], state: Mapping[str, Tensor]) -> Tensor:
     """Return a state dict's tensor for a weight, under any of its names.
 
     Raises UsageError if there is none, or if names of one parameter have different tensors.
     """
-    names = _names(places)
-    given = {name: state[name] for name in names if name in state}
-    if not given:
+    names = _names(placements)
+    tensors = {name: state[name] for name in names if name in state}
+    if not tensors:
         raise UsageError("the state dict has no tensor of this name", where=names[0])
-    (first, tensor), *others = given.items()
+    (first, tensor), *others = tensors.items()
     for name, other in others:
         if other is not tensor and not torch.equal(other, tensor):
             raise UsageError(
@@ -184,13 +184,13 @@ def _given(places: list[Place], state: Mapping[str, Tensor]) -> Tensor:
     return tensor
 
 
-def _tensor(model: nn.Module, place: Place) -> Tensor:
-    module, _ = _holder(model, _paths(place)[0])
-    tensor = getattr(module, place.leaf, None)
+def _tensor(model: nn.Module, placement: Placement) -> Tensor:
+    module, _ = _holder(model, _paths(placement)[0])
+    tensor = getattr(module, placement.leaf, None)
     if not isinstance(tensor, Tensor):
         raise UsageError(
-            f"{type(module).__name__} has no {place.leaf}, which the program reads there",
-            where=".".join(_paths(place)[0]),
+            f"{type(module).__name__} has no {placement.leaf}, which the program reads there",
+            where=".".join(_paths(placement)[0]),
         )
     return tensor
 
@@ -204,9 +204,11 @@ def _check_tensor(name: str, tensor: Tensor, meta: Meta) -> None:
         )
 
 
-def _paths(place: Place) -> list[tuple[str, ...]]:
+def _paths(placement: Placement) -> list[tuple[str, ...]]:
     """Return the paths of the modules that hold a weight; the `nn.Linear` is first."""
-    return [p.path for p in (place.linear, place.lookup) if p is not None] or [place.owner]
+    return [p.path for p in (placement.linear, placement.lookup) if p is not None] or [
+        placement.owner
+    ]
 
 
 def _holder(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
@@ -227,15 +229,17 @@ def _holder(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
 def _with_own_heads(model: Any) -> Program:
     """Return the model's Program, with a weight of its own for a head that is no longer tied."""
     program: Program = model.program
-    for name, place in places(program).items():
-        if place.linear is None or place.lookup is None:
+    for name, placement in placements(program).items():
+        if placement.linear is None or placement.lookup is None:
             continue
-        head, table = (getattr(_holder(model, path)[0], place.leaf, None) for path in _paths(place))
+        head, table = (
+            getattr(_holder(model, path)[0], placement.leaf, None) for path in _paths(placement)
+        )
         if head is table:
             continue
-        keep_table = (*place.lookup.path, place.leaf) == (*place.owner, place.leaf)
-        path = place.linear.path if keep_table else place.lookup.path
-        new = ".".join((*path, place.leaf))
+        keep_table = (*placement.lookup.path, placement.leaf) == (*placement.owner, placement.leaf)
+        path = placement.linear.path if keep_table else placement.lookup.path
+        new = ".".join((*path, placement.leaf))
         program = program.edit()
         for _, graph in program.graphs():
             for node in graph.find_nodes(op="get_attr", target=name):
@@ -250,10 +254,10 @@ def _move(node: fx.Node, new: str, *, tables: bool) -> None:
     if not users:
         return
     with node.graph.inserting_before(node):
-        own = node.graph.get_attr(new)
-    own.meta.update(node.meta)
+        weight = node.graph.get_attr(new)
+    weight.meta.update(node.meta)
     for user in users:
-        user.replace_input_with(node, own)
+        user.replace_input_with(node, weight)
     if not node.users:
         node.graph.erase_node(node)
 
@@ -265,10 +269,10 @@ def _is_lookup(user: fx.Node, table: fx.Node) -> bool:
 def _check_modules(model: Any) -> None:
     """Raise UsageError for a parameter or a kind of module that the Program has no place for."""
     expected: dict[str, type[nn.Module]] = {}
-    for name, place in places(model.program).items():
+    for name, placement in placements(model.program).items():
         index = model.program.weights[name].index
         for trip in range(len(index or (0,))):
-            at = place.at(trip)
+            at = placement.at(trip)
             expected |= {".".join((*path, at.leaf)): nn.Module for path in _paths(at)}
             if at.linear is not None:
                 expected[".".join((*at.linear.path, at.leaf))] = nn.Linear
@@ -286,11 +290,11 @@ def _check_modules(model: Any) -> None:
                 where=owner,
                 hint=MERGE if adapted else "put back the module that was there",
             )
-    for name, kind in expected.items():
+    for name, module_class in expected.items():
         module = model.get_submodule(name.rpartition(".")[0])
-        if kind is not nn.Module and type(module).forward is not kind.forward:
+        if module_class is not nn.Module and type(module).forward is not module_class.forward:
             raise UsageError(
-                f"a {type(module).__name__} is where the program has a {kind.__name__}",
+                f"a {type(module).__name__} is where the program has a {module_class.__name__}",
                 where=name.rpartition(".")[0],
                 hint=MERGE,
             )

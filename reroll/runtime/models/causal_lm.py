@@ -59,7 +59,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         check_span(self, past_key_values, input_ids)
-        given = {
+        inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -67,15 +67,15 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         }
         hidden, wish = hidden_states(self, output_hidden_states)
         outputs, state = self.run_program(
-            given,
+            inputs,
             past_key_values,
             keep=logits_to_keep,
             hidden=hidden,
             embeddings=inputs_embeds,
-            documents=self.documents(given, asked, past),
+            documents=self.documents(inputs, asked, past),
         )
         logits = outputs.pop("logits")
-        if not self._assembly.keeps:
+        if not self._assembly.interface.keeps_positions:
             logits = keep_positions(logits, state)
         loss = None
         if labels is not None:

@@ -66,9 +66,9 @@ def _flat(original: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(nested, Mapping):
         entries = {**nested, **entries}
     aliases = _attribute_map(entries.get("model_type"))
-    for general, own in aliases.items():
-        if own in entries:
-            entries.setdefault(general, entries[own])
+    for general, specific in aliases.items():
+        if specific in entries:
+            entries.setdefault(general, entries[specific])
     return {k: v for k, v in entries.items() if k not in _DROPPED}
 
 
@@ -77,7 +77,7 @@ def _attribute_map(model_type: Any) -> Mapping[str, str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        found = CONFIG_MAPPING[model_type].attribute_map
+        attributes = CONFIG_MAPPING[model_type].attribute_map
     except (KeyError, TypeError):
         return {}
-    return dict(found)
+    return dict(attributes)

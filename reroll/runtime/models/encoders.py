@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.rewrite.ir.hidden import named
+from reroll.rewrite.ir.hidden import hidden_names
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.hidden import Wish, hidden_states
 from reroll.runtime.models.causal_lm import refuse_attentions
@@ -25,7 +25,9 @@ class RerollModel(RerollPreTrainedModel):
     def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
         super().__init__(config, program)
         # made here, because compiled code cannot make a class
-        self._output_class = output_class(("loss", *self.program.outputs, *named(self.program)))
+        self._output_class = output_class(
+            ("loss", *self.program.outputs, *hidden_names(self.program))
+        )
 
     def forward(
         self,
@@ -49,7 +51,7 @@ class RerollModel(RerollPreTrainedModel):
         hidden states: all, or by number.
         """
         refuse_attentions(self, kwargs)
-        given = {
+        values = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
@@ -59,15 +61,15 @@ class RerollModel(RerollPreTrainedModel):
             "input_values": input_values,
             **kwargs,
         }
-        if self.main_input_name != "input_ids" and given.get(self.main_input_name) is None:
-            given[self.main_input_name] = given.pop("input_ids")
-        self.refuse_unread(given, _LOSS_INPUTS)
+        if self.main_input_name != "input_ids" and values.get(self.main_input_name) is None:
+            values[self.main_input_name] = values.pop("input_ids")
+        self.refuse_unread(values, _LOSS_INPUTS)
         if inputs_embeds is not None:
-            given[self.main_input_name] = self._tokens(given[self.main_input_name], inputs_embeds)
+            values[self.main_input_name] = self._tokens(values[self.main_input_name], inputs_embeds)
         hidden, wish = hidden_states(self, output_hidden_states)
-        documents = self.documents(given, kwargs.get("use_cache"), None)
+        documents = self.documents(values, kwargs.get("use_cache"), None)
         outputs, _ = self.run_program(
-            given, hidden=hidden, embeddings=inputs_embeds, documents=documents
+            values, hidden=hidden, embeddings=inputs_embeds, documents=documents
         )
         loss = None
         if labels is not None or "start_positions" in kwargs:
@@ -90,10 +92,8 @@ class RerollForMaskedLM(RerollModel):
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
         logits = outputs["logits"]
-        found: Tensor = self.loss_function(
-            logits=logits, labels=labels, vocab_size=logits.shape[-1]
-        )
-        return found
+        loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        return loss
 
 
 class RerollForSequenceClassification(RerollModel):
@@ -102,8 +102,8 @@ class RerollForSequenceClassification(RerollModel):
     def loss(
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
-        found: Tensor = self.loss_function(labels, outputs["logits"], self.config)
-        return found
+        loss: Tensor = self.loss_function(labels, outputs["logits"], self.config)
+        return loss
 
 
 class RerollForImageClassification(RerollForSequenceClassification):
@@ -116,8 +116,8 @@ class RerollForTokenClassification(RerollModel):
     def loss(
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
-        found: Tensor = self.loss_function(outputs["logits"], labels, self.config)
-        return found
+        loss: Tensor = self.loss_function(outputs["logits"], labels, self.config)
+        return loss
 
 
 class RerollForQuestionAnswering(RerollModel):
@@ -132,7 +132,7 @@ class RerollForQuestionAnswering(RerollModel):
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
         positions = (kwargs.get("start_positions"), kwargs.get("end_positions"))
-        found: Tensor = self.loss_function(
+        loss: Tensor = self.loss_function(
             outputs["start_logits"], outputs["end_logits"], *positions
         )
-        return found
+        return loss

@@ -56,8 +56,8 @@ def load_model(
             hint=f"use {program.origin.auto_class}.from_pretrained",
         )
     program = retype(program, torch_dtype if dtype is None else dtype)
-    own = _config(directory, str(name), program, config, kwargs)
-    model = model_class(program.origin.auto_class)(own, program)
+    new_config = _config(directory, str(name), program, config, kwargs)
+    model = model_class(program.origin.auto_class)(new_config, program)
     model.load_weights(_device(device_map))
     if adapter is not None:
         model.load_adapter(str(adapter))
@@ -109,9 +109,9 @@ def _config(
         )
     kwargs = {k: v for k, v in kwargs.items() if k not in _NO_EFFECT}
     stored = RerollConfig.from_pretrained(directory)
-    own = copy.deepcopy(stored) if config is None else config
+    result = copy.deepcopy(stored) if config is None else config
     for option, value in kwargs.items():
-        if not hasattr(own, option):
+        if not hasattr(result, option):
             # callers such as lm-eval pass None for options that they do not use
             if value is None:
                 continue
@@ -119,15 +119,15 @@ def _config(
                 f"a lowered model has no option {option!r}",
                 hint="convert the model it was made from",
             )
-        setattr(own, option, value)
-    _check_fixed(own.to_dict(), stored.to_dict(), name)
-    own.dtype = program.dtype
+        setattr(result, option, value)
+    _check_fixed(result.to_dict(), stored.to_dict(), name)
+    result.dtype = program.dtype
     # peft records this as the base model of an adapter
-    own.name_or_path = name
-    return own
+    result.name_or_path = name
+    return result
 
 
-def _check_fixed(own: dict[str, Any], stored: dict[str, Any], name: str) -> None:
+def _check_fixed(new: dict[str, Any], stored: dict[str, Any], name: str) -> None:
     """Raise UsageError if an entry of the original's configuration has another value.
 
     Entries that all configurations have, and token ids, are read when a lowered model runs. All
@@ -136,10 +136,10 @@ def _check_fixed(own: dict[str, Any], stored: dict[str, Any], name: str) -> None
     # which weights are tied, the Program says
     free = RerollConfig().to_dict().keys() - {"tie_word_embeddings", "is_encoder_decoder"}
     for key, value in stored.items():
-        if key in free or key.endswith("_token_id") or own.get(key) == value:
+        if key in free or key.endswith("_token_id") or new.get(key) == value:
             continue
         raise UsageError(
-            f"{key} is part of the program, where it is {value!r:.80}, not {own.get(key)!r:.80}",
+            f"{key} is part of the program, where it is {value!r:.80}, not {new.get(key)!r:.80}",
             where=name,
             hint="change the original's configuration, and convert it again",
         )

@@ -20,7 +20,7 @@ from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Input
 from reroll.rewrite.ir.weights.evaluation import Output, evaluate_outputs
 from reroll.runtime.functions.documents import Documents, documents_of
-from reroll.runtime.functions.loops import State
+from reroll.runtime.functions.loops import ForwardState
 from reroll.runtime.functions.trips import set_trips
 from reroll.runtime.lowering.assembly import Assembly, Default, assemble, reassemble
 from reroll.runtime.lowering.modules import tied_names
@@ -52,7 +52,7 @@ def naming(*names: str, like: Callable[..., Any] | None = None) -> Callable[[F],
     the function's own.
     """
 
-    def named(forward: F) -> F:
+    def extended(forward: F) -> F:
         signature = inspect.signature(like or forward)
         *parameters, others = signature.parameters.values()
         added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
@@ -60,7 +60,7 @@ def naming(*names: str, like: Callable[..., Any] | None = None) -> Callable[[F],
         forward.__signature__ = whole  # type: ignore[attr-defined]
         return forward
 
-    return named
+    return extended
 
 
 class RerollPreTrainedModel(PreTrainedModel):
@@ -212,7 +212,7 @@ class RerollPreTrainedModel(PreTrainedModel):
     # ---- running
 
     def documents(
-        self, given: Mapping[str, Tensor | None], use_cache: bool | None, past: Any
+        self, inputs: Mapping[str, Tensor | None], use_cache: bool | None, past: Any
     ) -> Documents | None:
         """Find the documents of packed rows, where the original keeps them apart: without a cache.
 
@@ -222,36 +222,36 @@ class RerollPreTrainedModel(PreTrainedModel):
         trains = self.training and self.is_gradient_checkpointing
         if past is not None or (caches and not trains):
             return None
-        return documents_of(self.program.inputs, given, self._assembly.mixing)
+        return documents_of(self.program.inputs, inputs, self._assembly.interface.mixing)
 
     def run_program(
-        self, given: Mapping[str, Tensor | None], past: Any = None, **wishes: Any
-    ) -> tuple[dict[str, Tensor], State]:
-        """Run the Program, and return its outputs by name and the final `State`.
+        self, inputs: Mapping[str, Tensor | None], past: Any = None, **wishes: Any
+    ) -> tuple[dict[str, Tensor], ForwardState]:
+        """Run the Program, and return its outputs by name and the final `ForwardState`.
 
-        `past` is a transformers cache; see `State` for `wishes`.
+        `past` is a transformers cache; see `ForwardState` for `wishes`.
         """
         if wishes.get("embeddings") is not None:
-            self._refuse_derived(given)
+            self._refuse_derived(inputs)
         layers = layers_of(past, self._assembly.layers)
-        state = State(self._assembly.loops, layers, **wishes)
+        state = ForwardState(self._assembly.loops, layers, **wishes)
         try:
-            outputs = self._assembly.main(self, *self._arguments(given, layers), state)
+            outputs = self._assembly.main(self, *self._arguments(inputs, layers), state)
         except (IndexError, RuntimeError) as error:
-            raise self.explained(error, given, layers) from error
+            raise self.explained(error, inputs, layers) from error
         named = zip(self.program.outputs, outputs, strict=True)
         return {name: value for name, value in named if value is not None}, state
 
     def explained(
-        self, error: Exception, given: Mapping[str, Tensor | None], layers: Any
+        self, error: Exception, inputs: Mapping[str, Tensor | None], layers: Any
     ) -> Exception:
         """Convert an error to one about the inputs if these caused it, else return it unchanged."""
         past = 0 if layers is None else int(layers[0].get_seq_length())
-        known = out_of_reach(self.program, given, past)
+        known = out_of_reach(self.program, inputs, past)
         if known is not None:
             return known
         for item in self.program.inputs:
-            value, tokens = given.get(item.name), self._data_beside(item, given)
+            value, tokens = inputs.get(item.name), self._data_beside(item, inputs)
             if item.role == "padding" and value is not None and value.dim() == 4:
                 return UsageError(
                     f"a mask with a row for each query does not fit this call: {error}",
@@ -268,9 +268,9 @@ class RerollPreTrainedModel(PreTrainedModel):
                 )
         return error
 
-    def _arguments(self, given: Mapping[str, Tensor | None], layers: Any) -> list[Tensor | None]:
+    def _arguments(self, inputs: Mapping[str, Tensor | None], layers: Any) -> list[Tensor | None]:
         """Return the Program's inputs in order, with the original's defaults for those left out."""
-        values = {i.name: given.get(i.name) for i in self.program.inputs}
+        values = {i.name: inputs.get(i.name) for i in self.program.inputs}
         past = 0 if layers is None else layers[0].get_seq_length()
         return self._completed(values, self.program.inputs, past)
 
@@ -314,14 +314,14 @@ class RerollPreTrainedModel(PreTrainedModel):
             return mask
         return nn.functional.pad(mask, (0, missing))
 
-    def refuse_unread(self, given: Mapping[str, Any], taken: Collection[str] = ()) -> None:
+    def refuse_unread(self, inputs: Mapping[str, Any], read: Collection[str] = ()) -> None:
         """Raise UsageError for values that the Program has no input for.
 
-        `taken` are names that the caller uses itself. Token types that are all zero are accepted,
+        `read` are names that the caller uses itself. Token types that are all zero are accepted,
         unless the capture left that input out.
         """
-        for name, value in given.items():
-            known = name in self._input_names or name in _NO_EFFECT or name in taken
+        for name, value in inputs.items():
+            known = name in self._input_names or name in _NO_EFFECT or name in read
             if known or value is None or value is False:
                 continue
             tensors = [t for t in _flat(value) if isinstance(t, Tensor)]
@@ -351,26 +351,28 @@ class RerollPreTrainedModel(PreTrainedModel):
 
         Raises UsageError for an input that has no default.
         """
-        own = self._assembly.defaults.get(item.name)
+        default = self._assembly.defaults.get(item.name)
         # after a past, a mask computed from the new tokens is too short, and no mask hides nothing
-        if own is not None and (item.role != "padding" or _is_zero(past)):
-            return self._computed(item, own, values, past)
+        if default is not None and (item.role != "padding" or _is_zero(past)):
+            return self._computed(item, default, values, past)
         if item.role == "data":
             raise UsageError(f"the input {item.name} is missing", where=type(self).__name__)
-        if item.role == ROLE or (item.role == "padding" and item.name not in self._assembly.masks):
+        if item.role == ROLE or (
+            item.role == "padding" and item.name not in self._assembly.interface.masks
+        ):
             return None
         return self._counted(item, values, past)
 
     def _computed(
-        self, item: Input, own: Default, values: Mapping[str, Tensor | None], past: Any
+        self, item: Input, default: Default, values: Mapping[str, Tensor | None], past: Any
     ) -> Tensor:
         """Compute a default that is a function of the inputs before it."""
-        given = []
+        arguments = []
         for other in self.program.inputs:
-            if other.name not in own.reads:
+            if other.name not in default.reads:
                 continue
             value = values[other.name]
-            unread = other.name not in own.looks_into
+            unread = other.name not in default.looks_into
             if other.role == "padding" and (value is None or unread):
                 value = self._counted(other, values, past)
             elif value is None or (other.role == "padding" and value.dim() != 2):
@@ -378,8 +380,8 @@ class RerollPreTrainedModel(PreTrainedModel):
                     f"{item.name} is missing, and follows from {other.name} [batch, tokens] only",
                     where=type(self).__name__,
                 )
-            given.append(value)
-        value = own.function(self, *given)[0].to(item.type.dtype)
+            arguments.append(value)
+        value = default.function(self, *arguments)[0].to(item.type.dtype)
         batch = value.shape[0] if item.role == "data" else self._sizes(item, values)[0]
         return fitted(item, value, batch)
 
@@ -418,17 +420,17 @@ class RerollPreTrainedModel(PreTrainedModel):
         """Return the token ids; for embeddings, ids of the same size whose values are not read."""
         if embeddings is None:
             return ids
-        if ids is not None or not self._assembly.takes_embeddings:
+        if ids is not None or not self._assembly.interface.takes_embeddings:
             why = "both tokens and embeddings" if ids is not None else "embeddings for this model"
             raise UsageError(f"forward cannot take {why}", where=type(self).__name__)
         return torch.full(
             embeddings.shape[:2], self._ordinary, dtype=torch.long, device=embeddings.device
         )
 
-    def _refuse_derived(self, given: Mapping[str, Tensor | None]) -> None:
+    def _refuse_derived(self, inputs: Mapping[str, Tensor | None]) -> None:
         """Raise UsageError for embeddings where another input is computed from the tokens."""
         for item in self.program.inputs:
-            if item.role == "data" and item.default is not None and given.get(item.name) is None:
+            if item.role == "data" and item.default is not None and inputs.get(item.name) is None:
                 raise UsageError(
                     f"the input {item.name} is missing, and does not follow from embeddings",
                     where=type(self).__name__,
@@ -465,18 +467,18 @@ class RerollPreTrainedModel(PreTrainedModel):
         setattr(self.get_submodule(owner), leaf, value)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        path = self._assembly.head
+        path = self._assembly.interface.head
         return None if path is None else self.get_submodule(path)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        path = self._assembly.head
+        path = self._assembly.interface.head
         if path is None:
             raise NotImplementedError("the model has no output embeddings")
         owner, _, leaf = path.rpartition(".")
         setattr(self.get_submodule(owner), leaf, new_embeddings)
 
     def _embedding_path(self) -> str | None:
-        return self._assembly.embeddings
+        return self._assembly.interface.embeddings
 
     def init_weights(self) -> None:
         """Do nothing: the weights come from the Program."""

@@ -19,10 +19,10 @@ def put_pictures(embeddings: Tensor, places: Tensor, features: Tensor) -> Tensor
     Raises UsageError unless there are as many places as features.
     """
     places, width = places.expand_as(embeddings), embeddings.shape[-1]
-    wanted, given = int(places.sum()), features.numel()
-    if wanted != given:
+    wanted, available = int(places.sum()), features.numel()
+    if wanted != available:
         raise UsageError(
-            f"the text has {wanted // width} places for pictures, not {given // width}",
+            f"the text has {wanted // width} places for pictures, not {available // width}",
             hint="make the inputs with the model's processor",
         )
     return embeddings.masked_scatter(places, features)

@@ -12,9 +12,9 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from reroll.errors import UsageError
 from reroll.runtime.functions.hidden import Wish, hidden_states
-from reroll.runtime.functions.loops import State, keep_positions
+from reroll.runtime.functions.loops import ForwardState, keep_positions
 from reroll.runtime.functions.losses import language_loss
-from reroll.runtime.lowering.assembly import HalfFunctions
+from reroll.runtime.lowering.assembly import EncoderDecoder
 from reroll.runtime.models.causal_lm import check_span, refuse_attentions, wants_cache
 from reroll.runtime.models.generation import RerollGenerationMixin
 from reroll.runtime.models.modeling import RerollPreTrainedModel
@@ -55,10 +55,10 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         asked, past = use_cache, past_key_values
         use_cache = wants_cache(self, use_cache, past_key_values)
         if use_cache and past_key_values is None:
-            own, cross = (DynamicCache(config=self.config) for _ in range(2))
-            past_key_values = EncoderDecoderCache(own, cross)
+            self_attention, cross = (DynamicCache(config=self.config) for _ in range(2))
+            past_key_values = EncoderDecoderCache(self_attention, cross)
         check_span(self, _self_attention(past_key_values), decoder_input_ids)
-        given = {
+        inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "decoder_input_ids": decoder_input_ids,
@@ -68,22 +68,22 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
             "input_values": input_values,
             **{k: v for k, v in kwargs.items() if k in self._input_names},
         }
-        if given.get(self.main_input_name) is None:
+        if inputs.get(self.main_input_name) is None:
             # if given by position, the main input is the first argument, whatever its name
-            given[self.main_input_name] = input_ids
+            inputs[self.main_input_name] = input_ids
         if encoder_outputs is None:
-            encoder_outputs = self.encode(given, output_hidden_states)
+            encoder_outputs = self.encode(inputs, output_hidden_states)
         hidden, wish = hidden_states(self, output_hidden_states)
-        state = State(
+        state = ForwardState(
             self._assembly.loops,
             layers_of(_self_attention(past_key_values), self._assembly.layers),
             keep=logits_to_keep,
             hidden=hidden,
-            documents=self.documents(given, asked, past),
+            documents=self.documents(inputs, asked, past),
         )
-        outputs = self._decode(given, encoder_outputs, state)
+        outputs = self._decode(inputs, encoder_outputs, state)
         logits = outputs["logits"]
-        if not self._assembly.keeps:
+        if not self._assembly.interface.keeps_positions:
             logits = keep_positions(logits, state)
         loss = None
         if labels is not None:
@@ -100,58 +100,58 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def encode(
-        self, given: Mapping[str, Tensor | None], output_hidden_states: Wish = None
+        self, inputs: Mapping[str, Tensor | None], output_hidden_states: Wish = None
     ) -> BaseModelOutput:
         """Compute the encoder's last hidden state, and what the decoder derives from it alone."""
-        values = self._half_arguments(given, "encoder")
+        values = self._part_arguments(inputs, "encoder")
         states, wish = hidden_states(self, output_hidden_states)
-        state = State(self._assembly.loops, hidden=states)
+        state = ForwardState(self._assembly.loops, hidden=states)
         try:
-            (hidden,) = self._halves.encode(self, *values, state)
+            (hidden,) = self._functions.encode(self, *values, state)
         except (IndexError, RuntimeError) as error:
-            raise self.explained(error, given, None) from error
+            raise self.explained(error, inputs, None) from error
         output = BaseModelOutput(last_hidden_state=hidden)
         if states is not None:
             output["hidden_states"] = states.chosen("encoder_hidden_states", wish)
-        state = State(self._assembly.loops)
-        for number, value in enumerate(self._halves.extend(self, hidden, *values, state)):
+        state = ForwardState(self._assembly.loops)
+        for number, value in enumerate(self._functions.extend(self, hidden, *values, state)):
             output[f"for_decoder_{number}"] = value
         return output
 
     def _decode(
-        self, given: Mapping[str, Tensor | None], encoded: Any, state: State
+        self, inputs: Mapping[str, Tensor | None], encoded: Any, state: ForwardState
     ) -> dict[str, Tensor]:
-        values = self._half_arguments(given, "decoder", state)
+        values = self._part_arguments(inputs, "decoder", state)
         hidden = encoded[0]
         rest = []
         if isinstance(encoded, Mapping):
             rest = [v for k, v in encoded.items() if k.startswith("for_decoder_")]
         if not rest:
-            rest = list(self._halves.extend(self, hidden, *values, state))
+            rest = list(self._functions.extend(self, hidden, *values, state))
         try:
-            outputs = self._halves.decode(self, hidden, *rest, *values, state)
+            outputs = self._functions.decode(self, hidden, *rest, *values, state)
         except (IndexError, RuntimeError) as error:
-            reads = {k: v for k, v in given.items() if k.startswith("decoder_")}
+            reads = {k: v for k, v in inputs.items() if k.startswith("decoder_")}
             raise self.explained(error, reads, state.layers) from error
         return dict(zip(self.program.outputs, outputs, strict=True))
 
     @property
-    def _halves(self) -> HalfFunctions:
-        assert self._assembly.halves is not None
-        return self._assembly.halves
+    def _functions(self) -> EncoderDecoder:
+        assert self._assembly.encoder_decoder is not None
+        return self._assembly.encoder_decoder
 
-    def _half_arguments(
-        self, given: Mapping[str, Tensor | None], half: str, state: State | None = None
+    def _part_arguments(
+        self, inputs: Mapping[str, Tensor | None], part: str, state: ForwardState | None = None
     ) -> list[Tensor | None]:
-        """Return all inputs in order; those of the other half are None unless given."""
+        """Return all inputs in order; those of the other part are None unless given."""
         past: Any = 0
         if state is not None and state.layers is not None:
             past = state.layers[0].get_seq_length()
-        values: dict[str, Tensor | None] = {i.name: given.get(i.name) for i in self.program.inputs}
-        own = [
-            i for i in self.program.inputs if i.name.startswith("decoder_") == (half == "decoder")
+        values: dict[str, Tensor | None] = {i.name: inputs.get(i.name) for i in self.program.inputs}
+        items = [
+            i for i in self.program.inputs if i.name.startswith("decoder_") == (part == "decoder")
         ]
-        return self._completed(values, own, past)
+        return self._completed(values, items, past)
 
     def _shifted(self, labels: Tensor) -> Tensor:
         """Shift labels right by one, behind the start token or their own last token.
@@ -212,7 +212,7 @@ class RerollForSpeechSeq2Seq(RerollForSeq2SeqLM):
 
 
 class Encoder:
-    """The encoder half of a lowered model."""
+    """The encoder of a lowered model."""
 
     def __init__(self, model: RerollForSeq2SeqLM) -> None:
         self.model = model
@@ -220,11 +220,11 @@ class Encoder:
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         """Encode the encoder's inputs: the main one by position, or all by keyword."""
-        given = dict(kwargs)
-        wish = given.pop("output_hidden_states", None)
+        inputs = dict(kwargs)
+        wish = inputs.pop("output_hidden_states", None)
         if args:
-            given[self.main_input_name] = args[0]
-        return self.model.encode(given, wish)
+            inputs[self.main_input_name] = args[0]
+        return self.model.encode(inputs, wish)
 
     __call__ = forward
 

@@ -24,25 +24,25 @@ _SIZES = {
 }
 
 
-def own_type(layer: CacheLayer) -> type | None:
+def reroll_class(layer: CacheLayer) -> type | None:
     """Return reroll's class for a cache layer, or None where transformers has one for it."""
     # imported here, because transformers is needed to hold a state but not to plan one
     from reroll.runtime.functions.recurrences import RecurrentLayer
     from reroll.runtime.state.windows import WindowLayer
 
-    if layer.kind == "hybrid_sliding":
+    if layer.layer_type == "hybrid_sliding":
         return RecurrentLayer
-    if layer.kind == "sliding_attention" and (layer.prefix or not layer.size):
+    if layer.layer_type == "sliding_attention" and (layer.prefix or not layer.size):
         return WindowLayer
     return None
 
 
 def _make(layer: CacheLayer) -> Any:
-    """Make a new layer of `own_type`."""
-    own = own_type(layer)
-    assert own is not None
-    sizes = () if layer.kind == "hybrid_sliding" else (layer.size or 0, layer.prefix)
-    return own(*sizes)
+    """Make a new layer of `reroll_class`."""
+    layer_class = reroll_class(layer)
+    assert layer_class is not None
+    sizes = () if layer.layer_type == "hybrid_sliding" else (layer.size or 0, layer.prefix)
+    return layer_class(*sizes)
 
 
 def append(
@@ -130,28 +130,28 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
             hint="make it from the model's own configuration: DynamicCache(config=model.config)",
         )
     for number, planned in enumerate(plan):
-        own = own_type(planned)
-        if own is not None and type(cache.layers[number]) is not own:
+        layer_class = reroll_class(planned)
+        if layer_class is not None and type(cache.layers[number]) is not layer_class:
             _replace(cache.layers, number, _make(planned))
     if type(cache) is DynamicCache and not cache.offloading:
         make_growing(cache.layers)
     if cache.offloading:
         # reroll's own layers are small, so they are not offloaded
         return [
-            cache.layers[n] if own_type(planned) is not None else _Offloaded(cache, n)
+            cache.layers[n] if reroll_class(planned) is not None else _Offloaded(cache, n)
             for n, planned in enumerate(plan)
         ]
     return cache.layers  # type: ignore[no-any-return]
 
 
-def _replace(layers: list[Any], number: int, own: Any) -> None:
+def _replace(layers: list[Any], number: int, new: Any) -> None:
     if layers[number].get_seq_length():
         raise UsageError(
             f"layer {number} of the cache holds tokens, in another format than this model's",
             hint="begin with an empty cache: DynamicCache(config=model.config)",
         )
-    own.record_past = getattr(layers[number], "record_past", False)
-    layers[number] = own
+    new.record_past = getattr(layers[number], "record_past", False)
+    layers[number] = new
 
 
 def cache_config(layers: Sequence[CacheLayer]) -> dict[str, Any]:
@@ -160,14 +160,14 @@ def cache_config(layers: Sequence[CacheLayer]) -> dict[str, Any]:
         return {}
     config: dict[str, Any] = {
         "num_hidden_layers": len(layers),
-        "layer_types": [layer.kind for layer in layers],
+        "layer_types": [layer.layer_type for layer in layers],
     }
     overrides: dict[str, dict[str, Any]] = {}
     for number, layer in enumerate(layers):
-        own = {"num_key_value_heads": layer.kv_heads, "head_dim": layer.head_dim}
-        if layer.kind in _SIZES:
-            own[_SIZES[layer.kind]] = max(1, (layer.size or 0) + layer.prefix)
-        for name, value in own.items():
+        entries = {"num_key_value_heads": layer.kv_heads, "head_dim": layer.head_dim}
+        if layer.layer_type in _SIZES:
+            entries[_SIZES[layer.layer_type]] = max(1, (layer.size or 0) + layer.prefix)
+        for name, value in entries.items():
             # the first layer with this entry sets the default; layers that differ override it
             if value is not None and config.setdefault(name, value) != value:
                 overrides.setdefault(str(number), {})[name] = value

@@ -93,9 +93,9 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
             number = torch.arange(past, past + length, device=keys.device).expand(batch, -1)
             self.filled = past + length >= self.prefix
         else:
-            seen = padding[:, : past + length]
-            number = torch.where(seen, seen.long().cumsum(-1) - 1, -1)[:, -length:]
-            self.filled = bool((seen.sum(-1) >= self.prefix).all())
+            visible = padding[:, : past + length]
+            number = torch.where(visible, visible.long().cumsum(-1) - 1, -1)[:, -length:]
+            self.filled = bool((visible.sum(-1) >= self.prefix).all())
         here = number[:, None, :] == wanted[:, None]  # [batch, prefix, time]
         self.first_keys = _taken(self.first_keys, keys, here)
         self.first_values = _taken(self.first_values, values, here)
@@ -146,8 +146,8 @@ def _taken(old: Tensor | None, new: Tensor, here: Tensor) -> Tensor:
 
     `new` is [batch, heads, time, size], `here` [batch, n, time]. Returns [batch, heads, n, size].
     """
-    place = here.long().argmax(-1)[:, None, :, None]
-    found = new.gather(2, place.expand(-1, new.shape[1], -1, new.shape[3]))
+    index = here.long().argmax(-1)[:, None, :, None]
+    selected = new.gather(2, index.expand(-1, new.shape[1], -1, new.shape[3]))
     if old is None:
-        old = torch.zeros_like(found)
-    return torch.where(here.any(-1)[:, None, :, None], found, old)
+        old = torch.zeros_like(selected)
+    return torch.where(here.any(-1)[:, None, :, None], selected, old)

@@ -8,13 +8,12 @@ import reroll
 from reroll.rewrite.analysis.state_plan import (
     before_cache,
     behind_cache,
-    is_stateful,
     plan_states,
     readers,
     stateful_nodes,
 )
 from reroll.rewrite.ir.matching import argument
-from reroll.rewrite.ir.ops import ATTENTION, CACHE
+from reroll.rewrite.ir.ops import ATTENTION, CACHE, is_stateful
 from tests import captured
 
 LAYERS = 4
@@ -26,7 +25,7 @@ def test_states_are_numbered_as_they_run(name: str) -> None:
     plan = plan_states(rolled)
     config = captured.model(name).config
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    assert [layer.kind for layer in plan.layers] == list(kinds)
+    assert [layer.layer_type for layer in plan.layers] == list(kinds)
     (loop,) = rolled.loops
     body = stateful_nodes(loop.body.graph)
     # trips come one after another, and within one the nodes in their order
@@ -43,7 +42,7 @@ def test_what_passes_put_in_the_place_of_attention_is_kept() -> None:
     reach = [layer.reach for layer in plan_states(windowed).layers]
     assert reach == [("full_attention", None, 0)] + [("sliding_attention", 3, 2)] * (LAYERS - 1)
     linear = reroll.run_passes(program, "linearize(mixer=retention, window=0)", measure=False)
-    kinds = {layer.kind for layer in plan_states(linear).layers}
+    kinds = {layer.layer_type for layer in plan_states(linear).layers}
     assert "hybrid_sliding" in kinds
 
 

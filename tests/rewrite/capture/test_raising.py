@@ -11,7 +11,7 @@ from torch import nn
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.capture.raising import idioms
 from reroll.rewrite.capture.raising.driver import apply_rule, raise_idioms
-from reroll.rewrite.capture.raising.idioms import Rule
+from reroll.rewrite.capture.raising.idioms import RewriteRule
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import Op, Var
 from reroll.rewrite.ir.patterns import Miss
@@ -434,7 +434,7 @@ def test_a_replacement_that_computes_something_else_is_taken_back(caplog):
     module = Weighted(lambda x, w, b: F.silu(x) * w + b)
     program = export(module, torch.randn(3, 5, WIDTH))
     before = str(program.graph)
-    wrong = Rule("wrong", Op("aten.silu.default", Var("x")), swap)
+    wrong = RewriteRule("wrong", Op("aten.silu.default", Var("x")), swap)
     with caplog.at_level(logging.DEBUG, "reroll"):
         assert apply_rule(program.graph, wrong, {}) == 0
     program.graph.lint()
@@ -445,7 +445,9 @@ def test_a_replacement_that_computes_something_else_is_taken_back(caplog):
 def test_a_replacement_that_cannot_be_checked_is_taken_back():
     program = export(Weighted(lambda x, w, b: F.silu(x) * w + b), torch.randn(3, 5, WIDTH))
     silu = aten.silu.default
-    right = Rule("right", Op(str(silu), Var("x")), lambda g, _, m: Builder(g).call(silu, m["x"]))
+    right = RewriteRule(
+        "right", Op(str(silu), Var("x")), lambda g, _, m: Builder(g).call(silu, m["x"])
+    )
     x = next(n for n in program.graph.nodes if n.op == "placeholder")
     kind = x.meta.pop("type")
     before = str(program.graph)
@@ -465,7 +467,7 @@ def test_the_nearest_miss_is_logged(caplog):
 
 def test_a_rewrite_may_refuse():
     program = export(Weighted(lambda x, w, b: F.silu(x)), torch.randn(3, 5, WIDTH))
-    rule = Rule("never", Op("aten.silu.default", Var("x")), lambda *_: Miss("not today"))
+    rule = RewriteRule("never", Op("aten.silu.default", Var("x")), lambda *_: Miss("not today"))
     assert apply_rule(program.graph, rule, {}) == 0
 
 

@@ -15,9 +15,9 @@ from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.tracing import (
     _pad_blocks,
     attention_interface,
+    custom_layers,
     make_cache,
     mask_interface,
-    own_layers,
     tracing,
 )
 from tests.captured import gemma3, gpt2, llama, whisper
@@ -175,11 +175,11 @@ def test_what_it_keeps_otherwise_is_refused():
 
 
 def test_own_layers_are_those_of_the_configuration():
-    assert [type(layer).__name__ for layer in own_layers(gemma3().config)] == [
+    assert [type(layer).__name__ for layer in custom_layers(gemma3().config)] == [
         "DynamicSlidingWindowLayer",
         "DynamicLayer",
     ] * 2
-    assert own_layers(object()) == []
+    assert custom_layers(object()) == []
 
 
 def test_blocks_are_padded_as_transformers_pads_them():

@@ -52,7 +52,7 @@ def visibilities(draw: st.DrawFn) -> Visibility:
 @given(limits=visibilities(), start=st.integers(0, 3), queries=st.integers(1, KEYS))
 def test_seen_is_the_definition(limits: Visibility, start: int, queries: int) -> None:
     at = range(KEYS - queries, KEYS)
-    seen = limits.seen(torch.tensor(list(at)), KEYS - start, start).expand(2, 1, -1, -1)
+    seen = limits.visible(torch.tensor(list(at)), KEYS - start, start).expand(2, 1, -1, -1)
     wanted = [
         [[[sees(limits, row, q, k) for k in range(start, KEYS)] for q in at]] for row in range(2)
     ]
@@ -72,7 +72,7 @@ def test_the_mask_op_adds_nothing_where_a_key_is_seen(limits: Visibility, querie
     mask = MASK(
         batch=2, q_length=queries, kv_length=KEYS, q_offset=offset, dtype=torch.float16, **named
     )
-    seen = limits.seen(torch.arange(queries) + offset, KEYS).expand(2, 1, -1, -1)
+    seen = limits.visible(torch.arange(queries) + offset, KEYS).expand(2, 1, -1, -1)
     assert mask.dtype == torch.float16
     assert torch.equal(mask == 0, seen)
     assert (mask[~seen] == torch.finfo(torch.float16).min).all()

@@ -9,7 +9,7 @@ import torch
 
 from reroll.errors import PassError, ProgramError, UsageError
 from reroll.rewrite.analysis import tolerances
-from reroll.rewrite.analysis.measure import MAX_TOKENS
+from reroll.rewrite.analysis.program_distance import MAX_TOKENS
 from reroll.rewrite.analysis.samples import sample_text
 from reroll.rewrite.ir.interpret import run
 from reroll.rewrite.ir.program import Program

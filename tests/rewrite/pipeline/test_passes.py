@@ -107,7 +107,7 @@ def test_a_pass_may_check_its_options_together():
 
 def test_only_options_that_differ_from_their_defaults_are_given():
     made = Everything(count=1, colour="green", ratio=0.5, pair=(1,))
-    assert made.given() == {"count": 1, "colour": "green", "pair": [1.0]}
+    assert made.changed_options() == {"count": 1, "colour": "green", "pair": [1.0]}
 
 
 def test_every_pass_of_the_folder_is_found():

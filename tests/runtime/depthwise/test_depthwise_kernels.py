@@ -56,13 +56,13 @@ def test_on_a_cpu_nothing_is_chosen_that_needs_a_gpu(launched):
 @pytest.mark.parametrize("exits", CRITERIA)
 def test_parts_that_a_kernel_does(exits, name):
     engine = Engine(lowered(exits, name=name), slots=1, length=8)
-    sites = list(engine.step.sites.values())
-    assert [type(s) for s in sites] == [LowRank] * 7
-    assert sum(bool(s.bias) for s in sites) == (3 if name == "qwen2" else 0)
+    fusions = list(engine.step.fusions.values())
+    assert [type(s) for s in fusions] == [LowRank] * 7
+    assert sum(bool(s.bias) for s in fusions) == (3 if name == "qwen2" else 0)
     # no layer has the low-rank term of another
-    assert all(s.down.replace("lora_down.", "") == s.weight for s in sites)
-    assert all(s.up.replace("lora_up.", "") == s.weight for s in sites)
-    (score,) = engine.test.sites.values()
+    assert all(s.down.replace("lora_down.", "") == s.weight for s in fusions)
+    assert all(s.up.replace("lora_up.", "") == s.weight for s in fusions)
+    (score,) = engine.test.fusions.values()
     assert isinstance(score, Score)
     assert score.criterion == ("entropy" if "entropy" in exits else "margin")
 
@@ -72,9 +72,9 @@ def test_parts_that_a_kernel_does(exits, name):
 )
 def test_scores_of_which_there_is_no_kernel_are_left_to_pytorch(exits):
     engine = Engine(lowered(exits), slots=1, length=8)
-    for site in engine.test.sites.values():
+    for fusion in engine.test.fusions.values():
         # a head of its own for each exit is another weight in each trip
-        assert len({id(w) for w in engine.weights[site.weight]}) > 1
+        assert len({id(w) for w in engine.weights[fusion.weight]}) > 1
 
 
 @interpreted

@@ -1,7 +1,7 @@
-"""A model that an earlier version saved opens, computes what it did, and can be rewritten further.
+"""A model that an earlier version saved opens, computes what it did, and is rewritten further.
 
-`tests/corpus/saved/november` is a random Llama of four layers that was tied, relaxed, linearized and
-given an exit by the version of commit f301af0, with the logits and greedy tokens of that version.
+`tests/corpus/saved/november` is a random Llama of four layers, tied, relaxed, linearized and given
+an exit by the version of commit f301af0, with the logits and greedy tokens of that version.
 """
 
 from __future__ import annotations

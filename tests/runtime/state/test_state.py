@@ -45,8 +45,8 @@ def in_parts(
     generator = torch.Generator().manual_seed(total)
     q = torch.randn(2, 6, total, 8, generator=generator)
     k, v = torch.randn(2, 2, 2, total, 8, generator=generator)
-    window = layer.size if layer.kind == "sliding_attention" else None
-    chunk = layer.size if layer.kind == "chunked_attention" else None
+    window = layer.size if layer.layer_type == "sliding_attention" else None
+    chunk = layer.size if layer.layer_type == "chunked_attention" else None
     prefix = layer.prefix or None
     expected = attention(q, k, v, 0.3, True, window, chunk, padding=padding, prefix=prefix)
     (own,) = layers_of(cache_of(layer, static), [layer]) or []

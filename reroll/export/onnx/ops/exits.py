@@ -112,7 +112,7 @@ def run_skipping(
     values = g.start(graph, [*carry, *given])
     g.run_nodes(name, [n for n in graph.nodes if n in kept], values)
     body = g.graph
-    done = g.op("Cast", g.tensor(carry[exits.done]), to=7, dtype=INT)
+    done = g.op("Cast", g.tensor(carry[exits.left_position]), to=7, dtype=INT)
     all_done = g.op("Greater", g.op("ReduceMin", done, keepdims=0), g.number(0, INT), dtype=BOOL)
     branches = []
     kinds = [g.tensor(value).dtype for value in carry]

@@ -103,7 +103,7 @@ def plan_rings(program: Program, states: StatePlan) -> dict[int, Ring]:
     return {
         number: Ring(layer.prefix, max((layer.size or 0) - 1, 0))
         for number, layer in enumerate(states.layers)
-        if layer.kind == "sliding_attention"
+        if layer.layer_type == "sliding_attention"
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from reroll.rewrite.capture.raising.eager import match_eager, match_sdpa, raise_eager, raise_sdpa
-from reroll.rewrite.capture.raising.idioms import Rule
+from reroll.rewrite.capture.raising.idioms import RewriteRule
 from reroll.rewrite.ir.matching import argument, bind, shape
 from reroll.rewrite.ir.ops import ATTENTION, MASK
 from reroll.rewrite.ir.visibility import Visibility
@@ -17,8 +17,8 @@ aten = torch.ops.aten
 
 ARGUMENTS = tuple(a.name for a in ATTENTION._schema.arguments)
 ATTENTION_RULES = (
-    Rule("attention", match_eager, raise_eager),
-    Rule("attention", match_sdpa, raise_sdpa),
+    RewriteRule("attention", match_eager, raise_eager),
+    RewriteRule("attention", match_sdpa, raise_sdpa),
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from reroll.rewrite.capture.raising.attention import ATTENTION_RULES, absorb_masks
-from reroll.rewrite.capture.raising.idioms import RULES, Rule
+from reroll.rewrite.capture.raising.idioms import RULES, RewriteRule
 from reroll.rewrite.ir import weights as lazy
 from reroll.rewrite.ir.hidden import keep_complete, stand_in, unmark
 from reroll.rewrite.ir.matching import match
@@ -46,7 +46,7 @@ def raise_idioms(program: Program) -> Program:
     return program.pruned()
 
 
-def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
+def apply_rule(graph: fx.Graph, rule: RewriteRule, checked: dict[Any, bool]) -> int:
     """Replace every region that the rule matches; return their number.
 
     `checked` caches whether a replacement computes the same, by the ops and types of its region.
@@ -55,18 +55,18 @@ def apply_rule(graph: fx.Graph, rule: Rule, checked: dict[Any, bool]) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.users:
             continue
-        found = (
+        result = (
             rule.pattern(node) if callable(rule.pattern) else match(rule.pattern, node, rule.name)
         )
-        if not found:
-            misses.append(found)
+        if not result:
+            misses.append(result)
             continue
         with graph.inserting_before(node):
-            new = rule.rewrite(graph, node, found)
+            new = rule.rewrite(graph, node, result)
         if isinstance(new, Miss):
             misses.append(new)
             continue
-        if not _same(node, new, found, rule.name, checked):
+        if not _same(node, new, result, rule.name, checked):
             misses.append(
                 Miss("the replacement computes something else", (node.name,), rule.name, 99)
             )
@@ -93,9 +93,9 @@ def _erase(graph: fx.Graph, new: fx.Node, root: fx.Node) -> None:
         node = before
 
 
-def _same(root: fx.Node, new: fx.Node, found: Match, rule: str, checked: dict[Any, bool]) -> bool:
+def _same(root: fx.Node, new: fx.Node, match: Match, rule: str, checked: dict[Any, bool]) -> bool:
     """Whether region and replacement agree on random inputs; equal regions are checked once."""
-    region = set(found.nodes)
+    region = set(match.nodes)
     inputs: list[fx.Node] = []
     order: list[fx.Node] = []
 
@@ -111,7 +111,7 @@ def _same(root: fx.Node, new: fx.Node, found: Match, rule: str, checked: dict[An
 
     visit(root, lambda n: n.name in region)
     old_order, order = order, []
-    bound = set(inputs) | {n for n in found.bound.values() if isinstance(n, fx.Node)}
+    bound = set(inputs) | {n for n in match.bound.values() if isinstance(n, fx.Node)}
     visit(new, lambda n: n not in bound and n.op == "call_function")
     key = (
         rule,
@@ -147,22 +147,22 @@ def _agree(
 
 def _example(node: fx.Node, generator: torch.Generator) -> Any:
     """Draw a random value of a node's type, in fp32 where it is floating."""
-    kind = node.meta.get("type")
-    if not isinstance(kind, TensorType):
+    type_ = type_of(node)
+    if type_ is None:
         return _integer(node)
-    shape = [concrete(dim, _SIZES) for dim in kind.shape]
+    shape = [concrete(dim, _SIZES) for dim in type_.shape]
     if node.target is MASK:
         # equivalent computations of a mask may differ on tensors that are no masks
         hidden = torch.rand(shape, generator=generator) < 0.3
         hidden[..., :2] = False
         return torch.where(hidden, torch.finfo(torch.float32).min, 0.0)
-    if kind.dtype.is_floating_point:
+    if type_.dtype.is_floating_point:
         return torch.randn(shape, generator=generator)
     values = torch.randint(0, 2, shape, generator=generator)
     if values.dim() > 1 and values.shape[-1] > 1:
         # a row has a True and a False, so neither polarity of the condition masks all of it
         values[..., 0], values[..., 1] = 1, 0
-    return values.to(kind.dtype)
+    return values.to(type_.dtype)
 
 
 def _integer(node: Any) -> int:
@@ -213,8 +213,8 @@ def raise_linears(program: Program) -> Program:
             continue
         entry = lazy.transpose(weights[name].entries[0])
         weights = weights.with_weight(name, Weight((entry,), trainable=weights[name].trainable))
-        if (kind := type_of(node)) is not None:
-            set_type(node, TensorType(kind.dtype, kind.shape[::-1]))
+        if (type_ := type_of(node)) is not None:
+            set_type(node, TensorType(type_.dtype, type_.shape[::-1]))
         for user in list(node.users):
             bias = user.args[0] if user.target is aten.addmm.default else None
             x = user.args[1] if user.target is aten.addmm.default else user.args[0]

@@ -46,50 +46,50 @@ def match_eager(root: fx.Node) -> Match | Miss:
     """Match an attention whose last node is the product `root` of weights and values."""
     if root.target not in PRODUCTS:
         return Miss(f"{root.name} is not a product", (root.name,), "eager attention")
-    found = Scores(nodes=[root.name])
-    weights = _strip(root.args[0], found, (aten.to.dtype, *_RESHAPES))
+    scores = Scores(nodes=[root.name])
+    weights = _strip(root.args[0], scores, (aten.to.dtype, *_RESHAPES))
     if weights.target not in SOFTMAX:
         return Miss(
             "the left factor is not the result of a softmax", (root.name,), "eager attention", 1
         )
     if all_arguments(weights)[1] not in (-1, len(shape(weights)) - 1):
         return Miss("the softmax is not over the keys", (weights.name,), "eager attention", 2)
-    found.nodes.append(weights.name)
-    product = _scores(weights.args[0], found)
+    scores.nodes.append(weights.name)
+    product = _scores(weights.args[0], scores)
     if isinstance(product, Miss):
         return product
     q, transposed = product
-    k = _untransposed(transposed, found)
+    k = _untransposed(transposed, scores)
     if k is None:
         return Miss("the keys are not transposed", (transposed.name,), "eager attention", 4)
-    v = _heads(root.args[1], found)
-    q, k = _heads(q, found), _heads(k, found)  # type: ignore[assignment]
+    v = _heads(root.args[1], scores)
+    q, k = _heads(q, scores), _heads(k, scores)  # type: ignore[assignment]
     if q is None or k is None or v is None:
         return Miss("batch and heads cannot be separated", (root.name,), "eager attention", 5)
-    k, v = _unrepeated(k, found), _unrepeated(v, found)
+    k, v = _unrepeated(k, scores), _unrepeated(v, scores)
     if shape(k)[1] != shape(v)[1]:
         return Miss("keys and values differ in heads", (k.name, v.name), "eager attention", 6)
-    bound = {"q": q, "k": k, "v": v, "scores": found}
-    bound |= {f"term{i}": node for i, (node, _) in enumerate(found.terms)}
-    bound |= {f"kept{i}": node for i, (node, _) in enumerate(found.kept)}
-    return Match("eager attention", bound, tuple(found.nodes))
+    bound = {"q": q, "k": k, "v": v, "scores": scores}
+    bound |= {f"term{i}": node for i, (node, _) in enumerate(scores.terms)}
+    bound |= {f"kept{i}": node for i, (node, _) in enumerate(scores.kept)}
+    return Match("eager attention", bound, tuple(scores.nodes))
 
 
 def raise_eager(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     """Build the attention node for a match, in the layout of the product that it replaces."""
-    q, k, v, found = (match[name] for name in ("q", "k", "v", "scores"))
+    q, k, v, scores = (match[name] for name in ("q", "k", "v", "scores"))
     # a model may compute its scores in fp32 and the product with the values in half precision
     v = _converted(graph, v, dtype(q))
-    bias = _bias(graph, q, found)
+    bias = _bias(graph, q, scores)
     attention = ATTENTION
     kwargs: dict[str, Any] = {}
-    if found.softcap is not None:
-        kwargs["softcap"] = found.softcap
+    if scores.softcap is not None:
+        kwargs["softcap"] = scores.softcap
     if bias is not None:
         kwargs["bias"] = bias
     build = Builder(graph)
     out = build.call(
-        aten.transpose.int, build.call(attention, q, k, v, found.scale, **kwargs), 1, 2
+        aten.transpose.int, build.call(attention, q, k, v, scores.scale, **kwargs), 1, 2
     )
     out = _converted(graph, out, dtype(root))
     if len(shape(root)) == 3:
@@ -104,32 +104,32 @@ def _converted(graph: fx.Graph, node: fx.Node, wanted: torch.dtype | None) -> fx
     return Builder(graph).call(aten.to.dtype, node, wanted)
 
 
-def _strip(value: Any, found: Scores, targets: tuple[Any, ...]) -> fx.Node:
+def _strip(value: Any, scores: Scores, targets: tuple[Any, ...]) -> fx.Node:
     """Skip ops of these targets, which join the region, and return the value before them."""
     while isinstance(value, fx.Node) and value.target in targets:
-        found.nodes.append(value.name)
+        scores.nodes.append(value.name)
         value = value.args[0]
     return value  # type: ignore[no-any-return]
 
 
-def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
+def _scores(value: Any, scores: Scores) -> tuple[fx.Node, fx.Node] | Miss:
     """Walk from the softmax's input to the product of queries and keys; return its factors."""
     factor, outside = 1.0, 0
     while isinstance(value, fx.Node):
         target, kwargs = value.target, value.kwargs
         args: tuple[Any, ...] = value.args
-        found.nodes.append(value.name)
+        scores.nodes.append(value.name)
         if target in PRODUCTS:
-            found.scale = factor
+            scores.scale = factor
             product = args[0], args[1]
             break
         if target is aten.baddbmm.default:
             beta, alpha = (argument(value, name) for name in ("beta", "alpha"))
-            found.terms.append((args[0], factor * beta))
-            found.scale = factor * alpha
+            scores.terms.append((args[0], factor * beta))
+            scores.scale = factor * alpha
             product = args[1], args[2]
             break
-        masked = _masked(value, found)
+        masked = _masked(value, scores)
         if target in (aten.to.dtype, *_RESHAPES):
             value = args[0]
         elif target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(args[1], (int, float)):
@@ -137,15 +137,15 @@ def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
             value = args[0]
         elif target is aten.add.Tensor and not kwargs and isinstance(args[1], fx.Node):
             inner = 0 if _leads_to_product(args[0]) else 1
-            found.terms.append((args[1 - inner], factor))
+            scores.terms.append((args[1 - inner], factor))
             value = args[inner]
-        elif target is aten.tanh.default and found.softcap is None and factor > 0:
+        elif target is aten.tanh.default and scores.softcap is None and factor > 0:
             # factor * tanh(u) is a soft cap of `factor` on the scores factor * u
-            found.softcap, outside = factor, len(found.terms) + len(found.kept)
+            scores.softcap, outside = factor, len(scores.terms) + len(scores.kept)
             value = args[0]
         elif masked is not None:
             value, condition, keep = masked
-            found.kept.append((condition, keep))
+            scores.kept.append((condition, keep))
         else:
             return Miss(
                 f"{target} is not supported between scores and softmax",
@@ -155,7 +155,7 @@ def _scores(value: Any, found: Scores) -> tuple[fx.Node, fx.Node] | Miss:
             )
     else:
         return Miss("the scores are no product", (), "eager attention", 3)
-    if found.softcap is not None and len(found.terms) + len(found.kept) > outside:
+    if scores.softcap is not None and len(scores.terms) + len(scores.kept) > outside:
         return Miss(
             "a mask or bias is added before the soft cap", (value.name,), "eager attention", 3
         )
@@ -167,27 +167,27 @@ def _leads_to_product(value: Any) -> bool:
     return not isinstance(_scores(value, Scores()), Miss)
 
 
-def _masked(node: fx.Node, found: Scores) -> tuple[Any, fx.Node, bool] | None:
+def _masked(node: fx.Node, scores: Scores) -> tuple[Any, fx.Node, bool] | None:
     """Return the scores that a node masks, the condition, and whether they count where it holds."""
     args: tuple[Any, ...] = node.args
-    if node.target in _FILLS and _is_low(args[2], found):
-        return args[0], _mask_behind(args[1], found), False
-    if node.target in _WHERES and _is_low(args[2], found):
+    if node.target in _FILLS and _is_low(args[2], scores):
+        return args[0], _mask_behind(args[1], scores), False
+    if node.target in _WHERES and _is_low(args[2], scores):
         return args[1], args[0], True
     return None
 
 
-def _is_low(value: Any, found: Scores) -> bool:
+def _is_low(value: Any, scores: Scores) -> bool:
     """Whether a constant masks a score out: it is -1e4 or less, such as a dtype's minimum."""
     if isinstance(value, fx.Node):
         if value.target not in (aten.full.default, aten.scalar_tensor.default):
             return False
-        found.nodes.append(value.name)
+        scores.nodes.append(value.name)
         value = value.args[-1]
     return isinstance(value, (int, float)) and value <= -1e4
 
 
-def _untransposed(value: fx.Node, found: Scores) -> fx.Node | None:
+def _untransposed(value: fx.Node, scores: Scores) -> fx.Node | None:
     rank = len(shape(value))
     args: tuple[Any, ...] = value.args
     if value.target is aten.transpose.int:
@@ -199,41 +199,41 @@ def _untransposed(value: fx.Node, found: Scores) -> fx.Node | None:
         return None
     if not swapped:
         return None
-    found.nodes.append(value.name)
+    scores.nodes.append(value.name)
     return args[0]  # type: ignore[no-any-return]
 
 
-def _heads(value: Any, found: Scores) -> fx.Node | None:
+def _heads(value: Any, scores: Scores) -> fx.Node | None:
     """Return the [batch, heads, time, dim] form of a factor, also of one with both flattened."""
     if not isinstance(value, fx.Node):
         return None
     flat = len(shape(value)) == 3 and value.target in _RESHAPES
     inner: Any = value.args[0] if flat else None
     if flat and len(shape(inner)) == 4:
-        found.nodes.append(value.name)
+        scores.nodes.append(value.name)
         value = inner
     return value if isinstance(value, fx.Node) and len(shape(value)) == 4 else None
 
 
-def _unrepeated(value: fx.Node, found: Scores) -> fx.Node:
+def _unrepeated(value: fx.Node, scores: Scores) -> fx.Node:
     """Return keys or values before the repetition of heads for grouped queries."""
     inner: Any = value.args[0] if value.args else None
     if value.target is aten.repeat_interleave.self_int and value.args[2] == 1:
-        found.nodes.append(value.name)
+        scores.nodes.append(value.name)
         return inner  # type: ignore[no-any-return]
     if value.target in _RESHAPES and inner.target is aten.expand.default:
         unsqueeze = inner.args[0]
         if unsqueeze.target is aten.unsqueeze.default and unsqueeze.args[1] == 2:
-            found.nodes += [value.name, inner.name, unsqueeze.name]
+            scores.nodes += [value.name, inner.name, unsqueeze.name]
             return unsqueeze.args[0]  # type: ignore[no-any-return]
     return value
 
 
-def _bias(graph: fx.Graph, q: fx.Node, found: Scores) -> fx.Node | None:
+def _bias(graph: fx.Graph, q: fx.Node, scores: Scores) -> fx.Node | None:
     total: fx.Node | None = None
     low = torch.finfo(torch.float32).min
-    build, terms = Builder(graph), list(found.terms)
-    for condition, keep in found.kept:
+    build, terms = Builder(graph), list(scores.terms)
+    for condition, keep in scores.kept:
         mask = condition
         if condition.target is not MASK:
             zero, lowest = (0.0, low) if keep else (low, 0.0)
@@ -255,7 +255,7 @@ def _bias(graph: fx.Graph, q: fx.Node, found: Scores) -> fx.Node | None:
     return total
 
 
-def _mask_behind(condition: Any, found: Scores) -> fx.Node:
+def _mask_behind(condition: Any, scores: Scores) -> fx.Node:
     """Return the additive mask whose conversion to bool is the condition, else the condition."""
     inner, passed = condition, []
     while inner.target is aten.to.dtype:
@@ -263,7 +263,7 @@ def _mask_behind(condition: Any, found: Scores) -> fx.Node:
         inner = inner.args[0]
     if inner.target is not MASK:
         return condition  # type: ignore[no-any-return]
-    found.nodes += passed
+    scores.nodes += passed
     return inner  # type: ignore[no-any-return]
 
 
@@ -285,8 +285,7 @@ def raise_sdpa(graph: fx.Graph, root: fx.Node, match: Match) -> fx.Node | Miss:
     build = Builder(graph)
     kwargs: dict[str, Any] = {"causal": True} if causal else {}
     if mask is not None:
-        kind = mask.meta.get("type")
-        if kind is not None and kind.dtype == torch.bool:
+        if dtype(mask) == torch.bool:
             low = torch.finfo(torch.float32).min
             mask = build.call(aten.where.Scalar, mask, 0.0, low)
         kwargs["bias"] = mask

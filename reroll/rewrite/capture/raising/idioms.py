@@ -35,7 +35,7 @@ END = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Rule:
+class RewriteRule:
     """Rule for one idiom: a pattern and its replacement.
 
     `pattern` is a pattern of `ir.matching`, or a function of a node. `rewrite(graph, root, match)`
@@ -260,26 +260,26 @@ _flat_linear = either(
 
 
 RULES = (
-    Rule(
+    RewriteRule(
         "rms_norm",
         cast(Op(MUL, cast(_normed), either(_shifted, _weight), commutes=True)),
         _rms_norm,
     ),
-    Rule("rms_norm", cast(_normed), _rms_norm),
-    Rule("rms_norm", Op("aten.rms_norm.default", ANY, ANY, ANY, ANY), _aten_rms_norm),
-    Rule(
+    RewriteRule("rms_norm", cast(_normed), _rms_norm),
+    RewriteRule("rms_norm", Op("aten.rms_norm.default", ANY, ANY, ANY, ANY), _aten_rms_norm),
+    RewriteRule(
         "layer_norm",
         cast(Op(ADD, Op(MUL, cast(_ln_normed), _weight, commutes=True), _bias, commutes=True)),
         _layer_norm,
     ),
-    Rule("layer_norm", cast(Op(MUL, cast(_ln_normed), _weight, commutes=True)), _layer_norm),
-    Rule("layer_norm", cast(_ln_normed), _layer_norm),
-    Rule("rope", _rope_pattern, _rope),
-    Rule("rope", _partial_rope_pattern, _partial_rope),
-    Rule("linear", Op("aten.reshape.default", _flat_linear, ANY), _split_linear),
-    Rule("gelu", _gelu_tanh, _gelu),
+    RewriteRule("layer_norm", cast(Op(MUL, cast(_ln_normed), _weight, commutes=True)), _layer_norm),
+    RewriteRule("layer_norm", cast(_ln_normed), _layer_norm),
+    RewriteRule("rope", _rope_pattern, _rope),
+    RewriteRule("rope", _partial_rope_pattern, _partial_rope),
+    RewriteRule("linear", Op("aten.reshape.default", _flat_linear, ANY), _split_linear),
+    RewriteRule("gelu", _gelu_tanh, _gelu),
     *(
-        Rule("glu", Op(MUL, pattern, Var("up", _projected), commutes=True), _glu(activation))
+        RewriteRule("glu", Op(MUL, pattern, Var("up", _projected), commutes=True), _glu(activation))
         for activation, pattern in _ACTIVATIONS.items()
     ),
 )

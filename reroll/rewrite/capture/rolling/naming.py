@@ -18,10 +18,10 @@ class Names:
     a trip.
     """
 
-    def __init__(self, found: Unifier, taken: set[str], weights: Mapping[str, Any]) -> None:
-        split = {first: _split(names) for first, names in found.stacks.items()}
+    def __init__(self, unified: Unifier, taken: set[str], weights: Mapping[str, Any]) -> None:
+        split = {first: _split(names) for first, names in unified.stacks.items()}
         prefixes = Counter(parts[0] for parts in split.values() if parts is not None)
-        common = prefixes.most_common(1)[0][0] if prefixes else _common_prefix(list(found.stacks))
+        common = prefixes.most_common(1)[0][0] if prefixes else _common_prefix(list(unified.stacks))
         name = common or f"loop{len(taken) - 1}"
         self.loop = name
         while self.loop in taken:
@@ -30,11 +30,11 @@ class Names:
         # trips that start in the middle of a layer share it with the next trip, so count it once
         touched = {
             number
-            for first, names in found.stacks.items()
+            for first, names in unified.stacks.items()
             if (parts := split[first]) and parts[0] == common
             for number in _numbers(names)
         }
-        self.period = max(len(touched) // found.trips, 1)
+        self.period = max(len(touched) // unified.trips, 1)
         plain = len(layers) == 1 and layers == [0] and self.loop == common
         self.renamed: dict[str, str] = {}
         for first, parts in split.items():
@@ -51,9 +51,9 @@ class Names:
             self.renamed[first] = new
 
 
-def layers_per_trip(found: Unifier) -> int:
+def layers_per_trip(unified: Unifier) -> int:
     """Count the numbered modules that a trip's weights come from; 1 if none is numbered."""
-    split = [_split(names) for names in found.stacks.values()]
+    split = [_split(names) for names in unified.stacks.values()]
     numbers: dict[str, set[int]] = {}
     for parts in split:
         if parts is not None:

@@ -30,6 +30,7 @@ from reroll.rewrite.ir.hidden import drop_marks, stand_in, unmark
 from reroll.rewrite.ir.patterns import Miss, nearest
 from reroll.rewrite.ir.program import Program, weight_nodes
 from reroll.rewrite.ir.records import Body
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.ir.weights import Weight
 
 log = logging.getLogger(__name__)
@@ -46,26 +47,26 @@ def roll_loops(program: Program) -> Program:
     merge_equal(program.graph)
     lift_parts(program.graph)
     while True:
-        found = find_loop(program)
-        if found is None:
+        unified = find_repetition(program)
+        if unified is None:
             break
-        program = insert_loop(program, found)
+        program = insert_loop(program, unified)
     program.graph.lint()
     return program.pruned()
 
 
 def merge_equal(graph: fx.Graph) -> None:
     """Merge nodes that compute the same thing from the same values."""
-    seen: dict[Any, fx.Node] = {}
+    first: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or not ops.is_pure(node):
             continue
         key = (node.target, _freeze(node.args), _freeze(node.kwargs))
-        if key in seen:
-            stand_in(node, seen[key])
+        if key in first:
+            stand_in(node, first[key])
             graph.erase_node(node)
         else:
-            seen[key] = node
+            first[key] = node
 
 
 def lift_parts(graph: fx.Graph) -> None:
@@ -118,7 +119,7 @@ class Candidate:
     trips: int
 
 
-def find_loop(program: Program) -> Unifier | None:
+def find_repetition(program: Program) -> Unifier | None:
     """Find the loop that covers the most nodes, with the fewest carried values; else None."""
     order = data_nodes(program)
     outside = weight_nodes(program.graph)
@@ -133,13 +134,13 @@ def find_loop(program: Program) -> Unifier | None:
                 Region(order[candidate.start + t * candidate.size :][: candidate.size])
                 for t in range(candidate.trips)
             ]
-            found = unify(regions, outside)
-            if isinstance(found, Miss):
-                misses.append(replace(found, depth=candidate.trips * candidate.size))
+            unified = unify(regions, outside)
+            if isinstance(unified, Miss):
+                misses.append(replace(unified, depth=candidate.trips * candidate.size))
                 continue
-            if best is None or _untidiness(found) < _untidiness(best):
-                best = found
-                if _untidiness(found) == (1, 1):
+            if best is None or _untidiness(unified) < _untidiness(best):
+                best = unified
+                if _untidiness(unified) == (1, 1):
                     break
         if best is not None:
             return best
@@ -148,27 +149,27 @@ def find_loop(program: Program) -> Unifier | None:
     return None
 
 
-def _untidiness(found: Unifier) -> tuple[int, int]:
+def _untidiness(unified: Unifier) -> tuple[int, int]:
     """Count the values that a loop carries, and the layers that one trip's weights come from."""
-    return len(found.carry), layers_per_trip(found)
+    return len(unified.carry), layers_per_trip(unified)
 
 
 def _letter(node: fx.Node) -> str:
     """Encode what two nodes must have in common to be the same node of two trips."""
-    own = "reroll" in str(node.target)
+    is_reroll_op = "reroll" in str(node.target)
 
     def describe(value: Any) -> Any:
         if isinstance(value, fx.Node):
-            kind = value.meta.get("type")
-            shape = kind.shape if value.op == "get_attr" and kind is not None else ""
+            type_ = type_of(value)
+            shape = type_.shape if value.op == "get_attr" and type_ is not None else ""
             return f"{'w' if value.op == 'get_attr' else 'v'}{shape}"
         if isinstance(value, (list, tuple)):
             return [describe(v) for v in value]
-        return "." if isinstance(value, float) or own else repr(value)
+        return "." if isinstance(value, float) or is_reroll_op else repr(value)
 
     arguments: Any = [describe(a) for a in node.args]
-    keywords = {} if own else {k: describe(v) for k, v in sorted(node.kwargs.items())}
-    if own:
+    keywords = {} if is_reroll_op else {k: describe(v) for k, v in sorted(node.kwargs.items())}
+    if is_reroll_op:
         # attributes and optional tensors of reroll's ops may differ from trip to trip
         arguments = [a for a in arguments if a != "."]
     return f"{node.target}{arguments}{keywords}{node.meta.get('type')}"
@@ -207,29 +208,29 @@ def _stretches(letters: list[str]) -> Iterator[list[Candidate]]:
         yield sorted(phases, key=lambda c: (-c.trips, c.start))
 
 
-def insert_loop(program: Program, found: Unifier) -> Program:
+def insert_loop(program: Program, unified: Unifier) -> Program:
     """Replace unified regions by one loop node."""
     graph, weights = program.graph, program.weights
-    names = Names(found, taken={*program.bodies, "main"}, weights=weights)
+    names = Names(unified, taken={*program.bodies, "main"}, weights=weights)
     table = dict(weights.items())
     for old, new in names.renamed.items():
-        sources = found.stacks[old]
+        sources = unified.stacks[old]
         entries = [weights[name].entries[0] for name in sources]
         unique = list(dict.fromkeys(entries))
         index = tuple(unique.index(entry) for entry in entries)
         table[new] = Weight(tuple(unique), index, weights[sources[0]].trainable)
-    body = found.build(names.renamed)
-    if not found.mark(body):
+    body = unified.build(names.renamed)
+    if not unified.mark(body):
         drop_marks(replace(program, bodies={**program.bodies, names.loop: Body(body)}))
-    last = found.regions[-1].nodes[-1]
+    last = unified.regions[-1].nodes[-1]
     with graph.inserting_after(last):
         node = graph.call_function(
-            ops.loop, (names.loop, tuple(found.initial), tuple(found.inputs), found.trips)
+            ops.loop, (names.loop, tuple(unified.initial), tuple(unified.inputs), unified.trips)
         )
     after = node
-    inside = {n for region in found.regions for n in region.nodes} | {node}
-    for position, place in enumerate(found.carry):
-        last = found.regions[-1].nodes[place]
+    inside = {n for region in unified.regions for n in region.nodes} | {node}
+    for position, node_index in enumerate(unified.carry):
+        last = unified.regions[-1].nodes[node_index]
         with graph.inserting_after(after):
             after = graph.call_function(operator.getitem, (node, position))
         after.meta.update(last.meta)

@@ -126,25 +126,25 @@ def pack_trips(program: Program, loop: Loop, count: int) -> tuple[Program, Loop]
     old_places = loop.places
     width = len(loop.carry)
     graph = fx.Graph()
-    carry: list[fx.Node] = [graph.node_copy(place) for place in old_places[:width]]
-    given: list[list[fx.Node]] = [[] for _ in range(count)]
+    carry: list[fx.Node] = [graph.node_copy(placeholder) for placeholder in old_places[:width]]
+    trip_inputs: list[list[fx.Node]] = [[] for _ in range(count)]
     inputs: list[Any] = []
     # an invariant stays one input; a per-trip input becomes one for each packed trip
-    for place, value in zip(old_places[width:], loop.inputs, strict=True):
+    for placeholder, value in zip(old_places[width:], loop.inputs, strict=True):
         if not isinstance(value, tuple):
-            node = graph.node_copy(place)
+            node = graph.node_copy(placeholder)
             inputs.append(value)
-            for row in given:
+            for row in trip_inputs:
                 row.append(node)
             continue
-        for i, row in enumerate(given):
-            row.append(graph.node_copy(place))
+        for i, row in enumerate(trip_inputs):
+            row.append(graph.node_copy(placeholder))
             inputs.append(_same(value, range(i, loop.trips, count)))
     for i in range(count):
         if i:
-            for place, node in zip(old_places[:width], carry, strict=True):
-                mark(node, marks(place))
-        values = dict(zip(old_places, [*carry, *given[i]], strict=True))
+            for placeholder, node in zip(old_places[:width], carry, strict=True):
+                mark(node, marks(placeholder))
+        values = dict(zip(old_places, [*carry, *trip_inputs[i]], strict=True))
         carry = list(inline(graph, loop.body.graph, values, names[i].get))
     graph.output(tuple(carry))
     weights, reference = (
@@ -291,7 +291,7 @@ def _renamed(name: str, old: str, new: str, start: int, inner: str = "") -> str:
     return f"{new}.{stem}" if stem != name else f"{new}.{name}"
 
 
-def _free(name: str, taken: set[str]) -> str:
-    while name in taken:
+def _free(name: str, used: set[str]) -> str:
+    while name in used:
         name += "_"
     return name

@@ -19,10 +19,10 @@ class Region:
     """Nodes of one trip, in the order in which they run."""
 
     nodes: list[fx.Node]
-    places: dict[fx.Node, int] = field(init=False)
+    indices: dict[fx.Node, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.places = {node: place for place, node in enumerate(self.nodes)}
+        self.indices = {node: index for index, node in enumerate(self.nodes)}
 
 
 # classes of arguments of the body; constants stand for themselves
@@ -30,7 +30,7 @@ class Region:
 class Inner:
     """Value of the same trip, by the index of its node in the region."""
 
-    place: int
+    index: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Given:
+class LoopInput:
     """Input of the loop; `position` is its index among the inputs."""
 
     position: int
@@ -100,33 +100,37 @@ class Unifier:
         self._owner = {node: t for t, region in enumerate(regions) for node in region.nodes}
         self._memo: dict[Any, Any] = {}
         self._weights = outside
-        self.body = [self._place(place) for place in range(len(regions[0].nodes))]
+        self.body = [self._unify_at(index) for index in range(len(regions[0].nodes))]
         self._check_uses()
         self._check_order()
         if not self.stacks:
             raise Differ("no weight is stacked over the trips", regions[0].nodes[0].name)
 
-    def _place(self, place: int) -> tuple[Any, Any]:
-        nodes = [region.nodes[place] for region in self.regions]
-        own = "reroll" in str(nodes[0].target)
-        args = self._zip([n.args for n in nodes], nodes, own)
+    def _unify_at(self, index: int) -> tuple[Any, Any]:
+        nodes = [region.nodes[index] for region in self.regions]
+        is_reroll_op = "reroll" in str(nodes[0].target)
+        args = self._zip([n.args for n in nodes], nodes, is_reroll_op)
         keywords = sorted({k for n in nodes for k in n.kwargs})
-        kwargs = {k: self._zip([n.kwargs.get(k) for n in nodes], nodes, own) for k in keywords}
+        kwargs = {
+            k: self._zip([n.kwargs.get(k) for n in nodes], nodes, is_reroll_op) for k in keywords
+        }
         return args, kwargs
 
-    def _zip(self, values: list[Any], nodes: list[fx.Node], own: bool) -> Any:
+    def _zip(self, values: list[Any], nodes: list[fx.Node], is_reroll_op: bool) -> Any:
         """Unify one argument over all trips."""
         first = values[0]
         if isinstance(first, (list, tuple)) and all(isinstance(v, (list, tuple)) for v in values):
             if len({len(v) for v in values}) != 1:
                 raise Differ("argument lists differ in length", *(n.name for n in nodes[:2]))
-            return [self._zip(list(part), nodes, own) for part in zip(*values, strict=True)]
+            return [
+                self._zip(list(part), nodes, is_reroll_op) for part in zip(*values, strict=True)
+            ]
         if any(isinstance(v, fx.Node) for v in values):
             return self._value(values, nodes)
         if all(type(v) is type(first) and v == first for v in values):
             return first
-        if own or all(isinstance(v, float) for v in values):
-            return self._given(tuple(values))
+        if is_reroll_op or all(isinstance(v, float) for v in values):
+            return self._loop_input(tuple(values))
         raise Differ(f"a constant differs: {first!r} and others", *(n.name for n in nodes[:2]))
 
     def _value(self, values: list[Any], nodes: list[fx.Node]) -> Any:
@@ -138,14 +142,14 @@ class Unifier:
     def _classify(self, values: list[Any], nodes: list[fx.Node]) -> Any:
         owners = [self._owner.get(v) for v in values]
         if owners == list(range(self.trips)):
-            places = {self.regions[t].places[v] for t, v in enumerate(values)}
-            if len(places) == 1:
-                return Inner(places.pop())
+            indices = {self.regions[t].indices[v] for t, v in enumerate(values)}
+            if len(indices) == 1:
+                return Inner(indices.pop())
             raise Differ("a value comes from different places", *(n.name for n in nodes[:2]))
         if owners[1:] == list(range(self.trips - 1)) and owners[0] is None:
-            places = {self.regions[t].places[v] for t, v in enumerate(values[1:])}
-            if len(places) == 1:
-                return self._carried(places.pop(), values[0], nodes[0])
+            indices = {self.regions[t].indices[v] for t, v in enumerate(values[1:])}
+            if len(indices) == 1:
+                return self._carried(indices.pop(), values[0], nodes[0])
         if any(owner is not None for owner in owners):
             raise Differ(
                 "a value is not of the same or of the previous trip throughout",
@@ -153,13 +157,13 @@ class Unifier:
             )
         return self._outside(values, nodes)
 
-    def _carried(self, place: int, initial: Any, node: fx.Node) -> Carried:
+    def _carried(self, index: int, initial: Any, node: fx.Node) -> Carried:
         for position, known in enumerate(self.carry):
-            if known == place and self.initial[position] is initial:
+            if known == index and self.initial[position] is initial:
                 return Carried(position)
-        if place in self.carry:
+        if index in self.carry:
             raise Differ("a carried value starts in two ways", node.name)
-        self.carry.append(place)
+        self.carry.append(index)
         self.initial.append(initial)
         return Carried(len(self.carry) - 1)
 
@@ -176,7 +180,7 @@ class Unifier:
                 k: self._zip([v.kwargs[k] for v in values], values, False) for k in like.kwargs
             }
             return Computed(like, args, kwargs)
-        return self._given(tuple(values))
+        return self._loop_input(tuple(values))
 
     def _alike(self, values: list[Any]) -> bool:
         """Whether values are results of the same op with equal constants, one in each trip."""
@@ -195,7 +199,7 @@ class Unifier:
         """Classify a value that is the same in every trip: a shared weight, or an invariant."""
         if isinstance(value, fx.Node) and value.op == "get_attr" and self._only_inside(value):
             return self._stacked((str(value.target),) * self.trips)
-        return self._given(value)
+        return self._loop_input(value)
 
     def _only_inside(self, weight: fx.Node) -> bool:
         nodes = self._weights[str(weight.target)]
@@ -210,31 +214,31 @@ class Unifier:
         self.stacks[names[0]] = names
         return Stacked(names[0])
 
-    def _given(self, value: Any) -> Given:
+    def _loop_input(self, value: Any) -> LoopInput:
         for position, known in enumerate(self.inputs):
             if _identical(known, value):
-                return Given(position)
+                return LoopInput(position)
         self.inputs.append(value)
-        return Given(len(self.inputs) - 1)
+        return LoopInput(len(self.inputs) - 1)
 
     def _check_uses(self) -> None:
         """Check that nodes after the loop use only values that the last trip carries out."""
         for t, region in enumerate(self.regions):
             for node in region.nodes:
                 outer = [u for u in node.users if u not in self._owner]
-                if outer and (t != self.trips - 1 or region.places[node] not in self.carry):
+                if outer and (t != self.trips - 1 or region.indices[node] not in self.carry):
                     raise Differ("a value inside a trip is used after the loop", node.name)
 
     def _check_order(self) -> None:
         """Check that the loop's inputs do not depend on nodes inside the loop."""
         inside = set(self._owner)
-        seen: set[fx.Node] = set()
+        known: set[fx.Node] = set()
         queue = [v for v in _leaves((self.initial, self.inputs)) if isinstance(v, fx.Node)]
         while queue:
             node = queue.pop()
-            if node in seen:
+            if node in known:
                 continue
-            seen.add(node)
+            known.add(node)
             if node in inside:
                 raise Differ("an input of the loop depends on the loop", node.name)
             queue += node.all_input_nodes
@@ -244,26 +248,26 @@ class Unifier:
         graph = fx.Graph()
         first = self.regions[0]
         carried = []
-        for position, place in enumerate(self.carry):
+        for position, index in enumerate(self.carry):
             carried.append(graph.placeholder("h" if len(self.carry) == 1 else f"h{position}"))
-            carried[-1].meta.update(_typed(first.nodes[place]))
-        given = []
+            carried[-1].meta.update(_typed(first.nodes[index]))
+        inputs = []
         for value in self.inputs:
-            named = next((v for v in _leaves(value) if isinstance(v, fx.Node)), None)
-            given.append(graph.placeholder(named.name if named is not None else "constant"))
-            if named is not None:
-                given[-1].meta.update(_typed(named))
+            example = next((v for v in _leaves(value) if isinstance(v, fx.Node)), None)
+            inputs.append(graph.placeholder(example.name if example is not None else "constant"))
+            if example is not None:
+                inputs[-1].meta.update(_typed(example))
         values: list[fx.Node] = []
         weights: dict[str, fx.Node] = {}
         computed: dict[int, fx.Node] = {}
 
         def resolve(value: Any) -> Any:
             if isinstance(value, Inner):
-                return values[value.place]
+                return values[value.index]
             if isinstance(value, Carried):
                 return carried[value.position]
-            if isinstance(value, Given):
-                return given[value.position]
+            if isinstance(value, LoopInput):
+                return inputs[value.position]
             if isinstance(value, Stacked):
                 if value.name not in weights:
                     weights[value.name] = graph.get_attr(renamed[value.name])
@@ -288,7 +292,7 @@ class Unifier:
 
         for node, (args, kwargs) in zip(first.nodes, self.body, strict=True):
             values.append(make(node, args, kwargs))
-        graph.output(tuple(values[place] for place in self.carry))
+        graph.output(tuple(values[index] for index in self.carry))
         self._built = values
         return graph
 
@@ -300,21 +304,21 @@ class Unifier:
         trip.
         """
         places = body.find_nodes(op="placeholder")
-        given: list[tuple[int, tuple[str, ...]]] = []
-        for place, node in enumerate(self._built):
-            found = [marks(region.nodes[place]) for region in self.regions]
-            if not any(found):
+        carried: list[tuple[int, tuple[str, ...]]] = []
+        for index, node in enumerate(self._built):
+            marks_of = [marks(region.nodes[index]) for region in self.regions]
+            if not any(marks_of):
                 continue
-            if len(set(found)) == 1:
-                mark(node, found[0])
+            if len(set(marks_of)) == 1:
+                mark(node, marks_of[0])
                 continue
-            position = self.carry.index(place) if place in self.carry else None
-            if position is None or found[-1] or len({*found[:-1]}) != 1:
+            position = self.carry.index(index) if index in self.carry else None
+            if position is None or marks_of[-1] or len({*marks_of[:-1]}) != 1:
                 return False
-            if marks(self.initial[position])[-len(found[0]) :] != found[0]:
+            if marks(self.initial[position])[-len(marks_of[0]) :] != marks_of[0]:
                 return False
-            given.append((position, found[0]))
-        for position, names in given:
+            carried.append((position, marks_of[0]))
+        for position, names in carried:
             start = unmark(self.initial[position])
             mark(self.initial[position], start[: -len(names)])
             mark(places[position], names)

@@ -16,7 +16,7 @@ from reroll.rewrite.ir.ops.attention import (
     attention_mass,
     mass_of,
 )
-from reroll.rewrite.ir.ops.base import is_pure
+from reroll.rewrite.ir.ops.base import is_pure, is_stateful
 from reroll.rewrite.ir.ops.cache import CACHE, cache
 from reroll.rewrite.ir.ops.exit import EXIT, exit
 from reroll.rewrite.ir.ops.exit_linear import EXIT_LINEAR, exit_linear
@@ -61,6 +61,7 @@ __all__ = [
     "glu",
     "hold",
     "is_pure",
+    "is_stateful",
     "loop",
     "mark_keys",
     "mask",

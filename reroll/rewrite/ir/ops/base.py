@@ -42,10 +42,15 @@ def register(target: Any, *, flops: Cost | None = None, state: Cost | None = Non
         STATE[target] = state
 
 
+def is_stateful(node: fx.Node) -> bool:
+    """Whether a node reads and writes state of its own, from one call of the model to the next."""
+    return node.target in STATE
+
+
 def is_pure(node: fx.Node) -> bool:
     """Whether a call always gives the same result for the same arguments."""
     tags = getattr(node.target, "tags", ())
-    return node.target not in STATE and torch.Tag.nondeterministic_seeded not in tags
+    return not is_stateful(node) and torch.Tag.nondeterministic_seeded not in tags
 
 
 def count(dims: tuple[Dim, ...]) -> int:

@@ -41,26 +41,26 @@ def _cache(node: fx.Node, place: Place) -> int:
     total = 0
     for tensor in node.args[:2]:
         assert isinstance(tensor, fx.Node)
-        kind = tensor.meta["type"]  # [batch, kv_heads, time, head_dim]
-        total += count((kind.shape[1], kind.shape[3])) * tokens * kind.dtype.itemsize
+        type_ = tensor.meta["type"]  # [batch, kv_heads, time, head_dim]
+        total += count((type_.shape[1], type_.shape[3])) * tokens * type_.dtype.itemsize
     return total
 
 
 def _attentions(node: fx.Node) -> list[fx.Node]:
     """Find the attentions that read a cache, through reshapes and repeats of its tensors."""
-    found: list[fx.Node] = []
-    seen: set[fx.Node] = set()
+    attentions: list[fx.Node] = []
+    visited: set[fx.Node] = set()
     stack = list(node.users)
     while stack:
         user = stack.pop()
-        if user in seen or user.target is torch.ops.aten.linear.default:
+        if user in visited or user.target is torch.ops.aten.linear.default:
             continue
-        seen.add(user)
+        visited.add(user)
         if user.target is ATTENTION:
-            found.append(user)
+            attentions.append(user)
         else:
             stack += user.users
-    return found
+    return attentions
 
 
 register(CACHE, state=_cache)

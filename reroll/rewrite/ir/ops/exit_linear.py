@@ -22,8 +22,8 @@ def exit_linear(
     """
     out = F.linear(x, weights[0], biases[0] if biases else None)
     for number, stop in enumerate(stops, 1):
-        own = F.linear(x, weights[number], biases[number] if biases else None)
-        out = torch.where((depth == stop)[..., None], own, out)
+        logits = F.linear(x, weights[number], biases[number] if biases else None)
+        out = torch.where((depth == stop)[..., None], logits, out)
     return out
 
 

@@ -140,8 +140,8 @@ def scan_both(
 
 
 def _rule(rule: str, options: str) -> Run:
-    found = find_rule(rule)
-    return lambda q, k, v, gates, writes: found.run(q, k, v, gates, options, writes)
+    definition = find_rule(rule)
+    return lambda q, k, v, gates, writes: definition.run(q, k, v, gates, options, writes)
 
 
 def after_first(
@@ -244,8 +244,8 @@ def _recurrence_state(node: fx.Node, place: Place) -> int:
     waiting = min(int(place.resolve(argument(node, "delay"))), place.context)
     held = 0
     for tensor in (*node.args[1:3], *node.args[3]):  # type: ignore[misc]
-        kind = tensor.meta["type"]  # [batch, kv_heads, time, ...]
-        held += count((kind.shape[1], *kind.shape[3:])) * kind.dtype.itemsize
+        type_ = tensor.meta["type"]  # [batch, kv_heads, time, ...]
+        held += count((type_.shape[1], *type_.shape[3:])) * type_.dtype.itemsize
     return find_rule(rule).state_bytes(options, kv_heads, d_k, d_v) + waiting * held
 
 

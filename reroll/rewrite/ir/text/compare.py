@@ -99,19 +99,19 @@ def _aligned(before: fx.Graph, after: fx.Graph) -> tuple[list[str], list[str]]:
     new = [node for node in after.nodes if node.op != "get_attr"]
     names: dict[fx.Node, str] = {node: node_name(node) for node in old}
     names.update((y, names[x]) for x, y in _pairs(old, new))
-    taken = set(names.values())
+    used = set(names.values())
     for node in new:
         if node not in names:
-            names[node] = _fresh(node_name(node), taken)
-            taken.add(names[node])
+            names[node] = _fresh(node_name(node), used)
+            used.add(names[node])
     namer: Namer = lambda node: names.get(node) or node_name(node)  # noqa: E731
     return _lines(old, namer), _lines(new, namer)
 
 
 def _pairs(old: list[fx.Node], new: list[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield pairs of corresponding nodes."""
-    for kind, x, y in _blocks(old, new, _lines(old, _anonymous), _lines(new, _anonymous)):
-        if kind == "equal" or len(x) == len(y):
+    for tag, x, y in _blocks(old, new, _lines(old, _anonymous), _lines(new, _anonymous)):
+        if tag == "equal" or len(x) == len(y):
             yield from zip(x, y, strict=True)
             continue
         # between corresponding nodes, calls of the same op correspond, with other arguments
@@ -124,16 +124,16 @@ def _blocks(
     old: list[fx.Node], new: list[fx.Node], keys_old: Sequence[Any], keys_new: Sequence[Any]
 ) -> Iterator[tuple[str, list[fx.Node], list[fx.Node]]]:
     matcher = difflib.SequenceMatcher(None, keys_old, keys_new, autojunk=False)
-    for kind, i, i_end, j, j_end in matcher.get_opcodes():
-        yield kind, old[i:i_end], new[j:j_end]
+    for tag, i, i_end, j, j_end in matcher.get_opcodes():
+        yield tag, old[i:i_end], new[j:j_end]
 
 
 def _anonymous(node: fx.Node) -> str:
     return node_name(node) if node.op == "get_attr" else "%"
 
 
-def _fresh(name: str, taken: set[str]) -> str:
-    while name in taken:
+def _fresh(name: str, used: set[str]) -> str:
+    while name in used:
         name += "'"
     return name
 

@@ -57,7 +57,7 @@ class Cursor:
             raise ProgramError(f"a line has more than {MAX_LINE:,} characters")
         self._line = line
         self._end = 0
-        self.kind = ""
+        self.token_type = ""
         self.token = ""
         self.advance()
 
@@ -68,25 +68,25 @@ class Cursor:
         if match is None:
             rest = self._line[self._end :].strip()
             raise ProgramError(f"cannot read {rest!r:.40}", where=f"column {self._end + 1}")
-        self.kind = str(match.lastgroup)
-        self.token = match[self.kind]
-        self._start, self._end = match.start(self.kind), match.end()
+        self.token_type = str(match.lastgroup)
+        self.token = match[self.token_type]
+        self._start, self._end = match.start(self.token_type), match.end()
         return token
 
     def fail(self, wanted: str) -> NoReturn:
         """Raise ProgramError: `wanted` is needed at this column."""
-        found = f"{self.token!r:.60}" if self.kind != "end" else "the end of the line"
-        raise ProgramError(f"{wanted} is needed, not {found}", where=f"column {self._start + 1}")
+        token = f"{self.token!r:.60}" if self.token_type != "end" else "the end of the line"
+        raise ProgramError(f"{wanted} is needed, not {token}", where=f"column {self._start + 1}")
 
-    def take(self, kind: str, wanted: str) -> str:
+    def take(self, token_type: str, wanted: str) -> str:
         """Read one token of a kind."""
-        if self.kind != kind:
+        if self.token_type != token_type:
             self.fail(wanted)
         return self.advance()
 
     def accept(self, token: str) -> bool:
         """Read this word or mark if it is next."""
-        if self.kind in ("word", "mark") and self.token == token:
+        if self.token_type in ("word", "mark") and self.token == token:
             self.advance()
             return True
         return False
@@ -98,20 +98,20 @@ class Cursor:
 
     def end(self) -> None:
         """Check that the line ends here."""
-        if self.kind != "end":
+        if self.token_type != "end":
             self.fail("the end of the line")
 
     def name(self) -> str:
         """Read a name, bare or in quotes."""
-        if self.kind == "string":
+        if self.token_type == "string":
             return self.string()
-        if self.kind == "number":
+        if self.token_type == "number":
             return self.advance()
         return self.take("word", "a name")
 
     def keyword(self) -> str | None:
         """Read the name of an argument and its `=`; None if a value is next."""
-        if self.kind != "word" or not _EQUALS.match(self._line, self._end):
+        if self.token_type != "word" or not _EQUALS.match(self._line, self._end):
             return None
         name = self.advance()
         self.expect("=")
@@ -127,21 +127,21 @@ class Cursor:
 
     def integer(self) -> int:
         """Read an integer."""
-        value = self._number() if self.kind == "number" else None
+        value = self._number() if self.token_type == "number" else None
         if not isinstance(value, int):
             self.fail("an integer")
         return value
 
     def tensor_type(self) -> TensorType:
         """Read a tensor type: `f32[b, s, 576]`."""
-        dtype = WORDS.get(self.token) if self.kind == "word" else None
+        dtype = WORDS.get(self.token) if self.token_type == "word" else None
         if not isinstance(dtype, torch.dtype):
             self.fail("a dtype")
         self.advance()
         self.expect("[")
         shape: list[Dim] = []
         while not self.accept("]"):
-            if self.kind == "number":
+            if self.token_type == "number":
                 shape.append(self.integer())
             else:
                 shape.append(self.name())
@@ -164,14 +164,14 @@ class Cursor:
         """Read one argument; nodes and weights are returned as `NodeRef` and `WeightRef`."""
         if depth > MAX_DEPTH:
             raise ProgramError(f"brackets nest deeper than {MAX_DEPTH}")
-        if self.kind == "node":
+        if self.token_type == "node":
             return NodeRef(self.node())
-        if self.kind == "weight":
+        if self.token_type == "weight":
             name = self.advance()[1:]
             return WeightRef(self._unquoted(name) if name.startswith('"') else name)
-        if self.kind == "string":
+        if self.token_type == "string":
             return self.string()
-        if self.kind == "number":
+        if self.token_type == "number":
             return self._number()
         if self.accept("["):
             return self.values("]", depth + 1)[0]
@@ -185,7 +185,7 @@ class Cursor:
             device = self._device()
             self.expect(")")
             return device
-        if self.kind == "word" and self.token in WORDS:
+        if self.token_type == "word" and self.token in WORDS:
             return WORDS[self.advance()]
         return self.fail("a value")
 

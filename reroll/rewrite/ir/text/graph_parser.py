@@ -46,9 +46,9 @@ def read_statement(number: int, text: str) -> Statement:
     cursor = Cursor(text)
     if cursor.accept("return"):
         values: list[Any] = []
-        while cursor.kind != "end":
+        while cursor.token_type != "end":
             values.append(cursor.value())
-            if cursor.kind != "end":
+            if cursor.token_type != "end":
                 cursor.expect(",")
         return Statement(number, "", None, (tuple(values),))
     name = cursor.node()
@@ -59,16 +59,16 @@ def read_statement(number: int, text: str) -> Statement:
     else:
         target = resolve(cursor.take("word", "the name of an op"))
         args, kwargs = _arguments(cursor)
-    kind, hidden = read_type(cursor)
+    type_, hidden = read_type(cursor)
     cursor.end()
-    return Statement(number, name, target, args, kwargs, kind, hidden)
+    return Statement(number, name, target, args, kwargs, type_, hidden)
 
 
 def read_type(cursor: Cursor) -> tuple[TensorType | None, tuple[str, ...]]:
     """Read a value's type, if there is one, and the outputs that the value is an entry of."""
     if not cursor.accept(":"):
         return None, ()
-    kind, names = cursor.tensor_type(), []
+    type_, names = cursor.tensor_type(), []
     if cursor.accept("hidden"):
         cursor.expect("(")
         while True:
@@ -78,7 +78,7 @@ def read_type(cursor: Cursor) -> tuple[TensorType | None, tuple[str, ...]]:
             if cursor.accept(")"):
                 break
             cursor.expect(",")
-    return kind, tuple(names)
+    return type_, tuple(names)
 
 
 def _loop(cursor: Cursor) -> tuple[Any, ...]:
@@ -134,9 +134,9 @@ def build_graph(
         set_type(node, value.type)
         mark(node, value.hidden)
 
-    for given in placeholders:
-        node = graph.create_node("placeholder", given.target, name=given.name)
-        define(given.name, first, node, given)
+    for placeholder in placeholders:
+        node = graph.create_node("placeholder", placeholder.target, name=placeholder.name)
+        define(placeholder.name, first, node, placeholder)
     # all nodes first, without arguments, so that `get_attr` nodes cannot take their names
     for i, statement in enumerate(statements, 1):
         if not statement.name:

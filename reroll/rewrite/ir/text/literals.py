@@ -82,9 +82,9 @@ def value_to_text(value: Any, name: Namer = node_name, depth: int = 0) -> str:
     return f"?{type(value).__name__}"
 
 
-def type_to_text(kind: TensorType) -> str:
+def type_to_text(type_: TensorType) -> str:
     """Format a tensor type: `f32[b, s, 576]`."""
-    return f"{_WORD_OF[kind.dtype]}[{', '.join(map(_dim, kind.shape))}]"
+    return f"{_WORD_OF[type_.dtype]}[{', '.join(map(_dim, type_.shape))}]"
 
 
 def _dim(dim: int | str) -> str:

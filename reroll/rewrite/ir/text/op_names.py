@@ -103,9 +103,9 @@ def resolve(name: str) -> Callable[..., Any]:
         importlib.import_module(_PROVIDERS[namespace])
     # operators of TorchScript only, such as aten::save, are not in the dispatcher
     if reason is None and qualified in _dispatcher_names():
-        found = getattr(getattr(getattr(torch.ops, namespace), op), overload or "default")
-        if isinstance(found, OpOverload) and not found._schema.is_mutable:
-            return found
+        op_overload = getattr(getattr(getattr(torch.ops, namespace), op), overload or "default")
+        if isinstance(op_overload, OpOverload) and not op_overload._schema.is_mutable:
+            return op_overload
         reason = "changes a tensor in place: a graph has values only"
     if reason is not None and namespace in _namespaces:
         raise ProgramError(f"the op {name!r:.80} {reason}")

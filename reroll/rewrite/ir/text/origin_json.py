@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from reroll.errors import ProgramError, located
 from reroll.rewrite.ir.records import Loss, Origin, Step
+from reroll.rewrite.ir.weights.checked_json import member, typed
 
 MAX_DEPTH = 64
-
-T = TypeVar("T")
 
 
 def origin_to_json(origin: Origin) -> dict[str, Any]:
@@ -56,24 +55,24 @@ def origin_from_json(data: object) -> Origin:
     fields = _object(data, wanted.split(), optional)
     revision, rereads_at, span = (fields[k] for k in ("revision", "rereads_at", "cache_span"))
     with located("files"):
-        files = _is(fields["files"], dict)
+        files = typed(fields["files"], dict)
         for name, path in files.items():
             _check_file(name)
-            _is(path, str)
+            typed(path, str)
     return Origin(
-        model=_member(fields, "model", str),
-        revision=None if revision is None else _member(fields, "revision", str),
-        architecture=_member(fields, "architecture", str),
-        auto_class=_auto_class(_member(fields, "auto_class", str)),
-        config=_plain(_member(fields, "config", dict), "config"),
+        model=member(fields, "model", str),
+        revision=None if revision is None else member(fields, "revision", str),
+        architecture=member(fields, "architecture", str),
+        auto_class=_auto_class(member(fields, "auto_class", str)),
+        config=_plain(member(fields, "config", dict), "config"),
         files=files,
-        steps=tuple(_step(i, s) for i, s in enumerate(_member(fields, "steps", list))),
-        remarks=_texts(_member(fields, "remarks", list)),
-        rereads_at=None if rereads_at is None else _member(fields, "rereads_at", int),
+        steps=tuple(_step(i, s) for i, s in enumerate(member(fields, "steps", list))),
+        remarks=_texts(member(fields, "remarks", list)),
+        rereads_at=None if rereads_at is None else member(fields, "rereads_at", int),
         loss=_loss(fields["loss"]),
-        cache_span=None if span is None else _member(fields, "cache_span", int),
-        adds_tokens=_member(fields, "adds_tokens", bool),
-        wraps_labels=_member(fields, "wraps_labels", bool),
+        cache_span=None if span is None else member(fields, "cache_span", int),
+        adds_tokens=member(fields, "adds_tokens", bool),
+        wraps_labels=member(fields, "wraps_labels", bool),
     )
 
 
@@ -81,16 +80,16 @@ def _step(number: int, data: object) -> Step:
     with located(f"steps[{number}]"):
         fields = _object(data, ["text", "seconds", "remarks", "measured"])
         return Step(
-            text=_member(fields, "text", str),
-            seconds=_member(fields, "seconds", (int, float)),
-            remarks=_texts(_member(fields, "remarks", list)),
-            measured=_plain(_member(fields, "measured", dict), "measured"),
+            text=member(fields, "text", str),
+            seconds=member(fields, "seconds", int, float),
+            remarks=_texts(member(fields, "remarks", list)),
+            measured=_plain(member(fields, "measured", dict), "measured"),
         )
 
 
 def _texts(values: list[object]) -> tuple[str, ...]:
     with located("remarks"):
-        return tuple(_is(value, str) for value in values)
+        return tuple(typed(value, str) for value in values)
 
 
 def _check_file(name: str) -> None:
@@ -131,7 +130,7 @@ def _object(
     data: object, keys: list[str], optional: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Check a JSON object for these keys, and fill in the defaults of optional ones."""
-    fields = {**(optional or {}), **_is(data, dict)}
+    fields = {**(optional or {}), **typed(data, dict)}
     for key in keys:
         if key not in fields:
             raise ProgramError(f"{key!r} is missing")
@@ -140,16 +139,3 @@ def _object(
     if unknown:
         raise ProgramError(f"unknown key {unknown[0]!r:.80}", hint=f"known: {', '.join(keys)}")
     return fields
-
-
-def _member(fields: Mapping[str, Any], key: str, kind: type[T] | tuple[type[T], ...]) -> T:
-    with located(key):
-        return _is(fields[key], kind)
-
-
-def _is(value: object, kind: type[T] | tuple[type[T], ...]) -> T:
-    # in Python, True is an int
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ProgramError(f"{value!r:.80} is not of type {names}")
-    return value

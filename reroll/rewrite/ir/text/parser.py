@@ -67,9 +67,9 @@ def _type_weights(program: Program) -> None:
                 set_type(node, TensorType(weight.meta.dtype, weight.meta.shape))
 
 
-def _required(value: T | None, what: str) -> T:
+def _required(value: T | None, name: str) -> T:
     if value is None:
-        raise ProgramError(f"there is no {what}", where="at the last line")
+        raise ProgramError(f"there is no {name}", where="at the last line")
     return value
 
 

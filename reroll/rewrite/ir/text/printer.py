@@ -39,10 +39,10 @@ from torch import fx
 
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.hidden import marks
-from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.literals import Namer, bare, node_name, type_to_text, value_to_text
 from reroll.rewrite.ir.text.op_names import op_name
 from reroll.rewrite.ir.text.origin_json import origin_to_json
+from reroll.rewrite.ir.types import type_of
 from reroll.rewrite.ir.weights import WeightTable, table_to_text
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def _call(node: fx.Node, name: Namer) -> str:
         return f"?{node.op}({node.target})"
     if node.target is ops.loop and _is_plain_loop(node):
         body, carry, inputs, trips = node.args
-        given = f" inputs({_values(inputs, name)})" if inputs else ""
-        return f"loop {bare(str(body))}({_values(carry, name)}){given} trips={trips}"
+        inputs_text = f" inputs({_values(inputs, name)})" if inputs else ""
+        return f"loop {bare(str(body))}({_values(carry, name)}){inputs_text} trips={trips}"
     arguments = [value_to_text(value, name) for value in node.args]
     arguments += [f"{key}={value_to_text(value, name)}" for key, value in node.kwargs.items()]
     return f"{op_name(node.target) or f'?{node.target}'}({', '.join(arguments)})"
@@ -126,11 +126,11 @@ def _values(values: Any, name: Namer) -> str:
 
 
 def _type(node: fx.Node) -> str:
-    kind = node.meta.get("type")
-    if not isinstance(kind, TensorType):
+    type_ = type_of(node)
+    if type_ is None:
         return ""
     hidden = f" hidden({', '.join(marks(node))})" if marks(node) else ""
-    return f" : {type_to_text(kind)}{hidden}"
+    return f" : {type_to_text(type_)}{hidden}"
 
 
 def _dtype(program: Program) -> str:

@@ -110,10 +110,10 @@ def _input(draft: Draft, line: str) -> None:
     cursor.expect("input")
     name = cursor.name()
     cursor.expect(":")
-    kind = cursor.tensor_type()
+    type_ = cursor.tensor_type()
     cursor.expect("role")
     cursor.expect("=")
-    draft.inputs.append(Input(name, kind, cursor.name()))
+    draft.inputs.append(Input(name, type_, cursor.name()))
     cursor.end()
 
 
@@ -150,9 +150,7 @@ def _graph(draft: Draft, number: int, lines: Sequence[str]) -> None:
             )
         pairs = zip(placeholders, draft.inputs, strict=True)
         named = [Placeholder(p.name, i.name, p.type or i.type) for p, i in pairs]
-    statements = list(_statements(number, lines))
-    draft.graph, nodes = build_graph(named, statements, number, number + len(lines) - 1)
-    draft.lines.update(nodes)
+    draft.graph = _built(draft, number, lines, named)
 
 
 def _default(draft: Draft, number: int, lines: Sequence[str]) -> None:
@@ -167,10 +165,8 @@ def _default(draft: Draft, number: int, lines: Sequence[str]) -> None:
         at = next((i for i, item in enumerate(draft.inputs) if item.name == name), None)
         if at is None:
             raise ProgramError(f"there is no input {name!r:.80} before its default")
-    statements = list(_statements(number, lines))
-    graph, nodes = build_graph(placeholders, statements, number, number + len(lines) - 1)
+    graph = _built(draft, number, lines, placeholders)
     draft.inputs[at] = replace(draft.inputs[at], default=graph)
-    draft.lines.update(nodes)
 
 
 def _body(draft: Draft, number: int, lines: Sequence[str]) -> None:
@@ -185,10 +181,17 @@ def _body(draft: Draft, number: int, lines: Sequence[str]) -> None:
         period = cursor.integer()
         cursor.expect("{")
         cursor.end()
+    draft.bodies[name] = Body(_built(draft, number, lines, placeholders), period)
+
+
+def _built(
+    draft: Draft, number: int, lines: Sequence[str], placeholders: Sequence[Placeholder]
+) -> fx.Graph:
+    """Build the graph of a section whose first line has this number, and keep its nodes' lines."""
     statements = list(_statements(number, lines))
     graph, nodes = build_graph(placeholders, statements, number, number + len(lines) - 1)
-    draft.bodies[name] = Body(graph, period)
     draft.lines.update(nodes)
+    return graph
 
 
 def _open(draft: Draft, section: str, number: int) -> None:
@@ -198,14 +201,14 @@ def _open(draft: Draft, section: str, number: int) -> None:
 
 
 def _placeholders(cursor: Cursor) -> list[Placeholder]:
-    found = []
+    placeholders = []
     cursor.expect("(")
     while not cursor.accept(")"):
         name = cursor.node()
-        found.append(Placeholder(name, name, *read_type(cursor)))
+        placeholders.append(Placeholder(name, name, *read_type(cursor)))
         if cursor.token != ")":
             cursor.expect(",")
-    return found
+    return placeholders
 
 
 def _statements(number: int, lines: Sequence[str]) -> Iterable[Statement]:

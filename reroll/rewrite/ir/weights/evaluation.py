@@ -37,10 +37,10 @@ class Output(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Step:
+class EvaluationStep:
     """Step: ``compute`` a node, add one argument to a running ``sum``, or ``emit`` a tensor."""
 
-    kind: Literal["compute", "sum", "emit"]
+    action: Literal["compute", "sum", "emit"]
     expr: Expr
     reads: tuple[Expr, ...]
     output: int
@@ -68,9 +68,9 @@ def evaluate_outputs(
         return live[expr]
 
     for step, dropped in zip(steps, drops, strict=True):
-        if step.kind == "sum":
+        if step.action == "sum":
             _accumulate(sums, step.expr, read(step.reads[0]))
-        elif step.kind == "compute":
+        elif step.action == "compute":
             assert isinstance(step.expr, Apply)
             if step.expr in sums:
                 live[step.expr] = _finish_sum(step.expr, sums.pop(step.expr))
@@ -80,13 +80,13 @@ def evaluate_outputs(
             read(step.expr)
         if observe is not None:
             observe(sum(t.nbytes for held in (live, sums) for t in held.values()))
-        if step.kind == "emit":
+        if step.action == "emit":
             *others, last = groups[step.expr]
             for output in others:
                 yield output.name, output.entry, live[step.expr].clone()
             # a tensor that a later step reads is cloned, because the caller may write to it
-            given = live[step.expr] if step.expr in dropped else live[step.expr].clone()
-            yield last.name, last.entry, given
+            tensor = live[step.expr] if step.expr in dropped else live[step.expr].clone()
+            yield last.name, last.entry, tensor
         for expr in dropped:
             live.pop(expr, None)
 
@@ -151,9 +151,9 @@ def _link(root: Expr, uses: Counter[Expr]) -> Expr:
     return shared_source or root
 
 
-def _schedule(roots: Sequence[Expr]) -> list[Step]:
+def _schedule(roots: Sequence[Expr]) -> list[EvaluationStep]:
     """Plan the steps that compute and emit the roots in order, each intermediate once."""
-    steps: list[Step] = []
+    steps: list[EvaluationStep] = []
     done: set[Expr] = set()
     for number, root in enumerate(roots):
         # (node, how many of its arguments are ready)
@@ -165,17 +165,17 @@ def _schedule(roots: Sequence[Expr]) -> list[Step]:
             arguments = expr.children
             summed = FUNCTIONS[expr.op].finish_sum is not None
             if summed and ready:
-                steps.append(Step("sum", expr, (arguments[ready - 1],), number))
+                steps.append(EvaluationStep("sum", expr, (arguments[ready - 1],), number))
             if ready < len(arguments):
                 stack += [(expr, ready + 1), (arguments[ready], 0)]
             else:
-                steps.append(Step("compute", expr, () if summed else arguments, number))
+                steps.append(EvaluationStep("compute", expr, () if summed else arguments, number))
                 done.add(expr)
-        steps.append(Step("emit", root, (root,), number))
+        steps.append(EvaluationStep("emit", root, (root,), number))
     return steps
 
 
-def _last_uses(steps: Sequence[Step]) -> list[list[Expr]]:
+def _last_uses(steps: Sequence[EvaluationStep]) -> list[list[Expr]]:
     """Return, for each step, the expressions to drop after it."""
     next_use: dict[Expr, int] = {}
     drops: list[list[Expr]] = []

@@ -47,9 +47,9 @@ def string_value(literal: str) -> str:
 class Token(NamedTuple):
     """Token of the text: its kind, its characters, and the index of the first."""
 
-    kind: str
+    token_type: str
     text: str
-    place: int
+    position: int
 
 
 class ExprParser:
@@ -63,11 +63,11 @@ class ExprParser:
 
     def only_expr(self) -> Expr:
         """Read one expression and the end of the text."""
-        place = self._next
+        first = self._next
         values = self._argument(0)
         self._expect("end", "")
         if len(values) != 1 or not isinstance(values[0], Expr):
-            self._fail("this is not one expression", place)
+            self._fail("this is not one expression", first)
         return values[0]
 
     def only_meta(self) -> Meta:
@@ -79,8 +79,8 @@ class ExprParser:
     # ---- tokens
 
     def _fail(self, message: str, token: Token | None = None) -> NoReturn:
-        place = (token or self._next).place
-        raise ProgramError(message, where=f"column {self._shift + place + 1}")
+        position = (token or self._next).position
+        raise ProgramError(message, where=f"column {self._shift + position + 1}")
 
     def _scan(self, position: int) -> Token:
         match = _TOKEN.match(self._text, position)
@@ -92,41 +92,41 @@ class ExprParser:
 
     def _take(self) -> Token:
         token = self._next
-        self._next = self._scan(token.place + len(token.text))
+        self._next = self._scan(token.position + len(token.text))
         return token
 
     def _accept(self, mark: str) -> bool:
-        if self._next.kind == "mark" and self._next.text == mark:
+        if self._next.token_type == "mark" and self._next.text == mark:
             self._take()
             return True
         return False
 
-    def _expect(self, kind: str, text: str | None = None) -> Token:
-        if self._next.kind != kind or text not in (None, self._next.text):
-            wanted = text or f"a {kind}" if kind != "end" else "the end"
+    def _expect(self, token_type: str, text: str | None = None) -> Token:
+        if self._next.token_type != token_type or text not in (None, self._next.text):
+            wanted = text or f"a {token_type}" if token_type != "end" else "the end"
             self._fail(f"{wanted} is needed here, not {self._next.text[:20] or 'the end'!r}")
-        return self._take() if kind != "end" else self._next
+        return self._take() if token_type != "end" else self._next
 
     # ---- grammar
 
     def _argument(self, depth: int) -> list[Argument]:
         """Read one argument; a source with a range in angle brackets gives several."""
         token = self._take()
-        if token.kind == "word" and token.text in ("true", "false"):
+        if token.token_type == "word" and token.text in ("true", "false"):
             return [token.text == "true"]
-        if token.kind == "word" and token.text == "source":
+        if token.token_type == "word" and token.text == "source":
             return list(self._source())
-        if token.kind == "word":
+        if token.token_type == "word":
             return [self._call(token, depth)]
-        if token.kind == "bound":
+        if token.token_type == "bound":
             if token.text not in self._bound:
                 self._fail(f"{token.text} is not bound before its use", token)
             return [self._bound[token.text]]
-        if token.kind == "string":
+        if token.token_type == "string":
             return [self._string(token)]
-        if token.kind == "number":
+        if token.token_type == "number":
             return [self._number(token)]
-        if token.kind == "mark" and token.text == "[":
+        if token.token_type == "mark" and token.text == "[":
             return [self._integers()]
         return self._fail(
             f"an expression is needed here, not {token.text[:20] or 'the end'!r}", token
@@ -141,7 +141,7 @@ class ExprParser:
             if args:
                 self._expect("mark", ",")
             args.extend(self._argument(depth + 1))
-        with located(f"column {self._shift + op.place + 1}"):
+        with located(f"column {self._shift + op.position + 1}"):
             return build(op.text, *args)
 
     def _source(self) -> list[Source]:
@@ -150,14 +150,14 @@ class ExprParser:
         self._expect("mark", ",")
         meta = self._meta()
         self._expect("mark", ")")
-        with located(f"column {self._shift + name.place + 1}"):
+        with located(f"column {self._shift + name.position + 1}"):
             return [Source(string_value(text), meta) for text in unfold(name.text, angles=True)]
 
     def _meta(self) -> Meta:
         dtype = self._expect("word")
         self._expect("mark", "[")
         sizes = self._integers()
-        with located(f"column {self._shift + dtype.place + 1}"):
+        with located(f"column {self._shift + dtype.position + 1}"):
             return Meta(sizes, dtype_from_name(dtype.text))
 
     def _integers(self) -> tuple[int, ...]:
@@ -177,5 +177,5 @@ class ExprParser:
         return float(token.text) if re.search(r"[.eE]", token.text) else int(token.text)
 
     def _string(self, token: Token) -> str:
-        with located(f"column {self._shift + token.place + 1}"):
+        with located(f"column {self._shift + token.position + 1}"):
             return string_value(token.text)

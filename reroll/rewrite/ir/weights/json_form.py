@@ -7,9 +7,10 @@ every error is a ProgramError with its position.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from reroll.errors import ProgramError, located
+from reroll.rewrite.ir.weights.checked_json import member, typed
 from reroll.rewrite.ir.weights.expressions import (
     DTYPE_NAMES,
     Apply,
@@ -23,8 +24,6 @@ from reroll.rewrite.ir.weights.expressions import (
 )
 from reroll.rewrite.ir.weights.stacked import Weight, WeightTable
 
-T = TypeVar("T")
-
 
 def expr_to_json(expr: Expr) -> dict[str, Any]:
     """Convert an expression to a JSON value."""
@@ -33,7 +32,7 @@ def expr_to_json(expr: Expr) -> dict[str, Any]:
 
 def expr_from_json(data: object) -> Expr:
     """Read an expression from a JSON value; ProgramError if the value is not valid."""
-    nodes = _nodes_from_json(_member(data, "nodes", list))
+    nodes = _nodes_from_json(member(data, "nodes", list))
     if not nodes:
         raise ProgramError("an expression needs at least one node", where="nodes")
     return nodes[-1]
@@ -56,18 +55,18 @@ def table_to_json(table: WeightTable) -> dict[str, Any]:
 
 def table_from_json(data: object) -> WeightTable:
     """Read a weight table from a JSON value; ProgramError if the value is not valid."""
-    nodes = _nodes_from_json(_member(data, "nodes", list))
+    nodes = _nodes_from_json(member(data, "nodes", list))
     weights: dict[str, Weight] = {}
-    for i, item in enumerate(_member(data, "weights", list)):
+    for i, item in enumerate(member(data, "weights", list)):
         with located(f"weights[{i}]"):
-            name = _member(item, "name", str)
+            name = member(item, "name", str)
             if name in weights:
                 raise ProgramError(f"there are two weights called {name!r}")
-            entries = tuple(_node(nodes, ref) for ref in _member(item, "entries", list))
+            entries = tuple(_node(nodes, ref) for ref in member(item, "entries", list))
             trips = None
-            if _member(item, "index", object) is not None:
-                trips = tuple(_is(v, int) for v in _member(item, "index", list))
-            weights[name] = Weight(entries, trips, _member(item, "trainable", bool))
+            if member(item, "index", object) is not None:
+                trips = tuple(typed(v, int) for v in member(item, "index", list))
+            weights[name] = Weight(entries, trips, member(item, "trainable", bool))
     table = WeightTable(weights)
     table.stored()
     return table
@@ -103,49 +102,30 @@ def _nodes_from_json(data: list[Any]) -> list[Expr]:
     for i, item in enumerate(data):
         with located(f"nodes[{i}]"):
             if isinstance(item, dict) and "source" in item:
-                shape = tuple(_is(v, int) for v in _member(item, "shape", list))
-                dtype = dtype_from_name(_member(item, "dtype", str))
-                nodes.append(Source(_member(item, "source", str), Meta(shape, dtype)))
+                shape = tuple(typed(v, int) for v in member(item, "shape", list))
+                dtype = dtype_from_name(member(item, "dtype", str))
+                nodes.append(Source(member(item, "source", str), Meta(shape, dtype)))
             else:
-                args = [_argument(nodes, value) for value in _member(item, "args", list)]
-                nodes.append(build(_member(item, "op", str), *args))
+                args = [_argument(nodes, value) for value in member(item, "args", list)]
+                nodes.append(build(member(item, "op", str), *args))
     return nodes
 
 
 def _argument(nodes: Sequence[Expr], value: object) -> Argument:
     if isinstance(value, dict):
-        return _node(nodes, _member(value, "node", int))
+        return _node(nodes, member(value, "node", int))
     if isinstance(value, list):
-        return tuple(_is(v, int) for v in value)
+        return tuple(typed(v, int) for v in value)
     if isinstance(value, bool | int | float | str):
         return value
     raise ProgramError(f"{value!r:.80} is not an argument")
 
 
 def _node(nodes: Sequence[Expr], ref: object) -> Expr:
-    number = _is(ref, int)
+    number = typed(ref, int)
     if not 0 <= number < len(nodes):
         raise ProgramError(
             f"node {number} is not one of the {len(nodes)} before it",
             hint="a node may only refer to earlier nodes, so that there is no cycle",
         )
     return nodes[number]
-
-
-# ---- checked access
-
-
-def _member(data: object, key: str, kind: type[T]) -> T:
-    if not isinstance(data, dict):
-        raise ProgramError(f"a JSON object is needed, not {data!r:.80}")
-    if key not in data:
-        raise ProgramError(f"{key!r} is missing")
-    with located(key):
-        return _is(data[key], kind)
-
-
-def _is(value: object, kind: type[T]) -> T:
-    # bool is a subclass of int, but true is not a number
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ProgramError(f"{value!r:.80} is not of type {kind.__name__}")
-    return value

@@ -14,7 +14,7 @@ from torch import Tensor
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.weights.expressions import INFERENCES, Argument, Expr, Meta
 
-Rule: TypeAlias = Callable[..., Meta]
+MetaRule: TypeAlias = Callable[..., Meta]
 Compute: TypeAlias = Callable[..., Tensor]
 
 
@@ -24,7 +24,7 @@ class WeightFunction:
 
     name: str
     compute: Compute
-    rule: Rule
+    rule: MetaRule
     # whether inputs are cast to fp32 or fp64; otherwise they keep their dtype
     arithmetic: bool
     # set if the function can be computed from a running sum: (sum, count) -> result
@@ -35,7 +35,7 @@ FUNCTIONS: dict[str, WeightFunction] = {}
 
 
 def weight_function(
-    rule: Rule,
+    rule: MetaRule,
     *,
     name: str | None = None,
     arithmetic: bool = True,
@@ -77,8 +77,8 @@ def _infer(
         wanted = ", ".join(f"*{n}" if many else n for n, _, many in schema)
         raise ProgramError(f"{function.name}({wanted}) was given {len(args)} arguments")
     checked = tuple(
-        _checked(function, parameter, kind, value)
-        for (parameter, kind, _), value in zip(slots, args, strict=True)
+        _checked(function, parameter, type_, value)
+        for (parameter, type_, _), value in zip(slots, args, strict=True)
     )
     metas = [a.meta if isinstance(a, Expr) else a for a in checked]
     try:
@@ -87,8 +87,8 @@ def _infer(
         raise ProgramError(error.message, error.where or function.name, error.hint) from None
 
 
-def _checked(function: WeightFunction, name: str, kind: object, value: Argument) -> Argument:
-    if kind is Tensor and isinstance(value, Expr):
+def _checked(function: WeightFunction, name: str, type_: object, value: Argument) -> Argument:
+    if type_ is Tensor and isinstance(value, Expr):
         floating = value.meta.dtype.is_floating_point
         if function.arithmetic and not floating:
             raise ProgramError(
@@ -96,14 +96,14 @@ def _checked(function: WeightFunction, name: str, kind: object, value: Argument)
                 hint="cast it first",
             )
         return value
-    if kind is float and type(value) is int and abs(value) <= 2**53:
+    if type_ is float and type(value) is int and abs(value) <= 2**53:
         value = float(value)
-    if kind is float and type(value) is float and math.isfinite(value):
+    if type_ is float and type(value) is float and math.isfinite(value):
         return value
-    if kind in (int, str, bool) and type(value) is kind:
+    if type_ in (int, str, bool) and type(value) is type_:
         return value
     integers = isinstance(value, tuple) and all(type(v) is int for v in value)
-    if kind == tuple[int, ...] and integers:
+    if type_ == tuple[int, ...] and integers:
         return value
-    wanted = "an expression" if kind is Tensor else f"of type {getattr(kind, '__name__', kind)}"
+    wanted = "an expression" if type_ is Tensor else f"of type {getattr(type_, '__name__', type_)}"
     raise ProgramError(f"{function.name}: {name} must be {wanted}, not {value!r}")

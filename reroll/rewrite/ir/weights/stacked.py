@@ -151,11 +151,11 @@ class WeightTable(Mapping[str, Weight]):
 
     def distinct(self) -> dict[Hashable, tuple[str, int]]:
         """Return (weight name, entry) of each stored tensor by identity; tied ones count once."""
-        found: dict[Hashable, tuple[str, int]] = {}
+        first: dict[Hashable, tuple[str, int]] = {}
         for name, weight in self.items():
             for entry in range(len(weight.entries)):
-                found.setdefault(self.identity(name, entry), (name, entry))
-        return found
+                first.setdefault(self.identity(name, entry), (name, entry))
+        return first
 
     def parameters(self) -> int:
         """Count the stored trainable scalars; tied tensors count once."""

@@ -133,14 +133,14 @@ def _items(text: str, start: int) -> tuple[list[tuple[int, str]], int]:
     """Split the bracket at ``start`` into items with positions; return them and its end."""
     items = []
     depth = 0
-    begin = start + 1
+    item_start = start + 1
     for match in _SPLIT.finditer(text, start):
         if match["string"]:
             continue
         depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(match[0], 0)
         if depth == 0 or (depth == 1 and match[0] == ","):
-            items.append((begin, text[begin : match.start()]))
-            begin = match.end()
+            items.append((item_start, text[item_start : match.start()]))
+            item_start = match.end()
         if depth == 0:
             return items, match.end()
     raise ProgramError("the bracket is not closed", where=f"column {start + 1}")

@@ -46,7 +46,7 @@ def without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made = {} if dtype == getattr(model, "dtype", None) else _buffer_dtypes(model, dtype)
+    dtypes = {} if dtype == getattr(model, "dtype", None) else _buffer_dtypes(model, dtype)
     saved = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     twins: dict[int, nn.Parameter] = {}
 
@@ -63,8 +63,8 @@ def without_data(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 module._parameters[name] = None if parameter is None else twins[id(parameter)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    own = made.get(f"{path}.{name}".removeprefix("."), buffer.dtype)
-                    module._buffers[name] = twin(buffer, own)
+                    buffer_dtype = dtypes.get(f"{path}.{name}".removeprefix("."), buffer.dtype)
+                    module._buffers[name] = twin(buffer, buffer_dtype)
         yield
     finally:
         for module, parameters, buffers in saved:
@@ -78,13 +78,13 @@ def _buffer_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtyp
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
-            made = type(model)(deepcopy(model.config))
+            fresh = type(model)(deepcopy(model.config))
     # custom model code may need more than a configuration: buffers then keep their dtypes
     except Exception:
         return {}
     finally:
         torch.set_default_dtype(before)
-    return {name: buffer.dtype for name, buffer in made.named_buffers()}
+    return {name: buffer.dtype for name, buffer in fresh.named_buffers()}
 
 
 def keeps_parameters(model: nn.Module, half: torch.dtype) -> bool:
@@ -102,7 +102,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.Graph:
     mode: FakeTensorMode = next(model.parameters()).fake_mode  # type: ignore[attr-defined]
     examples = {name: mode.from_tensor(tensor.cpu()) for name, tensor in inputs.items()}
     traced = make_fx(
-        lambda given: {n: v for n, v in model(given).items() if n.split(".")[0] not in NAMES},
+        lambda values: {n: v for n, v in model(values).items() if n.split(".")[0] not in NAMES},
         tracing_mode="fake",
         pre_dispatch=True,
         _allow_non_fake_inputs=True,
@@ -176,51 +176,51 @@ class _Alignment:
 
     def __init__(self, graph: fx.Graph, traced: fx.Graph, wide: torch.dtype) -> None:
         self.graph, self.wide = graph, wide
-        self.ours = [n for n in graph.nodes if _counts(n)]
-        self.theirs = [n for n in traced.nodes if _counts(n)]
+        self.captured = [n for n in graph.nodes if _counts(n)]
+        self.traced = [n for n in traced.nodes if _counts(n)]
         # the graph's node for each node of the trace, including conversions inserted from it
-        self.node: dict[fx.Node, fx.Node] = {}
+        self.node_of: dict[fx.Node, fx.Node] = {}
         # conversions that do nothing in the captured graph
-        self.nothing = {n for n in self.ours if _key(n) is TO and _dtype(n.args[0]) == _dtype(n)}
+        self.no_ops = {n for n in self.captured if _key(n) is TO and _dtype(n.args[0]) == _dtype(n)}
 
     def run(self) -> Miss | None:
         """Align all nodes; return a Miss for the first pair that differs, else None."""
-        mine, theirs = iter(self.ours), iter(self.theirs)
-        a, b = next(mine, None), next(theirs, None)
+        captured, traced = iter(self.captured), iter(self.traced)
+        a, b = next(captured, None), next(traced, None)
         while a is not None or b is not None:
             if a is not None and b is not None and _key(a) == _key(b):
                 if not self.pair(a, b):
                     return Miss(
                         "a constant or an operand differs in half precision", (a.name, b.name)
                     )
-                a, b = next(mine, None), next(theirs, None)
+                a, b = next(captured, None), next(traced, None)
             elif b is not None and _key(b) is TO and self.add(b):
-                b = next(theirs, None)
+                b = next(traced, None)
             elif a is not None and _key(a) is TO:
                 # a conversion that does not exist in half precision
                 set_dtype(a, _dtype(a.args[0]))
                 a.update_arg(1, _dtype(a.args[0]))
-                a = next(mine, None)
+                a = next(captured, None)
             else:
                 return Miss(f"{a and a.target} is {b and b.target} in half precision")
         return None
 
     def add(self, b: fx.Node) -> bool:
         """Insert a conversion that only the trace has; return False if its operand is unknown."""
-        source, dtype = self.node.get(_origin(b.args[0])), _dtype(b)
+        source, dtype = self.node_of.get(_origin(b.args[0])), _dtype(b)
         if source is None or dtype is None:
             return False
         with self.graph.inserting_after(source):
             cast = self.graph.call_function(TO, (source, dtype))
         set_type(cast, type_of(source))
         set_dtype(cast, dtype)
-        self.node[b] = cast
-        self.nothing.add(cast)
+        self.node_of[b] = cast
+        self.no_ops.add(cast)
         return True
 
     def pair(self, a: fx.Node, b: fx.Node) -> bool:
         """Give node `a` the dtypes of `b`; return False if their constants or operands differ."""
-        self.node[b] = a
+        self.node_of[b] = a
         set_dtype(a, _dtype(b))
         for user in a.users:
             if user.target is operator.getitem:
@@ -235,41 +235,41 @@ class _Alignment:
             return False
         return True
 
-    def argument(self, mine: Any, theirs: Any) -> Any:
+    def argument(self, value: Any, traced: Any) -> Any:
         """Return an argument of the graph with the dtypes and conversions of the trace's."""
-        if isinstance(mine, (tuple, list)) and isinstance(theirs, (tuple, list)):
-            inner = [self.argument(x, y) for x, y in zip(mine, theirs, strict=False)]
-            return type(mine)((*inner, *mine[len(inner) :]))
-        if isinstance(mine, torch.dtype) and isinstance(theirs, torch.dtype):
-            return theirs
-        if isinstance(mine, fx.Node) and isinstance(theirs, fx.Node):
-            return self.operand(mine, theirs)
-        if isinstance(mine, float) and isinstance(theirs, float):
+        if isinstance(value, (tuple, list)) and isinstance(traced, (tuple, list)):
+            inner = [self.argument(x, y) for x, y in zip(value, traced, strict=False)]
+            return type(value)((*inner, *value[len(inner) :]))
+        if isinstance(value, torch.dtype) and isinstance(traced, torch.dtype):
+            return traced
+        if isinstance(value, fx.Node) and isinstance(traced, fx.Node):
+            return self.operand(value, traced)
+        if isinstance(value, float) and isinstance(traced, float):
             limits = (getattr(torch.finfo(self.wide), n) for n in ("min", "max"))
-            if mine != theirs and mine not in limits:
+            if value != traced and value not in limits:
                 raise _Differs
-        return mine
+        return value
 
-    def operand(self, mine: fx.Node, theirs: fx.Node) -> fx.Node:
+    def operand(self, node: fx.Node, traced: fx.Node) -> fx.Node:
         """Return the graph's node for an operand of the trace.
 
         A conversion that does nothing returns its input tensor itself. A capture in fp32 therefore
         shows it before all later uses, and only the trace tells which uses it belongs to.
         """
-        value, theirs = self.unconverted(mine), _origin(theirs)
-        operand = self.node.get(theirs, value)
+        value, traced = self.unconverted(node), _origin(traced)
+        operand = self.node_of.get(traced, value)
         if self.unconverted(operand) is not value:
             raise _Differs
         if value.op == "get_attr" or value.target is aten.scalar_tensor.default:
             if operand is value:
-                set_dtype(value, _dtype(theirs))
+                set_dtype(value, _dtype(traced))
             if value.op != "get_attr":
                 value.kwargs = {**value.kwargs, "dtype": _dtype(value)}
         return operand
 
     def unconverted(self, node: fx.Node) -> fx.Node:
         """Skip the conversions that do nothing in fp32, down to the node that they convert."""
-        while node in self.nothing:
+        while node in self.no_ops:
             node = node.args[0]  # type: ignore[assignment]
         return node
 

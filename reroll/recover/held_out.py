@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.recover.data import Source
+from reroll.recover.data import RowSource
 from reroll.recover.stage import Batch, arguments, batch_of
 from reroll.rewrite.analysis.distance import Distance
 from reroll.rewrite.analysis.hidden_inputs import cosine
 
 
-def held_out(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]:
+def held_out(module: Any, teacher: Any | None, rows: RowSource) -> dict[str, float]:
     """Measure the quality of a lowered model and its distance from the original.
 
     For a model that predicts the next token it is the perplexity. With an original there are also
@@ -28,37 +28,41 @@ def held_out(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]
     module.eval()
     measure = _predictions if module.can_generate() else _features
     with torch.no_grad():
-        found = measure(module, teacher, rows)
+        metrics = measure(module, teacher, rows)
     module.train(training)
-    return found
+    return metrics
 
 
-def _one_by_one(module: Any, rows: Source) -> Iterator[Batch]:
+def _one_by_one(module: Any, rows: RowSource) -> Iterator[Batch]:
     return (batch_of(module, rows.pick([number])) for number in range(len(rows)))
 
 
-def _predictions(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]:
+def _predictions(module: Any, teacher: Any | None, rows: RowSource) -> dict[str, float]:
     distance = Distance(logits=True)
     for batch in _one_by_one(module, rows):
-        ours: Tensor = module(**arguments(batch)).logits[0]
-        theirs = ours if teacher is None else teacher(**arguments(batch)).logits[0]
+        student_logits: Tensor = module(**arguments(batch)).logits[0]
+        teacher_logits = (
+            student_logits if teacher is None else teacher(**arguments(batch)).logits[0]
+        )
         ids = batch.data[0]
         following = torch.cat((ids[1:], ids.new_full((1,), -100)))
-        distance.add(theirs, ours, following)
+        distance.add(teacher_logits, student_logits, following)
     perplexity, original = (distance.perplexity(side) or math.nan for side in (1, 0))
-    found = {"perplexity": perplexity}
+    metrics = {"perplexity": perplexity}
     if teacher is not None:
-        found["original_perplexity"] = original
-        found |= {"kl": distance.kl, "top1_agreement": distance.top1_agreement}
-    return found
+        metrics["original_perplexity"] = original
+        metrics |= {"kl": distance.kl, "top1_agreement": distance.top1_agreement}
+    return metrics
 
 
-def _features(module: Any, teacher: Any | None, rows: Source) -> dict[str, float]:
+def _features(module: Any, teacher: Any | None, rows: RowSource) -> dict[str, float]:
     if teacher is None:
         return {}
     distance, cosines = Distance(logits=False), []
     for batch in _one_by_one(module, rows):
-        ours, theirs = (m(**arguments(batch))[0].flatten(0, -2) for m in (module, teacher))
-        distance.add(theirs, ours)
-        cosines.append(cosine(theirs.float(), ours.float()))
+        student_states, teacher_states = (
+            m(**arguments(batch))[0].flatten(0, -2) for m in (module, teacher)
+        )
+        distance.add(teacher_states, student_states)
+        cosines.append(cosine(teacher_states.float(), student_states.float()))
     return {"cosine": sum(cosines) / len(cosines), "relative_error": distance.relative_rms_error}

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from reroll.errors import PassError
-from reroll.rewrite.analysis.layers import Layer
+from reroll.rewrite.analysis.layers import AttentionLayer
 from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
@@ -24,19 +24,19 @@ LINEAR = torch.ops.aten.linear.default
 
 
 @dataclass
-class Site:
+class LinearizedAttention:
     """An attention and the layers of it that are to be linearized.
 
     Attributes:
         layer: the attention.
         chosen: numbers of the layers that get a mixer; the others of its loop stay as they are.
-        edit: the Program's weights, to which a site adds its own.
+        edit: the Program's weights, to which an attention adds its own.
         q: queries [batch, heads, time, d_k] as the attention reads them.
         k: keys [batch, kv_heads, time, d_k] of the new tokens alone.
         v: values [batch, kv_heads, time, d_v] likewise.
     """
 
-    layer: Layer
+    layer: AttentionLayer
     chosen: tuple[int, ...]
     edit: WeightEditor
     q: fx.Node
@@ -80,8 +80,8 @@ class Site:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
-        kind: TensorType = self.v.meta["type"]
-        return kind.dtype
+        type_: TensorType = self.v.meta["type"]
+        return type_.dtype
 
     @property
     def causal(self) -> bool:
@@ -101,13 +101,13 @@ class Site:
 
     def projection(self) -> fx.Node:
         """Find the linear layer that computes the keys. Raises PassError if there is none."""
-        seen, front = {self.k}, [self.k]
+        visited, front = {self.k}, [self.k]
         while front:
             node = front.pop(0)
             if node.target is LINEAR:
                 return node
-            new = [n for n in node.all_input_nodes if n not in seen and n.op == "call_function"]
-            seen.update(new)
+            new = [n for n in node.all_input_nodes if n not in visited and n.op == "call_function"]
+            visited.update(new)
             front += new
         raise PassError(
             "no linear layer computes the keys",
@@ -124,14 +124,14 @@ class Site:
         chosen one, and do not use it.
         """
         full = self.edit.free_name(f"{self._stem()}mixer.{name}")
-        made = [make(number) for number in self.chosen]
+        entries = [make(number) for number in self.chosen]
         index = None
         if self.layer.loop is not None:
             index, last = [], 0
             for number in self.layer.numbers:
                 last = self.chosen.index(number) if number in self.chosen else last
                 index.append(last)
-        weight = Weight(tuple(made), None if index is None else tuple(index))
+        weight = Weight(tuple(entries), None if index is None else tuple(index))
         assert weight.meta.shape == meta_shape
         self.edit.weights = self.edit.weights.with_weight(full, weight)
         return self.edit.node(self.graph, full)
@@ -145,8 +145,10 @@ class Site:
         return name.removesuffix(".weight").rpartition(".")[0] + "."
 
 
-def site_of(layer: Layer, chosen: tuple[int, ...], edit: WeightEditor) -> Site | Miss:
-    """Return the site of an attention, or the reason why a mixer cannot replace it."""
+def linearized_attention(
+    layer: AttentionLayer, chosen: tuple[int, ...], edit: WeightEditor
+) -> LinearizedAttention | Miss:
+    """Return an attention to be linearized, or the reason why a mixer cannot replace it."""
     node = layer.node
     if len(set(layer.values("causal"))) > 1:
         return Miss("the attention is causal in some trips only", (node.name,))
@@ -164,7 +166,7 @@ def site_of(layer: Layer, chosen: tuple[int, ...], edit: WeightEditor) -> Site |
             (node.name,),
             depth=2,
         )
-    return Site(layer, chosen, edit, q, k, v)
+    return LinearizedAttention(layer, chosen, edit, q, k, v)
 
 
 def before_rotary(x: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ from reroll.rewrite.analysis.costs import flops_per_token, keeps_state, state_by
 from reroll.rewrite.analysis.distance import Distance
 from reroll.rewrite.analysis.samples import random_inputs, rows_of, token_input
 from reroll.rewrite.ir.interpret import run, widened
+from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights.store import WeightStore
 
@@ -88,18 +89,18 @@ class Measurer:
         self.generates = keeps_state(program)
         self._outputs: list[tuple[Program, list[Tensor]]] = []
         length = LENGTH
-        self.inputs, self.kind = _sample(program, context, length)
+        self.inputs, self.source = _sample(program, context, length)
         while not self._runs(program, shorter := length // 2):
             # a model with a table of positions takes no more tokens than that has rows
             length = shorter
-            self.inputs, self.kind = _sample(program, context, length)
+            self.inputs, self.source = _sample(program, context, length)
 
     def _runs(self, program: Program, shorter: int) -> bool:
         """Whether a program takes the inputs; raise its ProgramError if they cannot be shorter."""
         try:
             self.outputs(program)
         except ProgramError:
-            if shorter < SHORTEST or self.kind == "random":
+            if shorter < SHORTEST or self.source == "random":
                 raise
             return False
         return True
@@ -129,14 +130,14 @@ class Measurer:
     def compare(self, reference: Program, program: Program) -> dict[str, Any]:
         """Return the relative RMS error; for logits also KL (nats), top-1 agreement, perplexity."""
         logits = "logits" in measured_output(program)
-        predicts = logits and self.kind == "text" and self.generates
+        predicts = logits and self.source == "text" and self.generates
         distance = Distance(logits)
         pairs = zip(self.outputs(reference), self.outputs(program), strict=True)
         for inputs, (a, b) in zip(self.inputs, pairs, strict=True):
             targets = _targets(inputs) if predicts else None
             distance.add(a.flatten(0, -2), b.flatten(0, -2), targets)
         result: dict[str, Any] = {
-            "inputs": self.kind,
+            "inputs": self.source,
             "relative_rms_error": distance.relative_rms_error,
         }
         if not logits:
@@ -165,9 +166,9 @@ def _sample(
         return [random_inputs(program, rows=1, seed=s) for s in range(4)], "random"
     width = max(_width(program), 1)
     count = max(2, min(MAX_TOKENS, MAX_LOGITS // (4 * width)))
-    tokens, kind = context.some_tokens(program, min(count, length))
+    tokens, source = context.some_tokens(program, min(count, length))
     count = min(count, tokens.numel())
-    return rows_of(program, tokens[:count], length), kind
+    return rows_of(program, tokens[:count], length), source
 
 
 def measured_output(program: Program) -> str:
@@ -180,5 +181,5 @@ def _width(program: Program) -> int:
     output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
     values = output.args[0] if isinstance(output.args[0], tuple | list) else output.args
     position = program.outputs.index(measured_output(program))
-    kind = getattr(values[position], "meta", {}).get("type")
-    return kind.shape[-1] if kind is not None and isinstance(kind.shape[-1], int) else 1
+    dims = shape(values[position])
+    return dims[-1] if dims and isinstance(dims[-1], int) else 1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from reroll.rewrite.analysis.layers import Layer
+from reroll.rewrite.analysis.layers import AttentionLayer
 from reroll.rewrite.analysis.samples import rows_of
 from reroll.rewrite.capture.raising.attention import ARGUMENTS
 from reroll.rewrite.ir.program import Program
@@ -58,10 +58,10 @@ def samples(program: Program, context: Context, count: int) -> list[Mapping[str,
 
 
 @dataclass(frozen=True)
-class Seen:
+class AttentionCall:
     """Arguments and output of one attention for one input.
 
-    `number` is that of its layer, `named` has its other arguments by name, and `mixed` is the
+    `number` is that of its layer, `options` has its other arguments by name, and `mixed` is the
     output of its mixer, if it has one.
     """
 
@@ -70,14 +70,14 @@ class Seen:
     k: Tensor
     v: Tensor
     scale: float
-    named: Mapping[str, Any]
+    options: Mapping[str, Any]
     out: Tensor
     mixed: Tensor | None = None
 
     @property
     def causal(self) -> bool:
         """Whether the attention is causal."""
-        return bool(self.named["causal"])
+        return bool(self.options["causal"])
 
     def weights(self) -> Tensor:
         """Compute the attention weights of all queries and keys, [batch, heads, time, time]."""
@@ -90,13 +90,13 @@ class Seen:
         return scores.softmax(-1)
 
 
-def observed(
+def attention_calls(
     program: Program,
-    layers: Sequence[Layer],
+    layers: Sequence[AttentionLayer],
     inputs: Sequence[Mapping[str, Tensor]],
     context: Context,
     mixers: Mapping[fx.Node, fx.Node] | None = None,
-) -> Iterator[Seen]:
+) -> Iterator[AttentionCall]:
     """Yield arguments and outputs of the attentions of `layers`, input by input, layer by layer.
 
     `mixers` maps an attention to its mixer's node, which runs before it.
@@ -105,7 +105,7 @@ def observed(
     owner = {mixer: node for node, mixer in (mixers or {}).items()}
     for done, each in enumerate(inputs):
         context.progress(done, len(inputs), "calibrating")
-        found: list[Seen] = []
+        calls: list[AttentionCall] = []
         beside: dict[fx.Node, Tensor] = {}
 
         def keep(
@@ -114,7 +114,7 @@ def observed(
             node: fx.Node,
             args: tuple[Any, ...],
             out: Any,
-            found: list[Seen] = found,
+            calls: list[AttentionCall] = calls,
             beside: dict[fx.Node, Tensor] = beside,
         ) -> None:
             del name
@@ -123,9 +123,9 @@ def observed(
             elif node in numbers:
                 number = numbers[node][trip or 0]
                 q, k, v, scale = args[:4]
-                named = dict(zip(ARGUMENTS[4:], args[4:], strict=True))
+                options = dict(zip(ARGUMENTS[4:], args[4:], strict=True))
                 mixed = beside.pop(node, None)
-                found.append(Seen(number, q, k, v, scale, named, out, mixed))
+                calls.append(AttentionCall(number, q, k, v, scale, options, out, mixed))
 
         context.outputs(program, each, fast=False, observe=keep)
-        yield from found
+        yield from calls
