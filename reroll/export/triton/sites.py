@@ -11,7 +11,7 @@ from torch import fx
 from reroll.errors import ExportError
 from reroll.mixers import Mixer, make
 from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
-from reroll.rewrite.ir.matching import argument, bind
+from reroll.rewrite.ir.matching import argument, bind, unsupported
 from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import TensorType
@@ -67,6 +67,10 @@ def _plain(node: fx.Node) -> bool:
     return str(node.target).split(".")[1] in ("rms_norm", "rope", "glu", "widen")
 
 
+# arguments of attention that the kernels compute; a cache layer knows the padding
+SUPPORTED = ("q", "k", "v", "scale", "causal", "window", "prefix", "padding")
+
+
 def _check_cache(node: fx.Node) -> None:
     readers = {user for item in node.users for user in item.users}
     if any(r.target is not ATTENTION for r in readers) or len(readers) > 1:
@@ -76,9 +80,8 @@ def _check_cache(node: fx.Node) -> None:
 def _attention(node: fx.Node) -> dict[str, Any]:
     q, k, v = (_type(argument(node, name)) for name in "qkv")
     given, seen = bind(ATTENTION, node.args, node.kwargs), Visibility.of(node)
-    for name in ("chunk", "softcap", "sinks", "bias", "blocks"):
-        if given[name] is not None:
-            raise _cannot(f"attention with {name}", node)
+    for name in unsupported(node, SUPPORTED):
+        raise _cannot(f"attention with {name}", node)
     if not seen.causal or behind_cache(given["k"]) is None:
         raise _cannot("attention that is not causal or has no cache", node)
     for name in ("window", "prefix"):

@@ -10,7 +10,7 @@ variables, or a `Miss` with the number of nodes that matched before the failure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +205,17 @@ def all_arguments(node: fx.Node) -> tuple[Any, ...]:
 def argument(node: fx.Node, name: str) -> Any:
     """Return a node's argument by its name in the op's schema."""
     return bind(node.target, node.args, node.kwargs)[name]
+
+
+def unsupported(node: fx.Node, supported: Collection[str]) -> list[str]:
+    """Return which arguments have another value than their default and are not `supported`.
+
+    What computes an op in its own way refuses these. So an argument that the op gains later is
+    refused as well, and never ignored.
+    """
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    values = bind(node.target, node.args, node.kwargs)
+    return [n for n, v in values.items() if n not in supported and not _same(v, defaults[n])]
 
 
 def is_weight(node: fx.Node) -> bool:

@@ -78,13 +78,16 @@ class Visibility:
     @property
     def is_by_key(self) -> bool:
         """Whether all queries see the same keys: only padding can hide keys."""
-        limits = (self.window, self.chunk, self.blocks)
-        return self.causal is False and all(limit is None for limit in limits)
+        return self.causal is False and not self.has_other("causal", "padding", "prefix")
 
     @property
     def is_limited(self) -> bool:
-        """Whether padding, window, chunk or blocks change the visible keys."""
-        return any(v is not None for v in (self.padding, self.blocks, self.window, self.chunk))
+        """Whether anything but causality changes the visible keys."""
+        return self.has_other("causal", "prefix")
+
+    def has_other(self, *names: str) -> bool:
+        """Whether a field that is not among `names` is set; a special case asks before it acts."""
+        return any(getattr(self, name) is not None for name in NAMES if name not in names)
 
     def most_keys(self, keys: int) -> int:
         """Bound the number of `keys` that one query sees; fields that are nodes do not count."""

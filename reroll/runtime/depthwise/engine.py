@@ -19,8 +19,8 @@ from reroll.kernels import dispatch
 from reroll.rewrite.analysis.state_plan import stateful_nodes
 from reroll.rewrite.ir.defaults import counts_from_zero
 from reroll.rewrite.ir.exits import exits_of, is_open
-from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import CACHE
+from reroll.rewrite.ir.matching import argument, shape, unsupported
+from reroll.rewrite.ir.ops import ATTENTION, CACHE
 from reroll.rewrite.ir.program import Loop, weight_nodes
 from reroll.runtime.depthwise.fused import Depths
 from reroll.runtime.depthwise.plan import PerSegment, Plan, Segments
@@ -28,6 +28,9 @@ from reroll.runtime.depthwise.pool import KeyPositions, Pool
 from reroll.runtime.depthwise.row_batch import Row, RowBatch, gather_rows, input_at
 from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
 from reroll.runtime.lowering.hoisting import hoist_invariants
+
+# arguments of attention that the pool computes; its requests have no padding
+SUPPORTED = ("q", "k", "v", "scale", "causal", "window", "softcap", "padding")
 
 
 class Engine:
@@ -50,6 +53,9 @@ class Engine:
             raise _refused("its positions are no input, or a layer outside the loop has a cache")
         if any(n.target is not CACHE for n in stateful_nodes(body)):
             raise _refused("its layers or exits have state that is not keys and values")
+        for node in body.nodes:
+            if node.target is ATTENTION and (names := unsupported(node, SUPPORTED)):
+                raise _refused(f"its attention has {names[0]}")
         self.names = [i.name for i in program.inputs]
         self.padding = {i.name for i in program.inputs if i.role == "padding"}
         exits = exits_of(self.loop)
@@ -189,9 +195,6 @@ class Engine:
             self.pool.store(number, at, k, v)
 
         def attend(number: int, q: Tensor, node: fx.Node) -> Tensor:
-            for name in ("chunk", "bias", "blocks", "sinks"):
-                if argument(node, name) is not None:
-                    raise _refused(f"its attention has {name}")
             window = argument(node, "window")
             windows = [self.loop.resolve(window, trip) for trip in trips]
             cap, scale = argument(node, "softcap"), float(argument(node, "scale"))

@@ -71,7 +71,7 @@ def make_mask(
         offset = layer.get_seq_length()
         kept = kept_columns(layer)
         keys -= kept
-    if padding is None and visibility.blocks is None:
+    if padding is None and not visibility.has_other("causal", "window", "chunk", "prefix"):
         if start >= kept and _sees_all(layer, length, keys, offset, visibility):
             return None
         band = _band(layer, length, keys, offset, visibility)

@@ -114,6 +114,9 @@ def test_what_it_refuses():
         DepthScheduler(lowered(passes="", name="bloom"))
     with pytest.raises(UsageError, match="layers or exits have state"):
         DepthScheduler(lowered("at=[2], criterion=gated"))
+    # the pool has no place for the first tokens beside a window
+    with pytest.raises(UsageError, match="its attention has prefix"):
+        DepthScheduler(lowered(passes="window(size=4, sinks=1), "))
     scheduler = DepthScheduler(lowered(), slots=1, length=8)
     with pytest.raises(UsageError, match="do not fit the length of 8"):
         scheduler.submit([1, 2, 3], max_new_tokens=6)
