@@ -1,10 +1,11 @@
 """Rewritten models before any training: what pipelines of passes leave of the original.
 
     python -m benchmarks.untrained tying [--model DIR] [--only "TEXT;TEXT"] [--json FILE]
+        [--passes "PIPELINE;PIPELINE"]
 
 A file of `benchmarks/cases` has the measures, as `reroll evaluate` takes them, and templates of
 pipelines with the values that their fields take. `--only` keeps pipelines that have one of the
-texts in their name. The first row is the original.
+texts in their name, `--passes` takes others in their place. The first row is the original.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def measured(model: Any, original: Any, cases: dict[str, Any]) -> Row:
 
 def main() -> None:
     """Measure every pipeline of the cases that has no row yet."""
-    options = parse_options(__doc__, "cases", model=MODEL, only="")
+    options = parse_options(__doc__, "cases", model=MODEL, only="", passes="")
     file = Path(__file__).with_name("cases") / f"{options.cases[0]}.yaml"
     cases = yaml.safe_load(file.read_text(encoding="utf-8"))
     if "load" in cases:
@@ -58,7 +59,8 @@ def main() -> None:
     first = measured(original, original, cases)
     columns = {"pipeline": "{}", "parameters, M": "{:.1f}"} | dict.fromkeys(first, "{:,.4g}")
     table = Table(options, columns | {"residual left": "{:.3f}"})
-    texts = {"original": "", **dict(pipelines(cases))}
+    given = {text: text for text in options.passes.split(";") if text}
+    texts = {"original": "", **(given or dict(pipelines(cases)))}
     wanted = options.only.split(";")
     for case in table.missing({"pipeline": name} for name in texts):
         name = case["pipeline"]
