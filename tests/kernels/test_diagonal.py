@@ -38,7 +38,7 @@ def backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             return {"fused_back": whole} if request.param == "fused" else None
         return find(family, k, v, gate, precision, limit)
 
-    monkeypatch.setattr(configurations, "find", found)
+    monkeypatch.setattr(configurations, "find_tiles", found)
     name: str = request.param
     return name
 
