@@ -25,6 +25,8 @@ _lowerings: dict[tuple[str, str], Lowering] = {}
 def lowering(target: str, *ops: str) -> Callable[[Function], Function]:
     """Register how a target expresses the ops of these names, such as "reroll::rope.default".
 
+    A name without overload, such as "aten::add", is for all overloads without a lowering of theirs.
+
     Raises UsageError if an op already has another lowering to this target.
     """
 
@@ -46,12 +48,8 @@ def from_file(path: str) -> list[str]:
 
 def find_lowering(target: str, op: Any) -> Lowering | None:
     """Find the lowering of an op, given as in a graph; None if there is none."""
-    return _lowerings.get((target, op_name(op)))
-
-
-def lowered_ops(target: str) -> list[str]:
-    """Return the names of all ops that a target can express, sorted."""
-    return sorted(op for known, op in _lowerings if known == target)
+    name = op_name(op)
+    return _lowerings.get((target, name)) or _lowerings.get((target, without_overload(name)))
 
 
 def op_name(op: Any) -> str:
@@ -66,6 +64,11 @@ def op_name(op: Any) -> str:
         module = str(getattr(op, "__module__", "")).removeprefix("_")
         return f"{module}.{getattr(op, '__name__', op)}"
     return f"{schema.name}.{schema.overload_name or 'default'}"
+
+
+def without_overload(name: str) -> str:
+    """Return an op's name without its overload: "aten::add" of "aten::add.Tensor"."""
+    return name.rpartition(".")[0]
 
 
 def _identity(function: Lowering) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from reroll.export.onnx.plan.segments import Segment, rolled
 from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.analysis.samples import random_inputs
 from reroll.rewrite.ir.interpret import materialise, run
-from reroll.rewrite.ir.lowerings import lowering
+from reroll.rewrite.ir.lowerings import find_lowering, lowering
 from reroll.rewrite.ir.program import Program
 from tests import tiny
 from tests.captured import captured, flat
@@ -348,6 +348,14 @@ def test_an_op_of_ones_own_brings_its_lowering(tmp_path):
     exported(program, tmp_path, check=True)
     with pytest.raises(UsageError, match="two lowerings"):
         lowering("onnx", "reroll_test::twice.default")(lambda g, node, x: x)
+
+
+def test_a_name_without_overload_is_for_all_overloads_but_those_with_a_lowering_of_theirs():
+    every = lowering("onnx", "reroll_test::many")(lambda g, node, x: 1)
+    one = lowering("onnx", "reroll_test::many.one")(lambda g, node, x: 2)
+    assert find_lowering("onnx", "reroll_test::many.one") is one
+    assert find_lowering("onnx", "reroll_test::many.other") is every
+    assert find_lowering("onnx", "reroll_test::more.one") is None
 
 
 # ---- checks and the command

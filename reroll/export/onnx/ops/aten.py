@@ -12,7 +12,7 @@ from torch import fx
 from reroll.export.onnx.graph import TARGET, Value
 from reroll.export.onnx.ops.arguments import Parameter, Size, Varying, repeated
 from reroll.export.onnx.ops.complex_numbers import Complex, by_parts, complex_binary
-from reroll.rewrite.ir.lowerings import lowering, op_name
+from reroll.rewrite.ir.lowerings import lowering, op_name, without_overload
 from reroll.rewrite.ir.matching import shape
 
 if TYPE_CHECKING:
@@ -21,29 +21,19 @@ if TYPE_CHECKING:
 INT = torch.int64
 
 _BINARY = {
-    "aten::add.Tensor": "Add",
-    "aten::add.Scalar": "Add",
-    "aten::sub.Tensor": "Sub",
-    "aten::sub.Scalar": "Sub",
-    "aten::mul.Tensor": "Mul",
-    "aten::mul.Scalar": "Mul",
-    "aten::multiply.Tensor": "Mul",
-    "aten::multiply.Scalar": "Mul",
-    "aten::subtract.Tensor": "Sub",
-    "aten::subtract.Scalar": "Sub",
-    "aten::divide.Tensor": "Div",
-    "aten::divide.Scalar": "Div",
-    "aten::true_divide.Tensor": "Div",
-    "aten::true_divide.Scalar": "Div",
-    "aten::div.Tensor": "Div",
-    "aten::div.Scalar": "Div",
-    "aten::minimum.default": "Min",
-    "aten::maximum.default": "Max",
+    "aten::add": "Add",
+    "aten::sub": "Sub",
+    "aten::subtract": "Sub",
+    "aten::mul": "Mul",
+    "aten::multiply": "Mul",
+    "aten::div": "Div",
+    "aten::divide": "Div",
+    "aten::true_divide": "Div",
+    "aten::minimum": "Min",
+    "aten::maximum": "Max",
     "aten::min.other": "Min",
     "aten::max.other": "Max",
-    "aten::pow.Tensor_Tensor": "Pow",
-    "aten::pow.Tensor_Scalar": "Pow",
-    "aten::pow.Scalar": "Pow",
+    "aten::pow": "Pow",
 }
 
 
@@ -54,7 +44,8 @@ _BOOLEAN = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "And"}
 @lowering(TARGET, *_BINARY)
 def binary(g: Translator, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Any:
     """Combine two operands, in the dtype of the result."""
-    kind = _BINARY[op_name(node.target)]
+    name = op_name(node.target)
+    kind = _BINARY.get(name) or _BINARY[without_overload(name)]
     if isinstance(a, Complex) or isinstance(b, Complex):
         return complex_binary(g, node, kind, a, b)
     dtype, rank = g.dtype(node), len(shape(node))
@@ -79,13 +70,7 @@ def rsub(g: Translator, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> Value:
     return g.op("Sub", g.tensor(b, dtype, rank), left)
 
 
-@lowering(
-    TARGET,
-    "aten::floor_divide.default",
-    "aten::floor_divide.Scalar",
-    "aten::div.Tensor_mode",
-    "aten::div.Scalar_mode",
-)
+@lowering(TARGET, "aten::floor_divide", "aten::div.Tensor_mode", "aten::div.Scalar_mode")
 def divide_rounded(
     g: Translator, node: fx.Node, a: Any, b: Any, rounding_mode: str | None = "floor"
 ) -> Value:
@@ -155,35 +140,31 @@ def lerp(g: Translator, node: fx.Node, a: Any, b: Any, weight: Any) -> Value:
 
 
 _COMPARISONS = {
-    f"aten::{name}.{overload}": kind
-    for name, kind in {
-        "gt": "Greater",
-        "greater": "Greater",
-        "ge": "GreaterOrEqual",
-        "greater_equal": "GreaterOrEqual",
-        "lt": "Less",
-        "less": "Less",
-        "le": "LessOrEqual",
-        "less_equal": "LessOrEqual",
-        "eq": "Equal",
-    }.items()
-    for overload in ("Tensor", "Scalar")
+    "aten::gt": "Greater",
+    "aten::greater": "Greater",
+    "aten::ge": "GreaterOrEqual",
+    "aten::greater_equal": "GreaterOrEqual",
+    "aten::lt": "Less",
+    "aten::less": "Less",
+    "aten::le": "LessOrEqual",
+    "aten::less_equal": "LessOrEqual",
 }
 
 
-_UNEQUAL = [f"aten::{name}.{kind}" for name in ("ne", "not_equal") for kind in ("Tensor", "Scalar")]
-
-
-@lowering(TARGET, *_COMPARISONS, *_UNEQUAL)
+@lowering(TARGET, *_COMPARISONS)
 def compare(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
-    """Compare two operands in their common dtype."""
+    """Compare the order of two operands in their common dtype."""
     left, right = together(g, a, b)
-    kind = _COMPARISONS.get(op_name(node.target))
-    if kind is not None:
-        if kind != "Equal" and left.dtype == torch.bool:
-            left, right = g.cast(left, INT), g.cast(right, INT)
-        return g.op(kind, left, right, dtype=torch.bool)
-    return g.op("Not", g.op("Equal", left, right, dtype=torch.bool))
+    if left.dtype == torch.bool:
+        left, right = g.cast(left, INT), g.cast(right, INT)
+    return g.op(_COMPARISONS[without_overload(op_name(node.target))], left, right, dtype=torch.bool)
+
+
+@lowering(TARGET, "aten::eq", "aten::ne", "aten::not_equal")
+def equal(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
+    """Compare whether two operands are equal, in their common dtype, or whether they are not."""
+    same = g.op("Equal", *together(g, a, b), dtype=torch.bool)
+    return same if without_overload(op_name(node.target)) == "aten::eq" else g.op("Not", same)
 
 
 def together(g: Translator, a: Any, b: Any) -> tuple[Value, Value]:
@@ -202,20 +183,16 @@ def together(g: Translator, a: Any, b: Any) -> tuple[Value, Value]:
 
 # operators for booleans, and bitwise ones for integers
 _LOGIC = {
-    "aten::logical_and.default": ("And", ""),
-    "aten::logical_or.default": ("Or", ""),
-    "aten::logical_xor.default": ("Xor", ""),
-    "aten::logical_not.default": ("Not", ""),
-    "aten::bitwise_and.Tensor": ("And", "BitwiseAnd"),
-    "aten::bitwise_and.Scalar": ("And", "BitwiseAnd"),
-    "aten::__and__.Scalar": ("And", "BitwiseAnd"),
-    "aten::__or__.Scalar": ("Or", "BitwiseOr"),
-    "aten::bitwise_or.Tensor": ("Or", "BitwiseOr"),
-    "aten::bitwise_or.Scalar": ("Or", "BitwiseOr"),
-    "aten::bitwise_xor.Tensor": ("Xor", "BitwiseXor"),
-    "aten::bitwise_not.default": ("Not", "BitwiseNot"),
-    "aten::__and__.Tensor": ("And", "BitwiseAnd"),
-    "aten::__or__.Tensor": ("Or", "BitwiseOr"),
+    "aten::logical_and": ("And", ""),
+    "aten::logical_or": ("Or", ""),
+    "aten::logical_xor": ("Xor", ""),
+    "aten::logical_not": ("Not", ""),
+    "aten::bitwise_and": ("And", "BitwiseAnd"),
+    "aten::bitwise_or": ("Or", "BitwiseOr"),
+    "aten::bitwise_xor": ("Xor", "BitwiseXor"),
+    "aten::bitwise_not": ("Not", "BitwiseNot"),
+    "aten::__and__": ("And", "BitwiseAnd"),
+    "aten::__or__": ("Or", "BitwiseOr"),
 }
 
 
@@ -223,22 +200,12 @@ _LOGIC = {
 def logic(g: Translator, node: fx.Node, *operands: Any) -> Value:
     """Apply a logical operator to booleans, or a bitwise one to integers."""
     dtype, rank = g.dtype(node), len(shape(node))
-    truth, bits = _LOGIC[op_name(node.target)]
+    truth, bits = _LOGIC[without_overload(op_name(node.target))]
     kind = truth if dtype == torch.bool else bits
     return g.op(kind, *(g.tensor(v, dtype, rank) for v in operands))
 
 
-@lowering(
-    TARGET,
-    "aten::clamp.default",
-    "aten::clamp.Tensor",
-    "aten::clip.default",
-    "aten::clip.Tensor",
-    "aten::clamp_min.default",
-    "aten::clamp_min.Tensor",
-    "aten::clamp_max.default",
-    "aten::clamp_max.Tensor",
-)
+@lowering(TARGET, "aten::clamp", "aten::clip", "aten::clamp_min", "aten::clamp_max")
 def clamp(
     g: Translator, node: fx.Node, x: Any, first: Any = None, second: Any = None, **bounds: Any
 ) -> Value:
@@ -256,13 +223,7 @@ def clamp(
     return out
 
 
-@lowering(
-    TARGET,
-    "aten::where.self",
-    "aten::where.Scalar",
-    "aten::where.ScalarSelf",
-    "aten::where.ScalarOther",
-)
+@lowering(TARGET, *(f"aten::where.{t}" for t in ("self", "Scalar", "ScalarSelf", "ScalarOther")))
 def where(g: Translator, node: fx.Node, condition: Any, a: Any, b: Any) -> Value:
     """Select elements of `a` or of `b` by a condition."""
     dtype, rank = g.dtype(node), len(shape(node))
@@ -284,34 +245,18 @@ def _finite(g: Translator, value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-@lowering(
-    TARGET,
-    "aten::to.dtype",
-    "aten::to.other",
-    "aten::to.device",
-    "aten::to.dtype_layout",
-    "aten::_to_copy.default",
-    "aten::type_as.default",
-    "reroll::widen.default",
-)
+@lowering(TARGET, "aten::to", "aten::_to_copy", "aten::type_as", "reroll::widen")
 def to(g: Translator, node: fx.Node, x: Any, dtype: Any = None, *_: Any, **__: Any) -> Any:
     """Convert to the node's dtype in ONNX, which the tensor may have already."""
     return g.tensor(x, g.dtype(node))
 
 
-@lowering(
-    TARGET,
-    "aten::clone.default",
-    "aten::contiguous.default",
-    "aten::dropout.default",
-    "aten::feature_dropout.default",
-    "aten::detach.default",
-    "aten::alias.default",
-    "aten::lift_fresh_copy.default",
-    "aten::positive.default",
-    "aten::resolve_conj.default",
-    "aten::resolve_neg.default",
-)
+# ops that leave the numbers as they are
+_SAME = "clone contiguous dropout feature_dropout detach alias lift_fresh_copy positive"
+_SAME += " resolve_conj resolve_neg"
+
+
+@lowering(TARGET, *(f"aten::{name}" for name in _SAME.split()))
 @by_parts
 def same(g: Translator, node: fx.Node, x: Any, *_: Any, **__: Any) -> Value:
     """Return the tensor unchanged."""

@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 INT = torch.int64
 
 
-@lowering(
-    TARGET,
-    "aten::conv1d.default",
-    "aten::conv1d.padding",
-    "aten::conv2d.default",
-    "aten::conv2d.padding",
-)
+@lowering(TARGET, "aten::conv1d", "aten::conv2d")
 def conv(
     g: Translator,
     node: fx.Node,
@@ -213,17 +207,16 @@ def im2col(
     return g.op("Reshape", made, g.ints(0, channels * high * wide, -1))
 
 
-_RESIZE = {"nearest": "nearest", "bilinear": "linear", "linear": "linear", "bicubic": "cubic"}
+_RESIZE = {
+    "aten::upsample_nearest1d.vec": "nearest",
+    "aten::upsample_nearest2d.vec": "nearest",
+    "aten::upsample_linear1d.vec": "linear",
+    "aten::upsample_bilinear2d.vec": "linear",
+    "aten::upsample_bicubic2d.vec": "cubic",
+}
 
 
-@lowering(
-    TARGET,
-    "aten::upsample_nearest1d.vec",
-    "aten::upsample_nearest2d.vec",
-    "aten::upsample_linear1d.vec",
-    "aten::upsample_bilinear2d.vec",
-    "aten::upsample_bicubic2d.vec",
-)
+@lowering(TARGET, *_RESIZE)
 def upsample(
     g: Translator,
     node: fx.Node,
@@ -233,8 +226,8 @@ def upsample(
     factors: Any = None,
 ) -> Value:
     """Resize by interpolation."""
-    kind = next(kind for kind in _RESIZE if f"_{kind}" in op_name(node.target))
-    if kind == "nearest":
+    mode = _RESIZE[op_name(node.target)]
+    if mode == "nearest":
         place, factors = "asymmetric", corners
     else:
         place = "align_corners" if corners else "pytorch_half_pixel"
@@ -248,8 +241,8 @@ def upsample(
         None,
         None,
         g.shape(shape(node)),
-        mode=_RESIZE[kind],
+        mode=mode,
         coordinate_transformation_mode=place,
-        nearest_mode="floor" if kind == "nearest" else None,
-        cubic_coeff_a=-0.75 if kind == "bicubic" else None,
+        nearest_mode="floor" if mode == "nearest" else None,
+        cubic_coeff_a=-0.75 if mode == "cubic" else None,
     )

@@ -51,15 +51,7 @@ def axes(g: Translator, node: fx.Node, dim: Any) -> Value:
     return g.ints(*(dim or range(rank)))
 
 
-@lowering(
-    TARGET,
-    "aten::any.default",
-    "aten::any.dim",
-    "aten::all.default",
-    "aten::all.dim",
-    "aten::_is_any_true.default",
-    "aten::_is_all_true.default",
-)
+@lowering(TARGET, "aten::any", "aten::all", "aten::_is_any_true", "aten::_is_all_true")
 def any_all(g: Translator, node: fx.Node, x: Any, dim: Any = (), keepdim: bool = False) -> Value:
     """Return whether any, or all, elements along some dimensions are not zero."""
     kind = "ReduceMax" if "any" in op_name(node.target) else "ReduceMin"
@@ -96,12 +88,7 @@ def variance(
     return g.op("Sqrt", made) if "std" in op_name(node.target) else made
 
 
-@lowering(
-    TARGET,
-    "aten::linalg_vector_norm.default",
-    "aten::norm.ScalarOpt_dim",
-    "aten::norm.Scalar",
-)
+@lowering(TARGET, "aten::linalg_vector_norm", "aten::norm.ScalarOpt_dim", "aten::norm.Scalar")
 def norm(
     g: Translator,
     node: fx.Node,

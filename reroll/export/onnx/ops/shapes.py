@@ -85,13 +85,7 @@ def permute(g: Translator, node: fx.Node, x: Any, dims: Sequence[int]) -> Value:
     return heads.transpose(g, g.tensor(x), [d % len(dims) for d in dims])
 
 
-@lowering(
-    TARGET,
-    "aten::movedim.int",
-    "aten::movedim.intlist",
-    "aten::moveaxis.int",
-    "aten::moveaxis.intlist",
-)
+@lowering(TARGET, "aten::movedim", "aten::moveaxis")
 @by_parts
 def movedim(g: Translator, node: fx.Node, x: Any, before: Any, after: Any) -> Value:
     """Move dimensions to other positions; the others keep their order."""
