@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import reroll
+from reroll.errors import ProgramError
 from reroll.rewrite.analysis.state_plan import (
     before_cache,
     behind_cache,
@@ -13,7 +14,8 @@ from reroll.rewrite.analysis.state_plan import (
     stateful_nodes,
 )
 from reroll.rewrite.ir.matching import argument
-from reroll.rewrite.ir.ops import ATTENTION, CACHE, is_stateful
+from reroll.rewrite.ir.ops import ATTENTION, CACHE, RMS_NORM, is_stateful
+from reroll.rewrite.ir.ops.base import STATE
 from tests import captured
 
 LAYERS = 4
@@ -44,6 +46,12 @@ def test_what_passes_put_in_the_place_of_attention_is_kept() -> None:
     linear = reroll.run_passes(program, "linearize(mixer=retention, window=0)", measure=False)
     kinds = {layer.layer_type for layer in plan_states(linear).layers}
     assert "hybrid_sliding" in kinds
+
+
+def test_a_state_of_another_kind_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STATE, RMS_NORM, lambda node, place: 4)
+    with pytest.raises(ProgramError, match="only caches and recurrences have a place"):
+        plan_states(captured.captured("llama"))
 
 
 def test_an_encoder_keeps_nothing() -> None:
