@@ -226,6 +226,9 @@ def text_ids(
     """The first tokens of a text [tokens], behind `skip` characters of it."""
     from transformers import AutoTokenizer
 
+    if not file.is_file():
+        name = file.name.partition(".")[0]
+        raise SystemExit(f"{file} is not there: make models NAMES=text:{name}")
     with file.open(encoding="utf-8") as opened:
         text = opened.read(skip + 16 * tokens)[skip:]
     ids = AutoTokenizer.from_pretrained(model).encode(text, add_special_tokens=special)
