@@ -1,7 +1,7 @@
 """The harness of all benchmarks: options, tables of results that are kept, timing in turns.
 
-A benchmark is a module: its docstring says what is measured and beside what, its `DEFAULTS` are its
-options, and its `main` adds rows to a `Table`. `--json FILE` keeps the rows with the command and
+A benchmark is a module: its docstring says what is measured and beside what, and its `main` parses
+options and adds rows to a `Table`. `--json FILE` keeps the rows with the command and
 the commit; the same command goes on where it stopped. `python -m benchmarks.tables` puts the files
 of `docs/results/data` on the pages.
 """
@@ -75,12 +75,12 @@ class Table:
         self.file: Path | None = options.json
         if self.file and part:
             self.file = self.file.with_stem(f"{self.file.stem}-{part}")
-        self.command = command()
+        self.command, self.commit = command(), commit()
         if self.file and self.file.exists():
             kept = json.loads(self.file.read_text(encoding="utf-8"))
             if kept["command"] != self.command:
                 raise SystemExit(f"{self.file} is of `{kept['command']}`: choose another --json")
-            self.rows = kept["rows"]
+            self.rows, self.commit = kept["rows"], kept["commit"]
         print("\n".join([*header(self.columns), *(line(self.columns, r) for r in self.rows)]))
 
     def missing(self, cases: Iterable[Row]) -> Iterator[Row]:
@@ -90,11 +90,13 @@ class Table:
                 yield case
 
     def add(self, row: Row) -> None:
-        """Print a row and keep it."""
+        """Print a row and keep it, with its commit if that is not the file's."""
+        if (now := commit()) != self.commit:
+            row = row | {"commit": now}
         self.rows.append(row)
         print(line(self.columns, row), flush=True)
         if self.file:
-            result = {"command": self.command, "commit": commit(), "machine": machine()}
+            result = {"command": self.command, "commit": self.commit, "machine": machine()}
             write_json(self.file, result | {"columns": self.columns, "rows": self.rows})
 
 

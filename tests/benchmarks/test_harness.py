@@ -72,6 +72,16 @@ def test_the_same_command_goes_on_where_it_stopped(called, tmp_path, capsys):
         harness.Table(options, COLUMNS)
 
 
+def test_rows_of_a_later_commit_say_so(called, tmp_path, monkeypatch):
+    options = Namespace(json=tmp_path / "speed.json")
+    for now, context in (("aaaaaaa", 1), ("bbbbbbb", 2)):
+        monkeypatch.setattr(harness, "commit", lambda now=now: now)
+        harness.Table(options, COLUMNS).add({"context": context})
+    kept = json.loads(options.json.read_text())
+    assert kept["commit"] == "aaaaaaa"
+    assert kept["rows"] == [{"context": 1}, {"context": 2, "commit": "bbbbbbb"}]
+
+
 def test_parts_are_files_beside_each_other(called, tmp_path):
     table = harness.Table(Namespace(json=tmp_path / "speed.json"), COLUMNS, "long")
     table.add({"context": 1})
