@@ -45,7 +45,7 @@ class Value:
     `scope` is the graph that computes it, and graphs inside that one can read it, too. `repeated`
     says that its last dimension is one half twice, as in rotary tables. `columns` says which tokens
     the keys of a window are (see `windows`). `appended` are the tensors of which a cache was
-    concatenated (see `grouped`). `heads` is the value before its heads were split (see `heads`).
+    concatenated (see `heads`). `heads` is the value before its heads were split (see `heads`).
     """
 
     name: str

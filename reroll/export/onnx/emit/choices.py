@@ -20,7 +20,7 @@ from onnx import helper
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reroll.export.onnx.ops.sorting import CHOSEN
+from reroll.export.onnx.ops.reductions import CHOSEN
 
 _NAME = re.compile(rf"{CHOSEN}(_\d+)?")
 # scores below it are masked

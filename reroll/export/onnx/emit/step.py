@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.export.onnx.emit.loops import run_trip
-from reroll.export.onnx.emit.translate import Translator
+from reroll.export.onnx.emit.translate import Translator, run_trip
 from reroll.export.onnx.graph import Graph, Value
 from reroll.export.onnx.ops.arguments import Trip
 from reroll.export.onnx.plan.graphs import GraphPlan

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import array_of
-from reroll.export.onnx.plan.forms import Form
 from reroll.export.onnx.plan.record import Plan
-from reroll.export.onnx.plan.weights import FILE, Region
+from reroll.export.onnx.plan.weights import FILE, Form, Region
 from reroll.rewrite.ir.weights.evaluation import Output, evaluate_outputs
 
 

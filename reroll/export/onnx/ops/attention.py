@@ -9,8 +9,9 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import TARGET, Value
-from reroll.export.onnx.ops import grouped, masks, windows
+from reroll.export.onnx.ops import masks, windows
 from reroll.export.onnx.ops.arguments import Varying
+from reroll.export.onnx.ops.heads import fits_grouped, grouped_attention
 from reroll.rewrite.ir.lowerings import lowering
 from reroll.rewrite.ir.matching import argument, bind, shape
 from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS
@@ -36,8 +37,8 @@ def attention(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
         return g.op("Expand", zero, g.shape(node.meta["type"].shape))
     mask, length, keys = _mask(g, node, dtype, given, limits)
     q, k, v = (g.tensor(given[name], dtype) for name in ("q", "k", "v"))
-    if grouped.fits(g, k, v, limits.causal, sinks):
-        made = grouped.attention(g, node, q, k, v, scale, mask, softcap, keys)
+    if fits_grouped(g, k, v, limits.causal, sinks):
+        made = grouped_attention(g, node, q, k, v, scale, mask, softcap, keys)
         return _if_any(g, made, limits)
     if sinks is None and softcap is None:
         if mask is not None:

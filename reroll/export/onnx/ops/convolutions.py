@@ -105,19 +105,9 @@ def max_pool(
     ceil_mode: bool = False,
 ) -> Value:
     """Compute the largest element under a kernel."""
-    dims = 1 if "1d" in op_name(node.target) else 2
-    sizes = _each(kernel, dims, 1)
-    return _pooled(
-        g,
-        "MaxPool",
-        node,
-        x,
-        kernel_shape=sizes,
-        strides=_each(stride, dims, 1) if stride else sizes,
-        pads=[*_each(padding, dims, 0)] * 2,
-        dilations=_each(dilation, dims, 1),
-        ceil_mode=int(ceil_mode),
-    )
+    dilations = _each(dilation, _dims(node), 1)
+    options = {"dilations": dilations, "ceil_mode": int(ceil_mode)}
+    return _pooled(g, "MaxPool", node, x, kernel, stride, padding, **options)
 
 
 @lowering(TARGET, "aten::avg_pool1d.default", "aten::avg_pool2d.default")
@@ -133,28 +123,35 @@ def avg_pool(
     divisor_override: int | None = None,
 ) -> Value:
     """Compute the mean of the elements under a kernel."""
-    dims = 1 if "1d" in op_name(node.target) else 2
-    sizes = _each(kernel, dims, 1)
     if divisor_override is not None or ceil_mode:
         raise ExportError(
             "pooling with a divisor of its own, or with ceil_mode, has no lowering to ONNX",
             hint="pad the input by hand",
         )
-    return _pooled(
-        g,
-        "AveragePool",
-        node,
-        x,
-        kernel_shape=sizes,
-        strides=_each(stride, dims, 1) if stride else sizes,
-        pads=[*_each(padding, dims, 0)] * 2,
-        count_include_pad=int(count_include_pad),
-    )
+    counted = int(count_include_pad)
+    return _pooled(g, "AveragePool", node, x, kernel, stride, padding, count_include_pad=counted)
 
 
-def _pooled(g: Translator, kind: str, node: fx.Node, x: Any, **options: Any) -> Value:
+def _dims(node: fx.Node) -> int:
+    return 1 if "1d" in op_name(node.target) else 2
+
+
+def _pooled(
+    g: Translator,
+    kind: str,
+    node: fx.Node,
+    x: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    **options: Any,
+) -> Value:
     """Lower a pooling, also of a tensor without a batch, which ONNX does not support."""
-    dims = len(options["kernel_shape"])
+    dims = _dims(node)
+    options["kernel_shape"] = sizes = _each(kernel, dims, 1)
+    options["strides"] = _each(stride, dims, 1) if stride else sizes
+    if padding is not None:
+        options["pads"] = [*_each(padding, dims, 0)] * 2
     x = g.tensor(x, g.dtype(node))
     if len(shape(node)) == dims + 2:
         return g.op(kind, x, **options)
@@ -165,7 +162,7 @@ def _pooled(g: Translator, kind: str, node: fx.Node, x: Any, **options: Any) -> 
 @lowering(TARGET, "aten::adaptive_avg_pool1d.default", "aten::adaptive_avg_pool2d.default")
 def adaptive_avg_pool(g: Translator, node: fx.Node, x: Any, sizes: Sequence[int]) -> Value:
     """Compute the means of equal parts, with a given number along each dimension."""
-    dims = 1 if "1d" in op_name(node.target) else 2
+    dims = _dims(node)
     before = shape_of(node)[-dims:]
     wanted = _each(sizes, dims, 1)
     if all(size == 1 for size in wanted):
@@ -178,7 +175,7 @@ def adaptive_avg_pool(g: Translator, node: fx.Node, x: Any, sizes: Sequence[int]
             hint="choose sizes that divide the input's",
         )
     kernel = [b // size for b, size in zip(before, wanted, strict=True)]
-    return _pooled(g, "AveragePool", node, x, kernel_shape=kernel, strides=kernel)
+    return _pooled(g, "AveragePool", node, x, kernel, kernel, None)
 
 
 @lowering(TARGET, "aten::im2col.default")

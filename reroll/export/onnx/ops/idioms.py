@@ -11,12 +11,16 @@ from torch import fx
 
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import TARGET, Value
-from reroll.export.onnx.ops import quantised, windows
+from reroll.export.onnx.ops import windows
 from reroll.export.onnx.ops.arguments import Parameter
+from reroll.export.onnx.ops.heads import CONTRIB
 from reroll.rewrite.ir.lowerings import lowering
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
+
+# inputs are rounded to 8 bits by block; 0 keeps them in fp32
+ACCURACY = 4
 
 # ---- projections
 
@@ -29,7 +33,7 @@ def linear(g: Translator, node: fx.Node, x: Any, weight: Any, bias: Any = None) 
     if not isinstance(weight, Parameter) or weight.ref.is_transposed:
         made = g.op("MatMul", x, g.op("Transpose", g.tensor(weight, dtype), perm=[1, 0]))
     elif weight.read.how == "quantised":
-        made = g.cast(quantised.matmul(g, x, weight), dtype)
+        made = g.cast(_quantised_matmul(g, x, weight), dtype)
     elif weight.read.how == "plain":
         made = _gemm(g, node, x, weight)
     else:
@@ -82,8 +86,43 @@ def embedding(g: Translator, node: fx.Node, table: Any, ids: Any, *_: Any) -> Va
     """Look up rows of a table."""
     ids = g.tensor(ids)
     if isinstance(table, Parameter) and table.read.how == "quantised":
-        return g.cast(quantised.look_up(g, table, ids), g.dtype(node))
+        return g.cast(_quantised_rows(g, table, ids), g.dtype(node))
     return g.cast(g.op("Gather", g.tensor(table), ids, axis=0), g.dtype(node))
+
+
+def _quantised_matmul(g: Translator, x: Value, weight: Parameter) -> Value:
+    """Multiply by a quantised matrix."""
+    outputs, inputs = weight.shape
+    packed = weight.read.initializers[0]
+    return g.op(
+        "MatMulNBits",
+        g.cast(x, torch.float32),
+        *weight.tensors(),
+        domain=CONTRIB,
+        K=inputs,
+        N=outputs,
+        bits=packed.form.shape[-1] * 8 // g.settings.block,
+        block_size=g.settings.block,
+        accuracy_level=ACCURACY,
+    )
+
+
+def _quantised_rows(g: Translator, weight: Parameter, ids: Value) -> Value:
+    """Look up rows of a quantised table."""
+    packed, scales, zeros = weight.tensors()
+    return g.op(
+        "GatherBlockQuantized",
+        packed,
+        ids,
+        scales,
+        zeros,
+        domain=CONTRIB,
+        dtype=torch.float32,
+        bits=8,
+        block_size=g.settings.block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
 
 
 # ---- norms

@@ -20,6 +20,8 @@ from reroll.export.onnx.ops.windows import padding_of
 from reroll.export.onnx.plan.states import recurrence_parts
 from reroll.mixers import make
 from reroll.rewrite.ir.lowerings import find_lowering, lowering
+from reroll.rewrite.ir.matching import bind
+from reroll.rewrite.ir.ops import BIDIRECTIONAL, RECURRENCE
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
@@ -47,58 +49,34 @@ class Tokens:
 
 
 @lowering(TARGET, "reroll::recurrence.default")
-def recurrence(
-    g: Translator,
-    node: fx.Node,
-    q: Any,
-    k: Any,
-    v: Any,
-    gates: Any,
-    rule: str,
-    options: str,
-    padding: Any = None,
-    delay: Any = 0,
-    skip: Any = 0,
-    active: Any = True,
-    idle: Any = None,
-) -> Value:
+def recurrence(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     """Lower a token mixer with its state; see `reroll.rewrite.ir.ops.recurrence`."""
-    _refuse_varying(delay, skip, active)
-    if not active:
+    given = _given(RECURRENCE, args, kwargs)
+    if not given["active"]:
         return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))
+    padding, skip = given["padding"], given["skip"]
     if skip and padding is None:
         padding = padding_of(g)
-    writes = _writes(g, padding, skip, idle)
-    q, k, v, *values = (g.tensor(x, FLOAT) for x in (q, k, v, *gates))
-    return g.cast(_mixed(g, node, q, k, v, values, rule, options, writes, delay), g.dtype(node))
+    writes = _writes(g, padding, skip, given["idle"])
+    tensors = [g.tensor(x, FLOAT) for x in (*map(given.get, "qkv"), *given["gates"])]
+    return g.cast(_mixed(g, node, given, tensors, writes, given["delay"]), g.dtype(node))
 
 
 @lowering(TARGET, "reroll::bidirectional.default")
-def bidirectional(
-    g: Translator,
-    node: fx.Node,
-    q: Any,
-    k: Any,
-    v: Any,
-    gates: Any,
-    rule: str,
-    options: str,
-    padding: Any = None,
-    delay: Any = 0,
-    skip: Any = 0,
-    active: Any = True,
-) -> Value:
+def bidirectional(g: Translator, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     """Lower a token mixer that runs in both directions, and keeps no state.
 
     See `reroll.rewrite.ir.ops.recurrence`.
     """
-    _refuse_varying(delay, skip, active)
-    if not active:
+    given = _given(BIDIRECTIONAL, args, kwargs)
+    if not given["active"]:
         return g.op("Expand", g.number(0.0, g.dtype(node)), g.shape(node.meta["type"].shape))
-    q, k, v, *values = (g.tensor(x, FLOAT) for x in (q, k, v, *gates))
+    tensors = [g.tensor(x, FLOAT) for x in (*map(given.get, "qkv"), *given["gates"])]
+    padding, delay, skip = (given[name] for name in ("padding", "delay", "skip"))
     states, sizes = g.states, g.sizes
     ends = {
-        name: g.op("Shape", q, start=i, end=i + 1, dtype=INT) for name, i in (("b", 0), ("s", 2))
+        name: g.op("Shape", tensors[0], start=i, end=i + 1, dtype=INT)
+        for name, i in (("b", 0), ("s", 2))
     }
     # delayed by one token at least on the way back, so that a token reads its own write only once
     late = max(delay, 1)
@@ -108,22 +86,25 @@ def bidirectional(
         if skip and padding is None:
             padding = g.op("Expand", g.number(1, INT), g.shape(["b", "s"]))
         writes = _writes(g, padding, skip, None)
-        forth = _mixed(g, node, q, k, v, values, rule, options, writes, delay)
-        q, k, v, *values = (_reversed(g, x, 2) for x in (q, k, v, *values))
+        forth = _mixed(g, node, given, tensors, writes, delay)
+        tensors = [_reversed(g, x, 2) for x in tensors]
         writes = None if writes is None else _reversed(g, writes, 2)
         g.states = backwards  # type: ignore[assignment]
-        back = _mixed(g, node, q, k, v, values, rule, options, writes, late)
+        back = _mixed(g, node, given, tensors, writes, late)
     finally:
         g.states, g.sizes = states, sizes
     return g.cast(g.op("Add", forth, _reversed(g, back, 1)), g.dtype(node))
 
 
-def _refuse_varying(*options: Any) -> None:
-    if any(isinstance(x, Varying) for x in options):
+def _given(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return all arguments of an op; raise ExportError if what a Loop cannot express differs."""
+    given = bind(op, args, kwargs)
+    if any(isinstance(given[name], Varying) for name in ("delay", "skip", "active")):
         raise ExportError(
             "a recurrence that differs from trip to trip cannot be in an ONNX Loop",
             hint="export this model with --graphs unrolled",
         )
+    return given
 
 
 def _reversed(g: Translator, x: Value, axis: int) -> Value:
@@ -134,17 +115,14 @@ def _reversed(g: Translator, x: Value, axis: int) -> Value:
 def _mixed(
     g: Translator,
     node: fx.Node,
-    q: Value,
-    k: Value,
-    v: Value,
-    values: list[Value],
-    rule: str,
-    options: str,
+    given: dict[str, Any],
+    tensors: list[Value],
     writes: Value | None,
     delay: int,
 ) -> Value:
     """Compute [batch, time, heads, d_v] in fp32, by the construction of the mixer."""
-    mixer = make(rule, options)
+    rule = given["rule"]
+    mixer = make(rule, given["options"])
     construction = find_lowering(TARGET, f"recurrence:{rule}")
     if construction is None and mixer.core is not None:
         construction = find_lowering(TARGET, "recurrence")
@@ -156,8 +134,10 @@ def _mixed(
     shapes: list[Any] = [a.meta["type"].shape for a in node.args[:3]]  # type: ignore[union-attr]
     heads, kv_heads, d_k, d_v = shapes[0][1], shapes[1][1], shapes[1][3], shapes[2][3]
     declared = mixer.gates(d_k, d_v)
+    q, *later = tensors
     if delay:
-        k, v, values, writes = _delayed(g, node, k, v, values, writes, delay, declared, kv_heads)
+        later, writes = _delayed(g, node, later, writes, delay, declared, kv_heads)
+    k, v, *values = later
     if writes is not None:
         k = g.op("Mul", k, writes)
         values = [_neutral(g, x, writes, gate) for x, gate in zip(values, declared, strict=True)]
@@ -165,19 +145,8 @@ def _mixed(
         if gate.floor is not None:
             values[place] = g.op("Max", values[place], g.number(gate.floor, FLOAT))
     scale = mixer.default_scale(d_k) if mixer.scale is None else mixer.scale
-    tokens = Tokens(
-        q,
-        k,
-        v,
-        tuple(values),
-        writes,
-        heads,
-        kv_heads,
-        d_k,
-        d_v,
-        scale,
-        bool(declared and declared[0].shape),
-    )
+    by_channel = bool(declared and declared[0].shape)
+    tokens = Tokens(q, k, v, tuple(values), writes, heads, kv_heads, d_k, d_v, scale, by_channel)
     out = construction(g, node, mixer, tokens)
     return g.op("Reshape", out, g.ints(0, 0, heads, d_v))
 
@@ -203,26 +172,31 @@ def _writes(g: Translator, padding: Any, skip: int, idle: Any) -> Value | None:
 def _delayed(
     g: Translator,
     node: fx.Node,
-    k: Value,
-    v: Value,
-    gates: list[Value],
+    tensors: list[Value],
     writes: Value | None,
     delay: int,
     declared: Any,
     kv_heads: int,
-) -> tuple[Value, Value, list[Value], Value]:
-    """Return the tokens whose delay has passed; the new ones are stored in the state."""
+) -> tuple[list[Value], Value]:
+    """Return keys, values and gates of the tokens whose delay has passed, and their writes.
+
+    The new ones are stored in the state.
+    """
     sizes: list[Any] = [a.meta["type"].shape[-1] for a in node.args[1:3]]  # type: ignore[union-attr]
     sizes += [math.prod(gate.shape) for gate in declared] + [1]
     new: Any = g.size("s")
     if writes is None:
         writes = g.number([[[[1.0]]]], FLOAT)
     column = g.op("Expand", writes, g.shape(["b", kv_heads, "s", 1]))
-    lifted = [
-        x if len(gate.shape) == 1 else g.op("Reshape", x, g.ints(0, 0, 0, math.prod(gate.shape)))
-        for x, gate in zip(gates, declared, strict=True)
-    ]
-    packed = g.op("Concat", k, v, *lifted, column, axis=3)
+
+    def shaped(gates: list[Value], shapes: list[tuple[int, ...]]) -> list[Value]:
+        return [
+            x if len(gate.shape) == 1 else g.op("Reshape", x, g.ints(0, 0, 0, *shape))
+            for x, gate, shape in zip(gates, declared, shapes, strict=True)
+        ]
+
+    k, v, *gates = tensors
+    packed = g.op("Concat", k, v, *shaped(gates, [(n,) for n in sizes[2:-1]]), column, axis=3)
     numbers = g.states.of(g, node)
     past = g.states.read(g, numbers, "waiting")
     held = g.op("Concat", past, packed, axis=2)
@@ -230,12 +204,8 @@ def _delayed(
     g.states.write(g, numbers, "waiting", g.op("Slice", held, g.ints(-delay), g.ints(2**62), axis))
     due = g.op("Slice", held, g.ints(0), new.value, axis)
     hints = [f"due{i}" for i in range(len(sizes))]
-    k, v, *rest = g.graph.ops("Split", due, g.ints(*sizes), hints=hints, axis=3)
-    ready = [
-        x if len(gate.shape) == 1 else g.op("Reshape", x, g.ints(0, 0, 0, *gate.shape))
-        for x, gate in zip(rest[:-1], declared, strict=True)
-    ]
-    return k, v, ready, rest[-1]
+    k, v, *gates, written = g.graph.ops("Split", due, g.ints(*sizes), hints=hints, axis=3)
+    return [k, v, *shaped(gates, [gate.shape for gate in declared])], written
 
 
 def _neutral(g: Translator, gate: Value, writes: Value, declared: Any) -> Value:

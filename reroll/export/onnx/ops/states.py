@@ -12,7 +12,7 @@ from torch import fx
 from reroll.errors import ExportError
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.ops.arguments import Scan, select
-from reroll.export.onnx.ops.grouped import Appended
+from reroll.export.onnx.ops.heads import Appended
 from reroll.export.onnx.plan.graphs import GraphPlan
 from reroll.export.onnx.plan.states import Parts, Ring
 

@@ -6,9 +6,9 @@
     parts.py      the part of a Program that is exported, and the inputs that a graph computes
     segments.py   which trips of a depth loop become one ONNX Loop, and what runs after an exit
     states.py     states as inputs and outputs
-    forms.py      stored forms of weights; quantise.py has those of integers
     reading.py    in which form each argument of a node reads a weight
-    weights.py    initialisers, and the layout of the weight file
-    graphs.py     the plan of one graph; step.py has the three of a host that schedules
+    weights.py    stored forms, initialisers, and the layout of the weight file;
+                  quantise.py has the forms of integers
+    graphs.py     the plan of one graph, and the three of a host that schedules
     record.py     the whole plan
 """

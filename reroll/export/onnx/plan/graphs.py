@@ -1,4 +1,4 @@
-"""Plan one ONNX graph: go through the nodes as they will run, and note what they need."""
+"""Plan ONNX graphs: go through the nodes as they will run, and note what they need."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reroll.errors import ExportError
 from reroll.export.onnx.plan.parts import computed_inputs
 from reroll.export.onnx.plan.reading import Read, Ref, Slot, plan_read
 from reroll.export.onnx.plan.segments import LoopPlan, Segment, Trips, plan_loop
@@ -28,7 +29,7 @@ from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir.defaults import reads
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION, BIDIRECTIONAL, CACHE, RECURRENCE
-from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.program import Program, ancestors
 from reroll.rewrite.ir.visibility import Visibility
 
 
@@ -218,3 +219,59 @@ def _is_idle(node: fx.Node, trips: Trips | None) -> bool:
     if node.target in (RECURRENCE, BIDIRECTIONAL):
         return resolved(argument(node, "active")) is False
     return node.target is ATTENTION and Visibility.of(node).map(resolved).is_empty
+
+
+# ---- the graphs for one round of trips, for a host that schedules: see `emit.step`
+
+
+def plan_step(program: Program, settings: Settings, layout: Layout) -> dict[str, GraphPlan]:
+    """Plan the graphs `embed`, `step` and `head`.
+
+    Raises ExportError if the model is not one loop whose trips share blocks in one cycle.
+    """
+    walks = {
+        name: Walk(program, settings, layout, is_rolled=True) for name in ("embed", "step", "head")
+    }
+    plan = _step_loop(program, walks["step"])
+    loop, graph = plan.loop, program.graph
+    inputs = {n for n in graph.nodes if n.op == "placeholder"}
+    results = set(loop.node.users)
+    around = ancestors(nodes_in(loop.inputs), inputs)
+    after = ancestors(graph.output_node().all_input_nodes, results | inputs)
+    if loop.node in after or loop.node in around:
+        raise ExportError("the outputs depend on more than the loop's result")
+    parts = {
+        "embed": ancestors(loop.carry, inputs),
+        "step": around,
+        "head": {*after, graph.output_node()} - results,
+    }
+    found = {}
+    for name, walk in walks.items():
+        nodes = [n for n in graph.nodes if n in parts[name]]
+        walk.defaults(str(n.target) for n in nodes if n in inputs)
+        values: dict[fx.Node, Ref | None] = {}
+        walk.nodes(nodes, values)
+        if name == "step":
+            walk.rounds(plan, plan.segments[0], values, by_row=True)
+            nodes.append(loop.node)
+        elif walk.states:
+            raise ExportError(
+                "a layer outside of the loop keeps a state, and the step graphs have those of the "
+                "loop only",
+                hint="export this model with --graphs loop,unrolled",
+            )
+        found[name] = walk.finish(nodes)
+    return found
+
+
+def _step_loop(program: Program, walk: Walk) -> LoopPlan:
+    if len(program.loops) != 1 or len(program.loops[0].carry) != 1:
+        raise ExportError("the step graph is for models of one loop that carries one value")
+    (plan,) = walk.loops.values()
+    if len(plan.segments) != 1:
+        raise ExportError(
+            f"the trips of {plan.loop.name} are not rounds of one cycle",
+            hint="the step graph is for tied models: tie(blocks=N, layout=cycle), N dividing the "
+            "trips",
+        )
+    return plan

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from reroll.export.onnx.plan.forms import Form
 from reroll.export.onnx.plan.settings import Settings
+from reroll.export.onnx.plan.weights import Form
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights.expressions import Meta
 

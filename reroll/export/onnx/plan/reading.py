@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from reroll.export.onnx.plan import forms, quantise
+from reroll.export.onnx.plan import quantise
 from reroll.export.onnx.plan.segments import Trips
 from reroll.export.onnx.plan.settings import Settings
-from reroll.export.onnx.plan.weights import Initializer, Layout
+from reroll.export.onnx.plan.weights import Form, Initializer, Layout, offset, plain, transposed
 from reroll.rewrite.ir.lowerings import op_name
 from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.program import Program
@@ -120,7 +120,7 @@ def plan_read(
 
 def _forms(
     program: Program, settings: Settings, node: fx.Node, slot: Slot, ref: Ref, by_row: bool
-) -> tuple[How, tuple[forms.Form, ...]]:
+) -> tuple[How, tuple[Form, ...]]:
     """Return how a weight is read, and in which forms."""
     weight = program.weights[ref.name]
     meta, dtype = weight.meta, weight.meta.dtype
@@ -139,14 +139,14 @@ def _forms(
         if bits is not None:
             return "quantised", quantise.forms(meta, bits, settings.block)
         if not quantise.is_looked_up(program, ref.name):
-            return "transposed", (forms.transposed(meta, dtype),)
+            return "transposed", (transposed(meta, dtype),)
     elif slot == 0 and op == "aten::embedding.default" and bits is not None:
         return "quantised", quantise.forms(meta, 8, settings.block)
     elif slot == 1 and op == "reroll::rms_norm.default" and _offset(node):
-        return "offset", (forms.offset(meta, dtype, _offset(node)),)
+        return "offset", (offset(meta, dtype, _offset(node)),)
     if ref.is_transposed:
-        return "transposed", (forms.transposed(meta, dtype),)
-    return "plain", (forms.plain(meta, dtype),)
+        return "transposed", (transposed(meta, dtype),)
+    return "plain", (plain(meta, dtype),)
 
 
 def exchanged(node: fx.Node) -> tuple[int, int]:

@@ -8,11 +8,10 @@ from types import MappingProxyType
 
 from torch import fx
 
-from reroll.export.onnx.plan.graphs import GraphPlan, plan_graph
+from reroll.export.onnx.plan.graphs import GraphPlan, plan_graph, plan_step
 from reroll.export.onnx.plan.parts import computed_inputs
 from reroll.export.onnx.plan.segments import LoopPlan
 from reroll.export.onnx.plan.settings import Settings
-from reroll.export.onnx.plan.step import plan_step
 from reroll.export.onnx.plan.weights import FILE, Layout, Region
 from reroll.rewrite.ir.program import Program
 

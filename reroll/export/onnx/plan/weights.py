@@ -1,4 +1,4 @@
-"""The weight file: every weight is stored once, however many graphs read it.
+"""Stored forms of weights, and the file of them: one copy, however many graphs read it.
 
 The entries of a stacked weight are contiguous, so the stack and each entry are views of the same
 bytes. A graph with unrolled trips reads entries, and a Loop gathers from the stack.
@@ -7,14 +7,15 @@ bytes. A graph with unrolled trips reads entries, and a Loop gathers from the st
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from reroll.export.onnx.plan.forms import Form
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights import stored_name
+from reroll.rewrite.ir.weights.expressions import Meta
 
 FILE = "weights.bin"
 
@@ -22,6 +23,45 @@ FILE = "weights.bin"
 _ALIGNMENT = 4096
 # the largest tensor of indices, in bytes, that is stored in the graph for shape inference
 _INLINE = 1024
+
+
+@dataclass(frozen=True)
+class Form:
+    """Stored form of a weight: `make` computes it from the weight's own tensor.
+
+    `name` identifies the form; "" is the unchanged tensor. `dtype` and `shape` are the result's.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[Tensor], Tensor] = field(compare=False)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one entry."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def named(self, weight: str) -> str:
+        """Return the name of a weight in this form."""
+        return f"{weight}.{self.name}" if self.name else weight
+
+
+def plain(meta: Meta, dtype: torch.dtype) -> Form:
+    """Return the form of an unchanged weight, in a dtype."""
+    return Form("", dtype, meta.shape, lambda t: t.to(dtype))
+
+
+def transposed(meta: Meta, dtype: torch.dtype) -> Form:
+    """Return the form of a matrix, or a stack of them, as [inputs, outputs], which MatMul takes."""
+    *several, rows, columns = meta.shape
+    shape = (*several, columns, rows)
+    return Form("transposed", dtype, shape, lambda t: t.to(dtype).transpose(-2, -1))
+
+
+def offset(meta: Meta, dtype: torch.dtype, amount: float) -> Form:
+    """Return the form of a weight plus a number, added in fp32."""
+    return Form(f"plus_{amount:g}", dtype, meta.shape, lambda t: (t.float() + amount).to(dtype))
 
 
 @dataclass(frozen=True)
