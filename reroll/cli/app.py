@@ -16,9 +16,8 @@ from typer.exceptions import TyperException
 
 import reroll
 from reroll.cli.command import report_error
-from reroll.cli.converting import convert
+from reroll.cli.converting import convert, export
 from reroll.cli.evaluating import compare, evaluate
-from reroll.cli.exporting import export
 from reroll.cli.generating import calibrate, generate, serve_bench
 from reroll.cli.inspecting import inspect
 from reroll.cli.listing import passes, plugins, targets

@@ -44,7 +44,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores of an answer from 0 to 1, and the right candidate's log-likelihood in nats."""
+    """Scores of an answer from 0 to 1, and the right candidate's log-likelihood in nats.
+
+    Of a single token, `exact` compares it with all tokens, and `chosen` with the competing ones.
+    """
 
     chosen: float
     exact: float
@@ -58,18 +61,6 @@ class Spot:
     position: int
     target: int
     others: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """Scores of a target at its position, and its log-likelihood in nats.
-
-    `exact` compares it with all tokens, `chosen` with the competing ones.
-    """
-
-    exact: float
-    chosen: float
-    log_likelihood: float
 
 
 @dataclass(frozen=True)
@@ -135,7 +126,7 @@ def _rows(question: Question) -> tuple[list[ScoredRow], bool]:
     return rows, by_first
 
 
-def _answer(question: Question, scores: list[list[TokenScore]], by_first: bool) -> Answer:
+def _answer(question: Question, scores: list[list[Answer]], by_first: bool) -> Answer:
     right = scores[0]
     exact = 1.0
     for spot in right:
@@ -154,9 +145,9 @@ def _answer(question: Question, scores: list[list[TokenScore]], by_first: bool) 
 
 def score_rows(
     runner: Runner, rows: Sequence[ScoredRow], on_batch: Callable[[int], None] = lambda done: None
-) -> list[list[TokenScore]]:
+) -> list[list[Answer]]:
     """Score the targets of some rows, in their order."""
-    scores: list[list[TokenScore]] = [[] for _ in rows]
+    scores: list[list[Answer]] = [[] for _ in rows]
     done = 0
     for batch in _batches(rows):
         longest = max(len(rows[n].ids) for n in batch)
@@ -185,13 +176,13 @@ def _batches(rows: Sequence[ScoredRow]) -> Iterator[list[int]]:
         start += count
 
 
-def _score(logits: Tensor, spot: Spot) -> TokenScore:
+def _score(logits: Tensor, spot: Spot) -> Answer:
     """Score a target by the logits [vocabulary] at its position."""
     logits = logits.float()
     value = logits[spot.target]
     others = logits[list(spot.others)] if spot.others else logits
     log_likelihood = float(value - logits.logsumexp(0))
-    return TokenScore(_credit(value, logits), _credit(value, others), log_likelihood)
+    return Answer(_credit(value, others), _credit(value, logits), log_likelihood)
 
 
 def _credit(value: Tensor, among: Tensor) -> float:

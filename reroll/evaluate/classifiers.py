@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reroll.bounds import COUNT, NOT_NEGATIVE, check_number
 from reroll.errors import UsageError
-from reroll.evaluate.exits import LENGTH, exit_trips
+from reroll.evaluate.exits import LENGTH, exit_trips, need_exits
 from reroll.passes.exits import classifiers
 from reroll.rewrite.ir.exits import exit_loop, is_open
 from reroll.runtime.functions.loops import read_out
@@ -38,10 +38,7 @@ def exit_states(model: Any, tokens: Tensor | Sequence[int]) -> ExitStates:
     token as the full depth. The states serve for all models that differ in their classifiers only.
     Raises UsageError for a model without exits, or with a threshold below infinity.
     """
-    loop_and_exits = exit_loop(model.program)
-    if loop_and_exits is None:
-        raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
-    _, exits = loop_and_exits
+    _, exits = need_exits(model.program)
     if any(map(is_open, exits.thresholds)):
         raise UsageError(
             "the model's exits are open, and states of the full depth are needed",

@@ -15,7 +15,7 @@ from reroll.errors import UsageError
 from reroll.rewrite.analysis.reach import longest
 from reroll.rewrite.ir.exits import Exits, exit_loop, is_open, with_thresholds
 from reroll.rewrite.ir.interpret import materialise, run
-from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.records import Step
 
 LENGTH = 256
@@ -100,10 +100,7 @@ def calibrate(
     """
     check_number("risk", risk, BETWEEN, "calibrate", integer=False)
     check_number("confidence", confidence, BETWEEN, "calibrate", integer=False)
-    loop_and_exits = exit_loop(program)
-    if loop_and_exits is None:
-        raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
-    loop, exits = loop_and_exits
+    loop, exits = need_exits(program)
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     length = min(LENGTH, longest(program) or LENGTH)
     rows = [r for r in torch.split(tokens, length) if len(r) == length]
@@ -115,7 +112,7 @@ def calibrate(
     split = max(1, len(rows) // 4)
     scores = scores_at(program, exits, at, rows[:split])
     rows = rows[split:]
-    full = _closed(program, at).to_module()
+    full = closed(program).to_module()
     expected = [predicted(full, row)[0] for row in rows]
     del full
     best: tuple[float, dict[int, float], float, float, float] | None = None
@@ -137,8 +134,7 @@ def calibrate(
         best = level, chosen, errors / count, chance, depth
     count = sum(len(e) for e in expected)
     if best is None:
-        closed = dict.fromkeys(at, math.inf)
-        best = 1.0, closed, 0.0, 0.0, float(loop.trips)
+        best = 1.0, dict.fromkeys(at, math.inf), 0.0, 0.0, float(loop.trips)
     level, chosen, observed, chance, depth = best
     named = {trip + 1: value for trip, value in chosen.items()}
     calibration = Calibration(
@@ -153,6 +149,14 @@ def calibrate(
     step = Step(f"calibrate(risk={risk}, confidence={confidence})", 0.0, (remark,))
     origin = replace(result.origin, steps=(*result.origin.steps, step))
     return replace(result, origin=origin), calibration
+
+
+def need_exits(program: Program) -> tuple[Loop, Exits]:
+    """Return the loop that tokens may leave, and its exits; raises UsageError if there are none."""
+    found = exit_loop(program)
+    if found is None:
+        raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
+    return found
 
 
 def exit_trips(program: Program, exits: Exits) -> list[int]:
@@ -172,13 +176,13 @@ def exit_trips(program: Program, exits: Exits) -> list[int]:
 def with_open(program: Program, thresholds: dict[int, float]) -> Program:
     """Return the program with other thresholds at its exits."""
     edited = program.edit()
-    loop_and_exits = exit_loop(edited)
-    assert loop_and_exits is not None
-    return with_thresholds(edited, loop_and_exits[0], thresholds)
+    return with_thresholds(edited, need_exits(edited)[0], thresholds)
 
 
-def _closed(program: Program, at: Sequence[int]) -> Program:
-    return with_open(program, dict.fromkeys(at, math.inf))
+def closed(program: Program) -> Program:
+    """Return the program with infinite thresholds, so that no token leaves early."""
+    loop, _ = need_exits(program)
+    return with_open(program, dict.fromkeys(range(loop.trips), math.inf))
 
 
 def predicted(model: Any, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,9 +197,7 @@ def scores_at(
 ) -> dict[int, Tensor]:
     """Compute the scores of tokens at each exit, at full depth."""
     opened = with_open(program, dict.fromkeys(at, NEVER))
-    loop_and_exits = exit_loop(opened)
-    assert loop_and_exits is not None
-    target = loop_and_exits[1].node.args[1]
+    target = need_exits(opened)[1].node.args[1]
     scores: dict[int, list[Tensor]] = {trip: [] for trip in at}
 
     def observe(name: str, trip: int | None, node: Any, args: Any, result: Any) -> None:

@@ -30,9 +30,7 @@ def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any
     else:
         name = str(model)
         module = open_original(name, opening, _class_name(name, opening))
-        tokenizer = open_tokenizer(
-            name, revision=opening.revision, trust_remote_code=opening.trust_remote_code
-        )
+        tokenizer = open_tokenizer(name, **opening.code)
     if not (hasattr(module, "can_generate") and module.can_generate()):
         raise UsageError("the model does not generate text", where=name)
     if module.main_input_name != "input_ids":
@@ -47,12 +45,7 @@ def _class_name(name: str, opening: Opening) -> str:
 
     Its error for a missing model is plainer than that of transformers.
     """
-    opened = open_model(
-        name,
-        dtype=opening.dtype,
-        revision=opening.revision,
-        trust_remote_code=opening.trust_remote_code,
-    )
+    opened = open_model(name, dtype=opening.dtype, **opening.code)
     if isinstance(opened, Program):
         return opened.origin.auto_class
     return opened.origin.architecture
@@ -122,7 +115,8 @@ def generate(
     ends = _ends(model, tokenizer)
     outputs = []
     for prompt, row in zip(prompts, new.tolist(), strict=True):
-        ids = _until_end(row, ends)
+        # up to the end-of-text token, which is left out
+        ids = next((row[:i] for i, token in enumerate(row) if token in ends), row)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         outputs.append({"prompt": prompt, "text": text, "tokens": len(ids)})
     report = getattr(model, "depth_report", None)
@@ -225,8 +219,3 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     known = ends if isinstance(ends, list) else [ends]
     return {int(i) for i in [*known, tokenizer.eos_token_id] if i is not None}
-
-
-def _until_end(row: list[int], ends: set[int]) -> list[int]:
-    """Return the new tokens of one row, up to the end-of-text token, which is left out."""
-    return next((row[:i] for i, token in enumerate(row) if token in ends), row)

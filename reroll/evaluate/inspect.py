@@ -100,7 +100,9 @@ def inspect_model(
         "state_bytes": {str(c): state_bytes(rolled, c) for c in CONTEXTS},
         "inputs": {i.name: type_to_text(i.type) for i in rolled.inputs},
         "outputs": list(rolled.outputs),
-        "outside_loops": {"ops": _count(rolled.graph)},
+        "outside_loops": {
+            "ops": sum(_is_work(n) and op_name(n.target) != "loop" for n in rolled.graph.nodes)
+        },
         "passes": [step.text for step in rolled.origin.steps],
         "remarks": list(rolled.origin.remarks),
         "output": measured_output(rolled),
@@ -137,10 +139,6 @@ def _loop(loop: Loop) -> dict[str, Any]:
 
 def _is_work(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node.target) != "getitem"
-
-
-def _count(graph: fx.Graph) -> int:
-    return sum(_is_work(node) and op_name(node.target) != "loop" for node in graph.nodes)
 
 
 def attention_kinds(program: Program) -> list[dict[str, Any]]:

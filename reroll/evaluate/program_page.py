@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 
-from reroll.evaluate import trip_lanes
 from reroll.evaluate.pages import document, escape, number, scroll, size
-from reroll.evaluate.picture import Change, Line, LoopPicture, Picture, RegionPicture, Stage
+from reroll.evaluate.picture import (
+    Change,
+    Exit,
+    Line,
+    LoopPicture,
+    Picture,
+    RegionPicture,
+    Sharing,
+    Stage,
+    TripPicture,
+)
 
 STYLE = """
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.5rem; }
@@ -63,7 +74,7 @@ def page(picture: Picture, against: Picture | None = None) -> str:
     parts.append(f'<main class="{"pair" if len(shown) > 1 else "alone"}">')
     for side, each in enumerate(shown):
         parts += ["<article>", *_program(each, f"p{side}", tallest, len(shown) > 1), "</article>"]
-    return document(title, [*parts, "</main>"], STYLE + trip_lanes.STYLE)
+    return document(title, [*parts, "</main>"], STYLE + LANES_STYLE)
 
 
 def _about(shown: Sequence[Picture]) -> str:
@@ -97,9 +108,10 @@ def _facts(shown: Sequence[Picture]) -> str:
 def _program(picture: Picture, key: str, tallest: int, with_name: bool) -> Iterator[str]:
     if with_name:
         yield f"<h2>{escape(picture.name)}</h2>"
+    names = ["capture" if s.name.startswith("capture ") else s.name for s in picture.stages]
     links = "".join(
-        f'<li><a href="#{key}-{i}">{escape(_brief(stage.name))}</a></li>'
-        for i, stage in enumerate(picture.stages)
+        f'<li><a href="#{key}-{i}">{escape(n if len(n) < 40 else f"{n[:39]}…")}</a></li>'
+        for i, n in enumerate(names)
     )
     yield f'<ol class="chain" aria-label="stages">{links}</ol>'
     yield f'<div class="ends">{escape(", ".join(picture.inputs))}</div>'
@@ -114,12 +126,6 @@ def _program(picture: Picture, key: str, tallest: int, with_name: bool) -> Itera
     yield "</ol>"
 
 
-def _brief(name: str) -> str:
-    if name.startswith("capture "):
-        return "capture"
-    return name if len(name) < 40 else f"{name[:39]}…"
-
-
 # ---- the graph
 
 
@@ -130,7 +136,7 @@ def _region(region: RegionPicture) -> Iterator[str]:
     count = f"{len(region.lines)} ops" if len(region.lines) > 1 else "1 op"
     yield '<details class="box region"><summary>'
     yield f"<b>{count}</b>: {escape(brief)}"
-    mixed = trip_lanes.in_turn((m.what for m in region.mixings), ", ")
+    mixed = in_turn((m.what for m in region.mixings), ", ")
     words = [mixed] if mixed else []
     if region.parameters:
         words.append(f"{region.parameters:,} parameters")
@@ -147,7 +153,7 @@ def _loop(loop: LoopPicture, tallest: int, beside: bool) -> Iterator[str]:
     yield f'<span class="times">↻ {len(loop.trips)} trips{period}</span></header>'
     yield f'<p class="note">{loop.parameters:,} parameters, {size(loop.bytes)} stored. '
     yield f"Carries {escape(', '.join(loop.carry))}.</p>"
-    yield trip_lanes.lanes(loop, tallest)
+    yield lanes(loop, tallest)
     yield '<details class="more" open><summary>The ops of one trip</summary>'
     yield f"{_lines(loop.body)}</details>"
     if loop.inputs:
@@ -202,10 +208,10 @@ def _numbers(loop: LoopPicture) -> str:
             *(str(each[trip.number]) for each in ranks),
         ]
         cells = "".join(f'<td class="n">{escape(v)}</td>' for v in values)
-        cells += f"<td>{escape(trip_lanes.mixed(trip))}</td>"
+        cells += f"<td>{escape(mixed(trip))}</td>"
         if exits:
             exit_ = exits.get(trip.number)
-            cells += f"<td>{escape(trip_lanes.threshold(exit_) if exit_ else '')}</td>"
+            cells += f"<td>{escape(threshold(exit_) if exit_ else '')}</td>"
         rows.append(f"<tr>{cells}</tr>")
     body = "".join(rows)
     return f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -240,3 +246,247 @@ def _value(value: float, unit: str) -> str:
     if unit == "bytes":
         return size(value)
     return f"{100 * value:.1f} %" if unit == "share" else number(value)
+
+
+# ---- the trips of a loop as columns
+
+
+# columns are as wide as there is room for, within these
+NARROWEST, ROOM = 18, 520
+LETTER = 6.4
+
+LANES_STYLE = """
+:root { --l: .86; --c: .095; --arc: .6; }
+@media (prefers-color-scheme: dark) { :root { --l: .44; --c: .085; --arc: .72; } }
+.loop .scroll { container-type: inline-size; }
+.lanes { display: grid; grid-template-columns: repeat(var(--n), minmax(var(--w), 1fr));
+  gap: 2px 1px; min-width: calc(var(--n) * (var(--w) + 1px)); font-size: 11px; line-height: 1.3;
+  padding-bottom: 4px; }
+.label { grid-column: 1 / -1; position: sticky; left: 0; max-width: 100cqi; color: var(--soft);
+  font-size: 12.5px; line-height: 1.4; margin-top: .55rem; justify-self: start; }
+.label b { color: var(--ink); font-weight: 600; }
+.arcs { grid-column: 1 / -1; width: 100%; display: block; overflow: visible; }
+.arcs path { fill: none; stroke: oklch(var(--arc) .12 var(--h)); stroke-width: 1.6px;
+  vector-effect: non-scaling-stroke; }
+.cell { text-align: center; border-radius: 3px; background: var(--tint); padding: 3px 0;
+  overflow: hidden; white-space: nowrap; font-variant-numeric: tabular-nums; min-width: 0; }
+.cell.block { background: oklch(var(--l) var(--c) var(--h)); font-weight: 600; padding: 6px 0; }
+.cell.own { padding: 6px 0; color: var(--soft); }
+.cell.none { background: none; color: var(--soft); }
+.cell.run { white-space: normal; }
+.cell.tall { writing-mode: vertical-rl; text-align: left; padding: 6px 0; max-height: 12em;
+  justify-self: stretch; display: flex; align-items: center; justify-content: flex-start; }
+.cell.exit { background: none; text-align: right; color: var(--strong); font-weight: 700; }
+.cell.trip { background: none; color: var(--soft); padding: 0; }
+.bar { height: 52px; display: flex; align-items: flex-end; position: relative;
+  border-bottom: 1px solid var(--line); }
+.bar i { position: absolute; bottom: 0; left: 1px; right: 1px; border-radius: 2px 2px 0 0; }
+.bar i:first-child { background: color-mix(in srgb, var(--accent) 38%, var(--card)); }
+.bar i:last-child:not(:first-child) { background: var(--accent); left: 25%; right: 25%; }
+"""
+
+
+def lanes(loop: LoopPicture, tallest: int) -> str:
+    """The lanes of a loop, in a box of their own; `tallest` is the state that fills the height."""
+    parts = [
+        *_blocks(loop),
+        *_residual_lanes(loop),
+        *_mixings(loop.trips),
+        *_exit_lanes(loop.exits),
+        *_states(loop, tallest),
+        *_label("<b>Trips</b>"),
+        *(
+            _cell(t.number, t.number + 1, "trip", str(t.number), f"trip {t.number}")
+            for t in loop.trips
+        ),
+    ]
+    # numbers of three digits need more
+    width = NARROWEST if len(loop.trips) <= 100 else 24
+    style = f"--n: {len(loop.trips)}; --w: {width}px"
+    return scroll(
+        f'<div class="lanes" style="{style}">{"".join(parts)}</div>', f"trips of {loop.name}"
+    )
+
+
+def threshold(exit: Exit) -> str:
+    """When tokens leave by an exit."""
+    return "closed" if exit.threshold is None else f"above {exit.threshold:.4g}"
+
+
+# ---- weights
+
+
+def _blocks(loop: LoopPicture) -> Iterator[str]:
+    shared = [s for s in loop.sharing if s.is_shared]
+    unshared = [s for s in loop.sharing if not s.is_shared]
+    for each in shared:
+        kinds = _kinds(each.weights)
+        words = (
+            f"<b>{each.entries} blocks</b> of {escape(kinds)}; the same number is the same block"
+        )
+        yield from _label(words, ", ".join(each.weights))
+        yield _arcs(each)
+        yield from _cells(each)
+    for place, each in enumerate(unshared):
+        if shared or place:
+            everywhere = None not in each.index
+            having = sum(n is not None for n in each.index)
+            where = "Each trip has its" if everywhere else f"{having} trips have their"
+            where = "One trip has its" if having == 1 else where
+            words = f"<b>{where} own</b> {escape(_kinds(each.weights))}"
+            yield from _label(words, ", ".join(each.weights))
+            if everywhere:
+                continue
+        else:
+            yield from _label("<b>No weights are shared</b>: each trip has a block of its own")
+        yield from _cells(each)
+
+
+def _kinds(weights: Sequence[str]) -> str:
+    """The kinds of some weights, each with how often it is there."""
+    kinds = Counter(".".join(name.split(".")[-1 - name.endswith(".bias") :]) for name in weights)
+    return ", ".join(
+        weight if count == 1 else f"{weight} × {count}" for weight, count in kinds.items()
+    )
+
+
+def _cells(sharing: Sharing) -> Iterator[str]:
+    for trip, entry in enumerate(sharing.index):
+        if entry is None:
+            yield _cell(trip, trip + 1, "none", "–", f"trip {trip} reads none of these")
+        elif sharing.index.count(entry) == 1:
+            yield _cell(trip, trip + 1, "own", str(entry), f"trip {trip}: block {entry}, its own")
+        else:
+            others = [t for t, e in enumerate(sharing.index) if e == entry]
+            title = f"trip {trip}: block {entry}, of trips {', '.join(map(str, others))}"
+            yield _cell(trip, trip + 1, "block", str(entry), title, f"--h: {hue(entry)}; ")
+
+
+def hue(block: int) -> str:
+    """The hue of a block: neighbours are far apart, by the golden angle."""
+    return f"{(40 + 137.508 * block) % 360:.0f}"
+
+
+def _arcs(sharing: Sharing) -> str:
+    """Arcs from each use of a block to the next one."""
+    last: dict[int, int] = {}
+    pairs = []
+    for trip, entry in enumerate(sharing.index):
+        if entry is not None:
+            if entry in last:
+                pairs.append((entry, last[entry], trip))
+            last[entry] = trip
+    longest = max(b - a for _, a, b in pairs)
+    height = 12 if longest == 1 else 46
+    paths = []
+    for entry, a, b in pairs:
+        top = height - 4 - (height - 6) * (4 / 3) * ((b - a) / longest) ** 0.7 * 0.98
+        curve = f"M{a + 0.5} {height}C{a + 0.5} {top:.1f} {b + 0.5} {top:.1f} {b + 0.5} {height}"
+        paths.append(f'<path d="{curve}" style="--h: {hue(entry)}"/>')
+    box = f'viewBox="0 0 {len(sharing.index)} {height}" preserveAspectRatio="none"'
+    title = "<title>arcs join the trips that read one block</title>"
+    size = f'class="arcs" height="{height}" aria-hidden="true"'
+    return f"<svg {size} {box}>{title}{''.join(paths)}</svg>"
+
+
+def _residual_lanes(loop: LoopPicture) -> Iterator[str]:
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for each in loop.residuals:
+        groups.setdefault(each.ranks, []).append(each.weight)
+    for ranks, weights in groups.items():
+        yield from _label(
+            f"<b>Rank of the residuals</b> of {escape(_kinds(weights))}", ", ".join(weights)
+        )
+        texts = [(str(r) if r else "–", f"rank {r}" if r else "no residual") for r in ranks]
+        yield from _runs(texts, "none" if not any(ranks) else "")
+
+
+# ---- tokens and state
+
+
+def _mixings(trips: Sequence[TripPicture]) -> Iterator[str]:
+    known = {m.name: m.what for trip in trips for m in trip.mixings}
+    texts = [(in_turn((m.name for m in t.mixings), " + ") or "–", mixed(t)) for t in trips]
+    if len(known) == 1 and len(set(texts)) == 1:
+        words = escape(mixed(trips[0]))
+    else:
+        words = "; ".join(
+            f"{escape(name)}: {escape(description)}" for name, description in known.items()
+        )
+    yield from _label(f"<b>Tokens are mixed by</b> {words or 'nothing'}")
+    yield from _runs(texts)
+
+
+def mixed(trip: TripPicture) -> str:
+    """What mixes tokens in one trip, in words."""
+    return in_turn((m.what for m in trip.mixings), "; ") or "nothing"
+
+
+def in_turn(texts: Iterable[str], between: str) -> str:
+    """Texts one after another, those that repeat once with how often."""
+    runs = [(text, len(list(group))) for text, group in groupby(texts)]
+    return between.join(text if count == 1 else f"{text} × {count}" for text, count in runs)
+
+
+def _exit_lanes(exits: Sequence[Exit]) -> Iterator[str]:
+    if not exits:
+        return
+    if all(e.threshold is None for e in exits):
+        words = f"after {', '.join(str(e.after) for e in exits)} trips; all are closed"
+    else:
+        words = ", ".join(f"after {e.after} trips ({threshold(e)})" for e in exits)
+    yield from _label(f"<b>Exits</b> {escape(words)}")
+    for each in exits:
+        title = f"exit after {each.after} trips, {threshold(each)}"
+        yield _cell(each.after - 1, each.after, "exit", "E▸", title)
+
+
+def _states(loop: LoopPicture, tallest: int) -> Iterator[str]:
+    if not tallest or not any(loop.state.values()):
+        return
+    contexts = sorted(loop.state, reverse=True)
+    widths = ["narrow bars", "wide bars"] if len(contexts) == 2 else ["bars"]
+    totals = [f"{size(loop.state[c])} at {c:,} tokens" for c in reversed(contexts)]
+    words = "; ".join(f"{t} ({w})" for t, w in zip(totals, widths, strict=False))
+    yield from _label(f"<b>State</b> {escape(words)}; full height is {size(tallest)} in one trip")
+    for trip in loop.trips:
+        title = ", ".join(f"{size(trip.state[c])} at {c:,} tokens" for c in contexts)
+        bars = "".join(
+            f'<i style="height: {100 * trip.state[c] / tallest:.2f}%"></i>' for c in contexts
+        )
+        column = f"grid-column: {trip.number + 1}"
+        words = escape(f"trip {trip.number}: {title}")
+        yield f'<div class="bar" style="{column}" title="{words}">{bars}</div>'
+
+
+# ---- cells
+
+
+def _label(words: str, title: str = "") -> Iterator[str]:
+    """A line above a lane; `words` are HTML."""
+    about = f' title="{escape(title)}"' if title else ""
+    yield f'<div class="label"{about}>{words}</div>'
+
+
+def _runs(texts: Sequence[tuple[str, str]], css_class: str = "") -> Iterator[str]:
+    """Cells for what trips have, one for each run of equals; upright where that does not fit."""
+    runs = []
+    start = 0
+    for (text, title), group in groupby(texts):
+        stop = start + len(list(group))
+        runs.append((start, stop, text, title))
+        start = stop
+    width = max(NARROWEST, ROOM / len(texts))
+    # beside each other, parts of a text may stand in lines of their own
+    longest = [max(map(len, text.split(" + "))) * LETTER for _, _, text, _ in runs]
+    fits = all(n <= (stop - a) * width for n, (a, stop, _, _) in zip(longest, runs, strict=True))
+    css_class = f"{css_class} run" if fits else f"{css_class} tall"
+    for a, stop, text, title in runs:
+        trips = f"trips {a} to {stop - 1}" if stop - a > 1 else f"trip {a}"
+        yield _cell(a, stop, css_class, text, f"{trips}: {title}")
+
+
+def _cell(start: int, stop: int, css_class: str, text: str, title: str, style: str = "") -> str:
+    column = f"{style}grid-column: {start + 1} / {stop + 1}"
+    words = escape(title)
+    return f'<div class="cell {css_class}" style="{column}" title="{words}">{escape(text)}</div>'

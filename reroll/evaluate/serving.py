@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +11,8 @@ import torch
 
 from reroll.bounds import COUNT, check_number
 from reroll.errors import UsageError
-from reroll.evaluate.exits import with_open
+from reroll.evaluate.exits import closed
 from reroll.rewrite.ir.exits import exit_loop, is_open
-from reroll.rewrite.ir.program import Program
 from reroll.runtime.depthwise import DepthScheduler
 from reroll.runtime.depthwise.scheduler import Mode
 
@@ -53,14 +51,6 @@ def answer(
             "rows_per_batch": counts.trips / max(counts.batches, 1),
             "skipped": counts.skipped,
         }
-
-
-def closed(program: Program) -> Program:
-    """Return the program with infinite thresholds, so that no token leaves early."""
-    loop_and_exits = exit_loop(program)
-    if loop_and_exits is None:
-        raise UsageError("the model has no exits", hint="convert it with insert_exits(at=[...])")
-    return with_open(program, dict.fromkeys(range(loop_and_exits[0].trips), math.inf))
 
 
 def compare_serving(

@@ -43,6 +43,11 @@ class Opening:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def code(self) -> dict[str, Any]:
+        """Options that say which files of a repository are read, and whether their code may run."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
 
 @dataclass
 class Subject:
@@ -64,11 +69,7 @@ class Subject:
         """Tokenizer of the model, if it has one."""
         tokenizer = None if self.program is None else tokenizer_of(self.program)
         if tokenizer is None and self.path is not None and not self.converted:
-            tokenizer = open_tokenizer(
-                self.path,
-                revision=self.opening.revision,
-                trust_remote_code=self.opening.trust_remote_code,
-            )
+            tokenizer = open_tokenizer(self.path, **self.opening.code)
         return tokenizer
 
     @property
@@ -192,12 +193,7 @@ def _named(name: str, opening: Opening) -> Subject:
     if is_converted(name, opening.revision):
         converted = capture(name, dtype=opening.dtype, revision=opening.revision)
         return _converted(name, converted, opening)
-    program = _captured(
-        name,
-        dtype=opening.dtype,
-        revision=opening.revision,
-        trust_remote_code=opening.trust_remote_code,
-    )
+    program = _captured(name, dtype=opening.dtype, **opening.code)
     architecture = None if program is None else program.origin.architecture
     model = open_original(name, opening, architecture)
     return Subject(name, model, program, False, name, opening)

@@ -114,7 +114,10 @@ def evaluate(
         "suite": suite,
         "seed": seed,
         "text": str(text) if isinstance(text, Path) else "sample" if text is None else "given",
-        "dtype": _dtypes(subject, other),
+        "dtype": {
+            side: None if each is None else str(each.dtype).removeprefix("torch.")
+            for side, each in (("model", subject), ("original", other))
+        },
         "threads": torch.get_num_threads(),
         "passes": _passes(subject),
         "interrupted": interrupted,
@@ -143,13 +146,6 @@ def _run(measure: Measure, bench: Bench) -> dict[str, Any]:
         outcome["headline"] = {s: measure.headline(outcome["result"][s]) for s in sides}
     options = {key: getattr(measure, key) for key in measure.options()}
     return {**outcome, "options": options, "seconds": time.perf_counter() - start}
-
-
-def _dtypes(subject: Subject, other: Subject | None) -> dict[str, str | None]:
-    def name(each: Subject | None) -> str | None:
-        return None if each is None else str(each.dtype).removeprefix("torch.")
-
-    return {"model": name(subject), "original": name(other)}
 
 
 def _passes(subject: Subject) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def _write(
     _write_config(replace(stored, origin=origin), directory, config)
     classes = name_classes(directory, _classes(program))
     stored = replace(stored, origin=replace(origin, config={**origin.config, **classes}))
-    _write_json(directory / PROGRAM_FILE, program_to_json(stored))
+    write_json(directory / PROGRAM_FILE, program_to_json(stored))
     (directory / "README.md").write_text(model_card(stored), encoding="utf-8")
 
 
@@ -117,7 +117,7 @@ def _write_config(program: Program, directory: Path, given: RerollConfig | None)
     config.dtype = program.dtype
     config.architectures = [model_class(program.origin.auto_class).__name__]
     config.program_file = PROGRAM_FILE
-    _write_json(directory / "config.json", json.loads(config.to_json_string()), sort_keys=True)
+    write_json(directory / "config.json", json.loads(config.to_json_string()), sort_keys=True)
 
 
 def with_saved_weights(program: Program, directory: Path, progress: Progress | None) -> Program:
@@ -144,6 +144,7 @@ def with_saved_weights(program: Program, directory: Path, progress: Progress | N
     )
 
 
-def _write_json(path: Path, data: Any, sort_keys: bool = False) -> None:
+def write_json(path: Path, data: Any, sort_keys: bool = False) -> None:
+    """Write JSON data to a file, each entry on a line of its own."""
     text = json.dumps(data, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n"
     path.write_text(text, encoding="utf-8")

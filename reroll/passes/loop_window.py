@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, product
 from typing import Literal
 
 import torch
@@ -112,7 +112,8 @@ class LoopWindow(Pass):
             raise PassError(f"{whole.name} carries {len(whole.carry)} values, and a step needs one")
         name, trips = whole.name, whole.trips
         program, pieces = split_loop(program, whole, [start, stop])
-        window = next(p for p, first in zip(pieces, _firsts(pieces), strict=True) if first == start)
+        firsts = [0, *accumulate(piece.trips for piece in pieces[:-1])]
+        window = next(p for p, first in zip(pieces, firsts, strict=True) if first == start)
         program, window = pack_trips(program, window, stop - start)
         runs = 1
         if steps > 1 and self.scheme != "naive":
@@ -134,13 +135,6 @@ class LoopWindow(Pass):
 def _named(candidate: tuple[int, int, int]) -> str:
     start, stop, steps = candidate
     return f"start={start}, stop={stop}, steps={steps}"
-
-
-def _firsts(pieces: list[Loop]) -> list[int]:
-    starts = [0]
-    for piece in pieces[:-1]:
-        starts.append(starts[-1] + piece.trips)
-    return starts
 
 
 def _stepped(body: fx.Graph, scheme: Scheme, length: float) -> tuple[fx.Graph, int]:

@@ -7,9 +7,8 @@ A run is a list of stages, each with its loss, what it trains and its share of t
 
 from __future__ import annotations
 
-from reroll.recover.boards import tensorboard
 from reroll.recover.recipe import Recipe, load_recipe
-from reroll.recover.run import Report, recover
+from reroll.recover.run import Report, recover, tensorboard
 from reroll.recover.stage import Batch, Models, Stage
 
 __all__ = ["Batch", "Models", "Recipe", "Report", "Stage", "load_recipe", "recover", "tensorboard"]

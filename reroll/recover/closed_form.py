@@ -71,7 +71,9 @@ def fit_linear_layers(models: Models, batches: Sequence[Batch]) -> dict[str, flo
             for _ in range(ROUNDS):
                 _fit_shared(part, products)
                 for layer in part:
-                    _fit_factors(layer, products[layer.name])
+                    if layer.factors:
+                        lost = layer.teacher.weight - layer.student.weight
+                        set_factors(layer, lost, products[layer.name])
             after += _error(part, products)
     return {"error_before": before / size, "error_after": after / size} if size else {}
 
@@ -177,11 +179,6 @@ def _fit_shared(part: Sequence[FittedLinear], products: Mapping[str, Tensor]) ->
         wanted += rest.double() @ products[layer.name].double()
     total.diagonal().add_(stay)
     weight.copy_(torch.linalg.solve(total, wanted, left=False))
-
-
-def _fit_factors(layer: FittedLinear, product: Tensor) -> None:
-    if layer.factors:
-        set_factors(layer, layer.teacher.weight - layer.student.weight, product)
 
 
 def set_factors(layer: FittedLinear, wanted: Tensor, product: Tensor) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from reroll.bounds import TOKENS, check_number
+from reroll.errors import UsageError
 from reroll.recover.checkpoints import Directory
 from reroll.recover.recipe import Recipe, load_recipe
 from reroll.recover.setup import Setup, prepare
@@ -113,3 +115,34 @@ def _accelerator() -> Any:
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     # accelerate keeps one precision per process, and each run has its own
     return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+
+
+# ---- metrics for TensorBoard
+
+
+def tensorboard(folder: str | Path) -> Callable[[Mapping[str, Any]], None]:
+    """Return a function that writes the metrics of each step to a folder that TensorBoard reads.
+
+    For `recover(..., on_step=tensorboard(folder))`. Raises UsageError if TensorBoard is not
+    installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            "TensorBoard is not installed", hint="pip install 'reroll[tensorboard]'"
+        ) from error
+
+    # opened at the first call, so that only the process that writes opens a file
+    @cache
+    def writer() -> Any:
+        return SummaryWriter(str(folder))
+
+    def write(step: Mapping[str, Any]) -> None:
+        for name, value in step.items():
+            if isinstance(value, int | float) and name != "steps":
+                writer().add_scalar(name, value, step["steps"])
+        if step["steps"] == step["total_steps"]:
+            writer().close()
+
+    return write

@@ -36,10 +36,7 @@ class Cost(Measure):
     contexts: list[int] = option([1024, 4096], within=COUNT, help="tokens in context")
 
     def run(self, bench: Bench) -> dict[str, Any]:
-        result = {}
-        for side, runner in bench.sides.items():
-            result[side] = self._of(runner)
-        return result
+        return {side: self._of(runner) for side, runner in bench.sides.items()}
 
     def headline(self, result: Mapping[str, Any]) -> dict[str, float | int | None]:
         rows: dict[str, float | int | None] = {
@@ -58,17 +55,15 @@ class Cost(Measure):
         if program is None:
             raise NotApplicable(f"{runner.name} could not be captured, so nothing can be counted")
         read = bytes_read(program)
-        contexts = []
-        for context in self.contexts:
-            state = subject.state_bytes(context)
-            contexts.append(
-                {
-                    "context": context,
-                    "flops_per_token": flops_per_token(program, context),
-                    "state_bytes": state,
-                    "bytes_per_token": read + (state or 0),
-                }
-            )
+        contexts = [
+            {
+                "context": context,
+                "flops_per_token": flops_per_token(program, context),
+                "state_bytes": (state := subject.state_bytes(context)),
+                "bytes_per_token": read + (state or 0),
+            }
+            for context in self.contexts
+        ]
         return {
             "parameters": subject.parameters(),
             "weight_bytes": subject.bytes(),
@@ -79,13 +74,11 @@ class Cost(Measure):
 
 def bytes_read(program: Program) -> int:
     """Count the bytes of the weights that the forward of one token reads, trip by trip."""
-    total = _graph(program, program.graph)
-    for loop in program.loops:
-        total += loop.trips * _graph(program, loop.body.graph)
-    return total
+    loops = sum(loop.trips * _graph(loop.body.graph) for loop in program.loops)
+    return _graph(program.graph) + loops
 
 
-def _graph(program: Program, graph: fx.Graph) -> int:
+def _graph(graph: fx.Graph) -> int:
     total = 0
     for node in graph.nodes:
         type_ = type_of(node)

@@ -135,8 +135,7 @@ def mqar(bench: Bench, runner: Runner, pairs: int, samples: int) -> Iterator[tup
         rows.append(row)
         distances.append(away)
     for scores, away in zip(score_rows(runner, rows), distances, strict=True):
-        for each, distance in zip(scores, away, strict=True):
-            yield Answer(each.chosen, each.exact, each.log_likelihood), distance
+        yield from zip(scores, away, strict=True)
 
 
 def _pairs(

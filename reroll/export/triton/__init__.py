@@ -3,8 +3,7 @@
 sites.py             attentions and recurrences, which have state
 linears.py           linear layers that are one kernel with their norm, low-rank residual and gate
 graphs.py            its graphs as Python functions
-specialise.py        kernels as text, with the program's constants in them
-launches.py          the kernels of its recurrences, and the functions that launch them
+launches.py          its kernels as text with its constants in them, and what launches them
 module.py            the text of model.py, and the other files
 precompile.py        binaries of the kernels, compiled without a GPU
 bundle_*.py          the common parts of all bundles, copied as they are

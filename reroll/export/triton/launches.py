@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ import torch
 from reroll.errors import ExportError
 from reroll.export.triton.linears import Fused
 from reroll.export.triton.sites import Site
-from reroll.export.triton.specialise import plain, specialised
 from reroll.kernels import configurations, delta, diagonal, linear_rows, pointwise, step, window
 
 NUMBERS = {
@@ -245,3 +246,58 @@ _LAUNCH_DELTA = _LAUNCH.replace(
         *strides(g), *strides(beta), *strides(o.transpose(1, 2)), **tiles)
 """,
 )
+
+
+# ---- source text of kernels, with constants written into them
+
+
+def specialised(kernel: Any, name: str, constants: Mapping[str, object]) -> str:
+    """Return the source of a kernel under a new name.
+
+    `constants` are values by parameter, or expressions as text.
+    """
+    function = _parsed(kernel)
+    function.name = name
+    values = {key: ast.parse(str(value), mode="eval").body for key, value in constants.items()}
+    known = {a.arg for a in function.args.args}
+    missing = set(values) - known
+    assert not missing, f"{name} has no parameters {missing}"
+    function.args.args = [a for a in function.args.args if a.arg not in values]
+    tree = _Fold(values).visit(function)
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def plain(function: Any) -> str:
+    """Return the unchanged source of a function that kernels call, with its comments."""
+    return textwrap.dedent(inspect.getsource(function.fn)).rstrip()
+
+
+def _parsed(kernel: Any) -> ast.FunctionDef:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
+    function = tree.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return function
+
+
+class _Fold(ast.NodeTransformer):
+    def __init__(self, values: Mapping[str, ast.expr]) -> None:
+        self.values = values
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if isinstance(node.ctx, ast.Load) and node.id in self.values:
+            return self.values[node.id]
+        return node
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        decided = _decided(node.test)
+        if decided is None:
+            return node
+        return node.body if decided else node.orelse
+
+
+def _decided(test: ast.expr) -> bool | None:
+    """Return the truth value of a condition, or None if it depends on names or calls."""
+    if any(isinstance(n, ast.Name | ast.Call) for n in ast.walk(test)):
+        return None
+    return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {"__builtins__": {}}))

@@ -19,7 +19,6 @@ from reroll.export.side_files import copy_side_files
 from reroll.export.triton.graphs import LOGITS, GraphWriter
 from reroll.export.triton.launches import NUMBERS, has_kernel, has_tiles, kernel_number, kernels_of
 from reroll.export.triton.linears import Fused, fused_of, kinds_of
-from reroll.export.triton.readme import readme
 from reroll.export.triton.sites import Site, sites_of
 from reroll.rewrite.ir.program import Program, weight_nodes
 
@@ -209,4 +208,41 @@ _TAIL = """
 if __name__ == "__main__":
     for name, error in Model(Path(__file__).parent).selftest().items():
         print(f"{name}: relative error {error:.1e}")
+"""
+
+
+# ---- the README.md of a bundle
+
+
+def readme(found: Mapping[str, Any]) -> str:
+    """Return the text that describes a bundle and how to run it."""
+    passes = "\n".join(f"- `{text}`" for text in found["passes"]) or "- none"
+    kernels = ", ".join(f"`{name}`" for name in found["kernels"]) or "none: it has no recurrence"
+    return _TEXT.format(
+        model=found["model"], passes=passes, kernels=kernels, archs=", ".join(found["archs"])
+    )
+
+
+_TEXT = """# {model}, as a Triton bundle
+
+Needs `torch` and `triton` (3.7.1 or newer), nothing else.
+
+```python
+from model import Model
+
+model = Model(".", slots=8)
+model.selftest()  # every kernel against its definition, on this GPU
+model.generate([[1, 2, 3]], 20)
+```
+
+`prefill(ids, mask)` begins sequences in slots and gives their logits, `decode(tokens)` takes one
+more token of each; on CUDA, decoding is one CUDA graph for each number of rows. Padding stands
+before the tokens of a row. Without a GPU, `TRITON_INTERPRET=1` runs the same code slowly.
+
+Passes:
+
+{passes}
+
+Kernels: {kernels}. Block sizes are for {archs}, as reroll's sweep chose them. Speed on a GPU has
+not been measured.
 """

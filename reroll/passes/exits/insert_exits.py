@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -15,14 +15,22 @@ from reroll.bounds import COUNT, SIZE
 from reroll.errors import PassError, UsageError
 from reroll.passes.exits.heads import add_heads, copy_path, path_to_logits
 from reroll.passes.exits.scores import Scores, stacked_weight
-from reroll.passes.exits.skipped_tokens import leave_out
 from reroll.rewrite.capture.rolling.split import find_loop, inline
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.exits import exits_of
-from reroll.rewrite.ir.matching import argument
-from reroll.rewrite.ir.ops import ATTENTION, EXIT, HOLD, RECURRENCE
+from reroll.rewrite.ir.matching import argument, shape
+from reroll.rewrite.ir.ops import (
+    ATTENTION,
+    ATTENTION_MASS,
+    CACHE,
+    EXIT,
+    HOLD,
+    MARK_KEYS,
+    RECURRENCE,
+)
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.records import Body, TensorType
+from reroll.rewrite.ir.types import set_type
 from reroll.rewrite.ir.weights import Expr, Weight
 from reroll.rewrite.pipeline.base import Context, Pass, option
 
@@ -237,3 +245,49 @@ class _Builder:
         full = f"{self.loop.name}.*.exit.{name}"
         self.weights[full] = weight
         return self.body.weight(full, weight)
+
+
+# ---- leaving skipped tokens out
+
+
+PAD = torch.ops.aten.constant_pad_nd.default
+
+HINT = "use state=propagate or state=defer"
+
+
+def leave_out(loop: Loop, graph: fx.Graph, done: fx.Node) -> None:
+    """Hide the keys and state updates of tokens that are `done` [batch, time]; edits in place.
+
+    Raises PassError where a body has neither cache nor recurrence, where anything but attention
+    reads keys, or where attention scores are capped.
+    """
+    caches = [n for n in graph.nodes if n.target is CACHE]
+    mixers = [n for n in graph.nodes if n.target is RECURRENCE]
+    if not caches and not mixers:
+        raise PassError(f"{loop.name} keeps nothing of a token that could be left out", hint=HINT)
+    for node in mixers:
+        node.kwargs = {**node.kwargs, "idle": done}
+    for cache in caches:
+        _mark(graph, cache, done)
+
+
+def _mark(graph: fx.Graph, cache: fx.Node, done: fx.Node) -> None:
+    k: Any = cache.args[0]
+    build = Builder(graph)
+    with build.before(cache):
+        marked = build.call(MARK_KEYS, k, done)
+    cache.update_arg(0, marked)
+    keys = [n for n in cache.users if n.target is operator.getitem and n.args[1] == 0]
+    for key in keys:
+        old, size = key.meta["type"], shape(marked)[-1]
+        set_type(key, TensorType(old.dtype, (*old.shape[:-1], size)))
+        for reader in list(key.users):
+            if reader.target not in (ATTENTION, ATTENTION_MASS) or argument(reader, "k") is not key:
+                raise PassError(f"{reader.name} reads keys, and is no attention", hint=HINT)
+            if argument(reader, "softcap") is not None:
+                raise PassError(
+                    "keys cannot be hidden where attention scores are capped", hint=HINT
+                )
+            q: Any = argument(reader, "q")
+            with build.before(reader):
+                reader.update_arg(0, build.call(PAD, q, [0, 1], 1.0))

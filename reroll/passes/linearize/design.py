@@ -6,21 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from reroll.errors import PassError
 from reroll.mixers import Mixer, make
+from reroll.mixers.feature_maps import FEATURE_MAPS
 from reroll.mixers.registry import find
 from reroll.passes.linearize import combining
 from reroll.passes.linearize.attention_calls import Reach
-from reroll.passes.linearize.features import Feature, mapped
 from reroll.passes.linearize.gates import Projections, liger_gate
 from reroll.passes.linearize.linearized_attention import LinearizedAttention, before_rotary
 from reroll.rewrite.analysis.layers import per_trip
 from reroll.rewrite.ir.builder import Builder
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import BIDIRECTIONAL, RECURRENCE
+from reroll.rewrite.ir.weights import Expr, build
+from reroll.rewrite.ir.weights.expressions import DTYPE_NAMES, Meta, dtype_from_name
+from reroll.rewrite.ir.weights.registry import weight_function
 
 Combine = Literal["disjoint", "joint", "sum"]
 Gates = Literal["learned", "calibrated", "clustered", "liger", "liger-code"]
@@ -150,3 +154,37 @@ class Design:
                 variant = "paper" if self.gates == "liger" else "code"
                 gates.append(liger_gate(attention, mixer, gate, variant))
         return gates
+
+
+# ---- feature maps of queries and keys
+
+
+Feature = Literal["none", "softmax", "elu", "relu", "hedgehog"]
+
+
+@weight_function(
+    lambda count, size, dtype: Meta((count, size, size), dtype_from_name(dtype)), arithmetic=False
+)
+def identities(count: int, size: int, dtype: str) -> Tensor:
+    """Return `count` identity matrices, [count, size, size]."""
+    return torch.eye(size, dtype=dtype_from_name(dtype)).repeat(count, 1, 1)
+
+
+def mapped(attention: LinearizedAttention, x: fx.Node, feature: Feature, name: str) -> fx.Node:
+    """Apply a feature map to queries or keys [batch, heads, time, size]; `name` is "q" or "k"."""
+    if feature == "none":
+        return x
+    features = FEATURE_MAPS[feature]
+    builder = Builder(attention.graph)
+    if feature != "hedgehog":
+        return builder.trace(lambda x: features(x).to(x.dtype), x)
+    type_ = x.meta["type"]
+    heads, size = int(type_.shape[1]), int(type_.shape[3])
+
+    def start(layer: int) -> Expr:
+        del layer
+        return build("identities", heads, size, DTYPE_NAMES[type_.dtype])
+
+    # the paper's projection, per head
+    weight = attention.new_weight(f"{name}_features", (heads, size, size), start)
+    return builder.trace(lambda x, w: features(torch.matmul(x, w)).to(x.dtype), x, weight)

@@ -16,8 +16,7 @@ from reroll.mixers.registry import find
 from reroll.passes.linearize.attention_calls import Reach, samples
 from reroll.passes.linearize.clusters import Clusters, measure_clusters
 from reroll.passes.linearize.combining import confine
-from reroll.passes.linearize.design import Combine, Design, Gates
-from reroll.passes.linearize.features import Feature
+from reroll.passes.linearize.design import Combine, Design, Feature, Gates
 from reroll.passes.linearize.gains import least_joint, least_squares, measure_gains
 from reroll.passes.linearize.gates import Projections, Start
 from reroll.passes.linearize.half_lives import measure_starts

@@ -32,6 +32,7 @@ from reroll.rewrite.analysis.samples import (
 )
 from reroll.rewrite.analysis.tolerances import relative_rms
 from reroll.rewrite.ir.defaults import first_position
+from reroll.rewrite.ir.interpret import complete
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weights import stored_name
 from reroll.runtime.lowering.recapture import stored_tensors
@@ -181,7 +182,7 @@ def _at_length(
     rows = ROWS if len(program.inputs) > 1 else 2
     inputs = random_inputs(program, rows=rows, length=length, padded=True)
     padding = next((i.name for i in program.inputs if i.role == "padding"), None)
-    actual = session.run(_completed(program, inputs))
+    actual = session.run(complete(program, inputs))
     with torch.no_grad(), choices.taken(actual):
         expected = module(**inputs)
     for name in program.outputs:
@@ -190,12 +191,6 @@ def _at_length(
         if seen is not None and a.shape[:2] == seen.shape:
             a, b = a[seen.bool()], b[seen.bool()]
         yield name, a, b
-
-
-def _completed(program: Program, inputs: Inputs) -> dict[str, Tensor]:
-    from reroll.rewrite.ir.interpret import complete
-
-    return complete(program, inputs)
 
 
 def _decoded(

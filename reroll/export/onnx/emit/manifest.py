@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto
 
 import reroll
+from reroll.export.huggingface import write_json
 from reroll.export.onnx.emit.readme import readme
 from reroll.export.onnx.emit.weight_file import digests
 from reroll.export.onnx.graph import ELEMENT
@@ -37,11 +38,12 @@ def write_manifest(
 ) -> dict[str, Any]:
     """Write the three files, and return the manifest."""
     program, settings = plan.program, plan.settings
+    causal = program.origin.auto_class == "AutoModelForCausalLM"
     graphs = {kind: _graph(directory / file) for kind, file in files.items()}
     states = [_state(state) for state in plan.graphs[next(iter(files))].states]
     config = _genai_config(program, states, directory, files)
     if config is not None:
-        _write_json(directory / GENAI, config)
+        write_json(directory / GENAI, config)
     for kind, result in checked.items():
         graphs[kind]["check"] = result
     found: dict[str, Any] = {
@@ -61,7 +63,8 @@ def write_manifest(
         "graphs": graphs,
         "computed_inputs": list(plan.computed_inputs),
         "states": states,
-        "decoding": _decoding(program, states),
+        # what a run of a causal model takes: new tokens, or all; None for other models
+        "decoding": "states" if states else "whole" if causal else None,
         "weights": {
             "file": FILE,
             "bytes": (directory / FILE).stat().st_size,
@@ -75,18 +78,8 @@ def write_manifest(
         if p.is_file() and p.name not in (FILE, *files.values())
     )
     found["files"] = {name: _digest(directory / name) for name in others}
-    _write_json(directory / MANIFEST, found)
+    write_json(directory / MANIFEST, found)
     return found
-
-
-def _decoding(program: Program, states: list[dict[str, Any]]) -> str | None:
-    """Return what a run of a causal model takes: new tokens ("states") or all ("whole").
-
-    Returns None for other models.
-    """
-    if states:
-        return "states"
-    return "whole" if program.origin.auto_class == "AutoModelForCausalLM" else None
 
 
 def _graph(path: Path) -> dict[str, Any]:
@@ -220,8 +213,3 @@ def _generation(program: Program) -> dict[str, Any]:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _write_json(path: Path, data: Any) -> None:
-    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")

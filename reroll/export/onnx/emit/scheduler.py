@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
+from reroll.export.onnx.emit.session import opened
 from reroll.export.onnx.emit.step import AFTER, DEPTH, HIDDEN
 from reroll.export.onnx.plan.states import GROWS
 
@@ -38,16 +38,9 @@ class DepthScheduler:
     """Greedy generation of many requests with the graphs in a directory."""
 
     def __init__(self, directory: str | Path, rounds: int, threads: int = 0) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-
-        def session(name: str) -> Any:
-            return onnxruntime.InferenceSession(
-                str(Path(directory) / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
-            )
-
-        self.embed, self.step, self.head = map(session, ("embed", "step", "head"))
+        self.embed, self.step, self.head = (
+            opened(Path(directory) / f"{name}.onnx", threads) for name in ("embed", "step", "head")
+        )
         self.rounds = rounds
         self.names = [i.name for i in self.step.get_inputs()]
         self.past = [i for i in self.step.get_inputs() if i.name.startswith("past_key_values")]

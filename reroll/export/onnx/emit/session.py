@@ -14,6 +14,17 @@ from reroll.errors import ExportError
 _UNRELEASED = "ALLOW_RELEASED_ONNX_OPSET_ONLY=0 in the environment lets it try"
 
 
+def opened(path: str | Path, threads: int = 0) -> Any:
+    """Open a graph in ONNX Runtime itself, on the processor; 0 threads are as many as it has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # no warnings, for example about shapes that differ from this batch's
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 class Session:
     """An ONNX graph and the caches of one batch of sequences.
 
@@ -22,16 +33,8 @@ class Session:
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # no warnings, for example about shapes that differ from this batch's
-        options.log_severity_level = 3
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            self.session = opened(path, threads)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise ExportError(

@@ -38,7 +38,10 @@ def index(g: Translator, node: fx.Node, x: Any, indices: Sequence[Any]) -> Value
             new = rank - len(others)
             order = [*range(new, new + axes[0]), *range(new), *range(new + axes[0], rank)]
             made = _turned(g, made, order)
-    _remember_sizes(g, node, made)
+    # the number of elements that a mask selects, which every trip computes again
+    for axis, dim in enumerate(shape(node)):
+        if isinstance(dim, str) and re.fullmatch(r"u\d+", dim):
+            g.sizes[dim] = g.op("Shape", made, start=axis, end=axis + 1, dtype=INT)
     return made
 
 
@@ -66,13 +69,6 @@ def _by_axis(g: Translator, node: fx.Node, indices: Sequence[Any]) -> tuple[list
         axes += range(axis, axis + rank)
         axis += rank
     return axes, places
-
-
-def _remember_sizes(g: Translator, node: fx.Node, made: Value) -> None:
-    """Record the number of elements that a mask selects, which every trip computes again."""
-    for axis, dim in enumerate(shape(node)):
-        if isinstance(dim, str) and re.fullmatch(r"u\d+", dim):
-            g.sizes[dim] = g.op("Shape", made, start=axis, end=axis + 1, dtype=INT)
 
 
 def _turned(g: Translator, x: Value, order: Sequence[int]) -> Value:
@@ -105,7 +101,8 @@ def index_put(
     """Replace the elements of a tensor at given indices or where masks are true."""
     dtype, rank = g.dtype(node), len(shape(node))
     x = g.tensor(x, dtype)
-    if _is_one_mask(g, indices) and not accumulate and not shape_of(node, 2):
+    is_mask = len(indices) == 1 and g.tensor(indices[0]).dtype == torch.bool
+    if is_mask and not accumulate and not shape_of(node, 2):
         sources: Any = node.args[1]
         mask, missing = g.tensor(indices[0]), rank - len(shape(sources[0]))
         if missing:
@@ -125,10 +122,6 @@ def index_put(
         size = g.op("Concat", size, rest, axis=0)
     updates = g.op("Expand", g.tensor(values, dtype), size)
     return g.op("ScatterND", x, where, updates, reduction="add" if accumulate else None)
-
-
-def _is_one_mask(g: Translator, indices: Sequence[Any]) -> bool:
-    return len(indices) == 1 and g.tensor(indices[0]).dtype == torch.bool
 
 
 @lowering(TARGET, "aten::index_select.default")

@@ -99,7 +99,7 @@ def trunc(g: Translator, node: fx.Node, x: Any) -> Value:
 
 @lowering(TARGET, *(f"aten::{n}.{t}" for n in ("remainder", "fmod") for t in ("Tensor", "Scalar")))
 def remainder(g: Translator, node: fx.Node, a: Any, b: Any) -> Value:
-    """Compute the remainder of a division, with the sign of the divisor; of the dividend in fmod."""
+    """Compute the remainder of a division, with the divisor's sign; in fmod the dividend's."""
     dtype, is_fmod = g.dtype(node), "fmod" in op_name(node.target)
     left, right = _operands(g, node, a, b)
     if not dtype.is_floating_point and not is_fmod:

@@ -88,14 +88,8 @@ class States:
         """Set one part of the state after the run, of the running trip."""
         if len(numbers) == 1:
             self.present[numbers[0], part] = value
-            return
-
-        def take(stack: Value) -> None:
-            for position, number in enumerate(numbers):
-                own = g.op("Gather", stack, g.number(position, INT), axis=0)
-                self.present[number, part] = own
-
-        g.scans.append(Scan(value, take))
+        else:
+            self._collect(g, numbers, part, value, grows=False)
 
     def append(self, g: Translator, node: fx.Node, k: Value, v: Value) -> tuple[Value, Value]:
         """Append new keys and values to a cache, and return those of all tokens."""
@@ -110,17 +104,20 @@ class States:
             if len(numbers) == 1:
                 self.present[numbers[0], part] = total
             else:
-                self._collect(g, numbers, part, new)
+                self._collect(g, numbers, part, new, grows=True)
         return made["key"], made["value"]
 
-    def _collect(self, g: Translator, numbers: Sequence[int], part: str, new: Value) -> None:
-        """Let the Loop return the new tokens of every round, and append them outside."""
+    def _collect(
+        self, g: Translator, numbers: Sequence[int], part: str, new: Value, *, grows: bool
+    ) -> None:
+        """Let the Loop return a value of every round: each a state, or appended to one."""
 
         def take(stack: Value) -> None:
             for position, number in enumerate(numbers):
                 own = g.op("Gather", stack, g.number(position, INT), axis=0)
-                past = self.past[number, part]
-                self.present[number, part] = g.op("Concat", past, own, axis=2)
+                past = self.past[number, part] if grows else None
+                whole = own if past is None else g.op("Concat", past, own, axis=2)
+                self.present[number, part] = whole
 
         g.scans.append(Scan(new, take))
 

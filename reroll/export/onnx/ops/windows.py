@@ -16,7 +16,6 @@ from reroll.errors import ExportError
 from reroll.export.onnx.graph import Value
 from reroll.export.onnx.ops.arguments import Size
 from reroll.export.onnx.plan.states import Ring
-from reroll.rewrite.ir.program import Program
 
 if TYPE_CHECKING:
     from reroll.export.onnx.emit.translate import Translator
@@ -117,14 +116,9 @@ def _places(g: Translator, first: int) -> Value:
 
 def padding_of(g: Translator) -> Value:
     """Return the padding mask [batch, tokens] that the graph gets."""
-    name = _padding_input(g.program)
-    return Value(name, INT, g.graph.root)
-
-
-def _padding_input(program: Program) -> str:
-    for item in program.inputs:
+    for item in g.program.inputs:
         if item.role == "padding" and len(item.type.shape) == 2 and item.type.dtype == INT:
-            return item.name
+            return Value(item.name, INT, g.graph.root)
     raise ExportError(
         "a window that does not grow needs a padding mask [batch, tokens] to count by",
         hint="capture the model with its attention_mask",

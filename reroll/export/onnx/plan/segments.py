@@ -77,7 +77,7 @@ class Trips:
 
 def plan_loop(program: Program, loop: Loop, *, is_rolled: bool) -> LoopPlan:
     """Plan a loop, whose trips may become ONNX Loops if it is rolled."""
-    segments = rolled(program, loop) if is_rolled else unrolled(loop)
+    segments = rolled(program, loop) if is_rolled else [Segment(0, loop.trips, 1)]
     exits = exits_of(loop)
     if exits is None or not any(map(is_open, exits.thresholds)):
         return LoopPlan(loop, tuple(segments), None, None)
@@ -87,11 +87,6 @@ def plan_loop(program: Program, loop: Loop, *, is_rolled: bool) -> LoopPlan:
     can_skip = returned[0].target is HOLD and all(node.target is CACHE for node in keeping)
     kept = frozenset(ancestors(keeping)) if can_skip else None
     return LoopPlan(loop, tuple(segments), exits, kept)
-
-
-def unrolled(loop: Loop) -> list[Segment]:
-    """Return one segment with all trips, each written out."""
-    return [Segment(0, loop.trips, 1)]
 
 
 def rolled(program: Program, loop: Loop) -> list[Segment]:
