@@ -106,7 +106,9 @@ def _write_page(
     names = [model] if against is None else [model, against]
     # refused before a model is opened
     check_page(file, names)
-    called = _called(names)
+    # directories are called by their own names, if those differ
+    short = [Path(name).resolve().name if Path(name).exists() else name for name in names]
+    called = short if len(set(short)) == len(names) else names
     pictures = []
     with Bars() as bars:
         for number, name in enumerate(names):
@@ -119,12 +121,6 @@ def _write_page(
         write_json({"page": str(file), "programs": [asdict(each) for each in pictures]})
     else:
         notes().print(f"wrote {file}", markup=False)
-
-
-def _called(names: list[str]) -> list[str]:
-    """What models are called on a page: directories by their own names, if those differ."""
-    short = [Path(name).resolve().name if Path(name).exists() else name for name in names]
-    return short if len(set(short)) == len(names) else names
 
 
 @command

@@ -91,7 +91,7 @@ def compare(
     for number, item in enumerate((a, b)):
         report(number, 2, "opening models")
         subjects.append(open_subject(item, opening))
-    pair = _Pair(subjects[0], subjects[1])
+    pair = _Pair(*subjects)
     length = _fitting(pair) if length is None else length
     for program in pair.programs:
         check_length(program, length, "--length", "give at most {limit}")
@@ -132,9 +132,7 @@ class _Pair:
     def __init__(self, a: Subject, b: Subject) -> None:
         self.a = a
         self.b = b
-        outputs = [
-            subject.program.outputs for subject in (a, b) if subject.program is not None
-        ] or [("logits",)]
+        outputs = [s.program.outputs for s in (a, b) if s.program is not None] or [("logits",)]
         programs = self.programs = [s.program for s in (b, a) if s.program is not None]
         wanted = measured_output(programs[0]) if programs else "logits"
         common = [name for name in outputs[0] if all(name in other for other in outputs)]
@@ -154,11 +152,6 @@ class _Pair:
         self.logits = "logits" in self.output
         self.inputs: tuple[Input, ...] = programs[0].inputs if programs else ()
         self.program = programs[0] if programs else None
-
-    @property
-    def subjects(self) -> tuple[Subject, Subject]:
-        """Subjects a and b."""
-        return self.a, self.b
 
 
 @dataclass(frozen=True)
@@ -239,7 +232,7 @@ def _pieces(
         following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
     whole = 4 * (sample.length or 1) * _width(pair)
     parts = math.ceil(whole / _BUDGET)
-    able = all("logits_to_keep" in subject.accepts for subject in pair.subjects)
+    able = all("logits_to_keep" in subject.accepts for subject in (pair.a, pair.b))
     if parts == 1 or not able or sample.length is None:
         yield None, None if following is None else following.flatten()
         return

@@ -47,23 +47,13 @@ def make_optimizer(stage: Stage, parameters: Iterable[nn.Parameter]) -> torch.op
     wanted = [p for p in parameters if p.requires_grad]
     matrices = [p for p in wanted if p.ndim == 2 and stage.optimizer == "muon"]
     rest = [p for p in wanted if p.ndim != 2 or stage.optimizer != "muon"]
+    common = {"lr": stage.lr, "weight_decay": stage.weight_decay}
     parts: list[torch.optim.Optimizer] = []
     if rest:
         first, second = stage.betas
-        parts.append(
-            torch.optim.AdamW(
-                rest, lr=stage.lr, betas=(first, second), weight_decay=stage.weight_decay
-            )
-        )
+        parts.append(torch.optim.AdamW(rest, betas=(first, second), **common))
     if matrices:
-        parts.append(
-            torch.optim.Muon(
-                matrices,
-                lr=stage.lr,
-                weight_decay=stage.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common))
     return parts[0] if len(parts) == 1 else Both(parts)
 
 

@@ -13,6 +13,7 @@ Here the models are not trained on it. Each question comes after `shots` solved 
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
@@ -25,7 +26,7 @@ from reroll.rewrite.pipeline.options import option
 OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
     "MIN": min,
     "MAX": max,
-    "MED": lambda values: _median(values),
+    "MED": lambda values: int(statistics.median(values)),
     "SM": lambda values: sum(values) % 10,
 }
 DEPTH = 10
@@ -128,11 +129,3 @@ def write(tree: Tree) -> str:
     if isinstance(tree, int):
         return str(tree)
     return f"[{tree[0]} {' '.join(map(write, tree[1]))} ]"
-
-
-def _median(values: Sequence[int]) -> int:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    if len(ordered) % 2:
-        return ordered[middle]
-    return (ordered[middle - 1] + ordered[middle]) // 2

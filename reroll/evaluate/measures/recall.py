@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 from reroll.bounds import COUNT, COUNT_OR_NONE, SHARE
@@ -110,29 +111,18 @@ class Recall(Measure):
         self, bench: Bench, runner: Runner, task: str
     ) -> list[tuple[list[tuple[Question, int]], dict[str, Any]]]:
         """Return questions with the distances of their answers, and the cell of each group."""
+        groups: list[tuple[list[tuple[Question, int]], dict[str, Any]]] = []
         if task in ("needle", "passkey"):
             make = tasks.needle if task == "needle" else tasks.passkey
-            return [
-                (
-                    [
-                        question
-                        for n in range(self.samples)
-                        if (question := make(bench, runner, length, depth, n)) is not None
-                    ],
-                    {"length": length, "depth": depth},
-                )
-                for length in within(self.lengths, runner)
-                for depth in self.depths
-            ]
-        if task == "phonebook":
-            return [
-                (
-                    [tasks.phonebook(bench, runner, count, n) for n in range(self.samples)],
-                    {"entries": count},
-                )
-                for count in self.entries
-            ]
-        return []
+            for length, depth in product(within(self.lengths, runner), self.depths):
+                made = [make(bench, runner, length, depth, n) for n in range(self.samples)]
+                fitting = [question for question in made if question is not None]
+                groups.append((fitting, {"length": length, "depth": depth}))
+        elif task == "phonebook":
+            for count in self.entries:
+                book = [tasks.phonebook(bench, runner, count, n) for n in range(self.samples)]
+                groups.append((book, {"entries": count}))
+        return groups
 
     def _mqar(self, bench: Bench, runner: Runner, side: str) -> list[_Result]:
         results = []
@@ -149,8 +139,7 @@ def _asked(
     coordinates: dict[str, Any],
     tell: Any,
 ) -> list[_Result]:
-    too_long = [q for q, _ in questions if runner.limit and q.length > runner.limit]
-    if too_long:
+    if any(runner.limit and q.length > runner.limit for q, _ in questions):
         return []
     answers = ask(runner, [question for question, _ in questions], tell)
     return [

@@ -87,7 +87,8 @@ class GraphWriter:
     def _needed(self, node: fx.Node) -> Any:
         """Return the arguments of a node on which the value of its function depends."""
         if node.target in (RECURRENCE, ATTENTION):
-            return _tensors(node)
+            gates = argument(node, "gates") if node.target is RECURRENCE else []
+            return [*_qkv(node), *gates]
         if node in self.linears:
             layers = self.linears[node].layers
             return [layers[0].source, [layer.weights for layer in layers]]
@@ -240,14 +241,6 @@ class GraphWriter:
 
 class _Raw(str):
     pass
-
-
-def _tensors(node: fx.Node) -> list[Any]:
-    """Return the arguments of an attention or a recurrence on which its values depend."""
-    found = [*_qkv(node)]
-    if node.target is RECURRENCE:
-        found += argument(node, "gates")
-    return found
 
 
 def _qkv(node: fx.Node) -> list[Any]:

@@ -146,17 +146,13 @@ def _kernels(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) 
         "ACTIVATION": "0", "HAS_FLOOR": "False", "DELTA": str(deltas), "UNIT": "False",
         "HAS_GAIN": "False", "HAS_SLOTS": "True", "BK": str(_power(rows)),
     }  # fmt: skip
+    numbers |= {"HAS_START": "False"}
     if deltas:
-        scanned = specialised(
-            delta.delta_scan, f"scan_{number}",
-            shared | numbers | {"HAS_START": "False", "SOLVE": '"ieee"'},
-        )  # fmt: skip
+        numbers |= {"SOLVE": '"ieee"'}
     else:
-        scanned = specialised(
-            diagonal.scan, f"scan_{number}",
-            shared | numbers | {"HAS_START": "False", "STORE_O": "True", "STORE_H": "False",
-                                "STORE_END": "True"},
-        )  # fmt: skip
+        numbers |= {"STORE_O": "True", "STORE_H": "False", "STORE_END": "True"}
+    kernel = delta.delta_scan if deltas else diagonal.scan
+    scanned = specialised(kernel, f"scan_{number}", shared | numbers)
     tiles = {arch: _tiles(site, dtype, arch, block) for arch in archs}
     launch = _LAUNCH_DELTA if deltas else _LAUNCH
     text = launch.replace("NUMBER", str(number))
@@ -256,7 +252,8 @@ def specialised(kernel: Any, name: str, constants: Mapping[str, object]) -> str:
 
     `constants` are values by parameter, or expressions as text.
     """
-    function = _parsed(kernel)
+    function = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body[0]
+    assert isinstance(function, ast.FunctionDef)
     function.name = name
     values = {key: ast.parse(str(value), mode="eval").body for key, value in constants.items()}
     known = {a.arg for a in function.args.args}
@@ -272,13 +269,6 @@ def plain(function: Any) -> str:
     return textwrap.dedent(inspect.getsource(function.fn)).rstrip()
 
 
-def _parsed(kernel: Any) -> ast.FunctionDef:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
-    function = tree.body[0]
-    assert isinstance(function, ast.FunctionDef)
-    return function
-
-
 class _Fold(ast.NodeTransformer):
     def __init__(self, values: Mapping[str, ast.expr]) -> None:
         self.values = values
@@ -290,14 +280,8 @@ class _Fold(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> Any:
         self.generic_visit(node)
-        decided = _decided(node.test)
-        if decided is None:
+        # a condition that depends on names or calls is not decided
+        if any(isinstance(n, ast.Name | ast.Call) for n in ast.walk(node.test)):
             return node
-        return node.body if decided else node.orelse
-
-
-def _decided(test: ast.expr) -> bool | None:
-    """Return the truth value of a condition, or None if it depends on names or calls."""
-    if any(isinstance(n, ast.Name | ast.Call) for n in ast.walk(test)):
-        return None
-    return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {"__builtins__": {}}))
+        condition = compile(ast.Expression(node.test), "<condition>", "eval")
+        return node.body if eval(condition, {"__builtins__": {}}) else node.orelse

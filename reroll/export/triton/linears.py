@@ -7,8 +7,8 @@ Layers without any of these are left to PyTorch, and so are all layers when ther
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from reroll.rewrite.ir.ops import GLU, RMS_NORM
 from reroll.rewrite.ir.program import Program
 
 LINEAR = torch.ops.aten.linear.default
-RMS_NORM, GLU = RMS_NORM, GLU
 # the largest rank of a low-rank residual, which the kernel keeps in registers
 LARGEST_RANK = 64
 
@@ -100,19 +99,15 @@ def _in_graph(graph: fx.Graph) -> dict[fx.Node, Fused]:
                 del found[layer.nodes[-1]]
             found[node] = gated
     ours = {n for f in found.values() for layer in f.layers for n in layer.nodes}
-    found = {node: _with_norm(f, ours) for node, f in found.items()}
+    for node, fused in found.items():
+        # the norm before it, if only fused layers read that
+        source = fused.layers[0].source
+        if source.target is RMS_NORM and all(user in ours for user in source.users):
+            found[node] = replace(fused, norm=source)
     return {
         node: found[node] for node in graph.nodes
         if node in found and (found[node].norm or found[node].activation or found[node].key[1])
     }  # fmt: skip
-
-
-def _with_norm(fused: Fused, ours: Set[fx.Node]) -> Fused:
-    """Add the norm before a fused layer, if only fused layers read it."""
-    source = fused.layers[0].source
-    if source.target is RMS_NORM and all(user in ours for user in source.users):
-        return Fused(fused.layers, fused.activation, source)
-    return fused
 
 
 def _gated(node: fx.Node, layers: dict[fx.Node, Layer]) -> Fused | None:

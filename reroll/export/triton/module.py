@@ -89,7 +89,9 @@ def module_text(program: Program, archs: tuple[str, ...]) -> str:
     if program.dtype not in NUMBERS:
         raise ExportError(f"a bundle computes in fp32, fp16 or bf16, not {program.dtype}")
     # attentions and recurrences whose output is not used get no state
-    program = _without_dead_sites(program)
+    program = program.edit()
+    for _, graph in program.graphs():
+        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("output", "placeholder"))
     sites, fused = sites_of(program), fused_of(program)
     if not all(has_tiles(f, program.dtype, archs) for f in fused.values()):
         # layers may share a norm, so all of them are left to PyTorch
@@ -109,13 +111,6 @@ def module_text(program: Program, archs: tuple[str, ...]) -> str:
         _TAIL.strip(),
     ]
     return "\n\n\n".join(part.strip("\n") for part in parts if part) + "\n"
-
-
-def _without_dead_sites(program: Program) -> Program:
-    program = program.edit()
-    for _, graph in program.graphs():
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("output", "placeholder"))
-    return program
 
 
 def _copied(file: str) -> str:

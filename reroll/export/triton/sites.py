@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from reroll.errors import ExportError
@@ -50,7 +51,9 @@ def sites_of(program: Program) -> dict[fx.Node, Site]:
         loop = "" if name == "main" else name
         for node in graph.nodes:
             if node.target is CACHE:
-                _check_cache(node)
+                readers = {user for item in node.users for user in item.users}
+                if any(r.target is not ATTENTION for r in readers) or len(readers) > 1:
+                    raise _cannot("keys and values that several attentions share", node)
             elif node.target is ATTENTION:
                 fields = {"trips": trips.get(loop, 1)} | _attention(node)
                 found[node] = Site(len(found), node, loop, "Attention", fields)
@@ -58,23 +61,15 @@ def sites_of(program: Program) -> dict[fx.Node, Site]:
                 mixer = make(argument(node, "rule"), argument(node, "options"))
                 fields = {"trips": trips.get(loop, 1)} | _recurrence(node, mixer)
                 found[node] = Site(len(found), node, loop, "Recurrence", fields, mixer)
-            elif getattr(node.target, "namespace", "") == "reroll" and not _plain(node):
+            elif getattr(node.target, "namespace", "") == "reroll" and node.target not in PLAIN:
                 raise _cannot(f"the op {node.target}", node)
     return found
 
 
-def _plain(node: fx.Node) -> bool:
-    return str(node.target).split(".")[1] in ("rms_norm", "rope", "glu", "widen")
-
-
+# ops that keep nothing between tokens, which a bundle has
+PLAIN = tuple(getattr(torch.ops.reroll, n).default for n in ("rms_norm", "rope", "glu", "widen"))
 # arguments of attention that the kernels compute; a cache layer knows the padding
 SUPPORTED = ("q", "k", "v", "scale", "causal", "window", "prefix", "padding")
-
-
-def _check_cache(node: fx.Node) -> None:
-    readers = {user for item in node.users for user in item.users}
-    if any(r.target is not ATTENTION for r in readers) or len(readers) > 1:
-        raise _cannot("keys and values that several attentions share", node)
 
 
 def _attention(node: fx.Node) -> dict[str, Any]:
@@ -101,15 +96,15 @@ def _recurrence(node: fx.Node, mixer: Mixer) -> dict[str, Any]:
     core = mixer.core
     if core is None:
         raise _cannot(f"the mixer {mixer.name}", node)
-    if mixer.state_shapes(d_k, d_v)[0][0] > 128 or d_v > 128:
+    rows = mixer.state_shapes(d_k, d_v)[0][0]
+    if rows > 128 or d_v > 128:
         raise _cannot("a state with more than 128 rows or columns", node)
     delay, skip, active = (argument(node, name) for name in ("delay", "skip", "active"))
     if isinstance(delay, fx.Node) or isinstance(skip, fx.Node) or active is not True:
         raise _cannot("a recurrence that differs between the trips of a loop", node)
     if mixer.key_map == "taylor":
         raise _cannot("Taylor features", node)
-    rows = mixer.state_shapes(d_k, d_v)[0][0]
-    fields: dict[str, Any] = {
+    return {
         "heads": q.shape[1], "kv_heads": k.shape[1], "k_size": d_k, "v_size": d_v,
         "state": (rows, d_v + 1 if core.counts else d_v),
         "gates": tuple(gate.shape for gate in mixer.gates(d_k, d_v)),
@@ -123,7 +118,6 @@ def _recurrence(node: fx.Node, mixer: Mixer) -> dict[str, Any]:
         "counted": core.counts, "normalise": mixer.normalised,
         "delay": delay, "skip": skip,
     }  # fmt: skip
-    return fields
 
 
 def _type(node: Any) -> TensorType:
