@@ -68,22 +68,11 @@ def options(
 
 
 # in the order of the help
-app.command()(inspect)
-app.command()(convert)
-# a target parses its own options
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(export)
-app.command()(targets)
-app.command()(plugins)
-app.command()(compare)
-app.command()(generate)
-app.command()(calibrate)
-app.command()(passes)
-app.command()(diff)
-app.command()(evaluate)
-app.command()(recover)
-app.command()(sample)
-app.command()(serve_bench)
-app.command()(show)
+for _command in (inspect, convert, export, targets, plugins, compare, generate, calibrate, passes,
+                 diff, evaluate, recover, sample, serve_bench, show):  # fmt: skip
+    # a target parses its own options
+    _own = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=_own if _command is export else None)(_command)
 
 
 def main() -> None:

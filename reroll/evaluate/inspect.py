@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -144,18 +144,13 @@ def _is_work(node: fx.Node) -> bool:
 def attention_kinds(program: Program) -> list[dict[str, Any]]:
     """List the kinds of attention of a Program, each with how often a forward runs it."""
     kinds: Counter[tuple[tuple[str, Any], ...]] = Counter()
-    for node, place in _attentions(program):
-        kinds[tuple(_attention(node, place).items())] += 1
-    return [{**dict(attention), "count": count} for attention, count in kinds.most_common()]
-
-
-def _attentions(program: Program) -> Iterator[tuple[fx.Node, Place]]:
     places = [(program.graph, Place(0))]
     places += [(p.body.graph, Place(0, p, t)) for p in program.loops for t in range(p.trips)]
     for graph, place in places:
         for node in graph.nodes:
             if node.target is ATTENTION:
-                yield node, place
+                kinds[tuple(_attention(node, place).items())] += 1
+    return [{**dict(attention), "count": count} for attention, count in kinds.most_common()]
 
 
 def _attention(node: fx.Node, place: Place) -> dict[str, Any]:
@@ -243,7 +238,7 @@ def _eager(model: Any, inputs: dict[str, Tensor]) -> Any:
 
 
 def _valid(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    mask = next((t for n, t in inputs.items() if n == "attention_mask"), None)
+    mask = inputs.get("attention_mask")
     if mask is None or output.shape[:2] != mask.shape:
         return output
     return output[mask.bool().to(output.device)]

@@ -339,7 +339,10 @@ class _Collector:
             loop.name,
             loop.period,
             tuple(_typed(placeholder) for placeholder in loop.places[: len(loop.carry)]),
-            tuple(_inputs(loop)),
+            tuple(
+                f"{place.name}, one for each trip" if isinstance(value, tuple) else _typed(place)
+                for place, value in zip(loop.places[len(loop.carry) :], loop.inputs, strict=True)
+            ),
             tuple(self.lines(list(loop.body.graph.nodes), f"{loop.name}.*.")),
             trips,
             self.sharing(loop, [n for n in stacked if n not in factors], read),
@@ -524,36 +527,18 @@ def _typed(node: fx.Node) -> str:
     return f"{node.name} {type_to_text(type_)}" if type_ is not None else node.name
 
 
-def _inputs(loop: Loop) -> Iterator[str]:
-    places = loop.places[len(loop.carry) :]
-    for placeholder, value in zip(places, loop.inputs, strict=True):
-        yield (
-            f"{placeholder.name}, one for each trip"
-            if isinstance(value, tuple)
-            else _typed(placeholder)
-        )
-
-
 def _attention(visibility: Visibility, cross: bool) -> Mixing:
     """An attention in words."""
     if cross:
         return Mixing("cross", "attention to another sequence")
-    first = (
-        f" and the first {visibility.prefix}"
-        if isinstance(visibility.prefix, int) and visibility.prefix
-        else ""
-    )
-    side = "last " if visibility.causal is True else ""
-    if isinstance(visibility.window, int):
-        if not visibility.window:
-            return Mixing("first", f"attention to the first {visibility.prefix} tokens")
-        words = (
-            f"{side}{visibility.window:,} tokens"
-            if side
-            else f"{visibility.window:,} tokens to each side"
-        )
-        return Mixing(f"window {visibility.window:,}", f"attention to the {words}{first}")
-    if isinstance(visibility.chunk, int):
-        return Mixing(f"chunk {visibility.chunk:,}", f"attention in chunks of {visibility.chunk:,}")
-    which = "all tokens before" if visibility.causal is True else "all tokens"
-    return Mixing("all", f"attention to {which}")
+    window, prefix, chunk = visibility.window, visibility.prefix, visibility.chunk
+    back = visibility.causal is True
+    if isinstance(window, int):
+        if not window:
+            return Mixing("first", f"attention to the first {prefix} tokens")
+        words = f"last {window:,} tokens" if back else f"{window:,} tokens to each side"
+        first = f" and the first {prefix}" if isinstance(prefix, int) and prefix else ""
+        return Mixing(f"window {window:,}", f"attention to the {words}{first}")
+    if isinstance(chunk, int):
+        return Mixing(f"chunk {chunk:,}", f"attention in chunks of {chunk:,}")
+    return Mixing("all", f"attention to all tokens{' before' if back else ''}")

@@ -46,14 +46,12 @@ def figures(result: Results) -> Iterator[tuple[str, str]]:
         if name in results:
             yield caption, _accuracies(results[name], name)
     if "speed" in results:
-        panels = [
-            (
-                f"{phase}, tokens/s",
-                _lines(results["speed"], "contexts", f"{phase}_tokens_per_second"),
-            )
-            for phase in ("prefill", "decode")
-        ]
-        panels.append(("state, bytes", _lines(results["speed"], "contexts", "state_bytes")))
+        keys = {
+            "prefill, tokens/s": "prefill_tokens_per_second",
+            "decode, tokens/s": "decode_tokens_per_second",
+            "state, bytes": "state_bytes",
+        }
+        panels = [(t, _lines(results["speed"], "contexts", key)) for t, key in keys.items()]
         yield "Speed and state over the context.", curves(panels, "context")
     yield from _passes(result["passes"])
 

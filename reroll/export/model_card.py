@@ -17,10 +17,7 @@ def model_card(program: Program) -> str:
 
 
 def _metadata(program: Program) -> Iterator[str]:
-    yield "---"
-    yield "library_name: reroll"
-    yield "tags:"
-    yield "- reroll"
+    yield from ("---", "library_name: reroll", "tags:", "- reroll")
     if re.fullmatch(r"[\w-]+/[\w.-]+", program.origin.model):
         yield f"base_model: {program.origin.model}"
     yield "---"
@@ -38,17 +35,13 @@ def _body(program: Program) -> Iterator[str]:
         made += f", revision {_code(origin.revision)}"
     yield f"{made}: {program.parameters():,} parameters."
     yield ""
-    yield "```python"
-    yield "import reroll, transformers"
-    yield ""
+    yield from ("```python", "import reroll, transformers", "")
     yield f'model = transformers.{origin.auto_class}.from_pretrained("path/or/id")'
-    yield "```"
-    yield ""
+    yield from ("```", "")
     if origin.remarks:
         yield from (f"- {_inline(remark)}" for remark in origin.remarks)
         yield ""
-    yield "## Recipe"
-    yield ""
+    yield from ("## Recipe", "")
     if not origin.steps:
         yield "No pass has run: it computes what the original computes."
         return
@@ -57,9 +50,7 @@ def _body(program: Program) -> Iterator[str]:
         yield from (f"   - {_inline(remark)}" for remark in step.remarks)
     measured = [step for step in origin.steps if step.measured]
     if measured:
-        yield ""
-        yield "## Measurements"
-        yield ""
+        yield from ("", "## Measurements", "")
         yield from _table(measured)
 
 

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from reroll.errors import ExportError
 from reroll.mixers import Mixer, make
 from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
 from reroll.rewrite.ir.matching import argument, bind, unsupported
-from reroll.rewrite.ir.ops import ATTENTION, CACHE, RECURRENCE
+from reroll.rewrite.ir.ops import ATTENTION, CACHE, GLU, RECURRENCE, RMS_NORM, ROPE, WIDEN
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.visibility import Visibility
@@ -67,7 +66,7 @@ def sites_of(program: Program) -> dict[fx.Node, Site]:
 
 
 # ops that keep nothing between tokens, which a bundle has
-PLAIN = tuple(getattr(torch.ops.reroll, n).default for n in ("rms_norm", "rope", "glu", "widen"))
+PLAIN = (RMS_NORM, ROPE, GLU, WIDEN)
 # arguments of attention that the kernels compute; a cache layer knows the padding
 SUPPORTED = ("q", "k", "v", "scale", "causal", "window", "prefix", "padding")
 

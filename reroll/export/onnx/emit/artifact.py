@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from reroll.export.onnx.emit.translate import Translator
 from reroll.export.onnx.emit.weight_file import write_weights
 from reroll.export.onnx.graph import Graph, nodes_of
 from reroll.export.onnx.plan.parts import exported_part
-from reroll.export.onnx.plan.record import Plan, make_plan
+from reroll.export.onnx.plan.record import make_plan
 from reroll.export.onnx.plan.settings import Settings
 from reroll.export.side_files import copy_side_files
 from reroll.rewrite.analysis.state_plan import plan_states
@@ -61,7 +60,9 @@ def write(
     plan = make_plan(program, settings, target.graphs)
     log.debug("%s", plan)
     files: dict[str, str] = {}
-    for name, graph in _graphs(plan):
+    parts = step_graphs(plan) if "step" in plan.graphs else {}
+    for name, planned in plan.graphs.items():
+        graph = parts[name] if name in parts else Translator(plan, planned).run()
         model = _model(graph, name, settings)
         files[name] = f"{name}.onnx"
         onnx.save(model, str(directory / files[name]))
@@ -81,13 +82,6 @@ def write(
     part = "whole" if program is whole else "encoder"
     found = write_manifest(directory, plan, part, files, checked)
     return {**found, "seconds": seconds}
-
-
-def _graphs(plan: Plan) -> Iterator[tuple[str, Graph]]:
-    """Yield the planned graphs by name."""
-    parts = step_graphs(plan) if "step" in plan.graphs else {}
-    for name, graph in plan.graphs.items():
-        yield name, parts[name] if name in parts else Translator(plan, graph).run()
 
 
 def _model(built: Graph, name: str, settings: Settings) -> onnx.ModelProto:

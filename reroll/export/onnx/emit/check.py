@@ -172,25 +172,19 @@ def _once(
     A model that predicts tokens is run at two lengths, because decoding runs it again for each new
     token.
     """
-    for length in (16, 17) if program.outputs[0] == "logits" else (16,):
-        yield from _at_length(program, module, session, choices, length)
-
-
-def _at_length(
-    program: Program, module: Any, session: Session, choices: Choices, length: int
-) -> Compared:
     rows = ROWS if len(program.inputs) > 1 else 2
-    inputs = random_inputs(program, rows=rows, length=length, padded=True)
-    padding = next((i.name for i in program.inputs if i.role == "padding"), None)
-    actual = session.run(complete(program, inputs))
-    with torch.no_grad(), choices.taken(actual):
-        expected = module(**inputs)
-    for name in program.outputs:
-        a, b = actual[name], expected[name]
-        seen = inputs.get(padding) if padding else None
-        if seen is not None and a.shape[:2] == seen.shape:
-            a, b = a[seen.bool()], b[seen.bool()]
-        yield name, a, b
+    padding = next((i.name for i in program.inputs if i.role == "padding"), "")
+    for length in (16, 17) if program.outputs[0] == "logits" else (16,):
+        inputs = random_inputs(program, rows=rows, length=length, padded=True)
+        actual = session.run(complete(program, inputs))
+        with torch.no_grad(), choices.taken(actual):
+            expected = module(**inputs)
+        seen = inputs.get(padding)
+        for name in program.outputs:
+            a, b = actual[name], expected[name]
+            if seen is not None and a.shape[:2] == seen.shape:
+                a, b = a[seen.bool()], b[seen.bool()]
+            yield name, a, b
 
 
 def _decoded(

@@ -167,7 +167,9 @@ def layer_norm(
         if weight is not None:
             made = g.op("Mul", made, g.tensor(weight, x.dtype, rank))
         return made if bias is None else g.op("Add", made, g.tensor(bias, x.dtype, rank))
-    scale = g.tensor(weight, x.dtype) if weight is not None else _ones(g, shape, x.dtype)
+    scale = (
+        g.tensor(weight, x.dtype) if weight is not None else g.number(torch.ones(*shape), x.dtype)
+    )
     shift = g.tensor(bias, x.dtype) if bias is not None else None
     return g.op("LayerNormalization", x, scale, shift, axis=axis, epsilon=eps)
 
@@ -211,10 +213,6 @@ def group_norm(
     return made
 
 
-def _ones(g: Translator, shape: Sequence[int], dtype: torch.dtype) -> Value:
-    return g.number(torch.ones(tuple(shape)), dtype)
-
-
 # ---- rotary embedding and gates
 
 
@@ -231,7 +229,11 @@ def rope(
     width, size = types[0][-1], types[1][-1]
     fits = len(types[0]) == 4 and len(types[1]) == 4 and types[1][1] == 1
     if not interleaved and cos.repeated and sin.repeated and fits:
-        halves = [_first_half(g, table, size, x.dtype) for table in (cos, sin)]
+        # the first half of each table: [batch, 1, time, size] as [batch, time, size / 2]
+        halves = []
+        for table in (cos, sin):
+            half = g.op("Slice", table, g.ints(0), g.ints(size // 2), g.ints(-1), g.ints(1))
+            halves.append(g.cast(g.op("Squeeze", half, g.ints(1)), x.dtype))
         if types[1][0] != types[0][0]:
             # one row of positions for the whole batch, which the operator does not broadcast
             rows = g.shape([types[0][0], 1, 1])
@@ -252,12 +254,6 @@ def rope(
     other = _interleaved(g, node, turned, size) if interleaved else _quarter(g, turned, size)
     made = g.op("Add", g.op("Mul", turned, cos), g.op("Mul", other, sin))
     return made if rest is None else g.op("Concat", made, rest, axis=-1)
-
-
-def _first_half(g: Translator, table: Value, size: int, dtype: torch.dtype) -> Value:
-    """Return the first half of a table: [batch, 1, time, size] as [batch, time, size / 2]."""
-    half = g.op("Slice", table, g.ints(0), g.ints(size // 2), g.ints(-1), g.ints(1))
-    return g.cast(g.op("Squeeze", half, g.ints(1)), dtype)
 
 
 def _quarter(g: Translator, x: Value, size: int) -> Value:

@@ -108,9 +108,9 @@ def rolled(program: Program, loop: Loop) -> list[Segment]:
         choices = []
         for period in range(1, loop.trips - start + 1):
             rounds = 1
-            while _repeats(word, start, period, rounds):
-                rounds += 1
-                end = start + rounds * period
+            end = start + period
+            while word[start : start + period] == word[end : end + period]:
+                rounds, end = rounds + 1, end + period
                 choices.append((period + best[end][0], -rounds, Segment(start, period, rounds)))
             end = start + period
             choices.append((period + best[end][0], -1, Segment(start, period, 1)))
@@ -145,9 +145,3 @@ def _structure(program: Program, loop: Loop) -> list[tuple[Any, ...]]:
         ]
         found.append((*windows, *switches, is_exit))
     return found
-
-
-def _repeats(word: list[tuple[Any, ...]], start: int, period: int, rounds: int) -> bool:
-    """Whether another round of a period follows `rounds` of them."""
-    at = start + rounds * period
-    return word[start : start + period] == word[at : at + period]
