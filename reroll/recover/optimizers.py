@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def make_optimizer(stage: Stage, parameters: Iterable[nn.Parameter]) -> torch.op
     wanted = [p for p in parameters if p.requires_grad]
     matrices = [p for p in wanted if p.ndim == 2 and stage.optimizer == "muon"]
     rest = [p for p in wanted if p.ndim != 2 or stage.optimizer != "muon"]
-    common = {"lr": stage.lr, "weight_decay": stage.weight_decay}
+    common: dict[str, Any] = {"lr": stage.lr, "weight_decay": stage.weight_decay}
     parts: list[torch.optim.Optimizer] = []
     if rest:
         first, second = stage.betas
