@@ -16,8 +16,7 @@ from reroll.rewrite.ir.defaults import looks_into, reads
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.loops import Trips
 from reroll.runtime.lowering.codegen import compile_graph, runnable
-from reroll.runtime.lowering.encoder_constants import is_decoder_input
-from reroll.runtime.lowering.encoder_decoder import cut
+from reroll.runtime.lowering.encoder_decoder import cut, has_decoder
 from reroll.runtime.lowering.modules import Tree, TripModule, build_tree
 from reroll.runtime.lowering.passes import PASSES, Interface, Lowering, Observer, lower_graphs
 from reroll.runtime.models.pictures import put_pictures, with_pictures
@@ -93,7 +92,7 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
         main = with_pictures(main, text, program.inputs)
     defaults = _defaults(program, sources)
     assembly = Assembly(main, loops, tree, plan.layers, lowering.interface, sources, defaults)
-    if any(is_decoder_input(i.name) for i in program.inputs):
+    if has_decoder(program.inputs):
         assembly.encoder_decoder = _encoder_decoder(graph, program, sources)
     return assembly
 
@@ -150,11 +149,10 @@ def _encoder_decoder(graph: fx.Graph, program: Program, sources: dict[str, str])
     outputs = program.outputs
     name = "encoder_last_hidden_state"
     parts = cut(graph, program.inputs, outputs.index(name) if name in outputs else None)
-    functions = []
-    for part in ("encode", "extend", "decode"):
-        function, sources[part] = compile_graph(getattr(parts, part), part)
-        functions.append(function)
-    return EncoderDecoder(*functions)
+    functions = {}
+    for part, cut_graph in parts._asdict().items():
+        functions[part], sources[part] = compile_graph(cut_graph, part)
+    return EncoderDecoder(**functions)
 
 
 def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[TripModule]:

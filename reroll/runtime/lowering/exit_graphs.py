@@ -11,8 +11,7 @@ from reroll.rewrite.analysis.state_plan import stateful_nodes
 from reroll.rewrite.ir.exits import Exits
 from reroll.rewrite.ir.ops import CACHE, HOLD, MARK_KEYS, RECURRENCE, is_stateful
 from reroll.rewrite.ir.program import Loop
-from reroll.runtime.lowering.hoisting import OWN_INPUTS
-from reroll.runtime.lowering.sizes import is_size
+from reroll.runtime.lowering.hoisting import OWN_INPUTS, is_size
 
 
 @dataclass

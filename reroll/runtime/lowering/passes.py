@@ -20,7 +20,7 @@ from reroll.rewrite.ir.program import Loop, Program
 from reroll.runtime.functions.hidden import note_in_main, returning, states_of
 from reroll.runtime.lowering.attention_masks import place_masks
 from reroll.runtime.lowering.codegen import Update, runnable
-from reroll.runtime.lowering.encoder_constants import split_static_graphs
+from reroll.runtime.lowering.encoder_decoder import split_static_graphs
 from reroll.runtime.lowering.exit_graphs import LoopExits, loop_exits, split_exits
 from reroll.runtime.lowering.heads import head_path, keep_before_head, take_embeddings
 from reroll.runtime.lowering.hoisting import OWN_INPUTS, hoist_invariants
