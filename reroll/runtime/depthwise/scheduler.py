@@ -152,11 +152,7 @@ class DepthScheduler:
 
     def depth_report(self) -> DepthReport:
         """Count generated tokens by trips, except first tokens, which come from the prompts."""
-        counts: dict[int, int] = {}
-        for request in self._requests.values():
-            for depth in request.depths:
-                counts[depth] = counts.get(depth, 0) + 1
-        return DepthReport(dict(sorted(counts.items())))
+        return DepthReport.of(d for request in self._requests.values() for d in request.depths)
 
     def close(self) -> None:
         """Drop all requests and caches."""

@@ -6,7 +6,7 @@ has a runnable graph for each function that is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,11 +17,12 @@ from reroll.rewrite.analysis.state_plan import StatePlan, plan_states, stateful_
 from reroll.rewrite.capture.pictures import picture_inputs
 from reroll.rewrite.ir.exits import exits_of
 from reroll.rewrite.ir.program import Loop, Program
+from reroll.runtime.functions.exits import LoopExits
 from reroll.runtime.functions.hidden import note_in_main, returning, states_of
 from reroll.runtime.lowering.attention_masks import place_masks
 from reroll.runtime.lowering.codegen import Update, runnable
 from reroll.runtime.lowering.encoder_decoder import split_static_graphs
-from reroll.runtime.lowering.exit_graphs import LoopExits, loop_exits, split_exits
+from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
 from reroll.runtime.lowering.heads import head_path, keep_before_head, take_embeddings
 from reroll.runtime.lowering.hoisting import OWN_INPUTS, hoist_invariants
 from reroll.runtime.lowering.modules import Tree
@@ -86,17 +87,11 @@ class Lowering:
 
     def text(self) -> str:
         """Print all graphs as they are now."""
-        parts = []
-        for name, graph in self._named():
-            parts.append(f"---- {name}\n{graph}")
-        return "\n\n".join(parts) + "\n"
-
-    def _named(self) -> Iterator[tuple[str, fx.Graph]]:
-        if not self.graphs:
-            yield from self.program.graphs()
+        named = {} if self.graphs else dict(self.program.graphs())
         for owner, functions in self.graphs.items():
             for name, graph in functions.items():
-                yield (owner if name == owner else f"{owner}, {name}"), graph
+                named[owner if name == owner else f"{owner}, {name}"] = graph
+        return "\n\n".join(f"---- {name}\n{graph}" for name, graph in named.items()) + "\n"
 
 
 LoweringPass: TypeAlias = Callable[[Lowering], None]
