@@ -37,14 +37,6 @@ def reroll_class(layer: CacheLayer) -> type | None:
     return None
 
 
-def _make(layer: CacheLayer) -> Any:
-    """Make a new layer of `reroll_class`."""
-    layer_class = reroll_class(layer)
-    assert layer_class is not None
-    sizes = () if layer.layer_type == "hybrid_sliding" else (layer.size or 0, layer.prefix)
-    return layer_class(*sizes)
-
-
 def append(
     layers: Any, number: int, k: Tensor, v: Tensor, **options: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -130,9 +122,18 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
             hint="make it from the model's own configuration: DynamicCache(config=model.config)",
         )
     for number, planned in enumerate(plan):
-        layer_class = reroll_class(planned)
-        if layer_class is not None and type(cache.layers[number]) is not layer_class:
-            _replace(cache.layers, number, _make(planned))
+        layer_class, old = reroll_class(planned), cache.layers[number]
+        if layer_class is None or type(old) is layer_class:
+            continue
+        if old.get_seq_length():
+            raise UsageError(
+                f"layer {number} of the cache holds tokens, in another format than this model's",
+                hint="begin with an empty cache: DynamicCache(config=model.config)",
+            )
+        is_recurrent = planned.layer_type == "hybrid_sliding"
+        new = layer_class() if is_recurrent else layer_class(planned.size or 0, planned.prefix)
+        new.record_past = getattr(old, "record_past", False)
+        cache.layers[number] = new
     if type(cache) is DynamicCache and not cache.offloading:
         make_growing(cache.layers)
     if cache.offloading:
@@ -142,16 +143,6 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
             for n, planned in enumerate(plan)
         ]
     return cache.layers  # type: ignore[no-any-return]
-
-
-def _replace(layers: list[Any], number: int, new: Any) -> None:
-    if layers[number].get_seq_length():
-        raise UsageError(
-            f"layer {number} of the cache holds tokens, in another format than this model's",
-            hint="begin with an empty cache: DynamicCache(config=model.config)",
-        )
-    new.record_past = getattr(layers[number], "record_past", False)
-    layers[number] = new
 
 
 def cache_config(layers: Sequence[CacheLayer]) -> dict[str, Any]:
