@@ -118,9 +118,10 @@ class Engine:
             return value.expand(len(slots), *value.shape[1:]) if one else value
 
         inputs = list(map(expanded, self.loop.inputs))
-        return RowBatch.of(
-            list(outputs[: self.width]), inputs, list(zip(slots, lengths, strict=True))
-        )
+        positions = list(zip(slots, lengths, strict=True))
+        batch = RowBatch(list(outputs[: self.width]), inputs, positions)
+        batch.rows = [Row(*position, batch, number) for number, position in enumerate(positions)]
+        return batch.rows
 
     def run_step(self, rows: Sequence[Row]) -> None:
         """Run one trip for rows that are sorted by trip, and advance their carry and trip."""

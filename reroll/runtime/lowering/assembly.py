@@ -24,7 +24,7 @@ from reroll.runtime.models.pictures import put_pictures, with_pictures
 
 @dataclass
 class EncoderDecoder:
-    """Functions of an encoder-decoder model: see `encoder_decoder`."""
+    """Functions of the graphs of an encoder-decoder model: see `cut`."""
 
     encode: Callable[..., tuple[Any, ...]]
     extend: Callable[..., tuple[Any, ...]]
@@ -93,7 +93,10 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
     defaults = _defaults(program, sources)
     assembly = Assembly(main, loops, tree, plan.layers, lowering.interface, sources, defaults)
     if has_decoder(program.inputs):
-        assembly.encoder_decoder = _encoder_decoder(graph, program, sources)
+        functions = {}
+        for name, part in cut(graph, program).items():
+            functions[name], sources[name] = compile_graph(part, name)
+        assembly.encoder_decoder = EncoderDecoder(**functions)
     return assembly
 
 
@@ -145,31 +148,18 @@ def reassemble(model: Any, program: Program) -> Assembly:
     return replace(new, loops=old.loops, tree=old.tree)
 
 
-def _encoder_decoder(graph: fx.Graph, program: Program, sources: dict[str, str]) -> EncoderDecoder:
-    outputs = program.outputs
-    name = "encoder_last_hidden_state"
-    parts = cut(graph, program.inputs, outputs.index(name) if name in outputs else None)
-    functions = {}
-    for part, cut_graph in parts._asdict().items():
-        functions[part], sources[part] = compile_graph(cut_graph, part)
-    return EncoderDecoder(**functions)
-
-
 def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[TripModule]:
     members: dict[str, Any] = {"source": ""}
     for method, graph in graphs.items():
         members[method], source = compile_graph(graph, f"{name} {method}")
         members["source"] += source
     if "observed" in members:
-        members["forward"] = _either(members["forward"], members["observed"])
+        plain, observed = members["forward"], members["observed"]
+
+        def forward(self: TripModule, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
+            """Run the trip; if `observe` is set, also return its hidden states."""
+            return (observed if observe else plain)(self, *args, **kwargs)
+
+        members["forward"] = forward
     title = "".join(part.capitalize() for part in re.split(r"\W|_", name, flags=re.ASCII))
     return type(f"{title}Trip", (TripModule,), members)
-
-
-def _either(plain: Callable[..., Any], observed: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the forward of a trip that also returns its hidden states if `observe` is set."""
-
-    def forward(self: TripModule, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
-        return (observed if observe else plain)(self, *args, **kwargs)
-
-    return forward

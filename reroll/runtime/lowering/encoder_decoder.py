@@ -13,7 +13,7 @@ results as per-trip inputs.
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import fx
 
@@ -26,25 +26,14 @@ from reroll.runtime.functions.loops import run_static
 from reroll.runtime.lowering.hoisting import OWN_INPUTS, is_size, outer_values, placeholders
 
 
-class Parts(NamedTuple):
-    """Graphs of an encoder-decoder model; each takes the Program's inputs, and the state last.
+def cut(graph: fx.Graph, program: Program) -> dict[str, fx.Graph]:
+    """Cut a main graph into encoder and decoder; each part takes the Program's inputs, state last.
 
     `encode` returns the hidden state. `extend` takes it first and returns the other values that
-    cross the cut. `decode` takes all of these first and returns the outputs.
+    cross the cut. `decode` takes all of these first and returns the outputs. Raises ProgramError if
+    the values that cross the cut do not follow from one hidden state.
     """
-
-    encode: fx.Graph
-    extend: fx.Graph
-    decode: fx.Graph
-
-
-def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -> Parts:
-    """Cut a main graph into encoder and decoder.
-
-    `hidden_output` is the index of the output that is the encoder's hidden state, or None. Raises
-    ProgramError if the values that cross the cut do not follow from one hidden state.
-    """
-    encoder, decoder = _sides(graph, inputs)
+    encoder, decoder = _sides(graph, program.inputs)
     output = graph.output_node()
     outputs: Any = output.args[0]
     # the encoder's values that the decoder or the output reads, without sizes
@@ -55,12 +44,13 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
         and not is_size(node)
         and any(u is output or (u in decoder and not is_size(u)) for u in node.users)
     ]
-    hidden = outputs[hidden_output] if hidden_output is not None else None
+    # the encoder's last hidden state, if it is an output
+    hidden = dict(zip(program.outputs, outputs, strict=True)).get("encoder_last_hidden_state")
     if hidden not in encoder:
         hidden = next((n for n in crossing if type_of(n) is not None), None)
     if hidden is None:
         raise ProgramError("the decoder does not read the encoder")
-    batch = next(i.type.shape[0] for i in inputs if i.role == "data")
+    batch = next(i.type.shape[0] for i in program.inputs if i.role == "data")
     if batch in shape(hidden)[1:]:
         raise ProgramError(
             f"the decoder reads states {list(shape(hidden))} of the encoder, whose rows are not "
@@ -82,7 +72,7 @@ def cut(graph: fx.Graph, inputs: tuple[Input, ...], hidden_output: int | None) -
                 "the decoder needs more of the encoder than its last hidden state",
                 where=late[0].name,
             )
-    return Parts(encode, extend, decode)
+    return {"encode": encode, "extend": extend, "decode": decode}
 
 
 def has_decoder(inputs: tuple[Input, ...]) -> bool:

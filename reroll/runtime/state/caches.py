@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from reroll.errors import UsageError
 from reroll.rewrite.analysis.state_plan import CacheLayer, readers
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import CACHE, RECURRENCE
+from reroll.runtime.functions.recurrences import RecurrentLayer, recur
+from reroll.runtime.state.growing import GrowingLayer
+from reroll.runtime.state.windows import WindowLayer
 
 # the configuration entry that holds a cache layer's size, by kind
 _SIZES = {
@@ -26,10 +32,6 @@ _SIZES = {
 
 def reroll_class(layer: CacheLayer) -> type | None:
     """Return reroll's class for a cache layer, or None where transformers has one for it."""
-    # imported here, because transformers is needed to hold a state but not to plan one
-    from reroll.runtime.functions.recurrences import RecurrentLayer
-    from reroll.runtime.state.windows import WindowLayer
-
     if layer.layer_type == "hybrid_sliding":
         return RecurrentLayer
     if layer.layer_type == "sliding_attention" and (layer.prefix or not layer.size):
@@ -64,8 +66,6 @@ def update_function(node: fx.Node) -> Callable[..., Any]:
     Only attention can take keys that include unfilled slots.
     """
     if node.target is RECURRENCE:
-        from reroll.runtime.functions.recurrences import recur
-
         return recur
     return append_exactly if None in readers(node) else append
 
@@ -107,10 +107,6 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
     An empty layer is replaced by one of reroll's where the plan requires it. Raises UsageError if
     the cache has too few layers, or if a layer to be replaced is not empty.
     """
-    from transformers import DynamicCache
-
-    from reroll.runtime.state.growing import make_growing
-
     count = len(plan)
     if cache is None or not count:
         return None
@@ -134,8 +130,11 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
         new = layer_class() if is_recurrent else layer_class(planned.size or 0, planned.prefix)
         new.record_past = getattr(old, "record_past", False)
         cache.layers[number] = new
-    if type(cache) is DynamicCache and not cache.offloading:
-        make_growing(cache.layers)
+    if type(cache) is DynamicCache and not (cache.offloading or torch.compiler.is_compiling()):
+        # the empty layers of full attention
+        for layer in cache.layers:
+            if type(layer) is DynamicLayer and not layer.is_initialized:
+                layer.__class__ = GrowingLayer
     if cache.offloading:
         # reroll's own layers are small, so they are not offloaded
         return [
