@@ -74,8 +74,8 @@ class Lowering:
 
     program: Program
     tree: Tree
-    plan: StatePlan = field(default_factory=lambda: StatePlan((), {}))
-    state: fx.Node | None = None
+    plan: StatePlan = field(init=False)
+    state: fx.Node = field(init=False)
     layers: dict[str, fx.Node] = field(default_factory=dict)
     interface: Interface = field(default_factory=Interface)
     updates: dict[fx.Node, Callable[..., Any]] = field(default_factory=dict)
@@ -138,17 +138,15 @@ def add_state_inputs(x: Lowering) -> None:
 
 def check_padding(x: Lowering) -> None:
     """Let attentions read one boolean mask per padding input, or None."""
-    x.interface.masks = read_padding(x.program, _state(x))
+    x.interface.masks = read_padding(x.program, x.state)
 
 
 def open_ends(x: Lowering) -> None:
     """Take embeddings instead of tokens, and compute logits only where they are wanted."""
     readings, interface = x.tree.readings["main"], x.interface
     interface.head = head_path(x.program, readings)
-    interface.embeddings, interface.takes_embeddings = take_embeddings(
-        x.program, readings, _state(x)
-    )
-    interface.keeps_positions = keep_before_head(x.program, _state(x))
+    interface.embeddings, interface.takes_embeddings = take_embeddings(x.program, readings, x.state)
+    interface.keeps_positions = keep_before_head(x.program, x.state)
 
 
 def place_pictures(x: Lowering) -> None:
@@ -159,7 +157,7 @@ def place_pictures(x: Lowering) -> None:
 
 def split_encoded(x: Lowering) -> None:
     """Split off what a decoder computes from the encoder's result alone."""
-    x.static_graphs = split_static_graphs(x.program, _state(x))
+    x.static_graphs = split_static_graphs(x.program, x.state)
 
 
 def make_masks(x: Lowering) -> None:
@@ -175,7 +173,7 @@ def make_masks(x: Lowering) -> None:
 
 def note_hidden(x: Lowering) -> None:
     """Insert calls that record the hidden states of the main graph."""
-    note_in_main(x.program, _state(x))
+    note_in_main(x.program, x.state)
 
 
 def make_runnable(x: Lowering) -> None:
@@ -199,11 +197,6 @@ PASSES: tuple[LoweringPass, ...] = (
     note_hidden,
     make_runnable,
 )
-
-
-def _state(x: Lowering) -> fx.Node:
-    assert x.state is not None
-    return x.state
 
 
 def _functions(x: Lowering, loop: Loop) -> dict[str, fx.Graph]:

@@ -15,7 +15,7 @@ from reroll.rewrite.capture.side_files import GENERATION_FILE, generation_file
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Origin
 from reroll.rewrite.ir.weights import Weight, WeightTable, stored_name
-from reroll.rewrite.ir.weights.expressions import Meta, Source, meta_of
+from reroll.rewrite.ir.weights.expressions import Source, meta_of
 from reroll.rewrite.ir.weights.sources import MemorySource
 from reroll.runtime.lowering.placement import Placement, placements
 from reroll.runtime.models.config import RerollConfig
@@ -138,7 +138,14 @@ def _stored(
         tensors = {stored: _tensor_from(placements, state) for stored, placements in held.items()}
         _check_names(model, held.values(), state)
     for source in sources.values():
-        _check_tensor(source.name, tensors[source.name], source.meta)
+        tensor = tensors[source.name]
+        if tensor.device.type == "meta":
+            raise ProgramError("the model's weights have no data", where=source.name)
+        if tuple(tensor.shape) != source.meta.shape:
+            raise ProgramError(
+                f"the weight is {meta_of(tensor)} now, and the program was made for {source.meta}",
+                where=source.name,
+            )
     return WeightTable(table), tensors
 
 
@@ -193,15 +200,6 @@ def _tensor(model: nn.Module, placement: Placement) -> Tensor:
             where=".".join(placement.paths[0]),
         )
     return tensor
-
-
-def _check_tensor(name: str, tensor: Tensor, meta: Meta) -> None:
-    if tensor.device.type == "meta":
-        raise ProgramError("the model's weights have no data", where=name)
-    if tuple(tensor.shape) != meta.shape:
-        raise ProgramError(
-            f"the weight is {meta_of(tensor)} now, and the program was made for {meta}", where=name
-        )
 
 
 def _holder(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
