@@ -162,8 +162,8 @@ def _over_scores(
         rows = slice(number * _QUERY_BLOCK, (number + 1) * _QUERY_BLOCK)
         if bias is not None:
             scores = scores + (bias[..., rows, :] if bias.shape[-2] > 1 else bias)
-        many = mask is not None and mask.shape[-2] > 1
-        scores = _hide(scores, mask[..., rows, :] if many else mask)
+        part = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
+        scores = _hide(scores, part)
         if sinks is not None:
             column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, queries.shape[2], -1)
             scores = torch.cat([scores, column], dim=-1)

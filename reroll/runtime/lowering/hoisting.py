@@ -69,10 +69,10 @@ def _hoist(main: fx.Graph, loop: Loop) -> None:
             continue
         if not all(argument in known for argument in node.all_input_nodes):
             continue
-        calls = [
-            fx.node.map_arg((node.args, node.kwargs), lambda n, trip=trip: known[n][trip])
-            for trip in range(loop.trips)
-        ]
+        calls = []
+        for trip in range(loop.trips):
+            values = {n: known[n][trip] for n in node.all_input_nodes}
+            calls.append(fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
         if any(call != calls[0] for call in calls):
             continue
         with main.inserting_before(loop.node):
