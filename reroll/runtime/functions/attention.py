@@ -155,7 +155,8 @@ def _over_scores(
     if groups > 1:
         k = k.repeat_interleave(groups, 1)
     parts = []
-    for number, queries in enumerate(q.split(_QUERY_BLOCK, 2)):
+    blocks = (q,) if q.shape[2] <= _QUERY_BLOCK else q.split(_QUERY_BLOCK, 2)
+    for number, queries in enumerate(blocks):
         scores = torch.matmul(queries, k.transpose(2, 3)) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
