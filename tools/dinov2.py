@@ -119,7 +119,9 @@ def check(folder: Path, network: onnx.ModelProto) -> None:
 
 def backbone_output(network: onnx.ModelProto, pixels: torch.Tensor) -> torch.Tensor:
     """The hidden states after the backbone's last norm, computed by ONNX Runtime."""
-    outputs = [node.output[0] for node in network.graph.node if is_last_norm(node)]
+    # the nodes that add the bias of the norm after the last layer
+    norm = "/backbone/layernorm/Add_1"
+    outputs = [node.output[0] for node in network.graph.node if node.name.startswith(norm)]
     if len(outputs) != 1:
         raise unexpected(f"{len(outputs)} final norms")
     hidden = onnx.helper.make_tensor_value_info(outputs[0], onnx.TensorProto.FLOAT, None)
@@ -131,12 +133,6 @@ def backbone_output(network: onnx.ModelProto, pixels: torch.Tensor) -> torch.Ten
     )
     (result,) = session.run(outputs, {"input_image": pixels.numpy()})
     return torch.from_numpy(result)
-
-
-def is_last_norm(node: onnx.NodeProto) -> bool:
-    """Whether a node adds the bias of the norm after the last layer."""
-    name: str = node.name
-    return name.startswith("/backbone/layernorm/Add_1")
 
 
 def unexpected(what: str) -> PrepareError:

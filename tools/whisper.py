@@ -73,10 +73,10 @@ def generation_config(
     """What `generate` needs to know of the CTranslate2 model's `config.json`."""
     token = tokenizer.convert_tokens_to_ids
     multilingual = config.vocab_size != ENGLISH_VOCABULARY
+    # the tokens that name a language, such as `<|de|>`
+    names: list[str] = tokenizer.convert_ids_to_tokens(settings["lang_ids"])
     languages = {
-        "lang_to_id": {
-            token_of: token(token_of) for token_of in language_tokens(settings, tokenizer)
-        },
+        "lang_to_id": {name: token(name) for name in names},
         "task_to_id": {task: token(f"<|{task}|>") for task in ("transcribe", "translate")},
     }
     return GenerationConfig(
@@ -92,12 +92,6 @@ def generation_config(
         is_multilingual=multilingual,
         **(languages if multilingual else {}),
     )
-
-
-def language_tokens(settings: dict[str, Any], tokenizer: WhisperTokenizer) -> list[str]:
-    """The tokens that name a language, such as `<|de|>`."""
-    tokens: list[str] = tokenizer.convert_ids_to_tokens(settings["lang_ids"])
-    return tokens
 
 
 def layer_count(variables: Variables, side: str) -> int:

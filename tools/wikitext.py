@@ -31,9 +31,7 @@ BEFORE_SECTIONS = [
     substitution(r"\{\|(?:(?!\{\||\|\}).)*\|\}", flags=re.S, rounds=4),
     # images, categories and other languages
     substitution(
-        rf"\[\[(?:File|Image|Category|[a-z]{{2,3}}(?:-[a-z]+)?):{NESTED}\]\]",
-        flags=re.I,
-        rounds=4,
+        rf"\[\[(?:File|Image|Category|[a-z]{{2,3}}(?:-[a-z]+)?):{NESTED}\]\]", flags=re.I, rounds=4
     ),
     # links keep their label
     substitution(r"\[\[[^\[\]|]*\|([^\[\]]*)\]\]", r"\1"),

@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reroll.rewrite.checkpoint.saved import load_program
     from reroll.runtime.lowering.lower import lower
     from reroll.runtime.lowering.recapture import untie
 
-__all__ = ["load_program", "lower", "untie"]
+__all__ = ["lower", "untie"]
 
-_HOMES = {
-    "lower": "lowering.lower",
-    "load_program": "models.pretrained",
-    "untie": "lowering.recapture",
-}
+_HOMES = {"lower": "lowering.lower", "untie": "lowering.recapture"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ trips that are not run, and `after` computes logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -58,14 +58,13 @@ class Engine:
                 raise _refused(f"its attention has {names[0]}")
         self.names = [i.name for i in program.inputs]
         self.padding = {i.name for i in program.inputs if i.role == "padding"}
+        names = list(weight_nodes(body))
         exits = exits_of(self.loop)
-        self.thresholds = exits.thresholds if exits else ()
-        self.left_position = exits.left_position if exits else None
-        running = None if exits is None else loop_exits(self.loop, exits)
+        self.exits = None if exits is None else loop_exits(self.loop, exits)
         # with exact caches, the remaining trips also run for tokens that have left
-        self.defers = running is not None and not running.holds
+        self.defers = self.exits is not None and not self.exits.holds
         # absent tokens need no update: the pool marks all positions behind a prompt as absent
-        self.marks_absent = running is not None and running.marks_absent
+        self.marks_absent = self.exits is not None and self.exits.marks_absent
         if exits is not None:
             self.test = Plan(split_exits(self.loop, exits).test)
         caches = stateful_nodes(body)
@@ -85,7 +84,7 @@ class Engine:
         readings = model._assembly.tree.readings
         self.weights: dict[str, list[Tensor]] = {
             name: [attrgetter(readings[self.loop.name][name].weight)(m) for m in modules]
-            for name in weight_nodes(body) | self._test_names()
+            for name in names
         }
         self.main = {
             name: attrgetter(reading.weight)(model) for name, reading in readings["main"].items()
@@ -97,11 +96,6 @@ class Engine:
         self._stacks: dict[str, Tensor] = {}
         self.width = len(self.loop.carry)
         self.batch: RowBatch | None = None
-
-    def _test_names(self) -> dict[str, Any]:
-        if not self.thresholds:
-            return {}
-        return {str(n.target): None for n in self.test.nodes if n.op == "get_attr"}
 
     # ---- the parts of the model
 
@@ -124,30 +118,26 @@ class Engine:
             return value.expand(len(slots), *value.shape[1:]) if one else value
 
         inputs = list(map(expanded, self.loop.inputs))
-        return RowBatch.of(
-            list(outputs[: self.width]), inputs, list(zip(slots, lengths, strict=True))
-        )
+        positions = list(zip(slots, lengths, strict=True))
+        batch = RowBatch(list(outputs[: self.width]), inputs, positions)
+        batch.rows = [Row(*position, batch, number) for number, position in enumerate(positions)]
+        return batch.rows
 
     def run_step(self, rows: Sequence[Row]) -> None:
         """Run one trip for rows that are sorted by trip, and advance their carry and trip."""
         batch = self._row_batch(rows)
         trips = [row.trip for row in rows]
-        inputs, segments = self._batched(batch, trips)
-        weight = self._weight(trips)
+        inputs, weight, segments = self._batched(batch, trips)
         new = self.step.run([*batch.carry, *inputs], weight, segments)
-        if any(self.is_tested(trip) for trip in set(trips)):
+        exits = self.exits
+        if exits is not None and any(is_open(exits.thresholds[trip]) for trip in set(trips)):
             # trips without an exit have an infinite threshold
             new = self.test.run([*batch.carry, *new, *inputs], weight, segments)
-            assert self.left_position is not None
-            for row, left in zip(rows, new[self.left_position].flatten().tolist(), strict=True):
+            for row, left in zip(rows, new[exits.left_position].flatten().tolist(), strict=True):
                 row.left = left
         batch.carry = list(new)
         for row in rows:
             row.trip += 1
-
-    def is_tested(self, trip: int) -> bool:
-        """Whether tokens can leave after a trip."""
-        return bool(self.thresholds) and is_open(self.thresholds[trip])
 
     def run_skips(self, rows: Sequence[Row]) -> None:
         """Store keys and values of the trips that rows skip, from the hidden state at their exit.
@@ -160,8 +150,8 @@ class Engine:
         pairs = [(t, n) for t in range(self.trips) for n, row in enumerate(rows) if row.trip <= t]
         trips, numbers = [t for t, _ in pairs], torch.tensor([n for _, n in pairs])
         every = batch.select(numbers, [rows[n] for _, n in pairs])
-        inputs, segments = self._batched(every, trips)
-        self.skip.run([*every.carry, *inputs], self._weight(trips), segments)
+        inputs, weight, segments = self._batched(every, trips)
+        self.skip.run([*every.carry, *inputs], weight, segments)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """Compute the logits [rows, vocabulary] of the next tokens."""
@@ -172,7 +162,7 @@ class Engine:
 
     def depth(self, row: Row) -> int:
         """Return how many trips a row ran; a loop with exits counts them in its carry."""
-        return row.trip if self.left_position is None else int(row.carry[self.left_position + 1])
+        return row.trip if self.exits is None else int(row.carry[self.exits.left_position + 1])
 
     # ---- a batch
 
@@ -185,7 +175,10 @@ class Engine:
             self.batch = gather_rows(rows)
         return self.batch
 
-    def _batched(self, batch: RowBatch, trips: Sequence[int]) -> tuple[list[Any], Segments]:
+    def _batched(
+        self, batch: RowBatch, trips: Sequence[int]
+    ) -> tuple[list[Any], Callable[[str], Any], Segments]:
+        """Return the loop's inputs, the access to its weights, and the segments of a batch."""
         order = sorted(set(trips))
         sizes = tuple(trips.count(trip) for trip in order)
         inputs = [input_at(value, order, sizes) for value in batch.inputs]
@@ -200,27 +193,22 @@ class Engine:
             cap, scale = argument(node, "softcap"), float(argument(node, "scale"))
             return self.pool.attend(number, at, q, scale, windows, cap)
 
-        depths = None
-        if dispatch.considers_kernels(self.device):
-            depths = Depths(order, sizes, self._stacked)
-        return inputs, Segments(sizes, store, attend, depths)
-
-    def _stacked(self, name: str) -> Tensor:
-        """Return a weight stacked over all trips, copied when a kernel first needs it."""
-        if name not in self._stacks:
-            self._stacks[name] = torch.stack(self.weights[name])
-        return self._stacks[name]
-
-    def _weight(self, trips: Sequence[int]) -> Any:
-        order = sorted(set(trips))
-
         def weight(name: str) -> Any:
             weights = [self.weights[name][trip] for trip in order]
             if all(w is weights[0] for w in weights):
                 return weights[0]
             return PerSegment(tuple(weights))
 
-        return weight
+        depths = None
+        if dispatch.considers_kernels(self.device):
+            depths = Depths(order, sizes, self._stacked)
+        return inputs, weight, Segments(sizes, store, attend, depths)
+
+    def _stacked(self, name: str) -> Tensor:
+        """Return a weight stacked over all trips, copied when a kernel first needs it."""
+        if name not in self._stacks:
+            self._stacks[name] = torch.stack(self.weights[name])
+        return self._stacks[name]
 
 
 def _refused(reason: str) -> UsageError:

@@ -49,13 +49,6 @@ class RowBatch:
     positions: list[SlotPosition]
     rows: list[Row] = field(default_factory=list)
 
-    @staticmethod
-    def of(carry: list[Tensor], inputs: list[Any], positions: list[SlotPosition]) -> list[Row]:
-        """Make the rows of a new batch."""
-        batch = RowBatch(carry, inputs, positions)
-        batch.rows = [Row(*position, batch, number) for number, position in enumerate(positions)]
-        return batch.rows
-
     def has(self, rows: Sequence[Row]) -> bool:
         """Whether the batch consists of these rows, in this order."""
         return len(rows) == len(self.rows) and all(

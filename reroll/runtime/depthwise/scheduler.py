@@ -152,11 +152,7 @@ class DepthScheduler:
 
     def depth_report(self) -> DepthReport:
         """Count generated tokens by trips, except first tokens, which come from the prompts."""
-        counts: dict[int, int] = {}
-        for request in self._requests.values():
-            for depth in request.depths:
-                counts[depth] = counts.get(depth, 0) + 1
-        return DepthReport(dict(sorted(counts.items())))
+        return DepthReport.of(d for request in self._requests.values() for d in request.depths)
 
     def close(self) -> None:
         """Drop all requests and caches."""
@@ -187,7 +183,7 @@ class DepthScheduler:
         if ended:
             self._rows = [r for r in self._rows if not any(r is e for e in ended)]
         self._ended += [r for r in ended if not r.background]
-        if self._ended and (self.mode == "depth" or self._batch_is_through()):
+        if self._ended and (self.mode == "depth" or all(r.background for r in self._rows)):
             finished, self._ended = self._ended, []
             self._finish(finished)
 
@@ -243,9 +239,6 @@ class DepthScheduler:
             self._free.append(request.slot)
             self._rows = [r for r in self._rows if r.slot != request.slot]
         return False
-
-    def _batch_is_through(self) -> bool:
-        return all(row.background for row in self._rows)
 
     def _start_tokens(self, going: list[tuple[int, int]]) -> None:
         if going:

@@ -7,6 +7,8 @@ allows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from reroll.rewrite.ir.ops import mass_of
 from reroll.runtime.functions.bands import Band, attend_band, mass_band
 
-# `_explicit` and `mass` hold the scores of this many queries in memory at a time
+# `_over_scores` holds the scores of this many queries in memory at a time
 _QUERY_BLOCK = 1024
 
 
@@ -51,7 +53,8 @@ def attend(
     if bias is not None:
         bias = _fit(bias, k.shape[2])
     if softcap is not None or sinks is not None:
-        out = _explicit(q, k, v, scale, causal, mask, softcap, sinks, bias)
+        mask = _causal(length, q.device) if causal else mask
+        out = _explicit(q, k, v, scale, mask, softcap, sinks, bias)
         return out.transpose(1, 2).contiguous()
     if bias is not None:
         mask, causal = _additive(bias, mask, causal, q), False
@@ -115,49 +118,27 @@ def _explicit(
     k: Tensor,
     v: Tensor,
     scale: float,
-    causal: bool,
     mask: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Compute attention from explicit scores, a block of queries at a time.
-
-    Returns [batch, heads, time, v_head_dim].
-    """
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    if causal:
-        mask = _causal(length, q.device)
+    """Compute attention from explicit scores: [batch, heads, time, v_head_dim]."""
+    groups = q.shape[1] // k.shape[1]
     if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    if length <= _QUERY_BLOCK:
-        return _block(q, k, v, scale, mask, softcap, sinks, bias)
-    out = []
-    for start in range(0, length, _QUERY_BLOCK):
-        rows = slice(start, start + _QUERY_BLOCK)
-        part = [t[..., rows, :] if t is not None and t.shape[-2] > 1 else t for t in (mask, bias)]
-        out.append(_block(q[:, :, rows], k, v, scale, part[0], softcap, sinks, part[1]))
-    return torch.cat(out, dim=2)
+        v = v.repeat_interleave(groups, 1)
+
+    def read(scores: Tensor) -> Tensor:
+        if sinks is None:
+            return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+        scores = scores - scores.max(dim=-1, keepdim=True).values
+        return torch.matmul(F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1], v)
+
+    return _over_scores(read, q, k, scale, mask, softcap, sinks, bias)
 
 
-def _block(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    scores = _scores(q, k, scale, mask, softcap, sinks, bias)
-    if sinks is None:
-        return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
-    scores = scores - scores.max(dim=-1, keepdim=True).values
-    return torch.matmul(F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1], v)
-
-
-def _scores(
+def _over_scores(
+    function: Callable[[Tensor], Tensor],
     q: Tensor,
     k: Tensor,
     scale: float,
@@ -166,16 +147,29 @@ def _scores(
     sinks: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    scores = torch.matmul(q, k.transpose(2, 3)) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
-    scores = _hide(scores, mask)
-    if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
-        scores = torch.cat([scores, column], dim=-1)
-    return scores
+    """Apply a function to the scores [batch, heads, time, keys] of a block of queries at a time.
+
+    `sinks` are a last column of the scores. Results are joined along the time.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k = k.repeat_interleave(groups, 1)
+    parts = []
+    blocks = (q,) if q.shape[2] <= _QUERY_BLOCK else q.split(_QUERY_BLOCK, 2)
+    for number, queries in enumerate(blocks):
+        scores = torch.matmul(queries, k.transpose(2, 3)) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        rows = slice(number * _QUERY_BLOCK, (number + 1) * _QUERY_BLOCK)
+        if bias is not None:
+            scores = scores + (bias[..., rows, :] if bias.shape[-2] > 1 else bias)
+        part = mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
+        scores = _hide(scores, part)
+        if sinks is not None:
+            column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, queries.shape[2], -1)
+            scores = torch.cat([scores, column], dim=-1)
+        parts.append(function(scores))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def mass(
@@ -190,7 +184,7 @@ def mass(
     log: bool = False,
 ) -> Tensor:
     """Compute `reroll.attention_mass` with a mask as in `attend`: [batch, time, heads] in fp32."""
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    length = q.shape[2]
     if isinstance(mask, Band):
         if softcap is None and sinks is None and bias is None:
             return mass_band(q, k, scale, mask, log).transpose(1, 2)
@@ -199,12 +193,7 @@ def mass(
         k, mask = k[:, :, :length], _causal(length, q.device)
     if bias is not None:
         bias = _fit(bias, k.shape[2])
-    if groups > 1:
-        k = k.repeat_interleave(groups, 1)
-    parts = []
-    for start in range(0, length, _QUERY_BLOCK):
-        rows = slice(start, start + _QUERY_BLOCK)
-        part = [t[..., rows, :] if t is not None and t.shape[-2] > 1 else t for t in (mask, bias)]
-        scores = _scores(q[:, :, rows], k, scale, part[0], softcap, sinks, part[1]).float()
-        parts.append(mass_of(scores, log))
-    return torch.cat(parts, dim=2).transpose(1, 2)
+    masses = _over_scores(
+        lambda scores: mass_of(scores.float(), log), q, k, scale, mask, softcap, sinks, bias
+    )
+    return masses.transpose(1, 2)

@@ -11,9 +11,10 @@ keep their hidden state; the result is the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,25 @@ from transformers.cache_utils import DynamicLayer
 from reroll.rewrite.ir.ops import ABSENT
 from reroll.runtime.state.states import can_split, join_rows, rows_of
 
-if TYPE_CHECKING:
-    from reroll.runtime.lowering.exit_graphs import LoopExits
+
+@dataclass(frozen=True)
+class LoopExits:
+    """Properties of a loop's exits that running it depends on.
+
+    `left_position` is the position of the carried flag of tokens that have left. `holds` says that
+    the first carried value stays unchanged for these tokens, and `compact` that their rows can be
+    dropped. `marks_absent` says that skipped layers only need to know which tokens are absent.
+    `caches` counts the layers with state in a trip. `test_has_state` says that the exit test needs
+    the cache layers.
+    """
+
+    left_position: int
+    thresholds: tuple[float, ...]
+    holds: bool
+    compact: bool
+    marks_absent: bool
+    caches: int
+    test_has_state: bool
 
 
 def can_compact(exits: LoopExits, carry: tuple[Any, ...], layers: Sequence[Any]) -> bool:
@@ -33,13 +51,11 @@ def can_compact(exits: LoopExits, carry: tuple[Any, ...], layers: Sequence[Any])
         and carry[0].shape[1] == 1
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and all(map(_has_rows, layers))
+        and all(
+            can_split(layer) or (isinstance(layer, DynamicLayer) and not layer.is_sliding)
+            for layer in layers
+        )
     )
-
-
-def _has_rows(layer: Any) -> bool:
-    """Whether a cache layer can be updated for some rows of the batch at a time."""
-    return can_split(layer) or (isinstance(layer, DynamicLayer) and not layer.is_sliding)
 
 
 def run_compacted(
@@ -130,7 +146,7 @@ class _Parts:
 class _Shared:
     """A cache layer that is updated by rows that have left first, then by the others.
 
-    Both parts are written in one update of the whole batch.
+    Both parts are written in one update of the whole batch. What the first one gets is not read.
     """
 
     def __init__(self, layer: Any, batch: int, left: Tensor, live: Tensor) -> None:
@@ -138,10 +154,11 @@ class _Shared:
         self.is_compileable = False
         self.left_states: tuple[Tensor, Tensor] | None = None
 
-    def filling(self) -> _Filling:
-        return _Filling(self)
+    def filling(self) -> _Shared:
+        return self
 
     def running(self) -> _Shared:
+        assert self.left_states is not None
         return self
 
     def leave_out(self) -> None:
@@ -152,15 +169,16 @@ class _Shared:
         """Do nothing: `update` has already written to the shared layer."""
 
     def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        assert self.left_states is not None
-        whole = [self._merged(old, new) for old, new in zip(self.left_states, (k, v), strict=True)]
+        if self.left_states is None:
+            self.left_states = k, v
+            return k, v
+        whole = []
+        for left, live in zip(self.left_states, (k, v), strict=True):
+            merged = live.new_empty(self.batch, *live.shape[1:])
+            merged[self.left], merged[self.live] = left, live
+            whole.append(merged)
         keys, values = self.layer.update(*whole, **options)
         return keys[self.live], values[self.live]
-
-    def _merged(self, left: Tensor, live: Tensor) -> Tensor:
-        whole = live.new_empty(self.batch, *live.shape[1:])
-        whole[self.left], whole[self.live] = left, live
-        return whole
 
     def get_mask_sizes(self, length: int) -> Any:
         return self.layer.get_mask_sizes(length)
@@ -169,33 +187,16 @@ class _Shared:
         return self.layer.get_seq_length()
 
 
-class _Filling:
-    """Interface of a `_Shared` layer for the rows that have left.
-
-    What `update` returns is not read.
-    """
-
-    def __init__(self, shared: _Shared) -> None:
-        self.shared = shared
-        self.is_compileable = False
-
-    def update(self, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        del options
-        self.shared.left_states = k, v
-        return k, v
-
-    def get_mask_sizes(self, length: int) -> Any:
-        return self.shared.get_mask_sizes(length)
-
-    def get_seq_length(self) -> Any:
-        return self.shared.get_seq_length()
-
-
 @dataclass(frozen=True)
 class DepthReport:
     """Histogram of the number of trips per token."""
 
     histogram: Mapping[int, int]
+
+    @classmethod
+    def of(cls, depths: Iterable[int]) -> DepthReport:
+        """Count tokens by their numbers of trips."""
+        return cls(dict(sorted(Counter(depths).items())))
 
     @property
     def tokens(self) -> int:
@@ -218,7 +219,4 @@ class DepthReport:
 
 def depth_report(depths: Sequence[Tensor]) -> DepthReport:
     """Count tokens by trips from the `depth` outputs of several forwards."""
-    counts: dict[int, int] = {}
-    for depth in torch.cat([d.flatten() for d in depths]).tolist() if depths else []:
-        counts[depth] = counts.get(depth, 0) + 1
-    return DepthReport(dict(sorted(counts.items())))
+    return DepthReport.of(depth for each in depths for depth in each.flatten().tolist())

@@ -78,11 +78,7 @@ def layer_norm(
 
 
 def slice_(
-    x: Tensor,
-    dim: int = 0,
-    start: int | None = None,
-    end: int | None = None,
-    step: int = 1,
+    x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Tensor:
     """Compute `aten.slice` by indexing."""
     if dim == -1 or dim == x.dim() - 1:

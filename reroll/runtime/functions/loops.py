@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from reroll.errors import UsageError
 from reroll.rewrite.ir.exits import is_open
 from reroll.runtime.functions.documents import Documents
-from reroll.runtime.functions.exits import can_compact, run_compacted
+from reroll.runtime.functions.exits import LoopExits, can_compact, run_compacted
 from reroll.runtime.functions.hidden import NO_STATES, HiddenStates, TripStates, run_observed
-
-if TYPE_CHECKING:
-    from reroll.runtime.lowering.exit_graphs import LoopExits
 
 
 @dataclass
@@ -116,12 +113,8 @@ def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tenso
     counter = None if exits is None else exits.left_position + 1
     try:
         for name in kept:
-            result = (
-                _FixedResult(hidden, counter, depth)
-                if name == last
-                else _FixedResult(None, None, 0)
-            )
-            loops[name] = Trips([result], 0, 0)
+            result = hidden if name == last else None
+            loops[name] = Trips([_FixedResult(result, counter, depth)], 0, 0)
         logits: Tensor = model(**inputs).logits
     finally:
         loops.update(kept)

@@ -69,7 +69,8 @@ def make_mask(
     if layer is not None:
         keys, start = layer.get_mask_sizes(length)
         offset = layer.get_seq_length()
-        kept = kept_columns(layer)
+        # the first columns, of tokens that the layer keeps for good
+        kept = getattr(layer, "kept", 0)
         keys -= kept
     if padding is None and not visibility.has_other("causal", "window", "chunk", "prefix"):
         if start >= kept and _sees_all(layer, length, keys, offset, visibility):
@@ -92,12 +93,6 @@ def _band(layer: Any, length: int, keys: int, offset: Any, visibility: Visibilit
         return None
     band = Band(length, window, visibility.prefix or 0)
     return band if offset == 0 and keys == length and band.pays else None
-
-
-def kept_columns(layer: Any) -> int:
-    """Return the number of leading columns that a layer keeps for good: its first tokens."""
-    count: int = getattr(layer, "kept", 0)
-    return count
 
 
 def _with_kept(visible: Tensor, padding: Tensor | None, start: int, kept: int) -> Tensor:

@@ -20,7 +20,7 @@ from reroll.mixers import Mixer, make
 from reroll.rewrite.ir.ops.recurrence import after_first, scan, without_idle
 from reroll.runtime.functions.documents import Documents
 from reroll.runtime.functions.masks import visible_tokens
-from reroll.runtime.state.states import Rewinding
+from reroll.runtime.state.states import Rewinding, last
 
 
 def recur(
@@ -160,7 +160,7 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
             old.append(writes.new_zeros(batch, delay))
         pairs = zip(old[:-1], tensors, strict=True)
         held = [*(torch.cat(p, 2) for p in pairs), torch.cat((old[-1], writes), 1)]
-        self.waiting = [_last(t, delay) for t in held[:-1]] + [held[-1][:, -delay:]]
+        self.waiting = [last(t, delay) for t in held[:-1]] + [held[-1][:, -delay:]]
         return [*(t[:, :, :time] for t in held[:-1]), held[-1][:, :time]]
 
     # ---- the interface of cache layers
@@ -183,9 +183,3 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         if self.waiting is not None:
             self.waiting = [change(x) for x in self.waiting]
         self._past = None
-
-
-def _last(tensor: Tensor, count: int) -> Tensor:
-    # a view would keep the memory of a long prompt allocated
-    part = tensor[:, :, -count:]
-    return part.clone() if tensor.shape[2] > 2 * count else part

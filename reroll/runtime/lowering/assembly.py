@@ -16,8 +16,7 @@ from reroll.rewrite.ir.defaults import looks_into, reads
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.loops import Trips
 from reroll.runtime.lowering.codegen import compile_graph, runnable
-from reroll.runtime.lowering.encoder_constants import is_decoder_input
-from reroll.runtime.lowering.encoder_decoder import cut
+from reroll.runtime.lowering.encoder_decoder import cut, has_decoder
 from reroll.runtime.lowering.modules import Tree, TripModule, build_tree
 from reroll.runtime.lowering.passes import PASSES, Interface, Lowering, Observer, lower_graphs
 from reroll.runtime.models.pictures import put_pictures, with_pictures
@@ -25,7 +24,7 @@ from reroll.runtime.models.pictures import put_pictures, with_pictures
 
 @dataclass
 class EncoderDecoder:
-    """Functions of an encoder-decoder model: see `encoder_decoder`."""
+    """Functions of the graphs of an encoder-decoder model: see `cut`."""
 
     encode: Callable[..., tuple[Any, ...]]
     extend: Callable[..., tuple[Any, ...]]
@@ -93,8 +92,11 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
         main = with_pictures(main, text, program.inputs)
     defaults = _defaults(program, sources)
     assembly = Assembly(main, loops, tree, plan.layers, lowering.interface, sources, defaults)
-    if any(is_decoder_input(i.name) for i in program.inputs):
-        assembly.encoder_decoder = _encoder_decoder(graph, program, sources)
+    if has_decoder(program.inputs):
+        functions = {}
+        for name, part in cut(graph, program).items():
+            functions[name], sources[name] = compile_graph(part, name)
+        assembly.encoder_decoder = EncoderDecoder(**functions)
     return assembly
 
 
@@ -146,32 +148,18 @@ def reassemble(model: Any, program: Program) -> Assembly:
     return replace(new, loops=old.loops, tree=old.tree)
 
 
-def _encoder_decoder(graph: fx.Graph, program: Program, sources: dict[str, str]) -> EncoderDecoder:
-    outputs = program.outputs
-    name = "encoder_last_hidden_state"
-    parts = cut(graph, program.inputs, outputs.index(name) if name in outputs else None)
-    functions = []
-    for part in ("encode", "extend", "decode"):
-        function, sources[part] = compile_graph(getattr(parts, part), part)
-        functions.append(function)
-    return EncoderDecoder(*functions)
-
-
 def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[TripModule]:
     members: dict[str, Any] = {"source": ""}
     for method, graph in graphs.items():
         members[method], source = compile_graph(graph, f"{name} {method}")
         members["source"] += source
     if "observed" in members:
-        members["forward"] = _either(members["forward"], members["observed"])
+        plain, observed = members["forward"], members["observed"]
+
+        def forward(self: TripModule, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
+            """Run the trip; if `observe` is set, also return its hidden states."""
+            return (observed if observe else plain)(self, *args, **kwargs)
+
+        members["forward"] = forward
     title = "".join(part.capitalize() for part in re.split(r"\W|_", name, flags=re.ASCII))
     return type(f"{title}Trip", (TripModule,), members)
-
-
-def _either(plain: Callable[..., Any], observed: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the forward of a trip that also returns its hidden states if `observe` is set."""
-
-    def forward(self: TripModule, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
-        return (observed if observe else plain)(self, *args, **kwargs)
-
-    return forward

@@ -16,12 +16,7 @@ from typing import Any
 from torch import fx
 
 from reroll.errors import ProgramError
-from reroll.rewrite.analysis.state_plan import (
-    MASKED,
-    behind_cache,
-    plan_states,
-    stateful_nodes,
-)
+from reroll.rewrite.analysis.state_plan import MASKED, behind_cache, plan_states, stateful_nodes
 from reroll.rewrite.ir.matching import argument, bind, shape
 from reroll.rewrite.ir.ops import ATTENTION, is_stateful
 from reroll.rewrite.ir.program import Loop, Program
@@ -169,11 +164,7 @@ def _can_need_mask(node: fx.Node, limits: Visibility, cache: fx.Node | None) -> 
 
 
 def _inner_mask(
-    node: fx.Node,
-    limits: Visibility,
-    cache: fx.Node | None,
-    layers: fx.Node,
-    number: int | None,
+    node: fx.Node, limits: Visibility, cache: fx.Node | None, layers: fx.Node, number: int | None
 ) -> fx.Node:
     """Make a mask in the attention's own graph, before the layer's cache update.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,21 +57,17 @@ def compile_graph(graph: fx.Graph, name: str) -> tuple[Callable[..., Any], str]:
     return function, source
 
 
+@dataclass
 class _Rewriter:
-    def __init__(
-        self,
-        graph: fx.Graph,
-        readings: Mapping[str, Reading],
-        layers: fx.Node | None,
-        caches: Mapping[fx.Node, Update],
-        state: fx.Node | None,
-    ) -> None:
-        self.old, self.readings = graph, readings
-        self.layers, self.caches, self.state = layers, caches, state
-        self.new = fx.Graph()
-        self.values: dict[fx.Node, fx.Node] = {}
-        self.weights: dict[str, fx.Node] = {}
-        self.device: fx.Node | None = None
+    old: fx.Graph
+    readings: Mapping[str, Reading]
+    layers: fx.Node | None
+    caches: Mapping[fx.Node, Update]
+    state: fx.Node | None
+    new: fx.Graph = field(default_factory=fx.Graph)
+    values: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    weights: dict[str, fx.Node] = field(default_factory=dict)
+    device: fx.Node | None = None
 
     def run(self) -> fx.Graph:
         for node in self.old.nodes:

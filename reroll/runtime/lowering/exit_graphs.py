@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -11,32 +10,11 @@ from reroll.rewrite.analysis.state_plan import stateful_nodes
 from reroll.rewrite.ir.exits import Exits
 from reroll.rewrite.ir.ops import CACHE, HOLD, MARK_KEYS, RECURRENCE, is_stateful
 from reroll.rewrite.ir.program import Loop
-from reroll.runtime.lowering.hoisting import OWN_INPUTS
-from reroll.runtime.lowering.sizes import is_size
+from reroll.runtime.functions.exits import LoopExits
+from reroll.runtime.lowering.hoisting import OWN_INPUTS, is_size
 
 
-@dataclass
-class LoopExits:
-    """Properties of a loop's exits that running it depends on.
-
-    `left_position` is the position of the carried flag of tokens that have left. `holds` says that
-    the first carried value stays unchanged for these tokens, and `compact` that their rows can be
-    dropped. `marks_absent` says that skipped layers only need to know which tokens are absent.
-    `caches` counts the layers with state in a trip. `test_has_state` says that the exit test needs
-    the cache layers.
-    """
-
-    left_position: int
-    thresholds: tuple[float, ...]
-    holds: bool
-    compact: bool
-    marks_absent: bool
-    caches: int
-    test_has_state: bool
-
-
-@dataclass
-class Split:
+class Split(NamedTuple):
     """The `test` and `fill` graphs of a body, and the copies of its stateful nodes in each.
 
     `layers` is the node of the cache layers in `test`, or None if the test has no state.
@@ -99,14 +77,12 @@ def loop_exits(loop: Loop, exits: Exits) -> LoopExits:
     reads_batch = any(isinstance(n, fx.Node) and is_size(n) for n in loop.inputs)
     holds = returned[0].target is HOLD
     marks = any(n.target is MARK_KEYS for n in body.nodes)
-    marks_absent = marks and all(n.target is CACHE for n in layers)
-    test_has_state = any(n.target is RECURRENCE for n in exits.tests)
     return LoopExits(
         exits.left_position,
         exits.thresholds,
         holds,
-        holds and not reads_batch,
-        marks_absent,
-        len(layers),
-        test_has_state,
+        compact=holds and not reads_batch,
+        marks_absent=marks and all(n.target is CACHE for n in layers),
+        caches=len(layers),
+        test_has_state=any(n.target is RECURRENCE for n in exits.tests),
     )

@@ -12,8 +12,8 @@ from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.ops import EXIT_LINEAR
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.loops import keep_positions, look_up
+from reroll.runtime.lowering.hoisting import is_size
 from reroll.runtime.lowering.modules import Reading
-from reroll.runtime.lowering.sizes import is_size
 
 aten = torch.ops.aten
 

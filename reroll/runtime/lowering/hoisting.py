@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from reroll.rewrite.ir.ops import is_pure
 from reroll.rewrite.ir.program import Loop, Program
@@ -34,6 +36,22 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder" and n.target not in OWN_INPUTS]
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a size of a tensor or its device, or arithmetic on sizes.
+
+    Another tensor of the same size can provide it. A tensor that is made of sizes is none.
+    """
+    if node.op == "call_method":
+        return node.target == "size"
+    if node.target is getattr:
+        return node.args[1] == "device"
+    if node.target is torch.ops.aten.sym_size.int:
+        return True
+    inputs = node.all_input_nodes
+    python = node.op == "call_function" and not isinstance(node.target, OpOverload)
+    return python and bool(inputs) and all(map(is_size, inputs))
+
+
 def outer_values(loop: Loop) -> dict[fx.Node, tuple[Any, ...]]:
     """Return the value, trip by trip, that each input placeholder of a body has outside of it."""
     inputs = loop.places[len(loop.carry) :]
@@ -51,7 +69,10 @@ def _hoist(main: fx.Graph, loop: Loop) -> None:
             continue
         if not all(argument in known for argument in node.all_input_nodes):
             continue
-        calls = [_arguments(node, known, trip) for trip in range(loop.trips)]
+        calls = []
+        for trip in range(loop.trips):
+            values = {n: known[n][trip] for n in node.all_input_nodes}
+            calls.append(fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
         if any(call != calls[0] for call in calls):
             continue
         with main.inserting_before(loop.node):
@@ -65,9 +86,3 @@ def _hoist(main: fx.Graph, loop: Loop) -> None:
             )
     for node in reversed(moved):
         loop.body.graph.erase_node(node)
-
-
-def _arguments(
-    node: fx.Node, known: dict[fx.Node, tuple[Any, ...]], trip: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return fx.node.map_arg((node.args, node.kwargs), lambda n: known[n][trip])

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reroll.rewrite.ir.program import Loop, Program, weight_nodes
 from reroll.rewrite.ir.weights.expressions import Meta
-from reroll.runtime.lowering.placement import Path, Placement, path_of, placements
+from reroll.runtime.lowering.placement import Path, path_of, placements
 
 
 class Scope(nn.Module):
@@ -67,10 +67,6 @@ class Slot:
             else:
                 module.register_buffer(leaf, value)
 
-    def fill_meta(self) -> None:
-        """Set a tensor without data in all holders."""
-        self.fill(torch.empty(self.meta.shape, dtype=self.meta.dtype, device="meta"))
-
 
 @dataclass
 class Tree:
@@ -89,7 +85,7 @@ def build_tree(model: nn.Module, program: Program) -> Tree:
     names = weight_nodes(program.graph)
     builder.tree.readings["main"] = {name: builder.add_weight(name, 0) for name in names}
     for slot in builder.tree.slots.values():
-        slot.fill_meta()
+        slot.fill(torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device="meta"))
     return builder.tree
 
 
@@ -118,32 +114,18 @@ class _Builder:
     def add_weight(self, name: str, trip: int) -> Reading:
         """Build the modules of one weight in one trip, and return how the model reads it."""
         weight, placement = self.program.weights[name], self.places[name].at(trip)
-        holders = []
-        if placement.linear is not None:
-            linear = placement.linear
-            module = self._module(
-                linear.path,
-                lambda: nn.Linear(linear.inputs, linear.outputs, linear.bias, device="meta"),
-            )
-            holders.append((module, placement.leaf))
-        if placement.lookup is not None:
-            table = placement.lookup
-            module = self._module(
-                table.path,
-                lambda: nn.Embedding(table.rows, table.columns, table.padding, device="meta"),
-            )
-            holders.append((module, placement.leaf))
-        if not holders:
-            holders.append((self._module(placement.owner, Scope), placement.leaf))
+        made = [m for m in (placement.linear, placement.lookup) if m is not None]
+        modules = [self._module(m.path, m.make) for m in made]
         key = self.program.weights.identity(name, 0 if weight.index is None else weight.index[trip])
         slot = self.tree.slots.setdefault(key, Slot(weight.meta, weight.trainable))
-        slot.holders.extend(holder for holder in holders if holder not in slot.holders)
+        for module in modules or [self._module(placement.owner, Scope)]:
+            if (module, placement.leaf) not in slot.holders:
+                slot.holders.append((module, placement.leaf))
+        linear = placement.linear if placement.leaf == "weight" else None
         return Reading(
-            ".".join((*self._first(placement), placement.leaf)),
-            ".".join(placement.linear.path)
-            if placement.linear and placement.leaf == "weight"
-            else None,
-            ".".join(placement.lookup.path) if placement.lookup else None,
+            ".".join((*placement.paths[0], placement.leaf)),
+            None if linear is None else ".".join(linear.path),
+            None if placement.lookup is None else ".".join(placement.lookup.path),
         )
 
     def _root(self, loop: Loop, names: list[str]) -> Path:
@@ -171,12 +153,6 @@ class _Builder:
         weight = local(reading.weight, "weight")
         assert weight is not None
         return Reading(weight, local(reading.linear, "linear"), local(reading.lookup, "lookup"))
-
-    def _first(self, placement: Placement) -> Path:
-        """Return the path of the module whose weight is read as a plain tensor."""
-        if placement.linear is not None:
-            return placement.linear.path
-        return placement.lookup.path if placement.lookup is not None else placement.owner
 
     def _module(self, path: Path, make: Callable[[], nn.Module]) -> nn.Module:
         """Return the module at a path; create it, and the scopes above it, where missing."""

@@ -78,17 +78,15 @@ def _read(program: Program, padding: fx.Node, state: fx.Node | None) -> None:
                 user.update_arg(
                     2,
                     tuple(
-                        checked if value is node and _is_padding_only(placeholder) else value
-                        for value, placeholder in zip(loop.inputs, inner, strict=True)
+                        checked
+                        if value is node and all(_hides(u, place) for u in place.users)
+                        else value
+                        for value, place in zip(loop.inputs, inner, strict=True)
                     ),
                 )
     for node in reversed(same[1:]):
         if not node.users:
             program.graph.erase_node(node)
-
-
-def _is_padding_only(node: fx.Node) -> bool:
-    return all(_hides(user, node) for user in node.users)
 
 
 def _hides(user: fx.Node, node: fx.Node) -> bool:

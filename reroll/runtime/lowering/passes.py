@@ -6,7 +6,7 @@ has a runnable graph for each function that is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,11 +17,12 @@ from reroll.rewrite.analysis.state_plan import StatePlan, plan_states, stateful_
 from reroll.rewrite.capture.pictures import picture_inputs
 from reroll.rewrite.ir.exits import exits_of
 from reroll.rewrite.ir.program import Loop, Program
+from reroll.runtime.functions.exits import LoopExits
 from reroll.runtime.functions.hidden import note_in_main, returning, states_of
 from reroll.runtime.lowering.attention_masks import place_masks
 from reroll.runtime.lowering.codegen import Update, runnable
-from reroll.runtime.lowering.encoder_constants import split_static_graphs
-from reroll.runtime.lowering.exit_graphs import LoopExits, loop_exits, split_exits
+from reroll.runtime.lowering.encoder_decoder import split_static_graphs
+from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
 from reroll.runtime.lowering.heads import head_path, keep_before_head, take_embeddings
 from reroll.runtime.lowering.hoisting import OWN_INPUTS, hoist_invariants
 from reroll.runtime.lowering.modules import Tree
@@ -73,8 +74,8 @@ class Lowering:
 
     program: Program
     tree: Tree
-    plan: StatePlan = field(default_factory=lambda: StatePlan((), {}))
-    state: fx.Node | None = None
+    plan: StatePlan = field(init=False)
+    state: fx.Node = field(init=False)
     layers: dict[str, fx.Node] = field(default_factory=dict)
     interface: Interface = field(default_factory=Interface)
     updates: dict[fx.Node, Callable[..., Any]] = field(default_factory=dict)
@@ -86,17 +87,11 @@ class Lowering:
 
     def text(self) -> str:
         """Print all graphs as they are now."""
-        parts = []
-        for name, graph in self._named():
-            parts.append(f"---- {name}\n{graph}")
-        return "\n\n".join(parts) + "\n"
-
-    def _named(self) -> Iterator[tuple[str, fx.Graph]]:
-        if not self.graphs:
-            yield from self.program.graphs()
+        named = {} if self.graphs else dict(self.program.graphs())
         for owner, functions in self.graphs.items():
             for name, graph in functions.items():
-                yield (owner if name == owner else f"{owner}, {name}"), graph
+                named[owner if name == owner else f"{owner}, {name}"] = graph
+        return "\n\n".join(f"---- {name}\n{graph}" for name, graph in named.items()) + "\n"
 
 
 LoweringPass: TypeAlias = Callable[[Lowering], None]
@@ -143,17 +138,15 @@ def add_state_inputs(x: Lowering) -> None:
 
 def check_padding(x: Lowering) -> None:
     """Let attentions read one boolean mask per padding input, or None."""
-    x.interface.masks = read_padding(x.program, _state(x))
+    x.interface.masks = read_padding(x.program, x.state)
 
 
 def open_ends(x: Lowering) -> None:
     """Take embeddings instead of tokens, and compute logits only where they are wanted."""
     readings, interface = x.tree.readings["main"], x.interface
     interface.head = head_path(x.program, readings)
-    interface.embeddings, interface.takes_embeddings = take_embeddings(
-        x.program, readings, _state(x)
-    )
-    interface.keeps_positions = keep_before_head(x.program, _state(x))
+    interface.embeddings, interface.takes_embeddings = take_embeddings(x.program, readings, x.state)
+    interface.keeps_positions = keep_before_head(x.program, x.state)
 
 
 def place_pictures(x: Lowering) -> None:
@@ -164,7 +157,7 @@ def place_pictures(x: Lowering) -> None:
 
 def split_encoded(x: Lowering) -> None:
     """Split off what a decoder computes from the encoder's result alone."""
-    x.static_graphs = split_static_graphs(x.program, _state(x))
+    x.static_graphs = split_static_graphs(x.program, x.state)
 
 
 def make_masks(x: Lowering) -> None:
@@ -180,7 +173,7 @@ def make_masks(x: Lowering) -> None:
 
 def note_hidden(x: Lowering) -> None:
     """Insert calls that record the hidden states of the main graph."""
-    note_in_main(x.program, _state(x))
+    note_in_main(x.program, x.state)
 
 
 def make_runnable(x: Lowering) -> None:
@@ -204,11 +197,6 @@ PASSES: tuple[LoweringPass, ...] = (
     note_hidden,
     make_runnable,
 )
-
-
-def _state(x: Lowering) -> fx.Node:
-    assert x.state is not None
-    return x.state
 
 
 def _functions(x: Lowering, loop: Loop) -> dict[str, fx.Graph]:

@@ -30,6 +30,10 @@ class Linear:
     outputs: int
     bias: bool
 
+    def make(self) -> nn.Linear:
+        """Make the module, on the meta device."""
+        return nn.Linear(self.inputs, self.outputs, self.bias, device="meta")
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -39,6 +43,10 @@ class Lookup:
     rows: int
     columns: int
     padding: int | None
+
+    def make(self) -> nn.Embedding:
+        """Make the module, on the meta device."""
+        return nn.Embedding(self.rows, self.columns, self.padding, device="meta")
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,11 @@ class Placement:
     leaf: str
     linear: Linear | None = None
     lookup: Lookup | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """Paths of the modules that hold the weight; the `nn.Linear` is first."""
+        return [m.path for m in (self.linear, self.lookup) if m is not None] or [self.owner]
 
     def at(self, trip: int) -> Placement:
         """Return the place in one trip."""

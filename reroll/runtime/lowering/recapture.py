@@ -15,7 +15,7 @@ from reroll.rewrite.capture.side_files import GENERATION_FILE, generation_file
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Origin
 from reroll.rewrite.ir.weights import Weight, WeightTable, stored_name
-from reroll.rewrite.ir.weights.expressions import Meta, Source, meta_of
+from reroll.rewrite.ir.weights.expressions import Source, meta_of
 from reroll.rewrite.ir.weights.sources import MemorySource
 from reroll.runtime.lowering.placement import Placement, placements
 from reroll.runtime.models.config import RerollConfig
@@ -74,7 +74,7 @@ def kept_tensors(model: Any, program: Program) -> Iterator[Tensor]:
         if weight.meta.dtype == model.program.weights[name].meta.dtype:
             for trip in range(1 if weight.index is None else len(weight.index)):
                 placement = placed[name].at(trip)
-                yield getattr(_holder(model, _paths(placement)[0])[0], placement.leaf)
+                yield getattr(_holder(model, placement.paths[0])[0], placement.leaf)
 
 
 def untie(model: Any) -> None:
@@ -87,7 +87,7 @@ def untie(model: Any) -> None:
     placed = placements(model.program)
     held = {
         name: [
-            _holder(model, _paths(placed[name].at(trip))[0])
+            _holder(model, placed[name].at(trip).paths[0])
             for trip in range(len(weight.index or ()))
         ]
         for name, weight in model.program.weights.items()
@@ -138,7 +138,14 @@ def _stored(
         tensors = {stored: _tensor_from(placements, state) for stored, placements in held.items()}
         _check_names(model, held.values(), state)
     for source in sources.values():
-        _check_tensor(source.name, tensors[source.name], source.meta)
+        tensor = tensors[source.name]
+        if tensor.device.type == "meta":
+            raise ProgramError("the model's weights have no data", where=source.name)
+        if tuple(tensor.shape) != source.meta.shape:
+            raise ProgramError(
+                f"the weight is {meta_of(tensor)} now, and the program was made for {source.meta}",
+                where=source.name,
+            )
     return WeightTable(table), tensors
 
 
@@ -147,7 +154,7 @@ def _names(placements: list[Placement]) -> list[str]:
     return [
         ".".join((*path, *around, placement.leaf))
         for placement in placements
-        for path in _paths(placement)
+        for path in placement.paths
         for around in ((), ("base_layer",), ("original_module",))
     ]
 
@@ -185,30 +192,14 @@ def _tensor_from(placements: list[Placement], state: Mapping[str, Tensor]) -> Te
 
 
 def _tensor(model: nn.Module, placement: Placement) -> Tensor:
-    module, _ = _holder(model, _paths(placement)[0])
+    module, _ = _holder(model, placement.paths[0])
     tensor = getattr(module, placement.leaf, None)
     if not isinstance(tensor, Tensor):
         raise UsageError(
             f"{type(module).__name__} has no {placement.leaf}, which the program reads there",
-            where=".".join(_paths(placement)[0]),
+            where=".".join(placement.paths[0]),
         )
     return tensor
-
-
-def _check_tensor(name: str, tensor: Tensor, meta: Meta) -> None:
-    if tensor.device.type == "meta":
-        raise ProgramError("the model's weights have no data", where=name)
-    if tuple(tensor.shape) != meta.shape:
-        raise ProgramError(
-            f"the weight is {meta_of(tensor)} now, and the program was made for {meta}", where=name
-        )
-
-
-def _paths(placement: Placement) -> list[tuple[str, ...]]:
-    """Return the paths of the modules that hold a weight; the `nn.Linear` is first."""
-    return [p.path for p in (placement.linear, placement.lookup) if p is not None] or [
-        placement.owner
-    ]
 
 
 def _holder(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
@@ -233,7 +224,7 @@ def _with_own_heads(model: Any) -> Program:
         if placement.linear is None or placement.lookup is None:
             continue
         head, table = (
-            getattr(_holder(model, path)[0], placement.leaf, None) for path in _paths(placement)
+            getattr(_holder(model, path)[0], placement.leaf, None) for path in placement.paths
         )
         if head is table:
             continue
@@ -250,7 +241,8 @@ def _with_own_heads(model: Any) -> Program:
 
 def _move(node: fx.Node, new: str, *, tables: bool) -> None:
     """Let the lookups in a weight read it under a new name, or all its other users."""
-    users = [u for u in node.users if tables == _is_lookup(u, node)]
+    lookup = torch.ops.aten.embedding.default
+    users = [u for u in node.users if tables == (u.target is lookup and u.args[0] is node)]
     if not users:
         return
     with node.graph.inserting_before(node):
@@ -262,10 +254,6 @@ def _move(node: fx.Node, new: str, *, tables: bool) -> None:
         node.graph.erase_node(node)
 
 
-def _is_lookup(user: fx.Node, table: fx.Node) -> bool:
-    return user.target is torch.ops.aten.embedding.default and user.args[0] is table
-
-
 def _check_modules(model: Any) -> None:
     """Raise UsageError for a parameter or a kind of module that the Program has no place for."""
     expected: dict[str, type[nn.Module]] = {}
@@ -273,7 +261,7 @@ def _check_modules(model: Any) -> None:
         index = model.program.weights[name].index
         for trip in range(len(index or (0,))):
             at = placement.at(trip)
-            expected |= {".".join((*path, at.leaf)): nn.Module for path in _paths(at)}
+            expected |= {".".join((*path, at.leaf)): nn.Module for path in at.paths}
             if at.linear is not None:
                 expected[".".join((*at.linear.path, at.leaf))] = nn.Linear
             if at.lookup is not None:

@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from reroll.errors import UsageError
 from reroll.rewrite.analysis.state_plan import CacheLayer, readers
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import CACHE, RECURRENCE
+from reroll.runtime.functions.recurrences import RecurrentLayer, recur
+from reroll.runtime.state.growing import GrowingLayer
+from reroll.runtime.state.windows import WindowLayer
 
 # the configuration entry that holds a cache layer's size, by kind
 _SIZES = {
@@ -26,23 +32,11 @@ _SIZES = {
 
 def reroll_class(layer: CacheLayer) -> type | None:
     """Return reroll's class for a cache layer, or None where transformers has one for it."""
-    # imported here, because transformers is needed to hold a state but not to plan one
-    from reroll.runtime.functions.recurrences import RecurrentLayer
-    from reroll.runtime.state.windows import WindowLayer
-
     if layer.layer_type == "hybrid_sliding":
         return RecurrentLayer
     if layer.layer_type == "sliding_attention" and (layer.prefix or not layer.size):
         return WindowLayer
     return None
-
-
-def _make(layer: CacheLayer) -> Any:
-    """Make a new layer of `reroll_class`."""
-    layer_class = reroll_class(layer)
-    assert layer_class is not None
-    sizes = () if layer.layer_type == "hybrid_sliding" else (layer.size or 0, layer.prefix)
-    return layer_class(*sizes)
 
 
 def append(
@@ -72,8 +66,6 @@ def update_function(node: fx.Node) -> Callable[..., Any]:
     Only attention can take keys that include unfilled slots.
     """
     if node.target is RECURRENCE:
-        from reroll.runtime.functions.recurrences import recur
-
         return recur
     return append_exactly if None in readers(node) else append
 
@@ -115,10 +107,6 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
     An empty layer is replaced by one of reroll's where the plan requires it. Raises UsageError if
     the cache has too few layers, or if a layer to be replaced is not empty.
     """
-    from transformers import DynamicCache
-
-    from reroll.runtime.state.growing import make_growing
-
     count = len(plan)
     if cache is None or not count:
         return None
@@ -130,11 +118,23 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
             hint="make it from the model's own configuration: DynamicCache(config=model.config)",
         )
     for number, planned in enumerate(plan):
-        layer_class = reroll_class(planned)
-        if layer_class is not None and type(cache.layers[number]) is not layer_class:
-            _replace(cache.layers, number, _make(planned))
-    if type(cache) is DynamicCache and not cache.offloading:
-        make_growing(cache.layers)
+        layer_class, old = reroll_class(planned), cache.layers[number]
+        if layer_class is None or type(old) is layer_class:
+            continue
+        if old.get_seq_length():
+            raise UsageError(
+                f"layer {number} of the cache holds tokens, in another format than this model's",
+                hint="begin with an empty cache: DynamicCache(config=model.config)",
+            )
+        is_recurrent = planned.layer_type == "hybrid_sliding"
+        new = layer_class() if is_recurrent else layer_class(planned.size or 0, planned.prefix)
+        new.record_past = getattr(old, "record_past", False)
+        cache.layers[number] = new
+    if type(cache) is DynamicCache and not (cache.offloading or torch.compiler.is_compiling()):
+        # the empty layers of full attention
+        for layer in cache.layers:
+            if type(layer) is DynamicLayer and not layer.is_initialized:
+                layer.__class__ = GrowingLayer
     if cache.offloading:
         # reroll's own layers are small, so they are not offloaded
         return [
@@ -142,16 +142,6 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
             for n, planned in enumerate(plan)
         ]
     return cache.layers  # type: ignore[no-any-return]
-
-
-def _replace(layers: list[Any], number: int, new: Any) -> None:
-    if layers[number].get_seq_length():
-        raise UsageError(
-            f"layer {number} of the cache holds tokens, in another format than this model's",
-            hint="begin with an empty cache: DynamicCache(config=model.config)",
-        )
-    new.record_past = getattr(layers[number], "record_past", False)
-    layers[number] = new
 
 
 def cache_config(layers: Sequence[CacheLayer]) -> dict[str, Any]:

@@ -76,12 +76,3 @@ def _enlarged(old: Tensor, past: int, new: Tensor, total: int) -> Tensor:
     if past:
         whole[:, :, :past] = old
     return whole
-
-
-def make_growing(layers: list[Any]) -> None:
-    """Turn the empty full-attention layers of a dynamic cache into `GrowingLayer`s, in place."""
-    if torch.compiler.is_compiling():
-        return
-    for layer in layers:
-        if type(layer) is DynamicLayer and not layer.is_initialized:
-            layer.__class__ = GrowingLayer

@@ -87,6 +87,14 @@ class Rewinding:
         self._past = None
 
 
+def last(tensor: Tensor, count: int) -> Tensor:
+    """Return the last tokens of [batch, heads, time, ...]."""
+    start = max(tensor.shape[2] - count, 0)
+    part = tensor[:, :, start:]
+    # a view would keep the memory of a long prompt allocated
+    return part.clone() if start > part.shape[2] else part
+
+
 # ---- rows of a batch
 
 # the state attributes of transformers' sliding layer, which replaces its tensors

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reroll.runtime.functions.masks import visible_tokens
-from reroll.runtime.state.states import Rewinding
+from reroll.runtime.state.states import Rewinding, last
 
 
 class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
@@ -81,8 +81,8 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
         if not self.filled:
             self._keep_first(key_states, value_states, padding)
         self.cumulative_length += length
-        start = max(keys.shape[2] - max(self.window - 1, 0), 0)
-        self.keys, self.values = _last(keys, start), _last(values, start)
+        count = max(self.window - 1, 0)
+        self.keys, self.values = last(keys, count), last(values, count)
         return shown
 
     def _keep_first(self, keys: Tensor, values: Tensor, padding: Tensor | None) -> None:
@@ -133,12 +133,6 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
 
 def _join(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat((old, new), 2) if old.numel() else new
-
-
-def _last(tensor: Tensor, start: int) -> Tensor:
-    # a view would keep the memory of a long prompt allocated
-    part = tensor[:, :, start:]
-    return part.clone() if start > part.shape[2] else part
 
 
 def _taken(old: Tensor | None, new: Tensor, here: Tensor) -> Tensor:
