@@ -43,16 +43,18 @@ def recorded(model: str, recipe: str) -> Row:
 def outputs(out: Path) -> Row:
     """What the converted model computes: greedy tokens and their logits, or hidden states."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    import reroll  # noqa: F401
+    import reroll
 
     torch.manual_seed(0)
     config = json.loads((out / "config.json").read_text())
     if "CausalLM" not in config["architectures"][0]:
-        model = AutoModel.from_pretrained(out).eval()
+        program = reroll.load(out)
         with torch.no_grad():
-            values = model(**model.dummy_inputs)
+            values = program.to_module()(
+                **{i.name: _random(i) for i in program.inputs if i.role == "data"}
+            )
         return {name: _sum(v) for name, v in values.items() if isinstance(v, torch.Tensor)}
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     prompt = torch.randint(5, 1000, (1, 16))
@@ -63,6 +65,17 @@ def outputs(out: Path) -> Row:
         )  # fmt: skip
     tokens = generated.sequences[0, 16:].tolist()
     return {"tokens": tokens, "logits": _sum(torch.stack(generated.logits))}
+
+
+def _random(item: Any) -> Any:
+    """Make a value of an input: one row, and 16 where its size is free."""
+    import torch
+
+    _, *rest = item.type.shape
+    sizes = [1, *(n if isinstance(n, int) else 16 for n in rest)]
+    if item.type.dtype.is_floating_point:
+        return torch.rand(sizes).to(item.type.dtype)
+    return torch.randint(5, 1000, sizes)
 
 
 def _sum(tensor: Any) -> str:

@@ -17,6 +17,7 @@ from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.loops import Trips
 from reroll.runtime.lowering.codegen import compile_graph, runnable
 from reroll.runtime.lowering.encoder_decoder import cut, has_decoder
+from reroll.runtime.lowering.heads import backbone_part
 from reroll.runtime.lowering.modules import Tree, TripModule, build_tree
 from reroll.runtime.lowering.passes import PASSES, Interface, Lowering, Observer, lower_graphs
 from reroll.runtime.models.pictures import put_pictures, with_pictures
@@ -50,7 +51,8 @@ class Assembly:
     `main` takes the module, the Program's inputs in order and a `ForwardState`, and returns the
     outputs. `layers` are the layouts of its states. `sources` is the generated code by graph.
     `defaults` compute inputs that are left out and do not follow from sizes alone.
-    `encoder_decoder` has the functions of a model with an encoder.
+    `encoder_decoder` has the functions of a model with an encoder. `backbone` takes what `main`
+    does and returns the last hidden state, if the model has a head.
     """
 
     main: Callable[..., tuple[Any, ...]]
@@ -61,6 +63,7 @@ class Assembly:
     sources: dict[str, str]
     defaults: dict[str, Default]
     encoder_decoder: EncoderDecoder | None = None
+    backbone: Callable[..., tuple[Any, ...]] | None = None
 
 
 def assemble(model: nn.Module, program: Program, observe: Observer | None = None) -> Assembly:
@@ -85,11 +88,7 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
             hidden=lowering.hidden[name],
         )
     graph = lowering.graphs["main"]["main"]
-    main, sources["main"] = compile_graph(graph, "main")
-    if pictures := picture_inputs(program.inputs):
-        part = text_part(graph, pictures, program.outputs, put_pictures)
-        text, sources["text"] = compile_graph(part, "text")
-        main = with_pictures(main, text, program.inputs)
+    main = _compiled(graph, "main", program, sources)
     defaults = _defaults(program, sources)
     assembly = Assembly(main, loops, tree, plan.layers, lowering.interface, sources, defaults)
     if has_decoder(program.inputs):
@@ -97,7 +96,23 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
         for name, part in cut(graph, program).items():
             functions[name], sources[name] = compile_graph(part, name)
         assembly.encoder_decoder = EncoderDecoder(**functions)
+    elif (part := backbone_part(graph)) is not None:
+        assembly.backbone = _compiled(part, "backbone", program, sources)
     return assembly
+
+
+def _compiled(
+    graph: fx.Graph, name: str, program: Program, sources: dict[str, str]
+) -> Callable[..., tuple[Any, ...]]:
+    """Compile a graph over the Program's inputs; one that reads pictures also without them."""
+    function, sources[name] = compile_graph(graph, name)
+    pictures = picture_inputs(program.inputs)
+    if not pictures:
+        return function
+    outputs = program.outputs if name == "main" else ("logits",)
+    part = text_part(graph, pictures, outputs, put_pictures)
+    text, sources[f"{name} of text"] = compile_graph(part, f"{name} of text")
+    return with_pictures(function, text, program.inputs)
 
 
 def lowered_text(

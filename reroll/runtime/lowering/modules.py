@@ -86,6 +86,10 @@ def build_tree(model: nn.Module, program: Program) -> Tree:
     builder.tree.readings["main"] = {name: builder.add_weight(name, 0) for name in names}
     for slot in builder.tree.slots.values():
         slot.fill(torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device="meta"))
+    for module in model.modules():
+        names = list(module._modules)
+        if type(module) is Scope and names and names == [str(i) for i in range(len(names))]:
+            module.__class__ = nn.ModuleList
     return builder.tree
 
 

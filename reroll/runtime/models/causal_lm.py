@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import DynamicCache
@@ -13,7 +14,7 @@ from reroll.errors import UsageError
 from reroll.rewrite.capture.pictures import picture_inputs
 from reroll.runtime.functions.exits import DepthReport, depth_report
 from reroll.runtime.functions.hidden import Wish, hidden_states
-from reroll.runtime.functions.loops import keep_positions
+from reroll.runtime.functions.loops import ForwardState, keep_positions
 from reroll.runtime.functions.losses import language_loss
 from reroll.runtime.models.generation import RerollGenerationMixin, without_cache
 from reroll.runtime.models.modeling import RerollPreTrainedModel, naming
@@ -22,6 +23,15 @@ log = logging.getLogger(__name__)
 
 # the arguments of a loss other than logits and labels
 _LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+
+
+class Run(NamedTuple):
+    """What a forward has computed: outputs of a function, its state, the cache, hidden states."""
+
+    outputs: tuple[Any, ...]
+    state: ForwardState
+    past_key_values: Any
+    hidden_states: tuple[Tensor | None, ...] | None
 
 
 class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
@@ -51,6 +61,53 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         compute logits for, or a tensor of positions. `output_hidden_states` requests the original's
         hidden states: all, or by number.
         """
+        run = self.run_forward(
+            self._assembly.main,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            logits_to_keep=logits_to_keep,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        outputs = dict(zip(self.program.outputs, run.outputs, strict=True))
+        logits = outputs.pop("logits")
+        if not self._assembly.interface.keeps_positions:
+            logits = keep_positions(logits, run.state)
+        loss = None
+        if labels is not None:
+            extra = {k: v for k, v in kwargs.items() if k in _LOSS_OPTIONS}
+            loss = language_loss(self, logits, labels, **extra)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=run.past_key_values,
+            hidden_states=run.hidden_states,
+        )
+        for name, value in outputs.items():
+            if value is not None:
+                result[name] = value
+        if self._depths is not None and "depth" in outputs:
+            self._depths.append(outputs["depth"][:, -1])
+        return result if return_dict is not False else result.to_tuple()
+
+    def run_forward(
+        self,
+        function: Callable[..., tuple[Any, ...]],
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: Wish = None,
+        **kwargs: Any,
+    ) -> Run:
+        """Run a function of the assembly with the arguments of a forward, and with a cache."""
         refuse_attentions(self, kwargs)
         self.refuse_unread({"position_ids": position_ids, **kwargs}, _LOSS_OPTIONS)
         input_ids = self._tokens(input_ids, inputs_embeds)
@@ -66,7 +123,8 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             **{k: v for k, v in kwargs.items() if k in self._input_names},
         }
         hidden, wish = hidden_states(self, output_hidden_states)
-        outputs, state = self.run_program(
+        outputs, state = self.run_function(
+            function,
             inputs,
             past_key_values,
             keep=logits_to_keep,
@@ -74,24 +132,8 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             embeddings=inputs_embeds,
             documents=self.documents(inputs, asked, past),
         )
-        logits = outputs.pop("logits")
-        if not self._assembly.interface.keeps_positions:
-            logits = keep_positions(logits, state)
-        loss = None
-        if labels is not None:
-            extra = {k: v for k, v in kwargs.items() if k in _LOSS_OPTIONS}
-            loss = language_loss(self, logits, labels, **extra)
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=None if hidden is None else hidden.chosen("hidden_states", wish),
-        )
-        for name, value in outputs.items():
-            result[name] = value
-        if self._depths is not None and "depth" in outputs:
-            self._depths.append(outputs["depth"][:, -1])
-        return result if return_dict is not False else result.to_tuple()
+        entries = None if hidden is None else hidden.chosen("hidden_states", wish)
+        return Run(outputs, state, past_key_values if use_cache else None, entries)
 
     # the depths of new tokens in the running `generate`, and the report of the last `generate`
     _depths: list[Tensor] | None = None

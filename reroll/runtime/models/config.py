@@ -38,6 +38,11 @@ class RerollConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
 
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Classes in files of the model's directory, of which a lowered model has none."""
+        return {}
+
     def __post_init__(self, **kwargs: Any) -> None:
         # loading a saved model makes its configuration first, and then looks up its class
         register_models(RerollConfig)

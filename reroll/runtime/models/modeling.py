@@ -25,6 +25,7 @@ from reroll.runtime.functions.trips import set_trips
 from reroll.runtime.lowering.assembly import Assembly, Default, assemble, reassemble
 from reroll.runtime.lowering.modules import tied_names
 from reroll.runtime.lowering.recapture import from_stored, kept_tensors, program_of
+from reroll.runtime.models.backbone import place_backbone
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import generation_config
 from reroll.runtime.state.caches import layers_of
@@ -90,6 +91,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         self._assembly: Assembly = assemble(self, program)
         self._input_names = frozenset(i.name for i in program.inputs)
         self._ordinary = ordinary_token(program)
+        place_backbone(self)
         self.main_input_name = next(i.name for i in program.inputs if i.role == "data")
         self._tied_weights_keys = dict(tied_names(self))
         self._no_split_modules = sorted({type(t).__name__ for t in self.trip_modules()})
@@ -231,16 +233,26 @@ class RerollPreTrainedModel(PreTrainedModel):
 
         `past` is a transformers cache; see `ForwardState` for `wishes`.
         """
+        outputs, state = self.run_function(self._assembly.main, inputs, past, **wishes)
+        named = zip(self.program.outputs, outputs, strict=True)
+        return {name: value for name, value in named if value is not None}, state
+
+    def run_function(
+        self,
+        function: Callable[..., tuple[Any, ...]],
+        inputs: Mapping[str, Tensor | None],
+        past: Any = None,
+        **wishes: Any,
+    ) -> tuple[tuple[Any, ...], ForwardState]:
+        """Run a function of the assembly over the Program's inputs, as `run_program` does."""
         if wishes.get("embeddings") is not None:
             self._refuse_derived(inputs)
         layers = layers_of(past, self._assembly.layers)
         state = ForwardState(self._assembly.loops, layers, **wishes)
         try:
-            outputs = self._assembly.main(self, *self._arguments(inputs, layers), state)
+            return function(self, *self._arguments(inputs, layers), state), state
         except (IndexError, RuntimeError) as error:
             raise self.explained(error, inputs, layers) from error
-        named = zip(self.program.outputs, outputs, strict=True)
-        return {name: value for name, value in named if value is not None}, state
 
     def explained(
         self, error: Exception, inputs: Mapping[str, Tensor | None], layers: Any
