@@ -34,6 +34,7 @@ Results = dict[str, tuple[str, str]]
 
 
 def main() -> None:
+    """Add a row for each kind."""
     from tests.peer.kinds import KINDS  # type: ignore[import-not-found]
 
     options = parse_options(__doc__, "kinds*")

@@ -22,7 +22,7 @@ def pinned(name: str) -> str:
     return next(v for n, _, v in (line.partition("==") for line in lines) if n == name)
 
 
-def tests_in(folder: Path = FOLDER) -> Path:
+def location(folder: Path = FOLDER) -> Path:
     """Where the tests of the pinned version lie in a folder, if they have been fetched."""
     return folder / f"transformers-{pinned('transformers')}" / "tests"
 
@@ -30,7 +30,7 @@ def tests_in(folder: Path = FOLDER) -> Path:
 def fetch(folder: Path = FOLDER) -> None:
     """Download what the tests need and unpack it into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    source = tests_in(folder).parent
+    source = location(folder).parent
     if not source.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             # pip looks into the archive with the setuptools that is here, and builds nothing
@@ -57,4 +57,4 @@ def _download(name: str, work: Path, *options: str) -> None:
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
     fetch(target)
-    print(f"transformers' tests are in {tests_in(target)}")
+    print(f"transformers' tests are in {location(target)}")

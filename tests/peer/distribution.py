@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from tools.peer_tests import FOLDER, tests_in
+from tools.peer_tests import FOLDER, location
 
 COMMAND = "python -m tools.peer_tests"
 PACKAGE = "transformers_tests"
@@ -23,7 +23,7 @@ STAND_INS = {
 
 def fetched() -> bool:
     """Whether the tests have been fetched."""
-    return tests_in().is_dir() and (FOLDER / "parameterized").is_dir()
+    return location().is_dir() and (FOLDER / "parameterized").is_dir()
 
 
 @cache
@@ -33,7 +33,7 @@ def test_module(name: str) -> Any:
         # a test that starts a process of pytest for itself runs in this one
         os.environ["_INSIDE_SUB_PROCESS"] = "1"
         sys.path.append(str(FOLDER))
-        _add(PACKAGE).__path__ = [str(tests_in())]
+        _add(PACKAGE).__path__ = [str(location())]
         for module, class_name in STAND_INS.items():
             _add(f"{PACKAGE}.{module.partition('.')[0]}").__path__ = []
             setattr(_add(f"{PACKAGE}.{module}"), class_name, type(class_name, (), {}))

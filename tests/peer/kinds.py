@@ -39,7 +39,11 @@ def _text() -> dict[str, torch.Tensor]:
 
 
 def _text_pair() -> dict[str, torch.Tensor]:
-    return {**_text(), "decoder_input_ids": _ids(), "decoder_attention_mask": torch.ones_like(_ids())}
+    return {
+        **_text(),
+        "decoder_input_ids": _ids(),
+        "decoder_attention_mask": torch.ones_like(_ids()),
+    }
 
 
 def _speech() -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Test cases of transformers' common tests on a kind of model, lowered or original, and their run."""
+"""Test cases of transformers' common tests on a kind of model, lowered or original."""
 
 from __future__ import annotations
 
@@ -60,26 +60,28 @@ def case_of(name: str, *, lowered: bool) -> type[unittest.TestCase]:
 def lowered_class(kind: Kind) -> Any:
     """The class of a lowered model, made of the original's configuration as tests make models."""
     with quiet():
-        lowered = model_class(program_of(kind, kind.original.config()).origin.auto_class)
+        original = kind.original.model_class(kind.original.config())
+        lowered = model_class(program_of(kind, original).origin.auto_class)
 
     def __init__(self: Any, config: Any, program: Program | None = None) -> None:
         if program is not None or isinstance(config, RerollConfig):
             lowered.__init__(self, config, program)
             return
         with torch.device("cpu"):
-            program = program_of(kind, config)
+            program = program_of(kind, kind.original.model_class(copy.deepcopy(config)))
         lowered.__init__(self, RerollConfig.from_program(program), program)
         if torch.get_default_device().type != "meta":
             self.load_weights()
 
     # its name and module are those of the class itself, whose models it stands for
-    return type(lowered.__name__, (lowered,), {"__init__": __init__, "__module__": lowered.__module__})
+    return type(
+        lowered.__name__, (lowered,), {"__init__": __init__, "__module__": lowered.__module__}
+    )
 
 
-def program_of(kind: Kind, config: Any) -> Program:
-    """The Program of a random original of this configuration, after the kind's passes."""
-    original = kind.original.model_class(copy.deepcopy(config)).eval()
-    text, tensors = _captured(kind, original)
+def program_of(kind: Kind, original: Any) -> Program:
+    """The Program of an original after the kind's passes."""
+    text, tensors = _captured(original)
     known = dict(original.named_parameters(remove_duplicate=False))
     program = parse(text, MemorySource({n: known.get(n, t).detach() for n, t in tensors.items()}))
     program = replace(program, origin=replace(program.origin, config=original.config.to_dict()))
@@ -88,7 +90,7 @@ def program_of(kind: Kind, config: Any) -> Program:
     return reroll.run_passes(program, kind.passes, measure="off", tokenizer=tiny.tokenizer())
 
 
-def _captured(kind: Kind, original: Any) -> tuple[str, dict[str, torch.Tensor]]:
+def _captured(original: Any) -> tuple[str, dict[str, torch.Tensor]]:
     """The text and tensors of a capture, which is kept: another of random weights has its graph."""
     entries = {k: v for k, v in original.config.to_dict().items() if k not in RUN_ONLY}
     entries = {k: v for k, v in entries.items() if not k.startswith("init")}
@@ -96,7 +98,7 @@ def _captured(kind: Kind, original: Any) -> tuple[str, dict[str, torch.Tensor]]:
     file = FOLDER / "captures" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
     if not file.exists():
         with quiet():
-            program = reroll.capture(original)
+            program = reroll.capture(copy.deepcopy(original).eval())
         tensors = {name: program.source.load(name) for name in program.source.names()}
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
