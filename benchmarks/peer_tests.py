@@ -3,7 +3,8 @@
 Of each kind in `tests/peer/kinds.py`: how many tests pass, fail and are skipped, and which of those
 that the original passes fail or are skipped. The file of results has each of these tests, with the
 last line of its error or the reason. `python -m tools.peer_tests` fetches the tests first, and
-`python -m tests.peer KIND TEST` runs one of them.
+`python -m tests.peer KIND TEST` runs one of them. With `--against FILE`, tests that fail and do not
+in that file are named at the end, and are an error.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Table, parse_options, run_process
+from benchmarks.harness import Row, Table, parse_options, run_process
 
 COLUMNS = {
     "kind": "{}",
@@ -37,13 +38,27 @@ def main() -> None:
     """Add a row for each kind."""
     from tests.peer.kinds import KINDS  # type: ignore[import-not-found]
 
-    options = parse_options(__doc__, "kinds*")
+    options = parse_options(__doc__, "kinds*", against=Path)
     table = Table(options, COLUMNS)
     for case in table.missing({"kind": kind} for kind in options.kinds or KINDS):
         table.add(row_of(case["kind"], KINDS))
+    if options.against and (new := newly_failing(table.rows, options.against)):
+        raise SystemExit("\n".join(["these fail, and do not in the file:", *new]))
 
 
-def row_of(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+def newly_failing(rows: Sequence[Row], file: Path) -> list[str]:
+    """The tests that fail in rows and not in those of a file, with the commands that show why."""
+    kept = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    known = {row["kind"]: row["failing"] for row in kept}
+    return [
+        f"python -m tests.peer {row['kind']!r} {test}"
+        for row in rows
+        for test in row["failing"]
+        if test not in known.get(row["kind"], ())
+    ]
+
+
+def row_of(name: str, kinds: Mapping[str, Any]) -> Row:
     """The row of a kind: its tests and those of its original, each side in a process of its own."""
     # kinds of one original share its run
     first = next(other for other in kinds if kinds[other].original is kinds[name].original)

@@ -2,7 +2,7 @@
 
 They come with the source distribution of the version in constraints.txt; nothing of it is kept in
 the repository. `parameterized`, which these tests import, is put beside them. What is there already
-is left alone. docs/peer-tests.md says how they are run.
+is left alone. docs/results/peer-tests.md says how they are run.
 """
 
 import shutil
