@@ -69,6 +69,8 @@ def lowered_class(kind: Kind) -> Any:
             return
         with torch.device("cpu"):
             program = program_of(kind, kind.original.model_class(copy.deepcopy(config)))
+        # the original takes entries out of its configuration that it has read
+        program = replace(program, origin=replace(program.origin, config=config.to_dict()))
         lowered.__init__(self, RerollConfig.from_program(program), program)
         if torch.get_default_device().type != "meta":
             self.load_weights()
@@ -174,7 +176,14 @@ def outcome(case: type[unittest.TestCase], name: str, seconds: int = 300) -> tup
 
 
 def last_line(trace: str) -> str:
-    """The line of a traceback that names the error, cut to what a table holds."""
+    """The line of a traceback that names the error, cut to what a table holds.
+
+    An assertion that says nothing stands beside its code.
+    """
     lines = [line for line in trace.splitlines() if line and not line.startswith((" ", "hint"))]
     named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-    return (named or lines or [""])[-1][:300]
+    last = (named or lines or [""])[-1]
+    if last.startswith("AssertionError"):
+        asserted = [line.strip() for line in trace.splitlines() if line.startswith("    self.")]
+        last = " in ".join([last, *asserted[-1:]])
+    return last[:300]
