@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # the same, with what builds the site
 INSTALLED_DOCS := $(VENV)/.installed-docs
 
-.PHONY: demo test test-slow models lint docs clean
+.PHONY: demo test test-slow fetch-peer-tests peer-tests models lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tools.models smollm2-135m-instruct text:wiki
@@ -21,6 +21,15 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# transformers' own tests, from its source distribution, in build/peer
+fetch-peer-tests: $(INSTALLED)
+	$(BIN)/python -m tools.peer_tests
+
+# these tests on lowered models, beside what is recorded (an hour), and every mode of `generate`
+peer-tests: fetch-peer-tests
+	$(BIN)/python -m benchmarks.peer_tests --against docs/results/data/peer-tests.json
+	$(BIN)/python -m benchmarks.generation_modes
 
 models: $(INSTALLED)
 	$(BIN)/python -m tools.models $(NAMES)
