@@ -152,6 +152,12 @@ class FactoredDecay(ChannelDecay):
         return k * (self.fall * self.end)
 
 
+def kept(log_decay: Tensor, k: Tensor) -> Tensor:
+    """Return the decay of one token, [..., d or 1], beside its key [..., d]."""
+    decay = log_decay.exp()
+    return decay if decay.dim() == k.dim() else decay[..., None]
+
+
 def running_sums(x: Tensor) -> Tensor:
     """Sum `x` [..., time, d] over time, up to and including each token.
 

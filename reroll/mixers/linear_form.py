@@ -68,6 +68,11 @@ def step(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor) -> tuple[
     return torch.matmul(q, state), state
 
 
+def counted(v: Tensor) -> Tensor:
+    """Append a channel of ones to values, which sums the weights of the keys."""
+    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
+
+
 def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return the state before each chunk, in the dtype of the writes, and the one after the last.
 
