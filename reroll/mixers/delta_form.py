@@ -9,14 +9,13 @@ writes before it. Over a stretch of tokens that is one triangular system. Yang e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from reroll.mixers.base import Gates, Mixer, Prepared, Result, State
-from reroll.mixers.decay import Decay, HeadDecay, kept, products
+from reroll.mixers.decay import Decay, HeadDecay, MakeDecay, kept, products
 from reroll.mixers.gates import Gate, strength_gate, wide
 from reroll.mixers.linear_form import cut, joined
 from reroll.rewrite.pipeline.options import option
@@ -41,7 +40,7 @@ def chunks(
     v: Tensor,
     beta: Tensor,
     log_decay: Tensor,
-    decay: Callable[[Tensor], Decay],
+    decay: MakeDecay,
     state: Tensor,
     size: int,
 ) -> tuple[Tensor, Tensor]:
@@ -94,7 +93,7 @@ class Delta(Mixer):
     """Base class of the delta rules: a log decay is their first gate, `beta` their last."""
 
     # over all tokens at once, and in chunks
-    decays: ClassVar[tuple[type[Decay], type[Decay]]] = HeadDecay, HeadDecay
+    decays: ClassVar[tuple[MakeDecay, MakeDecay]] = HeadDecay, HeadDecay
     # a rounding error in a triangular system affects every later token
     chunks_wide = True
 

@@ -15,9 +15,9 @@ from reroll.mixers.base import Gates, Mixer, Prepared, Result, State
 from reroll.mixers.core import Core
 from reroll.mixers.decay import (
     ChannelDecay,
-    Decay,
     FactoredDecay,
     HeadDecay,
+    MakeDecay,
     bounded_size,
     kept,
 )
@@ -30,7 +30,7 @@ class Diagonal(Mixer):
 
     core = Core("head")
     # over all tokens at once, and in chunks
-    decays: ClassVar[tuple[type[Decay], type[Decay]]] = HeadDecay, HeadDecay
+    decays: ClassVar[tuple[MakeDecay, MakeDecay]] = HeadDecay, HeadDecay
 
     feature_map: Name = option("none", help="feature map of queries and keys")
 
