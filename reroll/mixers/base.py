@@ -50,9 +50,11 @@ from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.options import option
 
 State: TypeAlias = tuple[Tensor, ...]
+Gates: TypeAlias = tuple[Tensor, ...]
+# q, k, v and gates, as `prepare` returns them
+Prepared: TypeAlias = tuple[Tensor, Tensor, Tensor, Gates]
 Result: TypeAlias = tuple[Tensor, State]
-Form: TypeAlias = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], State], Result]
-
+Form: TypeAlias = Callable[[Tensor, Tensor, Tensor, Gates, State], Result]
 
 # methods of which a subclass overrides one if it computes another recurrence
 _MATHEMATICS = {"prepare", "parallel_form", "chunk_form", "step_form"}
@@ -130,9 +132,7 @@ class Mixer(Declared, ABC):
 
     # ---- the mathematics
 
-    def prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Prepared:
         """Transform each token alone, before padding is removed: feature maps, norms.
 
         Computes in fp32 whatever the dtype of its inputs, and may return fp32.
@@ -140,21 +140,15 @@ class Mixer(Declared, ABC):
         return q, k, v, gates
 
     @abstractmethod
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         """Compute all tokens at once; out is [batch, kv_heads, groups, time, d_v]."""
 
     @abstractmethod
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         """Compute the same in chunks."""
 
     @abstractmethod
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         """Compute the same for one token: every tensor is without its time dimension."""
 
     # ---- the forms that callers use
@@ -170,13 +164,7 @@ class Mixer(Declared, ABC):
         segments: Tensor | None = None,
     ) -> Result:
         """Compute the definition: quadratic in time, everything in fp32."""
-        if segments is not None:
-            return packing.apart(self.parallel, q, k, v, gates, self._start(k, v, state),
-                                 padding, segments)  # fmt: skip
-        dtype, start = v.dtype, self._start(k, v, state)
-        q, k, v, ready = self._ready(q, k, v, gates, padding, exact=True)
-        out, state = self.parallel_form(q, k, v, ready, start)
-        return _ungrouped(out, dtype), state
+        return self._run(self.parallel_form, True, q, k, v, gates, state, padding, segments)
 
     def chunk(
         self,
@@ -193,15 +181,9 @@ class Mixer(Declared, ABC):
 
         `form` replaces `chunk_form`: a kernel that computes the same.
         """
-        if segments is not None:
-            run = partial(self.chunk, form=form)
-            return packing.apart(run, q, k, v, gates, self._start(k, v, state),
-                                 padding, segments)  # fmt: skip
-        dtype, start = v.dtype, self._start(k, v, state)
         exact = self.chunks_wide and form is None
-        q, k, v, ready = self._ready(q, k, v, gates, padding, exact=exact)
-        out, state = (form or self.chunk_form)(q, k, v, ready, start)
-        return _ungrouped(out, dtype), state
+        run = form or self.chunk_form
+        return self._run(run, exact, q, k, v, gates, state, padding, segments)
 
     def step(
         self,
@@ -220,12 +202,14 @@ class Mixer(Declared, ABC):
                 where=f"mixer {self.name}",
                 hint="use chunk for several tokens onto a state",
             )
-        dtype, start = v.dtype, self._start(k, v, state)
-        q, k, v, ready = self._ready(q, k, v, gates, padding, exact=True)
-        out, state = (form or self.step_form)(
-            q[..., 0, :], k[:, :, 0], v[:, :, 0], tuple(g[:, :, 0] for g in ready), start
-        )
-        return _ungrouped(out.unsqueeze(-2), dtype), state
+        run = form or self.step_form
+
+        def one(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+            now = tuple(g[:, :, 0] for g in gates)
+            out, state = run(q[..., 0, :], k[:, :, 0], v[:, :, 0], now, state)
+            return out.unsqueeze(-2), state
+
+        return self._run(one, True, q, k, v, gates, state, padding)
 
     def recur(
         self,
@@ -271,8 +255,28 @@ class Mixer(Declared, ABC):
 
     # ---- plumbing
 
-    def _start(self, k: Tensor, v: Tensor, state: State | None) -> State:
-        return self.initial_state(k, v) if state is None else state
+    def _run(
+        self,
+        form: Form,
+        exact: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        state: State | None,
+        padding: Tensor | None,
+        segments: Tensor | None = None,
+    ) -> Result:
+        """Run a form on each segment; its inputs are wide if `exact`."""
+        state = self.initial_state(k, v) if state is None else state
+        if segments is not None:
+            run = partial(self._run, form, exact)
+            return packing.apart(run, q, k, v, gates, state, padding, segments)
+        dtype = v.dtype
+        q, k, v, ready = self._ready(q, k, v, gates, padding, exact=exact)
+        out, state = form(q, k, v, ready, state)
+        # from [batch, kv_heads, groups, time, d_v] to [batch, time, heads, d_v]
+        return out.to(dtype).flatten(1, 2).transpose(1, 2), state
 
     def _ready(
         self,
@@ -283,7 +287,7 @@ class Mixer(Declared, ABC):
         padding: Tensor | None,
         *,
         exact: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> Prepared:
         """Convert inputs to what the forms take: wide if `exact`, padding masked, heads grouped."""
         declared = self.gates(k.shape[-1], v.shape[-1])
         self._check_shapes(q, k, v, gates, declared)
@@ -332,8 +336,3 @@ class Mixer(Declared, ABC):
                     problem = f"gate {gate.name} is {tuple(tensor.shape)}, not {wanted}"
         if problem is not None:
             raise UsageError(problem, where=f"mixer {self.name}")
-
-
-def _ungrouped(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reshape [batch, kv_heads, groups, time, d_v] to [batch, time, heads, d_v]."""
-    return out.to(dtype).flatten(1, 2).transpose(1, 2)

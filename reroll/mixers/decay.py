@@ -11,6 +11,8 @@ Shapes: k [..., time, d], q [..., groups, time, d], log decays [..., time] or [.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,6 +53,10 @@ class Decay(ABC):
     @abstractmethod
     def total(self) -> Tensor:
         """Sum of log decays over the stretch: [..., d or 1]."""
+
+
+# the decay over a stretch, from its log decays
+MakeDecay: TypeAlias = Callable[[Tensor], Decay]
 
 
 class NoDecay(Decay):
@@ -150,6 +156,12 @@ class FactoredDecay(ChannelDecay):
 
     def to_end(self, k: Tensor) -> Tensor:
         return k * (self.fall * self.end)
+
+
+def kept(log_decay: Tensor, k: Tensor) -> Tensor:
+    """Return the decay of one token, [..., d or 1], beside its key [..., d]."""
+    decay = log_decay.exp()
+    return decay if decay.dim() == k.dim() else decay[..., None]
 
 
 def running_sums(x: Tensor) -> Tensor:

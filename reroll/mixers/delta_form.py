@@ -9,13 +9,13 @@ writes before it. Over a stretch of tokens that is one triangular system. Yang e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from reroll.mixers.base import Mixer
-from reroll.mixers.decay import Decay, products
+from reroll.mixers.base import Gates, Mixer, Prepared, Result, State
+from reroll.mixers.decay import Decay, HeadDecay, MakeDecay, kept, products
 from reroll.mixers.gates import Gate, strength_gate, wide
 from reroll.mixers.linear_form import cut, joined
 from reroll.rewrite.pipeline.options import option
@@ -40,7 +40,7 @@ def chunks(
     v: Tensor,
     beta: Tensor,
     log_decay: Tensor,
-    decay: Callable[[Tensor], Decay],
+    decay: MakeDecay,
     state: Tensor,
     size: int,
 ) -> tuple[Tensor, Tensor]:
@@ -90,8 +90,10 @@ def solved(k: Tensor, beta: Tensor, decay: Decay, right: Tensor) -> Tensor:
 
 
 class Delta(Mixer):
-    """Base class of the delta rules; `beta` is their last gate."""
+    """Base class of the delta rules: a log decay is their first gate, `beta` their last."""
 
+    # over all tokens at once, and in chunks
+    decays: ClassVar[tuple[MakeDecay, MakeDecay]] = HeadDecay, HeadDecay
     # a rounding error in a triangular system affects every later token
     chunks_wide = True
 
@@ -117,10 +119,21 @@ class Delta(Mixer):
         """Return the gate beta."""
         return strength_gate("beta", shape, 2.0 if self.negative else 1.0)
 
-    def prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Prepared:
         return (unit(q), unit(k), v, gates) if self.unit_keys else (q, k, v, gates)
+
+    def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        out, end = stretch(q, k, v, gates[-1], self.decays[0](gates[0]), state[0])
+        return out, (end,)
+
+    def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        size = self.longest_chunk or self.chunk_size
+        out, end = chunks(q, k, v, gates[-1], gates[0], self.decays[1], state[0], size)
+        return out, (end,)
+
+    def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        out, end = step(q, k, v, gates[-1], kept(gates[0], k), state[0])
+        return out, (end,)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from reroll.mixers import delta_form
-from reroll.mixers.base import Result, State
+from reroll.mixers.base import Gates, Result, State
 from reroll.mixers.core import Core
 from reroll.mixers.decay import NoDecay
 from reroll.mixers.gates import Gate
@@ -21,26 +21,11 @@ class DeltaNet(delta_form.Delta):
 
     name = "deltanet"
     core = Core("none", delta=True)
+    decays = NoDecay, NoDecay
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         return (self.strength(),)
 
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        (beta,) = gates
-        out, end = delta_form.stretch(q, k, v, beta, NoDecay(beta), state[0])
-        return out, (end,)
-
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        (beta,) = gates
-        out, end = delta_form.chunks(q, k, v, beta, beta, NoDecay, state[0], self.chunk_size)
-        return out, (end,)
-
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         state_after = delta_form.update(k, v, gates[0], state[0])
         return q @ state_after, (state_after,)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from reroll.bounds import LARGEST, Range
 from reroll.mixers import delta_form
-from reroll.mixers.base import Result, State
-from reroll.mixers.decay import HeadDecay
+from reroll.mixers.base import Gates, Prepared, Result, State
 from reroll.mixers.gated_deltanet import decay_of_softplus
 from reroll.mixers.gates import Gate
 from reroll.rewrite.pipeline.options import option
@@ -46,31 +45,21 @@ class DeltaProduct(delta_form.Delta):
     def write_flops(self, d_k: int, d_v: int) -> int:
         return self.steps * super().write_flops(d_k, d_v)
 
-    def prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Prepared:
         log_decay, beta, keys, values = gates
         if self.unit_keys:
             keys = delta_form.unit(keys)
         return super().prepare(q, k, v, (log_decay, beta, keys, values))
 
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        q, k, v, beta, log_decay = self.stepwise(q, k, v, gates)
-        out, end = delta_form.stretch(q, k, v, beta, HeadDecay(log_decay), state[0])
-        return out[..., self.steps - 1 :: self.steps, :], (end,)
+    def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        out, end = super().parallel_form(*self.stepwise(q, k, v, gates), state)
+        return out[..., self.steps - 1 :: self.steps, :], end
 
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        q, k, v, beta, log_decay = self.stepwise(q, k, v, gates)
-        out, end = delta_form.chunks(q, k, v, beta, log_decay, HeadDecay, state[0], self.chunk_size)
-        return out[..., self.steps - 1 :: self.steps, :], (end,)
+    def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        out, end = super().chunk_form(*self.stepwise(q, k, v, gates), state)
+        return out[..., self.steps - 1 :: self.steps, :], end
 
-    def stepwise(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def stepwise(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Prepared:
         """Expand each overwrite to a token of its own: the first decays, the last is read."""
         log_decay, beta, keys, values = gates
         k = torch.cat([k.unsqueeze(3), keys.to(k.dtype)], 3).flatten(2, 3)
@@ -78,11 +67,9 @@ class DeltaProduct(delta_form.Delta):
         more = self.steps - 1
         fades = torch.cat([log_decay[..., None], log_decay.new_zeros(*log_decay.shape, more)], 3)
         q = q.repeat_interleave(self.steps, 3)
-        return q, k, v, beta.flatten(2, 3), fades.flatten(2, 3)
+        return q, k, v, (fades.flatten(2, 3), beta.flatten(2, 3))
 
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         log_decay, beta, keys, values = gates
         s = delta_form.update(k, v, beta[..., 0], log_decay.exp()[..., None, None] * state[0])
         for j in range(self.steps - 1):

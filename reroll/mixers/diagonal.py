@@ -5,13 +5,22 @@ The first gate is the log decay, one for each head, or one for each channel of t
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from reroll.bounds import Range
 from reroll.mixers import linear_form
-from reroll.mixers.base import Mixer, Result, State
+from reroll.mixers.base import Gates, Mixer, Prepared, Result, State
 from reroll.mixers.core import Core
-from reroll.mixers.decay import ChannelDecay, FactoredDecay, HeadDecay, bounded_size
+from reroll.mixers.decay import (
+    ChannelDecay,
+    FactoredDecay,
+    HeadDecay,
+    MakeDecay,
+    bounded_size,
+    kept,
+)
 from reroll.mixers.feature_maps import FEATURE_MAPS, Name
 from reroll.rewrite.pipeline.options import option
 
@@ -20,6 +29,8 @@ class Diagonal(Mixer):
     """A linear recurrence whose decay is a number for each head."""
 
     core = Core("head")
+    # over all tokens at once, and in chunks
+    decays: ClassVar[tuple[MakeDecay, MakeDecay]] = HeadDecay, HeadDecay
 
     feature_map: Name = option("none", help="feature map of queries and keys")
 
@@ -34,30 +45,23 @@ class Diagonal(Mixer):
         """Return the number of channels of a key after the feature map."""
         return FEATURE_MAPS[self.feature_map].size(d_k)
 
-    def prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Prepared:
         if self.feature_map == "none":
             return q, k, v, gates
         phi = FEATURE_MAPS[self.feature_map]
         return phi(q), phi(k), v, gates
 
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        out, end = linear_form.stretch(q, k, v, HeadDecay(gates[0]), state[0])
+    def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        out, end = linear_form.stretch(q, k, v, self.decays[0](gates[0]), state[0])
         return out, (end,)
 
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        out, end = linear_form.chunks(q, k, v, gates[0], HeadDecay, state[0], self.chunk_size)
+    def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        size = self.longest_chunk or self.chunk_size
+        out, end = linear_form.chunks(q, k, v, gates[0], self.decays[1], state[0], size)
         return out, (end,)
 
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        out, end = linear_form.step(q, k, v, gates[0].exp()[..., None], state[0])
+    def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        out, end = linear_form.step(q, k, v, kept(gates[0], k), state[0])
         return out, (end,)
 
 
@@ -65,6 +69,7 @@ class ChannelDiagonal(Diagonal):
     """A linear recurrence whose decay is a vector over the channels of the keys."""
 
     core = Core("channel")
+    decays = ChannelDecay, FactoredDecay
 
     floor: float = option(
         -2.5,
@@ -75,24 +80,3 @@ class ChannelDiagonal(Diagonal):
     @property
     def longest_chunk(self) -> int:
         return bounded_size(self.chunk_size, self.floor)
-
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        decay = ChannelDecay(gates[0])
-        out, end = linear_form.stretch(q, k, v, decay, state[0])
-        return out, (end,)
-
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        out, end = linear_form.chunks(
-            q, k, v, gates[0], FactoredDecay, state[0], self.longest_chunk
-        )
-        return out, (end,)
-
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        out, end = linear_form.step(q, k, v, gates[0].exp(), state[0])
-        return out, (end,)

@@ -7,12 +7,9 @@ S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t, a = exp(g)
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from reroll.mixers import delta_form
-from reroll.mixers.base import Result, State
 from reroll.mixers.core import Core
-from reroll.mixers.decay import HeadDecay
 from reroll.mixers.gates import Gate, inverse_softplus, wide
 
 
@@ -24,27 +21,6 @@ class GatedDeltaNet(delta_form.Delta):
 
     def gates(self, d_k: int, d_v: int) -> tuple[Gate, ...]:
         return decay_of_softplus(), self.strength()
-
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        log_decay, beta = gates
-        out, end = delta_form.stretch(q, k, v, beta, HeadDecay(log_decay), state[0])
-        return out, (end,)
-
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        log_decay, beta = gates
-        out, end = delta_form.chunks(q, k, v, beta, log_decay, HeadDecay, state[0], self.chunk_size)
-        return out, (end,)
-
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        log_decay, beta = gates
-        out, end = delta_form.step(q, k, v, beta, log_decay.exp()[..., None], state[0])
-        return out, (end,)
 
 
 def decay_of_softplus() -> Gate:

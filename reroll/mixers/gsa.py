@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reroll.bounds import SIZE, Range
 from reroll.mixers import linear_form
-from reroll.mixers.base import Mixer, Result, State
+from reroll.mixers.base import Gates, Mixer, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size, products
 from reroll.mixers.gates import LIGER_NORMALISER, Gate, Map, decay_gate, log_sigmoid, wide
 from reroll.mixers.linear_form import chain, cut, joined
@@ -57,9 +57,7 @@ class GSA(Mixer):
     def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
         return ((self.slots, d_k), (self.slots, d_v))
 
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         decay, s = ChannelDecay(gates[0]), -gates[0].expm1()
         scores = torch.einsum(
             "...gij,...ijm,...jm->...gim", q @ k.mT[:, :, None], decay.between(), s
@@ -69,9 +67,7 @@ class GSA(Mixer):
         out, values = linear_form.stretch(scores.softmax(-1), s, v, decay, state[1])
         return self.weighed(out, scores), (keys, values)
 
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         time, dtype, size = k.shape[2], q.dtype, bounded_size(self.chunk_size, self.floor)
         log_decay = gates[0]
         s = (-log_decay.expm1()).to(dtype)
@@ -86,9 +82,7 @@ class GSA(Mixer):
         out, values = linear_form.chunks(weights, s, v, log_decay, lambda _: decay, state[1], size)
         return self.weighed(out, joined(scores, time)), (keys, values)
 
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         kept, s = gates[0].exp()[..., None], -gates[0].expm1()[..., None]
         keys = kept * state[0] + s * k[..., None, :]
         values = kept * state[1] + s * v[..., None, :]

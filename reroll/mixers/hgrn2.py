@@ -11,6 +11,7 @@ import math
 from torch import Tensor
 
 from reroll.bounds import Range
+from reroll.mixers.base import Gates, Prepared
 from reroll.mixers.core import Core
 from reroll.mixers.diagonal import ChannelDiagonal
 from reroll.mixers.gates import Gate, log_sigmoid, logit
@@ -54,8 +55,6 @@ class HGRN2(ChannelDiagonal):
     def features(self, d_k: int) -> int:
         return d_k
 
-    def prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Prepared:
         q, _, v, gates = super().prepare(q, k, v, gates)
         return q, -gates[0].expm1(), v, gates

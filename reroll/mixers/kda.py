@@ -6,11 +6,8 @@ S_t = (I - b_t k_t k_t^T) diag(exp g_t) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t: 
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from reroll.bounds import Range
 from reroll.mixers import delta_form
-from reroll.mixers.base import Result, State
 from reroll.mixers.core import Core
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size
 from reroll.mixers.gates import Gate, logit, wide
@@ -22,6 +19,7 @@ class KDA(delta_form.Delta):
 
     name = "kda"
     core = Core("channel", delta=True)
+    decays = ChannelDecay, FactoredDecay
 
     floor: float = option(
         -5.0,
@@ -45,26 +43,3 @@ class KDA(delta_form.Delta):
             inverse=lambda value: logit(value / self.floor),
         )
         return decay, self.strength()
-
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        log_decay, beta = gates
-        out, end = delta_form.stretch(q, k, v, beta, ChannelDecay(log_decay), state[0])
-        return out, (end,)
-
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        log_decay, beta = gates
-        out, end = delta_form.chunks(
-            q, k, v, beta, log_decay, FactoredDecay, state[0], self.longest_chunk
-        )
-        return out, (end,)
-
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        log_decay, beta = gates
-        out, end = delta_form.step(q, k, v, beta, log_decay.exp(), state[0])
-        return out, (end,)

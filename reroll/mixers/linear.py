@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from reroll.mixers import linear_form
-from reroll.mixers.base import Result, State
+from reroll.mixers.base import Gates, Result, State
 from reroll.mixers.core import Core
 from reroll.mixers.decay import NoDecay
 from reroll.mixers.diagonal import Diagonal
 from reroll.mixers.feature_maps import Name
 from reroll.mixers.gates import Gate
+from reroll.mixers.linear_form import counted
 from reroll.rewrite.pipeline.options import option
 
 # lower bound of the divisor: the sum of weights is 0 before the first token, and where no feature
@@ -47,38 +48,25 @@ class Linear(Diagonal):
     def default_scale(self, d_k: int) -> float:
         return 1.0
 
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
-        return self.split(
-            *linear_form.stretch(q, k, _counted(v), NoDecay(k[..., 0]), _joint(state))
-        )
+    def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        return self.split(*linear_form.stretch(q, k, counted(v), NoDecay(k[..., 0]), _joint(state)))
 
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         like = k[..., 0].to(state[0].dtype)
         sums, end = linear_form.chunks(
-            q, k, _counted(v), like, NoDecay, _joint(state), self.chunk_size, wide=self.normalise
+            q, k, counted(v), like, NoDecay, _joint(state), self.chunk_size, wide=self.normalise
         )
         return self.split(sums, end)
 
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         kept = torch.ones_like(k[..., :1])
-        return self.split(*linear_form.step(q, k, _counted(v), kept, _joint(state)))
+        return self.split(*linear_form.step(q, k, counted(v), kept, _joint(state)))
 
     def split(self, sums: Tensor, state: Tensor) -> Result:
         """Compute the output from sums of values and weights; split the state into its parts."""
         values, weights = sums[..., :-1], sums[..., -1:]
         out = values / weights.clamp(min=FLOOR) if self.normalise else values
         return out, (state[..., :-1], state[..., -1])
-
-
-def _counted(v: Tensor) -> Tensor:
-    """Append a channel of ones to values, which sums the weights."""
-    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
 
 
 def _joint(state: State) -> Tensor:

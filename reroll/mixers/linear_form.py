@@ -6,13 +6,11 @@ al., 2023 (arXiv 2312.06635), section 4; Dao and Gu, 2024 (arXiv 2405.21060), se
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reroll.mixers.decay import Decay, products
+from reroll.mixers.decay import Decay, MakeDecay, products
 
 
 def stretch(
@@ -32,7 +30,7 @@ def chunks(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    decay: Callable[[Tensor], Decay],
+    decay: MakeDecay,
     state: Tensor,
     size: int,
     diagonal: int = 0,
@@ -66,6 +64,11 @@ def step(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, state: Tensor) -> tuple[
     """Compute one token; `kept` [batch, kv_heads, d_k or 1] is the decay of the state."""
     state = kept[..., None] * state + k[..., :, None] * v[..., None, :]
     return torch.matmul(q, state), state
+
+
+def counted(v: Tensor) -> Tensor:
+    """Append a channel of ones to values, which sums the weights of the keys."""
+    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
 
 
 def chain(writes: Tensor, total: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from reroll.mixers.base import Gates, Prepared
 from reroll.mixers.core import Core
 from reroll.mixers.diagonal import Diagonal
 from reroll.mixers.gates import Gate, inverse_softplus, pooled, wide
@@ -43,8 +44,6 @@ class Mamba2(Diagonal):
     def default_scale(self, d_k: int) -> float:
         return 1.0
 
-    def prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Prepared:
         q, k, v, (log_decay, dt) = super().prepare(q, k, v, gates)
         return q, k * dt[..., None], v, (log_decay,)

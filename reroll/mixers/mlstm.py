@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reroll.mixers.base import Mixer, Result, State
+from reroll.mixers.base import Gates, Mixer, Result, State
 from reroll.mixers.decay import products
 from reroll.mixers.gates import Gate, decay_gate, log_sigmoid, pooled
-from reroll.mixers.linear_form import chain, cut, joined, read
+from reroll.mixers.linear_form import chain, counted, cut, joined, read
 
 # added to the denominator, as in xLSTM-7B
 EPS = 1e-6
@@ -41,27 +41,23 @@ class MLSTM(Mixer):
     def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
         return ((d_k, d_v), (d_k,), ())
 
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         c, n, m = state
         stretch = _Stretch(*gates)
         tops = stretch.tops(m)
-        sums = products(q @ k.mT[:, :, None] * stretch.weights(tops).unsqueeze(-3), _counted(v))
+        sums = products(q @ k.mT[:, :, None] * stretch.weights(tops).unsqueeze(-3), counted(v))
         start = torch.cat([c, n[..., None]], -1)
         sums = sums + products(q * stretch.left(m, tops).unsqueeze(-2).unsqueeze(-1), start)
         end = tops[..., -1]
         after = stretch.left(m, tops)[..., -1, None, None] * start
-        after = after + (k * stretch.writes(end)[..., None]).mT @ _counted(v)
+        after = after + (k * stretch.writes(end)[..., None]).mT @ counted(v)
         return _read(sums, tops), (after[..., :-1], after[..., -1], end)
 
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         time, dtype = k.shape[2], q.dtype
         c, n, m = state
         q = cut(q, self.chunk_size, 3).transpose(2, 3)
-        k, v = (cut(t, self.chunk_size, 2) for t in (k, _counted(v)))
+        k, v = (cut(t, self.chunk_size, 2) for t in (k, counted(v)))
         stretch = _Stretch(
             cut(gates[0], self.chunk_size, 2), cut(gates[1], self.chunk_size, 2, -torch.inf)
         )
@@ -78,9 +74,7 @@ class MLSTM(Mixer):
         out = joined(_read(sums, tops), time)
         return out, (end[..., :-1], end[..., -1], ends[..., -1])
 
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         c, n, m = state
         forget, write = gates
         top = torch.maximum(forget + m, write)
@@ -124,11 +118,6 @@ class _Stretch:
     def writes(self, end: Tensor) -> Tensor:
         """Compute the weight of each token's write in the state after the stretch: [..., time]."""
         return (self.sums[..., -1:] - self.sums + self.write - end[..., None]).exp()
-
-
-def _counted(v: Tensor) -> Tensor:
-    """Append a channel of ones to values, which sums the keys' weights to n."""
-    return torch.cat([v, torch.ones_like(v[..., :1])], -1)
 
 
 def _read(sums: Tensor, tops: Tensor) -> Tensor:

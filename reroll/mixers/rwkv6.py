@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reroll.bounds import Range
 from reroll.mixers import linear_form
-from reroll.mixers.base import Result, State
+from reroll.mixers.base import Gates, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay
 from reroll.mixers.diagonal import ChannelDiagonal
 from reroll.mixers.gates import Gate, wide
@@ -45,17 +45,13 @@ class RWKV6(ChannelDiagonal):
     def default_scale(self, d_k: int) -> float:
         return 1.0
 
-    def parallel_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         log_decay, bonus = gates
         before, bonus_output = _before(q, log_decay), _bonus_output(q, k, v, bonus)
         out, end = linear_form.stretch(before, k, v, ChannelDecay(log_decay), state[0], -1)
         return out + bonus_output, (end,)
 
-    def chunk_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         log_decay, bonus = gates
         before, bonus_output = _before(q, log_decay), _bonus_output(q, k, v, bonus)
         out, end = linear_form.chunks(
@@ -63,9 +59,7 @@ class RWKV6(ChannelDiagonal):
         )
         return out + bonus_output, (end,)
 
-    def step_form(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], state: State
-    ) -> Result:
+    def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         log_decay, bonus = gates
         write = k[..., :, None] * v[..., None, :]
         out = torch.matmul(q, state[0] + bonus[..., None] * write)

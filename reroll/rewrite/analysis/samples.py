@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx
 
-from reroll.rewrite.ir.program import Program
+from reroll.rewrite.ir.program import Program, ancestors
 from reroll.rewrite.ir.records import Input
 from reroll.rewrite.ir.shapes import concrete
 
@@ -65,16 +65,7 @@ def vocabulary(program: Program, name: str | None = None) -> int | None:
 
 def _comes_from(node: fx.Node, name: str | None) -> bool:
     # ids may be sliced, clamped or offset before they are looked up
-    visited = {node}
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current.op == "placeholder" and current.target == name:
-            return True
-        new = [n for n in current.all_input_nodes if n not in visited]
-        visited.update(new)
-        stack += new
-    return False
+    return any(n.op == "placeholder" and n.target == name for n in ancestors([node]))
 
 
 def random_inputs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +11,31 @@ from torch import Tensor
 
 from reroll.errors import CheckpointError
 from reroll.rewrite.checkpoint.safetensors_header import DOWNLOAD_AGAIN, read_index
-from reroll.rewrite.ir.weights.expressions import Meta, meta_of
-from reroll.rewrite.ir.weights.sources import missing_tensor
+from reroll.rewrite.ir.weights.sources import MemorySource
 
 SINGLE_FILE = "pytorch_model.bin"
 INDEX_FILE = "pytorch_model.bin.index.json"
 
 
-class PickledSource:
+class PickledSource(MemorySource):
     """Source of the tensors in `pytorch_model.bin` or its shards, memory-mapped where possible.
 
     Raises CheckpointError if a file is missing or damaged, or holds more than tensors.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self._where = str(directory)
         index = Path(directory) / INDEX_FILE
         single = Path(directory) / SINGLE_FILE
         files = [single] if single.is_file() else sorted(set(read_index(index, ".bin").values()))
-        self._tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for file in files:
-            self._tensors.update(_read(file))
+            tensors.update(_read(file))
+        super().__init__(tensors, str(directory))
 
     @staticmethod
     def is_in(directory: str | Path) -> bool:
         """Whether a directory has pickled weights."""
         return any((Path(directory) / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
-
-    def names(self) -> Iterable[str]:
-        """Names of all tensors."""
-        return self._tensors.keys()
-
-    def meta(self, name: str) -> Meta:
-        """Shape and dtype of one tensor; CheckpointError if missing."""
-        return meta_of(self._get(name))
-
-    def load(self, name: str) -> Tensor:
-        """A copy of one tensor; CheckpointError if missing."""
-        return self._get(name).detach().clone()
-
-    def _get(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise missing_tensor(name, self._tensors, self._where)
-        return self._tensors[name]
 
 
 def _read(file: Path) -> dict[str, Tensor]:

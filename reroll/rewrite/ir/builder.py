@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.dtypes import HALVES, widen_node
@@ -112,7 +113,8 @@ class Builder:
     ) -> fx.Node:
         if node.op != "call_function" or op_name(node.target) is None:
             raise ProgramError(f"a program cannot hold {node.target}", where=node.name)
-        fixed = [a for a in _numbers((node.args, node.kwargs)) if a in names]
+        leaves = tree_leaves((node.args, node.kwargs))
+        fixed = [a for a in leaves if isinstance(a, int) and a in names]
         if fixed:
             raise ProgramError(f"it needs the size {names[fixed[0]]}", where=node.name)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: nodes[n])
@@ -128,11 +130,3 @@ def _example(node: fx.Node, sizes: Sizes) -> Tensor:
     if type_ is None:
         raise ProgramError("the type of an input is not known", where=node.name)
     return sizes.empty(type_)
-
-
-def _numbers(value: Any) -> list[int]:
-    if isinstance(value, Mapping):
-        return _numbers(list(value.values()))
-    if isinstance(value, list | tuple):
-        return [n for v in value for n in _numbers(v)]
-    return [value] if isinstance(value, int) else []

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from reroll.rewrite.ir.program import Program, ancestors
 from reroll.rewrite.ir.records import Input
@@ -90,19 +91,13 @@ def ordinary_token(program: Program) -> int:
 
 def numbers(graph: fx.Graph) -> set[int]:
     """Return the integer constants among a graph's arguments."""
-    numbers: set[int] = set()
-
-    def look(value: Any) -> None:
-        if isinstance(value, tuple | list):
-            for item in value:
-                look(item)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            numbers.add(value)
-
-    for node in graph.nodes:
-        if node.op == "call_function":
-            look((*node.args, *node.kwargs.values()))
-    return numbers
+    return {
+        leaf
+        for node in graph.nodes
+        if node.op == "call_function"
+        for leaf in tree_leaves((node.args, node.kwargs))
+        if isinstance(leaf, int) and not isinstance(leaf, bool)
+    }
 
 
 def first_position(item: Input) -> int | None:

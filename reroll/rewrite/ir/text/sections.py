@@ -219,20 +219,15 @@ def _statements(number: int, lines: Sequence[str]) -> Iterable[Statement]:
 
 
 def _weights(draft: Draft, number: int, lines: Sequence[str]) -> None:
-    with located(f"line {number}"):
-        _heading(lines[0], "weights")
-        _open(draft, "weights", number)
-    draft.weights = _table(number, lines)
+    draft.weights = _table(draft, "weights", number, lines)
 
 
 def _reference(draft: Draft, number: int, lines: Sequence[str]) -> None:
-    with located(f"line {number}"):
-        _heading(lines[0], "reference")
-        _open(draft, "reference", number)
-    draft.reference = _table(number, lines)
+    draft.reference = _table(draft, "reference", number, lines)
 
 
-def _table(number: int, lines: Sequence[str]) -> WeightTable:
+def _table(draft: Draft, section: str, number: int, lines: Sequence[str]) -> WeightTable:
+    _heading(draft, section, number, lines[0])
     # blank lines replace the preceding text, so that line numbers in errors are correct
     text = "\n" * number + "\n".join(lines[1:-1])
     try:
@@ -243,9 +238,7 @@ def _table(number: int, lines: Sequence[str]) -> WeightTable:
 
 
 def _origin(draft: Draft, number: int, lines: Sequence[str]) -> None:
-    with located(f"line {number}"):
-        _heading(lines[0], "origin")
-        _open(draft, "origin", number)
+    _heading(draft, "origin", number, lines[0])
     try:
         data = json.loads("{" + "\n".join(lines[1:]))
     except json.JSONDecodeError as error:
@@ -258,11 +251,13 @@ def _origin(draft: Draft, number: int, lines: Sequence[str]) -> None:
         draft.origin = origin_from_json({**data, "model": draft.model})
 
 
-def _heading(line: str, name: str) -> None:
-    cursor = Cursor(line)
-    cursor.expect(name)
-    cursor.expect("{")
-    cursor.end()
+def _heading(draft: Draft, section: str, number: int, line: str) -> None:
+    with located(f"line {number}"):
+        cursor = Cursor(line)
+        cursor.expect(section)
+        cursor.expect("{")
+        cursor.end()
+        _open(draft, section, number)
 
 
 _SECTIONS: dict[str, Callable[[Draft, int, Sequence[str]], None]] = {

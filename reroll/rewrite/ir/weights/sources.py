@@ -22,8 +22,8 @@ def missing_tensor(name: str, names: Iterable[str], where: str) -> CheckpointErr
 class MemorySource:
     """Source of tensors that are in memory."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
+    def __init__(self, tensors: Mapping[str, Tensor], where: str = "tensors in memory") -> None:
+        self._tensors, self._where = dict(tensors), where
 
     def names(self) -> Iterable[str]:
         """Names of all tensors."""
@@ -39,7 +39,7 @@ class MemorySource:
 
     def _get(self, name: str) -> Tensor:
         if name not in self._tensors:
-            raise missing_tensor(name, self._tensors, "tensors in memory")
+            raise missing_tensor(name, self._tensors, self._where)
         return self._tensors[name]
 
 
