@@ -101,7 +101,8 @@ def _padded(**options: Any) -> Run:
         mask = torch.ones_like(side.inputs[side.prompt])
         mask[0, :4] = 0
         name = side.prompt.replace("input_ids", "attention_mask")
-        return side(**{name: mask}, **options)
+        given: dict[str, Any] = {name: mask}
+        return side(**given, **options)
 
     return run
 
@@ -252,7 +253,7 @@ MODES: dict[str, Mode] = {
 
 def main() -> None:
     """Add a row for each kind."""
-    from tests.peer.kinds import KINDS  # type: ignore[import-not-found]
+    from tests.peer.kinds import KINDS
 
     options = parse_options(__doc__, "kinds*")
     transformers.logging.set_verbosity_error()
@@ -274,7 +275,7 @@ def main() -> None:
 
 def sides_of(name: str, kind: Any) -> tuple[Side, Side]:
     """The lowered model of a kind, and what it stands beside."""
-    from tests.peer.suites import program_of  # type: ignore[import-not-found]
+    from tests.peer.suites import program_of
 
     original, assistant = (_random(kind, seed) for seed in (0, 1))
     with _quiet():

@@ -36,7 +36,7 @@ Results = dict[str, tuple[str, str]]
 
 def main() -> None:
     """Add a row for each kind."""
-    from tests.peer.kinds import KINDS  # type: ignore[import-not-found]
+    from tests.peer.kinds import KINDS
 
     options = parse_options(__doc__, "kinds*", against=Path)
     table = Table(options, COLUMNS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ class Default:
 
 @dataclass
 class Assembly:
-    """A Program in a form that runs.
+    """A Program in a form that runs. Copies share it; pickles have it assembled again.
 
     `main` takes the module, the Program's inputs in order and a `ForwardState`, and returns the
     outputs. `layers` are the layouts of its states. `sources` is the generated code by graph.
@@ -55,6 +56,7 @@ class Assembly:
     does and returns the last hidden state, if the model has a head.
     """
 
+    program: Program
     main: Callable[..., tuple[Any, ...]]
     loops: dict[str, Trips]
     tree: Tree
@@ -65,6 +67,13 @@ class Assembly:
     encoder_decoder: EncoderDecoder | None = None
     backbone: Callable[..., tuple[Any, ...]] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reassemble, (self.program, self.loops, self.tree)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Assembly:
+        loops, tree = copy.deepcopy((self.loops, self.tree), memo)
+        return replace(self, loops=loops, tree=tree)
+
 
 def assemble(model: nn.Module, program: Program, observe: Observer | None = None) -> Assembly:
     """Build a Program's modules under `model` and generate its code; its weights have no data yet.
@@ -73,7 +82,7 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
     """
     tree = build_tree(model, program)
     lowering = lower_graphs(program, tree, observe)
-    program, plan = lowering.program, lowering.plan
+    original, program, plan = program, lowering.program, lowering.plan
     loops, sources = {}, {}
     for loop in program.loops:
         name = loop.name
@@ -90,14 +99,16 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
     graph = lowering.graphs["main"]["main"]
     main = _compiled(graph, "main", program, sources)
     defaults = _defaults(program, sources)
-    assembly = Assembly(main, loops, tree, plan.layers, lowering.interface, sources, defaults)
+    assembly = Assembly(
+        original, main, loops, tree, plan.layers, lowering.interface, sources, defaults
+    )
     if has_decoder(program.inputs):
         functions = {}
         for name, part in cut(graph, program).items():
             functions[name], sources[name] = compile_graph(part, name)
         assembly.encoder_decoder = EncoderDecoder(**functions)
-    elif (part := backbone_part(graph)) is not None:
-        assembly.backbone = _compiled(part, "backbone", program, sources)
+    elif (below_head := backbone_part(graph)) is not None:
+        assembly.backbone = _compiled(below_head, "backbone", program, sources)
     return assembly
 
 
@@ -150,17 +161,16 @@ def _defaults(program: Program, sources: dict[str, str]) -> dict[str, Default]:
     return functions
 
 
-def reassemble(model: Any, program: Program) -> Assembly:
-    """Generate the code of a Program for a model that has its modules.
+def reassemble(program: Program, loops: dict[str, Trips], tree: Tree) -> Assembly:
+    """Generate the code of a Program for modules that were made for it.
 
-    The Program may differ from the model's own in dtypes only.
+    The modules may also have been made for a Program that differs in dtypes only.
     """
-    old: Assembly = model._assembly
     new = assemble(nn.Module(), program)
     for name, trips in new.tree.trips.items():
-        for trip, source in zip(old.tree.trips[name], trips, strict=True):
+        for trip, source in zip(tree.trips[name], trips, strict=True):
             trip.__class__ = type(source)
-    return replace(new, loops=old.loops, tree=old.tree)
+    return replace(new, loops=loops, tree=tree)
 
 
 def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[TripModule]:

@@ -7,9 +7,11 @@ Parameter, not the module, so that an adapter can be attached to each depth.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +35,17 @@ class TripModule(GradientCheckpointingLayer):
 
     # the generated code, set by subclasses
     source: str = ""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # subclasses are made anew with the code, by `reassemble`
+        _, _, *state = super().__reduce_ex__(protocol)
+        return partial(TripModule.__new__, TripModule), (), *state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TripModule:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
 
 @dataclass(frozen=True)
@@ -87,9 +100,10 @@ def build_tree(model: nn.Module, program: Program) -> Tree:
     for slot in builder.tree.slots.values():
         slot.fill(torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device="meta"))
     for module in model.modules():
-        names = list(module._modules)
-        if type(module) is Scope and names and names == [str(i) for i in range(len(names))]:
-            module.__class__ = nn.ModuleList
+        numbered = list(map(str, range(len(module._modules))))
+        if type(module) is Scope and numbered and list(module._modules) == numbered:
+            # a list of layers, as in the original
+            module.__class__ = nn.ModuleList  # type: ignore[assignment]
     return builder.tree
 
 

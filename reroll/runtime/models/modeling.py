@@ -87,7 +87,6 @@ class RerollPreTrainedModel(PreTrainedModel):
             )
         if self.can_generate() and (settings := generation_config(program)) is not None:
             self.generation_config = settings
-        self._program = _Shared(program)
         self._assembly: Assembly = assemble(self, program)
         self._input_names = frozenset(i.name for i in program.inputs)
         self._ordinary = ordinary_token(program)
@@ -101,7 +100,7 @@ class RerollPreTrainedModel(PreTrainedModel):
     @property
     def program(self) -> Program:
         """The Program that this model runs, with the weights from which it was made."""
-        return self._program.value
+        return self._assembly.program
 
     @property
     def keeps_cache(self) -> bool:
@@ -206,8 +205,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         super()._apply(
             lambda t: t.to(fn(t.new_empty(0)).device) if id(t) in kept else fn(t), recurse
         )
-        self._program = _Shared(program)
-        self._assembly = reassemble(self, program)
+        self._assembly = reassemble(program, self._assembly.loops, self._assembly.tree)
         self.config.dtype = dtype
         return self
 
@@ -510,16 +508,6 @@ class RerollPreTrainedModel(PreTrainedModel):
 
 def _flat(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-class _Shared:
-    """A reference to the Program, which copies of a model share."""
-
-    def __init__(self, value: Program) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo: Any) -> _Shared:
-        return self
 
 
 def _is_zero(past: Any) -> bool:

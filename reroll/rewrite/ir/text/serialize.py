@@ -6,6 +6,7 @@ The weights, which are large, and the origin, which is data of others, are JSON 
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 import torch
@@ -70,6 +71,14 @@ def program_from_json(data: object, source: TensorSource | None = None) -> Progr
         draft.origin = origin_from_json(data["origin"])
     with located("graphs"):
         return assemble(draft, source)
+
+
+def _reduce(program: Program) -> tuple[Any, ...]:
+    """Pickle a Program as its JSON and its source of tensors."""
+    return program_from_json, (program_to_json(program), program.source)
+
+
+copyreg.pickle(Program, _reduce)
 
 
 def _dtype(value: object, where: str) -> torch.dtype:

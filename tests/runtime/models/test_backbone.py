@@ -1,0 +1,108 @@
+"""The part of a lowered model below its head, copies and pickles of the whole."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import reroll
+from tests import tiny
+from tests.tiny.types import build
+
+KINDS = {
+    "rolled": None,
+    "relaxed": "tie(blocks=2), relax(rank=2)",
+    "window": "window(size=4, sinks=1)",
+    "delta": "linearize(mixer=gated_deltanet, window=4)",
+    "slots": "linearize(mixer=gsa, window=4, gates=clustered, combine=joint)",
+    "exits": "insert_exits(at=[1])",
+}
+
+
+def lowered(kind):
+    program = reroll.capture(tiny.llama())
+    if KINDS[kind]:
+        program = reroll.run_passes(program, KINDS[kind], measure="off")
+    return program.to_module().eval()
+
+
+def ids():
+    return torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backbone_gives_what_the_head_reads(kind):
+    model = lowered(kind)
+    backbone = model.base_model
+    assert backbone is model.model
+    assert model.get_decoder() is backbone
+    with torch.no_grad():
+        output = backbone(input_ids=ids(), use_cache=True)
+        logits = model.lm_head(output.last_hidden_state)
+        assert torch.equal(logits, model(ids()).logits)
+        # the cache that it returns is continued
+        more = backbone(input_ids=ids()[:, :1], past_key_values=output.past_key_values)
+        whole = backbone(input_ids=torch.cat([ids(), ids()[:, :1]], 1), use_cache=False)
+    torch.testing.assert_close(more.last_hidden_state, whole.last_hidden_state[:, -1:])
+    assert whole.past_key_values is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "bloom"])
+def test_last_hidden_state_is_the_original_s(name):
+    original = build(name).eval()
+    model = reroll.capture(original).to_module().eval()
+    mask = torch.ones_like(ids())
+    mask[0, :3] = 0
+    with torch.no_grad():
+        want = original.base_model(ids(), attention_mask=mask, output_hidden_states=True)
+        got = model.base_model(ids(), attention_mask=mask, output_hidden_states=True)
+    torch.testing.assert_close(got.last_hidden_state[mask > 0], want.last_hidden_state[mask > 0])
+    assert len(got.hidden_states) == len(want.hidden_states)
+
+
+def test_layers_are_a_list_as_in_the_original():
+    layers = lowered("relaxed").model.layers
+    assert isinstance(layers, torch.nn.ModuleList)
+    assert len(layers) == 4
+    assert layers[-1] is list(layers)[3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_pickles_compute_the_same_on_weights_of_their_own(kind):
+    model = lowered(kind)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = {
+        "pickle": pickle.loads(pickle.dumps(model)),
+        "deepcopy": copy.deepcopy(model),
+        "torch.save": torch.load(file, weights_only=False),
+    }
+    wanted = model.generate(ids(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for each in copies.values():
+        assert each.base_model.owner is each
+        assert [n for n, _ in each.named_parameters()] == [n for n, _ in model.named_parameters()]
+        assert not {id(p) for p in each.parameters()} & {id(p) for p in model.parameters()}
+        assert torch.equal(each(ids()).logits, model(ids()).logits)
+        generated = each.generate(ids(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert torch.equal(generated, wanted)
+
+
+def test_a_pickled_model_has_its_present_weights_and_can_be_saved(tmp_path):
+    model = lowered("relaxed")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    again = pickle.loads(pickle.dumps(model))
+    again.save_pretrained(tmp_path / "out")
+    opened = reroll.load(tmp_path / "out").to_module().eval()
+    assert torch.equal(opened(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("kind", ["rolled", "relaxed"])
+def test_a_pickled_program_is_the_same_program(kind):
+    program = lowered(kind).program
+    again = pickle.loads(pickle.dumps(program))
+    assert str(again) == str(program)
+    assert torch.equal(again.to_module()(ids()).logits, program.to_module()(ids()).logits)
