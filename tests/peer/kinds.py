@@ -152,7 +152,6 @@ KINDS = {
     "bloom": Kind(BLOOM),
     "bart": Kind(BART),
     "t5": Kind(T5),
-    "whisper": Kind(WHISPER),
     "relaxed": Kind(LLAMA, "tie(blocks=1), relax(rank=4)"),
     "window": Kind(LLAMA, "window(size=4, sinks=1)"),
     "delta": Kind(LLAMA, "linearize(mixer=gated_deltanet, window=4, sinks=1)"),
@@ -160,4 +159,5 @@ KINDS = {
     # some tokens leave at the first exit; none do
     "exits open": Kind(LLAMA, "insert_exits(at=[1], threshold=0.0005)"),
     "exits closed": Kind(LLAMA, "insert_exits(at=[1])"),
+    "whisper": Kind(WHISPER),
 }
