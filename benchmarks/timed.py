@@ -184,7 +184,7 @@ def mixers(table: Table, options: Namespace) -> None:
         make_forms = _windowed if case[""] == "window" else partial(_mixing, case[""])
         q, k, v = inputs = _drawn(length, torch.float32)
         attention = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
-        forms = {"peer": (attention, inputs)}
+        forms: dict[str, Form] = {"peer": (attention, inputs)}
         leaves, named = make_forms(length, dtype)
         forms |= {name: (form, leaves) for name, form in named.items()}
         backward = case["backward"] == "yes"
@@ -201,7 +201,13 @@ def mixers(table: Table, options: Namespace) -> None:
             table.add(case | {"form": form} | times)
 
 
-def _run(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> None:
+Forward = Callable[[], Tensor]
+# what is run, and what has gradients
+Form = tuple[Forward, list[Tensor]]
+Forms = tuple[list[Tensor], dict[str, Forward]]
+
+
+def _run(forward: Forward, leaves: list[Tensor], backward: bool) -> None:
     """A forward, or that and all gradients."""
     for leaf in leaves:
         leaf.requires_grad_(backward)
@@ -215,9 +221,6 @@ def _drawn(length: int, dtype: torch.dtype, kv_heads: int = HEADS) -> list[Tenso
     """Random q, k and v [1, heads, length, size]."""
     heads = (HEADS, kv_heads, kv_heads)
     return [torch.randn(1, count, length, SIZE).to(dtype) for count in heads]
-
-
-Forms = tuple[list[Tensor], dict[str, Callable[[], Tensor]]]
 
 
 def _mixing(name: str, length: int, dtype: torch.dtype) -> Forms:
@@ -323,7 +326,8 @@ def _recovered(options: Namespace, work: str) -> list[float]:
 def compiling(table: Table, options: Namespace) -> None:
     """From a cold start to compiled, each side with an empty compiler cache."""
     for case in table.missing():
-        code = f"from benchmarks.timed import compile_once; compile_once{case[''], options.model}"
+        call = f"compile_once({case['']!r}, {options.model!r})"
+        code = f"from benchmarks.timed import compile_once; {call}"
         with tempfile.TemporaryDirectory() as cache:
             found = run_process(
                 [sys.executable, "-c", code], options.threads, TORCHINDUCTOR_CACHE_DIR=cache
@@ -381,12 +385,15 @@ def memory(table: Table, options: Namespace) -> None:
 
 
 def _write_checkpoint(directory: Path, shape: dict[str, Any]) -> None:
+    """Write a Llama checkpoint of random weights in shards of a few layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = LlamaForCausalLM(LlamaConfig(**shape, dtype="bfloat16"))
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16()
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.02, generator=generator)
     model.save_pretrained(directory, max_shard_size="850MB")
