@@ -63,6 +63,8 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise SystemExit(__doc__)
     benchmark = loaded(sys.argv[1])
+    if "run" not in benchmark:
+        raise SystemExit(f"these are pipelines: python -m benchmarks.untrained {sys.argv[1]}")
     options = read_options(benchmark)
     table = Table(options, benchmark["columns"], cases=cases_of(benchmark, options))
     function_of(benchmark)(table, options)
