@@ -1,9 +1,7 @@
 """The harness of all benchmarks: options, tables of results that are kept, timing in turns.
 
-A benchmark is a module: its docstring says what is measured and beside what, and its `main` parses
-options and adds rows to a `Table`. `--json FILE` keeps the rows with the command and
-the commit; the same command goes on where it stopped. `python -m benchmarks.tables` puts the files
-of `docs/results/data` on the pages.
+A benchmark adds rows to a `Table`. `--json FILE` keeps them with the command and the commit, and
+the same command goes on where it stopped. See `benchmarks/__main__.py` for how one is run.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -65,13 +64,18 @@ class Table:
     """Rows of results as a Markdown table, printed as they come and kept in a file.
 
     `columns` maps titles to templates of `str.format`: "{}" is text, "{:.1f}" a number, aligned to
-    the right. A row is keyed by title; further keys are kept in the file and not shown.
+    the right. A title with an asterisk stands for all titles of numbers in the first row that it
+    matches and no other column has. Further keys of a row are kept in the file and not shown.
     """
 
     def __init__(
-        self, options: argparse.Namespace, columns: Mapping[str, str], part: str = ""
+        self,
+        options: argparse.Namespace,
+        columns: Mapping[str, str],
+        part: str = "",
+        cases: Iterable[Row] = (),
     ) -> None:
-        self.columns, self.rows = dict(columns), list[Row]()
+        self.columns, self.rows, self.cases = dict(columns), list[Row](), list(cases)
         self.file: Path | None = options.json
         if self.file and part:
             self.file = self.file.with_stem(f"{self.file.stem}-{part}")
@@ -80,17 +84,20 @@ class Table:
             kept = json.loads(self.file.read_text(encoding="utf-8"))
             if kept["command"] != self.command:
                 raise SystemExit(f"{self.file} is of `{kept['command']}`: choose another --json")
-            self.rows, self.commit = kept["rows"], kept["commit"]
-        print("\n".join([*header(self.columns), *(line(self.columns, r) for r in self.rows)]))
+            self.rows, self.commit, self.columns = kept["rows"], kept["commit"], kept["columns"]
+            print("\n".join([*header(self.columns), *(line(self.columns, r) for r in self.rows)]))
 
-    def missing(self, cases: Iterable[Row]) -> Iterator[Row]:
-        """Cases without a row that has all their values."""
-        for case in cases:
+    def missing(self, cases: Iterable[Row] | None = None) -> Iterator[Row]:
+        """Cases without a row that has all their values: of these, or of the benchmark's."""
+        for case in self.cases if cases is None else cases:
             if not any(case.items() <= {k: row.get(k) for k in case}.items() for row in self.rows):
                 yield case
 
     def add(self, row: Row) -> None:
         """Print a row and keep it, with its commit if that is not the file's."""
+        if not self.rows:
+            self.columns = _expanded(self.columns, row)
+            print("\n".join(header(self.columns)))
         if (now := commit()) != self.commit:
             row = row | {"commit": now}
         self.rows.append(row)
@@ -98,6 +105,15 @@ class Table:
         if self.file:
             result = {"command": self.command, "commit": self.commit, "machine": machine()}
             write_json(self.file, result | {"columns": self.columns, "rows": self.rows})
+
+
+def _expanded(columns: Mapping[str, str], row: Row) -> dict[str, str]:
+    found: dict[str, str] = {}
+    further = [t for t, v in row.items() if t not in columns and isinstance(v, int | float)]
+    for title, template in columns.items():
+        titles = [t for t in further if fnmatchcase(t, title)] if "*" in title else [title]
+        found |= {t: template for t in titles if t not in found}
+    return found
 
 
 def header(columns: Mapping[str, str]) -> list[str]:
@@ -118,12 +134,13 @@ def line(columns: Mapping[str, str], row: Row) -> str:
 def command() -> str:
     """The command that runs, as a user types it, but for the file of results."""
     module = Path(sys.argv[0]).stem
+    start = "python -m benchmarks" + (f".{module}" if module != "__main__" else "")
     words = sys.argv[1:]
     if "--json" in words:
         at = words.index("--json")
         words = words[:at] + words[at + 2 :]
     quoted = (f'"{word}"' if set(word) & set(" ()[]=,;") else word for word in words)
-    return " ".join(["python -m", f"benchmarks.{module}", *quoted])
+    return " ".join([start, *quoted])
 
 
 def commit() -> str:
@@ -177,6 +194,11 @@ def in_turns(
     return seconds
 
 
+def clock_of(threads: int) -> Callable[[], float]:
+    """The processor's time for one thread: what a call takes with the machine to itself."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The median time of each side."""
     return {name: statistics.median(times) for name, times in seconds.items()}
@@ -220,6 +242,19 @@ def original(model: str, dtype: torch.dtype = torch.float32, **arguments: Any) -
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **arguments).eval()
+
+
+def filled_cache(model: Any, tokens: int) -> Any:
+    """A cache of a model of transformers with random keys and values of so many tokens."""
+    from transformers import DynamicCache
+
+    config, cache = model.config, DynamicCache(config=model.config)
+    # a few numbers, over and over: making all of them takes longer than the steps
+    few = 0.1 * torch.randn(1, config.num_key_value_heads, 128, config.head_dim)
+    whole = few.repeat(1, 1, tokens // 128 + 1, 1)[:, :, :tokens]
+    for layer in range(config.num_hidden_layers):
+        cache.update(whole.clone(), whole.clone(), layer)
+    return cache
 
 
 def text_ids(

@@ -38,7 +38,7 @@ from benchmarks.harness import (
     progress,
     write_json,
 )  # fmt: skip
-from benchmarks.recover_speed import plain_loop, with_adapters
+from benchmarks.timed import plain_loop, with_adapters
 from reroll.cli.recovering import token_count
 from reroll.evaluate.suite import choose, evaluate
 from reroll.evaluate.tokenizing import plain_ids, special_ids

@@ -42,6 +42,12 @@ def test_options_have_the_types_of_their_defaults(called):
     assert found.threads == 1
 
 
+def test_a_title_with_an_asterisk_is_for_further_numbers(called, capsys):
+    table = harness.Table(Namespace(json=None), {"": "{}", "* ms": "{:.1f}", "*": "{:.0f}"})
+    table.add({"": "x", "a": 2.0, "b ms": 1.25, "beside": "y"})
+    assert capsys.readouterr().out.splitlines()[::2] == ["|  | b ms | a |", "| x | 1.2 | 2 |"]
+
+
 def test_a_table_is_printed_row_by_row(called, capsys):
     table = harness.Table(Namespace(json=None), COLUMNS)
     table.add({"context": 1024, "of": "x", "ratio": 1.239, "beside": 3})

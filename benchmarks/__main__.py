@@ -1,0 +1,74 @@
+"""Run a benchmark.
+
+    python -m benchmarks NAME [--help] [--json FILE] [--OPTION VALUE ...]
+
+A benchmark is a file of `benchmarks/cases`. `about` says what is measured and beside what, `run` is
+the function that does it, as `module.function`. `options` are those of the command line with their
+defaults, of which None is text without one. `cases` maps titles to their values, in full or as the
+name of an option: there is a row for each choice. `columns` are those of the `Table`. What else the
+file has is given to the function with the options.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.harness import Row, Table, parse_options
+
+CASES = Path(__file__).with_name("cases")
+
+
+def loaded(name: str) -> dict[str, Any]:
+    """The content of a file of cases."""
+    file = CASES / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(each.stem for each in CASES.glob("*.yaml")))
+        raise SystemExit(f"{name} is not a benchmark: choose one of {known}")
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def read_options(benchmark: dict[str, Any]) -> Namespace:
+    """The options of the command line, and what else the benchmark's file has."""
+    defaults = {
+        name: tuple(value) if isinstance(value, list) else str if value is None else value
+        for name, value in benchmark.get("options", {}).items()
+    }
+    options = parse_options(benchmark["about"], "name", **defaults)
+    return Namespace(**benchmark | vars(options))
+
+
+def cases_of(benchmark: dict[str, Any], options: Namespace) -> list[Row]:
+    """Every choice of values for the titles of `cases`; none if the function makes its own."""
+    titles = benchmark.get("cases", {})
+    values = [getattr(options, v) if isinstance(v, str) else v for v in titles.values()]
+    choices = product(*values) if titles else ()
+    return [dict(zip(titles, choice, strict=True)) for choice in choices]
+
+
+def function_of(benchmark: dict[str, Any]) -> Any:
+    """The function that adds the rows."""
+    module, _, name = benchmark["run"].partition(".")
+    return getattr(import_module(f"benchmarks.{module}"), name)
+
+
+def main() -> None:
+    """Add the rows that are missing."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit(__doc__)
+    benchmark = loaded(sys.argv[1])
+    if "run" not in benchmark:
+        raise SystemExit(f"these are pipelines: python -m benchmarks.untrained {sys.argv[1]}")
+    options = read_options(benchmark)
+    table = Table(options, benchmark["columns"], cases=cases_of(benchmark, options))
+    function_of(benchmark)(table, options)
+
+
+if __name__ == "__main__":
+    main()
