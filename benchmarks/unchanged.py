@@ -37,7 +37,8 @@ def recorded(model: str, recipe: str) -> Row:
         refused = cli(["convert", str(ROOT / "models" / model), str(out), "--recipe", recipe])
         if refused:
             return {"refused": refused}
-        return {"files": contents(out, {".md"}), "outputs": outputs(out)}
+        files = contents(out, {".md"}) | {"program.json": _graphs(out / "program.json")}
+        return {"files": files, "outputs": outputs(out)}
 
 
 def outputs(out: Path) -> Row:
@@ -65,6 +66,13 @@ def outputs(out: Path) -> Row:
         )  # fmt: skip
     tokens = generated.sequences[0, 16:].tolist()
     return {"tokens": tokens, "logits": _sum(torch.stack(generated.logits))}
+
+
+def _graphs(file: Path) -> str:
+    """Digest the graphs and the table of weights of a program, without times and measurements."""
+    program = json.loads(file.read_text(encoding="utf-8"))
+    parts = [program[key] for key in ("graphs", "weights", "reference", "dtype", "halves")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _random(item: Any) -> Any:
