@@ -201,14 +201,20 @@ def flat(name: str, dtype: torch.dtype = torch.float32) -> Program:
         return capture(model(name, dtype), roll=False)
     file = shared / f"{name}-{str(dtype).removeprefix('torch.')}.pt"
     if not file.exists():
-        _write(capture(model(name, dtype), roll=False), file)
-    kept = torch.load(file)
-    return parse(kept["text"], MemorySource(kept["tensors"]))
+        write(capture(model(name, dtype), roll=False), file)
+    return read(file)
 
 
-def _write(program: Program, file: Path) -> None:
+def write(program: Program, file: Path) -> None:
+    """Keep a Program and its tensors in one file, which appears whole."""
     tensors = {name: program.source.load(name) for name in program.source.names()}
     # two processes may capture the same model: the file appears whole, twice
     part = file.with_suffix(f".{os.getpid()}")
     torch.save({"text": to_text(program), "tensors": tensors}, part)
     part.replace(file)
+
+
+def read(file: Path) -> Program:
+    """The Program in a file of `write`."""
+    kept = torch.load(file)
+    return parse(kept["text"], MemorySource(kept["tensors"]))

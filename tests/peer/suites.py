@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import io
-import os
 import random
 import signal
 import traceback
@@ -23,11 +22,9 @@ import torch
 import reroll
 from reroll.rewrite.checkpoint import MemorySource
 from reroll.rewrite.ir.program import Program
-from reroll.rewrite.ir.text.parser import parse
-from reroll.rewrite.ir.text.printer import to_text
 from reroll.runtime.models.auto import model_class
 from reroll.runtime.models.config import RerollConfig
-from tests import tiny
+from tests import captured, tiny
 from tests.peer.distribution import test_module
 from tests.peer.kinds import KINDS, Kind, Tester
 from tools.peer_tests import FOLDER
@@ -83,17 +80,21 @@ def lowered_class(kind: Kind) -> Any:
 
 def program_of(kind: Kind, original: Any) -> Program:
     """The Program of an original after the kind's passes."""
-    text, tensors = _captured(original)
+    program = _captured(original)
     known = dict(original.named_parameters(remove_duplicate=False))
-    program = parse(text, MemorySource({n: known.get(n, t).detach() for n, t in tensors.items()}))
+    own = {
+        n: known[n].detach() if n in known else program.source.load(n)
+        for n in program.source.names()
+    }
+    program = replace(program, source=MemorySource(own))
     program = replace(program, origin=replace(program.origin, config=original.config.to_dict()))
     if not kind.passes:
         return program
     return reroll.run_passes(program, kind.passes, measure="off", tokenizer=tiny.tokenizer())
 
 
-def _captured(original: Any) -> tuple[str, dict[str, torch.Tensor]]:
-    """The text and tensors of a capture, which is kept: another of random weights has its graph."""
+def _captured(original: Any) -> Program:
+    """The Program of a capture, which is kept: another of random weights has its graph."""
     entries = {k: v for k, v in original.config.to_dict().items() if k not in RUN_ONLY}
     entries = {k: v for k, v in entries.items() if not k.startswith("init")}
     key = f"{_code()} {original.dtype} {type(original).__name__} {sorted(entries.items())}"
@@ -101,13 +102,9 @@ def _captured(original: Any) -> tuple[str, dict[str, torch.Tensor]]:
     if not file.exists():
         with quiet():
             program = reroll.capture(copy.deepcopy(original).eval())
-        tensors = {name: program.source.load(name) for name in program.source.names()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        torch.save({"text": to_text(program), "tensors": tensors}, part)
-        part.replace(file)
-    kept = torch.load(file)
-    return kept["text"], kept["tensors"]
+        captured.write(program, file)
+    return captured.read(file)
 
 
 @cache

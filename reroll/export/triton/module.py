@@ -20,7 +20,7 @@ from reroll.export.triton.graphs import LOGITS, GraphWriter
 from reroll.export.triton.launches import NUMBERS, has_kernel, has_tiles, kernel_number, kernels_of
 from reroll.export.triton.linears import Fused, fused_of, kinds_of
 from reroll.export.triton.sites import Site, sites_of
-from reroll.rewrite.ir.program import Program, weight_nodes
+from reroll.rewrite.ir.program import Program, drop_unused, weight_nodes
 
 if TYPE_CHECKING:
     from reroll.export.targets import Progress
@@ -91,7 +91,7 @@ def module_text(program: Program, archs: tuple[str, ...]) -> str:
     # attentions and recurrences whose output is not used get no state
     program = program.edit()
     for _, graph in program.graphs():
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("output", "placeholder"))
+        drop_unused(graph)
     sites, fused = sites_of(program), fused_of(program)
     if not all(has_tiles(f, program.dtype, archs) for f in fused.values()):
         # layers may share a norm, so all of them are left to PyTorch

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from reroll.errors import ProgramError
-from reroll.rewrite.ir.program import copy
+from reroll.rewrite.ir.program import copy, drop_unused
 from reroll.rewrite.ir.records import Input
 
 ROLE = "pictures"
@@ -53,8 +53,7 @@ def text_part(
         if name == "logits" and value in merged:
             raise ProgramError("the logits depend on pictures in another way than by image tokens")
     output.args = (tuple(None if value in merged else value for value in values),)
-    # no node has a side effect
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    drop_unused(graph)
     return graph
 
 

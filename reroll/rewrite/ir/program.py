@@ -205,6 +205,11 @@ def copy(graph: fx.Graph) -> fx.Graph:
     return new
 
 
+def drop_unused(graph: fx.Graph) -> None:
+    """Erase the nodes that no output needs, in place; inputs stay. No node has a side effect."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
 def ancestors(roots: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
     """Return nodes and all that they depend on, up to and including nodes in `stop`."""
     reached: set[fx.Node] = set()

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
@@ -53,10 +54,12 @@ class Assembly:
     outputs. `layers` are the layouts of its states. `sources` is the generated code by graph.
     `defaults` compute inputs that are left out and do not follow from sizes alone.
     `encoder_decoder` has the functions of a model with an encoder. `backbone` takes what `main`
-    does and returns the last hidden state, if the model has a head.
+    does and returns the last hidden state; only a model with a head has one. `graph` is the code
+    of `main` before it is compiled.
     """
 
     program: Program
+    graph: fx.Graph
     main: Callable[..., tuple[Any, ...]]
     loops: dict[str, Trips]
     tree: Tree
@@ -65,7 +68,12 @@ class Assembly:
     sources: dict[str, str]
     defaults: dict[str, Default]
     encoder_decoder: EncoderDecoder | None = None
-    backbone: Callable[..., tuple[Any, ...]] | None = None
+
+    @cached_property
+    def backbone(self) -> Callable[..., tuple[Any, ...]]:
+        # few callers want it, and it is as long as `main`
+        part, outputs = backbone_part(self.graph), ("last_hidden_state",)
+        return _compiled(part, "backbone", self.program, outputs, self.sources)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reassemble, (self.program, self.loops, self.tree)
@@ -97,30 +105,27 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
             hidden=lowering.hidden[name],
         )
     graph = lowering.graphs["main"]["main"]
-    main = _compiled(graph, "main", program, sources)
+    main = _compiled(graph, "main", program, program.outputs, sources)
     defaults = _defaults(program, sources)
     assembly = Assembly(
-        original, main, loops, tree, plan.layers, lowering.interface, sources, defaults
+        original, graph, main, loops, tree, plan.layers, lowering.interface, sources, defaults
     )
     if has_decoder(program.inputs):
         functions = {}
         for name, part in cut(graph, program).items():
             functions[name], sources[name] = compile_graph(part, name)
         assembly.encoder_decoder = EncoderDecoder(**functions)
-    elif (below_head := backbone_part(graph)) is not None:
-        assembly.backbone = _compiled(below_head, "backbone", program, sources)
     return assembly
 
 
 def _compiled(
-    graph: fx.Graph, name: str, program: Program, sources: dict[str, str]
+    graph: fx.Graph, name: str, program: Program, outputs: tuple[str, ...], sources: dict[str, str]
 ) -> Callable[..., tuple[Any, ...]]:
     """Compile a graph over the Program's inputs; one that reads pictures also without them."""
     function, sources[name] = compile_graph(graph, name)
     pictures = picture_inputs(program.inputs)
     if not pictures:
         return function
-    outputs = program.outputs if name == "main" else ("logits",)
     part = text_part(graph, pictures, outputs, put_pictures)
     text, sources[f"{name} of text"] = compile_graph(part, f"{name} of text")
     return with_pictures(function, text, program.inputs)

@@ -10,7 +10,7 @@ from torch import fx
 from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.ops import EXIT_LINEAR
-from reroll.rewrite.ir.program import Program, copy
+from reroll.rewrite.ir.program import Program, copy, drop_unused
 from reroll.runtime.functions.hidden import note
 from reroll.runtime.functions.loops import keep_positions, look_up, run_loop
 from reroll.runtime.lowering.hoisting import is_size
@@ -25,9 +25,6 @@ _SIZED = {
 }  # fmt: skip
 # ops that return the same tokens in another shape or dtype
 _ALIKE = {aten.reshape.default, aten.to.dtype, aten.contiguous.default, aten.unsqueeze.default}
-
-# the hidden states of which the last entry is the last hidden state
-_ENTRIES = {"hidden_states", "decoder_hidden_states"}
 
 # pointwise ops on one tensor, which may come between the last matrix product and the logits
 _POINTWISE = {
@@ -80,28 +77,25 @@ def head_path(program: Program, readings: Mapping[str, Reading]) -> str | None:
     return readings[str(weight.target)].linear
 
 
-def backbone_part(graph: fx.Graph) -> fx.Graph | None:
+def backbone_part(graph: fx.Graph) -> fx.Graph:
     """Extract the part of a runnable main graph that computes the last hidden state.
 
-    That is the last value marked as a hidden state behind all loops, or else the head's input.
-    Returns None for a graph without a head.
+    That is the last value marked as a hidden state behind all loops, or else the head's input. The
+    graph has a head that keeps positions.
     """
     graph = copy(graph)
     last = None
     for node in graph.nodes:
         if node.target is run_loop:
             last = None
-        elif node.target is note and _ENTRIES & set(node.args[2]):
+        elif node.target is note and "hidden_states" in node.args[2]:
             last = node
         elif node.target is keep_positions:
             last = last or node.args[0]
             break
-    else:
-        return None
     output = next(iter(reversed(graph.nodes)))
     output.args = ((last,),)
-    # no node has a side effect
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    drop_unused(graph)
     return graph
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from reroll.runtime.functions.hidden import Wish
 from reroll.runtime.lowering.modules import Scope
 from reroll.runtime.models.config import RerollConfig
 
@@ -47,33 +46,12 @@ class Backbone(Scope):
         module: nn.Module = self.owner.get_input_embeddings()
         return module
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: Wish = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """Compute the last hidden state [batch, time, width], behind the last norm.
 
-        The arguments are those of the model's forward.
+        The arguments are those of `RerollForCausalLM.run_forward`, in its order.
         """
-        run = self.owner.run_forward(
-            self.owner._assembly.backbone,
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states=output_hidden_states,
-            **kwargs,
-        )
+        run = self.owner.run_forward(self.owner._assembly.backbone, *args, **kwargs)
         result = BaseModelOutputWithPast(
             last_hidden_state=run.outputs[0],
             past_key_values=run.past_key_values,
@@ -87,7 +65,7 @@ def place_backbone(model: Any) -> None:
 
     Sets `base_model_prefix` to its name.
     """
-    if model._assembly.backbone is None:
+    if not model._assembly.interface.keeps_positions:
         return
     head = model._assembly.interface.head
     names = [n for n, _ in model.named_parameters() if head is None or not n.startswith(f"{head}.")]

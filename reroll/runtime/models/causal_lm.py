@@ -12,10 +12,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from reroll.errors import UsageError
 from reroll.rewrite.capture.pictures import picture_inputs
+from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.exits import DepthReport, depth_report
 from reroll.runtime.functions.hidden import Wish, hidden_states
 from reroll.runtime.functions.loops import ForwardState, keep_positions
 from reroll.runtime.functions.losses import language_loss
+from reroll.runtime.models.backbone import place_backbone
+from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import RerollGenerationMixin, without_cache
 from reroll.runtime.models.modeling import RerollPreTrainedModel, naming
 
@@ -36,6 +39,10 @@ class Run(NamedTuple):
 
 class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
     """A lowered causal language model: `generate`, losses and caches as in transformers."""
+
+    def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
+        super().__init__(config, program)
+        place_backbone(self)
 
     @naming("token_type_ids", "pixel_values")
     def forward(
@@ -73,7 +80,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        outputs = dict(zip(self.program.outputs, run.outputs, strict=True))
+        outputs = self.named_outputs(run.outputs)
         logits = outputs.pop("logits")
         if not self._assembly.interface.keeps_positions:
             logits = keep_positions(logits, run.state)
@@ -88,8 +95,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             hidden_states=run.hidden_states,
         )
         for name, value in outputs.items():
-            if value is not None:
-                result[name] = value
+            result[name] = value
         if self._depths is not None and "depth" in outputs:
             self._depths.append(outputs["depth"][:, -1])
         return result if return_dict is not False else result.to_tuple()
@@ -97,12 +103,12 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
     def run_forward(
         self,
         function: Callable[..., tuple[Any, ...]],
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Any,
-        inputs_embeds: Tensor | None,
-        use_cache: bool | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: Wish = None,
         **kwargs: Any,

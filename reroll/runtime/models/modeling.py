@@ -25,7 +25,6 @@ from reroll.runtime.functions.trips import set_trips
 from reroll.runtime.lowering.assembly import Assembly, Default, assemble, reassemble
 from reroll.runtime.lowering.modules import tied_names
 from reroll.runtime.lowering.recapture import from_stored, kept_tensors, program_of
-from reroll.runtime.models.backbone import place_backbone
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import generation_config
 from reroll.runtime.state.caches import layers_of
@@ -90,7 +89,6 @@ class RerollPreTrainedModel(PreTrainedModel):
         self._assembly: Assembly = assemble(self, program)
         self._input_names = frozenset(i.name for i in program.inputs)
         self._ordinary = ordinary_token(program)
-        place_backbone(self)
         self.main_input_name = next(i.name for i in program.inputs if i.role == "data")
         self._tied_weights_keys = dict(tied_names(self))
         self._no_split_modules = sorted({type(t).__name__ for t in self.trip_modules()})
@@ -232,8 +230,12 @@ class RerollPreTrainedModel(PreTrainedModel):
         `past` is a transformers cache; see `ForwardState` for `wishes`.
         """
         outputs, state = self.run_function(self._assembly.main, inputs, past, **wishes)
+        return self.named_outputs(outputs), state
+
+    def named_outputs(self, outputs: tuple[Any, ...]) -> dict[str, Tensor]:
+        """Return the Program's outputs by name, without those that a call does not have."""
         named = zip(self.program.outputs, outputs, strict=True)
-        return {name: value for name, value in named if value is not None}, state
+        return {name: value for name, value in named if value is not None}
 
     def run_function(
         self,

@@ -3,12 +3,15 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 
 import reroll
-from tests import tiny
+from tests import captured, tiny
 from tests.tiny.types import build
 
 KINDS = {
@@ -61,6 +64,44 @@ def test_last_hidden_state_is_the_original_s(name):
         got = model.base_model(tokens, attention_mask=mask, output_hidden_states=True)
     torch.testing.assert_close(got.last_hidden_state[mask > 0], want.last_hidden_state[mask > 0])
     assert len(got.hidden_states) == len(want.hidden_states)
+
+
+def test_a_directory_in_a_fresh_process_gives_the_same_last_hidden_state(tmp_path):
+    tiny.save(tiny.llama().to(torch.bfloat16), tmp_path / "original", tiny.tokenizer())
+    model = reroll.capture(tmp_path / "original").to_module().eval()
+    assert model.dtype == torch.bfloat16
+    mask = torch.ones_like(ids())
+    mask[0, :3] = 0
+    with torch.no_grad():
+        here = model.base_model(ids(), attention_mask=mask).last_hidden_state
+    model.save_pretrained(tmp_path / "saved")
+    torch.save({"ids": ids(), "mask": mask, "here": here}, tmp_path / "values.pt")
+    code = f"""
+import reroll, torch
+from transformers import AutoModelForCausalLM
+values = torch.load({str(tmp_path / "values.pt")!r})
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "saved")!r})
+with torch.no_grad():
+    there = model.base_model(values["ids"], attention_mask=values["mask"]).last_hidden_state
+assert there.dtype == torch.bfloat16
+assert torch.equal(there, values["here"])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_change_of_dtype_reaches_the_backbone():
+    model = lowered("relaxed")
+    model.base_model(ids())
+    half = model.to(torch.bfloat16)
+    wanted = half(ids(), output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(half.base_model(ids()).last_hidden_state, wanted)
+
+
+def test_a_classifier_of_tokens_is_its_own_base_model():
+    config = transformers.BertConfig(**captured.TEXT, intermediate_size=64)
+    original = transformers.BertForTokenClassification(config).eval()
+    model = reroll.capture(original).to_module()
+    assert model.base_model is model
 
 
 def test_layers_are_a_list_as_in_the_original():

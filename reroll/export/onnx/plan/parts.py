@@ -10,7 +10,7 @@ from torch import fx
 from reroll.errors import ExportError
 from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir.defaults import needed_inputs
-from reroll.rewrite.ir.program import Program, weight_nodes
+from reroll.rewrite.ir.program import Program, drop_unused, weight_nodes
 from reroll.rewrite.ir.weights import WeightTable
 
 ENCODER_OUTPUT = "encoder_last_hidden_state"
@@ -38,7 +38,7 @@ def only(program: Program, outputs: list[str], names: dict[str, str]) -> Program
     end = next(iter(reversed(graph.nodes)))
     values: Any = end.args[0]
     end.args = (tuple(values[program.outputs.index(name)] for name in outputs),)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("output", "placeholder"))
+    drop_unused(graph)
     inputs = []
     places = [n for n in graph.nodes if n.op == "placeholder"]
     needed = needed_inputs(program, [str(p.target) for p in places if p.users])
