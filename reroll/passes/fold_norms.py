@@ -11,7 +11,7 @@ from torch import fx
 from reroll.errors import PassError
 from reroll.rewrite.analysis.residual import Stream, Tracer, channels
 from reroll.rewrite.ir.builder import Builder
-from reroll.rewrite.ir.hidden import drop_marks, hidden_names
+from reroll.rewrite.ir.hidden import STATES, drop_marks, marked_names
 from reroll.rewrite.ir.matching import all_arguments
 from reroll.rewrite.ir.ops import RMS_NORM
 from reroll.rewrite.ir.patterns import Miss, nearest
@@ -81,8 +81,8 @@ class FoldNorms(Pass):
             )
         context.remark(f"{len(done)} of {len(norms)} LayerNorm nodes are RMSNorm now")
         result = folder.edit.result()
-        if any(hidden_names(result)):
-            drop_marks(result)
+        if any(marked_names(result, STATES)):
+            drop_marks(result, STATES)
             context.remark("hidden states are centred now, so the model does not give them")
         return result
 

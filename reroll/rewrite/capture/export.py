@@ -24,6 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from reroll.errors import CaptureError, RerollError
 from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.branches import BranchError, check_branches
+from reroll.rewrite.capture.entries import (
+    asks,
+    computes_with_weights,
+    entries_of,
+    take_marks,
+)
 from reroll.rewrite.capture.half_precision import (
     keeps_parameters,
     trace,
@@ -55,7 +61,7 @@ from reroll.rewrite.capture.tracing import (
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
 from reroll.rewrite.ir.dtypes import DTYPES, HALVES, dtype_of, retype, retype_graphs, without_casts
-from reroll.rewrite.ir.hidden import NAMES, count, take_marks
+from reroll.rewrite.ir.hidden import count
 from reroll.rewrite.ir.patterns import Miss
 from reroll.rewrite.ir.program import Program, copy
 from reroll.rewrite.ir.records import NO_CACHE, Input, Origin, TensorType
@@ -63,6 +69,9 @@ from reroll.rewrite.ir.text.compare import same
 from reroll.rewrite.ir.weights import Meta, Source, Weight, WeightTable
 
 log = logging.getLogger(__name__)
+
+# asked of a model in a trace, and given up from the last on where the trace with them fails
+WISHES = ("output_hidden_states", "output_attentions")
 
 
 def capture(
@@ -207,8 +216,8 @@ def _capture(
             kept = [e for e in examples if whole or e.role in ("data", "padding")]
             if not whole and len(kept) == len(examples):
                 continue
-            hidden = _tells_hidden_states(model)
-            exported, traced = _export(model, kept, with_state, implementation, hidden=hidden)
+            wishes = tuple(wish for wish in WISHES if asks(model, wish))
+            exported, traced = _export(model, kept, with_state, implementation, wishes=wishes)
             kept = _with_roles(kept, traced)
             check_branches(exported, kept, getattr(model, "config", None))
             with_casts = _to_program(model, exported, kept, source, origin)
@@ -231,7 +240,7 @@ def _capture(
             program = _without_cache(program, uncached)
         if not halves:
             return _Captured(program, None, ())
-        tracer = _Tracer(model, kept, with_state, implementation, count(program.graph) > 0)
+        tracer = _Tracer(model, kept, with_state, implementation, traced.wishes)
         return _Captured(program, *tracer.halves_of(with_casts, exported))
     name = type(model).__name__
     if first is not None and _is_recurrent(model):
@@ -320,17 +329,23 @@ def _without_cache(program: Program, reason: RerollError) -> Program:
 class _Wrapper(nn.Module):
     """Module that calls the model by keyword, with a tracing cache if it is stateful.
 
-    Its outputs are the model's outputs that are tensors, and the hidden states if `hidden`.
+    Its outputs are the model's outputs that are tensors, and the entries of those that the wishes
+    name, such as `output_hidden_states`.
     """
 
     def __init__(
-        self, model: Any, stateful: bool, halt: Halt | None, at_cache: bool, hidden: bool
+        self,
+        model: Any,
+        stateful: bool,
+        halt: Halt | None,
+        at_cache: bool,
+        wishes: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.model = model
         self.stateful = stateful
         self.halt, self.at_cache = halt, at_cache
-        self.hidden = hidden
+        self.wishes = wishes
         self.custom_layers = custom_layers(model.config) if stateful else []
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -352,8 +367,7 @@ class _Wrapper(nn.Module):
             keywords.update(past_key_values=cache, use_cache=True)
         elif "use_cache" in _parameters(self.model):
             keywords["use_cache"] = False
-        if self.hidden:
-            keywords["output_hidden_states"] = True
+        keywords.update(dict.fromkeys(self.wishes, True))
         depth = len(_module_stack())
         try:
             out = self.model(**keywords)
@@ -363,11 +377,7 @@ class _Wrapper(nn.Module):
                 _module_stack().popitem()
             return halted.tensors
         outputs = {name: value for name, value in out.items() if isinstance(value, Tensor)}
-        for name in NAMES if self.hidden else ():
-            states = out.get(name) or ()
-            if all(isinstance(value, Tensor) for value in states):
-                outputs.update((f"{name}.{number}", value) for number, value in enumerate(states))
-        return outputs
+        return {**outputs, **entries_of(out)} if self.wishes else outputs
 
 
 def _module_stack() -> dict[str, Any]:
@@ -385,7 +395,7 @@ class _Tracer:
     examples: list[Example]
     stateful: bool
     implementation: str
-    hidden: bool
+    wishes: tuple[str, ...]
 
     def halves_of(
         self, program: Program, exported: torch.export.ExportedProgram
@@ -416,7 +426,7 @@ class _Tracer:
             return Miss("it changes tensors in place, so the trace in half precision has other ops")
         if keeps_parameters(self.model, half):
             return Miss("parameters are kept in fp32")
-        wrapper = _Wrapper(self.model, self.stateful, None, False, self.hidden)
+        wrapper = _Wrapper(self.model, self.stateful, None, False, self.wishes)
         try:
             with (
                 without_data(self.model, half),
@@ -444,13 +454,13 @@ def _export(
     stateful: bool,
     implementation: str,
     halt: Halt | None = None,
-    hidden: bool = False,
+    wishes: tuple[str, ...] = (),
 ) -> tuple[torch.export.ExportedProgram, Traced]:
     """Export a model; with `halt`, the trace ends at an attention op.
 
     Where the model has an attention implementation of its own, `halt` counts updates of the cache
-    instead. With `hidden`, the outputs include the hidden states, unless the export with them
-    fails. Raises CaptureError if the export fails.
+    instead. The outputs include the entries that `wishes` name; the last wishes are given up where
+    the export with them fails. Raises CaptureError if the export fails.
     """
     tensors = _example_tensors(model, examples)
     auto = torch.export.Dim.AUTO
@@ -459,7 +469,7 @@ def _export(
     }
     modified = implementation != IMPLEMENTATION
 
-    def export(hidden: bool) -> tuple[torch.export.ExportedProgram, Traced]:
+    def export(wishes: tuple[str, ...]) -> tuple[torch.export.ExportedProgram, Traced]:
         with (
             torch.no_grad(),
             _quiet(),
@@ -468,24 +478,28 @@ def _export(
             tracing(model, implementation, None if modified else halt) as traced,
         ):
             exported = torch.export.export(
-                _Wrapper(model, stateful, halt, modified, hidden),
+                _Wrapper(model, stateful, halt, modified, wishes),
                 (tensors,),
                 dynamic_shapes=(shapes,),
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
+        if computes_with_weights(exported.graph):
+            raise ValueError("it computes with attention weights")
+        traced.wishes = wishes
         return exported, traced
 
     try:
-        if not hidden:
-            return export(False)
-        try:
-            return export(True)
-        except RerollError:
-            raise
-        except Exception as error:
-            log.info("%s: not exported with hidden states: %s", type(model).__name__, error)
-            return export(False)
+        while True:
+            try:
+                return export(wishes)
+            except RerollError:
+                raise
+            except Exception as error:
+                if not wishes:
+                    raise
+                log.info("%s: not exported with %s: %s", type(model).__name__, wishes[-1], error)
+                wishes = wishes[:-1]
     except RerollError:
         raise
     except Exception as error:
@@ -493,15 +507,6 @@ def _export(
         raise CaptureError(
             f"torch.export failed: {type(error).__name__}: {reason}", where=type(model).__name__
         ) from error
-
-
-def _tells_hidden_states(model: Any) -> bool:
-    """Whether a model's forward takes `output_hidden_states`."""
-    import inspect
-
-    parameters = inspect.signature(model.forward).parameters.values()
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters) and hasattr(model, "config")
-    return open_ended or "output_hidden_states" in _parameters(model)
 
 
 def _with_roles(examples: list[Example], traced: Traced) -> list[Example]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reroll.rewrite.capture import clean
+from reroll.rewrite.capture.entries import kind_of
 from reroll.rewrite.ir.dtypes import follow_limits
 from reroll.rewrite.ir.hidden import NAMES, mark, marks, unmark
 from reroll.rewrite.ir.patterns import Miss
@@ -102,7 +103,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> fx.Graph:
     mode: FakeTensorMode = next(model.parameters()).fake_mode  # type: ignore[attr-defined]
     examples = {name: mode.from_tensor(tensor.cpu()) for name, tensor in inputs.items()}
     traced = make_fx(
-        lambda values: {n: v for n, v in model(values).items() if n.split(".")[0] not in NAMES},
+        lambda values: {n: v for n, v in model(values).items() if kind_of(n) not in NAMES},
         tracing_mode="fake",
         pre_dispatch=True,
         _allow_non_fake_inputs=True,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from reroll.errors import CaptureError
+from reroll.rewrite.capture.entries import WEIGHTS_OF
 from reroll.rewrite.capture.masks import MaskKind, describe_mask
 
 IMPLEMENTATION = "reroll"
@@ -102,10 +103,10 @@ def attention_interface(
     position_bias: Tensor | None = None,
     halt: Halt | None = None,
     **keywords: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor]:
     """Compute attention by one `reroll::attention` node; transformers calls this function.
 
-    `query` is [batch, heads, time, head_dim]; `key` and `value` have the key/value heads. Raises
+    The second result stands for the weights. `query` is [batch, heads, time, head_dim]; `key` and `value` have the key/value heads. Raises
     CaptureError for a keyword that the op does not model, and Halted at the attention that `halt`
     counts to.
     """
@@ -138,7 +139,7 @@ def attention_interface(
         sinks=s_aux,
         bias=attention_mask,
     )
-    return out, None
+    return out, WEIGHTS_OF(out, query, key)
 
 
 def custom_layers(config: Any) -> list[Any]:
@@ -258,11 +259,13 @@ class Traced:
     """Facts about a model observed during its trace.
 
     `packs`: the model passes positions to its masks, so that transformers separates packed
-    documents. `spans`: the windows and chunks of its masks, None for masks with neither.
+    documents. `spans`: the windows and chunks of its masks, None for masks with neither. `wishes`:
+    the entries that it was asked for, such as `output_hidden_states`.
     """
 
     packs: bool = False
     spans: set[int | None] = field(default_factory=set)
+    wishes: tuple[str, ...] = ()
 
 
 @contextmanager

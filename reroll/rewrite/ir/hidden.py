@@ -1,13 +1,15 @@
-"""Marks on the nodes whose values are the original's `hidden_states`, set by capture.
+"""Marks on nodes for the original's `hidden_states` and `attentions`, set by capture.
 
-A mark is in a node's metadata, under `HIDDEN`: the names of the outputs that the value is an entry
-of. In a loop's body it holds for every trip; on a placeholder it marks the input of every trip. The
-entries of an output are the marked values in the order in which they are computed.
+A mark is in a node's metadata, under `HIDDEN`: the names of the outputs that the node gives an
+entry of. With a name of `STATES`, the entry is the node's value. With a name of `WEIGHTS`, it is
+the attention weights of an attention op, and the value of any other node. In a loop's body a mark
+holds for every trip; on a placeholder it marks the input of every trip. The entries of an output
+are in the order in which they are computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -18,13 +20,17 @@ if TYPE_CHECKING:
 
 HIDDEN = "hidden"
 # the names of these outputs in transformers
-NAMES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+WEIGHTS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+NAMES = (*STATES, *WEIGHTS)
+# in the remark of a pass that leaves a model without attention weights
+NO_WEIGHTS = "no attention weights"
 
 
-def marks(node: fx.Node) -> tuple[str, ...]:
-    """Return the outputs that a node's value is an entry of."""
+def marks(node: fx.Node, among: Collection[str] = NAMES) -> tuple[str, ...]:
+    """Return the outputs that a node gives an entry of."""
     names: tuple[str, ...] = node.meta.get(HIDDEN, ())
-    return names
+    return tuple(name for name in names if name in among)
 
 
 def mark(node: fx.Node, names: tuple[str, ...]) -> None:
@@ -33,9 +39,12 @@ def mark(node: fx.Node, names: tuple[str, ...]) -> None:
         node.meta[HIDDEN] = (*marks(node), *names)
 
 
-def unmark(node: fx.Node) -> tuple[str, ...]:
+def unmark(node: fx.Node, among: Collection[str] = NAMES) -> tuple[str, ...]:
     """Remove and return a node's marks."""
-    names: tuple[str, ...] = node.meta.pop(HIDDEN, ())
+    names = marks(node, among)
+    kept = tuple(name for name in marks(node) if name not in among)
+    node.meta.pop(HIDDEN, None)
+    mark(node, kept)
     return names
 
 
@@ -45,47 +54,28 @@ def stand_in(node: fx.Node, new: fx.Node) -> None:
     node.replace_all_uses_with(new)
 
 
-def count(graph: fx.Graph) -> int:
+def count(graph: fx.Graph, among: Collection[str] = NAMES) -> int:
     """Count the marks on the nodes of a graph."""
-    return sum(len(marks(node)) for node in graph.nodes)
+    return sum(len(marks(node, among)) for node in graph.nodes)
 
 
-def hidden_names(program: Program) -> Iterator[str]:
+def marked_names(program: Program, among: Collection[str] = NAMES) -> Iterator[str]:
     """Yield the outputs of which the Program has marks, in the order of `NAMES`."""
     marked = {name for _, graph in program.graphs() for node in graph.nodes for name in marks(node)}
-    yield from (name for name in NAMES if name in marked)
+    yield from (name for name in NAMES if name in marked and name in among)
 
 
-def drop_marks(program: Program) -> None:
+def drop_marks(program: Program, among: Collection[str] = NAMES) -> None:
     """Remove all marks, in place: with one missing, the entries would be numbered wrongly."""
     for _, graph in program.graphs():
         for node in graph.nodes:
-            unmark(node)
+            unmark(node, among)
 
 
 def keep_complete(program: Program, before: Program) -> None:
-    """Remove all marks, in place, if a rewrite of `before` has lost some of them."""
-    old = {name: count(graph) for name, graph in before.graphs()}
-    if any(count(graph) < old.get(name, 0) for name, graph in program.graphs()):
-        drop_marks(program)
+    """Remove all marks of a kind, in place, if a rewrite of `before` has lost some of them."""
+    for among in (STATES, WEIGHTS):
+        old = {name: count(graph, among) for name, graph in before.graphs()}
+        if any(count(graph, among) < old.get(name, 0) for name, graph in program.graphs()):
+            drop_marks(program, among)
 
-
-def take_marks(graph: fx.Graph, outputs: tuple[str, ...]) -> tuple[str, ...]:
-    """Turn hidden states among a flat graph's outputs into marks, in place; return the others.
-
-    The name of an entry is `NAME.<number>`. Nothing is marked if an entry is no computed value, or
-    if dead-code elimination removes one.
-    """
-    node = graph.output_node()
-    pairs = list(zip(outputs, node.args[0], strict=True))  # type: ignore[arg-type]
-    entries = [(name, value) for name, value in pairs if name.split(".")[0] in NAMES]
-    for name, value in entries:
-        mark(value, (name.split(".")[0],))
-    kept = [(name, value) for name, value in pairs if name.split(".")[0] not in NAMES]
-    node.args = (tuple(value for _, value in kept),)
-    graph.eliminate_dead_code()
-    whole = all(value.op == "call_function" for _, value in entries)
-    if not whole or count(graph) != len(entries):
-        for each in graph.nodes:
-            unmark(each)
-    return tuple(name for name, _ in kept)

@@ -108,9 +108,9 @@ def _hide(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores + mask
 
 
-def _causal(length: int, device: torch.device) -> Tensor:
+def _causal(length: int, device: torch.device, keys: int | None = None) -> Tensor:
     at = torch.arange(length, device=device)
-    return at[:, None] >= at
+    return at[:, None] >= (at if keys is None else torch.arange(keys, device=device))
 
 
 def _explicit(
@@ -127,14 +127,48 @@ def _explicit(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         v = v.repeat_interleave(groups, 1)
-
-    def read(scores: Tensor) -> Tensor:
-        if sinks is None:
-            return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
-        scores = scores - scores.max(dim=-1, keepdim=True).values
-        return torch.matmul(F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1], v)
-
+    read: Callable[[Tensor], Tensor] = lambda scores: torch.matmul(_weights(scores, q, sinks), v)
     return _over_scores(read, q, k, scale, mask, softcap, sinks, bias)
+
+
+def _weights(scores: Tensor, q: Tensor, sinks: Tensor | None) -> Tensor:
+    """Normalise scores to weights, in the arithmetic of the op; those of sinks are left out."""
+    if sinks is None:
+        return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+
+
+def attend_with_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | Band | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute `attend`, and the weights [batch, heads, time, keys] from which it is computed.
+
+    Keys that a query does not see have weight 0, with unfilled slots of a static cache among them.
+    """
+    (batch, heads, length, _), keys = q.shape, k.shape[2]
+    if isinstance(mask, Band):
+        mask = mask.written_out(q.device)
+    if mask is not None and mask.shape[-1] == 0:
+        out = q.new_zeros(batch, length, heads, v.shape[-1])
+        return out, q.new_zeros(batch, heads, length, keys)
+    if mask is None and causal and length > 1:
+        mask = _causal(length, q.device, keys)
+    if bias is not None:
+        bias = _fit(bias, keys)
+    weights = _over_scores(
+        lambda scores: _weights(scores, q, sinks), q, k, scale, mask, softcap, sinks, bias
+    )
+    out = torch.matmul(weights, v.repeat_interleave(heads // v.shape[1], 1))
+    return out.transpose(1, 2).contiguous(), weights
 
 
 def _over_scores(

@@ -13,7 +13,7 @@ from reroll.errors import UsageError
 from reroll.rewrite.ir.exits import is_open
 from reroll.runtime.functions.documents import Documents
 from reroll.runtime.functions.exits import LoopExits, can_compact, run_compacted
-from reroll.runtime.functions.hidden import NO_STATES, HiddenStates, TripStates, run_observed
+from reroll.runtime.functions.hidden import NO_STATES, Entries, TripStates, run_observed
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Trips:
     backprop: int | None = None
     exits: LoopExits | None = None
     hidden: TripStates = NO_STATES
+    weighed: TripStates | None = None
 
     def schedule(self, layers: Sequence[Any] | None) -> Sequence[nn.Module]:
         """Return the modules to run, in order."""
@@ -47,14 +48,14 @@ class ForwardState:
     """State of one forward: cache layers, loops, and what the caller requests.
 
     `keep` is `logits_to_keep`: the number of last positions, or their indices; 0 means all.
-    `hidden` collects hidden states if the caller asked for them. `embeddings` replace the token ids
-    if the caller gave them. `documents` are those of packed rows.
+    `hidden` collects hidden states and attention weights if the caller asked for them. `embeddings`
+    replace the token ids if the caller gave them. `documents` are those of packed rows.
     """
 
     loops: Mapping[str, Trips]
     layers: Sequence[Any] | None = None
     keep: int | Tensor = 0
-    hidden: HiddenStates | None = None
+    hidden: Entries | None = None
     embeddings: Tensor | None = None
     documents: Documents | None = None
 
@@ -66,6 +67,8 @@ def run_loop(
     trips = state.loops[name]
     layers, count, start = state.layers, trips.layers_per_trip, trips.first_layer
     schedule, exits = trips.schedule(layers), trips.exits
+    weighs = state.hidden is not None and state.hidden.weights
+    given = trips.weighed if weighs and trips.weighed is not None else trips.hidden
     frozen = 0 if trips.backprop is None else len(schedule) - trips.backprop
     for number, trip in enumerate(schedule):
         values = [v[number] if isinstance(v, tuple) else v for v in inputs]
@@ -76,7 +79,7 @@ def run_loop(
         old = carry
         if state.hidden is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and number >= frozen):
-                carry = run_observed(trip, trips.hidden, state.hidden, carry, values, trip_layers)
+                carry = run_observed(trip, given, state.hidden, carry, values, trip_layers)
         elif number < frozen:
             with torch.no_grad():
                 carry = trip(*carry, *values, past_key_values=trip_layers)

@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from torch import fx, nn
@@ -16,6 +16,7 @@ from reroll.rewrite.analysis.state_plan import CacheLayer
 from reroll.rewrite.capture.pictures import picture_inputs, text_part
 from reroll.rewrite.ir.defaults import looks_into, reads
 from reroll.rewrite.ir.program import Program
+from reroll.runtime.functions.hidden import with_weights
 from reroll.runtime.functions.loops import Trips
 from reroll.runtime.lowering.codegen import compile_graph, runnable
 from reroll.runtime.lowering.encoder_decoder import cut, has_decoder
@@ -94,7 +95,8 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
     loops, sources = {}, {}
     for loop in program.loops:
         name = loop.name
-        trip_type = _trip_type(name, lowering.graphs[name])
+        weighs = lowering.weighed[name] is not None
+        trip_type = _trip_type(name, lowering.graphs[name], weighs)
         for trip in tree.trips[name]:
             trip.__class__ = trip_type
         sources[name] = trip_type.source
@@ -103,6 +105,7 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
             *lowering.states[name],
             exits=lowering.exits.get(name),
             hidden=lowering.hidden[name],
+            weighed=lowering.weighed[name],
         )
     graph = lowering.graphs["main"]["main"]
     main = _compiled(graph, "main", program, program.outputs, sources)
@@ -178,18 +181,26 @@ def reassemble(program: Program, loops: dict[str, Trips], tree: Tree) -> Assembl
     return replace(new, loops=loops, tree=tree)
 
 
-def _trip_type(name: str, graphs: dict[str, fx.Graph]) -> type[TripModule]:
+def _trip_type(name: str, graphs: dict[str, fx.Graph], weighs: bool) -> type[TripModule]:
     members: dict[str, Any] = {"source": ""}
     for method, graph in graphs.items():
         members[method], source = compile_graph(graph, f"{name} {method}")
         members["source"] += source
-    if "observed" in members:
-        plain, observed = members["forward"], members["observed"]
+    if "observed" in members or weighs:
+        members["plain"] = members["forward"]
 
-        def forward(self: TripModule, *args: Any, observe: bool = False, **kwargs: Any) -> Any:
-            """Run the trip; if `observe` is set, also return its hidden states."""
-            return (observed if observe else plain)(self, *args, **kwargs)
+        def forward(self: TripModule, *args: Any, function: str = "plain", **kwargs: Any) -> Any:
+            """Run the trip; `observed` and `weighed` also return hidden states and weights."""
+            return getattr(self, function)(*args, **kwargs)
 
         members["forward"] = forward
+    if weighs:
+
+        @cache
+        def weighed() -> Callable[..., Any]:
+            # few callers want it
+            return compile_graph(with_weights(graphs["forward"]), f"{name} weighed")[0]
+
+        members["weighed"] = lambda self, *args, **kwargs: weighed()(self, *args, **kwargs)
     title = "".join(part.capitalize() for part in re.split(r"\W|_", name, flags=re.ASCII))
     return type(f"{title}Trip", (TripModule,), members)

@@ -18,7 +18,7 @@ from reroll.rewrite.capture.pictures import picture_inputs
 from reroll.rewrite.ir.exits import exits_of
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.runtime.functions.exits import LoopExits
-from reroll.runtime.functions.hidden import note_in_main, returning, states_of
+from reroll.runtime.functions.hidden import note_in_main, returning, states_of, weights_of
 from reroll.runtime.lowering.attention_masks import place_masks
 from reroll.runtime.lowering.codegen import Update, runnable
 from reroll.runtime.lowering.encoder_decoder import split_static_graphs
@@ -69,6 +69,7 @@ class Lowering:
         states: for each loop, the number of its first state and how many a trip has.
         exits: the properties of exits, for each loop that has them.
         hidden: the hidden states of each loop.
+        weighed: the hidden states and attention weights of each loop that has weights.
         graphs: runnable graphs by loop ("main" for the main graph) and function.
     """
 
@@ -83,6 +84,7 @@ class Lowering:
     states: dict[str, tuple[int, int]] = field(default_factory=dict)
     exits: dict[str, LoopExits] = field(default_factory=dict)
     hidden: dict[str, Any] = field(default_factory=dict)
+    weighed: dict[str, Any] = field(default_factory=dict)
     graphs: dict[str, dict[str, fx.Graph]] = field(default_factory=dict)
 
     def text(self) -> str:
@@ -172,7 +174,7 @@ def make_masks(x: Lowering) -> None:
 
 
 def note_hidden(x: Lowering) -> None:
-    """Insert calls that record the hidden states of the main graph."""
+    """Insert calls that record the hidden states and attention weights of the main graph."""
     note_in_main(x.program, x.state)
 
 
@@ -219,6 +221,7 @@ def _functions(x: Lowering, loop: Loop) -> dict[str, fx.Graph]:
         fill_updates = {new: updates[node] for node, new in split.filled.items() if node in updates}
         graphs["fill"] = runnable(split.fill, readings, split.filled[layers], fill_updates)
     graphs["forward"] = runnable(body, readings, layers, updates)
+    x.weighed[name] = weights_of(loop, graphs["forward"])
     x.hidden[name], inner = states_of(loop)
     if inner:
         observed = returning(body, inner)

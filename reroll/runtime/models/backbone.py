@@ -56,6 +56,7 @@ class Backbone(Scope):
             last_hidden_state=run.outputs[0],
             past_key_values=run.past_key_values,
             hidden_states=run.hidden_states,
+            attentions=run.attentions,
         )
         return result if return_dict is not False else result.to_tuple()
 

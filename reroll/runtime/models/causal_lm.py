@@ -14,7 +14,7 @@ from reroll.errors import UsageError
 from reroll.rewrite.capture.pictures import picture_inputs
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.exits import DepthReport, depth_report
-from reroll.runtime.functions.hidden import Wish, hidden_states
+from reroll.runtime.functions.hidden import Wish, wanted_entries
 from reroll.runtime.functions.loops import ForwardState, keep_positions
 from reroll.runtime.functions.losses import language_loss
 from reroll.runtime.models.backbone import place_backbone
@@ -29,12 +29,13 @@ _LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"}
 
 
 class Run(NamedTuple):
-    """What a forward has computed: outputs of a function, its state, the cache, hidden states."""
+    """What a forward has computed: outputs of a function, its state, the cache, entries."""
 
     outputs: tuple[Any, ...]
     state: ForwardState
     past_key_values: Any
     hidden_states: tuple[Tensor | None, ...] | None
+    attentions: tuple[Tensor | None, ...] | None
 
 
 class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
@@ -57,6 +58,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: Wish = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute the logits [batch, time, vocabulary] of the next token.
@@ -66,7 +68,8 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         `inputs_embeds` [batch, time, width] replace the embeddings of `input_ids`. `labels` are the
         input ids, -100 where they do not count. `logits_to_keep` is the number of last positions to
         compute logits for, or a tensor of positions. `output_hidden_states` requests the original's
-        hidden states: all, or by number.
+        hidden states: all, or by number. `output_attentions` requests its attention weights [batch,
+        heads, time, keys].
         """
         run = self.run_forward(
             self._assembly.main,
@@ -78,6 +81,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             use_cache,
             logits_to_keep=logits_to_keep,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             **kwargs,
         )
         outputs = self.named_outputs(run.outputs)
@@ -93,6 +97,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             logits=logits,
             past_key_values=run.past_key_values,
             hidden_states=run.hidden_states,
+            attentions=run.attentions,
         )
         for name, value in outputs.items():
             result[name] = value
@@ -111,10 +116,10 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: Wish = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Run:
         """Run a function of the assembly with the arguments of a forward, and with a cache."""
-        refuse_attentions(self, kwargs)
         self.refuse_unread({"position_ids": position_ids, **kwargs}, _LOSS_OPTIONS)
         input_ids = self._tokens(input_ids, inputs_embeds)
         asked, past = use_cache, past_key_values
@@ -128,18 +133,19 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             "position_ids": position_ids,
             **{k: v for k, v in kwargs.items() if k in self._input_names},
         }
-        hidden, wish = hidden_states(self, output_hidden_states)
+        entries = wanted_entries(self, output_hidden_states, output_attentions)
         outputs, state = self.run_function(
             function,
             inputs,
             past_key_values,
             keep=logits_to_keep,
-            hidden=hidden,
+            hidden=entries,
             embeddings=inputs_embeds,
             documents=self.documents(inputs, asked, past),
         )
-        entries = None if hidden is None else hidden.chosen("hidden_states", wish)
-        return Run(outputs, state, past_key_values if use_cache else None, entries)
+        names = ("hidden_states", "attentions")
+        given = (None if entries is None else entries.of(name) for name in names)
+        return Run(outputs, state, past_key_values if use_cache else None, *given)
 
     # the depths of new tokens in the running `generate`, and the report of the last `generate`
     _depths: list[Tensor] | None = None
@@ -213,15 +219,4 @@ def check_span(model: RerollPreTrainedModel, past: Any, tokens: Tensor | None) -
             "for: with a cache it computes something else than without, which is not captured",
             where=type(model).__name__,
             hint="use_cache=False gives what the original gives with use_cache=False",
-        )
-
-
-def refuse_attentions(model: RerollPreTrainedModel, wishes: dict[str, Any]) -> None:
-    """Raise UsageError if attention weights are requested, which a lowered model never computes."""
-    asked = wishes.pop("output_attentions", None)
-    if getattr(model.config, "output_attentions", False) if asked is None else asked:
-        raise UsageError(
-            "a lowered model does not form attention weights, and so returns none",
-            where="output_attentions" if asked else "output_attentions in the configuration",
-            hint="the original returns them: from_pretrained(..., attn_implementation='eager')",
         )

@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from reroll.errors import UsageError
-from reroll.rewrite.ir.hidden import hidden_names
+from reroll.rewrite.ir.hidden import marked_names
 from reroll.rewrite.ir.program import Program
-from reroll.runtime.functions.hidden import Wish, hidden_states
-from reroll.runtime.models.causal_lm import refuse_attentions
+from reroll.runtime.functions.hidden import Wish, wanted_entries
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.modeling import RerollPreTrainedModel, naming
 from reroll.runtime.models.outputs import output_class
@@ -26,7 +25,7 @@ class RerollModel(RerollPreTrainedModel):
         super().__init__(config, program)
         # made here, because compiled code cannot make a class
         self._output_class = output_class(
-            ("loss", *self.program.outputs, *hidden_names(self.program))
+            ("loss", *self.program.outputs, *marked_names(self.program))
         )
 
     def forward(
@@ -42,15 +41,16 @@ class RerollModel(RerollPreTrainedModel):
         output_hidden_states: Wish = None,
         return_dict: bool | None = None,
         inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute the Program's outputs as a `ModelOutput`, with `loss` first for `labels`.
 
         The main input may be given by position, whatever its name. `inputs_embeds` [batch, time,
         width] replace the embeddings of `input_ids`. `output_hidden_states` requests the original's
-        hidden states: all, or by number.
+        hidden states: all, or by number. `output_attentions` requests its attention weights [batch,
+        heads, queries, keys].
         """
-        refuse_attentions(self, kwargs)
         values = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -66,16 +66,16 @@ class RerollModel(RerollPreTrainedModel):
         self.refuse_unread(values, _LOSS_INPUTS)
         if inputs_embeds is not None:
             values[self.main_input_name] = self._tokens(values[self.main_input_name], inputs_embeds)
-        hidden, wish = hidden_states(self, output_hidden_states)
+        entries = wanted_entries(self, output_hidden_states, output_attentions)
         documents = self.documents(values, kwargs.get("use_cache"), None)
         outputs, _ = self.run_program(
-            values, hidden=hidden, embeddings=inputs_embeds, documents=documents
+            values, hidden=entries, embeddings=inputs_embeds, documents=documents
         )
         loss = None
         if labels is not None or "start_positions" in kwargs:
             loss = self.loss(outputs, labels, kwargs)
-        states = {} if hidden is None else {n: hidden.chosen(n, wish) for n in hidden.entries}
-        result = self._output_class(loss=loss, **outputs, **states)
+        given = {} if entries is None else {name: entries.of(name) for name in entries.entries}
+        result = self._output_class(loss=loss, **outputs, **given)
         return result if return_dict is not False else result.to_tuple()
 
     def loss(

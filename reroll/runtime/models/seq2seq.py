@@ -11,11 +11,11 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from reroll.errors import UsageError
-from reroll.runtime.functions.hidden import Wish, hidden_states
+from reroll.runtime.functions.hidden import Wish, wanted_entries
 from reroll.runtime.functions.loops import ForwardState, keep_positions
 from reroll.runtime.functions.losses import language_loss
 from reroll.runtime.lowering.assembly import EncoderDecoder
-from reroll.runtime.models.causal_lm import check_span, refuse_attentions, wants_cache
+from reroll.runtime.models.causal_lm import check_span, wants_cache
 from reroll.runtime.models.generation import RerollGenerationMixin
 from reroll.runtime.models.modeling import RerollPreTrainedModel
 from reroll.runtime.state.caches import layers_of
@@ -40,6 +40,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: Wish = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute the logits [batch, time, vocabulary] of the decoder's next token.
@@ -48,7 +49,6 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         encoder's last hidden state. `labels` are the decoder's tokens, -100 where they do not
         count. Without `decoder_input_ids`, the decoder gets the labels shifted right by one.
         """
-        refuse_attentions(self, kwargs)
         self.refuse_unread(kwargs)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self._shifted(labels)
@@ -72,13 +72,13 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
             # if given by position, the main input is the first argument, whatever its name
             inputs[self.main_input_name] = input_ids
         if encoder_outputs is None:
-            encoder_outputs = self.encode(inputs, output_hidden_states)
-        hidden, wish = hidden_states(self, output_hidden_states)
+            encoder_outputs = self.encode(inputs, output_hidden_states, output_attentions)
+        entries = wanted_entries(self, output_hidden_states, output_attentions)
         state = ForwardState(
             self._assembly.loops,
             layers_of(_self_attention(past_key_values), self._assembly.layers),
             keep=logits_to_keep,
-            hidden=hidden,
+            hidden=entries,
             documents=self.documents(inputs, asked, past),
         )
         outputs = self._decode(inputs, encoder_outputs, state)
@@ -88,31 +88,36 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         loss = None
         if labels is not None:
             loss = language_loss(self, logits, labels)
+        names = ("decoder_hidden_states", "decoder_attentions", "cross_attentions")
         result = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
+            **({} if entries is None else {name: entries.of(name) for name in names}),
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
         )
-        if hidden is not None:
-            result["decoder_hidden_states"] = hidden.chosen("decoder_hidden_states", wish)
         return result if return_dict is not False else result.to_tuple()
 
     def encode(
-        self, inputs: Mapping[str, Tensor | None], output_hidden_states: Wish = None
+        self,
+        inputs: Mapping[str, Tensor | None],
+        output_hidden_states: Wish = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutput:
         """Compute the encoder's last hidden state, and what the decoder derives from it alone."""
         values = self._part_arguments(inputs, "encoder")
-        states, wish = hidden_states(self, output_hidden_states)
-        state = ForwardState(self._assembly.loops, hidden=states)
+        entries = wanted_entries(self, output_hidden_states, output_attentions)
+        state = ForwardState(self._assembly.loops, hidden=entries)
         try:
             (hidden,) = self._functions.encode(self, *values, state)
         except (IndexError, RuntimeError) as error:
             raise self.explained(error, inputs, None) from error
         output = BaseModelOutput(last_hidden_state=hidden)
-        if states is not None:
-            output["hidden_states"] = states.chosen("encoder_hidden_states", wish)
+        for name in ("hidden_states", "attentions") if entries is not None else ():
+            if (given := entries.of(f"encoder_{name}")) is not None:
+                output[name] = given
         state = ForwardState(self._assembly.loops)
         for number, value in enumerate(self._functions.extend(self, hidden, *values, state)):
             output[f"for_decoder_{number}"] = value
@@ -221,10 +226,10 @@ class Encoder:
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         """Encode the encoder's inputs: the main one by position, or all by keyword."""
         inputs = dict(kwargs)
-        wish = inputs.pop("output_hidden_states", None)
+        wishes = [inputs.pop(f"output_{name}", None) for name in ("hidden_states", "attentions")]
         if args:
             inputs[self.main_input_name] = args[0]
-        return self.model.encode(inputs, wish)
+        return self.model.encode(inputs, *wishes)
 
     __call__ = forward
 

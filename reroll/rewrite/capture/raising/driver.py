@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from reroll.rewrite.capture.entries import move_weights
 from reroll.rewrite.capture.raising.attention import ATTENTION_RULES, absorb_masks
 from reroll.rewrite.capture.raising.idioms import RULES, RewriteRule
 from reroll.rewrite.ir import weights as lazy
@@ -73,6 +74,7 @@ def apply_rule(graph: fx.Graph, rule: RewriteRule, checked: dict[Any, bool]) -> 
             _erase(graph, new, node)
             continue
         unmark(new)
+        move_weights(_region(node, result), new)
         stand_in(node, new)
         # an op with dropout counts as impure, so dead-code elimination does not remove it
         graph.erase_node(node)
@@ -82,6 +84,15 @@ def apply_rule(graph: fx.Graph, rule: RewriteRule, checked: dict[Any, bool]) -> 
     elif misses:
         log.debug("%s: no match; the nearest: %s", rule.name, nearest(misses))
     return done
+
+
+def _region(root: fx.Node, match: Match) -> list[fx.Node]:
+    """Return the nodes of a match from which `root` is computed."""
+    found = [root]
+    for node in found:
+        inside = (n for n in node.all_input_nodes if n.name in match.nodes)
+        found.extend(dict.fromkeys(n for n in inside if n not in found))
+    return found[1:]
 
 
 def _erase(graph: fx.Graph, new: fx.Node, root: fx.Node) -> None:

@@ -220,8 +220,8 @@ def insert_loop(program: Program, unified: Unifier) -> Program:
         index = tuple(unique.index(entry) for entry in entries)
         table[new] = Weight(tuple(unique), index, weights[sources[0]].trainable)
     body = unified.build(names.renamed)
-    if not unified.mark(body):
-        drop_marks(replace(program, bodies={**program.bodies, names.loop: Body(body)}))
+    if lost := unified.mark(body):
+        drop_marks(replace(program, bodies={**program.bodies, names.loop: Body(body)}), lost)
     last = unified.regions[-1].nodes[-1]
     with graph.inserting_after(last):
         node = graph.call_function(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite.ir.hidden import mark, marks, unmark
+from reroll.rewrite.ir.hidden import STATES, WEIGHTS, mark, marks, unmark
 from reroll.rewrite.ir.patterns import Miss
 
 aten = torch.ops.aten
@@ -296,17 +296,22 @@ class Unifier:
         self._built = values
         return graph
 
-    def mark(self, body: fx.Graph) -> bool:
-        """Mark the trips' hidden states in the built body; return False if the trips differ.
+    def mark(self, body: fx.Graph) -> tuple[str, ...]:
+        """Mark the trips' hidden states and weights in the built body.
 
-        If all trips but the last have a mark on a carried value, it belongs to the input of the
+        Returns the names of the marks in which the trips differ, which are then incomplete. If all trips but the last have a mark on a carried value, it belongs to the input of the
         next trip. Then the placeholder in the body is marked instead of the value before the first
         trip.
         """
         places = body.find_nodes(op="placeholder")
         carried: list[tuple[int, tuple[str, ...]]] = []
         for index, node in enumerate(self._built):
-            marks_of = [marks(region.nodes[index]) for region in self.regions]
+            weights = {marks(region.nodes[index], WEIGHTS) for region in self.regions}
+            if len(weights) > 1:
+                return WEIGHTS
+            mark(node, *weights)
+        for index, node in enumerate(self._built):
+            marks_of = [marks(region.nodes[index], STATES) for region in self.regions]
             if not any(marks_of):
                 continue
             if len(set(marks_of)) == 1:
@@ -314,15 +319,15 @@ class Unifier:
                 continue
             position = self.carry.index(index) if index in self.carry else None
             if position is None or marks_of[-1] or len({*marks_of[:-1]}) != 1:
-                return False
+                return STATES
             if marks(self.initial[position])[-len(marks_of[0]) :] != marks_of[0]:
-                return False
+                return STATES
             carried.append((position, marks_of[0]))
         for position, names in carried:
             start = unmark(self.initial[position])
             mark(self.initial[position], start[: -len(names)])
             mark(places[position], names)
-        return True
+        return ()
 
 
 def _has_constants_unlike(a: fx.Node, b: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from torch import fx
 
 from reroll.errors import ProgramError, located
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.hidden import NAMES, mark
+from reroll.rewrite.ir.hidden import STATES, WEIGHTS, mark
 from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.text.cursor import Cursor, NodeRef, WeightRef
 from reroll.rewrite.ir.text.op_names import LOOP, resolve
@@ -69,12 +69,14 @@ def read_type(cursor: Cursor) -> tuple[TensorType | None, tuple[str, ...]]:
     if not cursor.accept(":"):
         return None, ()
     type_, names = cursor.tensor_type(), []
-    if cursor.accept("hidden"):
+    for word, among in (("hidden", STATES), ("weights", WEIGHTS)):
+        if not cursor.accept(word):
+            continue
         cursor.expect("(")
         while True:
             names.append(cursor.name())
-            if names[-1] not in NAMES:
-                raise ProgramError(f"hidden states are entries of {', '.join(NAMES)}")
+            if names[-1] not in among:
+                raise ProgramError(f"{word}(...) names entries of {', '.join(among)}")
             if cursor.accept(")"):
                 break
             cursor.expect(",")

@@ -20,8 +20,8 @@ The grammar; every construct is on a line of its own, and `#` starts a comment l
                 `op_names.FUNCTIONS`
     value       %x, @weight, 1, 1.0, -inf, nan, true, none, "text", [value, ...], (value, ...),
                 a dtype (f32, complex64), a layout or a memory format, device("cpu")
-    type        DTYPE '[' 2, b, "2*s", ... ']' ['hidden(' NAME, ... ')'], the outputs that the value
-                is an entry of
+    type        DTYPE '[' 2, b, "2*s", ... ']' ['hidden(' NAME, ... ')'] ['weights(' NAME, ... ')'],
+                the outputs that the value or the attention's weights are an entry of
 
     NAME        letters, digits and _ . * - /, or a JSON string
 
@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.hidden import marks
+from reroll.rewrite.ir.hidden import STATES, WEIGHTS, marks
 from reroll.rewrite.ir.text.literals import Namer, bare, node_name, type_to_text, value_to_text
 from reroll.rewrite.ir.text.op_names import op_name
 from reroll.rewrite.ir.text.origin_json import origin_to_json
@@ -129,8 +129,11 @@ def _type(node: fx.Node) -> str:
     type_ = type_of(node)
     if type_ is None:
         return ""
-    hidden = f" hidden({', '.join(marks(node))})" if marks(node) else ""
-    return f" : {type_to_text(type_)}{hidden}"
+    marked = ""
+    for word, among in (("hidden", STATES), ("weights", WEIGHTS)):
+        if names := marks(node, among):
+            marked += f" {word}({', '.join(names)})"
+    return f" : {type_to_text(type_)}{marked}"
 
 
 def _dtype(program: Program) -> str:
