@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reroll.rewrite.analysis.dropout import dropout_remark
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Step
 
@@ -38,8 +39,9 @@ def _body(program: Program) -> Iterator[str]:
     yield from ("```python", "import reroll, transformers", "")
     yield f'model = transformers.{origin.auto_class}.from_pretrained("path/or/id")'
     yield from ("```", "")
-    if origin.remarks:
-        yield from (f"- {_inline(remark)}" for remark in origin.remarks)
+    training = dropout_remark(origin.config)
+    if remarks := [*origin.remarks, *([] if training is None else [training])]:
+        yield from (f"- {_inline(remark)}" for remark in remarks)
         yield ""
     yield from ("## Recipe", "")
     if not origin.steps:

@@ -23,6 +23,7 @@ from reroll.passes.linearize.half_lives import measure_starts
 from reroll.passes.linearize.linearized_attention import LinearizedAttention, linearized_attention
 from reroll.rewrite.analysis.layers import AttentionLayer
 from reroll.rewrite.checkpoint import ChainSource, MemorySource
+from reroll.rewrite.ir.hidden import NO_WEIGHTS, WEIGHTS, drop_marks, marked_names
 from reroll.rewrite.ir.patterns import Miss, nearest
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.weight_edit import WeightEditor
@@ -143,7 +144,15 @@ class Linearize(LayerPass):
         if calibration.explained:
             context.remark(_calibration_remark(calibration, done))
         context.remark(self._summary(done))
-        return self._rewritten(program, left, calibration, context)
+        result = self._rewritten(program, left, calibration, context)
+        if done and any(marked_names(result, WEIGHTS)):
+            # those of what the window sees are not all that the layer reads
+            drop_marks(result, WEIGHTS)
+            context.remark(
+                f"layers {ranges(done)} read tokens through a recurrence, which has {NO_WEIGHTS}, so "
+                "the model returns none (output_attentions)"
+            )
+        return result
 
     def _calibrated(self, program: Program, chosen: set[int], context: Context) -> Calibration:
         """Measure the initial gates and gains of each layer on the original's own attention."""

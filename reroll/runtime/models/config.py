@@ -48,6 +48,20 @@ class RerollConfig(PreTrainedConfig):
         register_models(RerollConfig)
         super().__post_init__(**kwargs)
 
+    @property
+    def output_attentions(self) -> bool:
+        """Whether a forward returns attention weights by default."""
+        return bool(self._output_attentions)
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        # transformers refuses it beside fused attention; a lowered model has no need to be told
+        # which attention to run
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Do nothing: weights are computed when they are asked for."""
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """Return this configuration, which has the text model's entries at the top level."""
         del decoder, encoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reroll.errors import UsageError
+from reroll.rewrite.analysis.dropout import dropout_remark
 from reroll.rewrite.analysis.reach import out_of_reach
 from reroll.rewrite.capture.pictures import ROLE
 from reroll.rewrite.ir.defaults import fitted, ordinary_token
@@ -28,6 +30,8 @@ from reroll.runtime.lowering.recapture import from_stored, kept_tensors, program
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import generation_config
 from reroll.runtime.state.caches import layers_of
+
+log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -206,6 +210,17 @@ class RerollPreTrainedModel(PreTrainedModel):
         self._assembly = reassemble(program, self._assembly.loops, self._assembly.tree)
         self.config.dtype = dtype
         return self
+
+    # whether a call of `train` has said that nothing drops out
+    _told_dropout = False
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode; warn once if the original drops out in it, which this model does not."""
+        remark = dropout_remark(self.program.origin.config) if mode else None
+        if remark is not None and not self._told_dropout:
+            self._told_dropout = True
+            log.warning("%s: %s", type(self).__name__, remark)
+        return super().train(mode)
 
     # ---- running
 
