@@ -96,6 +96,19 @@ def _returns(**options: Any) -> Run:
     return lambda side: side(return_dict_in_generate=True, **options)
 
 
+def _weights(**options: Any) -> Run:
+    def run(side: Side) -> Any:
+        # the original returns weights of its own attention alone
+        before = side.model.config._attn_implementation
+        side.model.set_attn_implementation("eager")
+        try:
+            return side(return_dict_in_generate=True, output_attentions=True, **options)
+        finally:
+            side.model.set_attn_implementation(before)
+
+    return run
+
+
 def _padded(**options: Any) -> Run:
     def run(side: Side) -> Any:
         mask = torch.ones_like(side.inputs[side.prompt])
@@ -217,7 +230,11 @@ MODES: dict[str, Mode] = {
             return_dict_in_generate=True,
         )
     ),
-    "attentions": Mode(_returns(output_attentions=True)),
+    "attentions": Mode(_weights()),
+    "attentions of beams": Mode(_weights(num_beams=3)),
+    "attentions, assisted": Mode(
+        lambda side: _weights(rows=1, assistant_model=side.assistant)(side)
+    ),
     "penalties": Mode(_calls(repetition_penalty=1.3, no_repeat_ngram_size=2, min_new_tokens=6)),
     "tokens that are kept out": Mode(
         _calls(bad_words_ids=[[5], [7, 9]], suppress_tokens=[11, 12], begin_suppress_tokens=[13])

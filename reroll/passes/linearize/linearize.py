@@ -149,8 +149,8 @@ class Linearize(LayerPass):
             # those of what the window sees are not all that the layer reads
             drop_marks(result, WEIGHTS)
             context.remark(
-                f"layers {ranges(done)} read tokens through a recurrence, which has {NO_WEIGHTS}, so "
-                "the model returns none (output_attentions)"
+                f"layers {ranges(done)} read tokens through a recurrence, which has {NO_WEIGHTS}, "
+                "so the model returns none (output_attentions)"
             )
         return result
 

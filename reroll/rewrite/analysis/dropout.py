@@ -16,10 +16,13 @@ def dropout_of(config: Mapping[str, Any]) -> dict[str, float]:
     for name, value in config.items():
         if isinstance(value, Mapping):
             found.update({f"{name}.{inner}": rate for inner, rate in dropout_of(value).items()})
-        elif "drop" in str(name) and isinstance(value, int | float) and not isinstance(value, bool):
-            if 0 < value <= 1:
-                found[name] = float(value)
+        elif "drop" in str(name) and _is_rate(value):
+            found[name] = float(value)
     return found
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def dropout_remark(config: Mapping[str, Any]) -> str | None:

@@ -102,4 +102,3 @@ def move_weights(region: list[fx.Node], new: fx.Node) -> None:
         names = unmark(node, WEIGHTS)
         if new.target is ATTENTION and len(shape(node)) == 4:
             mark(new, names)
-

@@ -106,9 +106,9 @@ def attention_interface(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention by one `reroll::attention` node; transformers calls this function.
 
-    The second result stands for the weights. `query` is [batch, heads, time, head_dim]; `key` and `value` have the key/value heads. Raises
-    CaptureError for a keyword that the op does not model, and Halted at the attention that `halt`
-    counts to.
+    `query` is [batch, heads, time, head_dim]; `key` and `value` have the key/value heads. The
+    second result stands for the weights. Raises CaptureError for a keyword that the op does not
+    model, and Halted at the attention that `halt` counts to.
     """
     unknown = [
         name

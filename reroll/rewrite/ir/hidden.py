@@ -78,4 +78,3 @@ def keep_complete(program: Program, before: Program) -> None:
         old = {name: count(graph, among) for name, graph in before.graphs()}
         if any(count(graph, among) < old.get(name, 0) for name, graph in program.graphs()):
             drop_marks(program, among)
-

@@ -127,7 +127,10 @@ def _explicit(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         v = v.repeat_interleave(groups, 1)
-    read: Callable[[Tensor], Tensor] = lambda scores: torch.matmul(_weights(scores, q, sinks), v)
+
+    def read(scores: Tensor) -> Tensor:
+        return torch.matmul(_weights(scores, q, sinks), v)
+
     return _over_scores(read, q, k, scale, mask, softcap, sinks, bias)
 
 

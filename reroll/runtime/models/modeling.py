@@ -215,7 +215,7 @@ class RerollPreTrainedModel(PreTrainedModel):
     _told_dropout = False
 
     def train(self, mode: bool = True) -> Any:
-        """Set training mode; warn once if the original drops out in it, which this model does not."""
+        """Set training mode; warn once if the original drops out in it: this model does not."""
         remark = dropout_remark(self.program.origin.config) if mode else None
         if remark is not None and not self._told_dropout:
             self._told_dropout = True

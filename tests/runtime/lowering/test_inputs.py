@@ -164,13 +164,6 @@ def test_token_types_that_a_model_adds_are_not_ignored():
         lowered("gpt2")(IDS, token_type_ids=torch.zeros_like(IDS))
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_attention_weights_are_refused(name):
-    with pytest.raises(UsageError, match="does not form attention weights"):
-        lowered(name)(IDS, output_attentions=True)
-    assert lowered(name)(IDS, output_attentions=False)[0].isfinite().all()
-
-
 def test_a_mask_of_four_dimensions_tells_how_many_tokens_there_are():
     # Llama 4 scales its queries by positions that it counts from the mask's length
     model = tiny_types.build("llama4_text")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 import reroll
 from reroll.errors import UsageError

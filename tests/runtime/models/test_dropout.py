@@ -30,6 +30,17 @@ def test_training_computes_what_evaluation_computes(caplog) -> None:
     assert said.startswith("RerollForCausalLM")
 
 
+def test_dropout_of_an_adapter_works() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    options = {"target_modules": ["q_proj"], "lora_dropout": 0.5, "init_lora_weights": False}
+    adapted = get_peft_model(captured("llama").to_module(), LoraConfig(r=4, **options))
+    with torch.no_grad():
+        first, second = (adapted.train()(IDS, use_cache=False).logits for _ in range(2))
+        assert not torch.allclose(first, second, atol=1e-2)
+        assert torch.equal(adapted.eval()(IDS).logits, adapted(IDS).logits)
+
+
 @pytest.mark.parametrize(("name", "said"), [("gpt2", True), ("bert", True), ("llama", False)])
 def test_the_card_says_it(name: str, said: bool) -> None:
     assert ("the original drops out" in model_card(captured(name))) == said

@@ -110,9 +110,3 @@ def test_embeddings_instead_of_tokens(pair: tuple[Any, Any]) -> None:
     assert torch.equal(tokens, generate(lowered, max_new_tokens=5)[:, -5:])
     with pytest.raises(UsageError, match="both tokens and embeddings"):
         lowered(**inputs, inputs_embeds=embeddings)
-
-
-def test_attention_weights_are_refused(pair: tuple[Any, Any]) -> None:
-    _, lowered = pair
-    with pytest.raises(UsageError, match="attention weights"):
-        lowered(**padded(), output_attentions=True)

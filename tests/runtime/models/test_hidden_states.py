@@ -176,10 +176,3 @@ def test_a_configuration_that_asks_for_them_is_kept(tmp_path) -> None:
     for lowered in (program.to_module(), opened):
         for a, b in zip(lowered(ids).hidden_states, model(ids).hidden_states, strict=True):
             torch.testing.assert_close(a, b)
-
-
-def test_a_configuration_that_asks_for_attention_weights_is_refused() -> None:
-    model = llama(num_hidden_layers=2, attn_implementation="eager").eval()
-    model.config.output_attentions = True
-    with pytest.raises(UsageError, match="does not form attention weights"):
-        reroll.capture(model).to_module()(torch.ones(1, 3, dtype=torch.long))

@@ -299,9 +299,9 @@ class Unifier:
     def mark(self, body: fx.Graph) -> tuple[str, ...]:
         """Mark the trips' hidden states and weights in the built body.
 
-        Returns the names of the marks in which the trips differ, which are then incomplete. If all trips but the last have a mark on a carried value, it belongs to the input of the
-        next trip. Then the placeholder in the body is marked instead of the value before the first
-        trip.
+        Returns the names of the marks in which the trips differ, which are then incomplete. If all
+        trips but the last have a mark on a carried value, it belongs to the input of the next trip.
+        Then the placeholder in the body is marked instead of the value before the first trip.
         """
         places = body.find_nodes(op="placeholder")
         carried: list[tuple[int, tuple[str, ...]]] = []
