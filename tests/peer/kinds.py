@@ -154,8 +154,11 @@ KINDS = {
     "t5": Kind(T5),
     "relaxed": Kind(LLAMA, "tie(blocks=1), relax(rank=4)"),
     "window": Kind(LLAMA, "window(size=4, sinks=1)"),
-    "delta": Kind(LLAMA, "linearize(mixer=gated_deltanet, window=4, sinks=1)"),
-    "slots": Kind(LLAMA, f"linearize({SLOTS}, window=4, sinks=1)"),
+    # a recurrence has no attention weights
+    "delta": Kind(
+        LLAMA, "linearize(mixer=gated_deltanet, window=4, sinks=1)", {"has_attentions": False}
+    ),
+    "slots": Kind(LLAMA, f"linearize({SLOTS}, window=4, sinks=1)", {"has_attentions": False}),
     # some tokens leave at the first exit; none do
     "exits open": Kind(LLAMA, "insert_exits(at=[1], threshold=0.0005)"),
     "exits closed": Kind(LLAMA, "insert_exits(at=[1])"),

@@ -60,7 +60,14 @@ def lowered_class(kind: Kind) -> Any:
         original = kind.original.model_class(kind.original.config())
         lowered = model_class(program_of(kind, original).origin.auto_class)
 
+    # a test may make another model of a model's own configuration
+    made: dict[int, tuple[Any, Program]] = {}
+
     def __init__(self: Any, config: Any, program: Program | None = None) -> None:
+        if program is None and id(config) in made:
+            lowered.__init__(self, config, made[id(config)][1])
+            self.load_weights()
+            return
         if program is not None or isinstance(config, RerollConfig):
             lowered.__init__(self, config, program)
             return
@@ -69,6 +76,7 @@ def lowered_class(kind: Kind) -> Any:
         # the original takes entries out of its configuration that it has read
         program = replace(program, origin=replace(program.origin, config=config.to_dict()))
         lowered.__init__(self, RerollConfig.from_program(program), program)
+        made[id(self.config)] = self.config, program
         if torch.get_default_device().type != "meta":
             self.load_weights()
 

@@ -61,7 +61,7 @@ from reroll.rewrite.capture.tracing import (
 )
 from reroll.rewrite.checkpoint import ChainSource, MemorySource, TensorSource
 from reroll.rewrite.ir.dtypes import DTYPES, HALVES, dtype_of, retype, retype_graphs, without_casts
-from reroll.rewrite.ir.hidden import count
+from reroll.rewrite.ir.hidden import STATES, WEIGHTS, count, drop_marks
 from reroll.rewrite.ir.patterns import Miss
 from reroll.rewrite.ir.program import Program, copy
 from reroll.rewrite.ir.records import NO_CACHE, Input, Origin, TensorType
@@ -181,11 +181,19 @@ def _with_halves(captured: _Captured) -> Program:
     if not same(without_casts(program), without_casts(wide)):
         log.info("not known in half precision: other idioms are raised there")
         return program
-    if [count(g) for _, g in program.graphs()] != [count(g) for _, g in wide.graphs()]:
+    if _counts(program, STATES) != _counts(wide, STATES):
         # hidden states are preferred to conversions
         log.info("not known in half precision: rolling it loses hidden states")
         return program
+    if _counts(program, WEIGHTS) != _counts(wide, WEIGHTS):
+        # and conversions to attention weights
+        log.info("rolling it in half precision loses attention weights")
+        drop_marks(wide, WEIGHTS)
     return replace(wide, origin=program.origin, halves=captured.halves)
+
+
+def _counts(program: Program, among: tuple[str, ...]) -> list[int]:
+    return [count(graph, among) for _, graph in program.graphs()]
 
 
 def _capture(

@@ -140,12 +140,17 @@ def with_dtypes_of(program: Program, traced: fx.Graph, half: torch.dtype) -> Pro
 
 
 def _move_marks(graph: fx.Graph, half: torch.dtype) -> None:
-    """Move marks of hidden states to the values in half precision.
+    """Move marks to the values in half precision, which other nodes read.
 
     In fp32 a conversion does nothing, so the mark may be on either side of it.
     """
     for node in graph.nodes:
-        if not marks(node) or _dtype(node) == half:
+        if not marks(node):
+            continue
+        if _dtype(node) == half:
+            # a conversion that does nothing here either, which the trace shows nobody to read
+            if _key(node) is TO and _is_in(node.args[0], half):
+                mark(node.args[0], unmark(node))
             continue
         narrowed = (u for u in node.users if _key(u) is TO and _dtype(u) == half)
         source = node.args[0] if _key(node) is TO else None

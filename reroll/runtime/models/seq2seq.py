@@ -115,8 +115,8 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         except (IndexError, RuntimeError) as error:
             raise self.explained(error, inputs, None) from error
         output = BaseModelOutput(last_hidden_state=hidden)
-        for name in ("hidden_states", "attentions") if entries is not None else ():
-            if (given := entries.of(f"encoder_{name}")) is not None:
+        for name in ("hidden_states", "attentions"):
+            if entries and (given := entries.of(f"encoder_{name}")) is not None:
                 output[name] = given
         state = ForwardState(self._assembly.loops)
         for number, value in enumerate(self._functions.extend(self, hidden, *values, state)):

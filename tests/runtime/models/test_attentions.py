@@ -265,9 +265,10 @@ def test_a_configuration_that_asks_for_them_is_kept(tmp_path) -> None:
             assert len(lowered(ids).attentions) == 2
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom"])
 @torch.no_grad()
-def test_in_half_precision() -> None:
-    original = llama(attn_implementation="eager").eval()
+def test_in_half_precision(name: str) -> None:
+    original = copy.deepcopy(eager(name))
     lowered = reroll.capture(original).to_module(dtype="bfloat16")
     original.to(torch.bfloat16)
     expected = original(IDS, attention_mask=MASK, **ASK).attentions
