@@ -140,17 +140,12 @@ def with_dtypes_of(program: Program, traced: fx.Graph, half: torch.dtype) -> Pro
 
 
 def _move_marks(graph: fx.Graph, half: torch.dtype) -> None:
-    """Move marks to the values in half precision, which other nodes read.
+    """Move marks to the values in half precision.
 
     In fp32 a conversion does nothing, so the mark may be on either side of it.
     """
     for node in graph.nodes:
-        if not marks(node):
-            continue
-        if _dtype(node) == half:
-            # a conversion that does nothing here either, which the trace shows nobody to read
-            if _key(node) is TO and _is_in(node.args[0], half):
-                mark(node.args[0], unmark(node))
+        if not marks(node) or _dtype(node) == half:
             continue
         narrowed = (u for u in node.users if _key(u) is TO and _dtype(u) == half)
         source = node.args[0] if _key(node) is TO else None
@@ -303,8 +298,9 @@ def _key(node: fx.Node) -> Any:
 
 
 def _origin(node: Any) -> Any:
-    """Skip copies and changes of layout, down to the node that they copy."""
-    while isinstance(node, fx.Node) and node.target in (*clean.COPIES, *clean.LAYOUTS):
+    """Skip copies, changes of layout and dropout, down to the node whose value they return."""
+    skipped = (*clean.COPIES, *clean.LAYOUTS)
+    while isinstance(node, fx.Node) and (node.target in skipped or clean.is_noop(node)):
         node = node.args[0]
     return node
 
