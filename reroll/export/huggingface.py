@@ -115,7 +115,7 @@ def _write_config(program: Program, directory: Path, given: RerollConfig | None)
 
     config = RerollConfig.from_program(program) if given is None else deepcopy(given)
     config.dtype = program.dtype
-    config.architectures = [model_class(program.origin.auto_class).__name__]
+    config.architectures = [model_class(program).__name__]
     config.program_file = PROGRAM_FILE
     write_json(directory / "config.json", json.loads(config.to_json_string()), sort_keys=True)
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from reroll.rewrite.ir.dtypes import CONVERSIONS
-from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.ops import EXIT_LINEAR
+from reroll.rewrite.ir.parts import logits_head
 from reroll.rewrite.ir.program import Program, copy, drop_unused
 from reroll.runtime.functions.hidden import note
 from reroll.runtime.functions.loops import keep_positions, look_up, run_loop
@@ -25,32 +24,6 @@ _SIZED = {
 }  # fmt: skip
 # ops that return the same tokens in another shape or dtype
 _ALIKE = {aten.reshape.default, aten.to.dtype, aten.contiguous.default, aten.unsqueeze.default}
-
-# pointwise ops on one tensor, which may come between the last matrix product and the logits
-_POINTWISE = {
-    aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor,
-    aten.add.Scalar, aten.tanh.default, aten.neg.default, *CONVERSIONS,
-}  # fmt: skip
-
-
-def logits_head(program: Program) -> fx.Node | None:
-    """Find the linear node that computes the logits of every position; None if there is none.
-
-    Where exits have heads of their own, it is an `exit_linear`.
-    """
-    if "logits" not in program.outputs:
-        return None
-    output = next(iter(reversed(program.graph.nodes)))
-    node = output.args[0][program.outputs.index("logits")]
-    while isinstance(node, fx.Node) and node.target in _POINTWISE and len(node.users) == 1:
-        tensors = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if len(tensors) != 1 or len(shape(tensors[0])) != 3:
-            return None
-        node = tensors[0]
-    if not isinstance(node, fx.Node) or node.target not in (aten.linear.default, EXIT_LINEAR):
-        return None
-    hidden = shape(node.args[0])
-    return node if len(node.users) == 1 and len(hidden) == 3 else None
 
 
 def keep_before_head(program: Program, state: fx.Node) -> bool:

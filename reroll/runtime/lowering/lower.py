@@ -26,7 +26,7 @@ def lower(
     from reroll.runtime.models.auto import model_class
 
     program = retype(program, dtype)
-    model = model_class(program.origin.auto_class)(RerollConfig.from_program(program), program)
+    model = model_class(program)(RerollConfig.from_program(program), program)
     if not meta:
         model.load_weights(device)
     return model.eval()

@@ -6,6 +6,9 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from reroll.rewrite.analysis.state_plan import plan_states
+from reroll.rewrite.ir.program import Program
+
 # module and class name of the lowered model by auto class
 MODELS = {
     "AutoModel": ("encoders", "RerollModel"),
@@ -21,9 +24,24 @@ MODELS = {
 }
 
 
-def model_class(auto_class: str) -> Any:
-    """Return the lowered model class that one of transformers' auto classes loads."""
-    module, name = MODELS.get(auto_class, MODELS["AutoModel"])
+# the class of a language model without its head, which keeps a cache as it did with one
+_DECODER = ("decoder", "RerollDecoderModel")
+
+
+def model_class(program: Program) -> Any:
+    """Return the lowered model class that runs a Program."""
+    module, name = MODELS.get(program.origin.auto_class, MODELS["AutoModel"])
+    if name == "RerollModel" and _continues_text(program):
+        module, name = _DECODER
+    return _imported(module, name)
+
+
+def _continues_text(program: Program) -> bool:
+    data = [i.name for i in program.inputs if i.role == "data"]
+    return data == ["input_ids"] and program.has_past and bool(plan_states(program).layers)
+
+
+def _imported(module: str, name: str) -> Any:
     return getattr(import_module(f"reroll.runtime.models.{module}"), name)
 
 
@@ -47,7 +65,7 @@ class _LazyModel:
         self.__name__ = MODELS[auto_class][1]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(model_class(self._auto), name)
+        return getattr(_imported(*MODELS[self._auto]), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return model_class(self._auto)(*args, **kwargs)
+        return _imported(*MODELS[self._auto])(*args, **kwargs)

@@ -52,13 +52,18 @@ class Backbone(Scope):
         The arguments are those of `RerollForCausalLM.run_forward`, in its order.
         """
         run = self.owner.run_forward(self.owner._assembly.backbone, *args, **kwargs)
-        result = BaseModelOutputWithPast(
-            last_hidden_state=run.outputs[0],
-            past_key_values=run.past_key_values,
-            hidden_states=run.hidden_states,
-            attentions=run.attentions,
-        )
-        return result if return_dict is not False else result.to_tuple()
+        return last_hidden_output(run, return_dict)
+
+
+def last_hidden_output(run: Any, return_dict: bool | None) -> Any:
+    """Return the output of transformers' decoders for a `Run` that gives the last hidden state."""
+    result = BaseModelOutputWithPast(
+        last_hidden_state=run.outputs[0],
+        past_key_values=run.past_key_values,
+        hidden_states=run.hidden_states,
+        attentions=run.attentions,
+    )
+    return result if return_dict is not False else result.to_tuple()
 
 
 def place_backbone(model: Any) -> None:

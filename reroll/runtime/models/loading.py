@@ -13,9 +13,9 @@ from reroll.errors import UsageError
 from reroll.rewrite.checkpoint.hub import directory_of
 from reroll.rewrite.checkpoint.saved import load_program
 from reroll.rewrite.ir.dtypes import retype
-from reroll.rewrite.ir.program import Program
-from reroll.runtime.models.auto import MODELS, model_class
+from reroll.runtime.models.auto import model_class
 from reroll.runtime.models.config import RerollConfig
+from reroll.runtime.models.heads import program_for
 from reroll.runtime.models.saving import ADAPTER_FILES
 
 
@@ -46,18 +46,11 @@ def load_model(
     directory = directory_of(str(name), **hub) / (subfolder or "")
     directory, adapter = _base_and_adapter(directory, adapter_kwargs)
     program = load_program(directory)
-    fitting = MODELS.get(program.origin.auto_class, MODELS["AutoModel"])[1]
-    # a model that reads pictures can be loaded as a language model, too
-    reads_text = cls.__name__ == "RerollForCausalLM" and fitting == "RerollForConditionalGeneration"
-    if cls.__name__ not in (fitting, "RerollPreTrainedModel") and not reads_text:
-        raise UsageError(
-            f"{cls.__name__} does not run this model",
-            where=str(name),
-            hint=f"use {program.origin.auto_class}.from_pretrained",
-        )
+    new_config = _config(directory, str(name), config, kwargs)
+    program = program_for(cls.__name__, program, new_config, str(name))
     program = retype(program, torch_dtype if dtype is None else dtype)
-    new_config = _config(directory, str(name), program, config, kwargs)
-    model = model_class(program.origin.auto_class)(new_config, program)
+    new_config.dtype = program.dtype
+    model = model_class(program)(new_config, program)
     model.load_weights(_device(device_map))
     if adapter is not None:
         model.load_adapter(str(adapter))
@@ -94,9 +87,7 @@ _NO_EFFECT = {
 }  # fmt: skip
 
 
-def _config(
-    directory: Path, name: str, program: Program, config: Any, kwargs: dict[str, Any]
-) -> RerollConfig:
+def _config(directory: Path, name: str, config: Any, kwargs: dict[str, Any]) -> RerollConfig:
     """Load the configuration of a directory, changed by keyword arguments.
 
     Raises UsageError for an unknown option, or a change of an entry that the Program fixes.
@@ -121,7 +112,6 @@ def _config(
             )
         setattr(result, option, value)
     _check_fixed(result.to_dict(), stored.to_dict(), name)
-    result.dtype = program.dtype
     # peft records this as the base model of an adapter
     result.name_or_path = name
     return result
