@@ -128,14 +128,8 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
 
 
 def _generation_settings(model: Any) -> Any:
-    """Return a model object's generation settings if they differ from its configuration's."""
-    from transformers import GenerationConfig
-
-    settings = getattr(model, "generation_config", None)
-    if settings is None or not model.can_generate():
-        return None
-    same = settings.to_dict() == GenerationConfig.from_model_config(model.config).to_dict()
-    return None if same else settings
+    """Return a model object's generation settings, which transformers saves with it."""
+    return getattr(model, "generation_config", None) if model.can_generate() else None
 
 
 def _auto_class(architecture: str, config: Any) -> str:

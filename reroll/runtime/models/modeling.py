@@ -47,6 +47,9 @@ _NO_EFFECT = frozenset(
     }
 )
 
+# packed documents for kernels, which repeat what `position_ids` say
+_PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+
 
 def naming(*names: str, like: Callable[..., Any] | None = None) -> Callable[[F], F]:
     """Add inputs to a forward's signature that it takes as keyword arguments.
@@ -345,11 +348,12 @@ class RerollPreTrainedModel(PreTrainedModel):
         """Raise UsageError for values that the Program has no input for.
 
         `read` are names that the caller uses itself. Token types that are all zero are accepted,
-        unless the capture left that input out.
+        unless the capture left that input out, and packed documents beside positions.
         """
+        positions = inputs.get("position_ids") is not None and "position_ids" in self._input_names
+        read = {*read, *_NO_EFFECT, *self._input_names, *(_PACKED if positions else ())}
         for name, value in inputs.items():
-            known = name in self._input_names or name in _NO_EFFECT or name in read
-            if known or value is None or value is False:
+            if name in read or value is None or value is False:
                 continue
             tensors = [t for t in _flat(value) if isinstance(t, Tensor)]
             types = name.endswith("token_type_ids") and self._left_out(name) is None
