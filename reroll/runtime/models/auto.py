@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from importlib import import_module
 from typing import Any
+
+import transformers
 
 from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir.program import Program
@@ -50,9 +53,16 @@ def register_models(config: Any) -> None:
     """Register the lowered models with transformers' auto classes, once, under their config."""
     from transformers.models.auto import modeling_auto
 
+    # transformers imports itself a second time to read its own files, under the same name
+    packages = (transformers, sys.modules["transformers"])
+
     for auto_class, (_, name) in MODELS.items():
         mapping = getattr(modeling_auto, auto_class)._model_mapping
-        mapping.register(config, _LazyModel(auto_class), exist_ok=True)
+        model = _LazyModel(auto_class)
+        mapping.register(config, model, exist_ok=True)
+        # transformers' server looks there for the class that a configuration names
+        for package in packages:
+            setattr(package, name, model)
         # Trainer and pipelines use class names, for example to know whether labels are shifted
         mapping._model_mapping.setdefault(config.model_type, name)
 

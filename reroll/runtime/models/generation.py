@@ -81,6 +81,14 @@ class RerollGenerationMixin(GenerationMixin):
         generation_config.use_cache, generation_config.cache_implementation = False, None
         return None
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise UsageError: transformers' paged attention takes the place of a model's own."""
+        raise UsageError(
+            "a lowered model has its own attention and recurrences, which keep no pages of a cache",
+            where="continuous batching",
+            hint="generate takes a batch of prompts, padded on the left",
+        )
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
     ) -> Any:

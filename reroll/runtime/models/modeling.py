@@ -44,6 +44,8 @@ _NO_EFFECT = frozenset(
         "return_loss",
         "num_items_in_batch",
         "interpolate_pos_encoding",
+        # generate passes on what it looked for stop strings with
+        "tokenizer",
     }
 )
 
