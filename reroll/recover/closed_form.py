@@ -42,17 +42,20 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class FittedLinear:
-    """Linear layer of the student, the original's of the same name, and the student's factors."""
+    """Linear layer of the student, the original's of the same name, and the student's factors.
+
+    A factor is a pair (A [rank, in], B [out, rank]), whose product B A is added to the weight.
+    """
 
     name: str
     student: nn.Linear
     teacher: nn.Linear
-    factors: tuple[tuple[nn.Linear, nn.Linear], ...]
+    factors: tuple[tuple[nn.Parameter, nn.Parameter], ...]
 
     def product(self) -> Tensor:
         """Compute B A, the residual of the factors: [out, in]."""
         start = torch.zeros_like(self.student.weight)
-        return sum((up.weight @ down.weight for down, up in self.factors), start)
+        return sum((up @ down for down, up in self.factors), start)
 
 
 @torch.no_grad()
@@ -83,20 +86,22 @@ def layers_to_fit(models: Models) -> list[FittedLinear]:
     assert models.teacher is not None
     teacher_modules = dict(models.teacher.named_modules(remove_duplicate=False))
     student_modules = dict(models.module.named_modules(remove_duplicate=False))
-    uses = Counter(id(m.weight) for m in student_modules.values() if isinstance(m, nn.Linear))
     factors_of = _factors(models.module.program)
+    parameters = dict(models.module.named_parameters(remove_duplicate=False))
+    factor_uses = Counter(
+        id(parameters[name]) for pairs in factors_of.values() for pair in pairs for name in pair
+    )
+    uses = Counter(id(m.weight) for m in student_modules.values() if isinstance(m, nn.Linear))
     layers: list[FittedLinear] = []
     for name, module in student_modules.items():
         other = teacher_modules.get(name)
         if not isinstance(module, nn.Linear) or not isinstance(other, nn.Linear):
             continue
-        pairs = [
-            (student_modules[down], student_modules[up]) for down, up in factors_of.get(name, ())
-        ]
+        pairs = [(parameters[down], parameters[up]) for down, up in factors_of.get(name, ())]
         factors = [
             (down, up)
             for down, up in pairs
-            if uses[id(up.weight)] == 1 and up.weight.requires_grad and down.weight.requires_grad
+            if factor_uses[id(up)] == 1 and up.requires_grad and down.requires_grad
         ]
         if module.weight.shape == other.weight.shape and (
             factors or (uses[id(module.weight)] > 1 and module.weight.requires_grad)
@@ -106,17 +111,17 @@ def layers_to_fit(models: Models) -> list[FittedLinear]:
 
 
 def _factors(program: Program) -> dict[str, list[tuple[str, str]]]:
-    """Map the name of a linear module to the names of the modules (down, up) of its residuals."""
+    """Map the name of a linear module to the parameters' names (down, up) of its residuals."""
     placed, factors = placements(program), dict[str, list[tuple[str, str]]]()
     trips = {name: loop.trips for loop in program.loops for name in weight_nodes(loop.body.graph)}
     for weight, pairs in factor_names(program).items():
         for trip in range(trips.get(weight, 1)):
             for pair in pairs:
-                linears = [placed[name].at(trip).linear for name in (weight, *pair)]
-                paths = [".".join(linear.path) for linear in linears if linear is not None]
-                if len(paths) == len(linears):
-                    base, down, up = paths
-                    factors.setdefault(base, []).append((down, up))
+                base = placed[weight].at(trip).linear
+                if base is not None:
+                    at = (placed[name].at(trip) for name in pair)
+                    down, up = (".".join((*place.owner, place.leaf)) for place in at)
+                    factors.setdefault(".".join(base.path), []).append((down, up))
     return factors
 
 
@@ -183,7 +188,7 @@ def _fit_shared(part: Sequence[FittedLinear], products: Mapping[str, Tensor]) ->
 
 def set_factors(layer: FittedLinear, wanted: Tensor, product: Tensor) -> None:
     """Set a layer's residual nearest to `wanted` [out, in] for inputs with this X^T X."""
-    ranks = [down.out_features for down, _ in layer.factors]
+    ranks = [down.shape[0] for down, _ in layer.factors]
     # a symmetric matrix: its eigenvectors are its singular vectors
     vectors, _ = low_rank_factors(wanted @ product @ wanted.T, sum(ranks), "randomized")
     vectors = F.normalize(vectors, dim=0)
@@ -191,8 +196,8 @@ def set_factors(layer: FittedLinear, wanted: Tensor, product: Tensor) -> None:
         rows = basis.T @ wanted
         # both factors get the same size, so that one learning rate fits both
         root = rows.norm(dim=1).clamp(min=1e-12).sqrt()
-        up.weight.copy_(basis * root)
-        down.weight.copy_(rows / root[:, None])
+        up.copy_(basis * root)
+        down.copy_(rows / root[:, None])
 
 
 def _error(part: Sequence[FittedLinear], products: Mapping[str, Tensor]) -> float:

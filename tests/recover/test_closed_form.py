@@ -50,8 +50,10 @@ def squared_error(both: Models, batches: list[Batch], path: str) -> Tensor:
             both.teacher(input_ids=batch.data, attention_mask=batch.mask, use_cache=False)
         handle.remove()
         lacking = theirs.weight - ours.weight
-        if hasattr(ours, "lora_up"):
-            lacking = lacking - ours.lora_up.weight @ ours.lora_down.weight
+        weights = dict(both.module.named_parameters())
+        if f"{name}_lora_up.weight" in weights:
+            up, down = (weights[f"{name}_lora_{part}.weight"] for part in ("up", "down"))
+            lacking = lacking - up @ down
         for batch, x in zip(batches, inputs, strict=True):
             total = total + (x[batch.mask.bool()] @ lacking.T).square().sum()
     return total

@@ -79,6 +79,9 @@ class Placement:
 def placements(program: Program) -> dict[str, Placement]:
     """Return the place of every weight that a graph reads.
 
+    No weight is placed in or below an `nn.Linear` or `nn.Embedding` other than its own `weight` and
+    `bias`: adapters take the place of such a module, and what is read through it would be gone. So
+    the factor `q_proj.lora_down.weight` is `q_proj_lora_down.weight`, a parameter of a plain module.
     Raises ProgramError for a weight that the Program's table does not have.
     """
     users: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
@@ -88,7 +91,7 @@ def placements(program: Program) -> dict[str, Placement]:
                 raise ProgramError(f"there is no weight {name!r} in the table", where=graph_name)
             users.setdefault(name, []).extend((n, user) for n in nodes for user in n.users)
     linears = _linears(program, users)
-    placed = {}
+    placed: dict[str, Placement] = {}
     for name, uses in users.items():
         path = path_of(name)
         linear, lookup = linears.get(name), None
@@ -104,7 +107,28 @@ def placements(program: Program) -> dict[str, Placement]:
             else:
                 linear = replace(linear, path=HEAD)
         placed[name] = Placement(path[:-1], path[-1], linear, lookup)
-    return placed
+    return _beside_modules(placed)
+
+
+def _beside_modules(placed: dict[str, Placement]) -> dict[str, Placement]:
+    """Move weights that are in or below a module of another weight to a plain module beside it."""
+    modules = {m.path for p in placed.values() for m in (p.linear, p.lookup) if m is not None}
+    taken = {(*path, p.leaf) for p in placed.values() for path in p.paths}
+    moved = {}
+    for name, place in placed.items():
+        whole = (*place.owner, place.leaf)
+        own = {m.path for m in (place.linear, place.lookup) if m is not None}
+        above = [whole[:n] for n in range(1, len(whole)) if whole[:n] in modules]
+        if not above or above[0] in own:
+            moved[name] = place
+            continue
+        at = len(above[0])
+        new = (*whole[: at - 1], "_".join(whole[at - 1 : at + 1]), *whole[at + 1 :])
+        while new in taken:
+            new = (*new[: at - 1], f"{new[at - 1]}_", *new[at:])
+        taken.add(new)
+        moved[name] = Placement(new[:-1], new[-1])
+    return moved
 
 
 def _linears(
