@@ -11,7 +11,6 @@ from torch import nn
 
 from reroll.errors import UsageError
 from reroll.recover.stage import Stage
-from reroll.runtime import untie
 
 
 @contextmanager
@@ -80,7 +79,6 @@ def _adapted(module: Any, stage: Stage) -> Iterator[nn.Module]:
         # peft has turned these off
         parameter.requires_grad_(True)
     yield adapted
-    untie(module)
     adapted.merge_and_unload()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from reroll.runtime.lowering.placement import Placement, placements
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import generation_config
 
-MERGE = "merge adapters first (merge_and_unload); with shared weights, after reroll.runtime.untie"
+MERGE = "merge adapters first: merge_and_unload"
 
 
 def program_of(
@@ -81,27 +82,27 @@ def untie(model: Any) -> None:
     """Give every trip its own copy of weights that trips share, so that they change independently.
 
     Merging an adapter changes the weight below it. Merging the adapters of several trips into one
-    shared weight would add all of them to it. So this is called before a merge: it unties the
-    weights that have an adapter, or all weights if there is none.
+    shared weight would add all of them to it. peft's merges call this first, on lowered models.
+    Where there are adapters, only the layers that have one get a copy: also embeddings or a head
+    that are tied to each other. Without adapters, all trips get copies, and a tied head stays tied.
     """
     placed = placements(model.program)
-    held = {
-        name: [
-            _holder(model, placed[name].at(trip).paths[0])
-            for trip in range(len(weight.index or ()))
-        ]
-        for name, weight in model.program.weights.items()
-    }
-    adapted = {n for n, holders in held.items() if any(is_adapted for _, is_adapted in holders)}
-    for name in adapted or held:
-        leaf = placed[name].leaf
-        parameters: set[int] = set()
-        for module, _ in held[name]:
-            parameter = getattr(module, leaf)
-            if id(parameter) in parameters and isinstance(parameter, nn.Parameter):
-                copy = parameter.detach().clone()
-                setattr(module, leaf, nn.Parameter(copy, parameter.requires_grad))
-            parameters.add(id(parameter))
+    holders: dict[tuple[int, str], tuple[nn.Module, str, bool, bool]] = {}
+    for name, weight in model.program.weights.items():
+        for trip in range(len(weight.index or (0,))):
+            for path in placed[name].at(trip).paths:
+                module, adapted = _holder(model, path)
+                leaf, looped = placed[name].leaf, weight.index is not None
+                holders[id(module), leaf] = module, leaf, adapted, looped
+    held = [h for h in holders.values() if isinstance(getattr(h[0], h[1]), nn.Parameter)]
+    any_adapted = any(adapted for _, _, adapted, _ in held)
+    counts = Counter(id(getattr(module, leaf)) for module, leaf, _, _ in held)
+    for module, leaf, adapted, looped in held:
+        parameter = getattr(module, leaf)
+        if (adapted if any_adapted else looped) and counts[id(parameter)] > 1:
+            counts[id(parameter)] -= 1
+            own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(module, leaf, own)
 
 
 # ---- weights
