@@ -169,15 +169,28 @@ def _defaults(program: Program, sources: dict[str, str]) -> dict[str, Default]:
     return functions
 
 
-def reassemble(program: Program, loops: dict[str, Trips], tree: Tree) -> Assembly:
+def reassemble(
+    program: Program, loops: dict[str, Trips], tree: Tree, model: nn.Module | None = None
+) -> Assembly:
     """Generate the code of a Program for modules that were made for it.
 
-    The modules may also have been made for a Program that differs in dtypes only.
+    The modules may also have been made for a Program that differs in dtypes only. With `model`, to
+    which they belong, its weights may have another shape and other expressions.
     """
-    new = assemble(nn.Module(), program)
+    skeleton = nn.Module()
+    new = assemble(skeleton, program)
     for name, trips in new.tree.trips.items():
         for trip, source in zip(tree.trips[name], trips, strict=True):
             trip.__class__ = type(source)
+    if model is not None:
+        names = {m: n for n, m in skeleton.named_modules(remove_duplicate=False)}
+        slots = {
+            key: replace(
+                s, holders=[(model.get_submodule(names[m]), leaf) for m, leaf in s.holders]
+            )
+            for key, s in new.tree.slots.items()
+        }
+        tree = replace(tree, slots=slots)
     return replace(new, loops=loops, tree=tree)
 
 

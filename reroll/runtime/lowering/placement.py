@@ -81,7 +81,7 @@ def placements(program: Program) -> dict[str, Placement]:
 
     No weight is placed in or below an `nn.Linear` or `nn.Embedding` other than its own `weight` and
     `bias`: adapters take the place of such a module, and what is read through it would be gone. So
-    the factor `q_proj.lora_down.weight` is `q_proj_lora_down.weight`, a parameter of a plain module.
+    the factor `q_proj.lora_down.weight` is `q_proj_lora_down.weight` of a plain module.
     Raises ProgramError for a weight that the Program's table does not have.
     """
     users: dict[str, list[tuple[fx.Node, fx.Node]]] = {}

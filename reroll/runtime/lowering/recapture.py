@@ -37,7 +37,7 @@ def program_of(
     """
     if not adapters:
         _check_modules(model)
-    program = _with_own_heads(model)
+    program = with_own_heads(model)
     table, tensors = _stored(model, program, state)
     return replace(
         program,
@@ -50,7 +50,7 @@ def program_of(
 
 def stored_tensors(model: Any) -> tuple[WeightTable, dict[str, Tensor]]:
     """Return the present weight table of a lowered model, and its tensors by stored name."""
-    return _stored(model, _with_own_heads(model), None)
+    return _stored(model, with_own_heads(model), None)
 
 
 def from_stored(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -75,7 +75,7 @@ def kept_tensors(model: Any, program: Program) -> Iterator[Tensor]:
         if weight.meta.dtype == model.program.weights[name].meta.dtype:
             for trip in range(1 if weight.index is None else len(weight.index)):
                 placement = placed[name].at(trip)
-                yield getattr(_holder(model, placement.paths[0])[0], placement.leaf)
+                yield getattr(holder_of(model, placement.paths[0])[0], placement.leaf)
 
 
 def untie(model: Any) -> None:
@@ -91,7 +91,7 @@ def untie(model: Any) -> None:
     for name, weight in model.program.weights.items():
         for trip in range(len(weight.index or (0,))):
             for path in placed[name].at(trip).paths:
-                module, adapted = _holder(model, path)
+                module, adapted = holder_of(model, path)
                 leaf, looped = placed[name].leaf, weight.index is not None
                 holders[id(module), leaf] = module, leaf, adapted, looped
     held = [h for h in holders.values() if isinstance(getattr(h[0], h[1]), nn.Parameter)]
@@ -193,7 +193,7 @@ def _tensor_from(placements: list[Placement], state: Mapping[str, Tensor]) -> Te
 
 
 def _tensor(model: nn.Module, placement: Placement) -> Tensor:
-    module, _ = _holder(model, placement.paths[0])
+    module, _ = holder_of(model, placement.paths[0])
     tensor = getattr(module, placement.leaf, None)
     if not isinstance(tensor, Tensor):
         raise UsageError(
@@ -203,7 +203,7 @@ def _tensor(model: nn.Module, placement: Placement) -> Tensor:
     return tensor
 
 
-def _holder(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
+def holder_of(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
     """Return the module at a path, and whether an adapter wraps it.
 
     For an adapter, the module is the one inside it.
@@ -218,14 +218,14 @@ def _holder(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
 # ---- changes of modules and configuration
 
 
-def _with_own_heads(model: Any) -> Program:
+def with_own_heads(model: Any) -> Program:
     """Return the model's Program, with a weight of its own for a head that is no longer tied."""
     program: Program = model.program
     for name, placement in placements(program).items():
         if placement.linear is None or placement.lookup is None:
             continue
         head, table = (
-            getattr(_holder(model, path)[0], placement.leaf, None) for path in placement.paths
+            getattr(holder_of(model, path)[0], placement.leaf, None) for path in placement.paths
         )
         if head is table:
             continue

@@ -100,3 +100,18 @@ def _attribute_map(model_type: Any) -> Mapping[str, str]:
     except (KeyError, TypeError):
         return {}
     return dict(attributes)
+
+
+def resized_config(config: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """Return an original's configuration with another number of tokens in its vocabulary.
+
+    The number is set under its general name and the model type's own, and in a nested text model.
+    """
+    specific = _attribute_map(config.get("model_type")).get("vocab_size", "vocab_size")
+    nested = config.get("text_config")
+    changed = {**config, "vocab_size": tokens}
+    if specific in config:
+        changed[specific] = tokens
+    if isinstance(nested, Mapping):
+        changed["text_config"] = resized_config(nested, tokens)
+    return changed

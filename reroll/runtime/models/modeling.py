@@ -522,11 +522,19 @@ class RerollPreTrainedModel(PreTrainedModel):
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         return dict(self._tied_weights_keys or {})
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        raise UsageError(
-            "a lowered model has the vocabulary of its Program",
-            hint="resize the original model, and convert that",
-        )
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resize the vocabulary as transformers does, with the Program: see `resizing`.
+
+        Raises UsageError, before anything has changed, where the Program cannot have another size.
+        """
+        from reroll.runtime.models.resizing import resize
+
+        return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
 
 def _flat(value: Any) -> list[Any]:
