@@ -206,13 +206,15 @@ def _tensor(model: nn.Module, placement: Placement) -> Tensor:
 def holder_of(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module, bool]:
     """Return the module at a path, and whether an adapter wraps it.
 
-    For an adapter, the module is the one inside it.
+    For adapters, which may wrap each other, the module is the one inside all of them.
     """
-    module = model.get_submodule(".".join(path))
-    for inner in ("base_layer", "original_module"):
-        if isinstance(held := getattr(module, inner, None), nn.Module):
-            return held, True
-    return module, False
+    module, adapted = model.get_submodule(".".join(path)), False
+    while True:
+        inner = (getattr(module, name, None) for name in ("base_layer", "original_module"))
+        held = next((m for m in inner if isinstance(m, nn.Module)), None)
+        if held is None:
+            return module, adapted
+        module, adapted = held, True
 
 
 # ---- changes of modules and configuration

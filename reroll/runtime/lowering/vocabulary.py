@@ -30,12 +30,12 @@ _COMBINING = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor
 class Vocabulary:
     """Weights of a Program that have an element or a row for each token.
 
-    `table` looks up the tokens. `heads` are weights of linear layers over the vocabulary, each with
-    its bias or None. `dims` maps these and all others, such as what is added to logits, to the
-    dimension that counts tokens.
+    `tables` look up the tokens, that of the main input first. `heads` are weights of linear layers
+    over the vocabulary, each with its bias or None. `dims` maps these and all others, such as what
+    is added to logits, to the dimension that counts tokens.
     """
 
-    table: str
+    tables: list[str]
     rows: int
     heads: list[tuple[str, str | None]] = field(default_factory=list)
     dims: dict[str, int] = field(default_factory=dict)
@@ -52,8 +52,7 @@ def resized(program: Program, rows: int) -> tuple[Program, Vocabulary]:
     New rows are Sources that its source does not have: see `new_rows`. Raises UsageError, with the
     node or weight, where another size of the vocabulary would not give the same function.
     """
-    found = Vocabulary(*_table(program))
-    found.add(found.table, 0, program.weights[found.table].meta.shape)
+    found = _tables(program)
     head = logits_head(program)
     if head is not None and "Classification" not in program.origin.auto_class:
         _add_head(program, found, head)
@@ -65,7 +64,6 @@ def resized(program: Program, rows: int) -> tuple[Program, Vocabulary]:
         failures = [e for name, g in edited.graphs() for e in _retype(edited, name, g, found, rows)]
     for failure in failures:
         raise failure
-    _check_lookups(program, found)
     reference = program.reference.without(*(n for n in found.dims if n in program.reference))
     weights = program.weights.with_weights(_weights(program, found, rows))
     return replace(edited, weights=weights, reference=reference), found
@@ -76,31 +74,24 @@ def new_rows(program: Program) -> set[str]:
     return program.weights.sources() - set(program.source.names())
 
 
-def _table(program: Program) -> tuple[str, int]:
-    main = next(i.name for i in program.inputs if i.role == "data")
-    for _, table in _lookups(program, {main}):
-        return table, program.weights[table].meta.shape[0]
-    raise UsageError("the model looks up no tokens", where=main)
-
-
-def _lookups(program: Program, inputs: set[str]) -> Iterator[tuple[fx.Node, str]]:
-    """Yield (node, table) of the lookups of inputs by their names."""
+def _tables(program: Program) -> Vocabulary:
+    """Find the tables in which tokens are looked up, an untied one of a decoder too."""
+    data = [i.name for i in program.inputs if i.role == "data"]
+    looked_up: dict[str, str] = {}
     for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
         table, ids = node.args[:2]
-        if table.op == "get_attr" and ids.op == "placeholder" and ids.target in inputs:
-            yield node, str(table.target)
-
-
-def _check_lookups(program: Program, found: Vocabulary) -> None:
-    """Raise UsageError if tokens are also looked up in a table that keeps its size."""
-    data = {i.name for i in program.inputs if i.role == "data"}
-    for node, table in _lookups(program, data):
-        if table not in found.dims and program.weights[table].meta.shape[0] == found.rows:
-            raise UsageError(
-                f"tokens are looked up in {found.table}, and in {table}, which is not tied to it",
-                where=node.name,
-                hint=HINT,
-            )
+        if table.op == "get_attr" and ids.op == "placeholder" and ids.target in data:
+            looked_up.setdefault(str(table.target), str(ids.target))
+    main = next((table for table, name in looked_up.items() if name == data[0]), None)
+    if main is None:
+        raise UsageError("the model looks up no tokens", where=data[0])
+    if program.origin.config.get("share_encoder_decoder_embeddings") is False:
+        raise UsageError("encoder and decoder have a vocabulary each", where=main, hint=HINT)
+    found = Vocabulary([main], program.weights[main].meta.shape[0])
+    for table in (main, *looked_up):
+        found.add(table, 0, program.weights[table].meta.shape)
+    found.tables = list(found.dims)
+    return found
 
 
 def _add_head(program: Program, found: Vocabulary, node: fx.Node) -> None:

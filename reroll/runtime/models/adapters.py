@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from reroll.errors import UsageError
 from reroll.rewrite.ir.program import Program
+from reroll.runtime.lowering.modules import Scope
 from reroll.runtime.lowering.placement import Placement, placements
 from reroll.runtime.lowering.recapture import untie
 from reroll.runtime.models.config import RerollConfig
@@ -84,7 +85,7 @@ def _check_adapters(model: RerollPreTrainedModel, layer_class: type[nn.Module]) 
             continue
         base = layer.get_base_layer()  # type: ignore[operator]
         where = f"{name}, {type(layer).__name__}"
-        if type(base).forward is nn.Module.forward:
+        if isinstance(base, Scope):
             raise UsageError(
                 "this module holds weights that the model reads, and is not called",
                 where=where,

@@ -30,11 +30,14 @@ def resize(model: Any, tokens: int | None, multiple: int | None, mean: bool) -> 
     table = model.get_input_embeddings()
     if tokens is None and multiple is None:
         return table  # type: ignore[no-any-return]
-    for name, value in (("new_num_tokens", tokens), ("pad_to_multiple_of", multiple)):
-        if value is not None:
-            check_number(name, value, COUNT, WHERE)
-    old, rows = table.weight.shape[0], table.weight.shape[0] if tokens is None else int(tokens)
+    old = table.weight.shape[0]
+    rows = old if tokens is None else tokens
+    check_number("new_num_tokens", rows, COUNT, WHERE)
     if multiple is not None:
+        if not isinstance(multiple, int):
+            # transformers' own error
+            model._get_resized_embeddings(table, rows, multiple)
+        check_number("pad_to_multiple_of", multiple, COUNT, WHERE)
         rows = -(-rows // multiple) * multiple
     if rows != old:
         base = _present(model)
@@ -84,7 +87,13 @@ def _resize_modules(model: Any, program: Program, found: Vocabulary, rows: int, 
 
     Tensors that several modules share stay shared.
     """
-    model._get_resized_embeddings(model.get_input_embeddings(), rows, None, mean)
+    for name in found.tables:
+        (module, leaf, _), *_ = _held(model, program, name)
+        table = nn.Embedding(1, 1, device="meta")
+        table.weight = _parameter(getattr(module, leaf))
+        if table.weight.shape[0] != rows:
+            model._get_resized_embeddings(table, rows, None, mean)
+            _set(model, program, name, table.weight.detach())
     for weight, bias in found.heads:
         (module, leaf, _), *_ = _held(model, program, weight)
         head = nn.Linear(1, 1, bias=bias is not None, device="meta")
