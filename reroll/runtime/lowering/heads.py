@@ -78,9 +78,12 @@ def take_embeddings(
     """Let a caller give embeddings instead of tokens, in place.
 
     Returns the path of the module that looks up the tokens, and whether embeddings can replace
-    them. They cannot where the tokens are also read for another purpose.
+    them. They cannot where the tokens are also read for another purpose, and where the main input
+    is not tokens: the module is then the decoder's.
     """
-    main = next(i.name for i in program.inputs if i.role == "data")
+    data = [i for i in program.inputs if i.role == "data"]
+    tokens = next((i for i in data if not i.type.dtype.is_floating_point), data[0])
+    replaced, main = tokens is data[0], tokens.name
     for node in program.graph.nodes:
         if node.target is not aten.embedding.default:
             continue
@@ -88,9 +91,9 @@ def take_embeddings(
         if table.op != "get_attr" or ids.op != "placeholder" or ids.target != main:
             continue
         path = readings[str(table.target)].lookup
-        if path is not None:
+        if path is not None and replaced:
             node.target, node.args, node.kwargs = look_up, (table, ids, state), {}
-        return path, path is not None and not _is_read(ids, node)
+        return path, path is not None and replaced and not _is_read(ids, node)
     return None, False
 
 

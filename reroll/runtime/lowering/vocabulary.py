@@ -22,6 +22,8 @@ from reroll.runtime.lowering.heads import logits_head
 
 aten = torch.ops.aten
 HINT = "resize the original model, and convert that"
+# dtypes of tokens
+IDS = (torch.int64, torch.int32)
 # operations that combine two tensors element by element
 _COMBINING = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
 
@@ -76,7 +78,7 @@ def new_rows(program: Program) -> set[str]:
 
 def _tables(program: Program) -> Vocabulary:
     """Find the tables in which tokens are looked up, an untied one of a decoder too."""
-    data = [i.name for i in program.inputs if i.role == "data"]
+    data = [i.name for i in program.inputs if i.role == "data" and i.type.dtype in IDS]
     looked_up: dict[str, str] = {}
     for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
         table, ids = node.args[:2]
@@ -84,7 +86,7 @@ def _tables(program: Program) -> Vocabulary:
             looked_up.setdefault(str(table.target), str(ids.target))
     main = next((table for table, name in looked_up.items() if name == data[0]), None)
     if main is None:
-        raise UsageError("the model looks up no tokens", where=data[0])
+        raise UsageError("the model looks up no tokens")
     if program.origin.config.get("share_encoder_decoder_embeddings") is False:
         raise UsageError("encoder and decoder have a vocabulary each", where=main, hint=HINT)
     found = Vocabulary([main], program.weights[main].meta.shape[0])

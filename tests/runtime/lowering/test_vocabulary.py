@@ -33,9 +33,11 @@ def logits(program: Program) -> fx.Node:
     [
         ("llama", "", 1),
         ("qwen2", "tie(blocks=2)", 2),
-        ("bart", "", 2),
-        # the head, and one for the exit
-        ("llama", EXITS, 3),
+        ("bart", "", 1),
+        # the tied head, and that of the exit
+        ("llama", EXITS, 2),
+        # its tokens are those of the decoder
+        ("whisper", "", 1),
     ],
 )
 def test_types_and_weights_follow(name: str, passes: str, changed: int, rows: int) -> None:

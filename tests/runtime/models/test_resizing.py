@@ -31,6 +31,9 @@ def lowered(name: str, passes: str = "") -> Any:
 
 @torch.no_grad()
 def output(model: Any, ids: Tensor = IDS) -> Tensor:
+    if model.main_input_name == "input_features":
+        sounds = torch.randn(2, 80, 100, generator=torch.Generator().manual_seed(0))
+        return model(input_features=sounds, decoder_input_ids=ids)[0]
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1)
@@ -42,7 +45,7 @@ def again(model: Any, path: Path) -> Any:
     return type(model).from_pretrained(path).eval()
 
 
-NAMES = ["llama", "qwen2", "gemma3", "gpt2", "t5", "bart", "bert", "roberta_decoder"]
+NAMES = ["llama", "qwen2", "gemma3", "gpt2", "t5", "bart", "bert", "roberta_decoder", "whisper"]
 
 
 @pytest.mark.parametrize("options", [{"new_num_tokens": 70}, {"new_num_tokens": 61}])
@@ -155,6 +158,20 @@ def test_a_masked_head_has_a_bias(tmp_path: Path) -> None:
     original = transformers.BertForMaskedLM(config).eval()
     with torch.no_grad():
         original.cls.predictions.bias.normal_()
+    model = reroll.capture(copy.deepcopy(original)).to_module().eval()
+    for each in (original, model):
+        torch.manual_seed(0)
+        each.resize_token_embeddings(70)
+    torch.testing.assert_close(output(model), output(original), rtol=1e-4, atol=1e-5)
+    assert torch.equal(output(again(model, tmp_path)), output(model))
+
+
+def test_what_is_added_to_logits_follows(tmp_path: Path) -> None:
+    sizes = {f"{side}_{n}": 2 for side in ("encoder", "decoder") for n in ("layers", "ffn_dim")}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(d_model=16, vocab_size=SIZE, **sizes, **heads)
+    original = transformers.BartForConditionalGeneration(config).eval()
+    original.final_logits_bias.normal_()
     model = reroll.capture(copy.deepcopy(original)).to_module().eval()
     for each in (original, model):
         torch.manual_seed(0)
