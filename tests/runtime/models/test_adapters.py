@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import reroll
 from reroll.errors import UsageError
+from reroll.rewrite.analysis import tolerances
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.manager import run_passes
 from reroll.runtime import untie
@@ -341,3 +344,47 @@ def test_checkpointing_with_adapters_gives_the_same_gradients() -> None:
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
+def test_a_real_model_learns_and_is_resized_as_its_original(
+    real_model: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    path = str(real_model(name))
+    reroll.capture(path).save(str(tmp_path / "base"))
+    base, original = (
+        AutoModelForCausalLM.from_pretrained(p) for p in (str(tmp_path / "base"), path)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    inputs = tokenizer("The capital of France is Paris.", return_tensors="pt")
+    with torch.no_grad():
+        before = base(**inputs).logits
+    model = get_peft_model(base, LoraConfig(r=8))
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, before)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    assert all(p.grad.any() for p in learning)
+    model.eval().save_pretrained(str(tmp_path / "adapter"))
+    bound = tolerances.forward(base.dtype)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        theirs = PeftModel.from_pretrained(original, str(tmp_path / "adapter")).eval()
+        assert tolerances.relative_rms(theirs(**inputs).logits, expected) <= bound
+        merged = model.merge_and_unload()
+        assert tolerances.relative_rms(merged(**inputs).logits, expected) <= bound
+        original = theirs.merge_and_unload()
+        for each in (merged, original):
+            torch.manual_seed(0)
+            each.resize_token_embeddings(len(tokenizer) + 3, pad_to_multiple_of=8)
+        inputs["input_ids"][0, -1] = len(tokenizer) + 2
+        resized = merged(**inputs).logits
+        assert tolerances.relative_rms(original(**inputs).logits, resized) <= bound
+        merged.save_pretrained(str(tmp_path / "resized"))
+        again = AutoModelForCausalLM.from_pretrained(str(tmp_path / "resized"))
+        assert torch.equal(again(**inputs).logits, resized)

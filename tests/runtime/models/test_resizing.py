@@ -122,15 +122,13 @@ def test_after_passes(passes: str, tmp_path: Path) -> None:
 
 
 def test_it_goes_on_to_other_forms(tmp_path: Path) -> None:
-    """A pass, another dtype, adapters, and ONNX."""
+    """A pass, a directory, ONNX, and adapters."""
     model = lowered("llama", "tie(blocks=2)")
     model.resize_token_embeddings(70)
     expected = output(model)
     program = model.to_program()
     folded = run_passes(program, "fold_norms", measure=False).to_module().eval()
     torch.testing.assert_close(output(folded), expected, rtol=1e-4, atol=1e-5)
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    assert output(half).shape == expected.shape
     program.save(str(tmp_path / "saved"))
     loaded = reroll.load(tmp_path / "saved")
     assert torch.equal(output(loaded.to_module().eval()), expected)
@@ -139,6 +137,20 @@ def test_it_goes_on_to_other_forms(tmp_path: Path) -> None:
     assert all(each["check"]["relative_rms_error"] < 1e-5 for each in checks.values())
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "embed_tokens"]))
     assert torch.equal(output(adapted), expected)
+
+
+def test_half_precision_before_and_after() -> None:
+    original = copy.deepcopy(captured.model("llama")).eval()
+    original.resize_token_embeddings(70)
+    models = [reroll.capture(captured.llama()).to_module().eval() for _ in range(2)]
+    models[0].resize_token_embeddings(70)
+    models[0].to(torch.bfloat16)
+    models[1].to(torch.bfloat16).resize_token_embeddings(70)
+    state = original.to(torch.bfloat16).state_dict()
+    for model in models:
+        model.load_state_dict(state, strict=False)
+        assert model.get_output_embeddings().weight.dtype == torch.bfloat16
+        assert torch.equal(output(model), output(original))
 
 
 def test_a_head_that_was_untied(tmp_path: Path) -> None:
