@@ -28,6 +28,7 @@ from reroll.runtime.depthwise.pool import KeyPositions, Pool
 from reroll.runtime.depthwise.row_batch import Row, RowBatch, gather_rows, input_at
 from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
 from reroll.runtime.lowering.hoisting import hoist_invariants
+from reroll.runtime.lowering.recapture import check_modules
 
 # arguments of attention that the pool computes; its requests have no padding
 SUPPORTED = ("q", "k", "v", "scale", "causal", "window", "softcap", "padding")
@@ -41,6 +42,8 @@ class Engine:
 
     def __init__(self, model: Any, slots: int, length: int) -> None:
         self.model = model
+        # weights are read here, and modules are not called
+        check_modules(model)
         program = hoist_invariants(model.program)
         if len(program.loops) != 1 or model.config.is_encoder_decoder:
             raise _refused(f"it has {len(program.loops)} loops, not one")

@@ -36,7 +36,7 @@ def program_of(
     place for; with `adapters`, those of peft are ignored instead.
     """
     if not adapters:
-        _check_modules(model)
+        check_modules(model)
     program = with_own_heads(model)
     table, tensors = _stored(model, program, state)
     return replace(
@@ -257,7 +257,7 @@ def _move(node: fx.Node, new: str, *, tables: bool) -> None:
         node.graph.erase_node(node)
 
 
-def _check_modules(model: Any) -> None:
+def check_modules(model: Any) -> None:
     """Raise UsageError for a parameter or a kind of module that the Program has no place for."""
     expected: dict[str, type[nn.Module]] = {}
     for name, placement in placements(model.program).items():

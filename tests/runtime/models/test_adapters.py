@@ -286,6 +286,16 @@ def test_an_adapter_that_would_not_work_is_refused(passes: str, config: Any, sai
     assert not [n for n, _ in model.named_parameters() if "lora" in n or "ln_tuning" in n]
 
 
+def test_a_scheduler_has_no_adapters() -> None:
+    """It reads weights and calls no layer, so an adapter would be ignored."""
+    model = lowered("tie(blocks=2)")
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    for each in (model, model.get_base_model()):
+        with pytest.raises(UsageError, match="an adapter is no part"):
+            reroll.DepthScheduler(each, slots=1, length=32)
+    assert reroll.DepthScheduler(model.merge_and_unload(), slots=1, length=32)
+
+
 PROMPTS = {
     "prompt": peft.PromptTuningConfig, "encoder": peft.PromptEncoderConfig,
     "prefix": peft.PrefixTuningConfig,
