@@ -270,16 +270,18 @@ def check_modules(model: Any) -> None:
             if at.lookup is not None:
                 expected[".".join((*at.lookup.path, at.leaf))] = nn.Embedding
     present = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    parts = ("base_layer", "lora_", "modules_to_save")
+    for name in present:
+        if name not in expected and any(part in name for part in parts):
+            where = name.rpartition(".")[0]
+            raise UsageError("an adapter is no part of a program", where=where, hint=MERGE)
     for name in present:
         if name not in expected:
             owner, _, leaf = name.rpartition(".")
-            adapted = any(part in name for part in ("base_layer", "lora_", "modules_to_save"))
             raise UsageError(
-                "an adapter is no part of a program"
-                if adapted
-                else f"the program has no weight for its {leaf}",
+                f"the program has no weight for its {leaf}",
                 where=owner,
-                hint=MERGE if adapted else "put back the module that was there",
+                hint="put back the module that was there",
             )
     for name, module_class in expected.items():
         module = model.get_submodule(name.rpartition(".")[0])
