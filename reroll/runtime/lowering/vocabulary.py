@@ -14,12 +14,12 @@ from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import EXIT_LINEAR
+from reroll.rewrite.ir.parts import logits_head
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.types import infer, set_type, type_of
 from reroll.rewrite.ir.weights import Source, Weight, concat, slice_
 from reroll.rewrite.ir.weights.expressions import Expr, Meta
-from reroll.runtime.lowering.heads import logits_head
 
 aten = torch.ops.aten
 HINT = "resize the original model, and convert that"
