@@ -58,7 +58,7 @@ def lowered_class(kind: Kind) -> Any:
     """The class of a lowered model, made of the original's configuration as tests make models."""
     with quiet():
         original = kind.original.model_class(kind.original.config())
-        lowered = model_class(program_of(kind, original).origin.auto_class)
+        lowered = model_class(program_of(kind, original))
 
     # a test may make another model of a model's own configuration
     made: dict[int, tuple[Any, Program]] = {}
