@@ -102,11 +102,13 @@ def drop_casts(graph: fx.Graph) -> None:
 
 def mutates(graph: fx.Graph) -> bool:
     """Whether a graph writes to tensors in place."""
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and node.target not in COPIES:
-            return True
-    return False
+    return any(map(writes, graph.nodes))
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes to a tensor in place."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and node.target not in COPIES
 
 
 def _weight_names(exported: torch.export.ExportedProgram) -> dict[str, str]:

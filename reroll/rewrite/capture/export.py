@@ -31,6 +31,7 @@ from reroll.rewrite.capture.entries import (
     take_marks,
 )
 from reroll.rewrite.capture.half_precision import (
+    functional_of,
     keeps_parameters,
     trace,
     with_dtypes_of,
@@ -47,6 +48,7 @@ from reroll.rewrite.capture.signature import (
     can_generate,
     default_examples,
     examples_from,
+    frames_mask,
     has_state,
     picture_examples,
 )
@@ -246,10 +248,11 @@ def _capture(
         if stateful and not with_state:
             assert uncached is not None
             program = _without_cache(program, uncached)
+        tracer = _Tracer(model, kept, with_state, implementation, traced.wishes)
+        program = replace(program, origin=replace(program.origin, unread=tracer.unread()))
         if not halves:
             return _Captured(program, None, ())
-        tracer = _Tracer(model, kept, with_state, implementation, traced.wishes)
-        return _Captured(program, *tracer.halves_of(with_casts, exported))
+        return _Captured(program, *tracer.halves_of(with_casts))
     name = type(model).__name__
     if first is not None and _is_recurrent(model):
         raise CaptureError(
@@ -405,9 +408,7 @@ class _Tracer:
     implementation: str
     wishes: tuple[str, ...]
 
-    def halves_of(
-        self, program: Program, exported: torch.export.ExportedProgram
-    ) -> tuple[Program | None, tuple[torch.dtype, ...]]:
+    def halves_of(self, program: Program) -> tuple[Program | None, tuple[torch.dtype, ...]]:
         """Return an fp32 Program as it is in half precision, and the half dtypes it is valid for.
 
         fp16 is tried first, because a trace in fp16 is valid for bf16 too. The Program is None if
@@ -419,35 +420,52 @@ class _Tracer:
             return None, HALVES
         in_bf16 = program.dtype == torch.bfloat16
         for half in (torch.float16,) if in_bf16 else (torch.float16, torch.bfloat16):
-            in_half = self.in_half(program, exported, half)
+            in_half = self.in_half(program, half)
             if isinstance(in_half, Program):
                 halves = HALVES if half == torch.float16 else (half,)
                 return (None if in_bf16 else in_half), halves
             log.info("not known in %s: %s", half, in_half.reason)
         return None, ((torch.bfloat16,) if in_bf16 else ())
 
-    def in_half(
-        self, program: Program, exported: torch.export.ExportedProgram, half: torch.dtype
-    ) -> Program | Miss:
+    def in_half(self, program: Program, half: torch.dtype) -> Program | Miss:
         """Return a flat Program with its half-precision conversions, or a Miss with the reason."""
-        if clean.mutates(exported.graph):
-            return Miss("it changes tensors in place, so the trace in half precision has other ops")
         if keeps_parameters(self.model, half):
             return Miss("parameters are kept in fp32")
-        wrapper = _Wrapper(self.model, self.stateful, None, False, self.wishes)
         try:
-            with (
-                without_data(self.model, half),
-                torch.no_grad(),
-                _quiet(),
-                frequencies_by_position(self.model),
-                tracing(self.model, self.implementation),
-            ):
-                traced = trace(wrapper, _example_tensors(self.model, self.examples))
+            traced = self.trace(half, self.examples)
         # the model's code may fail in half precision with any exception
         except Exception as error:
             return Miss(f"{type(error).__name__}: {error}")
+        if any(clean.writes(n) and functional_of(n) is n.target for n in traced.nodes):
+            return Miss("it changes tensors in place, so the trace in half precision has other ops")
         return with_dtypes_of(program, traced, half)
+
+    def unread(self) -> tuple[str, ...]:
+        """Return the mask of a recording's frames, if the model takes one and does not read it."""
+        names = [e.name for e in self.examples]
+        mask = frames_mask(self.model, self.examples)
+        if mask is None:
+            return ()
+        try:
+            traced = self.trace(self.model.dtype, [*self.examples, mask])
+        # it may be of another size than the one tried
+        except Exception as error:
+            log.info("not known whether %s is read: %s", mask.name, error)
+            return ()
+        placeholder = list(traced.find_nodes(op="placeholder"))[len(names)]
+        return () if placeholder.users else (mask.name,)
+
+    def trace(self, dtype: torch.dtype, examples: list[Example]) -> fx.Graph:
+        """Trace the model on these inputs in a dtype, without data."""
+        wrapper = _Wrapper(self.model, self.stateful, None, False, self.wishes)
+        with (
+            without_data(self.model, dtype),
+            torch.no_grad(),
+            _quiet(),
+            frequencies_by_position(self.model),
+            tracing(self.model, self.implementation),
+        ):
+            return trace(wrapper, _example_tensors(self.model, examples))
 
 
 def _parameters(model: Any) -> set[str]:

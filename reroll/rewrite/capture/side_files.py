@@ -103,7 +103,8 @@ def _is_weight(name: str) -> bool:
 def generation_file(settings: Any) -> str:
     """Write generation settings to a file that exists until the process ends; return its path."""
     path = temporary_folder("generation") / GENERATION_FILE
-    settings.to_json_file(path, keys_to_pop=["compile_config"])
+    # settings that say they are the configuration's are read without entries of their own
+    settings.to_json_file(path, keys_to_pop=["compile_config", "_from_model_config"])
     return str(path)
 
 

@@ -113,6 +113,19 @@ def default_examples(model: Any, stateful: bool) -> list[Example]:
     return examples
 
 
+def frames_mask(model: Any, examples: list[Example]) -> Example | None:
+    """Build an example of the padding mask of a spectrogram's frames.
+
+    Return None if the model takes none, or is captured with it.
+    """
+    frames = next((e.tensor for e in examples if e.name == "input_features"), None)
+    taken = "attention_mask" in _arguments(model)
+    if frames is None or not taken or any(e.name == "attention_mask" for e in examples):
+        return None
+    ones = torch.ones(frames.shape[0], frames.shape[-1], dtype=torch.long)
+    return Example("attention_mask", ones, ("b", frames.shape[-1]), "padding")
+
+
 def picture_examples(model: Any) -> list[Example]:
     """Build examples of pictures for a model that also reads text: any number, and one.
 

@@ -71,6 +71,13 @@ def output_values(program: Program) -> dict[str, fx.Node]:
     return dict(zip(program.outputs, values, strict=True))
 
 
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a node is a weight, in whatever dtype: such as a bias of the logits."""
+    while node.target in CONVERSIONS:
+        node = node.all_input_nodes[0]
+    return node.op == "get_attr"
+
+
 def logits_head(program: Program) -> fx.Node | None:
     """Find the linear node that computes the logits of every position; None if there is none.
 
@@ -78,7 +85,7 @@ def logits_head(program: Program) -> fx.Node | None:
     """
     node = output_values(program).get("logits")
     while isinstance(node, fx.Node) and node.target in _POINTWISE and len(node.users) == 1:
-        tensors = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        tensors = [n for n in node.all_input_nodes if not _is_weight(n)]
         if len(tensors) != 1 or len(shape(tensors[0])) != 3:
             return None
         node = tensors[0]

@@ -71,7 +71,8 @@ class Origin:
     ("aligned"). It is None if the model computes another loss, or none. `cache_span` is the number
     of tokens above which the original's results with and without its cache differ: 0 if they always
     do, None if never. `adds_tokens`: the original appends tokens of its own to the prompt in
-    generation. `wraps_labels`: given labels alone, its decoder starts with the last label.
+    generation. `wraps_labels`: given labels alone, its decoder starts with the last label. `unread`
+    are inputs that the original takes and that change none of its outputs.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Origin:
     cache_span: int | None = None
     adds_tokens: bool = False
     wraps_labels: bool = False
+    unread: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,14 +49,15 @@ class ForwardState:
 
     `keep` is `logits_to_keep`: the number of last positions, or their indices; 0 means all.
     `hidden` collects hidden states and attention weights if the caller asked for them. `embeddings`
-    replace the token ids if the caller gave them. `documents` are those of packed rows.
+    are those that the caller gave in place of token ids, by the input's name. `documents` are those
+    of packed rows.
     """
 
     loops: Mapping[str, Trips]
     layers: Sequence[Any] | None = None
     keep: int | Tensor = 0
     hidden: Entries | None = None
-    embeddings: Tensor | None = None
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     documents: Documents | None = None
 
 
@@ -149,9 +150,10 @@ class _FixedResult(nn.Module):
         return tuple(values)
 
 
-def look_up(table: nn.Module, ids: Tensor, state: ForwardState) -> Tensor:
-    """Look up the embeddings of the tokens, or return those that the caller gave instead."""
-    return table(ids) if state.embeddings is None else state.embeddings
+def look_up(table: nn.Module, ids: Tensor, name: str, state: ForwardState) -> Tensor:
+    """Look up the embeddings of an input's tokens, or return those that the caller gave instead."""
+    given = state.embeddings.get(name)
+    return table(ids) if given is None else given
 
 
 def keep_positions(values: Tensor, state: ForwardState) -> Tensor:

@@ -28,11 +28,20 @@ from reroll.runtime.models.pictures import put_pictures, with_pictures
 
 @dataclass
 class EncoderDecoder:
-    """Functions of the graphs of an encoder-decoder model: see `cut`."""
+    """Functions of the graphs of an encoder-decoder model: see `cut`.
+
+    `backbone` takes what `decode` does and returns the last hidden state; only a model with a head
+    has one. `graph` is the code of `decode` before it is compiled.
+    """
 
     encode: Callable[..., tuple[Any, ...]]
     extend: Callable[..., tuple[Any, ...]]
     decode: Callable[..., tuple[Any, ...]]
+    graph: fx.Graph
+
+    @cached_property
+    def backbone(self) -> Callable[..., tuple[Any, ...]]:
+        return compile_graph(backbone_part(self.graph), "decoder backbone")[0]
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,10 @@ def assemble(model: nn.Module, program: Program, observe: Observer | None = None
         original, graph, main, loops, tree, plan.layers, lowering.interface, sources, defaults
     )
     if has_decoder(program.inputs):
-        functions = {}
-        for name, part in cut(graph, program).items():
+        functions, parts = {}, cut(graph, program)
+        for name, part in parts.items():
             functions[name], sources[name] = compile_graph(part, name)
-        assembly.encoder_decoder = EncoderDecoder(**functions)
+        assembly.encoder_decoder = EncoderDecoder(**functions, graph=parts["decode"])
     return assembly
 
 

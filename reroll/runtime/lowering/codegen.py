@@ -16,6 +16,7 @@ from reroll.runtime.functions.functions import BINARY, FUNCTIONS, METHODS, makes
 from reroll.runtime.functions.loops import look_up, run_loop
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
 from reroll.runtime.lowering.modules import Reading
+from reroll.runtime.lowering.placement import PRODUCTS
 
 aten = torch.ops.aten
 
@@ -100,7 +101,7 @@ class _Rewriter:
         target, args, kwargs = node.target, node.args, dict(node.kwargs)
         if node.op == "call_method":
             return self._emit(node, "call_method", str(target), args, kwargs)
-        if target is aten.linear.default and (module := self._module(args[1], "linear")):
+        if target in PRODUCTS and (module := self._module(args[1], "linear")):
             return self._emit(node, "call_module", module, args[:1], {})
         if target is look_up:
             table = self.new.get_attr(self._module(args[0], "lookup"))  # type: ignore[arg-type]

@@ -25,6 +25,9 @@ _SIZED = {
 # ops that return the same tokens in another shape or dtype
 _ALIKE = {aten.reshape.default, aten.to.dtype, aten.contiguous.default, aten.unsqueeze.default}
 
+# hidden states of which the last is what the head reads, up to a scale
+_LAST = {"hidden_states", "decoder_hidden_states"}
+
 
 def keep_before_head(program: Program, state: fx.Node) -> bool:
     """Drop positions before the head's matrix product, in place; return whether there is a head."""
@@ -51,17 +54,17 @@ def head_path(program: Program, readings: Mapping[str, Reading]) -> str | None:
 
 
 def backbone_part(graph: fx.Graph) -> fx.Graph:
-    """Extract the part of a runnable main graph that computes the last hidden state.
+    """Extract the part of a runnable graph that computes the last hidden state.
 
-    That is the last value marked as a hidden state behind all loops, or else the head's input. The
-    graph has a head that keeps positions.
+    The graph is the main one, or a decoder's, with a head that keeps positions. The last hidden
+    state is the last value marked as a hidden state behind all loops, or else the head's input.
     """
     graph = copy(graph)
     last = None
     for node in graph.nodes:
         if node.target is run_loop:
             last = None
-        elif node.target is note and "hidden_states" in node.args[2]:
+        elif node.target is note and _LAST.intersection(node.args[2]):
             last = node
         elif node.target is keep_positions:
             last = last or node.args[0]
@@ -74,27 +77,28 @@ def backbone_part(graph: fx.Graph) -> fx.Graph:
 
 def take_embeddings(
     program: Program, readings: Mapping[str, Reading], state: fx.Node
-) -> tuple[str | None, bool]:
+) -> tuple[dict[str, str], frozenset[str]]:
     """Let a caller give embeddings instead of tokens, in place.
 
-    Returns the path of the module that looks up the tokens, and whether embeddings can replace
-    them. They cannot where the tokens are also read for another purpose, and where the main input
-    is not tokens: the module is then the decoder's.
+    Returns the path of the module that looks up the tokens of an input, by the input's name, and
+    the inputs that embeddings can replace. They cannot where the tokens are also read for another
+    purpose.
     """
-    data = [i for i in program.inputs if i.role == "data"]
-    tokens = next((i for i in data if not i.type.dtype.is_floating_point), data[0])
-    replaced, main = tokens is data[0], tokens.name
-    for node in program.graph.nodes:
-        if node.target is not aten.embedding.default:
-            continue
+    tokens = {i.name for i in program.inputs if i.role == "data"}
+    paths: dict[str, str] = {}
+    replaced = set()
+    for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
         table, ids = node.args[:2]
-        if table.op != "get_attr" or ids.op != "placeholder" or ids.target != main:
+        if table.op != "get_attr" or ids.op != "placeholder" or ids.target not in tokens:
             continue
         path = readings[str(table.target)].lookup
-        if path is not None and replaced:
-            node.target, node.args, node.kwargs = look_up, (table, ids, state), {}
-        return path, path is not None and replaced and not _is_read(ids, node)
-    return None, False
+        if path is None or ids.target in paths:
+            continue
+        paths[ids.target] = path
+        node.target, node.args, node.kwargs = look_up, (table, ids, ids.target, state), {}
+        if not _is_read(ids, node):
+            replaced.add(ids.target)
+    return paths, frozenset(replaced)
 
 
 def _is_read(ids: fx.Node, lookup: fx.Node) -> bool:

@@ -52,7 +52,8 @@ class TripModule(GradientCheckpointingLayer):
 class Reading:
     """Paths by which a graph's code reads a weight: chains of attributes from its own module.
 
-    `linear` and `lookup` are the modules to call for a product with the weight or a lookup in it.
+    `linear` and `lookup` are the modules to call for a product with the weight, which may be a
+    convolution, or a lookup in it.
     """
 
     weight: str

@@ -6,7 +6,7 @@ has a runnable graph for each function that is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -39,16 +39,16 @@ class Interface:
         mixing: the name of an operation that mixes tokens of different documents, if any.
         masks: the padding inputs that are needed as tensors; the others may be None.
         head: the path of the module that computes the logits.
-        embeddings: the path of the module that looks up the tokens.
-        takes_embeddings: whether embeddings can be given instead of tokens.
+        embeddings: the path of the module that looks up the tokens, by the input that has them.
+        takes_embeddings: the inputs in whose place embeddings can be given.
         keeps_positions: whether it applies `logits_to_keep` itself.
     """
 
     mixing: str | None = None
     masks: frozenset[str] = frozenset()
     head: str | None = None
-    embeddings: str | None = None
-    takes_embeddings: bool = False
+    embeddings: Mapping[str, str] = field(default_factory=dict)
+    takes_embeddings: frozenset[str] = frozenset()
     keeps_positions: bool = False
 
 

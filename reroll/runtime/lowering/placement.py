@@ -6,6 +6,7 @@ import keyword
 import re
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,6 +18,15 @@ from reroll.rewrite.ir.program import Program, weight_nodes
 aten = torch.ops.aten
 
 Path = tuple[str, ...]
+
+# by the number of dimensions of the kernel: the op, and the module that calls it
+_CONVOLUTIONS: dict[int, tuple[Any, type[nn.Module]]] = {
+    1: (aten.conv1d.default, nn.Conv1d),
+    2: (aten.conv2d.default, nn.Conv2d),
+    3: (aten.conv3d.default, nn.Conv3d),
+}
+# the ops that a module of the weight's own can compute
+PRODUCTS = (aten.linear.default, *(op for op, _ in _CONVOLUTIONS.values()))
 
 HEAD = ("lm_head",)
 
@@ -30,9 +40,41 @@ class Linear:
     outputs: int
     bias: bool
 
+    @property
+    def kind(self) -> type[nn.Module]:
+        """The class of the module."""
+        return nn.Linear
+
     def make(self) -> nn.Linear:
         """Make the module, on the meta device."""
         return nn.Linear(self.inputs, self.outputs, self.bias, device="meta")
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with a weight as its kernel.
+
+    `shape` is the weight's: [outputs, inputs / groups, ...]. `settings` are the module's arguments
+    behind the size of the kernel: stride, padding, dilation, groups.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    settings: tuple[Any, ...]
+    bias: bool
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        """The class of the module."""
+        return _CONVOLUTIONS[len(self.shape) - 2][1]
+
+    def make(self) -> nn.Module:
+        """Make the module, on the meta device."""
+        outputs, inputs, *kernel = self.shape
+        groups = self.settings[-1]
+        return self.kind(
+            inputs * groups, outputs, tuple(kernel), *self.settings, self.bias, device="meta"
+        )
 
 
 @dataclass(frozen=True)
@@ -53,12 +95,13 @@ class Lookup:
 class Placement:
     """Modules that hold a weight; a path may contain a `*` for the trip.
 
-    A weight that is neither multiplied nor looked up is the parameter `leaf` of a plain `owner`.
+    `linear` is the module that multiplies by the weight, which may be a convolution. A weight that
+    is neither multiplied nor looked up is the parameter `leaf` of a plain `owner`.
     """
 
     owner: Path
     leaf: str
-    linear: Linear | None = None
+    linear: Linear | Convolution | None = None
     lookup: Lookup | None = None
 
     @property
@@ -133,17 +176,25 @@ def _beside_modules(placed: dict[str, Placement]) -> dict[str, Placement]:
 
 def _linears(
     program: Program, users: dict[str, list[tuple[fx.Node, fx.Node]]]
-) -> dict[str, Linear]:
-    """Find the weights and biases that an `nn.Linear` of the same name can hold."""
-    linears = {}
+) -> dict[str, Linear | Convolution]:
+    """Find the weights and biases that a linear layer or convolution of the same name can hold."""
+    linears: dict[str, Linear | Convolution] = {}
     for name, uses in users.items():
-        calls = [u for n, u in uses if u.target is aten.linear.default and u.args[1] is n]
+        calls = [u for n, u in uses if u.target in PRODUCTS and u.args[1] is n]
         stem, dot, leaf = name.rpartition(".")
-        shape = program.weights[name].meta.shape
-        if not calls or not dot or leaf != "weight" or len(shape) != 2:
+        shape = tuple(program.weights[name].meta.shape)
+        if not calls or not dot or leaf != "weight":
             continue
         biases = {bias_name(call) for call in calls}
-        linear = Linear(path_of(name)[:-1], shape[1], shape[0], biases != {None})
+        path, bias = path_of(name)[:-1], biases != {None}
+        linear: Linear | Convolution
+        if len(shape) == 2:
+            linear = Linear(path, shape[1], shape[0], bias)
+        else:
+            settings = {_settings(call) for call in calls}
+            if len(settings) != 1:
+                continue
+            linear = Convolution(path, shape, settings.pop(), bias)
         if biases in ({None}, {f"{stem}.bias"}):
             linears[name] = linear
         if biases == {f"{stem}.bias"}:
@@ -151,8 +202,17 @@ def _linears(
     return linears
 
 
+def _settings(convolution: fx.Node) -> tuple[Any, ...]:
+    """Return stride, padding, dilation and groups of a convolution."""
+    values = (argument(convolution, n) for n in ("stride", "padding", "dilation", "groups"))
+    return tuple(tuple(v) if isinstance(v, list) else v for v in values)
+
+
 def bias_name(linear: fx.Node) -> str | None:
-    """Return the name of the bias that a linear node adds, "" for a computed one, None for none."""
+    """Return the name of the bias that a linear node or convolution adds.
+
+    It is "" for a computed bias, and None for none.
+    """
     bias = linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
     if not isinstance(bias, fx.Node):
         return None

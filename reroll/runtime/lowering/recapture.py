@@ -266,7 +266,7 @@ def check_modules(model: Any) -> None:
             at = placement.at(trip)
             expected |= {".".join((*path, at.leaf)): nn.Module for path in at.paths}
             if at.linear is not None:
-                expected[".".join((*at.linear.path, at.leaf))] = nn.Linear
+                expected[".".join((*at.linear.path, at.leaf))] = at.linear.kind
             if at.lookup is not None:
                 expected[".".join((*at.lookup.path, at.leaf))] = nn.Embedding
     present = [n for n, _ in model.named_parameters(remove_duplicate=False)]

@@ -140,7 +140,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
             past_key_values,
             keep=logits_to_keep,
             hidden=entries,
-            embeddings=inputs_embeds,
+            embeddings=self._given(inputs_embeds),
             documents=self.documents(inputs, asked, past),
         )
         names = ("hidden_states", "attentions")

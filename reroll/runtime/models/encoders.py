@@ -69,7 +69,7 @@ class RerollModel(RerollPreTrainedModel):
         entries = wanted_entries(self, output_hidden_states, output_attentions)
         documents = self.documents(values, kwargs.get("use_cache"), None)
         outputs, _ = self.run_program(
-            values, hidden=entries, embeddings=inputs_embeds, documents=documents
+            values, hidden=entries, embeddings=self._given(inputs_embeds), documents=documents
         )
         loss = None
         if labels is not None or "start_positions" in kwargs:

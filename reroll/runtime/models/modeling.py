@@ -265,7 +265,7 @@ class RerollPreTrainedModel(PreTrainedModel):
         **wishes: Any,
     ) -> tuple[tuple[Any, ...], ForwardState]:
         """Run a function of the assembly over the Program's inputs, as `run_program` does."""
-        if wishes.get("embeddings") is not None:
+        if wishes.get("embeddings"):
             self._refuse_derived(inputs)
         layers = layers_of(past, self._assembly.layers)
         state = ForwardState(self._assembly.loops, layers, **wishes)
@@ -353,7 +353,8 @@ class RerollPreTrainedModel(PreTrainedModel):
         unless the capture left that input out, and packed documents beside positions.
         """
         positions = inputs.get("position_ids") is not None and "position_ids" in self._input_names
-        read = {*read, *_NO_EFFECT, *self._input_names, *(_PACKED if positions else ())}
+        read = {*read, *_NO_EFFECT, *self._input_names, *self.program.origin.unread}
+        read |= _PACKED if positions else frozenset()
         for name, value in inputs.items():
             if name in read or value is None or value is False:
                 continue
@@ -449,11 +450,17 @@ class RerollPreTrainedModel(PreTrainedModel):
             None,
         )
 
-    def _tokens(self, ids: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
-        """Return the token ids; for embeddings, ids of the same size whose values are not read."""
+    def _tokens(
+        self, ids: Tensor | None, embeddings: Tensor | None, name: str | None = None
+    ) -> Tensor | None:
+        """Return the token ids; for embeddings, ids of the same size whose values are not read.
+
+        `name` is that of the input, by default the main one.
+        """
         if embeddings is None:
             return ids
-        if ids is not None or not self._assembly.interface.takes_embeddings:
+        takes = self._assembly.interface.takes_embeddings
+        if ids is not None or (name or self.main_input_name) not in takes:
             why = "both tokens and embeddings" if ids is not None else "embeddings for this model"
             raise UsageError(f"forward cannot take {why}", where=type(self).__name__)
         return torch.full(
@@ -511,7 +518,13 @@ class RerollPreTrainedModel(PreTrainedModel):
         setattr(self.get_submodule(owner), leaf, new_embeddings)
 
     def _embedding_path(self) -> str | None:
-        return self._assembly.interface.embeddings
+        paths = self._assembly.interface.embeddings
+        # where the encoder reads no tokens, those of the decoder
+        return paths.get(self.main_input_name) or next(iter(paths.values()), None)
+
+    def _given(self, embeddings: Tensor | None, name: str | None = None) -> dict[str, Tensor]:
+        """Return embeddings by the input in whose place they are given, by default the main one."""
+        return {} if embeddings is None else {name or self.main_input_name: embeddings}
 
     def init_weights(self) -> None:
         """Do nothing: the weights come from the Program."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,18 +11,39 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from reroll.errors import UsageError
+from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.hidden import Wish, wanted_entries
 from reroll.runtime.functions.loops import ForwardState, keep_positions
 from reroll.runtime.functions.losses import language_loss
 from reroll.runtime.lowering.assembly import EncoderDecoder
+from reroll.runtime.models.backbone import DECODER_TOKENS, place_pair
 from reroll.runtime.models.causal_lm import check_span, wants_cache
+from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import RerollGenerationMixin
 from reroll.runtime.models.modeling import RerollPreTrainedModel
+from reroll.runtime.models.own_generation import take_own_generation
 from reroll.runtime.state.caches import layers_of
+
+
+class Run(NamedTuple):
+    """What a forward has computed: outputs of a function, its state, and what a caller can get."""
+
+    outputs: tuple[Any, ...]
+    state: ForwardState
+    encoded: BaseModelOutput
+    past_key_values: Any
+    hidden_states: tuple[Tensor | None, ...] | None
+    attentions: tuple[Tensor | None, ...] | None
+    cross_attentions: tuple[Tensor | None, ...] | None
 
 
 class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
     """A lowered encoder-decoder model, whose encoder runs once in generation."""
+
+    def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
+        super().__init__(config, program)
+        place_pair(self)
+        take_own_generation(self)
 
     def forward(
         self,
@@ -40,6 +61,8 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: Wish = None,
         return_dict: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -47,69 +70,138 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
 
         `encoder_outputs` is the result of `get_encoder()`, or any output whose first item is the
         encoder's last hidden state. `labels` are the decoder's tokens, -100 where they do not
-        count. Without `decoder_input_ids`, the decoder gets the labels shifted right by one.
+        count. Without tokens of the decoder, it gets the labels shifted right by one.
+        `inputs_embeds` and `decoder_inputs_embeds` [batch, time, width] replace the embeddings of
+        `input_ids` and `decoder_input_ids`.
         """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        run = self.run_forward(
+            self._functions.decode,
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_outputs,
+            past_key_values,
+            input_features=input_features,
+            input_values=input_values,
+            decoder_position_ids=decoder_position_ids,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            output_hidden_states=output_hidden_states,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+        logits = self.named_outputs(run.outputs)["logits"]
+        if not self._assembly.interface.keeps_positions:
+            logits = keep_positions(logits, run.state)
+        loss = None
+        if labels is not None:
+            loss = language_loss(self, logits, labels)
+        result = Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=run.past_key_values,
+            decoder_hidden_states=run.hidden_states,
+            decoder_attentions=run.attentions,
+            cross_attentions=run.cross_attentions,
+            encoder_last_hidden_state=run.encoded[0],
+            encoder_hidden_states=run.encoded.get("hidden_states"),
+            encoder_attentions=run.encoded.get("attentions"),
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    def run_forward(
+        self,
+        function: Callable[..., tuple[Any, ...]],
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        *,
+        decoder_position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: Wish = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> Run:
+        """Run the encoder, if need be, and a function of the decoder, with a cache."""
         self.refuse_unread(kwargs)
-        if decoder_input_ids is None and labels is not None:
-            decoder_input_ids = self._shifted(labels)
+        self._refuse_mask(attention_mask)
         asked, past = use_cache, past_key_values
         use_cache = wants_cache(self, use_cache, past_key_values)
         if use_cache and past_key_values is None:
             self_attention, cross = (DynamicCache(config=self.config) for _ in range(2))
             past_key_values = EncoderDecoderCache(self_attention, cross)
-        check_span(self, _self_attention(past_key_values), decoder_input_ids)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
             "decoder_position_ids": decoder_position_ids,
-            "input_features": input_features,
-            "input_values": input_values,
             **{k: v for k, v in kwargs.items() if k in self._input_names},
         }
         if inputs.get(self.main_input_name) is None:
             # if given by position, the main input is the first argument, whatever its name
             inputs[self.main_input_name] = input_ids
+        embeddings = self._given(decoder_inputs_embeds, DECODER_TOKENS)
+        inputs[DECODER_TOKENS] = self._tokens(
+            decoder_input_ids, decoder_inputs_embeds, DECODER_TOKENS
+        )
+        check_span(self, _self_attention(past_key_values), inputs[DECODER_TOKENS])
         if encoder_outputs is None:
-            encoder_outputs = self.encode(inputs, output_hidden_states, output_attentions)
+            encoded = self.encode(inputs, output_hidden_states, output_attentions, inputs_embeds)
+        else:
+            encoded = _as_output(encoder_outputs)
         entries = wanted_entries(self, output_hidden_states, output_attentions)
         state = ForwardState(
             self._assembly.loops,
             layers_of(_self_attention(past_key_values), self._assembly.layers),
             keep=logits_to_keep,
             hidden=entries,
+            embeddings=embeddings,
             documents=self.documents(inputs, asked, past),
         )
-        outputs = self._decode(inputs, encoder_outputs, state)
-        logits = outputs["logits"]
-        if not self._assembly.interface.keeps_positions:
-            logits = keep_positions(logits, state)
-        loss = None
-        if labels is not None:
-            loss = language_loss(self, logits, labels)
+        if inputs_embeds is not None and encoder_outputs is None:
+            self._refuse_derived(inputs)
+        outputs = self._decode(function, inputs, encoded, state)
         names = ("decoder_hidden_states", "decoder_attentions", "cross_attentions")
-        result = Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values if use_cache else None,
-            **({} if entries is None else {name: entries.of(name) for name in names}),
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
-            encoder_attentions=getattr(encoder_outputs, "attentions", None),
-        )
-        return result if return_dict is not False else result.to_tuple()
+        given = (None if entries is None else entries.of(name) for name in names)
+        return Run(outputs, state, encoded, past_key_values if use_cache else None, *given)
+
+    def run_encoder(
+        self,
+        *,
+        output_hidden_states: Wish = None,
+        output_attentions: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        **inputs: Any,
+    ) -> BaseModelOutput:
+        """Run the encoder alone, on its inputs by keyword."""
+        self.refuse_unread(inputs)
+        return self.encode(inputs, output_hidden_states, output_attentions, inputs_embeds)
 
     def encode(
         self,
         inputs: Mapping[str, Tensor | None],
         output_hidden_states: Wish = None,
         output_attentions: bool | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> BaseModelOutput:
         """Compute the encoder's last hidden state, and what the decoder derives from it alone."""
+        main = self.main_input_name
+        inputs = {**inputs, main: self._tokens(inputs.get(main), inputs_embeds)}
         values = self._part_arguments(inputs, "encoder")
         entries = wanted_entries(self, output_hidden_states, output_attentions)
-        state = ForwardState(self._assembly.loops, hidden=entries)
+        embeddings = self._given(inputs_embeds)
+        state = ForwardState(self._assembly.loops, hidden=entries, embeddings=embeddings)
         try:
             (hidden,) = self._functions.encode(self, *values, state)
         except (IndexError, RuntimeError) as error:
@@ -124,21 +216,27 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         return output
 
     def _decode(
-        self, inputs: Mapping[str, Tensor | None], encoded: Any, state: ForwardState
-    ) -> dict[str, Tensor]:
+        self,
+        function: Callable[..., tuple[Any, ...]],
+        inputs: Mapping[str, Tensor | None],
+        encoded: BaseModelOutput,
+        state: ForwardState,
+    ) -> tuple[Any, ...]:
         values = self._part_arguments(inputs, "decoder", state)
         hidden = encoded[0]
-        rest = []
-        if isinstance(encoded, Mapping):
-            rest = [v for k, v in encoded.items() if k.startswith("for_decoder_")]
+        rest = [v for k, v in encoded.items() if k.startswith("for_decoder_")]
         if not rest:
             rest = list(self._functions.extend(self, hidden, *values, state))
         try:
-            outputs = self._functions.decode(self, hidden, *rest, *values, state)
+            return function(self, hidden, *rest, *values, state)
         except (IndexError, RuntimeError) as error:
             reads = {k: v for k, v in inputs.items() if k.startswith("decoder_")}
             raise self.explained(error, reads, state.layers) from error
-        return dict(zip(self.program.outputs, outputs, strict=True))
+
+    def _refuse_mask(self, mask: Tensor | None) -> None:
+        """Raise UsageError for a mask that the model does not read, unless it hides nothing."""
+        if mask is not None and not torch.compiler.is_compiling() and not mask.all():
+            self.refuse_unread({"attention_mask": mask})
 
     @property
     def _functions(self) -> EncoderDecoder:
@@ -158,11 +256,11 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         ]
         return self._completed(values, items, past)
 
-    def _shifted(self, labels: Tensor) -> Tensor:
-        """Shift labels right by one, behind the start token or their own last token.
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Shift labels [batch, time] right by one, behind the start token or their own last token.
 
-        Their last token comes first where the original wraps labels. Raises UsageError if no start
-        token is known.
+        Labels of -100 become padding, as in the original. Their last token comes first where the
+        original wraps labels. Raises UsageError if no start token is known.
         """
         pad = self.config.pad_token_id
         if self.program.origin.wraps_labels and pad is not None:
@@ -191,47 +289,28 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
         return inputs
 
     def get_encoder(self, modality: str | None = None) -> Any:
-        """Return the encoder as a callable that takes the encoder's inputs."""
+        """Return the encoder, a module that takes the encoder's inputs."""
         del modality
-        return Encoder(self)
+        return self._encoder_part
+
+    def get_decoder(self) -> Any:
+        """Return the decoder, a module without the head."""
+        return self._decoder_part
 
 
 class RerollForSpeechSeq2Seq(RerollForSeq2SeqLM):
-    """A lowered model from speech to text; `decoder_input_ids` are its prompt, without changes."""
+    """A lowered model from speech to text."""
 
-    def _prepare_decoder_input_ids_for_generation(
-        self,
-        batch_size: int,
-        model_input_name: str,
-        model_kwargs: dict[str, Any],
-        *rest: Any,
-        **kw: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        # transformers prepends the start token to all prompts except those of its own speech models
-        prompt = model_kwargs.pop("decoder_input_ids", None)
-        if prompt is not None:
-            return prompt, model_kwargs
-        return super()._prepare_decoder_input_ids_for_generation(  # type: ignore[no-any-return]
-            batch_size, model_input_name, model_kwargs, *rest, **kw
+
+def _as_output(encoded: Any) -> BaseModelOutput:
+    """Return an encoder's output by name: one that is a tuple begins with the last hidden state."""
+    if isinstance(encoded, BaseModelOutput):
+        return encoded
+    if isinstance(encoded, Mapping):
+        return BaseModelOutput(
+            **{k: encoded.get(k) for k in ("last_hidden_state", "hidden_states")}
         )
-
-
-class Encoder:
-    """The encoder of a lowered model."""
-
-    def __init__(self, model: RerollForSeq2SeqLM) -> None:
-        self.model = model
-        self.main_input_name = model.main_input_name
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
-        """Encode the encoder's inputs: the main one by position, or all by keyword."""
-        inputs = dict(kwargs)
-        wishes = [inputs.pop(f"output_{name}", None) for name in ("hidden_states", "attentions")]
-        if args:
-            inputs[self.main_input_name] = args[0]
-        return self.model.encode(inputs, *wishes)
-
-    __call__ = forward
+    return BaseModelOutput(encoded[0], encoded[1] if len(encoded) > 1 else None)
 
 
 def _self_attention(past: Any) -> Cache | None:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import fx
 
 import reroll
 from reroll.errors import UsageError
 from reroll.rewrite.capture.export import rolled
+from reroll.rewrite.capture.half_precision import functional_of
 from reroll.rewrite.ir.dtypes import dtype_of, retype, without_casts
 from reroll.rewrite.ir.interpret import run
 from reroll.rewrite.ir.ops import WIDEN
@@ -59,6 +61,39 @@ def test_narrowed_is_captured_in_half_precision(name: str, half: torch.dtype) ->
     results = [run(p, {"input_ids": IDS})["logits"] for p in (narrow, own)]
     assert results[0].dtype == half
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_encoder_decoders_are_narrowed_to_what_they_are_captured_as(name: str) -> None:
+    # T5 writes its buckets in place, and Whisper's heads are made contiguous
+    program = wide(name)
+    assert program.halves == (BF16,)
+    narrow, own = retype(program, BF16), reroll.capture(in_half(name, BF16))
+    assert not diff(own.with_weights(WeightTable()), narrow.with_weights(WeightTable()))
+    inputs = {"decoder_input_ids": IDS, "input_ids": IDS}
+    if name == "whisper":
+        sound = torch.randn(2, 80, 100, generator=torch.Generator().manual_seed(0))
+        inputs = {"decoder_input_ids": IDS, "input_features": sound.to(BF16)}
+    results = [run(p, inputs)["logits"] for p in (narrow, own)]
+    assert results[0].dtype == BF16
+    assert torch.equal(*results)
+
+
+def test_a_tensor_that_is_read_again_after_it_was_written_is_no_function() -> None:
+    aten = torch.ops.aten
+
+    def ops(read_again: bool) -> list[Any]:
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        made = graph.call_function(aten.mul.Tensor, (x, 2))
+        written = graph.call_function(aten.add_.Tensor, (made, x))
+        given = graph.call_function(aten.add_.Tensor, (x, 1))
+        graph.output((written, given, made if read_again else x))
+        return [functional_of(written), functional_of(given)]
+
+    # of the input, which is not the graph's own, no write is seen through
+    assert ops(False) == [aten.add.Tensor, aten.add_.Tensor]
+    assert ops(True) == [aten.add_.Tensor, aten.add_.Tensor]
 
 
 def test_a_capture_in_fp32_computes_what_one_without_half_precision_does() -> None:

@@ -148,3 +148,60 @@ def test_a_pickled_program_is_the_same_program(kind):
     again = pickle.loads(pickle.dumps(program))
     assert str(again) == str(program)
     assert torch.equal(again.to_module()(ids()).logits, program.to_module()(ids()).logits)
+
+
+def pair(name):
+    config = transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
+        encoder_attention_heads=4, decoder_attention_heads=4, decoder_ffn_dim=64,
+        max_position_embeddings=64, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    bart = transformers.BartForConditionalGeneration(config).eval()
+    return bart if name == "bart" else captured.model(name)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_encoder_and_decoder_are_the_original_s(name):
+    original = pair(name)
+    model = reroll.capture(original).to_module()
+    kind = {"output_hidden_states": True}
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 6:] = 0
+    inputs = {"input_ids": ids() % 64, "attention_mask": mask}
+    if name == "whisper":
+        frames = 2 * original.config.max_source_positions
+        inputs = {"input_features": torch.randn(2, original.config.num_mel_bins, frames)}
+    parts = [(m.get_encoder(), m.get_decoder(), m.base_model) for m in (original, model)]
+    models = zip((original, model), parts, strict=True)
+    names = [[n for n, m in each.named_modules() if m in part] for each, part in models]
+    assert names[0] == names[1]
+    with torch.no_grad():
+        encoded = [encoder(**inputs, **kind) for encoder, _, _ in parts]
+        torch.testing.assert_close(encoded[1][0], encoded[0][0])
+        assert len(encoded[1].hidden_states) == len(encoded[0].hidden_states)
+        given = {"input_ids": ids()[:, :5] % 64, "encoder_hidden_states": encoded[0][0], **kind}
+        if name != "whisper":
+            given["encoder_attention_mask"] = mask
+        decoded = [decoder(**given) for _, decoder, _ in parts]
+        torch.testing.assert_close(decoded[1][0], decoded[0][0])
+        torch.testing.assert_close(decoded[1].hidden_states, decoded[0].hidden_states)
+        # the cache that it returns is continued
+        more = {**given, "input_ids": ids()[:, :1] % 64}
+        further = [
+            decoder(**more, past_key_values=made.past_key_values)
+            for (_, decoder, _), made in zip(parts, decoded, strict=True)
+        ]
+        torch.testing.assert_close(further[1][0], further[0][0])
+        whole = [base(**inputs, decoder_input_ids=ids()[:, :5] % 64) for _, _, base in parts]
+        torch.testing.assert_close(whole[1][0], whole[0][0])
+        assert type(whole[1]) is type(whole[0])
+
+
+def test_a_part_of_a_copy_belongs_to_the_copy():
+    model = captured.captured("t5").to_module()
+    again = copy.deepcopy(model)
+    assert again.get_encoder() is again.encoder
+    assert again.get_encoder().owner is again
+    read = pickle.loads(pickle.dumps(model))
+    assert read.get_decoder() is read.decoder

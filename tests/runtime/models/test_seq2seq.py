@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import transformers
 from transformers import GenerationMixin
 
-from reroll.errors import ProgramError
+from reroll.errors import ProgramError, UsageError
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.signature import wraps_labels
 from reroll.rewrite.ir.text.parser import parse
@@ -166,6 +167,71 @@ def test_labels_alone_are_moved_as_the_original_moves_them(name: str) -> None:
         expected, actual = (m(input_ids=ids, labels=labels) for m in (model, lower(program)))
     torch.testing.assert_close(actual.logits, expected.logits)
     torch.testing.assert_close(actual.loss, expected.loss)
+
+
+@cache
+def bart() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**SEQ2SEQ)).eval()
+    return model, capture(model).to_module()
+
+
+def both(name: str) -> tuple[Any, Any]:
+    """An original and its lowered model."""
+    return bart() if name == "bart" else (captured.model(name), captured.captured(name).to_module())
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_embeddings_in_the_place_of_tokens(name: str) -> None:
+    original, lowered = both(name)
+    inputs = inputs_of(original)
+    ids, tokens = inputs.pop("input_ids"), decoder_ids()
+    inputs["inputs_embeds"] = original.get_input_embeddings()(ids)
+    for decoder in (
+        {"decoder_inputs_embeds": original.get_decoder().get_input_embeddings()(tokens)},
+        {"decoder_input_ids": tokens},
+        {"labels": tokens},
+    ):
+        expected, actual = (m(**inputs, **decoder).logits for m in (original, lowered))
+        assert_close(actual, expected)
+    wishes = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(original.generate(**inputs, **wishes), lowered.generate(**inputs, **wishes))
+    with pytest.raises(UsageError, match="both tokens and embeddings"):
+        lowered(**inputs, **decoder, input_ids=ids)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_labels_are_moved_by_a_method_of_the_original_s_name(name: str) -> None:
+    original, lowered = both(name)
+    labels = decoder_ids()
+    labels[0, 5:] = -100
+    prepare = "prepare_decoder_input_ids_from_labels"
+    assert torch.equal(*(getattr(m, prepare)(labels) for m in (original, lowered)))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_hidden_states_of_both_parts(name: str) -> None:
+    original, lowered = both(name)
+    inputs = {**inputs_of(original), "decoder_input_ids": decoder_ids()}
+    expected, actual = (m(**inputs, output_hidden_states=True) for m in (original, lowered))
+    for part in ("encoder_hidden_states", "decoder_hidden_states"):
+        assert len(actual[part]) == len(expected[part])
+        for got, want in zip(actual[part], expected[part], strict=True):
+            assert_close(got, want)
+    options = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 3}
+    steps = [generate(m, **options).decoder_hidden_states for m in (original, lowered)]
+    assert [[h.shape for h in step] for step in steps[1]] == [
+        [h.shape for h in step] for step in steps[0]
+    ]
+
+
+def test_logits_of_the_last_position_alone_where_a_bias_is_added() -> None:
+    _, lowered = bart()
+    inputs = {**inputs_of(lowered), "decoder_input_ids": decoder_ids()}
+    assert lowered._assembly.interface.keeps_positions
+    assert lowered.get_output_embeddings() is lowered.lm_head
+    kept = lowered(**inputs, logits_to_keep=1).logits
+    assert_close(kept, lowered(**inputs).logits[:, -1:])
 
 
 @pytest.mark.parametrize("start", [2, 4, 7])

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import reroll
-from tests import captured
+from tests import captured, tiny
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -21,6 +21,23 @@ def test_label_smoothing_shifts_the_labels(tmp_path: Any) -> None:
     for model in (original, captured.captured("llama").to_module()):
         trainer = transformers.Trainer(model=model, args=arguments)
         losses.append(trainer.compute_loss(model, {"input_ids": IDS, "labels": IDS.clone()}))
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_label_smoothing_of_an_encoder_decoder(tmp_path: Any) -> None:
+    options = {"label_smoothing_factor": 0.1, "report_to": [], "use_cpu": True}
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), **options)
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = "</s>"
+    rows = [{"input_ids": IDS[0].tolist(), "labels": IDS[n, : 4 + n].tolist()} for n in (0, 1)]
+    losses = []
+    for model in (captured.model("t5"), captured.captured("t5").to_module()):
+        # the collator makes the decoder's tokens of the labels, by a method of the model
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer, model)
+        trainer = transformers.Trainer(model=model, args=arguments, data_collator=collator)
+        batch = collator(rows)
+        assert (batch["labels"] == -100).any()
+        losses.append(trainer.compute_loss(model, dict(batch)))
     torch.testing.assert_close(losses[1], losses[0])
 
 

@@ -38,6 +38,7 @@ def origin_to_json(origin: Origin) -> dict[str, Any]:
         **({} if origin.cache_span is None else {"cache_span": origin.cache_span}),
         **({"adds_tokens": True} if origin.adds_tokens else {}),
         **({"wraps_labels": True} if origin.wraps_labels else {}),
+        **({"unread": list(origin.unread)} if origin.unread else {}),
     }
 
 
@@ -51,6 +52,7 @@ def origin_from_json(data: object) -> Origin:
         "cache_span": None,
         "adds_tokens": False,
         "wraps_labels": False,
+        "unread": [],
     }
     fields = _object(data, wanted.split(), optional)
     revision, rereads_at, span = (fields[k] for k in ("revision", "rereads_at", "cache_span"))
@@ -73,6 +75,7 @@ def origin_from_json(data: object) -> Origin:
         cache_span=None if span is None else member(fields, "cache_span", int),
         adds_tokens=member(fields, "adds_tokens", bool),
         wraps_labels=member(fields, "wraps_labels", bool),
+        unread=_texts(member(fields, "unread", list), "unread"),
     )
 
 
@@ -87,8 +90,8 @@ def _step(number: int, data: object) -> Step:
         )
 
 
-def _texts(values: list[object]) -> tuple[str, ...]:
-    with located("remarks"):
+def _texts(values: list[object], where: str = "remarks") -> tuple[str, ...]:
+    with located(where):
         return tuple(typed(value, str) for value in values)
 
 
