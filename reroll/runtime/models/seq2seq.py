@@ -301,6 +301,19 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
 class RerollForSpeechSeq2Seq(RerollForSeq2SeqLM):
     """A lowered model from speech to text."""
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as in transformers.
+
+        Called by the original's own `generate`, which takes the cache of each row apart, it returns
+        no cache: keys and values of cross-attention are beside it.
+        """
+        result = super().generate(*args, **kwargs)
+        own = type(self).generate is not RerollForSpeechSeq2Seq.generate
+        if not own or not isinstance(result, Mapping):
+            return result
+        kind: Any = type(result)
+        return kind(**{k: v for k, v in result.items() if k != "past_key_values"})
+
 
 def _as_output(encoded: Any) -> BaseModelOutput:
     """Return an encoder's output by name: one that is a tuple begins with the last hidden state."""
