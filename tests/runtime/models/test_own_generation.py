@@ -79,10 +79,9 @@ def test_generates_what_the_original_generates(name: str) -> None:
 
 def test_scores_and_attention_weights_are_returned() -> None:
     wishes = {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True}
-    found = []
-    for model in pair():
-        model.set_attn_implementation("eager") if model is pair()[0] else None
-        found.append(model.generate(features(), max_new_tokens=3, **wishes))
+    original, lowered = pair()
+    original.set_attn_implementation("eager")
+    found = [m.generate(features(), max_new_tokens=3, **wishes) for m in (original, lowered)]
     assert torch.equal(found[1].sequences, found[0].sequences)
     torch.testing.assert_close(found[1].scores, found[0].scores, rtol=1e-3, atol=1e-3)
     for got, want in zip(found[1].cross_attentions, found[0].cross_attentions, strict=True):
