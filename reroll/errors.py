@@ -47,6 +47,10 @@ class UsageError(RerollError):
     """An option or argument given by the user is wrong."""
 
 
+class ContextError(UsageError, RuntimeError):
+    """A call is made where it cannot do what it says, such as loading on the meta device."""
+
+
 class UntrustedCodeError(UsageError):
     """A model needs Python code that comes with it, and running it was not allowed."""
 

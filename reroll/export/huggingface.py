@@ -26,7 +26,7 @@ from reroll.rewrite.checkpoint import SafetensorsSource
 from reroll.rewrite.checkpoint.saved import PROGRAM_FILE, load_program
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.text.serialize import program_to_json
-from reroll.rewrite.ir.weights import WeightTable, stored_name
+from reroll.rewrite.ir.weights import WeightTable
 from reroll.rewrite.ir.weights.evaluation import Output
 from reroll.rewrite.ir.weights.expressions import Source
 from reroll.writing import filled_directory, new_directory
@@ -123,7 +123,9 @@ def _write_config(program: Program, directory: Path, given: RerollConfig | None)
 def with_saved_weights(program: Program, directory: Path, progress: Progress | None) -> Program:
     """Write every distinct weight once, and return the Program over the tensors in the files."""
     saved = {
-        key: Output(stored_name(name, entry), 0, program.weights[name].entries[entry])
+        key: Output(
+            program.weights.stored_name(name, entry), 0, program.weights[name].entries[entry]
+        )
         for key, (name, entry) in program.weights.distinct().items()
     }
     save_outputs(list(saved.values()), program.source, directory, progress)

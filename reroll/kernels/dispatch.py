@@ -48,8 +48,12 @@ def use(backend: Backend) -> Iterator[None]:
         _forced.reset(token)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def chosen() -> str:
-    """Return the backend that was requested; `auto` if none was."""
+    """Return the backend that was requested; `auto` if none was.
+
+    What `torch.compile` has compiled keeps the answer of then.
+    """
     return _forced.get() or _known(os.environ.get(VARIABLE, "auto"))
 
 
@@ -143,13 +147,13 @@ def _trains(*tensors: Tensor) -> bool:
 
 
 def _pick(mixer: Mixer, k: Tensor, v: Tensor, trains: bool) -> str:
-    wanted = chosen()
+    wanted: str = chosen()
     if wanted != "auto":
         reason = _rejection(wanted, mixer, k, v, trains)
         if reason:
             raise _cannot(wanted, reason, f"mixer {mixer.name}")
         return wanted
-    if k.device.type != "cuda":
+    if k.device.type != "cuda" or torch.compiler.is_compiling():
         return "eager"
     for name in ("triton", "fla"):
         reason = _rejection(name, mixer, k, v, trains)

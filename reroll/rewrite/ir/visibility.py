@@ -124,9 +124,10 @@ class Visibility:
             visible = visible | (first if before is None else first & before)
         return visible
 
-    def visible(self, q: Tensor, keys: int, start: int = 0) -> Tensor:
+    def visible(self, q: Tensor, keys: int, start: int | Tensor = 0) -> Tensor:
         """Compute which of `keys` keys, from position `start` on, the queries at positions `q` see.
 
+        Keys of negative positions, which a start that is a tensor may give, are hidden.
         Returns booleans [batch or 1, 1, queries, keys]. Keys after the end of `padding` are hidden;
         those after the end of `blocks` are in no block.
         """
@@ -138,11 +139,13 @@ class Visibility:
             if self.chunk is not None:
                 first = (counted == 0).sum(-1)[:, None, None, None]
                 rows, columns = rows - first, columns - first
-            number = counted[:, kv.clamp(max=counted.shape[1] - 1)][:, None, None] - 1
+            number = counted[:, kv.clamp(0, counted.shape[1] - 1)][:, None, None] - 1
         visible = self.near(rows, columns, number)
         visible = visible[(None,) * (4 - visible.dim())]
         if self.blocks is not None:
             visible = visible | self.same_block(q, kv)
+        if isinstance(start, Tensor):
+            visible = visible & (kv >= 0)
         if self.padding is not None:
             visible = visible & _columns(self.padding, start, keys)[:, None, None]
         return visible
@@ -151,7 +154,7 @@ class Visibility:
         """Compute whether positions `q` and `kv` are in one block: [batch, 1, queries, keys]."""
         last = self.blocks.shape[1] - 1
         of_q = self.blocks[:, q.clamp(max=last)].masked_fill(q > last, -1)
-        of_kv = self.blocks[:, kv.clamp(max=last)].masked_fill(kv > last, -1)
+        of_kv = self.blocks[:, kv.clamp(0, last)].masked_fill(kv > last, -1)
         same: Tensor = (of_q[:, :, None] == of_kv[:, None]) & (of_q[:, :, None] >= 0)
         return same[:, None]
 
@@ -168,8 +171,11 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 NAMES = tuple(f.name for f in fields(Visibility))
 
 
-def _columns(padding: Tensor, start: int, keys: int) -> Tensor:
+def _columns(padding: Tensor, start: int | Tensor, keys: int) -> Tensor:
     """Slice padding to booleans [batch, keys] for the keys from `start` on; False after its end."""
+    if isinstance(start, Tensor):
+        at, last = torch.arange(keys, device=padding.device) + start, padding.shape[1] - 1
+        return padding[:, at.clamp(0, last)].bool() & (at <= last)
     padding = padding[:, start : start + keys].bool()
     missing = keys - padding.shape[1]
     return torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding

@@ -80,7 +80,7 @@ def run_compacted(
             for layer in plain:
                 layer.update(*_absent(layer, batch))
         else:
-            trip.fill(*carry, *values, past_key_values=layers)  # type: ignore[operator]
+            trip(*carry, *values, past_key_values=layers, function="fill")
         return carry
     live = (~has_left).nonzero()[:, 0]
     shared = [
@@ -97,9 +97,8 @@ def run_compacted(
         for each in shared:
             each.leave_out()
     else:
-        trip.fill(  # type: ignore[operator]
-            *rows(carry, left), *rows(values, left), past_key_values=[s.filling() for s in shared]
-        )
+        filling = [each.filling() for each in shared]
+        trip(*rows(carry, left), *rows(values, left), past_key_values=filling, function="fill")
     new = trip(
         *rows(carry, live), *rows(values, live), past_key_values=[s.running() for s in shared]
     )

@@ -121,11 +121,19 @@ def exit_linear(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
 ) -> Tensor:
-    """Compute `reroll.exit_linear` with one matrix product for each token."""
+    """Compute `reroll.exit_linear` with one matrix product for each token.
+
+    In a compiled graph, which cannot depend on values, every head is computed for every token.
+    """
     heads = [(w, biases[n] if biases else None) for n, w in enumerate(weights)]
     exit_number = torch.zeros_like(depth)
     for number, stop in enumerate(stops, 1):
         exit_number = torch.where(depth == stop, number, exit_number)
+    if torch.compiler.is_compiling():
+        out = F.linear(x, *heads[0])
+        for number, head in enumerate(heads[1:], 1):
+            out = torch.where((exit_number == number)[..., None], F.linear(x, *head), out)
+        return out
     used = exit_number.unique().tolist()
     if len(used) == 1:
         return F.linear(x, *heads[used[0]])

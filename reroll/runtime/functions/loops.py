@@ -92,7 +92,7 @@ def run_loop(
             carry = trip(*carry, *values, past_key_values=trip_layers)
         if exits is not None and is_open(exits.thresholds[number]):
             kept = {"past_key_values": trip_layers} if exits.test_has_state else {}
-            carry = trip.test(*old, *carry, *values, **kept)  # type: ignore[operator]
+            carry = trip(*old, *carry, *values, **kept, function="test")
     return carry
 
 
@@ -100,7 +100,7 @@ def run_static(state: ForwardState, name: str, inputs: tuple[Any, ...]) -> tuple
     """Compute what trips derive from `inputs` and their weights alone, in the order of trips."""
     values: list[Any] = []
     for trip in state.loops[name].modules:
-        values.extend(trip.static(*inputs))  # type: ignore[operator]
+        values.extend(trip(*inputs, function="static"))
     return tuple(values)
 
 
@@ -119,7 +119,7 @@ def read_out(model: Any, hidden: Tensor, depth: int = 0, **inputs: Any) -> Tenso
         for name in kept:
             result = hidden if name == last else None
             loops[name] = Trips([_FixedResult(result, counter, depth)], 0, 0)
-        logits: Tensor = model(**inputs).logits
+        logits: Tensor = model(**inputs, return_dict=True).logits
     finally:
         loops.update(kept)
     return logits

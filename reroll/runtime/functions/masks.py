@@ -72,10 +72,11 @@ def make_mask(
         # the first columns, of tokens that the layer keeps for good
         kept = getattr(layer, "kept", 0)
         keys -= kept
-    if padding is None and not visibility.has_other("causal", "window", "chunk", "prefix"):
+    others = visibility.has_other("causal", "window", "chunk", "prefix")
+    if padding is None and not others and not isinstance(start, Tensor):
         if start >= kept and _sees_all(layer, length, keys, offset, visibility):
             return None
-        band = _band(layer, length, keys, offset, visibility)
+        band = _band(length, keys, offset, visibility)
         if band is not None:
             return band
     q = torch.arange(length, device=like.device) + offset
@@ -83,25 +84,25 @@ def make_mask(
     return _with_kept(visible, padding, start, kept) if kept else visible
 
 
-def _band(layer: Any, length: int, keys: int, offset: Any, visibility: Visibility) -> Band | None:
+def _band(length: int, keys: int, offset: Any, visibility: Visibility) -> Band | None:
     """Return the `Band` of a window over a sequence without a past, if that is faster."""
     window = visibility.window
     if window is None or not visibility.causal or visibility.chunk is not None:
         return None
-    static = layer is not None and layer.is_compileable
-    if static or isinstance(offset, Tensor) or torch.compiler.is_compiling():
+    if isinstance(offset, Tensor) or torch.compiler.is_compiling():
         return None
     band = Band(length, window, visibility.prefix or 0)
     return band if offset == 0 and keys == length and band.pays else None
 
 
-def _with_kept(visible: Tensor, padding: Tensor | None, start: int, kept: int) -> Tensor:
+def _with_kept(visible: Tensor, padding: Tensor | None, start: int | Tensor, kept: int) -> Tensor:
     """Add columns for kept first tokens, False where a token also has a column among the others."""
     number = torch.arange(kept, device=visible.device)
     if padding is None:
         past = (number < start)[None]
     else:
-        past = number < padding[:, :start].sum(-1, keepdim=True)
+        at = torch.arange(padding.shape[1], device=padding.device)
+        past = number < (padding.bool() & (at < start)).sum(-1, keepdim=True)
     batch = max(visible.shape[0], past.shape[0])
     first = past[:, None, None].expand(batch, 1, visible.shape[2], -1)
     return torch.cat((first, visible.expand(batch, -1, -1, -1)), dim=-1)
@@ -134,7 +135,12 @@ def kept_bias(layer: Any, bias: Tensor, padding: Tensor | None, k: Tensor) -> Te
     kept = getattr(layer, "shown", 0)
     if not kept or bias.shape[-1] == 1:
         return bias
-    last = bias[..., bias.shape[-1] - (k.shape[2] - kept) :]
+    begin = getattr(layer, "begin", None)
+    if begin is None:
+        last = bias[..., bias.shape[-1] - (k.shape[2] - kept) :]
+    else:
+        at = torch.arange(k.shape[2] - kept, device=bias.device) + begin
+        last = bias[..., at.clamp(0, bias.shape[-1] - 1)]
     if padding is None or padding.dim() != 2:
         return torch.cat((bias[..., :kept], last), -1)
     number = padding.long().cumsum(-1)[:, None]

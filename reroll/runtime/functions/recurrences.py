@@ -7,7 +7,7 @@ counts its tokens, can undo tokens, and holds the tokens that a delayed mixer ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from reroll.rewrite.ir.ops.recurrence import after_first, scan, without_idle
 from reroll.runtime.functions.documents import Documents
 from reroll.runtime.functions.masks import visible_tokens
 from reroll.runtime.state.states import Rewinding, last
+from reroll.runtime.state.static import InPlace, columns_at, fixed, write
 
 
 def recur(
@@ -37,10 +38,12 @@ def recur(
     skip: int = 0,
     active: bool = True,
     idle: Tensor | None = None,
+    mixer: Mixer | None = None,
 ) -> Tensor:
     """Run `reroll.recurrence` on the state of a cache layer, or from the zero state without one.
 
-    `padding` covers all tokens, past and new, or holds the documents of packed rows.
+    `padding` covers all tokens, past and new, or holds the documents of packed rows. `mixer` is
+    that of `rule` and `options`, if it is known.
     """
     documents = None
     if isinstance(padding, Documents):
@@ -57,7 +60,7 @@ def recur(
         if layer is not None:
             layer.count(q.shape[2])
         return v.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-    mixer = make(rule, options)
+    mixer = make(rule, options) if mixer is None else mixer
     if layer is not None:
         out: Tensor = layer.update(mixer, q, k, v, gates, padding, delay, skip, idle)
         return out
@@ -68,6 +71,19 @@ def recur(
         return dispatch.chunk(mixer, q, k, v, gates, padding=writes, segments=documents)[0]
 
     return scan(run, q, k, v, gates, padding, delay, skip, idle, documents)
+
+
+@lru_cache(maxsize=256)
+def recurrence_of(rule: str, options: str) -> Callable[..., Tensor]:
+    """Return `recur` for one mixer, which is then made once and not by what is compiled."""
+    run: Callable[..., Tensor] = partial(recur, mixer=make(rule, options))
+
+    def recurrence(*args: Any, **kwargs: Any) -> Tensor:
+        return run(*args, **kwargs)
+
+    # the name in the generated code
+    recurrence.__name__ = recur.__name__
+    return recurrence
 
 
 class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
@@ -126,16 +142,28 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         run = partial(dispatch.step if time == 1 else dispatch.chunk, mixer)
         state = tuple(self.recurrent_states.values()) or None
         out, state = run(q, tensors[0], tensors[1], tensors[2:], state, writes)
-        self.recurrent_states = dict(enumerate(state))
+        self._keep(state)
         self.has_previous_state = dict.fromkeys(self.recurrent_states, True)
+        self._add(time)
+        return out
+
+    def _keep(self, state: tuple[Tensor, ...]) -> None:
+        """Store the new state."""
+        self.recurrent_states = dict(enumerate(state))
+
+    def _keep_waiting(self, waiting: list[Tensor]) -> None:
+        """Store the tokens that are not written yet."""
+        self.waiting = waiting
+
+    def _add(self, time: int) -> None:
+        """Count new tokens."""
         self.cumulative_length += time
         self.is_initialized = True
-        return out
 
     def count(self, time: int) -> None:
         """Count tokens in a trip that has no active mixer."""
         self._recorded(time, self.count)
-        self.cumulative_length += time
+        self._add(time)
 
     def _writes(self, k: Tensor, padding: Tensor | None, skip: int) -> Tensor | None:
         """Return which new tokens are written to the state: [batch, time], or None for all."""
@@ -160,8 +188,9 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
             old.append(writes.new_zeros(batch, delay))
         pairs = zip(old[:-1], tensors, strict=True)
         held = [*(torch.cat(p, 2) for p in pairs), torch.cat((old[-1], writes), 1)]
-        self.waiting = [last(t, delay) for t in held[:-1]] + [held[-1][:, -delay:]]
-        return [*(t[:, :, :time] for t in held[:-1]), held[-1][:, :time]]
+        now = [*(t[:, :, :time] for t in held[:-1]), held[-1][:, :time]]
+        self._keep_waiting([last(t, delay) for t in held[:-1]] + [held[-1][:, -delay:]])
+        return now
 
     # ---- the interface of cache layers
 
@@ -183,3 +212,34 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         if self.waiting is not None:
             self.waiting = [change(x) for x in self.waiting]
         self._past = None
+
+
+class StaticRecurrentLayer(InPlace, RecurrentLayer):
+    """A `RecurrentLayer` whose decoding steps are one compiled graph."""
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.cumulative_length, self.is_initialized = torch.tensor(0), False
+
+    def _keep(self, state: tuple[Tensor, ...]) -> None:
+        kept = self.recurrent_states
+        self.recurrent_states = {n: write(kept.get(n), x) for n, x in enumerate(state)}
+
+    def _keep_waiting(self, waiting: list[Tensor]) -> None:
+        old = [None] * len(waiting) if self.waiting is None else self.waiting
+        self.waiting = [write(*pair) for pair in zip(old, waiting, strict=True)]
+
+    def _add(self, time: int) -> None:
+        self.cumulative_length.add_(time)
+        self.is_initialized = True
+
+    def _writes(self, k: Tensor, padding: Tensor | None, skip: int) -> Tensor | None:
+        if not self.is_initialized:
+            self.cumulative_length = fixed(self.cumulative_length.to(k.device))
+        at = self.new_positions(k.shape[2])
+        if padding is None:
+            return (at >= skip).expand(k.shape[0], -1) if skip else None
+        return columns_at(after_first(padding, k, skip) if skip else padding, at)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("no attention reads the state of a recurrence")

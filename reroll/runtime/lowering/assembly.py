@@ -208,11 +208,11 @@ def _trip_type(name: str, graphs: dict[str, fx.Graph], weighs: bool) -> type[Tri
     for method, graph in graphs.items():
         members[method], source = compile_graph(graph, f"{name} {method}")
         members["source"] += source
-    if "observed" in members or weighs:
+    if len(graphs) > 1 or weighs:
         members["plain"] = members["forward"]
 
         def forward(self: TripModule, *args: Any, function: str = "plain", **kwargs: Any) -> Any:
-            """Run the trip; `observed` and `weighed` also return hidden states and weights."""
+            """Run one of the trip's functions; `observed` and `weighed` return more than it."""
             return getattr(self, function)(*args, **kwargs)
 
         members["forward"] = forward

@@ -14,6 +14,7 @@ from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.ops import CACHE, RECURRENCE
 from reroll.runtime.functions.functions import BINARY, FUNCTIONS, METHODS, makes_tensor_from_nothing
 from reroll.runtime.functions.loops import look_up, run_loop
+from reroll.runtime.functions.weights import read
 from reroll.runtime.lowering.hoisting import OWN_INPUTS
 from reroll.runtime.lowering.modules import Reading
 from reroll.runtime.lowering.placement import PRODUCTS
@@ -34,9 +35,10 @@ def runnable(
     """Copy a graph so that it calls only functions that are fast to call.
 
     `layers` is the node of its cache layers, `caches` gives the update of each stateful node, and
-    `state` is the node of the main graph's `ForwardState`. Weights become attributes, or calls of
-    the modules that hold them. Ops become functions and methods of PyTorch. Ops that make a tensor
-    from no tensor get the device of the graph's first input.
+    `state` is the node of the main graph's `ForwardState`. Weights are read from the modules that
+    hold them, or these are called for what is computed with the weights. Ops become functions and
+    methods of PyTorch. Ops that make a tensor from no tensor get the device of the graph's first
+    input.
     """
     return _Rewriter(graph, readings, layers, caches or {}, state).run()
 
@@ -92,10 +94,15 @@ class _Rewriter:
             return self.values[node]
         name = str(node.target)
         if name not in self.weights:
-            self.weights[name] = self.new.create_node(
-                "get_attr", self.readings[name].weight, name=node.name
-            )
+            self.weights[name] = self._read(self.readings[name], node.name)
         return self.weights[name]
+
+    def _read(self, reading: Reading, name: str) -> fx.Node:
+        if reading.owned:
+            return self.new.create_node("get_attr", reading.weight, name=name)
+        owner, _, leaf = reading.weight.rpartition(".")
+        module = self.new.get_attr(owner)
+        return self.new.create_node("call_function", read, (module, leaf), name=name)
 
     def _call(self, node: fx.Node) -> fx.Node:
         target, args, kwargs = node.target, node.args, dict(node.kwargs)

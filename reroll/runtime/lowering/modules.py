@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reroll.rewrite.ir.program import Loop, Program, weight_nodes
 from reroll.rewrite.ir.weights.expressions import Meta
+from reroll.runtime.functions.weights import Scope
 from reroll.runtime.lowering.placement import Path, path_of, placements
 
 
-class Scope(nn.Module):
-    """A module without a forward that holds weights and other modules."""
-
-    # transformers reads this attribute of every module that is named `encoder`
-    main_input_name = "input_ids"
-
-
 class TripModule(GradientCheckpointingLayer):
-    """One trip of a loop; each body has a subclass, whose instances share one `forward`."""
+    """One trip of a loop; each body has a subclass, whose instances share one `forward`.
+
+    A body with several functions runs the one that `forward` gets as `function`, so that whatever
+    acts on calls of modules acts on all of them.
+    """
 
     # the generated code, set by subclasses
     source: str = ""
@@ -54,9 +52,12 @@ class Reading:
 
     `linear` and `lookup` are the modules to call for a product with the weight, which may be a
     convolution, or a lookup in it.
+    `owned` says that the weight belongs to the graph's own module, or to another trip: it is read
+    as an attribute. All others are read by calling the module that holds them.
     """
 
     weight: str
+    owned: bool
     linear: str | None = None
     lookup: str | None = None
 
@@ -69,15 +70,20 @@ class Slot:
     trainable: bool
     holders: list[tuple[nn.Module, str]] = field(default_factory=list)
 
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the tensor is a Parameter; else it is a buffer."""
+        return self.trainable and self.meta.dtype.is_floating_point
+
     def fill(self, tensor: Tensor) -> None:
-        """Set the tensor in all holders: one Parameter if it is trainable, else a buffer."""
-        parameter = self.trainable and tensor.dtype.is_floating_point
-        value = nn.Parameter(tensor) if parameter else tensor
+        """Set the tensor in all holders, as one Parameter or as a buffer."""
+        value = nn.Parameter(tensor) if self.is_parameter else tensor
         for module, leaf in self.holders:
             module._parameters.pop(leaf, None)
             module._buffers.pop(leaf, None)
             if isinstance(value, nn.Parameter):
-                module.register_parameter(leaf, value)
+                # inside accelerate's init_empty_weights, register_parameter makes another one
+                module._parameters[leaf] = value
             else:
                 module.register_buffer(leaf, value)
 
@@ -102,7 +108,8 @@ def build_tree(model: nn.Module, program: Program) -> Tree:
         slot.fill(torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device="meta"))
     for module in model.modules():
         numbered = list(map(str, range(len(module._modules))))
-        if type(module) is Scope and numbered and list(module._modules) == numbered:
+        numbers_only = list(module._modules) == numbered and not module._parameters
+        if type(module) is Scope and numbered and numbers_only:
             # a list of layers, as in the original
             module.__class__ = nn.ModuleList  # type: ignore[assignment]
     return builder.tree
@@ -141,8 +148,10 @@ class _Builder:
             if (module, placement.leaf) not in slot.holders:
                 slot.holders.append((module, placement.leaf))
         linear = placement.linear if placement.leaf == "weight" else None
+        path = placement.paths[0]
         return Reading(
-            ".".join((*placement.paths[0], placement.leaf)),
+            ".".join((*path, placement.leaf)),
+            not path or isinstance(self._module(path, Scope), TripModule),
             None if linear is None else ".".join(linear.path),
             None if placement.lookup is None else ".".join(placement.lookup.path),
         )
@@ -171,7 +180,8 @@ class _Builder:
 
         weight = local(reading.weight, "weight")
         assert weight is not None
-        return Reading(weight, local(reading.linear, "linear"), local(reading.lookup, "lookup"))
+        linear, lookup = local(reading.linear, "linear"), local(reading.lookup, "lookup")
+        return Reading(weight, reading.owned, linear, lookup)
 
     def _module(self, path: Path, make: Callable[[], nn.Module]) -> nn.Module:
         """Return the module at a path; create it, and the scopes above it, where missing."""
@@ -196,3 +206,27 @@ def tied_names(model: nn.Module) -> Iterator[tuple[str, str]]:
         if id(parameter) in first:
             yield name, first[id(parameter)]
         first.setdefault(id(parameter), name)
+
+
+Holder: TypeAlias = tuple[nn.Module, str]
+
+
+def shared_tensors(model: nn.Module) -> list[list[Holder]]:
+    """Return the modules and attribute names of every tensor that several of them hold."""
+    holders: dict[int, list[Holder]] = {}
+    for module in model.modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                holders.setdefault(id(tensor), []).append((module, leaf))
+    return [each for each in holders.values() if len(each) > 1]
+
+
+def share(groups: list[list[Holder]]) -> None:
+    """Let all holders of a group hold one tensor again: the first that has data."""
+    for holders in groups:
+        tensors = [getattr(module, leaf) for module, leaf in holders]
+        if all(t is tensors[0] for t in tensors):
+            continue
+        one = next((t for t in tensors if t.device.type != "meta"), tensors[0])
+        for module, leaf in holders:
+            setattr(module, leaf, one)

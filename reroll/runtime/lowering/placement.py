@@ -14,6 +14,7 @@ from torch import fx, nn
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.program import Program, weight_nodes
+from reroll.runtime.functions.weights import ReadEmbedding, ReadLinear
 
 aten = torch.ops.aten
 
@@ -33,21 +34,26 @@ HEAD = ("lm_head",)
 
 @dataclass(frozen=True)
 class Linear:
-    """An `nn.Linear` that multiplies by a weight."""
+    """An `nn.Linear` that multiplies by a weight.
+
+    `read` says that graphs also use its weight or bias in another way.
+    """
 
     path: Path
     inputs: int
     outputs: int
     bias: bool
+    read: bool = False
 
     @property
     def kind(self) -> type[nn.Module]:
-        """The class of the module."""
+        """The class of the module, or of its base."""
         return nn.Linear
 
     def make(self) -> nn.Linear:
         """Make the module, on the meta device."""
-        return nn.Linear(self.inputs, self.outputs, self.bias, device="meta")
+        kind = ReadLinear if self.read else nn.Linear
+        return kind(self.inputs, self.outputs, self.bias, device="meta")
 
 
 @dataclass(frozen=True)
@@ -79,16 +85,21 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Lookup:
-    """An `nn.Embedding` that looks up rows of a weight; the row `padding` is not trained."""
+    """An `nn.Embedding` that looks up rows of a weight; the row `padding` is not trained.
+
+    `read` says that graphs also use the weight in another way.
+    """
 
     path: Path
     rows: int
     columns: int
     padding: int | None
+    read: bool = False
 
     def make(self) -> nn.Embedding:
         """Make the module, on the meta device."""
-        return nn.Embedding(self.rows, self.columns, self.padding, device="meta")
+        kind = ReadEmbedding if self.read else nn.Embedding
+        return kind(self.rows, self.columns, self.padding, device="meta")
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,20 @@ class Placement:
     def paths(self) -> list[Path]:
         """Paths of the modules that hold the weight; the `nn.Linear` is first."""
         return [m.path for m in (self.linear, self.lookup) if m is not None] or [self.owner]
+
+    def marked(self, reads: set[Path]) -> Placement:
+        """Return the place with a module that gives its weights, if its path is in `reads`.
+
+        A kernel that is not only convolved with is a parameter of a plain module.
+        """
+        linear, lookup = self.linear, self.lookup
+        if self.paths[0] not in reads:
+            return self
+        if isinstance(linear, Convolution):
+            return replace(self, linear=None)
+        if linear is not None:
+            return replace(self, linear=replace(linear, read=True))
+        return self if lookup is None else replace(self, lookup=replace(lookup, read=True))
 
     def at(self, trip: int) -> Placement:
         """Return the place in one trip."""
@@ -150,7 +175,14 @@ def placements(program: Program) -> dict[str, Placement]:
             else:
                 linear = replace(linear, path=HEAD)
         placed[name] = Placement(path[:-1], path[-1], linear, lookup)
-    return _beside_modules(placed)
+    placed = _beside_modules(placed)
+    reads = {
+        placement.paths[0]
+        for name, placement in placed.items()
+        for node, user in users[name]
+        if not _by_call(placement, name, node, user)
+    }
+    return {name: placement.marked(reads) for name, placement in placed.items()}
 
 
 def _beside_modules(placed: dict[str, Placement]) -> dict[str, Placement]:
@@ -172,6 +204,19 @@ def _beside_modules(placed: dict[str, Placement]) -> dict[str, Placement]:
         taken.add(new)
         moved[name] = Placement(new[:-1], new[-1])
     return moved
+
+
+def _by_call(placement: Placement, name: str, node: fx.Node, user: fx.Node) -> bool:
+    """Whether a weight is used by calling the module that holds it."""
+    if user.target is aten.embedding.default:
+        return placement.lookup is not None and user.args[0] is node
+    if user.target not in PRODUCTS or placement.linear is None:
+        return False
+    if placement.leaf == "weight":
+        return user.args[1] is node
+    # the bias of a module of the same name
+    beside = f"{name.rpartition('.')[0]}.weight"
+    return getattr(user.args[1], "target", None) == beside
 
 
 def _linears(

@@ -15,12 +15,14 @@ from reroll.errors import ProgramError, UsageError
 from reroll.rewrite.capture.side_files import GENERATION_FILE, generation_file
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Origin
-from reroll.rewrite.ir.weights import Weight, WeightTable, stored_name
+from reroll.rewrite.ir.weights import Weight, WeightTable
 from reroll.rewrite.ir.weights.expressions import Source, meta_of
 from reroll.rewrite.ir.weights.sources import MemorySource
+from reroll.runtime.functions.weights import ReadEmbedding, ReadLinear
 from reroll.runtime.lowering.placement import Placement, placements
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import generation_config
+from reroll.runtime.models.placing import offloaded_state
 
 MERGE = "merge adapters first: merge_and_unload"
 
@@ -37,6 +39,8 @@ def program_of(
     """
     if not adapters:
         check_modules(model)
+    if state is None:
+        state = offloaded_state(model)
     program = with_own_heads(model)
     table, tensors = _stored(model, program, state)
     return replace(
@@ -53,11 +57,13 @@ def stored_tensors(model: Any) -> tuple[WeightTable, dict[str, Tensor]]:
     return _stored(model, with_own_heads(model), None)
 
 
-def from_stored(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+def from_stored(model: Any, state: Mapping[str, Any], *, every: bool) -> Mapping[str, Any]:
     """Rename a state dict from the names of a saved file to the model's names.
 
-    A file names a shared weight by the number of its entry, a module by the number of its trip. A
-    state dict that does not have exactly the names of a file is returned as it is.
+    A file has one name for a shared weight: that of the first trip, as the Program names it. The
+    result has each weight under `every` name, or under one: the file's, if the model has it. Other
+    names of that weight are then missing, as in what safetensors saves of any model. A state dict
+    that does not have exactly the names of a file is returned as it is.
     """
     _, tensors = stored_tensors(model)
     if set(tensors) != set(state):
@@ -65,7 +71,12 @@ def from_stored(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
-    return {n: state[stored] for stored, tensor in tensors.items() for n in names[id(tensor)]}
+    renamed: dict[str, Any] = {}
+    for stored, tensor in tensors.items():
+        own = names[id(tensor)]
+        one = stored if stored in own else min(own)
+        renamed |= dict.fromkeys(own if every else [one], state[stored])
+    return renamed
 
 
 def kept_tensors(model: Any, program: Program) -> Iterator[Tensor]:
@@ -126,7 +137,7 @@ def _stored(
             tensor = _tensor(model, placement)
             source = sources.get(id(tensor))
             if source is None:
-                stored = stored_name(name, len(entries))
+                stored = name.replace("*", str(trip))
                 source = sources[id(tensor)] = Source(stored, weight.meta)
                 tensors[stored] = tensor
             held.setdefault(source.name, []).append(placement)
@@ -257,6 +268,13 @@ def _move(node: fx.Node, new: str, *, tables: bool) -> None:
         node.graph.erase_node(node)
 
 
+# the functions of modules that compute what a Program computes with their weights
+_FORWARDS = {
+    nn.Linear: (nn.Linear.forward, ReadLinear.forward),
+    nn.Embedding: (nn.Embedding.forward, ReadEmbedding.forward),
+}
+
+
 def check_modules(model: Any) -> None:
     """Raise UsageError for a parameter or a kind of module that the Program has no place for."""
     expected: dict[str, type[nn.Module]] = {}
@@ -285,7 +303,8 @@ def check_modules(model: Any) -> None:
             )
     for name, module_class in expected.items():
         module = model.get_submodule(name.rpartition(".")[0])
-        if module_class is not nn.Module and type(module).forward is not module_class.forward:
+        allowed = _FORWARDS.get(module_class, (module_class.forward,))
+        if module_class is not nn.Module and type(module).forward not in allowed:
             raise UsageError(
                 f"a {type(module).__name__} is where the program has a {module_class.__name__}",
                 where=name.rpartition(".")[0],
@@ -301,7 +320,9 @@ def _origin(model: Any) -> Origin:
     files = dict(origin.files)
     if model.can_generate() and model.generation_config is not None:
         settings = generation_config(model.program)
-        if settings is None or settings.to_dict() != model.generation_config.to_dict():
+        same = settings and settings.to_dict() == model.generation_config.to_dict()
+        # transformers saves the file of every model that generates
+        if not same or GENERATION_FILE not in files:
             files[GENERATION_FILE] = generation_file(model.generation_config)
     edits = json.loads(json.dumps(edits, default=str))
     return replace(origin, config={**origin.config, **edits}, files=files)

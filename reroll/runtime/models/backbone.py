@@ -16,7 +16,7 @@ from transformers.modeling_outputs import (
     Seq2SeqModelOutput,
 )
 
-from reroll.runtime.lowering.modules import Scope
+from reroll.runtime.functions.weights import Scope
 from reroll.runtime.models.config import RerollConfig
 
 # the input that has the decoder's tokens
@@ -26,6 +26,8 @@ DECODER_TOKENS = "decoder_input_ids"
 class Part(Scope):
     """A module that holds weights of a lowered model, and runs that part of it."""
 
+    # a call runs it: weights of its own are read as attributes
+    gives_weights = False
     owner: Any
 
     @property
@@ -60,13 +62,16 @@ class Backbone(Part):
     def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """Compute the last hidden state [batch, time, width], behind the last norm.
 
-        The arguments are those of `RerollForCausalLM.run_forward`, in its order.
+        The arguments are those of `RerollForCausalLM.run_forward`, in its order. As of every
+        scope, the name of a weight gives that weight.
         """
+        if args and isinstance(args[0], str):
+            return super().forward(*args)
         run = self.owner.run_forward(self.owner._assembly.backbone, *args, **kwargs)
-        return last_hidden_output(run, return_dict)
+        return last_hidden_output(self.owner, run, return_dict)
 
 
-def last_hidden_output(run: Any, return_dict: bool | None) -> Any:
+def last_hidden_output(model: Any, run: Any, return_dict: bool | None) -> Any:
     """Return the output of transformers' decoders for a `Run` that gives the last hidden state."""
     result = BaseModelOutputWithPast(
         last_hidden_state=run.outputs[0],
@@ -74,7 +79,7 @@ def last_hidden_output(run: Any, return_dict: bool | None) -> Any:
         hidden_states=run.hidden_states,
         attentions=run.attentions,
     )
-    return result if return_dict is not False else result.to_tuple()
+    return model.returned(result, return_dict)
 
 
 class PairBackbone(Part):
@@ -106,7 +111,7 @@ class PairBackbone(Part):
             encoder_hidden_states=run.encoded.get("hidden_states"),
             encoder_attentions=run.encoded.get("attentions"),
         )
-        return result if return_dict is not False else result.to_tuple()
+        return self.owner.returned(result, return_dict)
 
 
 class Encoder(Part):
@@ -120,7 +125,7 @@ class Encoder(Part):
         if args:
             kwargs[self.main_input_name] = args[0]
         result = self.owner.run_encoder(**kwargs)
-        return result if return_dict is not False else result.to_tuple()
+        return self.owner.returned(result, return_dict)
 
 
 class Decoder(Part):
@@ -166,7 +171,7 @@ class Decoder(Part):
             attentions=run.attentions,
             cross_attentions=run.cross_attentions,
         )
-        return result if return_dict is not False else result.to_tuple()
+        return self.owner.returned(result, return_dict)
 
 
 def place_backbone(model: Any, kind: type[Part] = Backbone) -> None:

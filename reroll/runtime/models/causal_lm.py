@@ -101,9 +101,7 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         )
         for name, value in outputs.items():
             result[name] = value
-        if self._depths is not None and "depth" in outputs:
-            self._depths.append(outputs["depth"][:, -1])
-        return result if return_dict is not False else result.to_tuple()
+        return self.returned(result, return_dict)
 
     def run_forward(
         self,
@@ -163,6 +161,17 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         finally:
             self._depths = None
         return result
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        # here, and not in `forward`, which `generate` may compile
+        if self._depths is not None and "depth" in outputs:
+            self._depths.append(outputs["depth"][:, -1])
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
+            outputs, *args, **kwargs
+        )
+        return updated
 
     def prepare_inputs_for_generation(
         self,

@@ -22,4 +22,4 @@ class RerollDecoderModel(RerollForCausalLM):
         The arguments are those of `RerollForCausalLM.run_forward`, in its order.
         """
         run = self.run_forward(self._assembly.main, *args, **kwargs)
-        return last_hidden_output(run, return_dict)
+        return last_hidden_output(self, run, return_dict)

@@ -76,7 +76,7 @@ class RerollModel(RerollPreTrainedModel):
             loss = self.loss(outputs, labels, kwargs)
         given = {} if entries is None else {name: entries.of(name) for name in entries.entries}
         result = self._output_class(loss=loss, **outputs, **given)
-        return result if return_dict is not False else result.to_tuple()
+        return self.returned(result, return_dict)
 
     def loss(
         self, outputs: dict[str, Tensor], labels: Tensor | None, kwargs: dict[str, Any]

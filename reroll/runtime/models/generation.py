@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, GenerationMode
@@ -45,6 +46,11 @@ class RerollGenerationMixin(GenerationMixin):
     @property
     def keeps_cache(self) -> bool:
         """Whether a cache can hold all that new tokens need of earlier ones."""
+        raise NotImplementedError
+
+    @property
+    def masks_keys_only(self) -> bool:
+        """Whether the padding of tokens is read by attentions and recurrences alone."""
         raise NotImplementedError
 
     def _prepare_cache_for_generation(
@@ -104,11 +110,26 @@ class RerollGenerationMixin(GenerationMixin):
             input_ids, past_key_values=past_key_values, **kwargs
         )
 
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """Return the padding mask unchanged: the model makes its own masks."""
+    def create_masks_for_generate(
+        self,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the padding mask for a static cache: the model makes its own masks.
+
+        Behind the prompt, it is as long as the cache, with zeros behind the last token: a mask that
+        grew with every token would have each step compiled again.
+        """
         del kwargs
-        return attention_mask
+        if attention_mask is None or is_first_iteration or not self.masks_keys_only:
+            return attention_mask
+        # layers of constant size have no maximum; `generate` notes that of the caches it makes
+        longest = getattr(self, "_previous_max_cache_length", 0)
+        longest = max(longest, past_key_values.get_max_length())
+        missing = longest - attention_mask.shape[1]
+        return F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
 
 def without_cache(model: Any, consequence: str, hint: str) -> UsageError:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from reroll.errors import UsageError
+from reroll.errors import ContextError, UsageError
 from reroll.rewrite.checkpoint.hub import directory_of
 from reroll.rewrite.checkpoint.saved import load_program
 from reroll.rewrite.ir.dtypes import retype
+from reroll.rewrite.ir.program import Program
 from reroll.runtime.models.auto import model_class
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.heads import program_for
+from reroll.runtime.models.placing import Placing
 from reroll.runtime.models.saving import ADAPTER_FILES
 
 
@@ -28,18 +32,25 @@ def load_model(
     torch_dtype: Any = None,
     device_map: Any = None,
     subfolder: str = "",
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: Any = None,
+    offload_buffers: bool = False,
+    state_dict: Mapping[str, Any] | None = None,
     adapter_kwargs: dict[str, Any] | None = None,
     output_loading_info: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Load the lowered model of a directory or hub repository that reroll saved, in eval mode.
 
-    `dtype` is the Program's own or "auto", or fp32 for one in half precision. `device_map` is one
-    device. Other arguments change entries of the configuration, as in transformers.
+    `dtype` is the Program's own or "auto", or fp32 for one in half precision. `device_map` is a
+    device, a device for each module, or "auto" and the like, with `max_memory` by device; modules
+    on "disk" have their weights in `offload_folder`. `state_dict` has weights to use instead of the
+    directory's. Other arguments change entries of the configuration, as in transformers.
 
     Raises UsageError for options that a lowered model does not support, such as quantisation on
     load, and for a class that does not run this model.
     """
+    _refuse_meta()
     hub = {
         key: kwargs.pop(key, None) for key in ("revision", "cache_dir", "token", "local_files_only")
     }
@@ -51,7 +62,9 @@ def load_model(
     program = retype(program, torch_dtype if dtype is None else dtype)
     new_config.dtype = program.dtype
     model = model_class(program)(new_config, program)
-    model.load_weights(_device(device_map))
+    Placing(device_map, max_memory, offload_folder, offload_buffers).fill(model)
+    if state_dict is not None:
+        model.load_state_dict(state_dict, strict=False)
     if adapter is not None:
         model.load_adapter(str(adapter))
     model.eval()
@@ -61,6 +74,24 @@ def load_model(
         k: set() for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
     return model, {**empty, "error_msgs": []}
+
+
+def program_beside(config: RerollConfig, title: str) -> Program:
+    """Load the Program of the directory that a configuration was loaded from.
+
+    It is for a model without weights, which `accelerate.init_empty_weights` and the meta device
+    ask for. Raises UsageError elsewhere: a Program's model has no random weights.
+    """
+    name = config.name_or_path
+    if not name or nn.Linear(1, 1).weight.device.type != "meta":
+        raise UsageError(
+            f"{title} cannot be made from a configuration alone",
+            hint="use from_pretrained on what reroll saved, or Program.to_module; for a model "
+            "without weights, load the configuration from the directory, and make the model "
+            "inside accelerate.init_empty_weights()",
+        )
+    program = program_for(title, load_program(directory_of(name)), config, name)
+    return retype(program, config.dtype)
 
 
 def _base_and_adapter(
@@ -82,7 +113,7 @@ def _base_and_adapter(
 # arguments of from_pretrained that make no difference for a lowered model
 _NO_EFFECT = {
     "low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "weights_only", "force_download",
-    "attn_implementation", "_from_auto", "_commit_hash", "code_revision",
+    "attn_implementation", "_from_auto", "_commit_hash", "code_revision", "offload_state_dict",
     "resume_download", "proxies", "use_auth_token", "ignore_mismatched_sizes",
 }  # fmt: skip
 
@@ -135,21 +166,13 @@ def _check_fixed(new: dict[str, Any], stored: dict[str, Any], name: str) -> None
         )
 
 
-def _device(device_map: Any) -> torch.device | None:
-    """Return the only device of a device map; None for the default device.
-
-    Raises UsageError if there are several devices, or if it is no device.
-    """
-    if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
-        device_map = next(iter(device_map.values()))
-    if device_map is None:
-        return None
-    if device_map == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(
-            f"a lowered model loads onto one device, not {device_map!r:.80}",
-            hint='device_map is a device such as "cuda:0"',
-        ) from error
+def _refuse_meta() -> None:
+    """Raise ContextError where new tensors are made without data, as in transformers."""
+    if torch.get_default_device().type == "meta":
+        raise ContextError(
+            "You are using `from_pretrained` with a meta device context manager or "
+            "`torch.set_default_device('meta')`: the weights would have no data",
+            where="from_pretrained",
+            hint="call it outside, with device_map=... ; AutoModel...from_config makes a model "
+            "without weights",
+        )

@@ -6,6 +6,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 from reroll.errors import UsageError
 from reroll.rewrite.analysis.dropout import dropout_remark
 from reroll.rewrite.analysis.reach import out_of_reach
-from reroll.rewrite.capture.pictures import ROLE
+from reroll.rewrite.analysis.state_plan import stateful_nodes
+from reroll.rewrite.capture.pictures import ROLE, picture_inputs
 from reroll.rewrite.ir.defaults import fitted, ordinary_token
 from reroll.rewrite.ir.dtypes import retype
 from reroll.rewrite.ir.program import Program
@@ -25,11 +27,12 @@ from reroll.runtime.functions.documents import Documents, documents_of
 from reroll.runtime.functions.loops import ForwardState
 from reroll.runtime.functions.trips import set_trips
 from reroll.runtime.lowering.assembly import Assembly, Default, assemble, reassemble
-from reroll.runtime.lowering.modules import tied_names
+from reroll.runtime.lowering.modules import Slot, share, shared_tensors, tied_names
 from reroll.runtime.lowering.recapture import from_stored, kept_tensors, program_of
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import generation_config
-from reroll.runtime.state.caches import layers_of
+from reroll.runtime.models.loading import program_beside
+from reroll.runtime.state.caches import append_exactly, layers_of, update_function
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +86,13 @@ class RerollPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _can_compile_fullgraph = True
+    # set for each model: see `decodes_in_one_graph`
+    _can_compile_fullgraph = False
     _skip_keys_device_placement = "past_key_values"
 
     def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
         super().__init__(config)
-        if program is None:
-            raise UsageError(
-                f"{type(self).__name__} cannot be made from a configuration alone",
-                hint="use from_pretrained on what reroll saved, or Program.to_module",
-            )
+        given, program = program, program or program_beside(config, type(self).__name__)
         if self.can_generate() and (settings := generation_config(program)) is not None:
             self.generation_config = settings
         self._assembly: Assembly = assemble(self, program)
@@ -101,8 +101,12 @@ class RerollPreTrainedModel(PreTrainedModel):
         self.main_input_name = next(i.name for i in program.inputs if i.role == "data")
         self._tied_weights_keys = dict(tied_names(self))
         self._no_split_modules = sorted({type(t).__name__ for t in self.trip_modules()})
+        self._can_compile_fullgraph = decodes_in_one_graph(self)
         self.post_init()
         self.all_tied_weights_keys = dict(self._tied_weights_keys)
+        if given is None and torch.get_default_device().type != "meta":
+            # as in a model of transformers, only parameters are without data
+            self.load_weights(only=lambda slot: not slot.is_parameter)
 
     @property
     def program(self) -> Program:
@@ -118,14 +122,51 @@ class RerollPreTrainedModel(PreTrainedModel):
         """
         return bool(self._assembly.layers) and self.program.has_past
 
-    def load_weights(self, device: torch.device | str | None = None) -> None:
-        """Compute the Program's weights and set them in the modules."""
+    # whether the weights of the Program are in the modules
+    _has_weights = False
+
+    @property
+    def masks_keys_only(self) -> bool:
+        """Whether the padding of tokens is read by attentions and recurrences alone."""
+        names = {i.name for i in self.program.inputs if i.role == "padding"}
+        return not names & self._assembly.interface.masks
+
+    def load_weights(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        put: Callable[[Slot, Tensor], None] | None = None,
+        only: Callable[[Slot], bool] | None = None,
+    ) -> None:
+        """Compute the Program's weights and set them in the modules.
+
+        `put` takes the holders of each weight and the weight, instead of setting it on a `device`.
+        Weights of which `only` is false are left alone.
+        """
         slots = self._assembly.tree.slots
         table = self.program.weights
-        slot_of = {at: slots[key] for key, at in table.distinct().items() if key in slots}
+        slot_of = {
+            at: slots[key]
+            for key, at in table.distinct().items()
+            if key in slots and (only is None or only(slots[key]))
+        }
         outputs = [Output(name, entry, table[name].entries[entry]) for name, entry in slot_of]
         for name, entry, tensor in evaluate_outputs(outputs, self.program.source):
-            slot_of[name, entry].fill(tensor.to(device) if device is not None else tensor)
+            slot = slot_of[name, entry]
+            if put is not None:
+                put(slot, tensor)
+            else:
+                slot.fill(tensor.to(device) if device is not None else tensor)
+        if only is None:
+            self._has_weights = True
+
+    def slot_names(self) -> dict[int, list[str]]:
+        """Return the names of the tensors that each slot fills, by the identity of the slot."""
+        paths = {module: name for name, module in self.named_modules()}
+        return {
+            id(slot): [f"{paths[m]}.{leaf}".lstrip(".") for m, leaf in slot.holders]
+            for slot in self._assembly.tree.slots.values()
+        }
 
     def code(self) -> Mapping[str, str]:
         """Return the generated Python source: "main", and one function per loop."""
@@ -191,9 +232,20 @@ class RerollPreTrainedModel(PreTrainedModel):
         if is_main_process:
             save_model(self, str(save_directory), state_dict, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict of this model, or the tensors of a file that it has saved."""
-        return super().load_state_dict(from_stored(self, state_dict), *args, **kwargs)
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state dict of this model, or the tensors of a file that it has saved.
+
+        A file has one name for a weight that modules share. If it is not `strict`, the others count
+        as missing, as in transformers.
+        """
+        shared = shared_tensors(self)
+        state_dict = from_stored(self, state_dict, every=strict)
+        result = super().load_state_dict(state_dict, strict, assign)
+        share(shared)
+        self._has_weights = True
+        return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the model or change its dtype; `to`, `half` and others call this.
@@ -204,16 +256,25 @@ class RerollPreTrainedModel(PreTrainedModel):
         """
         if "_assembly" not in self.__dict__:
             return super()._apply(fn, recurse)
+        shared = shared_tensors(self)
         dtype = fn(torch.empty(0, dtype=self.program.dtype)).dtype
         if dtype == self.program.dtype:
-            return super()._apply(fn, recurse)
-        program = retype(self.program, dtype)
-        kept = {id(t) for t in kept_tensors(self, program)}
-        super()._apply(
-            lambda t: t.to(fn(t.new_empty(0)).device) if id(t) in kept else fn(t), recurse
-        )
-        self._assembly = reassemble(program, self._assembly.loops, self._assembly.tree)
-        self.config.dtype = dtype
+            super()._apply(fn, recurse)
+        else:
+            program = retype(self.program, dtype)
+            kept = {id(t) for t in kept_tensors(self, program)}
+            super()._apply(
+                lambda t: t.to(fn(t.new_empty(0)).device) if id(t) in kept else fn(t), recurse
+            )
+            self._assembly = reassemble(program, self._assembly.loops, self._assembly.tree)
+            self.config.dtype = dtype
+        share(shared)
+        return self
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
+        """Give the weights memory on a device, without values; `init_weights` then sets them."""
+        super().to_empty(device=device, recurse=recurse)
+        self._has_weights = False
         return self
 
     # whether a call of `train` has said that nothing drops out
@@ -251,6 +312,11 @@ class RerollPreTrainedModel(PreTrainedModel):
         """
         outputs, state = self.run_function(self._assembly.main, inputs, past, **wishes)
         return self.named_outputs(outputs), state
+
+    def returned(self, result: Any, return_dict: bool | None) -> Any:
+        """Return a result as it is, or as a tuple where the caller or the configuration asks."""
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return result if wanted else result.to_tuple()
 
     def named_outputs(self, outputs: tuple[Any, ...]) -> dict[str, Tensor]:
         """Return the Program's outputs by name, without those that a call does not have."""
@@ -527,7 +593,28 @@ class RerollPreTrainedModel(PreTrainedModel):
         return {} if embeddings is None else {name or self.main_input_name: embeddings}
 
     def init_weights(self) -> None:
-        """Do nothing: the weights come from the Program."""
+        """Set the weights of the Program where the model has none: after `to_empty`.
+
+        A model on the meta device stays there.
+        """
+        tensors = [*self.parameters(), *self.buffers()]
+        if not self._has_weights and all(t.device.type != "meta" for t in tensors):
+            self.load_weights(tensors[0].device)
+
+    def initialize_weights(self) -> None:
+        """Set the weights of the Program where the model has none, as `init_weights` does."""
+        self.init_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Set a module's weights: those of the Program, or random ones if it has none for it."""
+
+        def holds(slot: Slot) -> bool:
+            return any(m is module for m, _ in slot.holders)
+
+        if not any(map(holds, self._assembly.tree.slots.values())):
+            super()._init_weights(module)
+        elif (tensor := next(chain(module.parameters(), module.buffers()))).device.type != "meta":
+            self.load_weights(tensor.device, only=holds)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: tied weights are one Parameter from the start."""
@@ -548,6 +635,23 @@ class RerollPreTrainedModel(PreTrainedModel):
         from reroll.runtime.models.resizing import resize
 
         return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+
+def decodes_in_one_graph(model: RerollPreTrainedModel) -> bool:
+    """Whether `torch.compile` makes one graph of a forward, the same for every step of decoding.
+
+    It does not where a model keeps no cache, reads pictures, computes with keys in another way than
+    attention does, or with the padding, which grows with every token.
+    """
+    program = model.program
+    if picture_inputs(program.inputs):
+        return False
+    if not model.keeps_cache:
+        return not model.can_generate()
+    updates = [
+        update_function(node) for _, graph in program.graphs() for node in stateful_nodes(graph)
+    ]
+    return model.masks_keys_only and append_exactly not in updates
 
 
 def _flat(value: Any) -> list[Any]:

@@ -112,7 +112,7 @@ class RerollForSeq2SeqLM(RerollPreTrainedModel, RerollGenerationMixin):
             encoder_hidden_states=run.encoded.get("hidden_states"),
             encoder_attentions=run.encoded.get("attentions"),
         )
-        return result if return_dict is not False else result.to_tuple()
+        return self.returned(result, return_dict)
 
     def run_forward(
         self,

@@ -18,8 +18,14 @@ from reroll.errors import UsageError
 from reroll.rewrite.analysis.state_plan import CacheLayer, readers
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import CACHE, RECURRENCE
-from reroll.runtime.functions.recurrences import RecurrentLayer, recur
+from reroll.runtime.functions.recurrences import (
+    RecurrentLayer,
+    StaticRecurrentLayer,
+    recur,
+    recurrence_of,
+)
 from reroll.runtime.state.growing import GrowingLayer
+from reroll.runtime.state.static import StaticWindowLayer
 from reroll.runtime.state.windows import WindowLayer
 
 # the configuration entry that holds a cache layer's size, by kind
@@ -30,12 +36,15 @@ _SIZES = {
 }
 
 
-def reroll_class(layer: CacheLayer) -> type | None:
-    """Return reroll's class for a cache layer, or None where transformers has one for it."""
+def reroll_class(layer: CacheLayer, static: bool = False) -> type | None:
+    """Return reroll's class for a cache layer, or None where transformers has one for it.
+
+    `static` says that the cache is one of constant shapes.
+    """
     if layer.layer_type == "hybrid_sliding":
-        return RecurrentLayer
+        return StaticRecurrentLayer if static else RecurrentLayer
     if layer.layer_type == "sliding_attention" and (layer.prefix or not layer.size):
-        return WindowLayer
+        return StaticWindowLayer if static else WindowLayer
     return None
 
 
@@ -66,7 +75,8 @@ def update_function(node: fx.Node) -> Callable[..., Any]:
     Only attention can take keys that include unfilled slots.
     """
     if node.target is RECURRENCE:
-        return recur
+        mixer = argument(node, "rule"), argument(node, "options")
+        return recurrence_of(*mixer) if all(isinstance(x, str) for x in mixer) else recur
     return append_exactly if None in readers(node) else append
 
 
@@ -118,7 +128,8 @@ def layers_of(cache: Any, plan: Sequence[CacheLayer]) -> list[Any] | None:
             hint="make it from the model's own configuration: DynamicCache(config=model.config)",
         )
     for number, planned in enumerate(plan):
-        layer_class, old = reroll_class(planned), cache.layers[number]
+        old = cache.layers[number]
+        layer_class = reroll_class(planned, old.is_compileable)
         if layer_class is None or type(old) is layer_class:
             continue
         if old.get_seq_length():

@@ -7,7 +7,7 @@ from copy import copy
 from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from reroll.errors import UsageError
 
@@ -22,6 +22,7 @@ class Rewinding:
 
     state_names: ClassVar[tuple[str, ...]]
     record_past: bool = False
+    is_compileable = False
     is_croppable = True
     _past: list[tuple[tuple[Any, ...], int, Callable[[int], Any]]] | None = None
 
@@ -105,7 +106,8 @@ _FLAGS = ("has_previous_state", "is_initialized")
 def can_split(layer: Any) -> bool:
     """Whether a layer replaces its tensors at every update, so that it can be split by rows."""
     kinds = (Rewinding, DynamicSlidingWindowLayer)
-    return isinstance(layer, kinds) and not getattr(layer, "record_past", False)
+    replaces = isinstance(layer, kinds) and not layer.is_compileable
+    return replaces and not getattr(layer, "record_past", False)
 
 
 def rows_of(layer: Any, rows: Tensor, batch: int) -> Any:
@@ -159,6 +161,8 @@ def restore(cache: Any, saved: list[Any]) -> None:
     for layer, state in zip(cache.layers, saved, strict=True):
         if isinstance(layer, Rewinding):
             layer.restore(state)
+        elif isinstance(layer, StaticLayer):
+            _restore_static(layer, state)
         elif isinstance(state, int):
             layer.crop(state - layer.get_seq_length())
         else:
@@ -168,6 +172,26 @@ def restore(cache: Any, saved: list[Any]) -> None:
 def _state(layer: Any) -> Any:
     if isinstance(layer, Rewinding):
         return layer.snapshot()
+    if isinstance(layer, StaticLayer):
+        length = layer.cumulative_length.clone()
+        if not layer.is_sliding or not layer.is_initialized:
+            return (length,)
+        return length, layer.cumulative_length_int, layer.keys.clone(), layer.values.clone()
     if isinstance(layer, DynamicSlidingWindowLayer):
         return layer.keys, layer.values, layer.cumulative_length
     return layer.get_seq_length()
+
+
+def _restore_static(layer: Any, state: tuple[Any, ...]) -> None:
+    """Write a state back to a layer of transformers that is written in place.
+
+    Of a layer that holds all tokens, the number of them is enough: later ones are overwritten.
+    """
+    length, *window = state
+    layer.cumulative_length.copy_(length)
+    if window:
+        layer.cumulative_length_int = window[0]
+        layer.keys.copy_(window[1])
+        layer.values.copy_(window[2])
+    elif layer.is_sliding:
+        layer.cumulative_length_int = int(length)

@@ -97,8 +97,8 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
             number = torch.where(visible, visible.long().cumsum(-1) - 1, -1)[:, -length:]
             self.filled = bool((visible.sum(-1) >= self.prefix).all())
         here = number[:, None, :] == wanted[:, None]  # [batch, prefix, time]
-        self.first_keys = _taken(self.first_keys, keys, here)
-        self.first_values = _taken(self.first_values, values, here)
+        self.first_keys = taken(self.first_keys, keys, here)
+        self.first_values = taken(self.first_values, values, here)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the next update's number of columns, and the first position after `kept`."""
@@ -135,7 +135,7 @@ def _join(old: Tensor, new: Tensor) -> Tensor:
     return torch.cat((old, new), 2) if old.numel() else new
 
 
-def _taken(old: Tensor | None, new: Tensor, here: Tensor) -> Tensor:
+def taken(old: Tensor | None, new: Tensor, here: Tensor) -> Tensor:
     """Take the tokens of `new` that `here` marks for each column, else keep those of `old`.
 
     `new` is [batch, heads, time, size], `here` [batch, n, time]. Returns [batch, heads, n, size].

@@ -129,7 +129,13 @@ class TestTable:
         assert table["layers.*.w"].for_trip(2) == b
         assert table["layers.*.w"].trips == 4
         assert table["layers.*.w"].elements() == 32
-        assert w.stored_name("layers.*.w", 1) == "layers.1.w"
+        assert table.stored_name("layers.*.w", 1) == "layers.1.w"
+        assert table.stored_name("head", 0) == "head"
+
+    def test_an_entry_is_stored_under_the_first_trip_that_uses_it(self) -> None:
+        a, b = leaf("a", 4, 4), leaf("b", 4, 4)
+        table = w.WeightTable({"layers.*.w": w.Weight((a, b), (0, 0, 1, 1))})
+        assert list(table.stored()) == ["layers.0.w", "layers.2.w"]
 
     def test_edits_leave_the_original_alone(self) -> None:
         table = w.WeightTable({"a": w.Weight((leaf("a", 2),)), "b": w.Weight((leaf("b", 2),))})

@@ -109,7 +109,7 @@ def test_a_device_map_is_one_device(saved: Path, device: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"device_map": "balanced"},
+        {"device_map": "evenly"},
         {"device_map": {"model": "cpu", "lm_head": "cuda:0"}},
         {"quantization_config": {"load_in_8bit": True}},
         {"no_such_option": 1},

@@ -34,7 +34,7 @@ from reroll.rewrite.analysis.tolerances import relative_rms
 from reroll.rewrite.ir.defaults import first_position
 from reroll.rewrite.ir.interpret import complete
 from reroll.rewrite.ir.program import Program
-from reroll.rewrite.ir.weights import stored_name
+from reroll.rewrite.ir.weights.expressions import Source
 from reroll.runtime.lowering.recapture import stored_tensors
 
 # relative RMS of outputs; with quantised weights, the module's weights are rounded equally, and
@@ -148,8 +148,9 @@ def round_weights(module: Any, program: Program, settings: Settings) -> None:
         bits = bits_of(settings, program, name)
         if bits is None:
             continue
-        for entry in range(len(weight.entries)):
-            tensor = tensors[stored_name(name, entry)]
+        for entry in weight.entries:
+            assert isinstance(entry, Source)
+            tensor = tensors[entry.name]
             tensor.data.copy_(dequantised(tensor.data, bits, settings.block))
 
 

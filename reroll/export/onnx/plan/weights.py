@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from reroll.rewrite.ir.program import Program
-from reroll.rewrite.ir.weights import stored_name
 from reroll.rewrite.ir.weights.expressions import Meta
 
 FILE = "weights.bin"
@@ -127,13 +126,13 @@ class Layout:
     ) -> Initializer:
         """Return an entry, or the stack of all; `view` is another shape of an entry's bytes."""
         if entry is not None and form.dtype == torch.int64 and form.bytes <= _INLINE:
-            name = form.named(stored_name(weight, entry))
+            name = form.named(self.weights.stored_name(weight, entry))
             return Initializer(name, weight, entry, form, view or form.shape, None)
         region = self._region(weight, form)
         if entry is None:
             name, shape = region.weight.replace("*", "all"), (region.entries, *form.shape)
         else:
-            name, shape = stored_name(region.weight, entry), view or form.shape
+            name, shape = self.weights.stored_name(region.weight, entry), view or form.shape
         name = form.named(name) + (".view" if view else "")
         offset = region.offset + (entry or 0) * form.bytes
         return Initializer(name, weight, entry, form, shape, offset)

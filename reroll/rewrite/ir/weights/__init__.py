@@ -47,7 +47,7 @@ from reroll.rewrite.ir.weights.json_form import (
     table_to_json,
 )
 from reroll.rewrite.ir.weights.registry import weight_function
-from reroll.rewrite.ir.weights.stacked import Weight, WeightTable, stored_name
+from reroll.rewrite.ir.weights.stacked import Weight, WeightTable
 from reroll.rewrite.ir.weights.text import expr_to_text, table_to_text
 from reroll.rewrite.ir.weights.text_parser import expr_from_text, table_from_text
 
@@ -82,7 +82,6 @@ __all__ = [
     "reshape",
     "scale",
     "slice_",
-    "stored_name",
     "sub",
     "svd_down",
     "svd_up",

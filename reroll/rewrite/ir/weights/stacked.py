@@ -2,7 +2,7 @@
 
 A weight outside loops has one expression. A weight inside a loop body is a stack of entries, with
 the number of the entry that each trip of the loop uses. Two trips with the same number are tied. In
-the name of a stacked weight, ``*`` stands for the entry number.
+the name of a stacked weight, ``*`` stands for the trip.
 """
 
 from __future__ import annotations
@@ -70,11 +70,6 @@ class Weight:
         return len(self.entries) * self.meta.elements
 
 
-def stored_name(name: str, entry: int) -> str:
-    """Return the name of one entry in a saved file: ``*`` becomes the entry number."""
-    return name.replace("*", str(entry))
-
-
 class WeightTable(Mapping[str, Weight]):
     """Ordered, immutable mapping from weight names to weights."""
 
@@ -86,7 +81,7 @@ class WeightTable(Mapping[str, Weight]):
                 raise ProgramError(
                     f"{name!r} is not a name for a weight "
                     + ("outside loops" if weight.index is None else "inside a loop"),
-                    hint="the name of a weight in a loop, and no other, has one * for the entry",
+                    hint="the name of a weight in a loop, and no other, has one * for the trip",
                 )
 
     def __getitem__(self, name: str) -> Weight:
@@ -119,6 +114,14 @@ class WeightTable(Mapping[str, Weight]):
             raise ProgramError(f"no weight is called {missing[0]!r}")
         return WeightTable({n: w for n, w in self.items() if n not in names})
 
+    def stored_name(self, name: str, entry: int) -> str:
+        """Return the name of one entry in a saved file: ``*`` becomes the first trip that uses it.
+
+        This is its name in the lowered module, so that a file can be loaded without the Program.
+        """
+        index = self[name].index
+        return name if index is None else name.replace("*", str(index.index(entry)))
+
     def stored(self) -> dict[str, tuple[str, int]]:
         """Map the name of each tensor in a saved file to (weight name, entry), in order.
 
@@ -127,7 +130,7 @@ class WeightTable(Mapping[str, Weight]):
         stored: dict[str, tuple[str, int]] = {}
         for name, weight in self.items():
             for entry in range(len(weight.entries)):
-                key = stored_name(name, entry)
+                key = self.stored_name(name, entry)
                 if key in stored:
                     raise ProgramError(
                         f"{name!r} and {stored[key][0]!r} would both be saved as {key!r}",
