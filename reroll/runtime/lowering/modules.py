@@ -124,6 +124,8 @@ class _Builder:
     def add_loop(self, loop: Loop) -> None:
         """Build the trips of a loop, and the modules of its weights below them."""
         names = list(weight_nodes(loop.body.graph))
+        # numbers that do not depend on the graph's order, which a saved Program may change
+        links = {name: number for number, name in enumerate(sorted(names))}
         root = self._root(loop, names)
         trips = []
         readings = self.tree.readings.setdefault(loop.name, {})
@@ -132,9 +134,9 @@ class _Builder:
             trip = TripModule()
             self._module(path[:-1], Scope).add_module(path[-1], trip)
             trips.append(trip)
-            for position, name in enumerate(names):
+            for name in names:
                 reading = self.add_weight(name, number)
-                readings[name] = self._from_trip(reading, trip, path, f"link_{position}")
+                readings[name] = self._from_trip(reading, trip, path, f"link_{links[name]}")
         self.tree.trips[loop.name] = trips
 
     def add_weight(self, name: str, trip: int) -> Reading:

@@ -21,6 +21,7 @@ from reroll.runtime.models.backbone import place_backbone
 from reroll.runtime.models.config import RerollConfig
 from reroll.runtime.models.generation import RerollGenerationMixin, without_cache
 from reroll.runtime.models.modeling import RerollPreTrainedModel, naming
+from reroll.runtime.models.outputs import DepthOutput
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ class RerollForCausalLM(RerollPreTrainedModel, RerollGenerationMixin):
         if labels is not None:
             extra = {k: v for k, v in kwargs.items() if k in _LOSS_OPTIONS}
             loss = language_loss(self, logits, labels, **extra)
-        result = CausalLMOutputWithPast(
+        # a class that has every output, so that exported graphs can return it
+        result = (DepthOutput if "depth" in outputs else CausalLMOutputWithPast)(
             loss=loss,
             logits=logits,
             past_key_values=run.past_key_values,

@@ -23,10 +23,20 @@ class RerollModel(RerollPreTrainedModel):
 
     def __init__(self, config: RerollConfig, program: Program | None = None) -> None:
         super().__init__(config, program)
-        # made here, because compiled code cannot make a class
-        self._output_class = output_class(
-            ("loss", *self.program.outputs, *marked_names(self.program))
-        )
+        self._make_output_class()
+
+    def _make_output_class(self) -> None:
+        """Make the class of the outputs: before a forward, as compiled code cannot make a class."""
+        names = marked_names(self.program)
+        self._output_class = output_class(("loss", *self.program.outputs, *names))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the class is made again where a pickle is opened
+        return {k: v for k, v in self.__dict__.items() if k != "_output_class"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._make_output_class()
 
     def forward(
         self,

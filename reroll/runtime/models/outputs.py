@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
+
+
+@dataclass
+class DepthOutput(CausalLMOutputWithPast):
+    """The outputs of a language model with exits: also the number of trips of each token."""
+
+    depth: Tensor | None = None
 
 
 @cache

@@ -21,6 +21,8 @@ KINDS = {
     "delta": "linearize(mixer=gated_deltanet, window=4)",
     "slots": "linearize(mixer=gsa, window=4)",
     "exits": "insert_exits(at=[1])",
+    # the test of an exit reads weights outside of the trip
+    "exits open": "insert_exits(at=[1], threshold=0.05)",
 }
 
 
@@ -130,6 +132,28 @@ def test_copies_and_pickles_compute_the_same_on_weights_of_their_own(kind):
         assert torch.equal(each(ids()).logits, model(ids()).logits)
         generated = each.generate(ids(), max_new_tokens=4, do_sample=False, pad_token_id=0)
         assert torch.equal(generated, wanted)
+
+
+def test_an_encoder_is_pickled_with_the_class_of_its_outputs():
+    model = captured.captured("bert").to_module()
+    for each in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(each(ids() % 60)[0], model(ids() % 60)[0])
+
+
+@pytest.mark.parametrize("kind", ["rolled", "relaxed", "exits open"])
+def test_models_are_exported_as_graphs(kind):
+    model = lowered(kind)
+    inputs = {"input_ids": ids(), "use_cache": False}
+    with torch.no_grad():
+        graph = torch.export.export(model, (), inputs, strict=False).module()
+        assert torch.equal(graph(**inputs).logits, model(**inputs).logits)
+
+
+def test_the_configuration_asks_for_tuples():
+    for model in (lowered("rolled"), captured.captured("bert").to_module()):
+        model.config.return_dict = False
+        assert isinstance(model(ids() % 60), tuple)
+        assert not isinstance(model(ids() % 60, return_dict=True), tuple)
 
 
 def test_a_pickled_model_has_its_present_weights_and_can_be_saved(tmp_path):
