@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from reroll.errors import UsageError
 from reroll.rewrite.ir.program import Program
-from reroll.runtime.lowering.modules import Scope
+from reroll.runtime.functions.weights import Scope
 from reroll.runtime.lowering.placement import Placement, placements
 from reroll.runtime.lowering.recapture import untie
 from reroll.runtime.models.config import RerollConfig

@@ -23,11 +23,9 @@ from reroll.runtime.models.config import RerollConfig
 DECODER_TOKENS = "decoder_input_ids"
 
 
-class Part(Scope):
+class Part(nn.Module):
     """A module that holds weights of a lowered model, and runs that part of it."""
 
-    # a call runs it: weights of its own are read as attributes
-    gives_weights = False
     owner: Any
 
     @property
@@ -117,6 +115,8 @@ class PairBackbone(Part):
 class Encoder(Part):
     """The encoder of a lowered model."""
 
+    main_input_name: str
+
     def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """Encode the encoder's inputs: the main one by position, or all by keyword.
 
@@ -203,7 +203,7 @@ def place_pair(model: Any) -> None:
         module = next(
             (m._modules.get(name) for m in (model, model.base_model) if name in m._modules), None
         )
-        part = module if type(module) is Scope else Scope()
+        part: nn.Module = module if type(module) is Scope else Scope()
         place(part, kind, model)
         if kind is Encoder:
             part.main_input_name = model.main_input_name
