@@ -60,7 +60,7 @@ class Backbone(Part):
     def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         """Compute the last hidden state [batch, time, width], behind the last norm.
 
-        The arguments are those of `RerollForCausalLM.run_forward`, in its order. As of every
+        The arguments are those of `RerollDecoder.run_forward`, in its order. As of every
         scope, the name of a weight gives that weight.
         """
         if args and isinstance(args[0], str):

@@ -11,7 +11,8 @@ from reroll.rewrite.ir.hidden import marked_names
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.hidden import Wish, wanted_entries
 from reroll.runtime.models.config import RerollConfig
-from reroll.runtime.models.modeling import RerollPreTrainedModel, naming
+from reroll.runtime.models.inputs import naming
+from reroll.runtime.models.modeling import RerollPreTrainedModel
 from reroll.runtime.models.outputs import output_class
 
 # inputs of a loss for question answering: the position of the answer

@@ -17,8 +17,8 @@ from reroll.runtime.functions.loops import ForwardState, keep_positions
 from reroll.runtime.functions.losses import language_loss
 from reroll.runtime.lowering.assembly import EncoderDecoder
 from reroll.runtime.models.backbone import DECODER_TOKENS, place_pair
-from reroll.runtime.models.causal_lm import check_span, wants_cache
 from reroll.runtime.models.config import RerollConfig
+from reroll.runtime.models.decoder import check_span, wants_cache
 from reroll.runtime.models.generation import RerollGenerationMixin
 from reroll.runtime.models.modeling import RerollPreTrainedModel
 from reroll.runtime.models.own_generation import take_own_generation
