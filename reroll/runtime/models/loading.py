@@ -51,6 +51,13 @@ def load_model(
     load, and for a class that does not run this model.
     """
     _refuse_meta()
+    name = name or getattr(config, "name_or_path", None)
+    if not name:
+        raise UsageError(
+            "the program of a lowered model is in its directory, and none is named",
+            where=f"{cls.__name__}.from_pretrained",
+            hint="name the directory, with state_dict if the weights are others",
+        )
     hub = {
         key: kwargs.pop(key, None) for key in ("revision", "cache_dir", "token", "local_files_only")
     }

@@ -356,6 +356,11 @@ class RerollPreTrainedModel(ProgramInputs, PreTrainedModel):
         elif (tensor := next(chain(module.parameters(), module.buffers()))).device.type != "meta":
             self.load_weights(tensor.device, only=holds)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Return False: a lowered model computes attention itself, however it is configured."""
+        return False
+
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: tied weights are one Parameter from the start."""
 

@@ -229,3 +229,42 @@ def test_a_part_of_a_copy_belongs_to_the_copy():
     assert again.get_encoder().owner is again
     read = pickle.loads(pickle.dumps(model))
     assert read.get_decoder() is read.decoder
+
+
+def _logits(file, results):
+    values = torch.load(file, weights_only=False)
+    results.put(values["model"](values["ids"]).logits.detach().numpy())
+
+
+def test_a_spawned_process_gets_the_model(tmp_path):
+    model = lowered("relaxed")
+    torch.save({"model": model, "ids": ids()}, tmp_path / "values.pt")
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=_logits, args=(tmp_path / "values.pt", results))
+    process.start()
+    there = torch.from_numpy(results.get())
+    process.join()
+    assert torch.equal(there, model(ids()).logits)
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Data that a converted model computes, in the workers of a loader."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        return self.model(ids()[number : number + 1]).logits.detach()
+
+
+def test_spawned_workers_of_a_loader_compute_with_the_model():
+    model = lowered("exits")
+    loader = torch.utils.data.DataLoader(
+        Tokens(model), num_workers=1, multiprocessing_context="spawn", timeout=300
+    )
+    for number, value in enumerate(loader):
+        torch.testing.assert_close(value[0], model(ids()[number : number + 1]).logits)

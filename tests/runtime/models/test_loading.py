@@ -220,3 +220,20 @@ def test_a_configuration_that_is_not_its_own_is_refused(saved: Path) -> None:
     with pytest.raises(UsageError, match="tie_word_embeddings is part of the program"):
         load(saved, tie_word_embeddings=not tied)
     assert load(saved, tie_word_embeddings=tied).config.tie_word_embeddings == tied
+
+
+def test_a_configuration_names_its_directory(saved: Path) -> None:
+    loaded = load(saved)
+    weights = {name: tensor + 1 for name, tensor in loaded.state_dict().items()}
+    again = type(loaded).from_pretrained(None, config=loaded.config, state_dict=weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
+    with pytest.raises(UsageError, match="none is named"):
+        type(loaded).from_pretrained(None, config=captured.captured("llama").to_module().config)
+
+
+def test_attention_is_not_said_to_be_set(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = load(saved)
+    before = loaded(IDS).logits
+    loaded.set_attn_implementation("eager")
+    assert "does not support setting its attention implementation" in caplog.text
+    assert torch.equal(loaded(IDS).logits, before)
