@@ -390,7 +390,8 @@ class TestCalibration:
 
 def test_keeping_a_measured_part() -> None:
     after = linear("llama", 'linearize(window=3, sinks=0, gain=0.5, keep="auto:0.5")')
-    ranking, kept, done = after.origin.steps[-1].remarks
+    ranking, kept, done, weights = after.origin.steps[-1].remarks
+    assert weights.endswith("(output_attentions)")
     assert done.endswith("gates learned")
     assert ranking.startswith("KL on random tokens, and the same again, of each layer")
     (layer,) = attention_layers(after)

@@ -8,6 +8,7 @@ which attentions have entries, of which outputs, and in which order.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from reroll.rewrite.ir.ops import ATTENTION
 @torch.library.custom_op("reroll::weights_of", mutates_args=())
 def weights_of(out: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Stand for the weights [batch, heads, queries, keys] of the attention that returned `out`."""
-    raise NotImplementedError("the weights of an attention are not computed in a trace")
+    return q.new_full((*q.shape[:3], k.shape[2]), math.nan)
 
 
 @weights_of.register_fake

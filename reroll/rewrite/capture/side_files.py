@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -101,10 +102,18 @@ def _is_weight(name: str) -> bool:
 
 
 def generation_file(settings: Any) -> str:
-    """Write generation settings to a file that exists until the process ends; return its path."""
-    path = temporary_folder("generation") / GENERATION_FILE
+    """Write generation settings to a file that exists until the process ends; return its path.
+
+    The same settings are in the same file.
+    """
     # settings that say they are the configuration's are read without entries of their own
-    settings.to_json_file(path, keys_to_pop=["compile_config", "_from_model_config"])
+    return _written(settings.to_json_string(keys_to_pop=["compile_config", "_from_model_config"]))
+
+
+@cache
+def _written(settings: str) -> str:
+    path = temporary_folder("generation") / GENERATION_FILE
+    path.write_text(settings, encoding="utf-8")
     return str(path)
 
 

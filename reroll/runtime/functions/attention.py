@@ -153,10 +153,13 @@ def attend_with_weights(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `attend`, and the weights [batch, heads, time, keys] from which it is computed.
+    """Compute `attend`, and its weights [batch, heads, time, keys].
 
     Keys that a query does not see have weight 0, with unfilled slots of a static cache among them.
+    With gradients, the result is computed from the weights, so that these flow through them.
+    Without, it is `attend`'s own: whoever only looks at the weights gets the same tokens.
     """
+    given = q, k, v, scale, causal, mask, softcap, sinks, bias
     (batch, heads, length, _), keys = q.shape, k.shape[2]
     if isinstance(mask, Band):
         mask = mask.written_out(q.device)
@@ -170,6 +173,8 @@ def attend_with_weights(
     weights = _over_scores(
         lambda scores: _weights(scores, q, sinks), q, k, scale, mask, softcap, sinks, bias
     )
+    if not torch.is_grad_enabled():
+        return attend(*given), weights
     out = torch.matmul(weights, v.repeat_interleave(heads // v.shape[1], 1))
     return out.transpose(1, 2).contiguous(), weights
 

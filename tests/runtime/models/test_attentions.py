@@ -276,3 +276,12 @@ def test_in_half_precision(name: str) -> None:
     assert [w.dtype for w in actual] == [torch.bfloat16] * 4
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+@torch.no_grad()
+def test_asking_for_them_changes_no_logit(name: str) -> None:
+    lowered = captured(name, *([] if name == "t5" else [torch.bfloat16])).to_module()
+    labels = {"decoder_input_ids": IDS} if name == "t5" else {}
+    plain = lowered(IDS, attention_mask=MASK, **labels).logits
+    assert torch.equal(lowered(IDS, attention_mask=MASK, **labels, **ASK).logits, plain)
