@@ -268,3 +268,16 @@ def test_spawned_workers_of_a_loader_compute_with_the_model():
     )
     for number, value in enumerate(loader):
         torch.testing.assert_close(value[0], model(ids()[number : number + 1]).logits)
+
+
+def test_a_pickle_of_another_process_can_be_saved(tmp_path):
+    code = f"""
+import torch
+from tests.runtime.models.test_backbone import lowered
+torch.save(lowered("rolled"), {str(tmp_path / "model.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    model = torch.load(tmp_path / "model.pt", weights_only=False)
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    model.program.save(tmp_path / "program")

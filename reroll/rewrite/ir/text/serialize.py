@@ -6,7 +6,12 @@ The weights, which are large, and the origin, which is data of others, are JSON 
 
 from __future__ import annotations
 
+import atexit
 import copyreg
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,8 +79,28 @@ def program_from_json(data: object, source: TensorSource | None = None) -> Progr
 
 
 def _reduce(program: Program) -> tuple[Any, ...]:
-    """Pickle a Program as its JSON and its source of tensors."""
-    return program_from_json, (program_to_json(program), program.source)
+    """Pickle a Program as its JSON, its source of tensors, and its files of settings.
+
+    Those of a model object are in a folder that the process deletes when it ends.
+    """
+    paths = [p for p in map(Path, program.origin.files.values()) if p.name == _SETTINGS]
+    texts = {str(p): p.read_text(encoding="utf-8") for p in paths if p.is_file()}
+    return _unpickled, (program_to_json(program), program.source, texts)
+
+
+_SETTINGS = "generation_config.json"
+
+
+def _unpickled(data: Any, source: Any, texts: dict[str, str]) -> Program:
+    program = program_from_json(data, source)
+    files = dict(program.origin.files)
+    for name, path in files.items():
+        if path in texts and not Path(path).is_file():
+            folder = Path(tempfile.mkdtemp(prefix="reroll-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            (folder / name).write_text(texts[path], encoding="utf-8")
+            files[name] = str(folder / name)
+    return replace(program, origin=replace(program.origin, files=files))
 
 
 copyreg.pickle(Program, _reduce)
