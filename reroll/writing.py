@@ -6,6 +6,7 @@ writes through `new_directory`, `filled_directory` or `new_file`, which check ag
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import os
@@ -14,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from reroll.errors import ExportError, UsageError
@@ -327,3 +329,34 @@ def _sync_one(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ---- files that exist until the process ends
+
+_TEMPORARY: set[Path] = set()
+
+
+def temporary_folder(name: str) -> Path:
+    """Create a folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f"reroll-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _TEMPORARY.add(folder)
+    return folder
+
+
+def is_temporary(file: str | Path) -> bool:
+    """Whether a file is in a folder that this process removes when it ends."""
+    return not _TEMPORARY.isdisjoint(Path(file).parents)
+
+
+@cache
+def temporary_files(*contents: tuple[str, bytes]) -> Path:
+    """Write files, each a name and its content, to a folder that is removed when the process ends.
+
+    The same files are in the same folder.
+    """
+    folder = temporary_folder("files")
+    for name, content in contents:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder

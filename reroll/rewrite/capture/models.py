@@ -24,7 +24,6 @@ from reroll.rewrite.capture.side_files import (
     module_folders,
     side_files,
     side_names,
-    temporary_folder,
     weight_names,
 )
 from reroll.rewrite.capture.signature import adds_tokens, wraps_labels
@@ -34,6 +33,7 @@ from reroll.rewrite.checkpoint.saved import load_program
 from reroll.rewrite.ir.dtypes import DTYPES, dtype_of
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Origin
+from reroll.writing import temporary_folder
 
 log = logging.getLogger(__name__)
 

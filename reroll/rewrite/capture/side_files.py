@@ -7,17 +7,15 @@ If `modules.json` lists it as a module of sentence-transformers, it is kept with
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from reroll.writing import temporary_files
 
 GENERATION_FILE = "generation_config.json"
 MODULES_FILE = "modules.json"
@@ -107,18 +105,5 @@ def generation_file(settings: Any) -> str:
     The same settings are in the same file.
     """
     # settings that say they are the configuration's are read without entries of their own
-    return _written(settings.to_json_string(keys_to_pop=["compile_config", "_from_model_config"]))
-
-
-@cache
-def _written(settings: str) -> str:
-    path = temporary_folder("generation") / GENERATION_FILE
-    path.write_text(settings, encoding="utf-8")
-    return str(path)
-
-
-def temporary_folder(name: str) -> Path:
-    """Create a folder that is removed when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix=f"reroll-{name}-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    text = settings.to_json_string(keys_to_pop=["compile_config", "_from_model_config"])
+    return str(temporary_files((GENERATION_FILE, text.encode())) / GENERATION_FILE)

@@ -281,3 +281,4 @@ torch.save(lowered("rolled"), {str(tmp_path / "model.pt")!r})
     model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").is_file()
     model.program.save(tmp_path / "program")
+    assert reroll.load(tmp_path / "program").origin.files.keys() == {"generation_config.json"}

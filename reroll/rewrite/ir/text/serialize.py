@@ -6,10 +6,7 @@ The weights, which are large, and the origin, which is data of others, are JSON 
 
 from __future__ import annotations
 
-import atexit
 import copyreg
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from reroll.rewrite.ir.text.sections import read
 from reroll.rewrite.ir.verify import verify
 from reroll.rewrite.ir.weights import table_from_json, table_to_json
 from reroll.rewrite.ir.weights.expressions import TensorSource
+from reroll.writing import is_temporary, temporary_files
 
 FORMAT = 1
 
@@ -79,27 +77,21 @@ def program_from_json(data: object, source: TensorSource | None = None) -> Progr
 
 
 def _reduce(program: Program) -> tuple[Any, ...]:
-    """Pickle a Program as its JSON, its source of tensors, and its files of settings.
+    """Pickle a Program as its JSON, its source of tensors, and the files that this process removes.
 
-    Those of a model object are in a folder that the process deletes when it ends.
+    These are the settings of a model object, for example, or the tokenizer in a GGUF file.
     """
-    paths = [p for p in map(Path, program.origin.files.values()) if p.name == _SETTINGS]
-    texts = {str(p): p.read_text(encoding="utf-8") for p in paths if p.is_file()}
-    return _unpickled, (program_to_json(program), program.source, texts)
+    files = program.origin.files.items()
+    contents = {name: Path(path).read_bytes() for name, path in files if is_temporary(path)}
+    return _unpickled, (program_to_json(program), program.source, contents)
 
 
-_SETTINGS = "generation_config.json"
-
-
-def _unpickled(data: Any, source: Any, texts: dict[str, str]) -> Program:
+def _unpickled(data: Any, source: Any, contents: dict[str, bytes]) -> Program:
     program = program_from_json(data, source)
-    files = dict(program.origin.files)
-    for name, path in files.items():
-        if path in texts and not Path(path).is_file():
-            folder = Path(tempfile.mkdtemp(prefix="reroll-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            (folder / name).write_text(texts[path], encoding="utf-8")
-            files[name] = str(folder / name)
+    if not contents:
+        return program
+    folder = temporary_files(*contents.items())
+    files = {**program.origin.files, **{name: str(folder / name) for name in contents}}
     return replace(program, origin=replace(program.origin, files=files))
 
 
