@@ -46,6 +46,10 @@ class GgufFile:
     Raises CheckpointError if the file is no GGUF file, is damaged, or is truncated.
     """
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the data is a map of the file, which is opened again
+        return GgufFile, (self.path,)
+
     def __init__(self, file: str | Path) -> None:
         self.path = Path(file)
         try:

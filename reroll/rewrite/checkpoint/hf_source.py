@@ -106,6 +106,14 @@ class HfSource:
                 self._metas[name] = meta_of(tensor)
                 self._names.check(name, self._metas[name], where)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a trace leaves hooks of transformers in the model, which no rule calls and pickle refuses
+        model = deepcopy(self._model)
+        for module in model.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        return {**self.__dict__, "_model": model}
+
     def names(self) -> Iterable[str]:
         """Return the state-dict names of the tensors that the checkpoint has."""
         return self._names.available(self._metas)

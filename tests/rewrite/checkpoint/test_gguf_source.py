@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 from pathlib import Path
 
@@ -103,6 +104,14 @@ def test_loaded_tensors_are_the_callers(file: Path) -> None:
     source = GgufSource(file, meta_model())
     source.load("model.norm.weight").zero_()
     assert source.load("model.norm.weight").norm() > 0
+
+
+def test_a_pickled_source_opens_the_file_again(file: Path) -> None:
+    source = GgufSource(file, meta_model())
+    again = pickle.loads(pickle.dumps(source))
+    assert list(again.names()) == list(source.names())
+    for name in source.names():
+        assert torch.equal(again.load(name), source.load(name))
 
 
 def test_missing_and_misshapen_tensors(tmp_path: Path) -> None:

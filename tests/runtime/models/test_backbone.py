@@ -174,6 +174,24 @@ def test_a_pickled_program_is_the_same_program(kind):
     assert torch.equal(again.to_module()(ids()).logits, program.to_module()(ids()).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "bert"])
+def test_a_program_of_a_directory_is_pickled_with_its_names_not_its_tensors(name, dtype, tmp_path):
+    build(name).to(dtype).save_pretrained(tmp_path)
+    program = reroll.capture(tmp_path)
+    data = pickle.dumps(program)
+    assert len(data) < (tmp_path / "model.safetensors").stat().st_size
+    again = pickle.loads(data)
+    assert str(again) == str(program)
+    model, other = (p.to_module().eval() for p in (program, again))
+    tokens = ids() % program.origin.config["vocab_size"]
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    for inputs in ({}, {"attention_mask": mask}):
+        assert torch.equal(other(tokens, **inputs)[0], model(tokens, **inputs)[0])
+    assert torch.equal(pickle.loads(pickle.dumps(other))(tokens)[0], model(tokens)[0])
+
+
 def pair(name):
     config = transformers.BartConfig(
         vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
