@@ -12,6 +12,7 @@ import transformers
 
 import reroll
 from tests import captured, tiny
+from tests.runtime.models.test_seq2seq import assert_close
 from tests.tiny.types import build
 
 KINDS = {
@@ -220,23 +221,24 @@ def test_encoder_and_decoder_are_the_original_s(name):
     assert names[0] == names[1]
     with torch.no_grad():
         encoded = [encoder(**inputs, **kind) for encoder, _, _ in parts]
-        torch.testing.assert_close(encoded[1][0], encoded[0][0])
+        assert_close(encoded[1][0], encoded[0][0])
         assert len(encoded[1].hidden_states) == len(encoded[0].hidden_states)
         given = {"input_ids": ids()[:, :5] % 64, "encoder_hidden_states": encoded[0][0], **kind}
         if name != "whisper":
             given["encoder_attention_mask"] = mask
         decoded = [decoder(**given) for _, decoder, _ in parts]
-        torch.testing.assert_close(decoded[1][0], decoded[0][0])
-        torch.testing.assert_close(decoded[1].hidden_states, decoded[0].hidden_states)
+        assert_close(decoded[1][0], decoded[0][0])
+        for states in zip(decoded[1].hidden_states, decoded[0].hidden_states, strict=True):
+            assert_close(*states)
         # the cache that it returns is continued
         more = {**given, "input_ids": ids()[:, :1] % 64}
         further = [
             decoder(**more, past_key_values=made.past_key_values)
             for (_, decoder, _), made in zip(parts, decoded, strict=True)
         ]
-        torch.testing.assert_close(further[1][0], further[0][0])
+        assert_close(further[1][0], further[0][0])
         whole = [base(**inputs, decoder_input_ids=ids()[:, :5] % 64) for _, _, base in parts]
-        torch.testing.assert_close(whole[1][0], whole[0][0])
+        assert_close(whole[1][0], whole[0][0])
         assert type(whole[1]) is type(whole[0])
 
 
