@@ -6,6 +6,7 @@ The processes of a run read from one folder what one of them has captured.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,10 +18,7 @@ import transformers
 from reroll.rewrite.capture.export import capture
 from reroll.rewrite.capture.raising import raise_idioms
 from reroll.rewrite.capture.rolling import roll_loops
-from reroll.rewrite.checkpoint import MemorySource
 from reroll.rewrite.ir.program import Program
-from reroll.rewrite.ir.text.parser import parse
-from reroll.rewrite.ir.text.printer import to_text
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 # a folder of this run alone; set by conftest.py where the run has several processes
@@ -206,15 +204,14 @@ def flat(name: str, dtype: torch.dtype = torch.float32) -> Program:
 
 
 def write(program: Program, file: Path) -> None:
-    """Keep a Program and its tensors in one file, which appears whole."""
-    tensors = {name: program.source.load(name) for name in program.source.names()}
+    """Keep a Program, its tensors and its side files in one file, which appears whole."""
     # two processes may capture the same model: the file appears whole, twice
     part = file.with_suffix(f".{os.getpid()}")
-    torch.save({"text": to_text(program), "tensors": tensors}, part)
+    part.write_bytes(pickle.dumps(program))
     part.replace(file)
 
 
 def read(file: Path) -> Program:
     """The Program in a file of `write`."""
-    kept = torch.load(file)
-    return parse(kept["text"], MemorySource(kept["tensors"]))
+    program: Program = pickle.loads(file.read_bytes())
+    return program

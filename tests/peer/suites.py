@@ -106,7 +106,7 @@ def _captured(original: Any) -> Program:
     entries = {k: v for k, v in original.config.to_dict().items() if k not in RUN_ONLY}
     entries = {k: v for k, v in entries.items() if not k.startswith("init")}
     key = f"{_code()} {original.dtype} {type(original).__name__} {sorted(entries.items())}"
-    file = FOLDER / "captures" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pt"
+    file = FOLDER / "captures" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.pickle"
     if not file.exists():
         with quiet():
             program = reroll.capture(copy.deepcopy(original).eval())
