@@ -26,7 +26,7 @@ from reroll.rewrite.capture.side_files import (
     side_names,
     weight_names,
 )
-from reroll.rewrite.capture.signature import adds_tokens, wraps_labels
+from reroll.rewrite.capture.signature import adds_tokens, scales_embeddings, wraps_labels
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.checkpoint.hub import directory_of, file_of
 from reroll.rewrite.checkpoint.saved import load_program
@@ -124,6 +124,7 @@ def describe(model: Any, name: str | None = None, path: Path | None = None) -> O
         rereads_at=rereading_length(model),
         adds_tokens=adds_tokens(model),
         wraps_labels=wraps_labels(model),
+        scales_embeddings=scales_embeddings(model),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reroll.errors import CaptureError
 
@@ -61,6 +61,20 @@ def wraps_labels(model: Any) -> bool:
     except Exception as error:
         log.info("how %s moves its labels is not known: %s", type(model).__name__, error)
         return False
+
+
+def scales_embeddings(model: Any) -> bool:
+    """Whether the module that looks up a model's tokens does more, such as Gemma 3's, which scales.
+
+    Others scale behind it, as Granite does, so that embeddings are given to them unscaled.
+    """
+    table = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        module = table()
+    # transformers' own method raises for a model that has no tokens
+    except NotImplementedError:
+        return False
+    return isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward
 
 
 def adds_tokens(model: Any) -> bool:

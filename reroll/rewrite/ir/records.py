@@ -71,8 +71,10 @@ class Origin:
     ("aligned"). It is None if the model computes another loss, or none. `cache_span` is the number
     of tokens above which the original's results with and without its cache differ: 0 if they always
     do, None if never. `adds_tokens`: the original appends tokens of its own to the prompt in
-    generation. `wraps_labels`: given labels alone, its decoder starts with the last label. `unread`
-    are inputs that the original takes and that change none of its outputs.
+    generation. `wraps_labels`: given labels alone, its decoder starts with the last label.
+    `scales_embeddings`: the module that looks up its tokens also scales, so embeddings that take
+    their place are scaled already. `unread` are inputs that the original takes and that change none
+    of its outputs.
     """
 
     model: str
@@ -88,6 +90,7 @@ class Origin:
     cache_span: int | None = None
     adds_tokens: bool = False
     wraps_labels: bool = False
+    scales_embeddings: bool = False
     unread: tuple[str, ...] = ()
 
     @property

@@ -47,6 +47,25 @@ class ReadLinear(nn.Linear):
         return getattr(self, x) if isinstance(x, str) else super().forward(x)
 
 
+class ScaledEmbedding(nn.Embedding):
+    """An `nn.Embedding` that multiplies the rows by `embed_scale`, a number or a tensor.
+
+    With `converted`, the tensor is converted to the rows' dtype before. peft scales what an adapter
+    adds by the attribute of this name.
+    """
+
+    gives_weights = True
+    embed_scale: Any
+    converted = False
+
+    def forward(self, x: Any) -> Tensor:
+        """Look up the rows `x`, or return the weight of the name `x`."""
+        if isinstance(x, str):
+            return getattr(self, x)  # type: ignore[no-any-return]
+        rows = super().forward(x)
+        return rows * (self.embed_scale.to(rows.dtype) if self.converted else self.embed_scale)
+
+
 class ReadEmbedding(nn.Embedding):
     """An `nn.Embedding` whose table the code of the model also reads itself."""
 

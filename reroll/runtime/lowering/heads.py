@@ -14,6 +14,7 @@ from reroll.runtime.functions.hidden import note
 from reroll.runtime.functions.loops import keep_positions, look_up, run_loop
 from reroll.runtime.lowering.hoisting import is_size
 from reroll.runtime.lowering.modules import Reading
+from reroll.runtime.lowering.scaling import scales
 
 aten = torch.ops.aten
 
@@ -82,9 +83,10 @@ def take_embeddings(
 
     Returns the path of the module that looks up the tokens of an input, by the input's name, and
     the inputs that embeddings can replace. They cannot where the tokens are also read for another
-    purpose.
+    purpose, nor where the original scales embeddings and it is not seen by what.
     """
     tokens = {i.name for i in program.inputs if i.role == "data"}
+    scaled = scales(program)
     paths: dict[str, str] = {}
     replaced = set()
     for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
@@ -95,10 +97,22 @@ def take_embeddings(
         if path is None or ids.target in paths:
             continue
         paths[ids.target] = path
+        if str(table.target) in scaled:
+            # the module of the table scales
+            node = _without_lookup(node)
         node.target, node.args, node.kwargs = look_up, (table, ids, ids.target, state), {}
-        if not _is_read(ids, node):
+        known = not program.origin.scales_embeddings or str(table.target) in scaled
+        if known and not _is_read(ids, node):
             replaced.add(ids.target)
     return paths, frozenset(replaced)
+
+
+def _without_lookup(lookup: fx.Node) -> fx.Node:
+    """Remove a lookup before the product that scales it, and return the product."""
+    (product,) = lookup.users
+    product.args = ()
+    lookup.graph.erase_node(lookup)
+    return product
 
 
 def _is_read(ids: fx.Node, lookup: fx.Node) -> bool:

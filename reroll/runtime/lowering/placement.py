@@ -14,7 +14,8 @@ from torch import fx, nn
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.program import Program, weight_nodes
-from reroll.runtime.functions.weights import ReadEmbedding, ReadLinear
+from reroll.runtime.functions.weights import ReadEmbedding, ReadLinear, ScaledEmbedding
+from reroll.runtime.lowering.scaling import Scale, scales
 
 aten = torch.ops.aten
 
@@ -30,6 +31,8 @@ _CONVOLUTIONS: dict[int, tuple[Any, type[nn.Module]]] = {
 PRODUCTS = (aten.linear.default, *(op for op, _ in _CONVOLUTIONS.values()))
 
 HEAD = ("lm_head",)
+# the attribute of a ScaledEmbedding
+SCALE = "embed_scale"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Convolution:
 class Lookup:
     """An `nn.Embedding` that looks up rows of a weight; the row `padding` is not trained.
 
-    `read` says that graphs also use the weight in another way.
+    `read` says that graphs also use the weight in another way. The rows are multiplied by `scale`.
     """
 
     path: Path
@@ -95,11 +98,23 @@ class Lookup:
     columns: int
     padding: int | None
     read: bool = False
+    scale: Scale | None = None
+
+    @property
+    def kind(self) -> type[nn.Embedding]:
+        """The class of the module, or of its base."""
+        return nn.Embedding if self.scale is None else ScaledEmbedding
 
     def make(self) -> nn.Embedding:
         """Make the module, on the meta device."""
-        kind = ReadEmbedding if self.read else nn.Embedding
-        return kind(self.rows, self.columns, self.padding, device="meta")
+        sizes = (self.rows, self.columns, self.padding)
+        if self.scale is None:
+            return (ReadEmbedding if self.read else nn.Embedding)(*sizes, device="meta")
+        module = ScaledEmbedding(*sizes, device="meta")
+        module.converted = self.scale.converted
+        if isinstance(self.scale.value, float):
+            module.embed_scale = self.scale.value
+        return module
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,11 @@ class Placement:
     leaf: str
     linear: Linear | Convolution | None = None
     lookup: Lookup | None = None
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether the weight is the factor of the rows of a table, whose module reads it alone."""
+        return self.leaf == SCALE and self.lookup is not None
 
     @property
     def paths(self) -> list[Path]:
@@ -175,6 +195,13 @@ def placements(program: Program) -> dict[str, Placement]:
             else:
                 linear = replace(linear, path=HEAD)
         placed[name] = Placement(path[:-1], path[-1], linear, lookup)
+    for table, scale in scales(program).items():
+        if (lookup := placed[table].lookup) is None:
+            continue
+        lookup = replace(lookup, scale=scale)
+        placed[table] = replace(placed[table], lookup=lookup)
+        if isinstance(scale.value, str):
+            placed[scale.value] = Placement(lookup.path, SCALE, None, lookup)
     placed = _beside_modules(placed)
     reads = {
         placement.paths[0]
@@ -208,6 +235,8 @@ def _beside_modules(placed: dict[str, Placement]) -> dict[str, Placement]:
 
 def _by_call(placement: Placement, name: str, node: fx.Node, user: fx.Node) -> bool:
     """Whether a weight is used by calling the module that holds it."""
+    if placement.is_scale:
+        return True
     if user.target is aten.embedding.default:
         return placement.lookup is not None and user.args[0] is node
     if user.target not in PRODUCTS or placement.linear is None:

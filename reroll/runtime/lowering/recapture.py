@@ -235,7 +235,7 @@ def with_own_heads(model: Any) -> Program:
     """Return the model's Program, with a weight of its own for a head that is no longer tied."""
     program: Program = model.program
     for name, placement in placements(program).items():
-        if placement.linear is None or placement.lookup is None:
+        if placement.linear is None or placement.lookup is None or placement.is_scale:
             continue
         head, table = (
             getattr(holder_of(model, path)[0], placement.leaf, None) for path in placement.paths
@@ -286,7 +286,7 @@ def check_modules(model: Any) -> None:
             if at.linear is not None:
                 expected[".".join((*at.linear.path, at.leaf))] = at.linear.kind
             if at.lookup is not None:
-                expected[".".join((*at.lookup.path, at.leaf))] = nn.Embedding
+                expected[".".join((*at.lookup.path, at.leaf))] = at.lookup.kind
     present = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     parts = ("base_layer", "lora_", "modules_to_save")
     for name in present:

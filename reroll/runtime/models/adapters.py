@@ -129,6 +129,8 @@ def _paths(place: Placement, index: tuple[int, ...] | None) -> list[str]:
 
 def _is_call(place: Placement, weight: fx.Node, user: fx.Node) -> bool:
     """Whether a node that reads a weight becomes a call of a module that holds it."""
+    if place.is_scale:
+        return True
     if user.target is aten.embedding.default:
         return place.lookup is not None and user.args[0] is weight
     if user.target is not aten.linear.default or place.linear is None:

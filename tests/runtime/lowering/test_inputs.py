@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -103,11 +104,21 @@ def test_sentence_pairs_with_positions():
     check("bert", {"input_ids": IDS, "token_type_ids": types, "position_ids": positions})
 
 
-@pytest.mark.parametrize("name", ["bert", "xlm_roberta", "roberta_decoder"])
+# Gemma 3 scales them in the module that looks them up
+@pytest.mark.parametrize("name", ["bert", "xlm_roberta", "roberta_decoder", "gemma3"])
 def test_embeddings_in_the_place_of_tokens(name):
-    embeddings = captured.model(name).get_input_embeddings()(padded(RIGHT)["input_ids"]).detach()
+    tokens = padded(RIGHT)["input_ids"]
+    embeddings = captured.model(name).get_input_embeddings()(tokens).detach()
+    assert torch.equal(lowered(name).get_input_embeddings()(tokens), embeddings)
     check(name, {"inputs_embeds": embeddings})
     check(name, {"inputs_embeds": embeddings, "attention_mask": RIGHT}, RIGHT)
+
+
+def test_embeddings_are_not_taken_where_the_scale_of_a_table_is_not_seen():
+    program = captured.captured("gpt2")
+    program = replace(program, origin=replace(program.origin, scales_embeddings=True))
+    with pytest.raises(UsageError, match="embeddings for this model"):
+        lower(program)(inputs_embeds=torch.zeros(ROWS, LENGTH, 32))
 
 
 def test_embeddings_do_not_stand_for_tokens_that_are_compared():

@@ -178,9 +178,10 @@ def test_labels_alone_are_moved_as_the_original_moves_them(name: str) -> None:
 
 
 @cache
-def bart() -> tuple[Any, Any]:
+def bart(**changes: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**SEQ2SEQ)).eval()
+    config = transformers.BartConfig(**{**SEQ2SEQ, **changes})
+    model = transformers.BartForConditionalGeneration(config).eval()
     return model, capture(model).to_module()
 
 
@@ -189,9 +190,9 @@ def both(name: str) -> tuple[Any, Any]:
     return bart() if name == "bart" else (captured.model(name), captured.captured(name).to_module())
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", "bart", "scaled bart"])
 def test_embeddings_in_the_place_of_tokens(name: str) -> None:
-    original, lowered = both(name)
+    original, lowered = bart(scale_embedding=True) if name == "scaled bart" else both(name)
     inputs = inputs_of(original)
     ids, tokens = inputs.pop("input_ids"), decoder_ids()
     inputs["inputs_embeds"] = original.get_input_embeddings()(ids)

@@ -38,6 +38,7 @@ def origin_to_json(origin: Origin) -> dict[str, Any]:
         **({} if origin.cache_span is None else {"cache_span": origin.cache_span}),
         **({"adds_tokens": True} if origin.adds_tokens else {}),
         **({"wraps_labels": True} if origin.wraps_labels else {}),
+        **({"scales_embeddings": True} if origin.scales_embeddings else {}),
         **({"unread": list(origin.unread)} if origin.unread else {}),
     }
 
@@ -52,6 +53,7 @@ def origin_from_json(data: object) -> Origin:
         "cache_span": None,
         "adds_tokens": False,
         "wraps_labels": False,
+        "scales_embeddings": False,
         "unread": [],
     }
     fields = _object(data, wanted.split(), optional)
@@ -75,6 +77,7 @@ def origin_from_json(data: object) -> Origin:
         cache_span=None if span is None else member(fields, "cache_span", int),
         adds_tokens=member(fields, "adds_tokens", bool),
         wraps_labels=member(fields, "wraps_labels", bool),
+        scales_embeddings=member(fields, "scales_embeddings", bool),
         unread=_texts(member(fields, "unread", list), "unread"),
     )
 
