@@ -13,6 +13,8 @@ from reroll.rewrite.pipeline.manager import Event, Measure
 from reroll.rewrite.pipeline.manager import run_passes as _run_passes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from reroll.rewrite.pipeline.pipeline import Pipeline
 
 __all__ = ["load", "parse", "run_passes"]
@@ -23,7 +25,7 @@ def run_passes(
     passes: Pipeline,
     *,
     text: str | Path | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | PreTrainedTokenizerBase | None = None,
     measure: Measure = "auto",
     stop_after: int | str | None = None,
     print_after: Collection[str] | Literal["all"] = (),
@@ -34,16 +36,17 @@ def run_passes(
 
     `passes` is a line of text such as "tie(blocks=10), relax(rank=64)", the path of a recipe, a
     pass, or a list of these. `text` is text, or a file with text (a `Path`), to calibrate and
-    measure on; a sample is included. The tokenizer is the original model's own if it has one.
+    measure on; a sample is included. `tokenizer` is one of transformers, or a function from text to
+    token ids; by default the original model's own if it has one.
 
     See `reroll.rewrite.pipeline.manager.run_passes` for the other arguments and the errors.
     """
     from reroll.evaluate.tokenizing import plain_ids, tokenizer_of
 
-    if tokenizer is None:
-        found = tokenizer_of(program)
-        if found is not None:
-            tokenizer = lambda content: plain_ids(found, content)  # noqa: E731
+    found = tokenizer_of(program) if tokenizer is None else tokenizer
+    if hasattr(found, "all_special_ids"):
+        # one of transformers gives more than ids, and adds special tokens
+        tokenizer = lambda content: plain_ids(found, content)  # noqa: E731
     return _run_passes(
         program,
         passes,

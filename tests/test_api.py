@@ -34,6 +34,20 @@ def test_public_names() -> None:
         _ = reroll.nothing
 
 
+def test_a_tokenizer_of_transformers_and_a_function_are_taken(program: reroll.Program) -> None:
+    tokenizer = tiny.tokenizer(prefix=True)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    rewritten = (
+        reroll.run_passes(program, "tie(blocks=1)", text="the cat sat " * 40, tokenizer=each)
+        for each in (tokenizer, ids)
+    )
+    one, other = (dict(p.origin.steps[0].measured) for p in rewritten)
+    assert one and one == other
+
+
 def test_import_is_light() -> None:
     heavy = run("import reroll, sys; print(sorted({'torch', 'transformers'} & set(sys.modules)))")
     assert heavy == "[]"

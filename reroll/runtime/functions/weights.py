@@ -63,7 +63,9 @@ class ScaledEmbedding(nn.Embedding):
         if isinstance(x, str):
             return getattr(self, x)  # type: ignore[no-any-return]
         rows = super().forward(x)
-        return rows * (self.embed_scale.to(rows.dtype) if self.converted else self.embed_scale)
+        scale = self.embed_scale.to(rows.dtype) if self.converted else self.embed_scale
+        scaled: Tensor = rows * scale
+        return scaled
 
 
 class ReadEmbedding(nn.Embedding):

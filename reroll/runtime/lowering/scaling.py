@@ -41,7 +41,7 @@ def scales(program: Program) -> dict[str, Scale]:
     for _, graph in program.graphs():
         for lookup in graph.find_nodes(op="call_function", target=aten.embedding.default):
             table = lookup.args[0]
-            if table.op == "get_attr":
+            if isinstance(table, fx.Node) and table.op == "get_attr":
                 scale = _scale(lookup)
                 products |= set(lookup.users) if scale else set()
                 uses.setdefault(str(table.target), set()).add(scale)
@@ -69,10 +69,12 @@ def _scale(lookup: fx.Node) -> Scale | None:
         return None
     if isinstance(factor, int | float):
         return Scale(float(factor))
+    if not isinstance(factor, fx.Node):
+        return None
     converted = factor.target is aten.to.dtype
     weight = factor.args[0] if converted else factor
     type_ = type_of(weight)
-    if type_ is None or type_.shape or weight.op != "get_attr":
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or type_ is None or type_.shape:
         return None
     return Scale(str(weight.target), converted)
 
