@@ -45,7 +45,8 @@ def test_a_tokenizer_of_transformers_and_a_function_are_taken(program: reroll.Pr
         for each in (tokenizer, ids)
     )
     one, other = (dict(p.origin.steps[0].measured) for p in rewritten)
-    assert one and one == other
+    assert one
+    assert one == other
 
 
 def test_import_is_light() -> None:
