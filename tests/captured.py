@@ -205,9 +205,14 @@ def flat(name: str, dtype: torch.dtype = torch.float32) -> Program:
 
 def write(program: Program, file: Path) -> None:
     """Keep a Program, its tensors and its side files in one file, which appears whole."""
+    appear(pickle.dumps(program), file)
+
+
+def appear(data: bytes, file: Path) -> None:
+    """Write a file for the other processes of a run."""
     # two processes may capture the same model: the file appears whole, twice
     part = file.with_suffix(f".{os.getpid()}")
-    part.write_bytes(pickle.dumps(program))
+    part.write_bytes(data)
     part.replace(file)
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,39 +70,13 @@ def real_model(request: pytest.FixtureRequest) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def captured_once():
-    """A model is captured once in a file of tests: a directory, or an object of a configuration.
+    """A model is captured once in a run of tests: a directory, or an object of a configuration.
 
     For tests of what is done with a capture; those of capturing go without.
     """
     from reroll.rewrite.capture import export
-    from reroll.rewrite.checkpoint import MemorySource
-
-    capture, known = export._captured, {}
-
-    def remembered(model, inputs, pictures, source=None, origin=None, halves=False):
-        if inputs is not None or not hasattr(model, "config"):
-            return capture(model, inputs, pictures, source, origin, halves=halves)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        if source is None:
-            key = tuple((n, p.shape) for n, p in parameters.items()), model.name_or_path
-        else:
-            files = sorted(Path(origin.model).iterdir()) if Path(origin.model).is_dir() else ()
-            key = origin, tuple((f.name, f.stat().st_mtime_ns) for f in files)
-        key = str((*key, type(model), model.config, model.dtype, model.training, pictures, halves))
-        if key not in known:
-            known[key] = capture(model, inputs, pictures, source, origin, halves=halves)
-        found = known[key]
-        programs = {}
-        for name in ("program", "in_half"):
-            program = getattr(found, name)
-            if program is not None and source is None:
-                # the graph of the first object, over the weights of this one
-                weights = {n: program.source.load(n) for n in program.source.names()}
-                weights |= {n: p.detach() for n, p in parameters.items() if n in weights}
-                program = replace(program, source=MemorySource(weights))
-            programs[name] = None if program is None else program.edit()
-        return replace(found, **programs)
+    from tests.remembered import remembering
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "_captured", remembered)
+        patch.setattr(export, "_captured", remembering(export._captured))
         yield
