@@ -60,7 +60,8 @@ def _key(model: Any, pictures: bool, source: Any, given: Origin, halves: bool) -
             data = buffer.detach().cpu().contiguous().view(-1).view(torch.uint8)
             digest.update(data.numpy().tobytes())
     names = None if source is None else sorted(source.names())
-    origin = replace(given, model="", revision=None, files={})
+    config = {name: value for name, value in given.config.items() if name != "_name_or_path"}
+    origin = replace(given, model="", revision=None, config=config, files={})
     settings = (type(model), model.config, model.dtype, model.training, pictures, halves)
     digest.update(str((parameters, names, origin, settings)).encode())
     return digest.hexdigest()

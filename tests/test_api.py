@@ -14,6 +14,8 @@ from reroll.errors import ProgramError, UsageError
 from reroll.rewrite.analysis.costs import flops_per_token, state_bytes
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.fixture(scope="module")
 def program() -> reroll.Program:

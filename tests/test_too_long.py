@@ -33,6 +33,8 @@ from reroll.rewrite.analysis.reach import position_limits
 from reroll.rewrite.analysis.samples import sample_text
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 POSITIONS = 64
 
 

@@ -23,6 +23,8 @@ from reroll.rewrite.ir.records import Step
 from reroll.rewrite.ir.weights import Weight, full
 from tests import captured, tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 

@@ -18,6 +18,8 @@ from tests import tiny
 from tests.captured import captured
 from tests.passes.sequences import in_parts
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TEXT = "linearize(mixer=gsa, mixer_options={{slots: 24}}, gates=clustered, samples=2, {})"
 JOINT = TEXT.format("window=16, combine=joint")
 

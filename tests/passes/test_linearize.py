@@ -30,6 +30,8 @@ from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
 from tests.passes.sequences import generate, in_parts, prompts
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 DISJOINT = "linearize(window=5, sinks=2, gain=0.5)"
 HYBRID = "linearize(window=5, sinks=2, gain=0.5, keep=2, feature_map=hedgehog)"
 LIGER = "linearize(window=5, sinks=0, combine=sum, gates=liger, rotary=false, feature_map=softmax)"

@@ -26,6 +26,8 @@ from tests.captured import captured
 from tests.conformance.pass_suite import PassSuite
 from tests.passes.sequences import prompts
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 NORMALISED = "linearize(mixer=linear, window=0, combine=joint)"
 BESIDE = "linearize(window=3, sinks=1, gain=0.5, feature_map=softmax)"
 JOINT = "linearize(window=3, sinks=1, gain=0.5, feature_map=hedgehog, combine=joint, keep=2)"

@@ -21,6 +21,8 @@ from reroll.rewrite.pipeline.pipeline import parse_pipeline
 from tests.captured import SPECIAL, TEXT, captured
 from tests.conformance.pass_suite import PassSuite
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 IDS = {"input_ids": torch.arange(12).reshape(2, 6)}
 UP = "model.layers.*.mlp.up_proj"
 

@@ -19,6 +19,8 @@ from reroll.recover.images import image_corpus, image_input
 from reroll.recover.recipe import parse
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 # 16 patches and the class token
 POSITIONS = 17
 

@@ -32,6 +32,8 @@ from tests.export.onnx.prompted import check_pieces, check_reference, inputs
 from tests.programs import call, typed
 from tests.programs import tiny as by_hand
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 CAUSAL = ("llama", "gemma3", "smollm3", "gpt2", "bloom")
 ENCODERS = ("bert", "dinov2", "vit")
 

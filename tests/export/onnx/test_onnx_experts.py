@@ -23,6 +23,8 @@ from tests.captured import SPECIAL, TEXT
 from tests.export.onnx.prompted import check_pieces
 from tests.exported import export
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 EXPERTS = 4
 
 

@@ -13,6 +13,8 @@ from reroll.export.onnx.graph import nodes_of
 from reroll.export.onnx.plan.quantise import dequantised, quantised
 from reroll.rewrite.ir.program import Program
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @cache
 def wide(blocks: int | None) -> Program:

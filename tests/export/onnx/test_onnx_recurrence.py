@@ -25,6 +25,8 @@ from tests import tiny
 from tests.captured import captured
 from tests.export.onnx.prompted import check_pieces, check_reference, inputs
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 SLOW = pytest.mark.slow
 MIXERS = tuple(registered())
 # what a mixer keeps beside its recurrent state

@@ -23,6 +23,8 @@ from reroll.rewrite.ir.text.compare import diff, same
 from reroll.rewrite.ir.weights import WeightTable
 from tests import captured
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -15,6 +15,8 @@ from reroll.mixers.registry import registered
 from reroll.rewrite.capture.export import capture
 from tests.captured import SPECIAL, TEXT, captured, flat, model
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TIME = 16
 # two documents in one row and three in the other
 LENGTHS = ((9, 7), (4, 1, 11))

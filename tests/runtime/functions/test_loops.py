@@ -16,6 +16,8 @@ from reroll.runtime.lowering.lower import lower
 from reroll.runtime.state.caches import append_exactly
 from tests import captured
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @cache
 def pair(windows: bool) -> tuple[Any, Any]:

@@ -18,6 +18,8 @@ from reroll.runtime.lowering.lower import lower
 from tests import captured
 from tests.tiny import types as tiny_types
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 ROWS, LENGTH, PAD = 3, 9, 1
 IDS = torch.randint(3, 60, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
 LEFT = (torch.arange(LENGTH) >= torch.tensor([[3], [0], [1]])).long()

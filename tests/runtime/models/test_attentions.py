@@ -16,6 +16,8 @@ from reroll.rewrite.capture.export import capture
 from reroll.rewrite.ir.hidden import WEIGHTS, drop_marks
 from tests.captured import SPECIAL, TEXT, captured, flat, llama, model
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
 MASK[0, :3] = 0

@@ -15,6 +15,8 @@ from tests import captured, tiny
 from tests.runtime.models.test_seq2seq import assert_close
 from tests.tiny.types import build
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 KINDS = {
     "rolled": None,
     "relaxed": "tie(blocks=2), relax(rank=2)",

@@ -15,6 +15,8 @@ from reroll.rewrite.capture import capture
 from reroll.runtime.lowering.lower import lower
 from tests import captured
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TEXT = {**captured.TEXT, "intermediate_size": 48}
 
 

@@ -11,6 +11,8 @@ from reroll.errors import UsageError
 from reroll.rewrite.capture.export import capture
 from tests import captured
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 MAKERS = ["llama", "qwen2", "gemma3", "gpt2"]
 NEW_TOKENS = 20
 

@@ -17,6 +17,8 @@ from reroll.rewrite.capture.rolling.split import pack_trips, split_loop
 from reroll.rewrite.ir.hidden import drop_marks
 from tests.captured import SPECIAL, TEXT, captured, flat, llama, model
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(IDS)
 MASK[0, :3] = 0

@@ -23,6 +23,8 @@ from reroll.runtime.models.own_generation import own_generation
 from tests import captured
 from tests.real import stored_dtype
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 # of the tiny model: tokens from the first timestamp on, and frames of one part of a recording
 SETTINGS = {
     "no_timestamps_token_id": 10, "is_multilingual": True, "suppress_tokens": [5],

@@ -25,6 +25,8 @@ from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.manager import run_passes
 from tests import captured
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
 

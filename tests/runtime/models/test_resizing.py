@@ -18,6 +18,8 @@ from reroll.export.onnx import Onnx
 from reroll.rewrite.pipeline.manager import run_passes
 from tests import captured, tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 SIZE = 64
 

@@ -21,6 +21,8 @@ from reroll.runtime.models.auto import model_class
 from reroll.runtime.models.config import RerollConfig
 from tests import captured
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 

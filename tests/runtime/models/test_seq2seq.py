@@ -18,6 +18,8 @@ from reroll.rewrite.ir.text.printer import to_text
 from reroll.runtime.lowering.lower import lower
 from tests import captured
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 NAMES = ["t5", "whisper"]
 
 

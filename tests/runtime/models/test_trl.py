@@ -12,6 +12,8 @@ from tests.runtime.models.test_backbone import KINDS, lowered
 trl = pytest.importorskip("trl", reason="pip install -c constraints.txt 'reroll[trl]'")
 from datasets import Dataset  # noqa: E402  (it comes with trl)
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 TEXTS = Dataset.from_dict({"text": ["a b c d e f a b c d", "c d", "d e f a b", "b"] * 2})
 PAIRS = Dataset.from_dict(
     {
