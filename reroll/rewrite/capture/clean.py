@@ -53,8 +53,9 @@ def flatten(
 
     Raises CaptureError if the graph writes to a buffer or to a tensor in place.
     """
+    make_functional(exported.graph)
     if mutates(exported.graph):
-        # functionalises without decomposing anything
+        # a second trace, which functionalises without decomposing anything
         exported = exported.run_decompositions({})
         if mutates(exported.graph):
             raise CaptureError("the model changes a tensor in place in a way that export keeps")
@@ -109,6 +110,67 @@ def writes(node: fx.Node) -> bool:
     """Whether a node writes to a tensor in place."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable and node.target not in COPIES
+
+
+def make_functional(graph: fx.Graph) -> None:
+    """Replace writes to tensors that nothing else reads by the ops that return the result.
+
+    `exported.run_decompositions` does so for all writes, but traces the graph twice, which takes as
+    long as the export. The graph is unchanged where one of its writes is read elsewhere, or where a
+    result would have another dtype or memory layout.
+    """
+    written = [node for node in graph.nodes if writes(node)]
+    targets = [functional_of(node) for node in written]
+    if all(map(_is_functional_as, written, targets)):
+        for node, target in zip(written, targets, strict=True):
+            node.target = target
+
+
+def _is_functional_as(node: fx.Node, target: Any) -> bool:
+    """Whether a functional op returns what a node writes, and no view shows the write."""
+    first: Any = node.args[0]
+    if target is node.target or any(map(_is_view, first.users)):
+        return False
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    values = node.meta["val"], target(*args, **kwargs)
+    old, new = ((v.dtype, str(v.shape), str(v.stride())) for v in values)
+    return old == new
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an op may return a tensor that shares data with an argument, without writing."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or node.op != "call_function":
+        return True
+    return not schema.is_mutable and any(value.alias_info for value in schema.returns)
+
+
+def functional_of(node: fx.Node) -> Any:
+    """Return a node's op, without writing to its first argument where only its result is read.
+
+    It is then the op that a capture has instead, in which nothing is written.
+    """
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or node.target in COPIES:
+        return node.target
+    name, overload = schema.name.removeprefix("aten::"), schema.overload_name or "default"
+    written = node.args[0] if node.args else None
+    if not name.endswith("_") or not isinstance(written, fx.Node) or not _is_fresh(written):
+        return node.target
+    later = {user for user in written.users if user is not node and user > node}
+    packet = getattr(aten, name.removesuffix("_"), None)
+    return node.target if later else getattr(packet, overload, node.target)
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether an op made a tensor that shares no data with another."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return False
+    return (
+        all(value.alias_info is None for value in schema.returns)
+        or functional_of(node) is not node.target
+    )
 
 
 def _weight_names(exported: torch.export.ExportedProgram) -> dict[str, str]:

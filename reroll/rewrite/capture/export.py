@@ -31,7 +31,6 @@ from reroll.rewrite.capture.entries import (
     take_marks,
 )
 from reroll.rewrite.capture.half_precision import (
-    functional_of,
     keeps_parameters,
     trace,
     with_dtypes_of,
@@ -436,7 +435,7 @@ class _Tracer:
         # the model's code may fail in half precision with any exception
         except Exception as error:
             return Miss(f"{type(error).__name__}: {error}")
-        if any(clean.writes(n) and functional_of(n) is n.target for n in traced.nodes):
+        if any(clean.writes(n) and clean.functional_of(n) is n.target for n in traced.nodes):
             return Miss("it changes tensors in place, so the trace in half precision has other ops")
         return with_dtypes_of(program, traced, half)
 

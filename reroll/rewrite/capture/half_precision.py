@@ -295,35 +295,7 @@ def _key(node: fx.Node) -> Any:
     """Return the op that aligned nodes share; all casts are one op, and so are all views."""
     if str(node.target).startswith(clean.CASTS):
         return TO
-    return aten.reshape.default if node.target in _VIEWS else functional_of(node)
-
-
-def functional_of(node: fx.Node) -> Any:
-    """Return a node's op, without writing to its first argument where only its result is read.
-
-    It is then the op that a capture has instead, in which nothing is written.
-    """
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable or node.target in clean.COPIES:
-        return node.target
-    name, overload = schema.name.removeprefix("aten::"), schema.overload_name or "default"
-    written = node.args[0] if node.args else None
-    if not name.endswith("_") or not isinstance(written, fx.Node) or not _is_fresh(written):
-        return node.target
-    later = {user for user in written.users if user is not node and user > node}
-    packet = getattr(aten, name.removesuffix("_"), None)
-    return node.target if later else getattr(packet, overload, node.target)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether an op made a tensor that shares no data with another."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return False
-    return (
-        all(value.alias_info is None for value in schema.returns)
-        or functional_of(node) is not node.target
-    )
+    return aten.reshape.default if node.target in _VIEWS else clean.functional_of(node)
 
 
 def _origin(node: Any) -> Any:

@@ -13,8 +13,8 @@ from torch import fx
 
 import reroll
 from reroll.errors import UsageError
+from reroll.rewrite.capture.clean import functional_of
 from reroll.rewrite.capture.export import rolled
-from reroll.rewrite.capture.half_precision import functional_of
 from reroll.rewrite.ir.dtypes import dtype_of, retype, without_casts
 from reroll.rewrite.ir.interpret import run
 from reroll.rewrite.ir.ops import WIDEN
