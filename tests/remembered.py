@@ -6,6 +6,7 @@ For tests of what is done with a capture; those of capturing go without (see `ca
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -106,13 +107,13 @@ def _captured_of(model: Any, kept: dict[str, Any], source: Any, given: Origin) -
 
 def _kept(key: str) -> dict[str, Any] | None:
     if key not in known and captured.shared is not None:
-        file = captured.shared / f"{key}.pt"
+        file = captured.shared / f"{key}.pickle"
         if file.exists():
-            known[key] = torch.load(file, weights_only=False)
+            known[key] = pickle.loads(file.read_bytes())
     return known.get(key)
 
 
 def _keep(key: str, kept: dict[str, Any]) -> None:
     known[key] = kept
     if captured.shared is not None:
-        captured.appear(kept, captured.shared / f"{key}.pt")
+        captured.appear(pickle.dumps(kept), captured.shared / f"{key}.pickle")

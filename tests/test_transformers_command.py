@@ -14,6 +14,8 @@ import reroll
 from reroll.errors import UsageError
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 INSTALL = "pip install -c constraints.txt 'reroll[serving]'"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

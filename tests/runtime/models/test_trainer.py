@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 import reroll
 from tests import captured, tiny
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
