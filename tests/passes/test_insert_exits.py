@@ -355,3 +355,23 @@ def test_heads_of_exits_decide_and_answer():
         after = lowered(IDS)
     assert left.any()
     assert not (after.depth == 1).any()
+
+
+# a trip with an open exit is called twice: for its layer, and for the test of the exit
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_open_exits_are_trained_with_gradient_checkpointing(reentrant):
+    lowered = exiting(f"at=[1], threshold={THRESHOLDS['margin']}").to_module().train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            lowered.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        lowered.zero_grad()
+        result = lowered(IDS, labels=IDS)
+        assert result.depth.lt(4).any()
+        assert result.depth.eq(4).any()
+        result.loss.backward()
+        grads.append({n: p.grad for n, p in lowered.named_parameters() if p.grad is not None})
+        grads[-1] = {n: g.clone() for n, g in grads[-1].items()}
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=0)
