@@ -1,10 +1,10 @@
 """Run a benchmark.
 
-    python -m benchmarks NAME [--help] [--json FILE] [--OPTION VALUE ...]
+    python -m benchmarks NAME [WORD ...] [--help] [--json FILE] [--OPTION VALUE ...]
 
 A benchmark is a file of `benchmarks/cases`. `about` says what is measured and beside what, `run` is
 the function that does it, as `module.function`. `options` are those of the command line with their
-defaults, of which None is text without one. `cases` maps titles to their values, in full or as the
+defaults, of which null is text without one. `cases` maps titles to their values, in full or as the
 name of an option: there is a row for each choice. `columns` are those of the `Table`. What else the
 file has is given to the function with the options.
 """
@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.harness import Row, Table, parse_options
+from benchmarks.harness import Row, Table, function_of, parse_options
 
 CASES = Path(__file__).with_name("cases")
 
@@ -52,22 +51,14 @@ def cases_of(benchmark: dict[str, Any], options: Namespace) -> list[Row]:
     return [dict(zip(titles, choice, strict=True)) for choice in choices]
 
 
-def function_of(benchmark: dict[str, Any]) -> Any:
-    """The function that adds the rows."""
-    module, _, name = benchmark["run"].partition(".")
-    return getattr(import_module(f"benchmarks.{module}"), name)
-
-
 def main() -> None:
     """Add the rows that are missing."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise SystemExit(__doc__)
     benchmark = loaded(sys.argv[1])
-    if "run" not in benchmark:
-        raise SystemExit(f"these are pipelines: python -m benchmarks.untrained {sys.argv[1]}")
     options = read_options(benchmark)
     table = Table(options, benchmark["columns"], cases=cases_of(benchmark, options))
-    function_of(benchmark)(table, options)
+    function_of(benchmark["run"])(table, options)
 
 
 if __name__ == "__main__":

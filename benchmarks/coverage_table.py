@@ -95,21 +95,7 @@ def called(row: Row) -> bool:
 
 def totals(rows: Sequence[Row]) -> str:
     """How far all rows got, as text."""
-    doors = dict.fromkeys(row.door for row in rows)
-    lines = []
-    for door in doors:
-        of_door = [row for row in rows if row.door == door]
-        counts = {
-            "types": len(of_door),
-            "captured": sum(row.nodes is not None for row in of_door),
-            "flat bit-identical": sum(row.exact for row in of_door),
-            "rolled": sum(bool(row.rolled) for row in of_door),
-            "right in every call": sum(map(called, of_door)),
-            "exported and run": sum(map(exports, of_door)),
-            "wrong without an error": sum(silent(row) for row in of_door),
-        }
-        lines.append(f"{door}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
-    return "\n".join(lines)
+    return "\n".join(_lines(_counts(rows)))
 
 
 def silent(row: Row) -> bool:
@@ -120,19 +106,19 @@ def silent(row: Row) -> bool:
 def tables(kind: Kind) -> dict[str, Callable[[Sequence[dict[str, Any]]], list[str]]]:
     """How each table of a kind of models is made of the rows of a file."""
 
-    def rows(content: Sequence[dict[str, Any]]) -> list[Row]:
-        return [row for row in (Row(**each) for each in content) if row.kind == kind]
+    def table(part: Callable[[Sequence[Row]], Cells], content: Any) -> list[str]:
+        return _lines(part([row for row in (Row(**each) for each in content) if row.kind == kind]))
 
     parts = {"counts": _counts, "refusals": _refusals, "types": _by_type}
-    return {name: partial(_table, rows, part) for name, part in parts.items()}
-
-
-def _table(rows: Callable[[Any], list[Row]], part: Any, content: Any) -> list[str]:
-    columns, cells = part(rows(content))
-    return [*harness.header(columns), *(harness.line(columns, row) for row in cells)]
+    return {name: partial(table, part) for name, part in parts.items()}
 
 
 Cells = tuple[dict[str, str], list[dict[str, Any]]]
+
+
+def _lines(cells: Cells) -> list[str]:
+    columns, rows = cells
+    return [*harness.header(columns), *(harness.line(columns, row) for row in rows)]
 
 
 def _counts(rows: Sequence[Row]) -> Cells:

@@ -1,104 +1,159 @@
-"""Agreement with the full depth against mean depth, for every criterion of exits.
-
-The model's own norm and head read the hidden states ("logit lens"). Thresholds are quantiles of the
-scores at each exit on other text; every token is run with the caches of those that left before it.
-`linear`, `mlp` and `gated` are logistic fits on cached states of `--fit` tokens of training text.
-Agreement is the part of tokens whose most likely next token is that of the full depth.
-
-    python -m benchmarks.exits [--model DIR] [--at 12,18,24] [--tokens 512] [--fit 4096]
-        [--criteria margin,...] [--json FILE] [--plot FILE] [--before FILE]
-
-`--before` adds what another run kept to the plot.
-"""
+"""Exits: agreement with the full depth over mean depth, and depth-wise batching."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import reroll
-from benchmarks.harness import MODEL, TEXT, WIKI, Row, Table, parse_options, text_ids
-from reroll.evaluate.classifiers import ExitStates, exit_states
-from reroll.evaluate.exits import predicted, scores_at, with_open
+from benchmarks import pipelines
+from benchmarks.harness import TEXT, WIKI, Row, Table, in_turns, medians, text_ids
+from reroll.evaluate.exits import calibrate, exit_trips, need_exits, scores_at, with_open
+from reroll.evaluate.serving import answer, compare_serving
 from reroll.passes.exits.scores import CLASSIFIERS
 from reroll.rewrite.ir.exits import exit_loop
+from reroll.rewrite.ir.program import Program
+from reroll.runtime.depthwise import DepthScheduler
+from reroll.runtime.depthwise.row_batch import gather_rows
 
-CRITERIA = ("margin", "entropy", "patience", "saturation", "latent", *CLASSIFIERS)
-LEVELS = {0.9: "quantile 0.9", 0.7: "0.7", 0.5: "0.5", 0.3: "0.3", 0.1: "0.1"}
+LEVELS = (0.9, 0.7, 0.5, 0.3, 0.1)
 
 
-def plot(rows: list[Row], file: Path) -> None:
+def measure(table: Table, options: Namespace) -> None:
+    """Add a row for each criterion, and draw all of them."""
+    pipelines.measure(table, options)
+    if options.plot:
+        before = json.loads(Path(options.before).read_text())["rows"] if options.before else []
+        earlier = [row | {"pipeline": f"{row['pipeline']}, before"} for row in before]
+        plot([*earlier, *table.rows], options.plot)
+
+
+def agreement(program: Program, original: Program, options: Namespace) -> Row:
+    """Agreement and mean depth at each quantile of the scores on other text."""
+    if exit_loop(program) is None:
+        trips = float(program.loops[0].trips)
+        return {
+            f"{of} at {n}": v for n in LEVELS for of, v in (("agreement", 1.0), ("depth", trips))
+        }
+    train = text_ids(options.model, TEXT / "wiki.train.txt", options.fit)
+    found: Row = {}
+    if any(f"criterion={name}" in program.origin.steps[-1].text for name in CLASSIFIERS):
+        full = program.to_module()
+        fitted = reroll.fit_exits(full, train, steps=150)
+        found["right when fitted"] = ", ".join(f"{share:.0%}" for share in fitted.values())
+        program = full.to_program()
+    tokens = torch.cat([train[:256], text_ids(options.model, WIKI, options.tokens)])
+    # no level is left out, whatever its risk
+    never = 1 - 1e-9
+    _, made = calibrate(program, tokens, levels=LEVELS, risk=never, confidence=1 - never)
+    for each in made.tried:
+        found[f"agreement at {each['level']}"] = 1 - each["observed"]
+        found[f"depth at {each['level']}"] = each["depth"]
+    return found
+
+
+def plot(rows: list[Row], file: str) -> None:
     """Draw a line for each criterion."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="tight")
     axes = figure.add_subplot()
-    for row in rows:
-        depths, agreements = zip(*sorted(row["points"]), strict=True)
-        style = "--" if row["criterion"].endswith("before") else "-"
-        axes.plot(depths, agreements, marker="o", linestyle=style, label=row["criterion"])
     axes.set(xlabel="mean depth", ylabel="agreement with the full depth")
     axes.grid(alpha=0.3)
+    for row in rows:
+        names = [level for level in LEVELS if f"depth at {level}" in row]
+        lines = [[row[f"{of} at {level}"] for level in names] for of in ("depth", "agreement")]
+        style = "--" if row["pipeline"].endswith("before") else "-"
+        axes.plot(*lines, marker="o", linestyle=style, label=row["pipeline"])
     axes.legend()
     figure.savefig(file, dpi=120)
 
 
-def measured(options: Any, criteria: list[str]) -> Iterator[Row]:
-    """Agreement and mean depth at each quantile, and those of the full depth, by criterion."""
-    original = reroll.capture(options.model, dtype=torch.float32)
-    rows = text_ids(options.model, WIKI, options.tokens).split(256)
-    train = text_ids(options.model, TEXT / "wiki.train.txt", options.fit)
-    trips = [stop - 1 for stop in options.at]
-    expected: torch.Tensor | None = None
-    states: ExitStates | None = None
-    for criterion in criteria:
-        passes = f"insert_exits(at={list(options.at)}, criterion={criterion})"
+# ---- depth-wise batching
+
+
+def serve(table: Table, options: Namespace) -> None:
+    """Add a row for each number of requests and each side, or for the parts of a tick."""
+    original = reroll.capture(options.model, dtype=getattr(torch, options.dtype))
+    ids = text_ids(options.model, WIKI, 10_000).tolist()
+    starts = range(0, 60 * max(options.requests) * options.queue, 60)
+    prompts = [ids[start : start + options.prompt] for start in starts]
+    for name, passes in pipelines.expanded(options):
+        missing = list(table.missing({"pipeline": name, "requests": n} for n in options.requests))
+        if not missing:
+            continue
         program = reroll.run_passes(original, passes, measure=False)
-        inserted = exit_loop(program)
-        assert inserted is not None
-        loop, exits = inserted
-        found: Row = {"criterion": criterion, "points": [(loop.trips, 1.0)]}
-        full = program.to_module()
-        if expected is None:
-            expected = torch.cat([predicted(full, row)[0] for row in rows])
-        if criterion in CLASSIFIERS:
-            states = states or exit_states(full, train)
-            fitted = reroll.fit_exits(full, states, steps=150)
-            found["right when fitted"] = ", ".join(f"{share:.0%}" for share in fitted.values())
-            program = full.to_program()
-        scores = scores_at(program, exits, trips, [train[:256]])
-        for level, title in LEVELS.items():
-            thresholds = {trip: scores[trip].quantile(level).item() for trip in trips}
-            model = with_open(program, thresholds).to_module()
-            tokens, depths = zip(*(predicted(model, row) for row in rows), strict=True)
-            same = (torch.cat(tokens) == expected).float().mean().item()
-            depth = torch.cat(depths).float().mean().item()
-            found["points"].append((depth, same))
-            found[title] = f"{same:.1%} at {depth:.1f}"
-        yield found
+        if options.parts:
+            first = exit_trips(program, need_exits(program)[1])[0]
+            model = with_open(program, {first: 0.5}).to_module()
+        else:
+            model = opened(program, prompts[:24], options).to_module()
+        for case in missing:
+            for row in (parts if options.parts else served)(
+                model, prompts, case["requests"], options
+            ):
+                table.add(case | row)
 
 
-def main() -> None:
-    """Add a row for each criterion, and draw all of them."""
-    options = parse_options(
-        __doc__, model=MODEL, at=(12, 18, 24), tokens=512, fit=4096, criteria=CRITERIA,
-        before=Path, plot=Path,
+def opened(program: Program, prompts: list[list[int]], options: Namespace) -> Program:
+    """The program with thresholds at quantiles of the scores of what it generates at full depth."""
+    loop, exits = need_exits(program)
+    run = answer(program.to_module(), prompts, slots=16, tokens=options.tokens)
+    rows = [torch.tensor(p + t[:-1]) for p, t in zip(prompts, run["tokens"], strict=True)]
+    found = scores_at(program, exits, exit_trips(program, exits), rows)
+    scores = {t: s.view(len(rows), -1)[:, 1 - options.tokens :] for t, s in found.items()}
+    for level in [float(options.level)] if options.level else options.levels:
+        tried = with_open(program, {t: s.quantile(level).item() for t, s in scores.items()})
+        depth = answer(tried.to_module(), prompts, slots=16, tokens=options.tokens)["depth"]
+        print(f"quantile {level}: {depth}", file=sys.stderr, flush=True)
+        if depth.mean <= 0.6 * loop.trips:
+            break
+    return tried
+
+
+def served(model: Any, prompts: list[list[int]], count: int, options: Namespace) -> list[Row]:
+    """What each side does with the requests, with so many slots."""
+    found = compare_serving(
+        model, prompts[: count * options.queue], slots=count, tokens=options.tokens,
+        rounds=options.rounds, while_full=options.full,
     )  # fmt: skip
-    columns = {"criterion": "{}", **dict.fromkeys(LEVELS.values(), "{:}")}
-    table = Table(options, columns | {"right when fitted": "{}"})
-    cases = table.missing({"criterion": name} for name in options.criteria)
-    missing = [case["criterion"] for case in cases]
-    for row in measured(options, missing) if missing else ():
-        table.add(row)
-    if options.plot:
-        before = json.loads(options.before.read_text())["rows"] if options.before else []
-        earlier = [row | {"criterion": f"{row['criterion']}, before"} for row in before]
-        plot([*earlier, *table.rows], options.plot)
+    return [
+        {"side": name, "depth": side.pop("depth")["mean"], **side}
+        for name, side in found["sides"].items()
+    ]
 
 
-if __name__ == "__main__":
-    main()
+def parts(model: Any, prompts: list[list[int]], count: int, options: Namespace) -> list[Row]:
+    """The processor's time of each part of a tick with so many rows, in milliseconds."""
+    scheduler = DepthScheduler(model, slots=count, length=64)
+    for prompt in prompts[:count]:
+        scheduler.submit(prompt, max_new_tokens=8)
+    scheduler.tick()
+    engine, now = scheduler.engine, scheduler._rows
+    slots = [row.slot for row in now]
+
+    def at(trip: int) -> Any:
+        for row in now:
+            row.trip, row.left = trip, False
+        return now
+
+    calls: dict[str, Callable[[], Any]] = {
+        "one trip": lambda: engine.run_step(at(0)),
+        "all trips not made": lambda: engine.run_skips(at(engine.trips // 2)),
+        "head": lambda: engine.logits(now),
+        "start of a token": lambda: engine.start(slots, [5] * len(slots)),
+    }
+    with torch.no_grad():
+        gather_rows(now)
+        found = {
+            name: medians(in_turns({name: call}, 15, clock=time.process_time, warm=0))[name]
+            for name, call in calls.items()
+        }
+    return [{f"{name}, ms": 1000 * seconds for name, seconds in found.items()}]

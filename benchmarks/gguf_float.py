@@ -1,23 +1,17 @@
-"""The weights of a quantised GGUF file once more, in floats or in blocks of 8 bits.
-
-    python -m benchmarks.gguf_float QUANTISED.gguf OUT.gguf [--type F32|F16|Q8_0] [--context N]
-
-llama.cpp then has the weights that transformers has after dequantising the same file, in a
-precision that an export has too. Tokenizer and hyperparameters are copied as they are, and so is
-the order of the rows of queries and keys, which in GGUF files is llama.cpp's. Vectors stay in fp32.
-Without a type nothing but the longest context changes, beyond which llama.cpp's server takes no
-prompt.
-"""
+"""The weights of a quantised GGUF file once more, in floats or in blocks of 8 bits."""
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import gguf
 
-from benchmarks.harness import parse_options
+from benchmarks.harness import Table
 
 
-def write(source: str, out: str, kind: str, context: int) -> None:
-    """Write every tensor of `source` to `out`, matrices as `kind`."""
+def write(table: Table, options: Namespace) -> None:
+    """Write every tensor of one file to another, matrices as `--type`; nothing is measured."""
+    (source, out), kind, context = options.name[1:], options.type, options.context
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(out, architecture)
@@ -39,14 +33,3 @@ def write(source: str, out: str, kind: str, context: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def main() -> None:
-    """Write the file."""
-    options = parse_options(__doc__, "files", type="", context=0)
-    source, out = options.files
-    write(source, out, options.type, options.context)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -162,13 +163,6 @@ def write_json(file: Path, content: Any) -> None:
     part.replace(file)
 
 
-def kept(file: Path, make: Callable[[], Row]) -> Row:
-    """The content of a JSON file, made and written if it is not there."""
-    if not file.is_file():
-        write_json(file, make())
-    return dict(json.loads(file.read_text(encoding="utf-8")))
-
-
 def in_turns(
     sides: Mapping[str, Callable[[], Any]],
     rounds: int,
@@ -245,30 +239,28 @@ def original(model: str, dtype: torch.dtype = torch.float32, **arguments: Any) -
 
 
 def filled_cache(model: Any, tokens: int) -> Any:
-    """A cache of a model of transformers with random keys and values of so many tokens."""
+    """A cache of a model with random keys and values of so many tokens."""
     from transformers import DynamicCache
 
     config, cache = model.config, DynamicCache(config=model.config)
     # a few numbers, over and over: making all of them takes longer than the steps
-    few = 0.1 * torch.randn(1, config.num_key_value_heads, 128, config.head_dim)
+    few = 0.1 * torch.randn(1, config.num_key_value_heads, 128, config.head_dim, dtype=model.dtype)
     whole = few.repeat(1, 1, tokens // 128 + 1, 1)[:, :, :tokens]
     for layer in range(config.num_hidden_layers):
         cache.update(whole.clone(), whole.clone(), layer)
     return cache
 
 
-def text_ids(
-    model: str, file: Path, tokens: int, *, skip: int = 0, special: bool = False
-) -> Tensor:
-    """The first tokens of a text [tokens], behind `skip` characters of it."""
+def text_ids(model: str, file: Path, tokens: int) -> Tensor:
+    """The first tokens of a text [tokens]."""
     from transformers import AutoTokenizer
 
     if not file.is_file():
         name = file.name.partition(".")[0]
         raise SystemExit(f"{file} is not there: make models NAMES=text:{name}")
     with file.open(encoding="utf-8") as opened:
-        text = opened.read(skip + 16 * tokens)[skip:]
-    ids = AutoTokenizer.from_pretrained(model).encode(text, add_special_tokens=special)
+        text = opened.read(16 * tokens)
+    ids = AutoTokenizer.from_pretrained(model).encode(text, add_special_tokens=False)
     return torch.tensor(ids[:tokens])
 
 
@@ -281,6 +273,12 @@ def progress(name: str) -> Callable[[Mapping[str, Any]], None]:
             print(f"  {name}: {step['stage']} loss {step['smooth']:.4g}, {left}", file=sys.stderr)
 
     return tell
+
+
+def function_of(name: str) -> Any:
+    """The function of a benchmark that a file of cases names, as `module.function`."""
+    module, _, function = name.partition(".")
+    return getattr(import_module(f"benchmarks.{module}"), function)
 
 
 def module_of(file: Path) -> Any:

@@ -1,16 +1,7 @@
-"""Killing convert, recover and export at moments spread over the run: what is left, what follows.
+"""Killing commands at moments spread over the run: what is left, and what follows.
 
-    python -m benchmarks.killed [--moments 36] [--commands convert,recover,export] [--json FILE]
-
-A process with everything imported forks for each run of a command on a tiny model, and the fork is
-killed (SIGKILL). Three quarters of the moments are times, spread evenly from the start of the run
-to its end; the others are calls that change files, spread evenly over all such calls of the run
-(opening to write, renaming, making and removing), each killed just before it is made. In every
-other run the output is there already and is to be replaced.
-
-After each kill the output has to be absent, as it was before, or finished. If anything is left
-beside it, the same command runs to its end and has to give what an uninterrupted run gives, bit for
-bit but for the times that it took, and leave nothing beside it.
+A process with everything imported forks for each run of a command, and the fork is killed. See
+`benchmarks/cases/killed.yaml`.
 """
 
 from __future__ import annotations
@@ -26,46 +17,17 @@ import signal
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Container
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, Table, header, line, parse_options
-
-PASSES = '--passes "tie(blocks=1), relax(rank=2)" --measure off'
-# these import and build what the commands need, so that forks have it; nothing is trained, since
-# threads of autograd do not outlive a fork
-BEFORE = (
-    "convert WORK/model WORK/rolled",
-    f"convert WORK/model WORK/tied {PASSES}",
-    "export WORK/rolled WORK/exported --check",
-    "compare WORK/rolled WORK/tied --max-tokens 64 --length 16",
-)
-COMMANDS = {
-    "convert": f"convert WORK/model OUT {PASSES}",
-    # eight steps
-    "recover": "recover WORK/tied OUT --teacher WORK/rolled --tokens 256 --data WORK/text.txt "
-    "--recipe WORK/recipe.yaml",
-    "export": "export WORK/rolled OUT --check",
-}
-RECIPE = """
-recover:
-  length: 16
-  batch: 2
-  held_rows: 2
-  save_every: 1
-  stages:
-    - distil: {lr: 0.003, share: 0.5}
-    - tune: {lr: 0.001, share: 0.5}
-"""
-COLUMNS = dict.fromkeys(("command", "number", "replaces", "killed", "left", "same"), "{}")
-# of the moments, how many are times; the others are calls that change files
-TIMED = 0.75
+from benchmarks.harness import Row, Table, header, line
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, options: Namespace) -> None:
     """Make a tiny model and what the commands need of it."""
     import accelerate  # noqa: F401
 
@@ -74,9 +36,9 @@ def prepare(folder: Path) -> None:
     from tests import tiny
 
     tiny.save(tiny.llama(layers=2), folder / "model", tiny.tokenizer())
-    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    (folder / "recipe.yaml").write_text(json.dumps(options.recipe), encoding="utf-8")
     (folder / "text.txt").write_text(sample_text(), encoding="utf-8")
-    for text in BEFORE:
+    for text in options.before:
         if refused := cli(shlex.split(text.replace("WORK", str(folder)))):
             raise SystemExit(refused)
 
@@ -182,9 +144,9 @@ def _without_times(value: Any) -> Any:
 class Victim:
     """A command that is killed, with what an uninterrupted run of it gives."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.out = folder / name / "out"
-        text = COMMANDS[name].replace("WORK", str(folder)).replace("OUT", str(self.out))
+    def __init__(self, name: str, folder: Path, options: Namespace) -> None:
+        self.out, self.options = folder / name / "out", options
+        text = options.runs[name].replace("WORK", str(folder)).replace("OUT", str(self.out))
         self.arguments = shlex.split(text)
         self.prepare(replaces=False)
         start = time.perf_counter()
@@ -219,7 +181,7 @@ class Victim:
 
     def killed_at(self, number: int, moments: int, arguments: list[str]) -> tuple[Row, bool]:
         """The moment with a number, and whether a run was killed at it."""
-        timed = round(TIMED * moments)
+        timed = round(self.options.timed * moments)
         if number < timed:
             seconds = self.seconds * (number + 0.5) / timed
             ended = killed_after(seconds, fork(arguments, self.out.parent))
@@ -280,22 +242,16 @@ def summary(content: Any) -> list[str]:
     return [*header(columns), *(line(columns, row) for row in lines)]
 
 
-def main() -> None:
+def measure(table: Table, options: Namespace) -> None:
     """Kill what has not been killed yet, and print the table."""
-    options = parse_options(__doc__, moments=36, commands=tuple(COMMANDS))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    table = Table(options, COLUMNS)
     with tempfile.TemporaryDirectory(prefix="killed-") as folder:
-        prepare(Path(folder))
+        prepare(Path(folder), options)
         for name in options.commands:
             cases = [{"command": name, "number": n} for n in range(options.moments)]
             if missing := list(table.missing(cases)):
-                victim = Victim(name, Path(folder))
+                victim = Victim(name, Path(folder), options)
             for case in missing:
                 table.add(case | victim.kill(case["number"], options.moments))
     print("\n".join(["", *summary({"rows": table.rows})]))
     sys.exit(not all(map(is_right, table.rows)))
-
-
-if __name__ == "__main__":
-    main()

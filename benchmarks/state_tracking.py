@@ -1,39 +1,20 @@
-"""What a mixer's state can follow: one layer learns parity, swaps and permutations, or cannot.
-
-`parity` counts ones modulo 2. `swaps` exchanges two of three items with each token, `permutations`
-applies any of the six permutations of three items; asked for is the order after each token. A state
-that only fades cannot do any of them for long, one that can flip what it holds does the first two,
-one that can rotate does all (Grazzi et al., 2024, arXiv 2411.12537; Siems et al., 2025, arXiv
-2502.10297). Each mixer is trained on short sequences and scored, on the last quarter of them, on
-longer ones.
-
-    python -m benchmarks.state_tracking [--steps 800] [--tasks parity,swaps] [--json FILE]
-"""
+"""What a mixer's state can follow: one layer learns a task from data, or cannot."""
 
 from __future__ import annotations
 
 import math
 import time
+from argparse import Namespace
 from itertools import permutations
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Row, Table, parse_options
+from benchmarks.harness import Row, Table
 from reroll.mixers import Mixer, make
 
-MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mamba2": ("mamba2", {}),
-    "gla": ("gla", {}),
-    "deltanet, beta to 1": ("deltanet", {}),
-    "deltanet, beta to 2": ("deltanet", {"negative": True}),
-    "deltaproduct, beta to 2": ("deltaproduct", {}),
-}
 ORDERS = torch.tensor(list(permutations(range(3))))
-# the tokens of a task: bits, the orders that swap two of three items, or all orders
-TASKS = {"parity": (0, 1), "swaps": (1, 2, 5), "permutations": tuple(range(6))}
 HEADS, SIZE, WIDTH = 4, 8, 32
 LENGTH = 31
 
@@ -43,9 +24,11 @@ def classes(task: str) -> int:
     return 2 if task == "parity" else len(ORDERS)
 
 
-def batch(task: str, rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def batch(
+    task: str, words: list[int], rows: int, length: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Tokens [rows, length + 1], the first of which says that a sequence begins, and answers."""
-    allowed = torch.tensor(TASKS[task])
+    allowed = torch.tensor(words)
     tokens = allowed[torch.randint(len(allowed), (rows, length), generator=generator)]
     begin = torch.full((rows, 1), classes(task))
     if task == "parity":
@@ -90,19 +73,18 @@ class Layer(nn.Module):
         return answers
 
 
-def train(task: str, name: str, steps: int) -> Row:
+def train(task: str, words: list[int], mixer: Mixer, steps: int) -> Row:
     """The share of right answers at the length of training and at four times that."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    mixer, options = MIXERS[name]
-    model = Layer(make(mixer, {"chunk_size": 32, **options}), classes(task))
+    model = Layer(mixer, classes(task))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     start = time.thread_time()
     for step in range(steps):
         # short sequences first
         now = min(LENGTH, 4 + LENGTH * 2 * step // steps)
-        tokens, answers = batch(task, 64, now, generator)
+        tokens, answers = batch(task, words, 64, now, generator)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), answers.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -111,22 +93,18 @@ def train(task: str, name: str, steps: int) -> Row:
         schedule.step()
     found = {"seconds": time.thread_time() - start}
     for length in (LENGTH, 4 * LENGTH):
-        tokens, answers = batch(task, 256, length, generator)
+        tokens, answers = batch(task, words, 256, length, generator)
         with torch.no_grad():
             right = model(tokens).argmax(-1) == answers
         found[f"at {length}"] = right[:, -length // 4 :].float().mean().item()
     return found
 
 
-def main() -> None:
+def measure(table: Table, options: Namespace) -> None:
     """Add one row for each task and mixer."""
-    options = parse_options(__doc__, tasks=tuple(TASKS), steps=800)
-    scores = {f"at {length}": "{:.2f}" for length in (LENGTH, 4 * LENGTH)}
-    table = Table(options, {"task": "{}", "mixer": "{}", **scores, "seconds": "{:.0f}"})
-    cases = [{"task": task, "mixer": name} for task in options.tasks for name in MIXERS]
-    for case in table.missing(cases):
-        table.add(case | train(case["task"], case["mixer"], options.steps))
-
-
-if __name__ == "__main__":
-    main()
+    for case in table.missing(
+        {"task": t, "mixer": m} for t in options.tasks for m in options.mixers
+    ):
+        name, given = options.mixers[case["mixer"]]
+        mixer = make(name, {"chunk_size": 32, **given})
+        table.add(case | train(case["task"], options.words[case["task"]], mixer, options.steps))

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoConfig
 
 import reroll
 from benchmarks.harness import (
@@ -25,98 +26,28 @@ from benchmarks.harness import (
     Table,
     best,
     clock_of,
-    filled_cache,
     in_turns,
     medians,
     original,
     run_process,
 )
+from benchmarks.onnx_speed import export, graph_side, module_side
 from reroll.mixers import compiled, make
 from reroll.recover import recover
 from reroll.recover.recipe import parse
-from reroll.rewrite.analysis.costs import state_bytes
 from reroll.runtime.functions.attention import attend
 from reroll.runtime.functions.bands import Band
 
 Run = Callable[[], Any]
-TOKEN = torch.tensor([[7]])
 
 
-# ---- prefill and decoding
-
-
-@torch.inference_mode()
-def speed(table: Table, options: Namespace) -> None:
-    """Prefill and decoding of a rolled, untied model, and of the original."""
-    models = {
-        "transformers": original(options.model, attn_implementation=options.attention),
-        "reroll": reroll.capture(options.model, dtype="float32").to_module().eval(),
-    }
-    caches: dict[str, Any] = {}
-    torch.manual_seed(0)
-
-    def prefill(name: str, ids: Tensor) -> None:
-        out = models[name](ids, use_cache=True, logits_to_keep=1)
-        caches[name] = out.past_key_values
-
-    def decode(name: str, ids: Tensor) -> None:
-        models[name](ids[:, :1], past_key_values=caches[name], use_cache=True)
-
-    for case in table.missing():
-        context = case["context"]
-        ids = torch.randint(0, models["reroll"].config.vocab_size, (1, context))
-        rounds = options.prefills.get(context, 3)
-        phases = {"prefill": (prefill, rounds, 1), "decode": (decode, 16 * rounds, 3)}
-        for phase, (run, count, warm) in phases.items():
-            sides = {name: partial(run, name, ids) for name in models}
-            seconds = medians(in_turns(sides, count, warm=warm))
-            tokens = context if phase == "prefill" else 1
-            case |= {f"{phase}, {name}, tokens/s": tokens / s for name, s in seconds.items()}
-            case[f"{phase}, ratio"] = seconds["transformers"] / seconds["reroll"]
-        table.add(case)
-
-
-@torch.inference_mode()
-def linearized(table: Table, options: Namespace) -> None:
-    """Decoding of models with a state of constant size, beside the original at each context."""
-    program = reroll.capture(options.model, dtype="float32")
-    programs = {
-        name: reroll.run_passes(program, text, measure=False)
-        for name, text in options.pipelines.items()
-    }
-    models = {name: each.to_module() for name, each in programs.items()}
-    models = {"original": original(options.model)} | models
-
-    def step(name: str, context: int) -> Run:
-        model = models[name]
-        if name == "original":
-            cache = filled_cache(model, context)
-        else:
-            # a prompt that fills the state, which then stands at the context's end
-            cache = model(torch.arange(160)[None] + 100, use_cache=True).past_key_values
-            for layer in cache.layers:
-                layer.cumulative_length = context
-        return partial(model, TOKEN, past_key_values=cache, use_cache=True)
-
-    drift: dict[str, dict[str, float]] = {}
-    for name in programs:
-        sides = {str(context): step(name, context) for context in options.contexts}
-        took = medians(in_turns(sides, 2 * options.steps, warm=3))
-        drift[name] = {context: s / next(iter(took.values())) for context, s in took.items()}
-    for context in options.contexts:
-        sides = {name: step(name, context) for name in models}
-        seconds = medians(in_turns(sides, options.steps, warm=3))
-        for name, each in seconds.items():
-            row = {"context": context, "model": name, "tokens/s": 1 / each}
-            row["of the original"] = seconds["original"] / each
-            row["state, MB"] = state_bytes(programs.get(name, program), context) / 1e6
-            row["over the first"] = drift.get(name, {}).get(str(context))
-            table.add(row)
+# ---- decoding
 
 
 def tied(table: Table, options: Namespace) -> None:
     """Decoding with fewer distinct layers, in each precision: what a layer's weights cost."""
     counts = {count: f"{count} layers" for count in options.blocks}
+    config = AutoConfig.from_pretrained(options.model)
     for case in table.missing():
         integers = case["precision"] == "int8"
         dtype = torch.float32 if integers else getattr(torch, case["precision"])
@@ -126,49 +57,23 @@ def tied(table: Table, options: Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             sides: dict[str, Run] = {}
             for count, side in counts.items():
-                shared = program
-                if count < program.loops[0].trips:
-                    text = f"tie(blocks={count}, layout={options.layout})"
-                    shared = reroll.run_passes(program, text, measure=False)
-                run = _in_onnx(shared, options.threads, folder) if integers else _in_torch(shared)
-                run(torch.arange(options.context)[None] + 5)
-                sides[side] = partial(run, TOKEN)
+                shared = count < program.loops[0].trips
+                passes = f"tie(blocks={count}, layout={options.layout})" if shared else ""
+                if integers:
+                    out = Path(folder, side)
+                    graphs = ("unrolled",)
+                    export(options.model, passes, out, graphs=graphs, precision="int8")
+                    path = out / "unrolled.onnx"
+                    sides[side] = graph_side(path, options.threads, config, options.context)
+                else:
+                    model = reroll.run_passes(program, passes, measure=False).to_module()
+                    sides[side] = module_side(model, options.context)
             # a step of its own brings back what the last side put out of the cache
             clock = clock_of(options.threads)
             seconds = medians(in_turns(sides, options.steps, clock=clock, before=True))
         first, *rest = counts.values()
         case |= {side: 1 / seconds[side] for side in counts.values()}
         table.add(case | {f"{side}, ratio": seconds[first] / seconds[side] for side in rest})
-
-
-def _in_torch(program: Any) -> Callable[[Tensor], Any]:
-    """What takes tokens behind those before, by the lowered module."""
-    from transformers import DynamicCache
-
-    model = program.to_module()
-    cache = DynamicCache(config=model.config)
-    return torch.inference_mode()(partial(model, past_key_values=cache))
-
-
-def _in_onnx(program: Any, threads: int, folder: str) -> Callable[[Tensor], Any]:
-    """The same by the exported graph, whose weights are integers."""
-    from reroll.export.onnx import Onnx
-    from reroll.export.onnx.emit.session import Session
-
-    directory = Path(tempfile.mkdtemp(dir=folder))
-    Onnx(graphs=("unrolled",), precision="int8").write(program, directory)
-    session = Session(directory / "unrolled.onnx", threads)
-    session.reset(1)
-    length = 0
-
-    def run(ids: Tensor) -> None:
-        nonlocal length
-        start, length = length, length + ids.shape[1]
-        mask = torch.ones(1, length, dtype=torch.long)
-        positions = torch.arange(start, length)[None]
-        session.run({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
-
-    return run
 
 
 # ---- mixers
@@ -256,27 +161,6 @@ RATE = 1e-4
 LORA = {"train": "lora", "lora_rank": 8, "lora_alpha": 16.0, "lora_on": ADAPTED, "lr": RATE}
 
 
-def with_adapters(model: Any) -> Any:
-    """A model of transformers with adapters on its attentions' projections, to train."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=ADAPTED)).train()
-
-
-def plain_loop(model: Any, batches: Iterable[Tensor], **options: Any) -> Iterator[float]:
-    """Train on rows of tokens [rows, length] as scripts usually do; yields each step's loss."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, weight_decay=0.0, **options)
-    for rows in batches:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(wanted, 1.0)
-        optimizer.step()
-        yield loss.item()
-
-
 def training(table: Table, options: Namespace) -> None:
     """Steps of recovery and of the plain loop; the first of each run is not counted."""
     shape = f"{options.batch} x {options.length}"
@@ -296,11 +180,25 @@ def training(table: Table, options: Namespace) -> None:
 
 
 def _plain(options: Namespace, work: str) -> list[float]:
-    """When each step of the plain loop ended."""
-    rows = torch.randint(0, 1000, (4, options.batch, options.length))
-    batches = itertools.islice(itertools.cycle(rows), options.steps)
-    steps = plain_loop(with_adapters(original(options.model)), batches, lr=RATE, betas=(0.9, 0.95))
-    return [time.perf_counter() for _ in steps]
+    """When each step ended of training a model of transformers and peft as scripts usually do."""
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(r=8, lora_alpha=16, target_modules=ADAPTED)
+    model = get_peft_model(original(options.model), adapters).train()
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(wanted, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    times = []
+    for _ in range(options.steps):
+        rows = torch.randint(0, 1000, (options.batch, options.length))
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wanted, 1.0)
+        optimizer.step()
+        loss.item()
+        times.append(time.perf_counter())
+    return times
 
 
 def _recovered(options: Namespace, work: str) -> list[float]:

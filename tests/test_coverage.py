@@ -120,6 +120,6 @@ def test_rows_are_kept_and_make_a_table(tmp_path):
     results.write()
     rows = list(Results(file).rows.values())
     assert [row.right for row in rows] == [True, False]
-    assert "captured 1" in totals(rows)
+    assert "| captured | 1 |" in totals(rows)
     rendered = rendered_table("coverage-causal-refusals", tmp_path)
     assert "CaptureError: no / yes | b (1)" in rendered
