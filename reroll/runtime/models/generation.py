@@ -68,6 +68,14 @@ class RerollGenerationMixin(GenerationMixin):
                 where=type(self).__name__,
                 hint="add them yourself, and take the next token from the logits of a call",
             )
+        if generation_config.assistant_early_exit is not None:
+            # transformers would change the configuration, which a lowered model does not read
+            raise UsageError(
+                "a lowered model does not draft with its own first layers",
+                where="assistant_early_exit",
+                hint="give a draft as assistant_model: any model of the same tokens, such as a "
+                "rewriting of this one with fewer trips",
+            )
         if self.keeps_cache:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, *rest, **kwargs

@@ -112,3 +112,14 @@ def test_embeddings_instead_of_tokens(pair: tuple[Any, Any]) -> None:
     assert torch.equal(tokens, generate(lowered, max_new_tokens=5)[:, -5:])
     with pytest.raises(UsageError, match="both tokens and embeddings"):
         lowered(**inputs, inputs_embeds=embeddings)
+
+
+def test_drafting_with_its_first_layers_is_refused_and_leaves_the_model_as_it_was(
+    pair: tuple[Any, Any],
+) -> None:
+    _, lowered = pair
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    before = lowered.generate(**padded(), **options)
+    with pytest.raises(UsageError, match="assistant_early_exit"):
+        lowered.generate(**padded(), **options, assistant_early_exit=1)
+    assert torch.equal(lowered.generate(**padded(), **options), before)
