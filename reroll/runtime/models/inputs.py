@@ -143,18 +143,21 @@ class ProgramInputs:
             elif item.role != "data" and value.shape[0] == 1:
                 values[item.name] = fitted(item, value, self._sizes(item, values)[0])
             if item.role == "padding":
-                values[item.name] = self._long_enough(item, values, past)
+                values[item.name] = self._as_long(item, values, past)
         return list(values.values())
 
-    def _long_enough(self, item: Input, values: Mapping[str, Tensor | None], past: Any) -> Any:
+    def _as_long(self, item: Input, values: Mapping[str, Tensor | None], past: Any) -> Any:
         """Extend a padding mask [batch, tokens] to all tokens, with zeros, as in transformers.
 
-        For attention that is not causal, a mask that hides nothing stays as it is.
+        For attention that is not causal, a mask that hides nothing stays as it is. Columns behind
+        the last token are cut off, but for a static cache, whose masks are as long as it is.
         """
         mask = values[item.name]
         if mask is None or mask.dim() != 2 or torch.compiler.is_compiling():
             return mask
         missing = int(past) + self._sizes(item, values)[1] - mask.shape[1]
+        if missing < 0 and isinstance(past, int):
+            return mask[:, :missing]
         decoder = item.name.startswith("decoder_") or not self.config.is_encoder_decoder
         causal = self.program.has_past and decoder
         if missing <= 0 or (not causal and bool(mask.all())):

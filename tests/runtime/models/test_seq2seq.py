@@ -259,3 +259,20 @@ def test_states_that_are_not_in_rows_are_refused() -> None:
     program = capture(transformers.FSMTForConditionalGeneration(config).eval())
     with pytest.raises(ProgramError, match="whose rows are not those of the batch"):
         lower(program)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_mask_that_is_longer_than_the_tokens_is_cut(name: str) -> None:
+    # as `generate` passes it with `prefill_chunk_size`
+    original, lowered = both(name)
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, 1:3] = 0
+    inputs = {**inputs_of(original), "decoder_attention_mask": mask}
+    tokens = decoder_ids()
+    outputs = []
+    for each in (original, lowered):
+        first = each(**inputs, decoder_input_ids=tokens[:, :4])
+        rest = {**inputs, "past_key_values": first.past_key_values}
+        outputs.append((first.logits, each(**rest, decoder_input_ids=tokens[:, 4:]).logits))
+    for expected, actual in zip(*outputs, strict=True):
+        assert_close(actual, expected)
