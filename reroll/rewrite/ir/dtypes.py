@@ -8,6 +8,7 @@ changes with the Program. A Program in fp32 keeps conversions of the first kind 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,8 @@ from reroll.rewrite.ir.records import Input, TensorType
 from reroll.rewrite.ir.shapes import concrete
 from reroll.rewrite.ir.types import run_without_data, set_dtype, set_type, type_of
 from reroll.rewrite.ir.weights import Weight, WeightTable, cast
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 # the ops that only change the dtype of a value
@@ -54,9 +57,10 @@ def dtype_of(
 def retype(program: Program, dtype: torch.dtype | str | None) -> Program:
     """Convert a Program to another dtype.
 
-    Conversion to fp32 is exact for the weights. Conversion to half precision rounds the trainable
-    weights, and gives the graph that a capture in half precision has. Raises UsageError where that
-    graph is not known.
+    Conversion to fp32 is exact for the weights; a warning names constants that the model computes
+    of its configuration, which were rounded when it was captured. Conversion to half precision
+    rounds the trainable weights, and gives the graph that a capture in half precision has. Raises
+    UsageError where that graph is not known.
     """
     if dtype == program.dtype:
         return program
@@ -69,6 +73,8 @@ def retype(program: Program, dtype: torch.dtype | str | None) -> Program:
             hint="capture the original model in it: "
             f"capture(model, dtype={_name(target)!r}), or reroll convert --dtype {_name(target)}",
         )
+    if program.dtype in HALVES:
+        _warn_of_rounded(program)
     graphs = retype_graphs(program, target)
     weights = {name: _weight(w, program.dtype, target) for name, w in graphs.weights.items()}
     reference = {name: _weight(w, program.dtype, target) for name, w in graphs.reference.items()}
@@ -76,6 +82,19 @@ def retype(program: Program, dtype: torch.dtype | str | None) -> Program:
     if target in HALVES:
         infer_types(result)
     return result
+
+
+def _warn_of_rounded(program: Program) -> None:
+    """Warn of constants, such as Gemma's scale of embeddings, that half precision has rounded."""
+    weights = program.weights.items()
+    rounded = [n for n, w in weights if not w.trainable and w.meta.dtype == program.dtype]
+    if rounded:
+        log.warning(
+            "rounded to %s, in which the model was captured: %s; capture it in float32 for the "
+            "original's own",
+            _name(program.dtype),
+            ", ".join(rounded),
+        )
 
 
 def retype_graphs(program: Program, dtype: torch.dtype) -> Program:

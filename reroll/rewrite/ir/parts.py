@@ -114,7 +114,7 @@ def last_hidden_state(program: Program) -> fx.Node:
     texts = [i.name for i in program.inputs if i.role == "data"] == ["input_ids"]
     if last is None or not texts:
         raise UsageError(
-            f"the hidden states of an {program.origin.architecture or 'unknown model'} are not "
+            f"the hidden states of {program.origin.architecture or 'the model'} are not "
             "taken out of it",
             hint=f"load it by {program.origin.auto_class}, and ask for output_hidden_states",
         )

@@ -103,8 +103,8 @@ class ProgramInputs:
                 return UsageError(
                     f"a mask with a row for each query does not fit this call: {error}",
                     where=item.name,
-                    hint="other operations than attention may need the padding mask: "
-                    "give it as [batch, tokens]",
+                    hint="give it as [batch, tokens], which windows with a cache and other "
+                    "operations than attention need, or call with use_cache=False",
                 )
             if not item.counts or value is None or tokens is None:
                 continue

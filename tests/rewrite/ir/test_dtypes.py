@@ -122,6 +122,15 @@ def test_what_asks_for_fp32_itself_survives_widening() -> None:
     )
 
 
+def test_constants_that_were_rounded_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    retype(retype(captured.captured("gemma3"), torch.bfloat16), torch.float32)
+    assert not caplog.text
+    rounded = reroll.capture(captured.model("gemma3", torch.bfloat16))
+    retype(rounded, torch.float32)
+    assert "rounded to bfloat16" in caplog.text
+    assert "model.embed_tokens.embed_scale" in caplog.text
+
+
 def test_it_is_written_down() -> None:
     text = str(wide("llama"))
     assert text.startswith("program dtype=f32 halves=[bf16, f16] model=")
