@@ -123,8 +123,8 @@ def test_what_asks_for_fp32_itself_survives_widening() -> None:
 
 
 def test_constants_that_were_rounded_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    retype(retype(captured.captured("gemma3"), torch.bfloat16), torch.float32)
-    assert not caplog.text
+    retype(retype(wide("gemma3"), torch.bfloat16), torch.float32)
+    assert "rounded" not in caplog.text
     rounded = reroll.capture(captured.model("gemma3", torch.bfloat16))
     retype(rounded, torch.float32)
     assert "rounded to bfloat16" in caplog.text
