@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reroll.rewrite.ir.program import Loop, Program, weight_nodes
 from reroll.rewrite.ir.weights.expressions import Meta
-from reroll.runtime.functions.weights import Scope
+from reroll.runtime.functions.weights import ScaledEmbedding, Scope
 from reroll.runtime.lowering.placement import Path, path_of, placements
 
 
@@ -85,7 +85,9 @@ class Slot:
                 # inside accelerate's init_empty_weights, register_parameter makes another one
                 module._parameters[leaf] = value
             else:
-                module.register_buffer(leaf, value)
+                # in the original, the factor of embeddings is in no state dict
+                own = isinstance(module, ScaledEmbedding)
+                module.register_buffer(leaf, value, persistent=not own)
 
 
 @dataclass
