@@ -147,7 +147,10 @@ def _stored(
         own_index = None if weight.index is None else tuple(index)
         table[name] = Weight(tuple(entries), own_index, weight.trainable)
     if state is not None:
-        tensors = {stored: _tensor_from(placements, state) for stored, placements in held.items()}
+        for stored, places in held.items():
+            # the factor of embeddings is in no state dict
+            if not places[0].is_scale:
+                tensors[stored] = _tensor_from(places, state)
         _check_names(model, held.values(), state)
     for source in sources.values():
         tensor = tensors[source.name]
