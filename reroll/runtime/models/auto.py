@@ -63,8 +63,10 @@ def register_models(config: Any) -> None:
         # transformers' server looks there for the class that a configuration names
         for package in packages:
             setattr(package, name, model)
-        # Trainer and pipelines use class names, for example to know whether labels are shifted
-        mapping._model_mapping.setdefault(config.model_type, name)
+        # Trainer and pipelines use class names, for example to know whether labels are shifted;
+        # lm-eval takes every type that stands among the encoder-decoders for one of them
+        other = "_seq2seq" if auto_class == "AutoModelForSeq2SeqLM" else ""
+        mapping._model_mapping.setdefault(config.model_type + other, name)
 
 
 class _LazyModel:

@@ -237,3 +237,13 @@ def test_attention_is_not_said_to_be_set(saved: Path, caplog: pytest.LogCaptureF
     loaded.set_attn_implementation("eager")
     assert "does not support setting its attention implementation" in caplog.text
     assert torch.equal(loaded(IDS).logits, before)
+
+
+def test_a_model_type_is_not_taken_for_an_encoder_decoder() -> None:
+    """lm-eval looks for the type among encoder-decoders first; Trainer looks for class names."""
+    from transformers.models.auto import modeling_auto
+
+    encoder_decoders = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    assert "reroll" in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert "reroll" not in encoder_decoders
+    assert "RerollForSeq2SeqLM" in encoder_decoders.values()
