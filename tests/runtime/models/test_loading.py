@@ -15,6 +15,8 @@ import transformers
 import reroll
 from reroll.errors import CheckpointError, ProgramError, RerollError, UsageError
 from reroll.rewrite.ir.dtypes import retype
+from reroll.runtime.models.auto import register_models
+from reroll.runtime.models.config import RerollConfig
 from tests import captured
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -243,6 +245,7 @@ def test_a_model_type_is_not_taken_for_an_encoder_decoder() -> None:
     """lm-eval looks for the type among encoder-decoders first; Trainer looks for class names."""
     from transformers.models.auto import modeling_auto
 
+    register_models(RerollConfig)
     encoder_decoders = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     assert "reroll" in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     assert "reroll" not in encoder_decoders
