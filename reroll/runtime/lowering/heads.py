@@ -14,7 +14,6 @@ from reroll.runtime.functions.hidden import note
 from reroll.runtime.functions.loops import keep_positions, look_up, run_loop
 from reroll.runtime.lowering.hoisting import is_size
 from reroll.runtime.lowering.modules import Reading
-from reroll.runtime.lowering.scaling import scales
 
 aten = torch.ops.aten
 
@@ -76,6 +75,24 @@ def backbone_part(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
+def without_factors(program: Program, readings: Mapping[str, Mapping[str, Reading]]) -> Program:
+    """Leave factors of embeddings to the modules that look up: a lookup takes its product's place.
+
+    `readings` are those of each graph.
+    """
+    program = program.edit()
+    for name, graph in program.graphs():
+        for lookup in graph.find_nodes(op="call_function", target=aten.embedding.default):
+            reading = readings[name].get(str(getattr(lookup.args[0], "target", "")))
+            if reading is not None and reading.scaled:
+                (product,) = lookup.users
+                product.target, product.args = lookup.target, lookup.args
+                product.kwargs = lookup.kwargs
+                graph.erase_node(lookup)
+        drop_unused(graph)
+    return program
+
+
 def take_embeddings(
     program: Program, readings: Mapping[str, Reading], state: fx.Node
 ) -> tuple[dict[str, str], frozenset[str]]:
@@ -83,36 +100,25 @@ def take_embeddings(
 
     Returns the path of the module that looks up the tokens of an input, by the input's name, and
     the inputs that embeddings can replace. They cannot where the tokens are also read for another
-    purpose, nor where the original scales embeddings and it is not seen by what.
+    purpose, nor where the original scales embeddings and the module of the table does not.
     """
     tokens = {i.name for i in program.inputs if i.role == "data"}
-    scaled = scales(program)
     paths: dict[str, str] = {}
     replaced = set()
     for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
         table, ids = node.args[:2]
         if table.op != "get_attr" or ids.op != "placeholder" or ids.target not in tokens:
             continue
-        path = readings[str(table.target)].lookup
+        reading = readings[str(table.target)]
+        path = reading.lookup
         if path is None or ids.target in paths:
             continue
         paths[ids.target] = path
-        if str(table.target) in scaled:
-            # the module of the table scales
-            node = _without_lookup(node)
         node.target, node.args, node.kwargs = look_up, (table, ids, ids.target, state), {}
-        known = not program.origin.scales_embeddings or str(table.target) in scaled
+        known = reading.scaled or not program.origin.scales_embeddings
         if known and not _is_read(ids, node):
             replaced.add(ids.target)
     return paths, frozenset(replaced)
-
-
-def _without_lookup(lookup: fx.Node) -> fx.Node:
-    """Remove a lookup before the product that scales it, and return the product."""
-    (product,) = lookup.users
-    product.args = ()
-    lookup.graph.erase_node(lookup)
-    return product
 
 
 def _is_read(ids: fx.Node, lookup: fx.Node) -> bool:

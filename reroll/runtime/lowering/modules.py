@@ -52,6 +52,7 @@ class Reading:
 
     `linear` and `lookup` are the modules to call for a product with the weight, which may be a
     convolution, or a lookup in it.
+    `scaled` says that the module of the lookup also multiplies by a factor.
     `owned` says that the weight belongs to the graph's own module, or to another trip: it is read
     as an attribute. All others are read by calling the module that holds them.
     """
@@ -60,6 +61,7 @@ class Reading:
     owned: bool
     linear: str | None = None
     lookup: str | None = None
+    scaled: bool = False
 
 
 @dataclass
@@ -158,6 +160,7 @@ class _Builder:
             not path or isinstance(self._module(path, Scope), TripModule),
             None if linear is None else ".".join(linear.path),
             None if placement.lookup is None else ".".join(placement.lookup.path),
+            placement.lookup is not None and placement.lookup.scale is not None,
         )
 
     def _root(self, loop: Loop, names: list[str]) -> Path:
@@ -185,7 +188,7 @@ class _Builder:
         weight = local(reading.weight, "weight")
         assert weight is not None
         linear, lookup = local(reading.linear, "linear"), local(reading.lookup, "lookup")
-        return Reading(weight, reading.owned, linear, lookup)
+        return Reading(weight, reading.owned, linear, lookup, reading.scaled)
 
     def _module(self, path: Path, make: Callable[[], nn.Module]) -> nn.Module:
         """Return the module at a path; create it, and the scopes above it, where missing."""

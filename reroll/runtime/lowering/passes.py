@@ -23,7 +23,12 @@ from reroll.runtime.lowering.attention_masks import place_masks
 from reroll.runtime.lowering.codegen import Update, runnable
 from reroll.runtime.lowering.encoder_decoder import split_static_graphs
 from reroll.runtime.lowering.exit_graphs import loop_exits, split_exits
-from reroll.runtime.lowering.heads import head_path, keep_before_head, take_embeddings
+from reroll.runtime.lowering.heads import (
+    head_path,
+    keep_before_head,
+    take_embeddings,
+    without_factors,
+)
 from reroll.runtime.lowering.hoisting import OWN_INPUTS, hoist_invariants
 from reroll.runtime.lowering.modules import Tree
 from reroll.runtime.lowering.padding import read_padding
@@ -111,6 +116,12 @@ def lower_graphs(program: Program, tree: Tree, observe: Observer | None = None) 
     return record
 
 
+def fold_factors(x: Lowering) -> None:
+    """Leave the factor of scaled embeddings to the modules that look them up."""
+    if x.program.origin.scales_embeddings:
+        x.program = without_factors(x.program, x.tree.readings)
+
+
 def hoist(x: Lowering) -> None:
     """Move values that are the same in every trip out of loops."""
     x.program = hoist_invariants(x.program)
@@ -188,6 +199,7 @@ def make_runnable(x: Lowering) -> None:
 
 
 PASSES: tuple[LoweringPass, ...] = (
+    fold_factors,
     hoist,
     plan_state,
     add_state_inputs,

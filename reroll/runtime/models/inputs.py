@@ -149,17 +149,18 @@ class ProgramInputs:
     def _as_long(self, item: Input, values: Mapping[str, Tensor | None], past: Any) -> Any:
         """Extend a padding mask [batch, tokens] to all tokens, with zeros, as in transformers.
 
-        For attention that is not causal, a mask that hides nothing stays as it is. Columns behind
-        the last token are cut off, but for a static cache, whose masks are as long as it is.
+        For attention that is not causal, a mask that hides nothing stays as it is. With a past, the
+        columns behind the last token are cut off, but for a static cache, whose masks are as long
+        as it is.
         """
         mask = values[item.name]
         if mask is None or mask.dim() != 2 or torch.compiler.is_compiling():
             return mask
         missing = int(past) + self._sizes(item, values)[1] - mask.shape[1]
-        if missing < 0 and isinstance(past, int):
-            return mask[:, :missing]
         decoder = item.name.startswith("decoder_") or not self.config.is_encoder_decoder
         causal = self.program.has_past and decoder
+        if missing < 0 and causal and isinstance(past, int):
+            return mask[:, :missing]
         if missing <= 0 or (not causal and bool(mask.all())):
             return mask
         return nn.functional.pad(mask, (0, missing))

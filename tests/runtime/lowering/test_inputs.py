@@ -116,6 +116,17 @@ def test_embeddings_in_the_place_of_tokens(name):
     check(name, {"inputs_embeds": embeddings, "attention_mask": RIGHT}, RIGHT)
 
 
+def test_tokens_that_are_computed_are_scaled_once():
+    program = captured.captured("gemma3").edit()
+    lookup = next(n for n in program.graph.nodes if n.target is torch.ops.aten.embedding.default)
+    with program.graph.inserting_before(lookup):
+        ids = program.graph.call_function(torch.ops.aten.clamp.default, (lookup.args[1], 0))
+        ids.meta.update(lookup.args[1].meta)
+    lookup.update_arg(1, ids)
+    with torch.no_grad():
+        assert torch.equal(lower(program)(IDS).logits, lowered("gemma3")(IDS).logits)
+
+
 def test_embeddings_are_not_taken_where_the_scale_of_a_table_is_not_seen():
     program = captured.captured("gpt2")
     program = replace(program, origin=replace(program.origin, scales_embeddings=True))
