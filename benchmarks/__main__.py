@@ -33,13 +33,13 @@ def loaded(name: str) -> dict[str, Any]:
     return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
-def read_options(benchmark: dict[str, Any]) -> Namespace:
+def read_options(benchmark: dict[str, Any], words: list[str] | None = None) -> Namespace:
     """The options of the command line, and what else the benchmark's file has."""
     defaults = {
         name: tuple(value) if isinstance(value, list) else str if value is None else value
         for name, value in benchmark.get("options", {}).items()
     }
-    options = parse_options(benchmark["about"], "name", **defaults)
+    options = parse_options(benchmark["about"], "name", words=words, **defaults)
     return Namespace(**benchmark | vars(options))
 
 
@@ -51,15 +51,15 @@ def cases_of(benchmark: dict[str, Any], options: Namespace) -> list[Row]:
     return [dict(zip(titles, choice, strict=True)) for choice in choices]
 
 
-def main() -> None:
-    """Add the rows that are missing."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+def main(words: list[str]) -> None:
+    """Add the rows that are missing of the benchmark that is the first word."""
+    if not words or words[0].startswith("-"):
         raise SystemExit(__doc__)
-    benchmark = loaded(sys.argv[1])
-    options = read_options(benchmark)
+    benchmark = loaded(words[0])
+    options = read_options(benchmark, words)
     table = Table(options, benchmark["columns"], cases=cases_of(benchmark, options))
     function_of(benchmark["run"])(table, options)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness import told
 from reroll.rewrite.analysis.tolerances import forward, relative_rms
 from tests.tiny import types as tiny_types
 from tests.tiny.configs import TEXT_IDS
@@ -61,10 +62,8 @@ def make_calls(model: Any, seed: int = 0) -> dict[str, Inputs]:
     for name, mask in masks.items() if "attention_mask" in accepted else ():
         padded = ids.where(mask.bool(), torch.full_like(ids, _padding(model)))
         calls[name] = {"input_ids": padded, "attention_mask": mask, **given}
-    whole = dict(calls.get("left", calls["ids"]))
-    whole.update(_optional(model, accepted, masks["left"]))
-    calls["everything"] = whole
-    return calls
+    optional = _optional(model, accepted, masks["left"])
+    return calls | {"everything": calls.get("left", calls["ids"]) | optional}
 
 
 def _padding(model: Any) -> int:
@@ -74,21 +73,19 @@ def _padding(model: Any) -> int:
 
 def _optional(model: Any, accepted: set[str], mask: Tensor) -> Inputs:
     """The inputs that most callers leave out."""
-    made: Inputs = {}
-    if "position_ids" in accepted:
-        made["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    made = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     kinds = getattr(model.config.get_text_config(), "type_vocab_size", None)
-    if "token_type_ids" in accepted and isinstance(kinds, int) and kinds > 0:
-        made["token_type_ids"] = (torch.arange(mask.shape[1])[None] >= 12).long().expand_as(mask)
-        made["token_type_ids"] = made["token_type_ids"] % kinds
-    return made
+    if isinstance(kinds, int) and kinds > 0:
+        second = torch.arange(mask.shape[1]) >= 12
+        made["token_type_ids"] = second.long().expand_as(mask) % kinds
+    return {name: value for name, value in made.items() if name in accepted}
 
 
 def run_call(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Outcome]:
     """What a model gives in one call: a value by measure, or the error that it raised instead."""
     runs: dict[str, Callable[[], Outcome]] = {
-        "forward": lambda: {"value": tiny_types.run_eager(model, _typed(model, inputs))},
-        "loss": lambda: _loss(model, _typed(model, inputs)),
+        "forward": lambda: {"value": tiny_types.run_eager(model, typed(model, inputs))},
+        "loss": lambda: _loss(model, typed(model, inputs)),
         "tokens": lambda: _tokens(model, inputs),
     }
     outcomes = {}
@@ -96,12 +93,11 @@ def run_call(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Outcome]:
         try:
             outcomes[name] = run()
         except Exception as error:  # the table is the report of what fails
-            first = str(error).strip().split("\n")[0]
-            outcomes[name] = {"error": f"{type(error).__name__}: {first[:160]}"}
+            outcomes[name] = {"error": told(error, 160)}
     return outcomes
 
 
-def _typed(model: Any, inputs: Mapping[str, Tensor]) -> Inputs:
+def typed(model: Any, inputs: Mapping[str, Tensor]) -> Inputs:
     """The inputs with pictures and sound in the model's dtype."""
     return {n: t.to(model.dtype) if t.is_floating_point() else t for n, t in inputs.items()}
 
@@ -139,9 +135,8 @@ def expected_of(original: Any, calls: Mapping[str, Inputs]) -> dict[str, Any]:
         for name, given in calls.items()
         if (found := _apart(expected[name], run_call(other, given), given))
     ]
-    for name in expected if measured else ():
-        expected[name].update({key: max(each[key] for each in measured) for key in measured[0]})
-    return expected
+    most = {key: max(each[key] for each in measured) for key in (measured or [{}])[0]}
+    return {name: outcomes | most for name, outcomes in expected.items()}
 
 
 def _others(original: Any) -> Iterator[Any]:
@@ -176,8 +171,8 @@ def _apart(
         return None
     values = (tiny_types.valid_outputs(each["forward"]["value"], given) for each in (own, other))
     a, b = (value.double() for value in values)
-    found = {"rounding": relative_rms(a, b)}
-    found["farthest"] = max(float((a - b).abs().max()), _generated_apart(own, other))
+    farthest = max(float((a - b).abs().max()), _generated_apart(own, other))
+    found = {"rounding": relative_rms(a, b), "farthest": farthest}
     # masks made for fp32 overflow in fp64: such a call goes by the others
     return found if all(math.isfinite(value) for value in found.values()) else None
 

@@ -19,12 +19,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,9 +33,9 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.calls import compare, expected_of, make_calls, run_call
+from benchmarks.calls import compare, expected_of, make_calls, run_call, typed
 from benchmarks.coverage_table import DOORS, Row, line, totals
-from benchmarks.harness import parse_options, write_json
+from benchmarks.harness import parse_options, told, write_json
 from reroll.export.onnx import Onnx
 from reroll.rewrite.capture import capture
 from reroll.rewrite.capture.raising import raise_idioms
@@ -45,15 +45,11 @@ from reroll.rewrite.ir.program import Program
 from tests.tiny import types as tiny_types
 
 BATCH, LENGTH = 2, 24
-
-
-Report = Callable[[Row], None]
 Work = dict[str, Any]
 
 
-def measure(row: Row, report: Report, steps: tuple[str, ...] = ()) -> None:
+def measure(row: Row, report: Callable[[Row], None], steps: tuple[str, ...] = ()) -> None:
     """Fill `row` step by step and report after each, so that a crash keeps what was found."""
-    known: dict[str, Callable[[Row, Work, Report], None]]
     known = {"build": _build, "graph": _graph, "roll": _roll}
     known |= {"calls": _calls, "save": _save, "open": _open, "export": _export}
     with tempfile.TemporaryDirectory(prefix="coverage-") as folder:
@@ -62,23 +58,19 @@ def measure(row: Row, report: Report, steps: tuple[str, ...] = ()) -> None:
             row.failed = name
             report(row)
             try:
-                known[name](row, work, report)
+                known[name](row, work)
             except Exception as error:  # the table is the report of what fails
                 if name in ("save", "open", "export"):  # a cell; the others may still be right
-                    row.cells[name] = f"refused: {_told(error)}"
+                    row.cells[name] = f"refused: {told(error)}"
                     continue
-                row.reason = _told(error)
+                row.reason = told(error)
                 report(row)
                 return
     row.failed = None
     report(row)
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-
-
-def _build(row: Row, work: Work, report: Report) -> None:
+def _build(row: Row, work: Work) -> None:
     """Make the original, as the door has it."""
     model: Any = tiny_types.build(row.type, kind=row.kind)
     row.layers, row.mixing = tiny_types.layer_count(model), tiny_types.token_mixing(model)
@@ -96,7 +88,7 @@ def _build(row: Row, work: Work, report: Report) -> None:
     tiny_types.run_eager(model, tiny_types.example_inputs(model, BATCH, LENGTH))
 
 
-def _graph(row: Row, work: Work, report: Report) -> None:
+def _graph(row: Row, work: Work) -> None:
     """Capture, and compare the flat graph with the original op by op."""
     flat = work["flat"] = capture(work["given"], roll=False)
     calls = [node for node in flat.graph.nodes if node.op == "call_function"]
@@ -105,7 +97,7 @@ def _graph(row: Row, work: Work, report: Report) -> None:
     row.error, row.scale = _difference(flat, work["original"])
 
 
-def _roll(row: Row, work: Work, report: Report) -> None:
+def _roll(row: Row, work: Work) -> None:
     """Roll it, as `reroll.capture` does."""
     program = work["program"] = roll_loops(raise_idioms(work["flat"]))
     row.loops = " ".join(f"{each.trips}x{each.period}" for each in program.loops) or "none"
@@ -115,8 +107,7 @@ def _roll(row: Row, work: Work, report: Report) -> None:
 
 def _difference(program: Program, original: Any) -> tuple[float, float]:
     """Largest difference from the original's outputs, and the largest output, where not padded."""
-    given = tiny_types.example_inputs(original, BATCH, LENGTH)
-    given = {n: t.to(original.dtype) if t.is_floating_point() else t for n, t in given.items()}
+    given = typed(original, tiny_types.example_inputs(original, BATCH, LENGTH))
     names = {each.name for each in program.inputs}
     inputs = complete(program, {name: t for name, t in given.items() if name in names})
     actual = tiny_types.primary_output(SimpleNamespace(**run(program, inputs)))
@@ -127,70 +118,54 @@ def _difference(program: Program, original: Any) -> tuple[float, float]:
     return float((actual - expected).abs().max()), float(expected.abs().max())
 
 
-def _calls(row: Row, work: Work, report: Report) -> None:
+def _calls(row: Row, work: Work) -> None:
     """Call the original and the lowered module in every way."""
     original = work["original"]
     work["calls"] = make_calls(original)
-    work["expected"] = expected_of(original, work["calls"])
-    module = work["program"].to_module()
-    _compare_calls(row.cells, "", module, work["calls"], work["expected"], original.dtype)
+    work["expected"], work["dtype"] = expected_of(original, work["calls"]), original.dtype
+    row.cells.update(_compared("", work["program"].to_module(), work))
 
 
-def _compare_calls(
-    cells: dict[str, str],
-    prefix: str,
-    module: Any,
-    calls: Mapping[str, Any],
-    expected: Mapping[str, Any],
-    dtype: torch.dtype,
-) -> None:
-    for name, given in calls.items():
-        compared = compare(run_call(module, given), expected[name], given, dtype)
-        cells.update({f"{prefix}{name}.{measured}": cell for measured, cell in compared.items()})
+def _compared(prefix: str, module: Any, work: Mapping[str, Any]) -> dict[str, str]:
+    cells: dict[str, str] = {}
+    for name, given in work["calls"].items():
+        found = compare(run_call(module, given), work["expected"][name], given, work["dtype"])
+        cells |= {f"{prefix}{name}.{measured}": cell for measured, cell in found.items()}
+    return cells
 
 
-def _save(row: Row, work: Work, report: Report) -> None:
+def _save(row: Row, work: Work) -> None:
     work["program"].save(str(work["folder"] / "converted"))
-    whole = {name: work[name] for name in ("calls", "expected")}
-    whole["dtype"] = work["original"].dtype
-    torch.save(whole, work["folder"] / "expected.pt")
+    kept = {name: work[name] for name in ("calls", "expected", "dtype")}
+    torch.save(kept, work["folder"] / "expected.pt")
 
 
-def _open(row: Row, work: Work, report: Report) -> None:
+def _open(row: Row, work: Work) -> None:
     """Open what was saved in a process that has imported reroll and captured nothing."""
     if not (work["folder"] / "converted").exists():
         return
     auto_class = work["program"].origin.auto_class
-    receiver, sender = _fresh().Pipe(duplex=False)
-    process = _fresh().Process(target=_opened, args=(work["folder"], auto_class, sender))
-    process.start()
-    sender.close()
+    process, receiver = _started("forkserver", _opened, work["folder"], auto_class)
     try:
-        found = receiver.recv()
+        row.cells.update(receiver.recv())
     except EOFError:
-        found = {"open": f"refused: the process died with {process.exitcode}"}
+        process.join()
+        row.cells["open"] = f"refused: the process died with {process.exitcode}"
     process.join()
-    row.cells.update(found)
-
-
-def _fresh() -> Any:
-    return multiprocessing.get_context("forkserver")
 
 
 def _opened(folder: Path, auto_class: str, sender: Connection) -> None:
     """Answer every call from the saved model."""
     _quiet()
-    cells: dict[str, str] = {}
     try:
-        whole = torch.load(folder / "expected.pt", weights_only=False)
         module = getattr(transformers, auto_class).from_pretrained(folder / "converted")
-        _compare_calls(cells, "opened.", module, whole["calls"], whole["expected"], whole["dtype"])
+        given = torch.load(folder / "expected.pt", weights_only=False)
+        sender.send(_compared("opened.", module, given))
     except Exception as error:
-        cells["open"] = f"refused: {_told(error)}"
-    sender.send(cells)
+        sender.send({"open": f"refused: {told(error)}"})
 
 
-def _export(row: Row, work: Work, report: Report) -> None:
+def _export(row: Row, work: Work) -> None:
     """Export to ONNX with `--check`: each graph runs in ONNX Runtime beside the torch module."""
     directory = work["folder"] / "onnx"
     directory.mkdir()
@@ -205,6 +180,16 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
+def _started(method: str, target: Callable[..., None], *arguments: Any) -> tuple[Any, Connection]:
+    """A process of its own, which is given the end of a pipe to send to, and the other end."""
+    context: Any = get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(*arguments, sender))
+    process.start()
+    sender.close()
+    return process, receiver
+
+
 def _child(row: Row, sender: Connection) -> None:
     """Measure in a process of its own and send the row after each step."""
     _quiet()
@@ -216,11 +201,7 @@ def measured(row: Row, limit: float) -> Row:
     """`row` filled by a process that is stopped after `limit` seconds."""
     started = time.perf_counter()
     # a fork has everything imported already
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(row, sender))
-    process.start()
-    sender.close()
+    process, receiver = _started("fork", _child, row)
     try:
         while receiver.poll(max(0.0, started + limit - time.perf_counter())):
             row = receiver.recv()
@@ -241,7 +222,7 @@ class Results:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: dict[tuple[str, str], Row] = {}
-        if path is not None and path.exists():
+        if path and path.exists():
             for data in json.loads(path.read_text()):
                 self.add(Row(**data))
 
@@ -251,9 +232,8 @@ class Results:
 
     def write(self) -> None:
         """Write the file whole."""
-        if self.path is None:
-            return
-        write_json(self.path, [dataclasses.asdict(row) for _, row in sorted(self.rows.items())])
+        if self.path:
+            write_json(self.path, [dataclasses.asdict(row) for _, row in sorted(self.rows.items())])
 
 
 def main() -> None:
@@ -275,7 +255,7 @@ def main() -> None:
     ]
     end = time.perf_counter() + 60 * options.minutes
     # started before any other thread, and with nothing in it but what a user imports
-    _fresh().set_forkserver_preload(["transformers", "reroll"])
+    get_context("forkserver").set_forkserver_preload(["transformers", "reroll"])
 
     def run_one(row: Row) -> None:
         if time.perf_counter() < end:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
-from benchmarks import harness
 from benchmarks.calls import passed
+from benchmarks.harness import markdown
 from tests.tiny.types import Kind
 
 Door = Literal["object", "directory", "bf16"]
@@ -95,33 +95,20 @@ def called(row: Row) -> bool:
 
 def totals(rows: Sequence[Row]) -> str:
     """How far all rows got, as text."""
-    return "\n".join(_lines(_counts(rows)))
-
-
-def silent(row: Row) -> bool:
-    """Whether a cell is wrong without an error."""
-    return any(cell.startswith("wrong") for cell in row.cells.values())
+    return "\n".join(_counts(rows))
 
 
 def tables(kind: Kind) -> dict[str, Callable[[Sequence[dict[str, Any]]], list[str]]]:
     """How each table of a kind of models is made of the rows of a file."""
 
-    def table(part: Callable[[Sequence[Row]], Cells], content: Any) -> list[str]:
-        return _lines(part([row for row in (Row(**each) for each in content) if row.kind == kind]))
+    def table(part: Callable[[Sequence[Row]], list[str]], content: Any) -> list[str]:
+        return part([row for row in (Row(**each) for each in content) if row.kind == kind])
 
     parts = {"counts": _counts, "refusals": _refusals, "types": _by_type}
     return {name: partial(table, part) for name, part in parts.items()}
 
 
-Cells = tuple[dict[str, str], list[dict[str, Any]]]
-
-
-def _lines(cells: Cells) -> list[str]:
-    columns, rows = cells
-    return [*harness.header(columns), *(harness.line(columns, row) for row in rows)]
-
-
-def _counts(rows: Sequence[Row]) -> Cells:
+def _counts(rows: Sequence[Row]) -> list[str]:
     doors = [door for door in DOORS if any(row.door == door for row in rows)]
     measures: dict[str, Callable[[Row], int]] = {
         "types measured": lambda row: True,
@@ -130,21 +117,23 @@ def _counts(rows: Sequence[Row]) -> Cells:
         "layers rolled into loops": lambda row: bool(row.rolled),
         "right in every call, also saved and opened again": called,
         "exported to ONNX and right there": exports,
-        "a cell is wrong without an error": silent,
-        "rows of tokens that part within rounding": _ties,
+        "a cell is wrong without an error": lambda row: bool(_cells(row, "wrong")),
+        "rows of tokens that part within rounding": lambda row: sum(
+            int(cell.split()[1]) for cell in _cells(row, "ties")
+        ),
     }
     cells = [
         {"": name} | {d: sum(count(row) for row in rows if row.door == d) for d in doors}
         for name, count in measures.items()
     ]
-    return {"": "{}"} | dict.fromkeys(doors, "{:}"), cells
+    return markdown({"": "{}"} | dict.fromkeys(doors, "{:}"), cells)
 
 
-def _ties(row: Row) -> int:
-    return sum(int(cell.split()[1]) for cell in row.cells.values() if cell.startswith("ties"))
+def _cells(row: Row, word: str) -> list[str]:
+    return [cell for cell in row.cells.values() if cell.startswith(word)]
 
 
-def _refusals(rows: Sequence[Row]) -> Cells:
+def _refusals(rows: Sequence[Row]) -> list[str]:
     """What is refused or fails, by reason, with the types and doors that it concerns."""
     by_reason: dict[str, Counter[str]] = {}
     for row in rows:
@@ -158,10 +147,10 @@ def _refusals(rows: Sequence[Row]) -> Cells:
         {title: text, types: ", ".join(f"{name} ({count})" for name, count in found.items())}
         for text, found in sorted(by_reason.items(), key=lambda item: -len(item[1]))
     ]
-    return {title: "{}", types: "{}"}, cells
+    return markdown({title: "{}", types: "{}"}, cells)
 
 
-def _by_type(rows: Sequence[Row]) -> Cells:
+def _by_type(rows: Sequence[Row]) -> list[str]:
     """Types by what becomes of them at each door: those that fare alike are one row."""
     doors = [door for door in DOORS if any(row.door == door for row in rows)]
     alike: dict[tuple[str, ...], list[str]] = {}
@@ -173,7 +162,7 @@ def _by_type(rows: Sequence[Row]) -> Cells:
         {"types": ", ".join(names)} | dict(zip(doors, summary, strict=True))
         for summary, names in sorted(alike.items(), key=lambda item: -len(item[1]))
     ]
-    return dict.fromkeys(doors, "{}") | {"types": "{}"}, cells
+    return markdown(dict.fromkeys(doors, "{}") | {"types": "{}"}, cells)
 
 
 def _summary(row: Row) -> str:

@@ -37,13 +37,13 @@ def measure(table: Table, options: Namespace) -> None:
 
 def agreement(program: Program, original: Program, options: Namespace) -> Row:
     """Agreement and mean depth at each quantile of the scores on other text."""
-    if exit_loop(program) is None:
-        trips = float(program.loops[0].trips)
-        return {
-            f"{of} at {n}": v for n in LEVELS for of, v in (("agreement", 1.0), ("depth", trips))
-        }
-    train = text_ids(options.model, TEXT / "wiki.train.txt", options.fit)
     found: Row = {}
+    if exit_loop(program) is None:
+        for level in LEVELS:
+            found[f"agreement at {level}"] = 1.0
+            found[f"depth at {level}"] = float(program.loops[0].trips)
+        return found
+    train = text_ids(options.model, TEXT / "wiki.train.txt", options.fit)
     if any(f"criterion={name}" in program.origin.steps[-1].text for name in CLASSIFIERS):
         full = program.to_module()
         fitted = reroll.fit_exits(full, train, steps=150)
@@ -95,10 +95,9 @@ def serve(table: Table, options: Namespace) -> None:
             model = with_open(program, {first: 0.5}).to_module()
         else:
             model = opened(program, prompts[:24], options).to_module()
+        rows_of = parts if options.parts else served
         for case in missing:
-            for row in (parts if options.parts else served)(
-                model, prompts, case["requests"], options
-            ):
+            for row in rows_of(model, prompts, case["requests"], options):
                 table.add(case | row)
 
 
@@ -150,10 +149,10 @@ def parts(model: Any, prompts: list[list[int]], count: int, options: Namespace) 
         "head": lambda: engine.logits(now),
         "start of a token": lambda: engine.start(slots, [5] * len(slots)),
     }
+    found: Row = {}
     with torch.no_grad():
         gather_rows(now)
-        found = {
-            name: medians(in_turns({name: call}, 15, clock=time.process_time, warm=0))[name]
-            for name, call in calls.items()
-        }
-    return [{f"{name}, ms": 1000 * seconds for name, seconds in found.items()}]
+        for name, call in calls.items():
+            seconds = medians(in_turns({name: call}, 15, clock=time.process_time, warm=0))
+            found[f"{name}, ms"] = 1000 * seconds[name]
+    return [found]

@@ -31,7 +31,7 @@ def near(program: Program, original: Program, options: Namespace) -> Row:
 
         paths = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
         ours, theirs = (hidden(p.to_module(), seen, paths) for p in (program, original))
-        pairs = [(ours[:, 1:], theirs[:, 1:]), (ours[:, 0], theirs[:, 0])]
+        tokens, used = (ours[:, 1:], theirs[:, 1:]), (ours[:, 0], theirs[:, 0])
     else:
         tokenizer: Any = tokenizer_of(program)
         paragraphs = Path(options.text).read_text(encoding="utf-8").split("\n")
@@ -41,12 +41,15 @@ def near(program: Program, original: Program, options: Namespace) -> Row:
         inputs = {"input_ids": made["input_ids"], "attention_mask": mask}
         with torch.inference_mode():
             ours, theirs = (p.to_module()(**inputs)[0] for p in (program, original))
-        means = [
-            (x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True) for x in (ours, theirs)
-        ]
-        pairs = [(ours[mask.bool()], theirs[mask.bool()]), (means[0], means[1])]
-    cosines = [F.cosine_similarity(a, b, -1).mean().item() for a, b in pairs]
-    return {"cosine, tokens": cosines[0], "cosine, used": cosines[1]}
+        tokens = ours[mask.bool()], theirs[mask.bool()]
+        weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1)
+        used = (ours * weights).sum(1), (theirs * weights).sum(1)
+    return {"cosine, tokens": cosine(*tokens), "cosine, used": cosine(*used)}
+
+
+def cosine(ours: Tensor, theirs: Tensor) -> float:
+    """The mean cosine of features [..., width]."""
+    return F.cosine_similarity(ours, theirs, -1).mean().item()
 
 
 def hidden(model: Any, seen: ImageInput, paths: list[Path]) -> Tensor:
@@ -91,11 +94,10 @@ def probed(program: Program, original: Program, options: Namespace) -> Row:
         labels, wanted = (
             torch.tensor([classes.index(p.parent.name) for p in part]) for part in (train, test)
         )
-        ours = hidden(model, seen, test)
-        cosines = F.cosine_similarity(ours, hidden(teacher, seen, test), -1)
+        ours, theirs = hidden(model, seen, test), hidden(teacher, seen, test)
         given = hidden(model, seen, train)[:, 0]
-        found[f"{name}: cosine, class"] = cosines[:, 0].mean().item()
-        found[f"{name}: cosine, patches"] = cosines[:, 1:].mean().item()
+        found[f"{name}: cosine, class"] = cosine(ours[:, 0], theirs[:, 0])
+        found[f"{name}: cosine, patches"] = cosine(ours[:, 1:], theirs[:, 1:])
         found[f"{name}: linear probe"] = probe(given, labels, ours[:, 0], wanted)
     return found
 
@@ -103,10 +105,8 @@ def probed(program: Program, original: Program, options: Namespace) -> Row:
 def probe(train: Tensor, labels: Tensor, test: Tensor, wanted: Tensor) -> float:
     """The accuracy of a logistic regression on features [images, width]."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(train)
-    fitted = LogisticRegression(C=500 / len(train), max_iter=1000).fit(
-        scaler.transform(train), labels
-    )
-    return float(fitted.score(scaler.transform(test), wanted))
+    regression = LogisticRegression(C=500 / len(train), max_iter=1000)
+    return float(make_pipeline(StandardScaler(), regression).fit(train, labels).score(test, wanted))

@@ -20,11 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import reroll
-from benchmarks.harness import Row, in_turns, medians, module_of, parse_options, write_json
+from benchmarks.harness import Row, in_turns, medians, module_of, parse_options, passing, write_json
 from reroll.export.triton import Triton
 from reroll.kernels import (
     confidence,
@@ -73,10 +73,10 @@ def draw(mixer: Any, shape: tuple[int, int, int, int], dtype: torch.dtype) -> li
 
 def selftest() -> Iterator[Row]:
     """Kernels against their definitions: relative errors, and whether they are small."""
-    errors = {"layers": layer_errors} | {name: partial(mixer_errors, name) for name in MIXERS}
-    for name in (*MIXERS, "layers"):
+    errors = {name: partial(mixer_errors, name) for name in MIXERS} | {"layers": layer_errors}
+    for name, errors_of in errors.items():
         for dtype in NUMBERS:
-            found = errors[name](dtype)
+            found = errors_of(dtype)
             # fp32 products may be in tf32 on a GPU
             limit = tolerances.FORWARD_TRITON_FP32 if dtype == torch.float32 else 1e-2
             ok = all(error <= limit for error in found.values())
@@ -121,9 +121,8 @@ def layer_errors(dtype: torch.dtype) -> dict[str, float]:
     wanted = depth_lora.depth_lora_reference(x, weight, down, up, depth)
     sure = layers.confidence(x, weight, forms.precision())
     theirs = confidence.confidence_reference(x, weight)
-    return {"depth_lora": _far(y, wanted)} | {
-        name: _far(a, b) for name, a, b in zip(theirs._fields, sure, theirs, strict=True)
-    }
+    errors = dict(zip(theirs._fields, map(_far, sure, theirs), strict=True))
+    return {"depth_lora": _far(y, wanted)} | errors
 
 
 def speed(quick: bool) -> Iterator[Row]:
@@ -135,14 +134,14 @@ def speed(quick: bool) -> Iterator[Row]:
             for backward in (False, True):
                 sides: dict[str, Callable[[], Any]] = {}
                 if trains or not backward:
-                    sides["triton"] = _run(_by(mixer, "triton"), inputs, backward)
+                    sides["triton"] = passing(_by(mixer, "triton"), inputs, backward)
                 if find_spec("fla"):
-                    sides["fla"] = _run(_by(mixer, "fla"), inputs, backward)
+                    sides["fla"] = passing(_by(mixer, "fla"), inputs, backward)
                 if trains and backward:
                     # which of its two forms is quicker has to be measured
                     sides["triton, split"] = _only("diagonal_backward")(sides["triton"])
                 attention = partial(scaled_dot_product_attention, is_causal=True)
-                sides["sdpa"] = _run(attention, inputs[:3], backward)
+                sides["sdpa"] = passing(attention, inputs[:3], backward)
                 times = medians(in_turns(sides, 20, clock=_clock, warm=3))
                 ms = {side: 1e3 * seconds for side, seconds in times.items()}
                 yield {"shape": shape, "mixer": name, "backward": backward, "ms": ms}
@@ -156,25 +155,9 @@ def _by(mixer: Any, backend: Any) -> Callable[..., Tensor]:
     return forward
 
 
-def _run(forward: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Callable[[], Any]:
-    leaves = [t.detach().requires_grad_(backward) for t in inputs]
-
-    def run() -> None:
-        out = forward(*leaves)
-        if backward:
-            torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    return run
-
-
-@contextmanager
-def _only(family: str) -> Iterator[None]:
+def _only(family: str) -> Any:
     # the backward of `diagonal` is taken from this family of tiles
-    before, recurrence.BACKWARDS = recurrence.BACKWARDS, (family,)
-    try:
-        yield
-    finally:
-        recurrence.BACKWARDS = before
+    return patch.object(recurrence, "BACKWARDS", (family,))
 
 
 def _has_tiles(family: str, mixer: Any, k: Tensor, v: Tensor) -> bool:

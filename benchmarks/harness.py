@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -30,8 +31,10 @@ WIKI = TEXT / "wiki.val.txt"
 Row = dict[str, Any]
 
 
-def parse_options(doc: str | None, *positional: str, **defaults: Any) -> argparse.Namespace:
-    """Parse the command line: an option for each default, of its type; set the threads.
+def parse_options(
+    doc: str | None, *positional: str, words: Sequence[str] | None = None, **defaults: Any
+) -> argparse.Namespace:
+    """Parse words, or the command line: an option for each default, of its type; set the threads.
 
     A tuple takes values of its first item's type with commas between them, False is a flag, a type
     in the place of a default is an option without one, and positional names take several words;
@@ -49,16 +52,16 @@ def parse_options(doc: str | None, *positional: str, **defaults: Any) -> argpars
         elif isinstance(default, type):
             parser.add_argument(option, type=default)
         elif isinstance(default, tuple):
-            parser.add_argument(option, type=_sequence_of(type(default[0])), default=default)
+            parser.add_argument(option, type=partial(_items, type(default[0])), default=default)
         else:
             parser.add_argument(option, type=type(default), default=default)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     return options
 
 
-def _sequence_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    return lambda text: tuple(kind(item) for item in text.split(",") if item)
+def _items(kind: Callable[[str], Any], text: str) -> tuple[Any, ...]:
+    return tuple(kind(item) for item in text.split(",") if item)
 
 
 class Table:
@@ -86,7 +89,7 @@ class Table:
             if kept["command"] != self.command:
                 raise SystemExit(f"{self.file} is of `{kept['command']}`: choose another --json")
             self.rows, self.commit, self.columns = kept["rows"], kept["commit"], kept["columns"]
-            print("\n".join([*header(self.columns), *(line(self.columns, r) for r in self.rows)]))
+            print("\n".join(markdown(self.columns, self.rows)))
 
     def missing(self, cases: Iterable[Row] | None = None) -> Iterator[Row]:
         """Cases without a row that has all their values: of these, or of the benchmark's."""
@@ -98,11 +101,11 @@ class Table:
         """Print a row and keep it, with its commit if that is not the file's."""
         if not self.rows:
             self.columns = _expanded(self.columns, row)
-            print("\n".join(header(self.columns)))
+            print("\n".join(markdown(self.columns)))
         if (now := commit()) != self.commit:
             row = row | {"commit": now}
         self.rows.append(row)
-        print(line(self.columns, row), flush=True)
+        print(_line(self.columns, row), flush=True)
         if self.file:
             result = {"command": self.command, "commit": self.commit, "machine": machine()}
             write_json(self.file, result | {"columns": self.columns, "rows": self.rows})
@@ -117,14 +120,14 @@ def _expanded(columns: Mapping[str, str], row: Row) -> dict[str, str]:
     return found
 
 
-def header(columns: Mapping[str, str]) -> list[str]:
-    """The two lines that begin a Markdown table."""
+def markdown(columns: Mapping[str, str], rows: Iterable[Row] = ()) -> list[str]:
+    """The lines of a Markdown table; what is None or missing is an empty cell."""
     rules = ("---:" if ":" in template else "---" for template in columns.values())
-    return [f"| {' | '.join(columns)} |", f"| {' | '.join(rules)} |"]
+    head = [f"| {' | '.join(columns)} |", f"| {' | '.join(rules)} |"]
+    return head + [_line(columns, row) for row in rows]
 
 
-def line(columns: Mapping[str, str], row: Row) -> str:
-    """A row as a line of a Markdown table; what is None or missing is an empty cell."""
+def _line(columns: Mapping[str, str], row: Row) -> str:
     cells = (
         template.format(value) if (value := row.get(title)) is not None else ""
         for title, template in columns.items()
@@ -203,6 +206,20 @@ def best(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: min(times) for name, times in seconds.items()}
 
 
+def passing(
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor], backward: bool
+) -> Callable[[], None]:
+    """A forward of these inputs, or that and the gradients of all of them."""
+    leaves = [t.detach().requires_grad_(backward) for t in inputs]
+
+    def run() -> None:
+        out = forward(*leaves)
+        if backward:
+            torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+
+    return run
+
+
 def run_process(words: Sequence[object], threads: int = 1, **environment: str) -> Row:
     """Run a command to its end: its output, seconds, and peak resident memory in MB.
 
@@ -229,6 +246,12 @@ def run_process(words: Sequence[object], threads: int = 1, **environment: str) -
         "processor seconds": usage.ru_utime + usage.ru_stime,
         "peak MB": usage.ru_maxrss * 1024 / 1e6,
     }
+
+
+def told(error: Exception, most: int = 200) -> str:
+    """The type of an error, and the first line of its message."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[:most]}"
 
 
 def original(model: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> Any:

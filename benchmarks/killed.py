@@ -24,7 +24,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, Table, header, line
+from benchmarks.harness import Row, Table, markdown
+
+# events of `sys.addaudithook` that change a file
+CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod"}
+# what differs between two runs that write the same
+TIMES = {"seconds", "seconds_left", "tokens_per_second", "smooth", "total"}
 
 
 def prepare(folder: Path, options: Namespace) -> None:
@@ -62,8 +67,7 @@ def fork(arguments: list[str], place: Path, kill_at: int = -1) -> int:
     Before its call with the number `kill_at` that changes a file in `place`, the fork kills itself.
     How many calls there were is in a file beside `place` at the end.
     """
-    process = os.fork()
-    if process:
+    if process := os.fork():
         return process
     status = 99
     try:
@@ -77,16 +81,13 @@ def fork(arguments: list[str], place: Path, kill_at: int = -1) -> int:
         os._exit(status)
 
 
-_CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod"}
-
-
 def watch(place: Path, kill_at: int) -> list[str]:
     """List the calls of this process that change a file in `place`, and stop it before one."""
     calls: list[str] = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         opens = event == "open" and bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
-        changes = (opens or event in _CHANGES) and f"{place}/" in f"{arguments[0]}/"
+        changes = (opens or event in CHANGES) and f"{place}/" in f"{arguments[0]}/"
         # the library of the system is asked to exchange two directories
         if changes or (event, arguments) == ("ctypes.dlopen", (None,)):
             if len(calls) == kill_at:
@@ -115,8 +116,6 @@ def killed_after(seconds: float, process: int) -> float | None:
 
 # ---- what is left
 
-_TIMES = {"seconds", "seconds_left", "tokens_per_second", "smooth", "total"}
-
 
 def contents(path: Path, timed: Container[str] = (".json", ".jsonl", ".md")) -> dict[str, str]:
     """The files of a directory, hashed; those that tell times without these."""
@@ -132,13 +131,11 @@ def _timeless(file: Path) -> bytes:
     if file.suffix == ".md":
         return re.sub(r"[\d.e-]+ s\b", "", text).encode()
     lines = text.splitlines() if file.suffix == ".jsonl" else [text]
-    return json.dumps([_without_times(json.loads(line)) for line in lines]).encode()
+    return json.dumps([json.loads(line, object_hook=_without_times) for line in lines]).encode()
 
 
-def _without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_times(v) for k, v in value.items() if k not in _TIMES}
-    return [_without_times(v) for v in value] if isinstance(value, list) else value
+def _without_times(content: Row) -> Row:
+    return {key: value for key, value in content.items() if key not in TIMES}
 
 
 class Victim:
@@ -239,7 +236,7 @@ def summary(content: Any) -> list[str]:
             "wrong": sum(not is_right(row) for row in own),
         })  # fmt: skip
     columns = dict.fromkeys(lines[0], "{:}") | {"command": "{}"}
-    return [*header(columns), *(line(columns, row) for row in lines)]
+    return markdown(columns, lines)
 
 
 def measure(table: Table, options: Namespace) -> None:

@@ -88,7 +88,7 @@ def exported(options: Namespace) -> Iterator[tuple[str, Path]]:
 # ---- steps
 
 
-def graph_step(session: Any, path: Path, config: Any, context: int) -> Step:
+def graph_step(session: Any, path: Path, context: int) -> Step:
     """A step of a graph whose states, random numbers, stay where the runtime has them.
 
     Where all caches are appended to by GroupQueryAttention, past and present are one buffer.
@@ -99,14 +99,13 @@ def graph_step(session: Any, path: Path, config: Any, context: int) -> Step:
     nodes = onnx.load(path, load_external_data=False).graph.node
     caches = sum(i.name.endswith(".key") for i in states)
     in_place = 0 < caches == sum(n.op_type == "GroupQueryAttention" for n in nodes)
-    # what is not a number is the batch, the context, or what the configuration says
-    known = (1, config.num_key_value_heads, context + ROOM * in_place, config.head_dim)
+    sizes = {"batch_size": 1, "past_sequence_length": context + ROOM * in_place}
     # a few thousand numbers, over and over: making all of them takes longer than the steps
     few = 0.1 * np.random.default_rng(0).standard_normal(8192, dtype=np.float32)
     value = onnxruntime.OrtValue.ortvalue_from_numpy
     past: dict[str, Any] = {}
     for item in states:
-        shape = [d if isinstance(d, int) else k for d, k in zip(item.shape, known, strict=True)]
+        shape = [d if isinstance(d, int) else sizes[d] for d in item.shape]
         numbers = few.astype(np.float16 if "16" in item.type else np.float32)
         past[item.name] = value(np.resize(numbers, shape))
     length = context
@@ -137,9 +136,9 @@ def graph_step(session: Any, path: Path, config: Any, context: int) -> Step:
     return step
 
 
-def graph_side(path: Path, threads: int, config: Any, context: int) -> Step:
+def graph_side(path: Path, threads: int, context: int) -> Step:
     """A graph that is opened for these steps."""
-    return graph_step(Session(path, threads).session, path, config, context)
+    return graph_step(Session(path, threads).session, path, context)
 
 
 # one copy, and none while models are exported or profiled
@@ -178,12 +177,11 @@ def agreement(options: Namespace, kind: str) -> str:
 
 def measure(table: Table, options: Namespace) -> None:
     """Add a row for each context and each kind of time."""
-    config = AutoConfig.from_pretrained(options.model)
     sides: dict[str, Callable[[int], Step]] = {}
     if not options.no_eager:
         sides["transformers fp32"] = lambda context: module_side(eager(options.model), context)
     for label, path in exported(options):
-        sides[label] = partial(graph_side, path, options.threads, config)
+        sides[label] = partial(graph_side, path, options.threads)
     llamas = {}
     for kind in ("f32", "f16") if options.llama else ():
         name = f"llama.cpp {Path(options.gguf).stem}, {kind} cache"
@@ -255,7 +253,7 @@ def profiled(path: Path, threads: int, config: Any, context: int, steps: int) ->
         settings.profile_file_prefix = f"{folder}/profile"
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         taken = _resident() - before
-        step = graph_step(session, path, config, context)
+        step = graph_step(session, path, context)
         for _ in range(4 + steps):
             step()
         events = json.loads(Path(session.end_profiling()).read_text())

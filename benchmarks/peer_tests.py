@@ -1,48 +1,32 @@
-"""transformers' own model tests, on lowered models beside their originals.
-
-Of each kind in `tests/peer/kinds.py`: how many tests pass, fail and are skipped, and which of those
-that the original passes fail or are skipped. The file of results has each of these tests, with the
-last line of its error or the reason. `python -m tools.peer_tests` fetches the tests first, and
-`python -m tests.peer KIND TEST` runs one of them. With `--against FILE`, tests that fail and do not
-in that file are named at the end, and are an error.
-"""
+"""transformers' own model tests, on lowered models: see the file of cases."""
 
 from __future__ import annotations
 
 import json
 import sys
 import tempfile
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, Table, parse_options, run_process
+from benchmarks.__main__ import main
+from benchmarks.harness import Row, Table, run_process
 
-COLUMNS = {
-    "kind": "{}",
-    "passed": "{:d}",
-    "failed": "{:d}",
-    "skipped": "{:d}",
-    "the original's": "{}",
-    "failing that it passes": "{:d}",
-    "skipped that it passes": "{:d}",
-}
-
+STATES = ("passed", "failed", "skipped")
 # a test, to how it ended and why
 Results = dict[str, tuple[str, str]]
 
 
-def main() -> None:
+def measure(table: Table, options: Namespace) -> None:
     """Add a row for each kind."""
     from tests.peer.kinds import KINDS
 
-    options = parse_options(__doc__, "kinds*", against=Path)
-    table = Table(options, COLUMNS)
-    for case in table.missing({"kind": kind} for kind in options.kinds or KINDS):
+    for case in table.missing({"kind": kind} for kind in options.name[1:] or KINDS):
         table.add(row_of(case["kind"], KINDS))
-    if options.against and (new := newly_failing(table.rows, options.against)):
+    if options.against and (new := newly_failing(table.rows, Path(options.against))):
         raise SystemExit("\n".join(["these fail, and do not in the file:", *new]))
 
 
@@ -63,26 +47,23 @@ def row_of(name: str, kinds: Mapping[str, Any]) -> Row:
     # kinds of one original share its run
     first = next(other for other in kinds if kinds[other].original is kinds[name].original)
     theirs, ours = results(first, original=True), results(name, original=False)
-    passes = [test for test, (state, _) in theirs.items() if state == "passed"]
+    counts, of_theirs = (Counter(state for state, _ in side.values()) for side in (ours, theirs))
+    # how each test ends there, how it ends here, and why
+    ends = [(test, state, *ours[test]) for test, (state, _) in theirs.items()]
     failing, skipped = (
-        {test: why for test in passes if (ended := ours[test])[0] == state and (why := ended[1])}
+        {test: why for test, there, here, why in ends if (there, here) == ("passed", state)}
         for state in ("failed", "skipped")
     )
-    counts = Counter(state for state, _ in ours.values())
-    of_theirs = Counter(state for state, _ in theirs.values())
-    states = ("passed", "failed", "skipped")
     return {
         "kind": name,
-        **{state: counts[state] for state in states},
-        "the original's": " / ".join(str(of_theirs[state]) for state in states),
+        **{state: counts[state] for state in STATES},
+        "the original's": " / ".join(str(of_theirs[state]) for state in STATES),
         "failing that it passes": len(failing),
         "skipped that it passes": len(skipped),
         "failing": failing,
         "skipped here alone": skipped,
-        "failing in both": [t for t, (s, _) in theirs.items() if s == ours[t][0] == "failed"],
-        "passing here alone": [
-            t for t, (s, _) in ours.items() if s == "passed" and theirs[t][0] == "failed"
-        ],
+        "failing in both": [t for t, there, here, _ in ends if there == here == "failed"],
+        "passing here alone": [t for t, *both, _ in ends if both == ["failed", "passed"]],
     }
 
 
@@ -98,4 +79,4 @@ def results(kind: str, *, original: bool) -> Results:
 
 
 if __name__ == "__main__":
-    main()
+    main(["peer_tests", *sys.argv[1:]])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import product
@@ -34,6 +34,11 @@ from reroll.recover.recipe import parse
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.pipeline.pipeline import read_yaml, recipe_path
 
+# what a file of cases may have, and has not to
+DEFAULTS: Row = {
+    "image": 0, "calibrate": None, "recoveries": {}, "batch": 0, "data": (), "make_data": None,
+    "measured": "pipelines.evaluated", "alone": "", "ratios": False,
+}  # fmt: skip
 RESIDUAL = re.compile(r"relative residual left (\d\.\d+)")
 # the original, or a pipeline, and what it is trained by
 Run = tuple[str, str]
@@ -72,12 +77,10 @@ def recoveries(options: Namespace) -> dict[Run, tuple[str | Path, Recipe | None]
 
 def measure(table: Table, options: Namespace) -> None:
     """Measure the original, and every pipeline that has no row yet."""
-    image = getattr(options, "image", 0)
-    inputs = {"pixel_values": torch.zeros(2, 3, image, image)} if image else None
+    options = Namespace(**DEFAULTS | vars(options))
+    pictures = {"pixel_values": torch.zeros(2, 3, options.image, options.image)}
+    inputs = pictures if options.image else None
     original = reroll.capture(options.model, inputs=inputs, dtype="float32")
-    measured: Callable[..., Row] = evaluated
-    if name := getattr(options, "measured", None):
-        measured = function_of(name)
     rewritten = lru_cache(1)(partial(_rewritten, original, options))
     runs = {("original", ""): (None, None), **recoveries(options)}
     for case in table.missing({"pipeline": name, "recovery": after} for name, after in runs):
@@ -89,7 +92,8 @@ def measure(table: Table, options: Namespace) -> None:
         if recipe:
             program, cost = _recovered(program, original, recipe, case, options)
             case |= cost
-        table.add(case | measured(program, original, options) | {"remarks": remarks})
+        measured = function_of(options.measured)(program, original, options)
+        table.add(case | measured | {"remarks": remarks})
 
 
 def _rewritten(
@@ -98,7 +102,7 @@ def _rewritten(
     """The original, or a model of its own after some passes, and what they remarked."""
     if passes is None:
         return original, []
-    sample = Path(options.calibrate) if "calibrate" in options else None
+    sample = options.calibrate and Path(options.calibrate)
     program = reroll.run_passes(original, passes, text=sample, measure=False)
     return replace(program), [remark for step in program.origin.steps for remark in step.remarks]
 
@@ -112,11 +116,9 @@ def _recovered(
     out = Path(options.work, "-".join(words))
     if not out.is_dir():
         out.parent.mkdir(parents=True, exist_ok=True)
-        if batch := getattr(options, "batch", 0):
-            recipe = Recipe(replace(recipe.settings, batch=batch), recipe.stages)
-        data = getattr(options, "data", ())
-        if made := getattr(options, "make_data", None):
-            data = function_of(made)(options)
+        if options.batch:
+            recipe = Recipe(replace(recipe.settings, batch=options.batch), recipe.stages)
+        data = function_of(options.make_data)(options) if options.make_data else options.data
         recover(
             student, out, data=data, recipe=recipe, tokens=tokens, teacher=original,
             on_step=progress(out.name),
@@ -144,7 +146,7 @@ def evaluated(model: Any, original: Program, options: Namespace) -> Row:
     opened = _opened(options.model)
     model = opened if model is original else model
     rows: Row = {}
-    for text, beside in ((options.measures, opened), (getattr(options, "alone", ""), None)):
+    for text, beside in ((options.measures, opened), (options.alone, None)):
         if not text:
             continue
         chosen = choose(text, "quick")
@@ -154,12 +156,9 @@ def evaluated(model: Any, original: Program, options: Namespace) -> Row:
                 raise SystemExit(f"{name}: {measure.get('error') or measure.get('reason')}")
             ours, theirs = measure["headline"]["model"], measure["headline"].get("original")
             rows |= ours
-            if getattr(options, "ratios", False):
-                rows |= {
-                    f"{label}, ratio": value / theirs[label]
-                    for label, value in ours.items()
-                    if value and theirs[label]
-                }
+            for label, value in ours.items() if options.ratios else ():
+                if value and theirs[label]:
+                    rows[f"{label}, ratio"] = value / theirs[label]
     return rows
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import coverage_table, killed
-from benchmarks.harness import header, line
+from benchmarks.harness import markdown
 
 PAGES = Path("docs/results")
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -36,8 +36,7 @@ def rendered(name: str, folder: Path = PAGES / "data") -> str:
 
 
 def _table(content: Any) -> list[str]:
-    columns = content["columns"]
-    return [*header(columns), *(line(columns, row) for row in content["rows"])]
+    return markdown(content["columns"], content["rows"])
 
 
 def updated(text: str) -> str:

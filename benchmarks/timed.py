@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig
 
 import reroll
 from benchmarks.harness import (
@@ -29,6 +28,7 @@ from benchmarks.harness import (
     in_turns,
     medians,
     original,
+    passing,
     run_process,
 )
 from benchmarks.onnx_speed import export, graph_side, module_side
@@ -47,7 +47,6 @@ Run = Callable[[], Any]
 def tied(table: Table, options: Namespace) -> None:
     """Decoding with fewer distinct layers, in each precision: what a layer's weights cost."""
     counts = {count: f"{count} layers" for count in options.blocks}
-    config = AutoConfig.from_pretrained(options.model)
     for case in table.missing():
         integers = case["precision"] == "int8"
         dtype = torch.float32 if integers else getattr(torch, case["precision"])
@@ -64,7 +63,7 @@ def tied(table: Table, options: Namespace) -> None:
                     graphs = ("unrolled",)
                     export(options.model, passes, out, graphs=graphs, precision="int8")
                     path = out / "unrolled.onnx"
-                    sides[side] = graph_side(path, options.threads, config, options.context)
+                    sides[side] = graph_side(path, options.threads, options.context)
                 else:
                     model = reroll.run_passes(program, passes, measure=False).to_module()
                     sides[side] = module_side(model, options.context)
@@ -79,6 +78,7 @@ def tied(table: Table, options: Namespace) -> None:
 # ---- mixers
 
 HEADS, KV_HEADS, SIZE = 9, 3, 64
+Forms = dict[str, Callable[..., Tensor]]
 
 
 def mixers(table: Table, options: Namespace) -> None:
@@ -87,39 +87,17 @@ def mixers(table: Table, options: Namespace) -> None:
     for case in table.missing():
         length, dtype = case["tokens"], getattr(torch, case["dtype"])
         make_forms = _windowed if case[""] == "window" else partial(_mixing, case[""])
-        q, k, v = inputs = _drawn(length, torch.float32)
-        attention = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
-        forms: dict[str, Form] = {"peer": (attention, inputs)}
-        leaves, named = make_forms(length, dtype)
-        forms |= {name: (form, leaves) for name, form in named.items()}
         backward = case["backward"] == "yes"
-        sides = {name: partial(_run, *form, backward) for name, form in forms.items()}
+        attention = partial(F.scaled_dot_product_attention, is_causal=True)
+        sides = {"peer": passing(attention, _drawn(length, torch.float32), backward)}
+        inputs, forms = make_forms(length, dtype)
+        sides |= {name: passing(form, inputs, backward) for name, form in forms.items()}
         turns = max(2, options.turns * 2048 // length)
         seconds = best(in_turns(sides, turns, clock=clock_of(options.threads)))
         peer = seconds.pop("peer")
         for form, took in seconds.items():
-            times = {
-                "ms": 1e3 * took,
-                "attention, ms": 1e3 * peer,
-                "attention over it": peer / took,
-            }
-            table.add(case | {"form": form} | times)
-
-
-Forward = Callable[[], Tensor]
-# what is run, and what has gradients
-Form = tuple[Forward, list[Tensor]]
-Forms = tuple[list[Tensor], dict[str, Forward]]
-
-
-def _run(forward: Forward, leaves: list[Tensor], backward: bool) -> None:
-    """A forward, or that and all gradients."""
-    for leaf in leaves:
-        leaf.requires_grad_(backward)
-    with torch.set_grad_enabled(backward):
-        out = forward()
-    if backward:
-        torch.autograd.grad(out.float().sum(), leaves, allow_unused=True)
+            ms = {"ms": 1e3 * took, "attention, ms": 1e3 * peer}
+            table.add(case | {"form": form} | ms | {"attention over it": peer / took})
 
 
 def _drawn(length: int, dtype: torch.dtype, kv_heads: int = HEADS) -> list[Tensor]:
@@ -128,29 +106,27 @@ def _drawn(length: int, dtype: torch.dtype, kv_heads: int = HEADS) -> list[Tenso
     return [torch.randn(1, count, length, SIZE).to(dtype) for count in heads]
 
 
-def _mixing(name: str, length: int, dtype: torch.dtype) -> Forms:
-    """A mixer from inputs to output and state."""
+def _mixing(name: str, length: int, dtype: torch.dtype) -> tuple[list[Tensor], Forms]:
+    """Inputs of a mixer, and its forms from a state of zeros."""
     mixer = make(name)
-    kinds = mixer.gates(SIZE, SIZE)
-    gates = [g.activation(torch.randn(1, HEADS, length, *g.shape)) for g in kinds]
-    q, k, v = drawn = _drawn(length, dtype)
-    return [*drawn, *gates], {
-        "eager": lambda: mixer.chunk(q, k, v, gates)[0],
-        "compiled": lambda: compiled.chunk(mixer, q, k, v, gates)[0],
+    gates = [
+        gate.activation(torch.randn(1, HEADS, length, *gate.shape))
+        for gate in mixer.gates(SIZE, SIZE)
+    ]
+    return [*_drawn(length, dtype), *gates], {
+        "eager": lambda q, k, v, *gates: mixer.chunk(q, k, v, gates)[0],
+        "compiled": lambda q, k, v, *gates: compiled.chunk(mixer, q, k, v, gates)[0],
     }
 
 
-def _windowed(length: int, dtype: torch.dtype) -> Forms:
-    """Attention over a window of 64 and 4 sinks."""
+def _windowed(length: int, dtype: torch.dtype) -> tuple[list[Tensor], Forms]:
+    """Queries, keys and values, and forms of attention over a window of 64 and 4 sinks."""
     band = Band(length, 64, 4)
-    masks = {
-        "causal": None,
-        "mask of all pairs": band.written_out(torch.device("cpu")),
-        "blocks": band,
-    }
-    q, k, v = drawn = _drawn(length, dtype, KV_HEADS)
-    return drawn, {
-        name: partial(attend, q, k, v, SIZE**-0.5, True, mask) for name, mask in masks.items()
+    written_out = band.written_out(torch.device("cpu"))
+    masks = {"causal": None, "mask of all pairs": written_out, "blocks": band}
+    return _drawn(length, dtype, KV_HEADS), {
+        name: partial(attend, scale=SIZE**-0.5, causal=True, mask=mask)
+        for name, mask in masks.items()
     }
 
 
