@@ -9,6 +9,9 @@ layers.py                           kernels of single layers as ops of PyTorch
 dispatch.py                         own kernel, flash-linear-attention, compiled or eager form
 configurations.py                   block sizes, from the manifest that the sweep writes
 delta.py                            the delta rule forward
+selective.py                        the selective scan, each number of a state by itself
+selective_backward.py               its gradients
+short_convolution.py                short convolutions over time, prompts and one token
 step.py                             one token of a recurrence, with a pool of states
 linear_rows.py                      linear layers of few rows, with norm, low-rank residual, gate
 depth_lora.py                       a linear layer whose rows are at different depths

@@ -71,6 +71,23 @@ def tiles_for(
     return None
 
 
+def selective_tiles(target: str, size: int) -> Any:
+    """Return the tiles of the selective scan for states of `size` rows, or None."""
+    found: int = max(16, triton.next_power_of_2(size))
+    # it computes in fp32, whatever it loads
+    entry = manifest().get(key("selective", target, "ieee", 3, found, 16))
+    return None if entry is None else entry["tiles"]
+
+
+def convolution_tiles(target: str, dtype: torch.dtype, filter_size: int) -> Any:
+    """Return the tiles of short convolutions with a filter of so many tokens, or None."""
+    size = 4 if filter_size <= 4 else 16 if filter_size <= 16 else filter_size
+    # it computes in fp32, and loads fp16 as bf16
+    numbers = {torch.float32: "ieee", torch.float16: "bf16"}.get(dtype, _NAMES.get(dtype, ""))
+    entry = manifest().get(key("short_convolution", target, numbers, 0, size, 16))
+    return None if entry is None else entry["tiles"]
+
+
 def vocabulary_tiles(target: str, dtype: torch.dtype, precision: str) -> Any:
     """Return the tile of `confidence`, or None."""
     return _tile("confidence", "confidence_part", target, dtype, precision, 1024)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reroll.kernels import configurations
-from reroll.kernels.recurrence import BACKWARDS, delta, diagonal, step
+from reroll.kernels.recurrence import BACKWARDS, delta, diagonal, selective, step
 from reroll.mixers import Mixer, State
 from reroll.mixers.core import Core
 
@@ -31,6 +31,8 @@ def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
     With `starts` [sequences + 1], int32, the row of a batch of 1 packs sequences that begin there.
     """
     core, limit = _core(mixer), limit_of(mixer)
+    if core.decay == "selective":
+        return _selective(starts)
 
     def form(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         g, x = gates[0] if core.gate else None, (q.flatten(1, 2), k, v)
@@ -46,6 +48,8 @@ def chunk_form(mixer: Mixer, starts: Tensor | None = None) -> Form:
 def step_form(mixer: Mixer) -> Form:
     """Return a kernel in place of `mixer.step_form`, for the same mixers."""
     core = _core(mixer)
+    if core.decay == "selective":
+        return _selective_step
 
     def form(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         g, beta = gates[0] if core.gate else None, gates[-1] if core.delta else None
@@ -53,6 +57,23 @@ def step_form(mixer: Mixer) -> Form:
         return torch.unflatten(out, 1, (k.shape[1], -1)), (new,)
 
     return form
+
+
+def _selective(starts: Tensor | None = None) -> Form:
+    """Return the scan of a state of which each number decays by itself."""
+
+    def form(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+        out, end = selective(q.flatten(1, 2), k, v, *gates, state[0], starts)
+        return torch.unflatten(out.transpose(1, 2), 1, (k.shape[1], -1)), (end,)
+
+    return form
+
+
+def _selective_step(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+    """Scan one token: every tensor is without its time dimension."""
+    now = tuple(g.unsqueeze(2) for g in gates)
+    out, end = _selective()(q.unsqueeze(3), k.unsqueeze(2), v.unsqueeze(2), now, state)
+    return out.squeeze(3), end
 
 
 def limit_of(mixer: Mixer) -> int:
@@ -74,6 +95,8 @@ def rejects(mixer: Mixer, k: Tensor, v: Tensor, needs_gradient: bool = False) ->
     family, gate = core.family, core.gate
     if k.dtype == torch.float64:
         return "kernels compute in fp32 or less"
+    if family == "selective":
+        return _rejects_selective(k)
     limit = limit_of(mixer)
     if gate == 2 and limit < SHORTEST:
         return f"with its floor a chunk has fewer than {SHORTEST} tokens"
@@ -89,6 +112,12 @@ def rejects(mixer: Mixer, k: Tensor, v: Tensor, needs_gradient: bool = False) ->
         tiles = (configurations.find_tiles(n, like, v, gate, precision(), limit) for n in names)
         if not any(tiles):
             return f"the manifest has no tiles of {names[-1]} without spills for these heads"
+    return ""
+
+
+def _rejects_selective(k: Tensor) -> str:
+    if not configurations.selective_tiles(configurations.target(k.device), k.shape[-1]):
+        return f"the manifest has no tiles of selective without spills for {k.shape[-1]} rows"
     return ""
 
 

@@ -1,7 +1,8 @@
 """Kernels of recurrences as PyTorch ops, in the namespace `reroll_kernels`.
 
 They have fake forms for `torch.compile` and `torch.export`, and launch kernels with the tiles of
-`configurations`. `diagonal` has a gradient. `delta` and `step` have none: they are for inference.
+`configurations`. `diagonal` and `selective` have gradients. `delta` and `step` have none: they are
+for inference.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from reroll.kernels.delta import delta_forward
 from reroll.kernels.diagonal import forward, kind_of_gate, sequences_of
 from reroll.kernels.diagonal_backward import backward
 from reroll.kernels.diagonal_fused import fused_backward
+from reroll.kernels.selective import forward as selective_forward
+from reroll.kernels.selective_backward import backward as selective_gradients
 from reroll.kernels.step import step as one_step
 
 NAMESPACE = "reroll_kernels"
@@ -182,6 +185,87 @@ def step(
 @step.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, g: Any, beta: Any, state: Tensor) -> tuple[Tensor, Tensor]:
     return v.new_empty(*q.shape[:2], v.shape[2]), state.new_empty(state.shape)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::selective", mutates_args=())
+def selective(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    start: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the selective scan, S_t = exp(dt_t rate) S_{t-1} + k_t (dt_t v_t)^T, o_t = q_t S_t.
+
+    `dt` [batch, kv_heads, time, V], `rate` [batch, kv_heads, time, K, V] with 1 in place of batch
+    and time where it is the same for all tokens; the rest and the results are as in `diagonal`.
+    """
+    q, k, v, dt = map(_together, (q, k, v, dt))
+    start = None if start is None else start.contiguous()
+    return selective_forward(
+        q, k, v, dt, rate, start, starts, _selective_tiles(k, v)["selective_scan"]
+    )
+
+
+@selective.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, dt: Any, rate: Any, start: Any, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    shape = sequences_of(k, starts), k.shape[1], k.shape[3], v.shape[3]
+    out = v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    return out, k.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::selective_backward", mutates_args=())
+def selective_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    start: Tensor | None,
+    starts: Tensor | None,
+    do: Tensor,
+    d_end: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of q, k, v, dt, rate and the first states, in fp32."""
+    q, k, v, dt, do = map(_together, (q, k, v, dt, do.transpose(1, 2)))
+    start = None if start is None else start.contiguous()
+    tiles = _selective_tiles(k, v)
+    return selective_gradients(q, k, v, dt, rate, start, starts, do, d_end.contiguous(), tiles)
+
+
+@selective_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, dt: Any, rate: Tensor, start: Any, starts: Any, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    state = sequences_of(k, starts), k.shape[1], k.shape[3], v.shape[3]
+    shapes = q.shape, k.shape, v.shape, v.shape, rate.shape, state
+    dq, dk, dv, d_dt, d_rate, d_start = (k.new_empty(s, dtype=torch.float32) for s in shapes)
+    return dq, dk, dv, d_dt, d_rate, d_start
+
+
+def _keep_selective(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _selective_gradients(ctx: Any, do: Tensor, d_end: Tensor) -> tuple[Any, ...]:
+    *given, starts = ctx.saved_tensors
+    grads = selective_backward(*given, starts, do, d_end)
+    found = (None if x is None else g.to(x.dtype) for x, g in zip(given, grads, strict=True))
+    return *found, None
+
+
+selective.register_autograd(_selective_gradients, setup_context=_keep_selective)
+
+
+def _selective_tiles(k: Tensor, v: Tensor) -> configurations.Tiles:
+    tiles: Any = configurations.selective_tiles(configurations.target(k.device), k.shape[3])
+    if tiles is None:
+        raise _no_kernel("selective", k, v, 3, 1)
+    return tiles  # type: ignore[no-any-return]
 
 
 def _together(x: Any) -> Any:

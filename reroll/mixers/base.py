@@ -4,7 +4,8 @@ A mixer is a set of tensor functions without parameters. It takes
 
     q       [batch, heads, time, d_k]
     k       [batch, kv_heads, time, d_k]      v  [batch, kv_heads, time, d_v]
-    gates   one tensor [batch, kv_heads, time, *shape] for each `Gate` that the mixer declares
+    gates   one tensor [batch, kv_heads, time, *shape] for each `Gate` that the mixer declares;
+            of a constant one, batch and time may be 1
     state   fp32 tensors of `state_shapes`, one set for each key-value head; zeros if absent
     padding [batch, time], 0 at tokens that write nothing and leave the state as it is
     segments [batch, time], a number for each token; the state starts anew where it changes
@@ -45,7 +46,7 @@ from reroll.bounds import COUNT, FINITE
 from reroll.errors import UsageError
 from reroll.mixers import packing
 from reroll.mixers.core import Core
-from reroll.mixers.gates import Gate, wide
+from reroll.mixers.gates import Gate, given_once, wide
 from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.options import option
 
@@ -225,7 +226,8 @@ class Mixer(Declared, ABC):
         for t in range(k.shape[2]):
             now = slice(t, t + 1)
             out, state = self.step(
-                q[:, :, now], k[:, :, now], v[:, :, now], [g[:, :, now] for g in gates],
+                q[:, :, now], k[:, :, now], v[:, :, now],
+                [g if given_once(g) else g[:, :, now] for g in gates],
                 state, None if padding is None else padding[:, now],
             )  # fmt: skip
             outs.append(out)
@@ -302,7 +304,7 @@ class Mixer(Declared, ABC):
             # different tokens
             q = q.masked_fill(hidden & ~q.isfinite(), 0.0)
         for i, gate in enumerate(declared):
-            if hidden is not None:
+            if hidden is not None and not gate.constant:
                 away = hidden[..., 0].view(*hidden.shape[:3], *(1 for _ in gate.shape))
                 ready[i] = ready[i].masked_fill(away, gate.neutral)
             if gate.floor is not None:
@@ -331,8 +333,9 @@ class Mixer(Declared, ABC):
             problem = f"{q.shape[1]} query heads do not divide into {k.shape[1]} key-value heads"
         else:
             for gate, tensor in zip(declared, gates, strict=True):
-                wanted = (*k.shape[:3], *gate.shape)
-                if tuple(tensor.shape) != wanted:
-                    problem = f"gate {gate.name} is {tuple(tensor.shape)}, not {wanted}"
+                wanted, given = (*k.shape[:3], *gate.shape), tuple(tensor.shape)
+                once = (1, k.shape[1], 1, *gate.shape)
+                if given != wanted and not (gate.constant and given == once):
+                    problem = f"gate {gate.name} is {given}, not {wanted}"
         if problem is not None:
             raise UsageError(problem, where=f"mixer {self.name}")

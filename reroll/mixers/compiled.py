@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reroll.mixers.base import Mixer, Result, State
+from reroll.mixers.gates import given_once
 
 PIECE = 1024
 SHORTEST = 64
@@ -36,7 +37,9 @@ def chunk(
     """Compute `mixer.chunk` in compiled pieces."""
     time, run = k.shape[2], _compiled(mixer)
     state = mixer.initial_state(k, v) if state is None else state
-    outs = []
+    declared, outs = mixer.gates(k.shape[-1], v.shape[-1]), []
+    fixed = [gate.constant and given_once(g) for gate, g in zip(declared, gates, strict=True)]
+    fixed = [False] * 3 + fixed
     with torch._dynamo.config.patch(recompile_limit=GRAPHS):
         for start in range(0, time, PIECE):
             now, length = slice(start, start + PIECE), min(PIECE, time - start)
@@ -45,10 +48,14 @@ def chunk(
             if mask is None and full > length:
                 mask = k.new_ones(k.shape[0], length)
             # equal strides for all pieces, so that one graph serves them
-            part = [_filled(t[:, :, now], full).contiguous() for t in (q, k, v, *gates)]
+            q_now, k_now, v_now, *rest = (
+                x if once else _filled(x[:, :, now], full).contiguous()
+                for x, once in zip((q, k, v, *gates), fixed, strict=True)
+            )
             if mask is not None:
                 mask = F.pad(mask, (0, full - length)).contiguous()
-            out, state = run(*part[:3], part[3:], tuple(s.contiguous() for s in state), mask)
+            before = tuple(s.contiguous() for s in state)
+            out, state = run(q_now, k_now, v_now, rest, before, mask)
             outs.append(out[:, :length].transpose(1, 2))
     # concatenated with heads first, so that each head of a piece is copied as one block
     return torch.cat(outs, 2).transpose(1, 2), state

@@ -108,6 +108,11 @@ class Delta(Mixer):
     def unit_length(self) -> bool:
         return self.unit_keys
 
+    @property
+    def chunk_decay(self) -> MakeDecay:
+        """How decays within a chunk are computed."""
+        return self.decays[1]
+
     def state_shapes(self, d_k: int, d_v: int) -> tuple[tuple[int, ...], ...]:
         return ((d_k, d_v),)
 
@@ -128,7 +133,7 @@ class Delta(Mixer):
 
     def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         size = self.longest_chunk or self.chunk_size
-        out, end = chunks(q, k, v, gates[-1], gates[0], self.decays[1], state[0], size)
+        out, end = chunks(q, k, v, gates[-1], gates[0], self.chunk_decay, state[0], size)
         return out, (end,)
 
     def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:

@@ -23,11 +23,12 @@ class GatedDeltaNet(delta_form.Delta):
         return decay_of_softplus(), self.strength()
 
 
-def decay_of_softplus() -> Gate:
+def decay_of_softplus(shape: tuple[int, ...] = ()) -> Gate:
     """Return the gate log decay = -softplus(raw), as in Mamba-2 and Gated DeltaNet with A = 1."""
     return Gate(
         name="log_decay",
         role="decay",
+        shape=shape,
         high=0.0,
         activation=lambda raw: -F.softplus(wide(raw)),
         inverse=lambda value: inverse_softplus(-value),

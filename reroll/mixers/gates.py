@@ -10,16 +10,17 @@ released code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Role = Literal["decay", "write", "bonus", "key", "value"]
+Role = Literal["decay", "rate", "write", "bonus", "key", "value"]
 Map = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 # Liger's released code divides the log of GLA's and GSA's gates by this; its paper does not
 LIGER_NORMALISER = 16.0
@@ -32,13 +33,17 @@ class Gate:
     Attributes:
         name: its name in the mixer.
         role: what it does. `decay` is the log of the part of the state that is kept, 0 or less.
-            `write` is how strongly a token writes. `bonus` is what a token reads of its own write.
+            `rate` is that for a step of size one; the write gate is the size of the step. `write`
+            is how strongly a token writes. `bonus` is what a token reads of its own write.
             `key` and `value` are a further key or value of the token.
         shape: sizes after [batch, kv_heads, time].
         low, high: the range of values that the mixer's equations allow.
         floor: lower values are raised to it by the mixer itself, in all forms, so that the matrix
             product of a chunk stays in range.
         neutral: the value at which a token leaves the state unchanged; padded tokens get it.
+        constant: the same for all tokens, as a parameter is. Its tensor may have 1 in place of
+            batch and time (`given_once`). Padded tokens keep it: other gates say that they write
+            nothing.
         activation: from a raw number, such as a projection of the layer's input, to a value.
         inverse: from a value to the raw number; None where no initial value is chosen.
         usual: a constant to start from where no better one is known, if there is one.
@@ -53,6 +58,7 @@ class Gate:
     high: float = math.inf
     floor: float | None = None
     neutral: float = 0.0
+    constant: bool = False
     activation: Map = lambda raw: raw
     inverse: Callable[[float], float] | None = None
     usual: float | None = None
@@ -90,6 +96,22 @@ def strength_gate(name: str = "beta", shape: tuple[int, ...] = (), top: float = 
         inverse=lambda value: logit(value / top),
         usual=0.5,
     )
+
+
+def varying(declared: Sequence[Gate], gates: Sequence[T]) -> list[T]:
+    """Return the gates that are not constant: those that wait with a token that is delayed."""
+    return [x for gate, x in zip(declared, gates, strict=True) if not gate.constant]
+
+
+def with_constant(declared: Sequence[Gate], gates: Sequence[T], changed: Sequence[T]) -> list[T]:
+    """Return `gates` with `changed` in place of those that are not constant."""
+    each = iter(changed)
+    return [x if gate.constant else next(each) for gate, x in zip(declared, gates, strict=True)]
+
+
+def given_once(gate: Tensor) -> bool:
+    """Whether a gate is given once for all tokens: [1, kv_heads, 1, ...]."""
+    return gate.shape[0] == gate.shape[2] == 1
 
 
 def wide(x: Tensor) -> Tensor:

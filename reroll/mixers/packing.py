@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.mixers.gates import given_once
+
 State = tuple[Tensor, ...]
 
 
@@ -60,7 +62,8 @@ def apart(
 
     mask = inside if padding is None else inside & padding.flatten()[where].bool()
     initial, last = _states(state, first)
-    out, end = form(rows(q), rows(k), rows(v), [rows(g) for g in gates], initial, mask)
+    each = [g if given_once(g) else rows(g) for g in gates]
+    out, end = form(rows(q), rows(k), rows(v), each, initial, mask)
     return out[row, position].unflatten(0, (batch, time)), tuple(s[last] for s in end)
 
 

@@ -118,6 +118,8 @@ def by_core(mixer: Mixer, inputs: Inputs) -> Tensor:
         k = k * gates[1][..., None]
     elif core.key == "forgotten":
         k = 1 - gates[0].exp()
+    if core.decay == "selective":
+        v = v * gates[0]
     if core.counts:
         v = torch.nn.functional.pad(v, (0, 1), value=1.0)
     q = q * scale
@@ -128,6 +130,8 @@ def by_core(mixer: Mixer, inputs: Inputs) -> Tensor:
             state = state * gates[0][:, :, t, None, None].exp()
         elif core.decay == "channel":
             state = state * gates[0][:, :, t, :, None].exp()
+        elif core.decay == "selective":
+            state = state * (gates[0][:, :, t, None, :] * gates[1][:, :, t]).exp()
         write = v[:, :, t]
         if core.delta:
             held = torch.einsum("bhkv,bhk->bhv", state, k[:, :, t])
@@ -233,6 +237,27 @@ class MixerSuite:
 
         check()
 
+    def test_a_constant_gate_is_given_once(self) -> None:
+        declared, inputs = self.mixer.gates(D_K, D_V), draw(self.mixer)
+        if not any(gate.constant for gate in declared):
+            return
+        once = [g[:1, :, :1] if gate.constant else g
+                for g, gate in zip(inputs.gates, declared, strict=True)]  # fmt: skip
+        often = [g.expand(*inputs.k.shape[:3], *g.shape[3:]) for g in once]
+        segments = torch.arange(TIME).expand(BATCH, -1) // 8
+        for keywords in ({}, {"padding": (segments > 0).long()}, {"segments": segments}):
+            for form in (self.mixer.parallel, self.mixer.chunk):
+                wanted = self.mixer.parallel(*inputs[:3], often, inputs.state, **keywords)
+                self.same(form(*inputs[:3], once, inputs.state, **keywords), wanted)
+        wanted = self.mixer.parallel(*inputs[:3], often, inputs.state)
+        self.same(self.mixer.recur(*inputs[:3], once, inputs.state), wanted)
+        op = torch.ops.reroll.recurrence
+        name, options = self.mixer.name, self.mixer.text()
+        for delay in (0, 2):
+            found, wanted = (op(*inputs[:3], list(g), name, options, None, delay)
+                             for g in (once, often))  # fmt: skip
+            assert_close(found, wanted, 1e-10, f"the op with a delay of {delay}")
+
     def test_query_heads_share_a_state(self) -> None:
         inputs, groups = draw(self.mixer), HEADS // KV_HEADS
         apart = [t.repeat_interleave(groups, 1) for t in inputs.tensors()[1:]]
@@ -250,7 +275,8 @@ class MixerSuite:
         seen = padding[0].bool()
         wanted = run(*inputs.at(seen), inputs.state)
         # whatever stands in padding, nothing of it may be seen
-        for tensor in inputs.tensors()[: 3 + len(inputs.gates)]:
+        gates = zip(inputs.gates, self.mixer.gates(D_K, D_V), strict=True)
+        for tensor in (*inputs[:3], *(t for t, gate in gates if not gate.constant)):
             tensor[:, :, ~seen] = torch.nan
         out, state = run(*inputs, padding=padding)
         assert out.isfinite().all()

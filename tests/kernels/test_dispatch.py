@@ -16,7 +16,7 @@ from reroll.runtime.functions.recurrences import recur
 from tests.conformance.mixer_suite import assert_close, draw
 from tests.export.onnx.test_onnx_recurrence import linearized
 
-MIXERS = ["retention", "gla", "deltanet", "gated_deltanet", "kda"]
+MIXERS = ["retention", "gla", "deltanet", "gated_deltanet", "kda", "mamba"]
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -32,7 +32,7 @@ def test_kernels_are_the_step_form(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["retention", "mamba2", "gla", "hgrn2", "deltanet", "gated_deltanet", "kda"]
+    "name", ["retention", "mamba2", "gla", "hgrn2", "deltanet", "gated_deltanet", "kda", "mamba"]
 )
 def test_kernels_are_the_chunk_form(name: str) -> None:
     mixer = make(name)
@@ -50,7 +50,7 @@ SEGMENTS = torch.tensor([[0] * 3 + [1] * 17 + [0] * 20, [5] * 40])
 
 
 @pytest.mark.parametrize("backend", ["triton", "compiled"])
-@pytest.mark.parametrize("name", ["retention", "gla", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["retention", "gla", "gated_deltanet", "mamba"])
 def test_packed_sequences(
     name: str, backend: dispatch.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +104,7 @@ def test_the_lowered_modules_recurrence_runs_on_it(monkeypatch: pytest.MonkeyPat
     assert_close(out, wanted, tolerances.FORWARD_TRITON_FP32, "out")
 
 
-@pytest.mark.parametrize("mixer", ["retention", "gated_deltanet"])
+@pytest.mark.parametrize("mixer", ["retention", "gated_deltanet", "mamba"])
 def test_a_lowered_model_generates_through_kernels(mixer: str) -> None:
     module = linearized(f"mixer={mixer}, window=4, sinks=1").to_module()
     ids, mask = torch.tensor([[3, 4, 5, 6, 7, 8], [0, 0, 9, 8, 7, 6]]), torch.ones(2, 6)

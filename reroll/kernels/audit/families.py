@@ -1,7 +1,6 @@
-"""Families of kernels, the shapes for which they are shipped, and the tiles they may have.
+"""Families of kernels, and the shapes for which they are shipped.
 
-A family is a launch function and the kernels that it launches, under one choice of BT. Candidates
-are in order of preference: first those in which fewer programs repeat work, then smaller ones.
+A family is a launch function and the kernels that it launches, under one choice of BT.
 """
 
 from __future__ import annotations
@@ -22,34 +21,15 @@ from reroll.kernels import (
     diagonal_fused,
     linear_rows,
     pointwise,
+    selective,
+    selective_backward,
+    short_convolution,
     step,
     window,
 )
+from reroll.kernels.audit import candidates
+from reroll.kernels.audit.candidates import Tile, Variant
 from reroll.kernels.configurations import Tiles
-
-Tile = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kind of call: the type of products, the gate, the head size, the limit of a chunk."""
-
-    numbers: str
-    gate: int
-    size: int
-    limit: int
-    groups: int = 1
-    packed: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of queries, keys and values."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.numbers, torch.float32)
-
-    @property
-    def precision(self) -> str:
-        """Precision of products in fp32."""
-        return self.numbers if self.dtype == torch.float32 else "ieee"
 
 
 @dataclass(frozen=True)
@@ -66,10 +46,6 @@ class Family:
     variants: tuple[Variant, ...]
     call: Callable[[Variant, Tiles], Any]
     groups: tuple[int, ...] = (1,)
-
-
-def _tile(bt: int, bk: int, bv: int, warps: int, stages: int = 1) -> Tile:
-    return {"BT": bt, "BK": bk, "BV": bv, "num_warps": warps, "num_stages": stages}
 
 
 def _shapes(variant: Variant) -> dict[str, Tensor]:
@@ -160,47 +136,6 @@ def _pointwise(variant: Variant, tiles: Tiles) -> None:
     pointwise.gated(row, row, "gelu_tanh")
 
 
-def _nothing_to_choose(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    yield {}
-
-
-def _few_rows(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Yield tiles of few rows: narrow ones, so that a decoding step occupies many processors."""
-    for columns, inputs, stages in ((16, 128, 3), (16, 64, 2), (32, 64, 2), (16, 32, 1)):
-        yield {
-            "BM": linear_rows.ROWS, "BN": columns, "BK": inputs, "num_warps": 4,
-            "num_stages": stages,
-        }  # fmt: skip
-
-
-def _squares(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Yield tiles of rows, columns and inputs: many rows in a prompt, few in a decoding step."""
-    prompt = kernel == "window_attention_tile"
-    for rows in (64, 32, 16) if prompt else (depth_lora.ROWS,):
-        for columns in (64, 32, 16):
-            tile = {"BM": rows, "BN": columns, "num_warps": 4, "num_stages": 2}
-            yield tile if prompt else tile | {"BK": 64}
-
-
-def _chunked(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Yield tiles of the kernels of a chunked recurrence."""
-    whole = max(16, variant.size)
-    wide = [b for b in (64, 32, 16) if b <= whole]
-    if kernel == "fused_back":
-        for warps in (8, 4):
-            yield _tile(bt, whole, whole, warps)
-        return
-    if kernel in ("scan", "delta_scan"):
-        for bv in wide:
-            for warps in (4, 8):
-                yield _tile(bt, whole, bv, warps)
-        return
-    for block in wide:
-        for other in wide:
-            for warps in (4, 8):
-                yield _tile(bt, block, other, warps)
-
-
 def _delta(variant: Variant, tiles: Tiles) -> Any:
     x = _shapes(variant)
     beta = torch.empty(x["k"].shape[:3], device="meta")
@@ -220,10 +155,31 @@ def _step(variant: Variant, tiles: Tiles) -> Any:
     )  # fmt: skip
 
 
-def _stepped(kernel: str, bt: int, variant: Variant) -> Iterator[Tile]:
-    """Yield tiles of the kernel for one token: few columns, so that each warp has enough work."""
-    for bv, warps in ((16, 1), (16, 2), (8, 1), (8, 2), (8, 4)):
-        yield {"BV": bv, "num_warps": warps}
+def _selective(variant: Variant, tiles: Tiles) -> Any:
+    """Launch with `size` rows of the state, as many columns as Mamba has, and one rate for all."""
+    x = _shapes(variant)
+    width = torch.empty(2, 1024, 4, 1536, dtype=variant.dtype, device="meta").transpose(1, 2)
+    dt = torch.empty_like(width, dtype=torch.float32)
+    rate, start = (
+        torch.empty(*shape, variant.size, 1536, device="meta") for shape in ((1, 4, 1), (2, 4))
+    )
+    given = x["q"], x["k"], width, dt, rate, start, x.get("starts")
+    out, end = selective.forward(*given, tiles["selective_scan"])
+    return selective_backward.backward(*given, out.transpose(1, 2), end, tiles)
+
+
+def _short_convolution(variant: Variant, tiles: Tiles) -> Any:
+    """Launch with a bias and a state; `size` is the tokens of the filter."""
+    channels, kept = 4096, variant.size - 1
+    shapes = (2, 1024, channels), (channels, variant.size), (channels,), (2, channels, kept)
+    x, weight, bias, state = (torch.empty(s, dtype=variant.dtype, device="meta") for s in shapes)
+    slots = torch.empty(2, dtype=torch.int64, device="meta")
+    given = x.transpose(1, 2), weight, bias
+    # each takes the tile of the other where the other is chosen
+    part = {"BM": 1} | tiles["short_convolution_part"]
+    one = {name: n for name, n in tiles["short_convolution_step"].items() if name != "BM"}
+    short_convolution.step(x[:, 0], weight, bias, state, slots, tiles=one)
+    return short_convolution.forward(*given, state, part)
 
 
 def _variants() -> Iterator[Variant]:
@@ -271,7 +227,7 @@ FAMILIES = {
             "diagonal",
             # with a large state, outputs are computed in a separate launch by many programs
             lambda v: [("scan",), ("states", "read")][:: 1 if v.size <= 128 else -1],
-            _chunked,
+            candidates.chunked,
             tuple(_variants()),
             _forward,
             GROUPS,
@@ -279,7 +235,7 @@ FAMILIES = {
         Family(
             "diagonal_backward",
             lambda _: [("states", "scan_back", "gradients_qkg", "gradients_v")],
-            _chunked,
+            candidates.chunked,
             tuple(_variants()),
             _backward,
             GROUPS,
@@ -287,7 +243,7 @@ FAMILIES = {
         Family(
             "diagonal_fused",
             lambda _: [("fused_back",)],
-            _chunked,
+            candidates.chunked,
             tuple(_fused_variants()),
             _backward,
             GROUPS,
@@ -295,7 +251,7 @@ FAMILIES = {
         Family(
             "delta",
             lambda _: [("delta_scan",)],
-            _chunked,
+            candidates.chunked,
             tuple(_delta_variants()),
             _delta,
             GROUPS,
@@ -303,45 +259,60 @@ FAMILIES = {
         Family(
             "window",
             lambda _: [("window_attention_tile",)],
-            _squares,
+            candidates.squares,
             tuple(Variant(n, 1, s, 16) for n in NUMBERS for s in (64, 128)),
             _window,
         ),
         Family(
             "depth_lora",
             lambda _: [("depth_lora_tile",)],
-            _squares,
+            candidates.squares,
             tuple(Variant(n, 0, rank, 16) for n in NUMBERS for rank in (16, 64)),
             _depth_lora,
         ),
         Family(
             "linear_rows",
             lambda _: [("linear_rows_tile",)],
-            _few_rows,
+            candidates.few_rows,
             tuple(Variant(n, g, r, 16) for n in ("bf16", "ieee") for g in (0, 1) for r in RANKS),
             _linear_rows,
         ),
         Family(
             "pointwise",
             lambda _: [("norm_row", "rope_part", "glu_part")],
-            _nothing_to_choose,
+            candidates.nothing_to_choose,
             tuple(Variant(n, 0, 4096, 16) for n in ("bf16", "ieee")),
             _pointwise,
         ),
         Family(
             "confidence",
             lambda _: [("confidence_part",)],
-            _squares,
+            candidates.squares,
             tuple(Variant(n, 0, 1024, 16) for n in NUMBERS),
             _confidence,
         ),
         Family(
             "step",
             lambda _: [("recurrent_step",)],
-            _stepped,
+            candidates.stepped,
             tuple(_step_variants()),
             _step,
             GROUPS,
+        ),
+        Family(
+            "selective",
+            lambda _: [("selective_scan", "selective_back")],
+            candidates.columns,
+            tuple(Variant("ieee", 3, size, 16) for size in (16, 32, 64, 128)),
+            _selective,
+            GROUPS,
+        ),
+        Family(
+            "short_convolution",
+            lambda _: [("short_convolution_part", "short_convolution_step")],
+            candidates.channels,
+            tuple(Variant(n, 0, size, 16) for n in ("bf16", "ieee") for size in (4, 16)),
+            _short_convolution,
         ),
     )
 }

@@ -11,8 +11,9 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from reroll.kernels.audit.candidates import Variant
 from reroll.kernels.audit.compiling import Measured, compiled, launches
-from reroll.kernels.audit.families import FAMILIES, KERNEL_NAMES, Family, Variant
+from reroll.kernels.audit.families import FAMILIES, KERNEL_NAMES, Family
 from reroll.kernels.configurations import CHUNKS, Tiles
 
 

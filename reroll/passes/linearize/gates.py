@@ -45,7 +45,8 @@ class Start:
 class Projections:
     """Low-rank projections of the layer's input with biases: raw = W2 (W1 x) + b.
 
-    W1 is random and W2 is zero, so that each gate starts as the constant that its bias gives.
+    W1 is random and W2 is zero, so that each gate starts as the value that its bias gives. A gate
+    that is the same for all tokens is its bias alone.
     `starts` has those constants by layer number, and `clusters` the key clusters of
     `gates=clustered`.
     """
@@ -56,7 +57,10 @@ class Projections:
     clusters: Mapping[int, Clusters] = field(default_factory=dict)
 
     def gate(self, attention: LinearizedAttention, gate: Gate) -> fx.Node:
-        """Add a gate that is projected from the layer's input: [batch, kv_heads, time, *shape]."""
+        """Add a gate that is projected from the layer's input: [batch, kv_heads, time, *shape].
+
+        One that is constant is a weight, with 1 in place of batch and time.
+        """
         graph, heads = attention.graph, attention.kv_heads
         x = attention.projection().args[0]
         assert isinstance(x, fx.Node)
@@ -79,17 +83,19 @@ class Projections:
             parts = [full((each,), raw, torch.float32) for raw in _raw(gate, start)]
             return cast(concat(0, parts), dtype)
 
-        weights = [
-            attention.new_weight(f"{gate.name}_down.weight", (rank, width), down),
-            attention.new_weight(f"{gate.name}_up.weight", (heads * each, rank), up),
-            attention.new_weight(f"{gate.name}_up.bias", (heads * each,), bias),
-        ]
-        build = Builder(graph)
-        raw = build.call(LINEAR, build.call(LINEAR, x, weights[0]), weights[1], weights[2])
-
         def values(raw: Tensor) -> Tensor:
             return gate.activation(torch.unflatten(raw, -1, (heads, *gate.shape)).transpose(1, 2))
 
+        build, size = Builder(graph), (heads * each,)
+        if gate.constant:
+            raw = attention.new_weight(gate.name, size, bias)
+            return build.trace(lambda raw: values(raw[None, None]), raw)
+        weights = [
+            attention.new_weight(f"{gate.name}_down.weight", (rank, width), down),
+            attention.new_weight(f"{gate.name}_up.weight", (heads * each, rank), up),
+            attention.new_weight(f"{gate.name}_up.bias", size, bias),
+        ]
+        raw = build.call(LINEAR, build.call(LINEAR, x, weights[0]), weights[1], weights[2])
         return build.trace(values, raw)
 
     def clustered(self, attention: LinearizedAttention, gate: Gate) -> fx.Node:
@@ -146,6 +152,9 @@ def _raw(gate: Gate, start: Start) -> list[float]:
     for life, strength in zip(start.half_life, start.strength, strict=True):
         if gate.role == "decay":
             value = -math.log(2) / life
+        elif gate.role == "rate":
+            # the write gate, which starts at its strength, is the size of a step
+            value = -math.log(2) / life / strength
         elif gate.role == "write" and math.isfinite(gate.high):
             value = max(gate.low, 0.0) + strength * (gate.high - max(gate.low, 0.0))
         elif gate.role == "write":
