@@ -74,7 +74,7 @@ def bloom() -> Any:
 
 
 def lfm2() -> Any:
-    # its convolutions have a state that no cache of attention holds
+    # its convolutions keep their last inputs
     config = transformers.Lfm2Config(
         **TEXT, **SPECIAL, intermediate_size=48, num_key_value_heads=2,
         layer_types=["conv", "full_attention", "conv", "conv"],

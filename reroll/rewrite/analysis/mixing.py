@@ -14,7 +14,16 @@ from reroll.rewrite.capture.rolling.roll import data_nodes
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.dtypes import CONVERSIONS
 from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, BIDIRECTIONAL, CACHE, MASK, RECURRENCE
+from reroll.rewrite.ir.ops import (
+    ATTENTION,
+    ATTENTION_MASS,
+    BIDIRECTIONAL,
+    CACHE,
+    MASK,
+    RECENT,
+    RECURRENCE,
+    SHORT_CONVOLUTION,
+)
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.records import Input
 
@@ -45,6 +54,8 @@ def other_mixing(program: Program) -> str | None:
     loops = {loop.name: loop for loop in program.loops}
     for name, graph in program.graphs():
         for node in graph.nodes:
+            if node.target in (RECENT, SHORT_CONVOLUTION):
+                return f"{node.name}, a short convolution,"
             if _is_causal(node) and not _reads(node, loops.get(name), mask_beside(item)):
                 return f"{node.name}, which does not read the padding mask itself,"
     if program.has_past:

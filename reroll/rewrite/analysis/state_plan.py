@@ -1,8 +1,9 @@
 """Plan of the states that nodes of a Program keep from one call to the next.
 
-A state is a cache of keys and values or the state of a recurrence. States are numbered in the order
-in which their nodes run: a node in a loop's body has one for each trip. The lowered module, the
-exporters, and the configuration from which transformers makes its caches are built from the plan.
+A state is a cache of keys and values, the state of a recurrence, or the last inputs of a short
+convolution. States are numbered in the order in which their nodes run: a node in a loop's body has
+one for each trip. The lowered module, the exporters, and the configuration from which transformers
+makes its caches are built from the plan.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from torch import fx
 
 from reroll.errors import ProgramError
 from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import ATTENTION, ATTENTION_MASS, CACHE, RECURRENCE, is_stateful
+from reroll.rewrite.ir.ops import (
+    ATTENTION,
+    ATTENTION_MASS,
+    CACHE,
+    RECENT,
+    RECURRENCE,
+    SHORT_CONVOLUTION,
+    is_stateful,
+)
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.visibility import Visibility
 
@@ -35,6 +44,7 @@ class CacheLayer:
         kv_heads: number of key-value heads, if it is a constant.
         head_dim: size of a key, if it is a constant.
         prefix: how many first tokens are kept beside the window.
+        recent: how many inputs of a short convolution are kept; None for another state.
     """
 
     layer_type: str
@@ -42,6 +52,7 @@ class CacheLayer:
     kv_heads: int | None = None
     head_dim: int | None = None
     prefix: int = 0
+    recent: int | None = None
 
     @property
     def reach(self) -> tuple[str, int | None, int]:
@@ -130,11 +141,19 @@ def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
 def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
     if node.target is RECURRENCE:
         return CacheLayer("hybrid_sliding", 1)
+    if node.target is RECENT:
+        kept = argument(node, "kept")
+        kept = kept if loop is None else loop.resolve(kept, trip)
+        return CacheLayer("hybrid_sliding", 1, recent=kept)
+    if node.target is SHORT_CONVOLUTION:
+        return CacheLayer("hybrid_sliding", 1, recent=shape(argument(node, "weight"))[1] - 1)
     if node.target is not CACHE:
         raise ProgramError(
-            f"{node.target} keeps state, and only caches and recurrences have a place for it",
+            f"{node.target} keeps state, and only caches, recurrences and the last inputs of "
+            "convolutions have a place for it",
             where=node.name,
-            hint="keep it in a reroll.cache or a reroll.recurrence",
+            hint="keep it in a reroll.cache, a reroll.recurrence, a reroll.short_convolution or a "
+            "reroll.recent",
         )
     sizes = shape(argument(node, "k"))
     heads, dim = (sizes[1], sizes[3]) if len(sizes) == 4 else (None, None)

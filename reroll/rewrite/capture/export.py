@@ -44,6 +44,7 @@ from reroll.rewrite.capture.pictures import same_text, text_part
 from reroll.rewrite.capture.rotary import frequencies_by_position
 from reroll.rewrite.capture.signature import (
     Example,
+    cache_argument,
     can_generate,
     default_examples,
     examples_from,
@@ -374,7 +375,9 @@ class _Wrapper(nn.Module):
             )
             halt = self.halt if self.at_cache else None
             cache = make_cache(total - tokens, total, layers, cross, self.custom_layers, halt)
-            keywords.update(past_key_values=cache, use_cache=True)
+            name = cache_argument(self.model)
+            assert name is not None
+            keywords.update({name: cache, "use_cache": True})
         elif "use_cache" in _parameters(self.model):
             keywords["use_cache"] = False
         keywords.update(dict.fromkeys(self.wishes, True))

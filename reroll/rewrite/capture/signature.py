@@ -34,10 +34,19 @@ class Example:
 
 
 def has_state(model: Any) -> bool:
-    """Whether the model's forward takes a key/value cache and generates with it."""
-    return "past_key_values" in _arguments(model) and (
+    """Whether the model's forward takes a cache and generates with it."""
+    return cache_argument(model) is not None and (
         bool(getattr(model.config, "is_encoder_decoder", False)) or can_generate(model)
     )
+
+
+def cache_argument(model: Any) -> str | None:
+    """Return the name of the cache in the model's forward; None if it takes none.
+
+    Models without attention, such as Mamba, have another name for it.
+    """
+    names = _arguments(model)
+    return next((name for name in ("past_key_values", "cache_params") if name in names), None)
 
 
 def can_generate(model: Any) -> bool:

@@ -24,18 +24,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from reroll.errors import CaptureError
 from reroll.rewrite.capture.entries import WEIGHTS_OF
+from reroll.rewrite.capture.keywords import refuse_unmodelled
 from reroll.rewrite.capture.masks import MaskKind, describe_mask
+from reroll.rewrite.capture.recurrent import (
+    is_kept_by_an_op,
+    of_new_tokens,
+    recurrences,
+    with_last_inputs,
+)
 
 IMPLEMENTATION = "reroll"
-
-# keywords of attention functions that do not change what eager attention computes: the mask
-# already includes the window and the causality, and the rest concerns caches, outputs and other
-# kernels
-_NO_EFFECT = frozenset(
-    "sliding_window is_causal position_ids cache_position past_key_values past_key_value use_cache "
-    "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch "
-    "deterministic target_dtype layer_idx dropout training logits_to_keep head_mask".split()
-)
 
 
 class Halted(BaseException):
@@ -110,17 +108,7 @@ def attention_interface(
     second result stands for the weights. Raises CaptureError for a keyword that the op does not
     model, and Halted at the attention that `halt` counts to.
     """
-    unknown = [
-        name
-        for name, argument in keywords.items()
-        if name not in _NO_EFFECT and argument is not None and argument is not False
-    ]
-    if unknown:
-        raise CaptureError(
-            f"attention is called with {', '.join(sorted(unknown))}, which reroll::attention does "
-            "not model",
-            where=type(module).__name__,
-        )
+    refuse_unmodelled("attention", "reroll::attention", keywords, type(module).__name__)
     if attention_mask is not None and position_bias is not None:
         attention_mask = position_bias + attention_mask
     elif position_bias is not None:
@@ -168,7 +156,12 @@ def make_cache(
     another `reroll::cache` if it grows with the tokens, and raises CaptureError if not. `halt` ends
     the trace at an update.
     """
-    from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+    from transformers.cache_utils import (
+        Cache,
+        CacheLayerMixin,
+        EncoderDecoderCache,
+        LinearAttentionCacheLayerMixin,
+    )
 
     class TracedLayer(CacheLayerMixin):
         is_sliding = False
@@ -214,6 +207,35 @@ def make_cache(
         def get_max_length(self) -> int:
             return -1
 
+    class TracedRecurrence(TracedLayer, LinearAttentionCacheLayerMixin):
+        """Keeps what a short convolution reads; a recurrence's op keeps its own state."""
+
+        def __init__(self, custom: Any) -> None:
+            TracedLayer.__init__(self, custom)
+            self.has_previous_state = dict.fromkeys(range(custom.number_of_states), False)
+            self.record_past = False
+
+        def update_conv_state(
+            self, x: Tensor, *_: Any, conv_kernel_size: int | None = None, **__: Any
+        ) -> Tensor:
+            if conv_kernel_size is None:
+                raise CaptureError(
+                    "its convolution keeps its inputs by code of the model's own, which is not "
+                    "captured"
+                )
+            return with_last_inputs(x, conv_kernel_size)
+
+        def update_recurrent_state(self, state: Tensor, *_: Any, **__: Any) -> Tensor:
+            if not is_kept_by_an_op(state):
+                raise CaptureError(
+                    "its recurrence is computed by code of the model's own, which is not captured"
+                )
+            return state
+
+    def layer(custom: Any) -> TracedLayer:
+        recurrent = isinstance(custom, LinearAttentionCacheLayerMixin)
+        return (TracedRecurrence if recurrent else TracedLayer)(custom)
+
     class CrossLayer(TracedLayer):
         def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             return k, v
@@ -221,7 +243,7 @@ def make_cache(
         def get_seq_length(self) -> int:
             return 0
 
-    traced = Cache(layers=[TracedLayer(o) for o, _ in zip_longest(custom, range(layers))])
+    traced = Cache(layers=[layer(o) for o, _ in zip_longest(custom, range(layers))])
     if not cross:
         return traced
     return EncoderDecoderCache(traced, Cache(layers=[CrossLayer() for _ in range(layers)]))
@@ -297,7 +319,9 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
         return prepare(*args, **kwargs)
 
     pad = masking_utils.maybe_pad_block_sequence_ids
+    local = masking_utils.create_recurrent_attention_mask
     try:
+        _rebind("create_recurrent_attention_mask", local, _local_mask)
         _rebind("_preprocess_mask_arguments", prepare, prepared)
         _rebind("maybe_pad_block_sequence_ids", pad, _pad_blocks)
         if implementation == IMPLEMENTATION:
@@ -306,10 +330,12 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
         for config in configs:
             config._attn_implementation_internal = implementation
         model.eval()
-        yield traced
+        with recurrences(model):
+            yield traced
     finally:
         _rebind("_preprocess_mask_arguments", prepared, prepare)
         _rebind("maybe_pad_block_sequence_ids", _pad_blocks, pad)
+        _rebind("create_recurrent_attention_mask", _local_mask, local)
         for table, before in zip(tables, saved, strict=True):
             table.clear()
             table.update(before)
@@ -317,6 +343,15 @@ def tracing(model: nn.Module, implementation: str, halt: Halt | None = None) -> 
             config._attn_implementation_internal = was
         for module, trained in zip(modules, training, strict=True):
             module.training = trained
+
+
+def _local_mask(
+    config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, *_: Any, **__: Any
+) -> Tensor | None:
+    """Return the padding mask [batch, time] of the new tokens, for a recurrence or convolution."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return of_new_tokens(attention_mask, inputs_embeds.shape[1])
 
 
 def _pad_blocks(

@@ -86,6 +86,11 @@ def slice_(
     return x[(slice(None),) * (dim % x.dim()) + (slice(start, end, step),)]
 
 
+def copy(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
+    """Compute `aten.copy`, which has no derivative: `new` in the shape and dtype of `old`."""
+    return new.to(old.dtype).expand_as(old)
+
+
 def embedding(
     weight: Tensor,
     indices: Tensor,
@@ -166,6 +171,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     GLU: glu,
     aten.layer_norm.default: layer_norm,
     aten.slice.Tensor: slice_,
+    aten.copy.default: copy,
     aten.embedding.default: embedding,
     aten.linear.default: F.linear,
     aten.neg.default: operator.neg,

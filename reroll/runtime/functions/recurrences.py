@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
 from reroll.mixers import Mixer, make
+from reroll.mixers.gates import varying, with_constant
 from reroll.rewrite.ir.ops.recurrence import after_first, scan, without_idle
 from reroll.runtime.functions.documents import Documents
 from reroll.runtime.functions.masks import visible_tokens
@@ -138,7 +139,9 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         writes = without_idle(self._writes(k, padding, skip), idle)
         tensors = [k, v, *gates]
         if delay:
-            *tensors, writes = self._wait(tensors, writes, delay)
+            declared = mixer.gates(k.shape[-1], v.shape[-1])
+            *late, writes = self._wait([k, v, *varying(declared, gates)], writes, delay)
+            tensors = [*late[:2], *with_constant(declared, gates, late[2:])]
         run = partial(dispatch.step if time == 1 else dispatch.chunk, mixer)
         state = tuple(self.recurrent_states.values()) or None
         out, state = run(q, tensors[0], tensors[1], tensors[2:], state, writes)
@@ -233,9 +236,13 @@ class StaticRecurrentLayer(InPlace, RecurrentLayer):
         self.cumulative_length.add_(time)
         self.is_initialized = True
 
+    def _move(self, device: torch.device) -> None:
+        """Give the count of tokens memory of its own where the tokens are."""
+        self.cumulative_length = fixed(self.cumulative_length.to(device))
+
     def _writes(self, k: Tensor, padding: Tensor | None, skip: int) -> Tensor | None:
         if not self.is_initialized:
-            self.cumulative_length = fixed(self.cumulative_length.to(k.device))
+            self._move(k.device)
         at = self.new_positions(k.shape[2])
         if padding is None:
             return (at >= skip).expand(k.shape[0], -1) if skip else None

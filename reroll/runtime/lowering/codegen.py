@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from reroll.rewrite.ir import ops
-from reroll.rewrite.ir.ops import CACHE, RECURRENCE
+from reroll.rewrite.ir.ops import CACHE, is_stateful
 from reroll.runtime.functions.functions import BINARY, FUNCTIONS, METHODS, makes_tensor_from_nothing
 from reroll.runtime.functions.loops import look_up, run_loop
 from reroll.runtime.functions.weights import read
@@ -116,14 +116,14 @@ class _Rewriter:
             return self.new.call_function(look_up, args)
         if target is aten.embedding.default and (module := self._module(args[0], "lookup")):
             return self._emit(node, "call_module", module, args[1:2], {})
-        if target is RECURRENCE:
-            update, number = self.caches[node]
-            args = (self.layers, number, *args)
-            return self._emit(node, "call_function", update, args, kwargs)
         if target is CACHE:
             update, number = self.caches[node]
             told = {name: kwargs[name] for name in ("padding",) if name in kwargs}
             return self._emit(node, "call_function", update, (self.layers, number, *args[:2]), told)
+        if is_stateful(node):
+            update, number = self.caches[node]
+            args = (self.layers, number, *args)
+            return self._emit(node, "call_function", update, args, kwargs)
         if target is ops.loop:
             args = (self.state, *args[:3])
             return self._emit(node, "call_function", run_loop, args, {})

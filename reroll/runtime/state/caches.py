@@ -17,7 +17,13 @@ from transformers.cache_utils import DynamicLayer
 from reroll.errors import UsageError
 from reroll.rewrite.analysis.state_plan import CacheLayer, readers
 from reroll.rewrite.ir.matching import argument
-from reroll.rewrite.ir.ops import CACHE, RECURRENCE
+from reroll.rewrite.ir.ops import CACHE, RECENT, RECURRENCE, SHORT_CONVOLUTION
+from reroll.runtime.functions.convolutions import (
+    RecentLayer,
+    StaticRecentLayer,
+    convolve,
+    recall,
+)
 from reroll.runtime.functions.recurrences import (
     RecurrentLayer,
     StaticRecurrentLayer,
@@ -41,6 +47,8 @@ def reroll_class(layer: CacheLayer, static: bool = False) -> type | None:
 
     `static` says that the cache is one of constant shapes.
     """
+    if layer.recent is not None:
+        return StaticRecentLayer if static else RecentLayer
     if layer.layer_type == "hybrid_sliding":
         return StaticRecurrentLayer if static else RecurrentLayer
     if layer.layer_type == "sliding_attention" and (layer.prefix or not layer.size):
@@ -77,6 +85,10 @@ def update_function(node: fx.Node) -> Callable[..., Any]:
     if node.target is RECURRENCE:
         mixer = argument(node, "rule"), argument(node, "options")
         return recurrence_of(*mixer) if all(isinstance(x, str) for x in mixer) else recur
+    if node.target is RECENT:
+        return recall
+    if node.target is SHORT_CONVOLUTION:
+        return convolve
     return append_exactly if None in readers(node) else append
 
 

@@ -50,7 +50,7 @@ def test_what_passes_put_in_the_place_of_attention_is_kept() -> None:
 
 def test_a_state_of_another_kind_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STATE, RMS_NORM, lambda node, place: 4)
-    with pytest.raises(ProgramError, match="only caches and recurrences have a place"):
+    with pytest.raises(ProgramError, match="only caches, recurrences and the last inputs"):
         plan_states(captured.captured("llama"))
 
 

@@ -422,9 +422,9 @@ def test_numbers_that_no_checkpoint_holds_come_along(tmp_path):
     assert torch.equal(program.source.load(literal), flat("llama").source.load(literal))
 
 
-def test_a_model_that_is_recurrent_already_says_so():
-    config = transformers.MambaConfig(
-        vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, intermediate_size=32
+def test_a_model_whose_recurrence_is_code_of_its_own_says_so():
+    config = transformers.RwkvConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32
     )
     with pytest.raises(CaptureError, match="recurrent already"):
-        capture(transformers.MambaForCausalLM(config).eval())
+        capture(transformers.RwkvForCausalLM(config).eval())

@@ -126,5 +126,7 @@ def test_other_heads_are_refused(tmp_path):
         **captured.TEXT, intermediate_size=64, image_size=16, patch_size=8
     )
     reroll.capture(transformers.ViTForImageClassification(config)).save(tmp_path / "vit")
-    with pytest.raises(UsageError, match="hidden states of ViTForImageClassification are not taken"):
+    with pytest.raises(
+        UsageError, match="hidden states of ViTForImageClassification are not taken"
+    ):
         AutoModel.from_pretrained(tmp_path / "vit")

@@ -17,15 +17,27 @@ from reroll.rewrite.capture.export import capture
 from reroll.rewrite.ir.text.parser import parse
 from reroll.rewrite.ir.text.printer import to_text
 from tests import tiny
-from tests.captured import captured, model
+from tests.captured import model
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 WISHES = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
+def refused(*_: Any) -> Any:
+    raise CaptureError("no such cache")
+
+
 @pytest.fixture(scope="module")
-def lowered() -> Any:
-    return captured("lfm2").to_module()
+def program() -> reroll.Program:
+    """A Llama whose cache the capture does not understand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reroll.rewrite.capture.export.make_cache", refused)
+        return capture(model("llama"))
+
+
+@pytest.fixture(scope="module")
+def lowered(program: reroll.Program) -> Any:
+    return program.to_module()
 
 
 @pytest.mark.parametrize(
@@ -41,14 +53,14 @@ def lowered() -> Any:
 )
 def test_generation_reads_everything_again(lowered: Any, options: dict[str, Any]) -> None:
     beams = {k: v for k, v in options.items() if k == "num_beams"}
-    expected = model("lfm2").generate(IDS, **WISHES, **beams)
+    expected = model("llama").generate(IDS, **WISHES, **beams)
     assert torch.equal(lowered.generate(IDS, **WISHES, **options), expected)
 
 
 def test_hidden_padding_changes_nothing(lowered: Any) -> None:
     mask = torch.ones_like(IDS)
     mask[0, :3] = 0
-    expected = model("lfm2").generate(IDS, attention_mask=mask, **WISHES)
+    expected = model("llama").generate(IDS, attention_mask=mask, **WISHES)
     assert torch.equal(lowered.generate(IDS, attention_mask=mask, **WISHES), expected)
 
 
@@ -57,7 +69,7 @@ def test_what_needs_a_cache_is_refused(lowered: Any) -> None:
     with pytest.raises(UsageError, match="keeps no cache, so it cannot use past_key_values"):
         lowered.generate(IDS, past_key_values=past, **WISHES)
     with pytest.raises(UsageError, match="cannot check what a draft model proposes"):
-        lowered.generate(IDS[:1], assistant_model=model("lfm2"), **WISHES)
+        lowered.generate(IDS[:1], assistant_model=model("llama"), **WISHES)
     with pytest.raises(UsageError, match="cannot draft"):
         model("llama").generate(IDS[:1], assistant_model=lowered, **WISHES)
     with pytest.raises(UsageError, match="embeddings"):
@@ -67,9 +79,11 @@ def test_what_needs_a_cache_is_refused(lowered: Any) -> None:
             lowered(IDS, **options)
 
 
-def test_recurrences_of_a_pass_are_not_all_of_its_state(tmp_path: Any) -> None:
-    """The convolutions still need all tokens."""
-    program = reroll.run_passes(captured("lfm2"), "linearize(mixer=gla)", measure=False)
+def test_recurrences_of_a_pass_are_not_all_of_its_state(
+    program: reroll.Program, tmp_path: Any
+) -> None:
+    """The attentions that are kept still need all tokens."""
+    program = reroll.run_passes(program, "linearize(mixer=gla, keep=2)", measure=False)
     made = program.to_module()
     assert not made.keeps_cache
     expected = IDS
@@ -126,17 +140,12 @@ def test_where_the_original_s_cache_forgets_what_its_attention_sees_it_is_refuse
     assert torch.equal(lowered.generate(IDS, **wishes), original.generate(IDS, **wishes))
 
 
-def test_a_bundle_of_kernels_needs_a_cache() -> None:
+def test_a_bundle_of_kernels_needs_a_cache(program: reroll.Program) -> None:
     with pytest.raises(ExportError, match="captured without a cache"):
-        module_text(captured("lfm2"), ())
+        module_text(program, ())
 
 
-def test_a_graph_without_a_cache_says_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any) -> Any:
-        raise CaptureError("no such cache")
-
-    monkeypatch.setattr("reroll.rewrite.capture.export.make_cache", refused)
-    program = capture(model("llama"))
+def test_a_graph_without_a_cache_says_so(program: reroll.Program, tmp_path: Any) -> None:
     (remark,) = program.origin.remarks
     assert remark.endswith("no such cache")
     found = Onnx(check=True, graphs=("unrolled",)).write(program, tmp_path)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from reroll.rewrite.capture.entries import move_weights
 from reroll.rewrite.capture.raising.attention import ATTENTION_RULES, absorb_masks
 from reroll.rewrite.capture.raising.idioms import RULES, RewriteRule
+from reroll.rewrite.capture.raising.recurrences import RECURRENCE_RULES
 from reroll.rewrite.ir import weights as lazy
 from reroll.rewrite.ir.hidden import keep_complete, stand_in, unmark
 from reroll.rewrite.ir.matching import match
@@ -38,7 +39,7 @@ def raise_idioms(program: Program) -> Program:
     drop_copies(graph)
     tidy_shapes(graph)
     checked: dict[Any, bool] = {}
-    for rule in (*RULES, *ATTENTION_RULES):
+    for rule in (*RECURRENCE_RULES, *RULES, *ATTENTION_RULES):
         apply_rule(graph, rule, checked)
     absorb_masks(graph)
     tidy_shapes(graph)

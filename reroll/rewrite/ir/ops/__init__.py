@@ -25,9 +25,11 @@ from reroll.rewrite.ir.ops.hold import HOLD, hold
 from reroll.rewrite.ir.ops.loop import loop
 from reroll.rewrite.ir.ops.mark_keys import ABSENT, MARK_KEYS, mark_keys
 from reroll.rewrite.ir.ops.mask import MASK, mask
+from reroll.rewrite.ir.ops.recent import RECENT, recent
 from reroll.rewrite.ir.ops.recurrence import BIDIRECTIONAL, RECURRENCE, bidirectional, recurrence
 from reroll.rewrite.ir.ops.rms_norm import RMS_NORM, rms_norm
 from reroll.rewrite.ir.ops.rope import ROPE, rope
+from reroll.rewrite.ir.ops.short_convolution import SHORT_CONVOLUTION, short_convolution
 from reroll.rewrite.ir.ops.streak import STREAK, streak
 from reroll.rewrite.ir.ops.widen import WIDEN, widen
 
@@ -46,9 +48,11 @@ __all__ = [
     "MARK_KEYS",
     "MASK",
     "NAMESPACE",
+    "RECENT",
     "RECURRENCE",
     "RMS_NORM",
     "ROPE",
+    "SHORT_CONVOLUTION",
     "STREAK",
     "WIDEN",
     "activate",
@@ -66,9 +70,11 @@ __all__ = [
     "mark_keys",
     "mask",
     "mass_of",
+    "recent",
     "recurrence",
     "rms_norm",
     "rope",
+    "short_convolution",
     "streak",
     "widen",
 ]

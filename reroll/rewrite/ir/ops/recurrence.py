@@ -37,7 +37,8 @@ def recurrence(
     """Run a token mixer with a state of fixed size over a sequence, from the zero state.
 
     `q`: [batch, heads, time, d_k]; `k`: [batch, kv_heads, time, d_k]; `v` likewise with d_v;
-    `gates`: tensors [batch, kv_heads, time, ...] in the order in which the mixer declares them.
+    `gates`: tensors [batch, kv_heads, time, ...] in the order in which the mixer declares them;
+    one that is the same for all tokens may have 1 in place of batch and time.
     `rule` names a mixer of `reroll.mixers`; `options` is a JSON object of its options. `padding`
     [batch, time] is 0 at tokens that do not change the state.
 
@@ -174,10 +175,14 @@ def without_idle(writes: Tensor | None, idle: Tensor | None) -> Tensor | None:
 
 
 def delayed(tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Any]:
-    """Shift tensors [batch, heads, time, ...] and `writes` [batch, time] by `delay` tokens."""
+    """Shift tensors [batch, heads, time, ...] and `writes` [batch, time] by `delay` tokens.
+
+    The first tensor has all tokens; others may have 1 in place of batch and time.
+    """
     if not delay:
         return [*tensors, writes]
     batch, _, time = tensors[0].shape[:3]
+    tensors = [t.expand(batch, -1, time, *t.shape[3:]) for t in tensors]
     late = [
         torch.cat((t.new_zeros(*t.shape[:2], min(delay, time), *t.shape[3:]), t), 2)[:, :, :time]
         for t in tensors
@@ -245,6 +250,9 @@ def _recurrence_state(node: fx.Node, place: Place) -> int:
     held = 0
     for tensor in (*node.args[1:3], *node.args[3]):  # type: ignore[misc]
         type_ = tensor.meta["type"]  # [batch, kv_heads, time, ...]
+        if type_.shape[2] == 1:
+            # the same for all tokens: it does not wait with them
+            continue
         held += count((type_.shape[1], *type_.shape[3:])) * type_.dtype.itemsize
     return find_rule(rule).state_bytes(options, kv_heads, d_k, d_v) + waiting * held
 
