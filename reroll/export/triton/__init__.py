@@ -1,6 +1,6 @@
 """The Triton target: a program as one Python module with its kernels, and its weights.
 
-sites.py             attentions and recurrences, which have state
+sites.py             attentions, recurrences and short convolutions, which have state
 linears.py           linear layers that are one kernel with their norm, low-rank residual and gate
 graphs.py            its graphs as Python functions
 launches.py          its kernels as text with its constants in them, and what launches them

@@ -76,3 +76,29 @@ def launch_step(
         o.stride(0), o.stride(1), **tiles,
     )  # fmt: skip
     return o
+
+
+def launch_convolution(kernel: Any, tiles: Any, x: Any, weight: Any, bias: Any) -> Any:
+    """A prompt [rows, channels, time] from its first token, and its last inputs; see the kernel."""
+    (rows, channels, time), size = x.shape, weight.shape[1]
+    y = x.new_empty(rows, time, channels).transpose(1, 2)
+    end = x.new_empty(rows, channels, size - 1)
+    grid = triton.cdiv(channels, tiles["BC"]), triton.cdiv(time, tiles["BM"]), rows
+    kernel[grid](
+        x, weight, x if bias is None else bias, x, y, end, time,
+        *x.stride(), *weight.stride(), *y.stride(), **tiles,
+    )  # fmt: skip
+    return y, end
+
+
+def launch_convolution_step(
+    kernel: Any, tiles: Any, x: Any, weight: Any, bias: Any, state: Any, slots: Any
+) -> Any:
+    """One token [rows, channels] of each row, whose state moves on in place; see the kernel."""
+    rows, channels = x.shape
+    y = x.new_empty(rows, channels)
+    kernel[(triton.cdiv(channels, tiles["BC"]), rows)](
+        x, weight, x if bias is None else bias, state, slots, y,
+        *x.stride(), *weight.stride(), y.stride(0), **tiles,
+    )  # fmt: skip
+    return y

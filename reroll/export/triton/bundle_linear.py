@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from reroll.export.triton.bundle_runtime import glu, rms_norm, rope
+from reroll.export.triton.bundle_definitions import glu, rms_norm, rope
 from reroll.kernels.pointwise import gated, norm, turned
 
 # with more rows, PyTorch: the kernels would read weights again for each block of rows

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reroll.export.triton.bundle_definitions import convolved, token_by_token
 from reroll.export.triton.bundle_linear import _far, linear_error, pointwise_errors
 from reroll.export.triton.bundle_runtime import (
     Attention,
+    Convolution,
     Decode,
     Prefill,
     Recurrence,
     States,
     Weights,
     over_prompt,
-    token_by_token,
 )
 
 # the bundle has its own
@@ -142,6 +143,9 @@ class Model:
             if isinstance(site, Recurrence) and site.scan not in tested:
                 tested.append(site.scan)
                 found |= _errors(site, self.device)
+            elif isinstance(site, Convolution) and site.scan not in tested:
+                tested.append(site.scan)
+                found |= _convolution_errors(site, self.device)
             elif isinstance(site, Attention) and site.near and site.near not in tested:
                 tested.append(site.near)
                 found[site.near.__name__] = _near_error(site, self.device)
@@ -192,7 +196,7 @@ def _errors(site: Any, device: torch.device) -> dict[str, float]:
     q, k = draw(rows, site.heads, time, keys) / keys**0.5, draw(rows, site.kv_heads, time, keys)
     k = k / k.norm(dim=-1, keepdim=True)
     v = draw(rows, site.kv_heads, time, values)
-    q, k, v = (x.to(device, DTYPE) for x in (q, k, v))
+    q, k, v = (x.to(device, site.dtype) for x in (q, k, v))
     shape = (rows, site.kv_heads, time, *site.gates[0]) if site.gates else ()
     g = -draw(*shape).abs().to(device) / 4 if site.decay else None
     beta = draw(rows, site.kv_heads, time).sigmoid().to(device) if site.delta else None
@@ -210,6 +214,27 @@ def _errors(site: Any, device: torch.device) -> dict[str, float]:
     ]  # fmt: skip
     found[site.step.__name__] = _far(torch.stack(steps, 1), wanted[:, :8])
     return found
+
+
+def _convolution_errors(site: Any, device: torch.device) -> dict[str, float]:
+    """How far the two kernels of a short convolution are from the definition, relative."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random).to(device, site.dtype)
+
+    rows, time, begun = 2, 70, 40
+    x, weight = draw(rows, site.channels, time), draw(site.channels, site.size)
+    bias = draw(site.channels) if site.bias else None
+    wanted = convolved(x, weight, bias)
+    out, _ = site.scan(x, weight, bias)
+    _, state = site.scan(x[:, :, :begun], weight, bias)
+    slots = torch.arange(rows, device=device)
+    steps = [site.step(x[:, :, t], weight, bias, state, slots) for t in range(begun, begun + 8)]
+    return {
+        site.scan.__name__: _far(out, wanted),
+        site.step.__name__: _far(torch.stack(steps, 2), wanted[:, :, begun : begun + 8]),
+    }
 
 
 def _near_error(site: Any, device: torch.device) -> float:

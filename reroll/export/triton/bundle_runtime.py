@@ -51,6 +51,7 @@ class Recurrence:
     v_size: int
     state: tuple[int, int]
     gates: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
     scale: float
     scan: Any
     step: Any
@@ -64,6 +65,22 @@ class Recurrence:
     normalise: bool = False
     delay: int = 0
     skip: int = 0
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One short convolution of a program: its state is the last `size` - 1 inputs.
+
+    `scan` and `step` launch its kernels.
+    """
+
+    trips: int
+    channels: int
+    size: int
+    bias: bool
+    dtype: torch.dtype
+    scan: Any
+    step: Any
 
 
 NUMBERS = {
@@ -118,10 +135,12 @@ class States:
                     size = site.prefix + site.window if site.window else max_length
                     parts = [zeros(slots, site.kv_heads, size, n)
                              for n in (site.k_size, site.v_size)]  # fmt: skip
+                elif isinstance(site, Convolution):
+                    parts = [zeros(slots, site.channels, site.size - 1, like=site.dtype)]
                 else:
                     parts = [zeros(slots, site.kv_heads, *site.state, like=torch.float32)]
                     if site.delay:
-                        shapes = [((site.k_size,), dtype), ((site.v_size,), dtype)]
+                        shapes = [((site.k_size,), site.dtype), ((site.v_size,), site.dtype)]
                         shapes += [(shape, torch.float32) for shape in site.gates]
                         parts += [zeros(slots, site.kv_heads, site.delay, *shape, like=like)
                                   for shape, like in shapes]  # fmt: skip
@@ -171,6 +190,14 @@ class Prefill:
         state[self.slots] = end
         return finished(about, out, q.dtype)
 
+    def convolution(
+        self, site: int, trip: int, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """A short convolution of x [rows, channels, time], and its last inputs."""
+        out, end = self.sites[site].scan(x, weight, bias)
+        self.states.tensors[site, trip][0][self.slots] = end
+        return out  # type: ignore[no-any-return]
+
     def _kept(self, x: Tensor, prefix: int, window: int | None, size: int) -> Tensor:
         """Of tokens x [rows, heads, time, ...] those that a ring keeps, each in its place."""
         place = torch.arange(size, device=x.device)
@@ -187,6 +214,7 @@ class Decode:
         self.states, self.sites, self.slots = states, sites, slots
         self.number = states.count[slots]
         self.position = self.number[:, None]
+        self.mask = torch.ones_like(self.position, dtype=torch.bool)
 
     def attention(self, site: int, trip: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As for prefill, of one token."""
@@ -229,6 +257,14 @@ class Decode:
             None if beta is None else beta[:, :, 0], state, self.slots,
         )  # fmt: skip
         return finished(about, out[:, None], q.dtype)
+
+    def convolution(
+        self, site: int, trip: int, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """As for prefill, of one token; the state is updated in place."""
+        (state,) = self.states.tensors[site, trip]
+        out: Tensor = self.sites[site].step(x[:, :, 0], weight, bias, state, self.slots)
+        return out[:, :, None]
 
 
 def over_prompt(
@@ -321,49 +357,3 @@ def _later(x: Tensor, count: int, dim: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = min(count, x.shape[dim])
     return torch.cat([x.new_zeros(shape), x], dim).narrow(dim, 0, x.shape[dim])
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
-    """RMS norm in fp32."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide if weight is None else wide * (weight.float() + offset)).to(x.dtype)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotary position embedding of the first channels, as many as `cos` has."""
-    size = cos.shape[-1]
-    turned, rest = x[..., :size], x[..., size:]
-    if interleaved:
-        quarter = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, -1)
-        quarter = torch.cat((-second, first), -1)
-    return torch.cat((turned * cos + quarter * sin, rest), -1).to(x.dtype)
-
-
-def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Gated linear unit."""
-    if activation == "gelu_tanh":
-        return F.gelu(gate, approximate="tanh") * up
-    activated: Tensor = getattr(F, activation)(gate)
-    return activated * up
-
-
-def token_by_token(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The definition that the self-test holds the kernels against, in fp32."""
-    outs, groups = [], q.shape[1] // k.shape[1]
-    for t in range(k.shape[2]):
-        key, value = k[:, :, t].float(), v[:, :, t].float()
-        if g is not None:
-            kept = g[:, :, t].exp()
-            state = state * kept.reshape(*kept.shape, *(1 for _ in range(4 - kept.dim())))
-        if beta is not None:
-            held = torch.einsum("bhk,bhkv->bhv", key, state)
-            value = beta[:, :, t, None] * (value - held)
-        state = state + key[..., None] * value[..., None, :]
-        query = q[:, :, t].float().unflatten(1, (-1, groups))
-        outs.append(torch.einsum("bhgk,bhkv->bhgv", query, state).flatten(1, 2))
-    return torch.stack(outs, 1), state

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +23,15 @@ from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.defaults import counts_from_zero
 from reroll.rewrite.ir.matching import argument
-from reroll.rewrite.ir.ops import ATTENTION, CACHE, GLU, RECURRENCE, RMS_NORM, ROPE
+from reroll.rewrite.ir.ops import (
+    ATTENTION,
+    CACHE,
+    GLU,
+    RECURRENCE,
+    RMS_NORM,
+    ROPE,
+    SHORT_CONVOLUTION,
+)
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.functions.functions import BINARY, METHODS, makes_tensor_from_nothing
 
@@ -59,6 +68,8 @@ class GraphWriter:
         self.program, self.sites, self.linears = program, sites, linears
         self.kinds = [f.key for f in kinds_of(list(linears.values()))]
         self.norms = {f.norm for f in linears.values()}
+        places = zip(program.graph.find_nodes(op="placeholder"), program.inputs, strict=True)
+        self.masks = {place for place, item in places if item.role == "padding"}
         self.names = {
             name: f"trip_of_{_safe(name)}" if name != "main" else "main"
             for name, _ in program.graphs()
@@ -89,6 +100,8 @@ class GraphWriter:
         if node.target in (RECURRENCE, ATTENTION):
             gates = argument(node, "gates") if node.target is RECURRENCE else []
             return [*_qkv(node), *gates]
+        if self._masks_new(node):
+            return []
         if node in self.linears:
             layers = self.linears[node].layers
             return [layers[0].source, [layer.weights for layer in layers]]
@@ -98,6 +111,18 @@ class GraphWriter:
             rest = zip(places[len(carry) :], inputs, strict=True)  # type: ignore[arg-type]
             return [carry, [value for place, value in rest if place in self.live[name]]]
         return [node.args, node.kwargs]
+
+    def _masks_new(self, node: fx.Node) -> bool:
+        """Whether a node takes the columns of the new tokens from a padding mask."""
+        if node.target is not aten.index_select.default or node.args[0] not in self.masks:
+            return False
+        mask, dim, columns = node.args
+        total = _call_of(_call_of(columns, aten.add.Tensor, 1), operator.sub, 0)
+        count = _call_of(_call_of(columns, aten.add.Tensor, 0), aten.arange.default, 0)
+        behind = _call_of(_call_of(columns, aten.add.Tensor, 1), operator.sub, 1)
+        sized = _call_of(total, aten.sym_size.int, 0), _call_of(total, aten.sym_size.int, 1)
+        alike = isinstance(count, fx.Node) and count is behind and sized == (mask, 1)
+        return alike and bool(dim == 1)
 
     def _function(self, name: str, graph: fx.Graph) -> str:
         live = self.live[name]
@@ -142,8 +167,10 @@ class GraphWriter:
         target, args, kwargs = node.target, list(node.args), dict(node.kwargs)
         if target is ops.loop:
             return self._loop(node)
-        if target in (RECURRENCE, ATTENTION):
+        if node in self.sites:
             return [f"{node.name} = {self._state_op(node)}"]
+        if self._masks_new(node):
+            return [f"{node.name} = run.mask.to({node.meta['type'].dtype})"]
         if node in self.linears:
             return [f"{node.name} = {self._linear(self.linears[node])}"]
         if target is CACHE or behind_cache(node) is not None:
@@ -156,6 +183,8 @@ class GraphWriter:
         elif target in BINARY and len(args) == 2 and not kwargs:
             left, right = map(self._text, args)
             text = f"{left} {SYMBOLS[BINARY[target].__name__.strip('_')]} {right}"
+        elif target is operator.neg:
+            text = f"-{self._text(args[0])}"
         elif getattr(target, "__name__", "") == "getitem":
             text = f"{self._text(args[0])}[{self._text(args[1])}]"
         else:
@@ -196,12 +225,16 @@ class GraphWriter:
         return lines
 
     def _state_op(self, node: fx.Node) -> str:
-        kind = "recurrence" if node.target is RECURRENCE else "attention"
-        trip = "trip" if self.sites[node].loop else "0"
-        tensors = ", ".join(self._text(before_cache(t)) for t in _qkv(node))
-        if kind == "recurrence":
-            tensors += f", {self._text(argument(node, 'gates'))}"
-        return f"run.{kind}({self.sites[node].number}, {trip}, {tensors})"
+        site = self.sites[node]
+        trip = "trip" if site.loop else "0"
+        if node.target is SHORT_CONVOLUTION:
+            given = [argument(node, name) for name in ("x", "weight", "bias")]
+        else:
+            given = [before_cache(t) for t in _qkv(node)]
+        if node.target is RECURRENCE:
+            given.append(argument(node, "gates"))
+        tensors = ", ".join(map(self._text, given))
+        return f"run.{site.kind.lower()}({site.number}, {trip}, {tensors})"
 
     def _linear(self, fused: Fused) -> str:
         given = [self._text(fused.layers[0].source)]
@@ -241,6 +274,11 @@ class GraphWriter:
 
 class _Raw(str):
     pass
+
+
+def _call_of(node: Any, target: Any, argument: int) -> Any:
+    """Return an argument of a call of `target`; None for anything else."""
+    return node.args[argument] if isinstance(node, fx.Node) and node.target is target else None
 
 
 def _qkv(node: fx.Node) -> list[Any]:

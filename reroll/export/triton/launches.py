@@ -14,7 +14,16 @@ import torch
 from reroll.errors import ExportError
 from reroll.export.triton.linears import Fused
 from reroll.export.triton.sites import Site
-from reroll.kernels import configurations, delta, diagonal, linear_rows, pointwise, step, window
+from reroll.kernels import (
+    configurations,
+    delta,
+    diagonal,
+    linear_rows,
+    pointwise,
+    short_convolution,
+    step,
+    window,
+)
 
 NUMBERS = {
     torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16",
@@ -35,6 +44,7 @@ def kernels_of(
     """
     recurrences = [site for site in sites if site.mixer is not None]
     attentions = [site for site in sites if has_kernel(site)]
+    convolutions = [site for site in sites if site.kind == "Convolution"]
     helpers: list[Any] = []
     if attentions:
         helpers += [window.near_tile]
@@ -45,19 +55,25 @@ def kernels_of(
                     step.softplus, step.decay_of]  # fmt: skip
     if any(site.fields["delta"] for site in recurrences):
         helpers += [delta.inverse]
+    if convolutions:
+        helpers += [short_convolution.convolved_input]
     helpers += [linear_rows.activated, pointwise.norm_row, pointwise.rope_part, pointwise.glu_part]
     if linears:
         helpers += [linear_rows.weight_tile, linear_rows.finished_layer]
     parts = [f"{plain(h)}" for h in helpers]
     parts.append(f"BLOCK, VECTORS = {pointwise.BLOCK}, {pointwise.VECTORS}")
     parts += [inspect.getsource(f).rstrip() for f in POINTWISE]
-    for some, write in ((attentions, _attention), (recurrences, _kernels)):
+    for some, write in (
+        (attentions, _attention),
+        (recurrences, _kernels),
+        (convolutions, _convolution),
+    ):
         done: set[int] = set()
         for site in some:
             number = kernel_number(site, some)
             if number not in done:
                 done.add(number)
-                parts += write(site, number, dtype, archs)
+                parts += write(site, number, site.fields.get("dtype", dtype), archs)
     for number, fused in enumerate(linears):
         parts += _linear(fused, number, dtype, archs)
     return "\n\n\n".join(parts)
@@ -66,7 +82,7 @@ def kernels_of(
 def has_kernel(site: Site) -> bool:
     """Whether an attention has a kernel for prompts: its heads have at most 128 channels."""
     f = site.fields
-    return site.mixer is None and max(f["k_size"], f["v_size"]) <= 128
+    return site.kind == "Attention" and max(f["k_size"], f["v_size"]) <= 128
 
 
 def _attention(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) -> list[str]:
@@ -118,21 +134,26 @@ def _precision(dtype: torch.dtype) -> str:
     return '"ieee"' if dtype == torch.float32 else '"tf32"'
 
 
-def kernel_number(site: Site, recurrences: Sequence[Site]) -> int:
-    """Return the number of the site's kernels: that of the first site with the same shapes."""
-    keys = [_key(s) for s in recurrences]
+def kernel_number(site: Site, alike: Sequence[Site]) -> int:
+    """Return the number of the site's kernels: that of the first site with the same shapes.
+
+    `alike` are all sites of its kind that have kernels.
+    """
+    keys = [_key(s) for s in alike]
     return keys.index(_key(site))
 
 
 def _key(site: Site) -> tuple[Any, ...]:
     f = site.fields
+    if site.kind == "Convolution":
+        return f["channels"], f["size"], f["bias"], f["dtype"]
     if site.mixer is None or site.mixer.core is None:
         return f["heads"], f["kv_heads"], f["k_size"], f["v_size"]
-    return f["heads"], f["kv_heads"], f["state"], site.mixer.core.gate, f["delta"]
+    return f["heads"], f["kv_heads"], f["state"], site.mixer.core.gate, f["delta"], f["dtype"]
 
 
 def _kernels(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) -> list[str]:
-    heads, kv_heads, (rows, columns), gate, deltas = _key(site)
+    heads, kv_heads, (rows, columns), gate, deltas, _ = _key(site)
     shape = {"H": kv_heads, "GROUPS": heads // kv_heads, "K": rows, "V": columns, "GATE": gate}
     shared = {name: str(value) for name, value in shape.items()}
     block = max(16, configurations.head_size(rows, rows) if rows > 64 else _power(rows))
@@ -167,6 +188,29 @@ def _kernels(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) 
     ]
 
 
+def _convolution(site: Site, number: int, dtype: torch.dtype, archs: Sequence[str]) -> list[str]:
+    channels, size, bias, _ = _key(site)
+    constants = {"C": channels, "K": size, "HAS_BIAS": bias}
+    tiles = {}
+    for arch in archs:
+        found = configurations.convolution_tiles(arch, dtype, size)
+        if found is None:
+            raise _no_tiles(f"short convolutions of {size} tokens in {dtype}", arch)
+        tiles[arch] = {name.removeprefix("short_convolution_"): t for name, t in found.items()}
+    return [
+        specialised(
+            short_convolution.short_convolution_part, f"convolve_{number}",
+            constants | {"HAS_START": False},
+        ),
+        specialised(
+            short_convolution.short_convolution_step, f"convolve_step_{number}",
+            constants | {"HAS_SLOTS": True},
+        ),
+        f"CONVOLUTION_TILES_{number} = {json.dumps(tiles, indent=4)}",
+        _CONVOLVE.replace("NUMBER", str(number)).strip(),
+    ]  # fmt: skip
+
+
 def _power(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
@@ -176,7 +220,7 @@ def _tiles(site: Site, dtype: torch.dtype, arch: str, block: int) -> dict[str, A
 
     Raises ExportError if the manifest has none.
     """
-    _, _, (rows, columns), gate, deltas = _key(site)
+    _, _, (rows, columns), gate, deltas, _ = _key(site)
     assert site.mixer is not None
     limit = site.mixer.longest_chunk or max(configurations.CHUNKS)
     found = {}
@@ -205,6 +249,18 @@ def run_near_NUMBER(q, k, v, scale, window, prefix, first):
     """Attention of a prompt over a window and the first tokens: [rows, time, heads, V]."""
     tiles = tiles_of(NEAR_TILES_NUMBER)
     return launch_near(near_NUMBER, tiles, q, k, v, scale, window, prefix, first)
+'''
+_CONVOLVE = '''
+def run_convolve_NUMBER(x, weight, bias):
+    """A short convolution of a prompt [rows, channels, time], and its last inputs."""
+    tiles = tiles_of(CONVOLUTION_TILES_NUMBER)["part"]
+    return launch_convolution(convolve_NUMBER, tiles, x, weight, bias)
+
+
+def run_convolve_step_NUMBER(x, weight, bias, state, slots):
+    """One token [rows, channels] of a short convolution; states in slots move on in place."""
+    tiles = tiles_of(CONVOLUTION_TILES_NUMBER)["step"]
+    return launch_convolution_step(convolve_step_NUMBER, tiles, x, weight, bias, state, slots)
 '''
 _LINEAR = '''
 def run_linear_NUMBER(x, *layers):

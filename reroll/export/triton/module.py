@@ -55,7 +55,8 @@ def write(
         "archs": list(target.arch),
         "dtype": str(program.dtype).removeprefix("torch."),
         "kernels": [line.split("(")[0][4:] for line in text.splitlines()
-                    if line.startswith(("def near_", "def scan_", "def step_", "def linear_"))],
+                    if line.startswith(("def near_", "def scan_", "def step_", "def linear_",
+                                    "def convolve_"))],
         "weights": _weights(stored),
         # only a run on a GPU can measure it
         "gpu_speed": "not measured",
@@ -103,6 +104,7 @@ def module_text(program: Program, archs: tuple[str, ...]) -> str:
         _copied("bundle_launch.py"),
         kernels_of(list(sites.values()), kinds, program.dtype, archs),
         _copied("bundle_runtime.py"),
+        _copied("bundle_definitions.py"),
         _copied("bundle_linear.py"),
         _site_list(sites),
         _linear_list(kinds),
@@ -131,12 +133,16 @@ def _copied(file: str) -> str:
 def _site_list(sites: Mapping[fx.Node, Site]) -> str:
     recurrences = [s for s in sites.values() if s.mixer is not None]
     attentions = [s for s in sites.values() if has_kernel(s)]
+    convolutions = [s for s in sites.values() if s.kind == "Convolution"]
     lines = ["# the states of the program, in the order of its graphs", "SITES = ["]
     for site in sites.values():
         fields = [f"{key}={value!r}" for key, value in site.fields.items()]
         if site.mixer is not None:
             number = kernel_number(site, recurrences)
             fields += [f"scan=run_scan_{number}", f"step=run_step_{number}"]
+        elif site.kind == "Convolution":
+            number = kernel_number(site, convolutions)
+            fields += [f"scan=run_convolve_{number}", f"step=run_convolve_step_{number}"]
         elif site in attentions:
             fields.append(f"near=run_near_{kernel_number(site, attentions)}")
         lines.append(f"    {site.kind}({', '.join(fields)}),")

@@ -61,7 +61,9 @@ def _runs(model: Any) -> list[Callable[[], Any]]:
     runs: dict[Any, Callable[[], Any]] = {}
     for site in model.SITES:
         if isinstance(site, model.Recurrence):
-            runs[site.scan] = partial(_recurrence, site, model.DTYPE)
+            runs[site.scan] = partial(_recurrence, site)
+        elif isinstance(site, model.Convolution):
+            runs[site.scan] = partial(_convolution, site)
         elif site.near is not None:
             runs[site.near] = partial(_attention, site, model.DTYPE)
     for run, about in model.LINEARS:
@@ -89,8 +91,8 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _recurrence(site: Any, dtype: torch.dtype) -> None:
-    keys, values = site.state
+def _recurrence(site: Any) -> None:
+    (keys, values), dtype = site.state, site.dtype
     q, k = (_empty(ROWS, n, TIME, keys, dtype=dtype) for n in (site.heads, site.kv_heads))
     v, shape = _empty(ROWS, site.kv_heads, TIME, values, dtype=dtype), (ROWS, site.kv_heads, TIME)
     g = _empty(*shape, *site.gates[0], dtype=torch.float32) if site.decay else None
@@ -99,6 +101,15 @@ def _recurrence(site: Any, dtype: torch.dtype) -> None:
     site.scan(q, k, v, g, beta)
     first = [None if x is None else x[:, :, 0] for x in (q, k, v, g, beta)]
     site.step(*first, pool, _empty(ROWS, dtype=torch.int64))
+
+
+def _convolution(site: Any) -> None:
+    channels, size = site.channels, site.size
+    shapes = (ROWS, TIME, channels), (channels, size), (channels,), (ROWS, channels, size - 1)
+    x, weight, bias, pool = (_empty(*shape, dtype=site.dtype) for shape in shapes)
+    given = weight, bias if site.bias else None
+    site.scan(x.transpose(1, 2), *given)
+    site.step(x[:, 0], *given, pool, _empty(ROWS, dtype=torch.int64))
 
 
 def _attention(site: Any, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Find a Program's attentions and recurrences, with the arguments that a bundle's runtime takes."""
+"""Find a Program's nodes with state, and the arguments of each that a bundle's runtime takes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from typing import Any
 from torch import fx
 
 from reroll.errors import ExportError
+from reroll.kernels.forms import SHORTEST, limit_of
 from reroll.mixers import Mixer, make
 from reroll.rewrite.analysis.state_plan import before_cache, behind_cache
 from reroll.rewrite.ir.matching import argument, bind, unsupported
-from reroll.rewrite.ir.ops import ATTENTION, CACHE, GLU, RECURRENCE, RMS_NORM, ROPE, WIDEN
+from reroll.rewrite.ir.ops import (
+    ATTENTION,
+    CACHE,
+    GLU,
+    RECURRENCE,
+    RMS_NORM,
+    ROPE,
+    SHORT_CONVOLUTION,
+    WIDEN,
+)
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import TensorType
 from reroll.rewrite.ir.visibility import Visibility
@@ -20,13 +30,13 @@ from reroll.rewrite.ir.visibility import Visibility
 
 @dataclass(frozen=True)
 class Site:
-    """An attention or recurrence node.
+    """A node of an attention, a recurrence or a short convolution.
 
     Attributes:
         number: its position among all.
         node: the node.
         loop: the name of the loop whose body it is in; empty in the main graph.
-        kind: `Attention` or `Recurrence` of the bundle.
+        kind: `Attention`, `Recurrence` or `Convolution` of the bundle.
         fields: the arguments of that class.
         mixer: the mixer of a recurrence.
     """
@@ -60,6 +70,9 @@ def sites_of(program: Program) -> dict[fx.Node, Site]:
                 mixer = make(argument(node, "rule"), argument(node, "options"))
                 fields = {"trips": trips.get(loop, 1)} | _recurrence(node, mixer)
                 found[node] = Site(len(found), node, loop, "Recurrence", fields, mixer)
+            elif node.target is SHORT_CONVOLUTION:
+                fields = {"trips": trips.get(loop, 1)} | _convolution(node)
+                found[node] = Site(len(found), node, loop, "Convolution", fields)
             elif getattr(node.target, "namespace", "") == "reroll" and node.target not in PLAIN:
                 raise _cannot(f"the op {node.target}", node)
     return found
@@ -93,8 +106,10 @@ def _recurrence(node: fx.Node, mixer: Mixer) -> dict[str, Any]:
     q, k, v = (_type(argument(node, name)) for name in "qkv")
     d_k, d_v = int(k.shape[3]), int(v.shape[3])
     core = mixer.core
-    if core is None:
+    if core is None or core.decay == "selective":
         raise _cannot(f"the mixer {mixer.name}", node)
+    if core.gate == 2 and limit_of(mixer) < SHORTEST:
+        raise _cannot(f"the mixer {mixer.name} with chunks of fewer than {SHORTEST} tokens", node)
     rows = mixer.state_shapes(d_k, d_v)[0][0]
     if rows > 128 or d_v > 128:
         raise _cannot("a state with more than 128 rows or columns", node)
@@ -107,6 +122,7 @@ def _recurrence(node: fx.Node, mixer: Mixer) -> dict[str, Any]:
         "heads": q.shape[1], "kv_heads": k.shape[1], "k_size": d_k, "v_size": d_v,
         "state": (rows, d_v + 1 if core.counts else d_v),
         "gates": tuple(gate.shape for gate in mixer.gates(d_k, d_v)),
+        "dtype": v.dtype,
         "scale": mixer.default_scale(d_k) if mixer.scale is None else mixer.scale,
         "decay": core.gate > 0,
         "delta": core.delta,
@@ -116,6 +132,14 @@ def _recurrence(node: fx.Node, mixer: Mixer) -> dict[str, Any]:
         "floor": next((g.floor for g in mixer.gates(d_k, d_v) if g.floor is not None), None),
         "counted": core.counts, "normalise": mixer.normalised,
         "delay": delay, "skip": skip,
+    }  # fmt: skip
+
+
+def _convolution(node: fx.Node) -> dict[str, Any]:
+    channels, size = _type(argument(node, "weight")).shape
+    return {
+        "channels": channels, "size": size, "bias": argument(node, "bias") is not None,
+        "dtype": _type(node).dtype,
     }  # fmt: skip
 
 

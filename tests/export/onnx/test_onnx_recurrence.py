@@ -137,7 +137,7 @@ def test_windows(options, tmp_path):
     exported(program, tmp_path)
 
 
-@pytest.mark.parametrize("mixer", ["mlstm", "gsa", "rwkv6", "deltaproduct"])
+@pytest.mark.parametrize("mixer", ["mlstm", "gsa", "rwkv6", "deltaproduct", "mamba"])
 def test_a_prompt_in_pieces(mixer, tmp_path):
     program = linearized(f"mixer={mixer}, window=0, sinks=0")
     Onnx(graphs=("loop",)).write(program, tmp_path)

@@ -59,21 +59,22 @@ def agree(program: Program, directory: Path, ids: torch.Tensor, mask: torch.Tens
     start = ids.shape[1] - STEPS
     # as `generate` gives them: padding has no position
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    counted = any(item.name == "position_ids" for item in program.inputs)
+
+    def given(begin: int, end: int) -> dict[str, torch.Tensor]:
+        rest = {"position_ids": positions[:, begin:end]} if counted else {}
+        return {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]} | rest
+
     with torch.no_grad():
-        wanted = module(
-            input_ids=ids[:, :start], attention_mask=mask[:, :start],
-            position_ids=positions[:, :start], use_cache=True,
-        )  # fmt: skip
+        wanted = module(**given(0, start), use_cache=True)
         found = bundle.prefill(ids[:, :start], mask[:, :start], slots)
         real = mask[:, :start].bool()
         tolerance = tolerances.FORWARD_TRITON_FP32
         assert_close(found[real], wanted.logits[real], tolerance, "prefill")
         for t in range(start, ids.shape[1]):
             wanted = module(
-                input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1],
-                position_ids=positions[:, t : t + 1], past_key_values=wanted.past_key_values,
-                use_cache=True,
-            )  # fmt: skip
+                **given(t, t + 1), past_key_values=wanted.past_key_values, use_cache=True
+            )
             logits = bundle.decode(ids[:, t], slots)
             assert_close(logits, wanted.logits[:, -1], tolerance, f"token {t}")
     return bundle
@@ -204,8 +205,9 @@ def test_the_source_is_golden() -> None:
 def test_what_a_bundle_cannot_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no logits"):
         Triton(arch=("sm_90",)).write(captured("bert"), tmp_path)
-    with pytest.raises(ExportError, match="the mixer rwkv6"):
-        Triton(arch=("sm_90",)).write(linearized("mixer=rwkv6, window=0, sinks=0"), tmp_path)
+    for mixer in ("rwkv6", "mamba"):
+        with pytest.raises(ExportError, match=f"the mixer {mixer}"):
+            Triton(arch=("sm_90",)).write(linearized(f"mixer={mixer}, window=0, sinks=0"), tmp_path)
     with pytest.raises(UsageError, match="unknown GPUs: sm_12"):
         Triton.parse(["--arch", "sm_12"])
 

@@ -106,7 +106,7 @@ def _described(item: Any) -> dict[str, Any]:
 def _state(state: State) -> dict[str, Any]:
     """Describe a state: which output is which input of the next run."""
     return {
-        "layer": state.number,
+        "layer": state.named,
         "part": state.part,
         "input": state.input,
         "output": state.output,

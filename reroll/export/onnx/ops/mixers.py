@@ -40,6 +40,8 @@ def by_core(g: Translator, node: fx.Node, mixer: Mixer, x: Tokens) -> Value:
     core = mixer.core
     assert core is not None
     x = unit_tokens(g, mixer, with_features(g, mixer, x))
+    if core.decay == "selective":
+        return selective(g, node, x)
     if core.key == "gated":
         x = replace(x, k=g.op("Mul", x.k, g.op("Unsqueeze", x.gates[1], g.ints(3))))
     elif core.key == "forgotten":
@@ -60,6 +62,42 @@ def by_core(g: Translator, node: fx.Node, mixer: Mixer, x: Tokens) -> Value:
     if not mixer.normalised:
         return values
     return g.op("Div", values, g.op("Max", weights, g.number(1e-6, FLOAT)))
+
+
+def selective(g: Translator, node: fx.Node, x: Tokens) -> Value:
+    """Lower a scan in which each number of the state has a decay of its own.
+
+    The operator decays by the channel of its keys. So every channel of the values is a head of its
+    own, with one value channel.
+    """
+    dt, rate = x.gates
+    groups, heads, axis = x.heads // x.kv_heads, x.kv_heads * x.d_v, g.ints(3)
+
+    def for_channels(value: Value, width: int) -> Value:
+        # [batch, kv_heads * width, time, d_k] once for each channel of the values
+        value = g.op("Reshape", value, g.shape(["b", x.kv_heads, 1, width, "s", x.d_k]))
+        value = g.op("Expand", value, g.ints(1, 1, x.d_v, 1, 1, 1))
+        return g.op("Reshape", value, g.shape(["b", heads * width, "s", x.d_k]))
+
+    def by_channel(value: Value, width: int) -> Value:
+        # [batch, kv_heads, time, width, d_v] as [batch, kv_heads * d_v, time, width]
+        turned = g.op("Transpose", value, perm=[0, 1, 4, 2, 3])
+        return g.op("Reshape", turned, g.shape(["b", heads, "s", width]))
+
+    channels = replace(
+        x,
+        q=for_channels(x.q, groups),
+        k=for_channels(x.k, 1),
+        v=by_channel(g.op("Unsqueeze", g.op("Mul", dt, x.v), axis), 1),
+        heads=x.heads * x.d_v,
+        kv_heads=heads,
+        d_v=1,
+        by_channel=True,
+    )
+    fades = by_channel(g.op("Mul", g.op("Unsqueeze", dt, axis), rate), x.d_k)
+    out = linear_attention(g, node, channels, "gated", fades)
+    out = g.op("Reshape", out, g.ints(0, 0, x.kv_heads, x.d_v, groups))
+    return g.op("Transpose", out, perm=[0, 1, 2, 4, 3])
 
 
 @lowering(TARGET, "recurrence:mlstm")

@@ -6,6 +6,7 @@ A mixer without a core (`reroll.mixers.core`) can register a construction as "re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from reroll.export.onnx.ops.arguments import Varying
 from reroll.export.onnx.ops.states import NoStates
 from reroll.export.onnx.ops.windows import padding_of
 from reroll.export.onnx.plan.states import recurrence_parts
-from reroll.mixers import make
+from reroll.mixers import Gate, make
+from reroll.mixers.gates import varying, with_constant
 from reroll.rewrite.ir.lowerings import find_lowering, lowering
 from reroll.rewrite.ir.matching import bind
 from reroll.rewrite.ir.ops import BIDIRECTIONAL, RECURRENCE
@@ -136,11 +138,17 @@ def _mixed(
     declared = mixer.gates(d_k, d_v)
     q, *later = tensors
     if delay:
-        later, writes = _delayed(g, node, later, writes, delay, declared, kv_heads)
+        k, v, *gates = later
+        waits, moved = varying(declared, declared), varying(declared, gates)
+        (k, v, *moved), writes = _delayed(g, node, [k, v, *moved], writes, delay, waits, kv_heads)
+        later = [k, v, *with_constant(declared, gates, moved)]
     k, v, *values = later
     if writes is not None:
         k = g.op("Mul", k, writes)
-        values = [_neutral(g, x, writes, gate) for x, gate in zip(values, declared, strict=True)]
+        values = [
+            x if gate.constant else _neutral(g, x, writes, gate)
+            for x, gate in zip(values, declared, strict=True)
+        ]
     for place, gate in enumerate(declared):
         if gate.floor is not None:
             values[place] = g.op("Max", values[place], g.number(gate.floor, FLOAT))
@@ -175,7 +183,7 @@ def _delayed(
     tensors: list[Value],
     writes: Value | None,
     delay: int,
-    declared: Any,
+    declared: Sequence[Gate],
     kv_heads: int,
 ) -> tuple[list[Value], Value]:
     """Return keys, values and gates of the tokens whose delay has passed, and their writes.

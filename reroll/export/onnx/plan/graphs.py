@@ -19,8 +19,10 @@ from reroll.export.onnx.plan.states import (
     Parts,
     Ring,
     State,
+    by_layer,
     cache_parts,
     plan_rings,
+    recent_parts,
     recurrence_parts,
     with_idle,
 )
@@ -28,7 +30,7 @@ from reroll.export.onnx.plan.weights import Initializer, Layout
 from reroll.rewrite.analysis.state_plan import plan_states
 from reroll.rewrite.ir.defaults import reads
 from reroll.rewrite.ir.matching import argument
-from reroll.rewrite.ir.ops import ATTENTION, BIDIRECTIONAL, CACHE, RECURRENCE
+from reroll.rewrite.ir.ops import ATTENTION, BIDIRECTIONAL, CACHE, RECURRENCE, is_stateful
 from reroll.rewrite.ir.program import Program, ancestors
 from reroll.rewrite.ir.visibility import Visibility
 
@@ -106,7 +108,7 @@ class Walk:
             nodes,
             MappingProxyType(loops),
             MappingProxyType(self.reads),
-            with_idle(self.states),
+            with_idle(by_layer(self.states)),
             MappingProxyType(self.numbers),
             MappingProxyType(self.rings),
             exits[0] if exits else (),
@@ -140,7 +142,7 @@ class Walk:
                     self.rounds(plan, segment, values)
                 continue
             is_idle = _is_idle(node, trips)
-            if node.target in (CACHE, RECURRENCE) and not is_idle:
+            if is_stateful(node) and not is_idle:
                 self._keep(node, trips)
             for slot in (*range(len(node.args)), *node.kwargs):
                 turned = self._read(node, slot, values, is_idle=is_idle)
@@ -195,6 +197,8 @@ class Walk:
             numbers = trips.states(numbers)
         if node.target is CACHE:
             self.add_states(numbers, cache_parts(node, self.rings.get(numbers[0])))
+        elif node.target is not RECURRENCE:
+            self.add_states(numbers, recent_parts(node))
         else:
             delay = argument(node, "delay")
             delay = delay if trips is None else trips.resolve(delay)

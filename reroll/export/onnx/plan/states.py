@@ -1,7 +1,8 @@
 """States as inputs and outputs of a graph: the state before a run, and the state after it.
 
-Every node that keeps state is numbered in running order. Its inputs are `past_key_values.N.PART`
-and its outputs `present.N.PART`, the names that optimum, transformers.js and onnxruntime-genai use:
+Every node that keeps state is numbered in running order, a convolution right before a recurrence
+with that recurrence. Its inputs are `past_key_values.N.PART` and its outputs `present.N.PART`, the
+names that optimum, transformers.js and onnxruntime-genai use:
 
     key, value               [batch, kv_heads, past, head_dim]: all tokens so far, the new ones last
     key                      alone, where keys say which tokens are read and have no values
@@ -10,7 +11,8 @@ and its outputs `present.N.PART`, the names that optimum, transformers.js and on
     first_key, first_value   [batch, kv_heads, prefix, head_dim]: the first tokens, beside a window
     recurrent_state          [batch, kv_heads, ...]: the state of a recurrence
     maximum, slot_keys       additional states of some mixers: see `mixers`
-    conv_state               [batch, ...]: the last tokens, for mixers that read them; [batch, 1, 1]
+    conv_state               [batch, channels, kept]: the last inputs of a short convolution, and
+                             [batch, ...] the last tokens of mixers that read them; [batch, 1, 1]
                              and never used where onnxruntime-genai needs one beside a recurrence
     waiting                  [batch, kv_heads, delay, channels]: tokens that a delayed recurrence
                              has not written yet
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,10 +33,11 @@ from torch import fx
 
 from reroll.export.onnx.graph import TARGET
 from reroll.mixers import make
+from reroll.mixers.gates import varying
 from reroll.rewrite.analysis.state_plan import StatePlan
 from reroll.rewrite.ir.lowerings import find_lowering, lowering
 from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import ATTENTION, RECURRENCE
+from reroll.rewrite.ir.ops import ATTENTION, RECENT, RECURRENCE
 from reroll.rewrite.ir.program import Program
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
@@ -54,6 +57,7 @@ class State:
         part: which part of that state it is.
         dims: its sizes behind the batch.
         is_idle: whether it is empty and passed through, for onnxruntime-genai.
+        layer: the number in its names; `number` if none is given.
     """
 
     number: int
@@ -61,16 +65,22 @@ class State:
     dims: tuple[int | str, ...]
     dtype: torch.dtype
     is_idle: bool = False
+    layer: int | None = None
+
+    @property
+    def named(self) -> int:
+        """The number in its names."""
+        return self.number if self.layer is None else self.layer
 
     @property
     def input(self) -> str:
         """Name of the state before the run."""
-        return PAST.format(self.number, self.part)
+        return PAST.format(self.named, self.part)
 
     @property
     def output(self) -> str:
         """Name of the state after the run."""
-        return PRESENT.format(self.number, self.part)
+        return PRESENT.format(self.named, self.part)
 
     @property
     def grows(self) -> bool:
@@ -139,6 +149,15 @@ def cache_parts(node: fx.Node, ring: Ring | None) -> Parts:
     return found
 
 
+def recent_parts(node: fx.Node) -> Parts:
+    """Return the last inputs of a short convolution."""
+    if node.target is RECENT:
+        kept = argument(node, "kept")
+    else:
+        kept = shape(argument(node, "weight"))[1] - 1
+    return {CONV: (shape(argument(node, "x"))[1], kept)}
+
+
 def recurrence_parts(node: fx.Node, delay: int) -> Parts:
     """Return the parts of a recurrence's state, in the order in which it reads them."""
     mixer = make(argument(node, "rule"), argument(node, "options"))
@@ -146,7 +165,8 @@ def recurrence_parts(node: fx.Node, delay: int) -> Parts:
     d_v = shape(argument(node, "v"))[3]
     found: Parts = {}
     if delay:
-        gates = sum(math.prod(gate.shape) for gate in mixer.gates(d_k, d_v))
+        declared = mixer.gates(d_k, d_v)
+        gates = sum(math.prod(gate.shape) for gate in varying(declared, declared))
         found["waiting"] = (kv_heads, delay, d_k + d_v + gates + 1)
     sizes = find_lowering(TARGET, f"states:{mixer.name}") or _by_core
     return {**found, **sizes(mixer, kv_heads, d_k, d_v)}
@@ -154,7 +174,11 @@ def recurrence_parts(node: fx.Node, delay: int) -> Parts:
 
 def _by_core(mixer: Any, kv_heads: int, d_k: int, d_v: int) -> Parts:
     """Return the state of a mixer that declares its core."""
-    counts = mixer.core is not None and mixer.core.counts
+    core = mixer.core
+    if core is not None and core.decay == "selective":
+        # each channel of the values is a head of the operator
+        return {RECURRENT: (kv_heads * d_v, d_k, 1)}
+    counts = core is not None and core.counts
     return {RECURRENT: (kv_heads, features(mixer, d_k), d_v + counts)}
 
 
@@ -183,6 +207,22 @@ def rwkv6(mixer: Any, kv_heads: int, d_k: int, d_v: int) -> Parts:
     return {CONV: (kv_heads, 2 * d_k + d_v), RECURRENT: (kv_heads, d_k, d_v)}
 
 
+def by_layer(states: Mapping[tuple[int, str], State]) -> dict[tuple[int, str], State]:
+    """Give a convolution and the recurrence right behind it one number in their names."""
+    numbers = sorted({number for number, _ in states})
+    parts = {n: {part for number, part in states if number == n} for n in numbers}
+    layers: dict[int, int] = {}
+    for number in numbers:
+        before = parts.get(number - 1, set())
+        joins = before == {CONV} and RECURRENT in parts[number] and CONV not in parts[number]
+        # of several convolutions none is the recurrence's own
+        joins = joins and parts.get(number - 2) != {CONV}
+        layers[number] = layers[number - 1] if joins else len(set(layers.values()))
+    if len(set(layers.values())) == len(layers):
+        return dict(states)
+    return {key: replace(state, layer=layers[key[0]]) for key, state in states.items()}
+
+
 def with_idle(states: Mapping[tuple[int, str], State]) -> tuple[State, ...]:
     """Add an idle convolution to every recurrence where onnxruntime-genai knows the states else.
 
@@ -192,5 +232,7 @@ def with_idle(states: Mapping[tuple[int, str], State]) -> tuple[State, ...]:
     known = (RECURRENT, CONV)
     if not all(s.part in known or (s.part in ("key", "value") and s.grows) for s in found):
         return found
-    alone = [s for s in found if s.part == RECURRENT and (s.number, CONV) not in states]
-    return (*found, *(State(s.number, CONV, (1, 1), torch.float32, is_idle=True) for s in alone))
+    named = {(s.named, s.part) for s in found}
+    alone = [s for s in found if s.part == RECURRENT and (s.named, CONV) not in named]
+    idle = (replace(s, part=CONV, dims=(1, 1), is_idle=True) for s in alone)
+    return (*found, *idle)
