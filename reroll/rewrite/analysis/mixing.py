@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from reroll.rewrite.analysis.state_plan import CONVOLVED
 from reroll.rewrite.capture.rolling.roll import data_nodes
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.dtypes import CONVERSIONS
@@ -20,9 +21,7 @@ from reroll.rewrite.ir.ops import (
     BIDIRECTIONAL,
     CACHE,
     MASK,
-    RECENT,
     RECURRENCE,
-    SHORT_CONVOLUTION,
 )
 from reroll.rewrite.ir.program import Loop, Program
 from reroll.rewrite.ir.records import Input
@@ -54,7 +53,7 @@ def other_mixing(program: Program) -> str | None:
     loops = {loop.name: loop for loop in program.loops}
     for name, graph in program.graphs():
         for node in graph.nodes:
-            if node.target in (RECENT, SHORT_CONVOLUTION):
+            if node.target in CONVOLVED:
                 return f"{node.name}, a short convolution,"
             if _is_causal(node) and not _reads(node, loops.get(name), mask_beside(item)):
                 return f"{node.name}, which does not read the padding mask itself,"

@@ -31,6 +31,8 @@ from reroll.rewrite.ir.visibility import Visibility
 
 # ops that read keys under a mask
 MASKED = (ATTENTION, ATTENTION_MASS)
+# ops whose state are the last inputs of a short convolution
+CONVOLVED = (RECENT, SHORT_CONVOLUTION)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,13 @@ def stateful_nodes(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if is_stateful(n)]
 
 
+def kept_inputs(node: fx.Node) -> Any:
+    """Return how many last inputs of a short convolution a node keeps: of `CONVOLVED`."""
+    if node.target is RECENT:
+        return argument(node, "kept")
+    return shape(argument(node, "weight"))[1] - 1
+
+
 def behind_cache(value: Any) -> fx.Node | None:
     """Return the cache node whose output `value` is; None if it is no output of a cache."""
     if not isinstance(value, fx.Node) or value.target is not operator.getitem:
@@ -141,12 +150,10 @@ def _walk(program: Program) -> Iterator[tuple[fx.Node, CacheLayer]]:
 def _layer(node: fx.Node, loop: Loop | None, trip: int) -> CacheLayer:
     if node.target is RECURRENCE:
         return CacheLayer("hybrid_sliding", 1)
-    if node.target is RECENT:
-        kept = argument(node, "kept")
+    if node.target in CONVOLVED:
+        kept = kept_inputs(node)
         kept = kept if loop is None else loop.resolve(kept, trip)
         return CacheLayer("hybrid_sliding", 1, recent=kept)
-    if node.target is SHORT_CONVOLUTION:
-        return CacheLayer("hybrid_sliding", 1, recent=shape(argument(node, "weight"))[1] - 1)
     if node.target is not CACHE:
         raise ProgramError(
             f"{node.target} keeps state, and only caches, recurrences and the last inputs of "

@@ -116,10 +116,7 @@ def _state_space(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `mamba_chunk_scan_combined`; the step sizes and the skip are ordinary operations."""
     _refuse(rule, initial_states=initial_states, **others)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = nn.functional.softplus(dt)
+    dt = _step_sizes(dt, dt_bias, dt_softplus)
     dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])
     x, b, c = (_heads_first(t.float()) for t in (hidden_states, B, C))
     b, c = (_repeated(t, x.shape[1]) for t in (b, c))
@@ -155,10 +152,8 @@ def _selective_scan(
     All channels are one head, with keys `B` and queries `C` [batch, states, time].
     """
     _refuse(rule, **others)
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(dt.dtype)[..., None]
-    if delta_softplus:
-        dt = nn.functional.softplus(dt)
+    bias = None if delta_bias is None else delta_bias[..., None]
+    dt = _step_sizes(dt, bias, delta_softplus)
     x, dt, b, c = (t.transpose(1, 2).unsqueeze(1) for t in (hidden_states, dt, B, C))
     out = recurrence(c, b, x, [dt, A[None, None, None]], rule, "{}")
     out = out.squeeze(2).transpose(1, 2)
@@ -235,6 +230,13 @@ _RECURRENCES: dict[str, Callable[..., Any]] = {
 
 def _refuse(rule: str, op: str = "reroll::recurrence", **keywords: Any) -> None:
     refuse_unmodelled(rule.removeprefix(PREFIX), op, keywords, None)
+
+
+def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """Return step sizes of what a projection gives."""
+    if bias is not None:
+        dt = dt + bias.to(dt.dtype)
+    return nn.functional.softplus(dt) if softplus else dt
 
 
 def _heads_first(x: Tensor) -> Tensor:

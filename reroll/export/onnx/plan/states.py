@@ -34,10 +34,10 @@ from torch import fx
 from reroll.export.onnx.graph import TARGET
 from reroll.mixers import make
 from reroll.mixers.gates import varying
-from reroll.rewrite.analysis.state_plan import StatePlan
+from reroll.rewrite.analysis.state_plan import StatePlan, kept_inputs
 from reroll.rewrite.ir.lowerings import find_lowering, lowering
 from reroll.rewrite.ir.matching import argument, shape
-from reroll.rewrite.ir.ops import ATTENTION, RECENT, RECURRENCE
+from reroll.rewrite.ir.ops import ATTENTION, RECURRENCE
 from reroll.rewrite.ir.program import Program
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
@@ -151,11 +151,7 @@ def cache_parts(node: fx.Node, ring: Ring | None) -> Parts:
 
 def recent_parts(node: fx.Node) -> Parts:
     """Return the last inputs of a short convolution."""
-    if node.target is RECENT:
-        kept = argument(node, "kept")
-    else:
-        kept = shape(argument(node, "weight"))[1] - 1
-    return {CONV: (shape(argument(node, "x"))[1], kept)}
+    return {CONV: (shape(argument(node, "x"))[1], kept_inputs(node))}
 
 
 def recurrence_parts(node: fx.Node, delay: int) -> Parts:
