@@ -14,7 +14,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,8 +30,6 @@ from reroll.rewrite.ir.rules import register_rule
 
 # the rules of flat Programs: those of functions of transformers
 PREFIX = "transformers."
-# the attribute of what stands for a state of an op
-_STANDS = "stands_for_a_state"
 # the attribute of the inputs of a convolution: the new ones alone
 _NEW = "new_inputs"
 
@@ -88,14 +86,14 @@ def _delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     **others: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, KeptState]:
     """Compute `chunk_gated_delta_rule` or `chunk_kda`; all are [batch, time, heads, ...]."""
     _refuse(rule, initial_state=initial_state, **others)
     options = {"chunk_size": chunk_size, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
     q, k, v, g, beta = (_heads_first(x) for x in (query, key, value, g, beta))
     q, k = (_repeated(x, v.shape[1]) for x in (q, k))
     out = recurrence(q, k, v, [g, beta], rule, json.dumps(options))
-    return out, _final(out, (q.shape[0], v.shape[1], q.shape[-1], v.shape[-1]))
+    return out, KeptState()
 
 
 def _state_space(
@@ -113,7 +111,7 @@ def _state_space(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
     **others: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, KeptState]:
     """Compute `mamba_chunk_scan_combined`; the step sizes and the skip are ordinary operations."""
     _refuse(rule, initial_states=initial_states, **others)
     dt = _step_sizes(dt, dt_bias, dt_softplus)
@@ -128,7 +126,7 @@ def _state_space(
         out = out + D[..., None] * hidden_states.float()
     if not return_final_states:
         return out  # type: ignore[no-any-return]
-    return out, _final(out, (x.shape[0], x.shape[1], x.shape[-1], b.shape[-1]))
+    return out, KeptState()
 
 
 def _selective_scan(
@@ -146,7 +144,7 @@ def _selective_scan(
     use_mambapy: bool = False,
     use_associative_scan: bool = False,
     **others: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, KeptState]:
     """Compute `selective_scan_fn`; hidden_states, dt and z are [batch, channels, time].
 
     All channels are one head, with keys `B` and queries `C` [batch, states, time].
@@ -163,7 +161,7 @@ def _selective_scan(
         out = out * nn.functional.silu(z)
     if not return_last_state:
         return out  # type: ignore[no-any-return]
-    return out, _final(out, (x.shape[0], x.shape[-1], b.shape[-1]))
+    return out, KeptState()
 
 
 def _short_convolution(
@@ -251,16 +249,28 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
     return x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
-def _final(out: Tensor, shape: Iterable[int]) -> Tensor:
-    """Make what stands for the state after the last token, which the cache is given to keep."""
-    state = out.new_zeros(tuple(shape))
-    setattr(state, _STANDS, True)
-    return state
+class KeptState:
+    """What stands for a state after the last token, which a recurrence's op keeps itself.
 
+    A cache is given it, perhaps converted, or stacked with those of other heads. A model that
+    computes anything else of it is refused.
+    """
 
-def is_kept_by_an_op(state: Any) -> bool:
-    """Whether a cache is given a state that an op keeps itself."""
-    return getattr(state, _STANDS, False)
+    def to(self, *_: Any, **__: Any) -> KeptState:
+        return self
+
+    float = contiguous = to
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> KeptState:
+        if function in (torch.stack, torch.cat):
+            return cls()
+        raise CaptureError(
+            f"it computes with the state of its recurrence ({function.__name__}), which is not "
+            "captured"
+        )
 
 
 # ---- rules of flat Programs

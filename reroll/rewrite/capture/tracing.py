@@ -27,7 +27,7 @@ from reroll.rewrite.capture.entries import WEIGHTS_OF
 from reroll.rewrite.capture.keywords import refuse_unmodelled
 from reroll.rewrite.capture.masks import MaskKind, describe_mask
 from reroll.rewrite.capture.recurrent import (
-    is_kept_by_an_op,
+    KeptState,
     of_new_tokens,
     recurrences,
     with_last_inputs,
@@ -226,7 +226,7 @@ def make_cache(
             return with_last_inputs(x, conv_kernel_size)
 
         def update_recurrent_state(self, state: Tensor, *_: Any, **__: Any) -> Tensor:
-            if not is_kept_by_an_op(state):
+            if not isinstance(state, KeptState):
                 raise CaptureError(
                     "its recurrence is computed by code of the model's own, which is not captured"
                 )
