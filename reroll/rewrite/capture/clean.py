@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from reroll.errors import CaptureError
+from reroll.rewrite.capture.functional import COPIES, functionalise, mutates
 from reroll.rewrite.ir.hidden import stand_in
 from reroll.rewrite.ir.records import Dim, TensorType
 from reroll.rewrite.ir.types import set_type, type_of
@@ -19,13 +20,6 @@ aten = torch.ops.aten
 
 _WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 LAYOUTS = {aten.contiguous.default, aten.clone.default}
-COPIES = {
-    aten.alias.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.lift_fresh_copy.default,
-    aten.lift_fresh.default,
-}
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default}
 CASTS = ("aten.to.", "aten._to_copy", "aten.type_as.")
 _PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
@@ -53,9 +47,9 @@ def flatten(
 
     Raises CaptureError if the graph writes to a buffer or to a tensor in place.
     """
-    make_functional(exported.graph)
+    functionalise(exported.graph)
     if mutates(exported.graph):
-        # a second trace, which functionalises without decomposing anything
+        # two traces more, which functionalise all writes and decompose nothing
         exported = exported.run_decompositions({})
         if mutates(exported.graph):
             raise CaptureError("the model changes a tensor in place in a way that export keeps")
@@ -82,9 +76,12 @@ def flatten(
         elif name in names:
             values[node] = aliases.get(names[name], names[name])
     weights: dict[str, fx.Node] = {}
-    _copy_nodes(exported.graph, exported.graph_module, graph, values, weights, symbols)
-    outputs = _outputs(exported, graph, values, weights)
+    graph.output(
+        _copy_nodes(exported.graph, exported.graph_module, graph, values, weights, symbols)
+    )
     graph.eliminate_dead_code()
+    assert exported.call_spec.out_spec is not None
+    outputs = tuple(map(str, exported.call_spec.out_spec.context))
     return Flat(graph, outputs, shapes, dtypes)
 
 
@@ -99,78 +96,6 @@ def drop_casts(graph: fx.Graph) -> None:
             stand_in(node, source)
             graph.erase_node(node)
     graph.eliminate_dead_code()
-
-
-def mutates(graph: fx.Graph) -> bool:
-    """Whether a graph writes to tensors in place."""
-    return any(map(writes, graph.nodes))
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a node writes to a tensor in place."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable and node.target not in COPIES
-
-
-def make_functional(graph: fx.Graph) -> None:
-    """Replace writes to tensors that nothing else reads by the ops that return the result.
-
-    `exported.run_decompositions` does so for all writes, but traces the graph twice, which takes as
-    long as the export. The graph is unchanged where one of its writes is read elsewhere, or where a
-    result would have another dtype or memory layout.
-    """
-    written = [node for node in graph.nodes if writes(node)]
-    targets = [functional_of(node) for node in written]
-    if all(map(_is_functional_as, written, targets)):
-        for node, target in zip(written, targets, strict=True):
-            node.target = target
-
-
-def _is_functional_as(node: fx.Node, target: Any) -> bool:
-    """Whether a functional op returns what a node writes, and no view shows the write."""
-    first: Any = node.args[0]
-    if target is node.target or any(map(_is_view, first.users)):
-        return False
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    values = node.meta["val"], target(*args, **kwargs)
-    old, new = ((v.dtype, str(v.shape), str(v.stride())) for v in values)
-    return old == new
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether an op may return a tensor that shares data with an argument, without writing."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or node.op != "call_function":
-        return True
-    return not schema.is_mutable and any(value.alias_info for value in schema.returns)
-
-
-def functional_of(node: fx.Node) -> Any:
-    """Return a node's op, without writing to its first argument where only its result is read.
-
-    It is then the op that a capture has instead, in which nothing is written.
-    """
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable or node.target in COPIES:
-        return node.target
-    name, overload = schema.name.removeprefix("aten::"), schema.overload_name or "default"
-    written = node.args[0] if node.args else None
-    if not name.endswith("_") or not isinstance(written, fx.Node) or not _is_fresh(written):
-        return node.target
-    later = {user for user in written.users if user is not node and user > node}
-    packet = getattr(aten, name.removesuffix("_"), None)
-    return node.target if later else getattr(packet, overload, node.target)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether an op made a tensor that shares no data with another."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return False
-    return (
-        all(value.alias_info is None for value in schema.returns)
-        or functional_of(node) is not node.target
-    )
 
 
 def _weight_names(exported: torch.export.ExportedProgram) -> dict[str, str]:
@@ -330,22 +255,3 @@ def _append(
     new = graph.create_node("call_function", target, args, kwargs, name=node.name)
     set_type(new, _type(value, symbols))
     return new
-
-
-def _outputs(
-    exported: torch.export.ExportedProgram,
-    graph: fx.Graph,
-    values: dict[fx.Node, Any],
-    weights: dict[str, fx.Node],
-) -> tuple[str, ...]:
-    """Add the output node, one value per name of the model's outputs; return the names."""
-    spec = exported.call_spec.out_spec
-    assert spec is not None
-    names = tuple(str(name) for name in spec.context)
-    nodes = {n.name: n for n in exported.graph.nodes}
-    results = []
-    for name in (s.arg.name for s in exported.graph_signature.output_specs):
-        value = values[nodes[name]]
-        results.append(weights[value] if isinstance(value, str) else value)
-    graph.output(tuple(results))
-    return names

@@ -30,6 +30,7 @@ from reroll.rewrite.capture.entries import (
     entries_of,
     take_marks,
 )
+from reroll.rewrite.capture.functional import functionalise, mutates
 from reroll.rewrite.capture.half_precision import (
     keeps_parameters,
     trace,
@@ -438,7 +439,8 @@ class _Tracer:
         # the model's code may fail in half precision with any exception
         except Exception as error:
             return Miss(f"{type(error).__name__}: {error}")
-        if any(clean.writes(n) and clean.functional_of(n) is n.target for n in traced.nodes):
+        functionalise(traced)
+        if mutates(traced):
             return Miss("it changes tensors in place, so the trace in half precision has other ops")
         return with_dtypes_of(program, traced, half)
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from reroll.rewrite.capture import clean
 from reroll.rewrite.capture.entries import kind_of
+from reroll.rewrite.capture.functional import COPIES
 from reroll.rewrite.ir.dtypes import follow_limits
 from reroll.rewrite.ir.hidden import NAMES, mark, marks, unmark
 from reroll.rewrite.ir.patterns import Miss
@@ -295,12 +296,12 @@ def _key(node: fx.Node) -> Any:
     """Return the op that aligned nodes share; all casts are one op, and so are all views."""
     if str(node.target).startswith(clean.CASTS):
         return TO
-    return aten.reshape.default if node.target in _VIEWS else clean.functional_of(node)
+    return aten.reshape.default if node.target in _VIEWS else node.target
 
 
 def _origin(node: Any) -> Any:
     """Skip copies, changes of layout and dropout, down to the node whose value they return."""
-    skipped = (*clean.COPIES, *clean.LAYOUTS)
+    skipped = (*COPIES, *clean.LAYOUTS)
     while isinstance(node, fx.Node) and (node.target in skipped or clean.is_noop(node)):
         node = node.args[0]
     return node

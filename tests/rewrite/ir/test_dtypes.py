@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import fx
 
 import reroll
 from reroll.errors import UsageError
-from reroll.rewrite.capture.clean import functional_of
 from reroll.rewrite.capture.export import rolled
 from reroll.rewrite.ir.dtypes import dtype_of, retype, without_casts
 from reroll.rewrite.ir.interpret import run
@@ -79,23 +77,6 @@ def test_encoder_decoders_are_narrowed_to_what_they_are_captured_as(name: str) -
     results = [run(p, inputs)["logits"] for p in (narrow, own)]
     assert results[0].dtype == BF16
     assert torch.equal(*results)
-
-
-def test_a_tensor_that_is_read_again_after_it_was_written_is_no_function() -> None:
-    aten = torch.ops.aten
-
-    def ops(read_again: bool) -> list[Any]:
-        graph = fx.Graph()
-        x = graph.placeholder("x")
-        made = graph.call_function(aten.mul.Tensor, (x, 2))
-        written = graph.call_function(aten.add_.Tensor, (made, x))
-        given = graph.call_function(aten.add_.Tensor, (x, 1))
-        graph.output((written, given, made if read_again else x))
-        return [functional_of(written), functional_of(given)]
-
-    # of the input, which is not the graph's own, no write is seen through
-    assert ops(False) == [aten.add.Tensor, aten.add_.Tensor]
-    assert ops(True) == [aten.add_.Tensor, aten.add_.Tensor]
 
 
 def test_a_capture_in_fp32_computes_what_one_without_half_precision_does() -> None:
