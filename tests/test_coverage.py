@@ -38,7 +38,10 @@ ENCODERS = {
 # ModernBERT's first layer has no norm of its own
 OUTSIDE = {"modernbert": 1}
 # each is another variant of what one of the others shows
-SLOW = {"gptj", "mpt", "phi", "albert", "dinov2", "clip_vision_model"}
+SLOW = {
+    *("gptj", "mpt", "phi", "bloom", "smollm3", "olmo2", "qwen3", "gpt2", "opt", "whisper"),
+    *("albert", "dinov2", "clip_vision_model", "distilbert"),
+}
 TYPES = [
     pytest.param(kind, each, id=each, marks=[pytest.mark.slow] if each in SLOW else [])
     for kind, types in (("causal", CAUSAL), ("encoder", ENCODERS))

@@ -97,8 +97,8 @@ def prompts(vocabulary: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         "mixer=mamba2, window=3, sinks=1",
         pytest.param("mixer=linear, window=5, sinks=2", marks=pytest.mark.slow),
         pytest.param("mixer=deltanet, window=0, sinks=0", marks=pytest.mark.slow),
-        "mixer=kda, window=4, sinks=1",
-        "mixer=hgrn2, window=3, sinks=0",
+        pytest.param("mixer=kda, window=4, sinks=1", marks=pytest.mark.slow),
+        pytest.param("mixer=hgrn2, window=3, sinks=0", marks=pytest.mark.slow),
     ],
 )
 def test_it_computes_what_the_module_computes(options: str, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache
+from typer.testing import CliRunner
 
 import reroll
+from reroll.cli import app
 from reroll.errors import CaptureError
 from reroll.export.onnx import Onnx
 from reroll.export.onnx.emit.check import check_graph
@@ -21,19 +23,28 @@ from reroll.rewrite.capture.export import rolled
 from reroll.rewrite.ir.interpret import run
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import RECENT, RECURRENCE, SHORT_CONVOLUTION
+from tests.slow import slow
 from tests.tiny.types import build
 
 # the types, and the mixer of each; a short convolution alone has none
-TYPES = {
+RULES = {
     "qwen3_next": "gated_deltanet",
     "bamba": "mamba2",
     "mamba": "mamba",
-    "kimi_linear": "kda",
     "lfm2": None,
+    "qwen3_5_text": "gated_deltanet",
+    "olmo_hybrid": "gated_deltanet",
+    "granitemoehybrid": "mamba2",
+    "falcon_h1": "mamba2",
+    "nemotron_h": "mamba2",
+    "kimi_linear": "kda",
 }
+QUICK = ("qwen3_next", "bamba", "mamba", "lfm2")
+OTHERS = [name for name in RULES if name not in QUICK]
+TYPES = [*QUICK, *slow(*OTHERS)]
 LENGTHS = (13, 9, 6)
 WISHES: dict[str, Any] = {
-    "max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+    "max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 
 
@@ -79,7 +90,7 @@ def test_layers_are_rolled_and_computed_by_mixers(name: str) -> None:
     assert max(loop.trips for loop in program.loops) > 1
     assert nodes(program, SHORT_CONVOLUTION)
     rules = {argument(n, "rule") for n in nodes(program, RECURRENCE)}
-    assert rules == {TYPES[name]} - {None}
+    assert rules == {RULES[name]} - {None}
     with torch.no_grad():
         expected, actual = (
             m(**rows(), use_cache=False).logits for m in (original(name), lowered(name))
@@ -233,3 +244,13 @@ def test_a_runtime_without_the_convolution_runs_its_function(domain: str, tmp_pa
     model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
     onnx.save(model, path)
     assert check_graph(path, program, program.to_module())["relative_rms_error"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("bamba", "mamba")])
+def test_a_directory_is_exported_and_checked(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    build(name).to(dtype).save_pretrained(tmp_path / "model")
+    words = ["export", str(tmp_path / "model"), str(tmp_path / "out"), "--target", "onnx"]
+    result = CliRunner().invoke(app, [*words, "--check"])
+    assert result.exit_code == 0, result.output

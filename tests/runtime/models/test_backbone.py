@@ -13,6 +13,7 @@ import transformers
 import reroll
 from tests import captured, tiny
 from tests.runtime.models.test_seq2seq import assert_close
+from tests.slow import slow
 from tests.tiny.types import build
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -57,7 +58,7 @@ def test_backbone_gives_what_the_head_reads(kind):
     assert whole.past_key_values is None
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", *slow("gemma3_text", "bloom")])
 def test_last_hidden_state_is_the_original_s(name):
     original = build(name).eval()
     model = reroll.capture(original).to_module().eval()
@@ -177,8 +178,8 @@ def test_a_pickled_program_is_the_same_program(kind):
     assert torch.equal(again.to_module()(ids()).logits, program.to_module()(ids()).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "bert"])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)])
+@pytest.mark.parametrize("name", ["llama", "bert", *slow("gemma3_text")])
 def test_a_program_of_a_directory_is_pickled_with_its_names_not_its_tensors(name, dtype, tmp_path):
     build(name).to(dtype).save_pretrained(tmp_path)
     program = reroll.capture(tmp_path)
@@ -206,7 +207,7 @@ def pair(name):
     return bart if name == "bart" else captured.model(name)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+@pytest.mark.parametrize("name", ["bart", *slow("t5", "whisper")])
 def test_encoder_and_decoder_are_the_original_s(name):
     original = pair(name)
     model = reroll.capture(original).to_module()

@@ -13,6 +13,7 @@ from transformers import CompileConfig, StaticCache
 from reroll.rewrite.pipeline.manager import run_passes
 from reroll.runtime.state.states import restore, snapshot
 from tests import captured
+from tests.slow import slow
 
 IDS = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -34,6 +35,7 @@ KINDS = {
     # transformers' sliding layer counts its tokens in Python: the original has two graphs as well
     "sliding": ("gemma3", "", 2),
 }
+QUICK = ("plain", "positions of the mask", "window", "delta", "exits", "sliding")
 
 
 def made(kind: str) -> Any:
@@ -60,7 +62,7 @@ def tokens(model: Any, padded: bool, **options: Any) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [*QUICK, *slow(*(kind for kind in KINDS if kind not in QUICK))])
 def test_decoding_is_one_graph(kind: str) -> None:
     model = made(kind)
     config = CompileConfig(fullgraph=True, dynamic=None, mode=None, backend="eager")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import reroll
 from tests.runtime.models.test_backbone import lowered
+from tests.slow import slow
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -59,7 +60,7 @@ def work(rank, port, path, trips_together):
         distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["rolled", "relaxed", "delta", "exits"])
+@pytest.mark.parametrize("kind", ["delta", "exits", *slow("rolled", "relaxed")])
 def test_two_processes_share_the_weights(kind, tmp_path):
     lowered(kind).save_pretrained(tmp_path / "model")
     with socket.socket() as free:

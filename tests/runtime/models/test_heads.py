@@ -9,6 +9,7 @@ import reroll
 from reroll.errors import UsageError
 from tests import captured, tiny
 from tests.runtime.models.test_backbone import KINDS, ids, lowered
+from tests.slow import slow
 from tests.tiny.types import build
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -42,7 +43,7 @@ def test_auto_model_is_the_layers_without_the_head(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "gemma3_text", "bloom", "opt", "phi", "cohere", "mixtral"]
+    "name", ["llama", "gpt2", "gemma3_text", "bloom", *slow("opt", "phi", "cohere", "mixtral")]
 )
 def test_auto_model_gives_the_original_s_hidden_states(name, tmp_path):
     original = build(name).eval()

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 import reroll
 from tests import tiny
 from tests.runtime.models.test_backbone import KINDS, lowered
+from tests.slow import slow
 
 trl = pytest.importorskip("trl", reason="pip install -c constraints.txt 'reroll[trl]'")
 from datasets import Dataset  # noqa: E402  (it comes with trl)
@@ -120,7 +121,7 @@ def train(path, method, folder, lora=False):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("method", [sft, packed, padding_free, dpo, grpo])
+@pytest.mark.parametrize("method", [sft, packed, grpo, *slow(padding_free, dpo)])
 def test_an_exact_conversion_trains_as_the_original(method, lora, saved, tmp_path):
     wanted = train(saved("the original"), method, tmp_path, lora)
     got = train(saved("rolled"), method, tmp_path, lora)
@@ -128,8 +129,11 @@ def test_an_exact_conversion_trains_as_the_original(method, lora, saved, tmp_pat
     assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+OTHERS = [kind for kind in KINDS if kind not in ("rolled", "delta")]
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "rolled"])
+@pytest.mark.parametrize("kind", ["delta", *slow(*OTHERS)])
 def test_every_kind_trains_by_every_method(kind, lora, saved, tmp_path):
     for method in (packed, dpo, grpo):
         values = train(saved(kind), method, tmp_path, lora)
