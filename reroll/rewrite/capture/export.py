@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -93,6 +93,7 @@ def capture(
     three no weight is loaded: the graph comes from the configuration, and the Program's weights
     refer to the checkpoint's tensors. `dtype` is the dtype to compute in: the checkpoint's own if
     None. It cannot be chosen for a model object; a Program that reroll saved is converted to it.
+    A model that was lowered from a Program gives that Program, with the model's present weights.
     `inputs` are example tensors for a model whose inputs are unusual. `pictures` captures the
     pictures of a vision-language model as well, as an input that may be left out. `roll=False`
     stops at the flat graph.
@@ -105,6 +106,9 @@ def capture(
             raise CaptureError(
                 "dtype cannot be chosen for a model object", hint="convert it: model.to(dtype)"
             )
+        if (to_program := getattr(model, "to_program", None)) is not None:
+            # lowered from a Program
+            return cast(Program, to_program())
         captured = _captured(model, inputs, pictures, halves=roll)
     else:
         dtype = dtype_of(dtype)

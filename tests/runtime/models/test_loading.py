@@ -250,3 +250,13 @@ def test_a_model_type_is_not_taken_for_an_encoder_decoder() -> None:
     assert "reroll" in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     assert "reroll" not in encoder_decoders
     assert "RerollForSeq2SeqLM" in encoder_decoders.values()
+
+
+def test_it_is_captured_again_with_its_present_weights(saved: Path) -> None:
+    model = load(saved)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    program = reroll.capture(model)
+    assert str(program) == str(reroll.capture(saved))
+    assert torch.equal(program.to_module()(IDS).logits, model(IDS).logits)
+    assert not torch.equal(reroll.load(saved).to_module()(IDS).logits, model(IDS).logits)
