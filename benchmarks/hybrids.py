@@ -19,7 +19,7 @@ from reroll.export.onnx import Onnx
 
 CAPTURE = """
 import json, sys, torch, transformers, reroll
-config = transformers.CONFIG_MAPPING[sys.argv[1]]()
+config = transformers.CONFIG_MAPPING[sys.argv[1]](**json.loads(sys.argv[2]))
 with torch.device("meta"):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
 program = reroll.capture(model)
@@ -32,11 +32,17 @@ print(json.dumps({
 
 
 def captures(table: Table, options: Namespace) -> None:
-    """Capture each type in a process of its own."""
+    """Capture each model in a process of its own."""
     for case in table.missing():
-        row = run_process([sys.executable, "-W", "ignore", "-c", CAPTURE, case["type"]])
+        values = {k: _repeated(v) for k, v in options.configurations[case["model"]].items()}
+        words = [values.pop("model_type"), json.dumps(values)]
+        row = run_process([sys.executable, "-W", "ignore", "-c", CAPTURE, *words])
         found = json.loads(row.pop("output").strip().splitlines()[-1])
         table.add(case | row | found)
+
+
+def _repeated(value: Any) -> Any:
+    return value[0] * value[1] if isinstance(value, list) else value
 
 
 def decode(table: Table, options: Namespace) -> None:
