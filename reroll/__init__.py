@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from reroll._api import load, parse, run_passes
     from reroll.evaluate.classifiers import fit_exits
     from reroll.evaluate.exits import calibrate
+    from reroll.evaluate.speculating import generate, twin
     from reroll.rewrite.capture import capture
     from reroll.rewrite.ir.program import Program
     from reroll.rewrite.pipeline import Pass
@@ -36,10 +37,12 @@ __all__ = [
     "calibrate",
     "capture",
     "fit_exits",
+    "generate",
     "load",
     "parse",
     "run_passes",
     "sample_trips",
+    "twin",
 ]
 
 _HOMES = {
@@ -49,10 +52,12 @@ _HOMES = {
     "Pass": "reroll.rewrite.pipeline",
     "Program": "reroll.rewrite.ir.program",
     "capture": "reroll.rewrite.capture",
+    "generate": "reroll.evaluate.speculating",
     "load": "reroll._api",
     "parse": "reroll._api",
     "run_passes": "reroll._api",
     "sample_trips": "reroll.runtime.functions.trips",
+    "twin": "reroll.evaluate.speculating",
 }
 
 

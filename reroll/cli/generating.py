@@ -40,6 +40,13 @@ def generate(
             "--read-twice", help="Read each prompt twice: recurrent models recall better."
         ),
     ] = False,
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            help="Decode greedily with a draft: passes that make one of the model, `lookup`, or "
+            "`auto`, which uses what pays. The tokens are the model's own."
+        ),
+    ] = None,
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -53,7 +60,10 @@ def generate(
     with Bars() as bars:
         bars(0, 0, "opening the model")
         opening = Opening(dtype, revision=revision, trust_remote_code=trust_remote_code)
-        module, tokenizer = open_generator(model, opening)
+        # only a captured model has drafts
+        options = {"dtype": dtype, **opening.code}
+        opened = model if speculate is None else reroll.capture(model, **options)
+        module, tokenizer = open_generator(opened, opening)
         bars(0, 0, "generating")
         found = run(
             module,
@@ -67,6 +77,7 @@ def generate(
             seed=seed,
             chat=chat,
             read_twice=read_twice,
+            speculate=speculate,
         )
     found = {"model": model, **found}
     write_json(found) if json_ else _print_texts(found)
@@ -83,6 +94,12 @@ def _print_texts(found: Found) -> None:
     write(f"\n{tokens} tokens in {found['seconds']:.1f} s, {rate:.1f} tokens/s with the prompt")
     if "depth" in found:
         write(_depth(found["depth"]))
+    for report in found.get("speculation", ()):
+        drafts = ", ".join(
+            f"{name}: {each['accepted']} of {each['proposed']} accepted"
+            for name, each in report["drafts"].items()
+        )
+        write(f"{report['tokens']} tokens in {report['steps']} steps; {drafts}")
 
 
 @command

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from reroll.bounds import COUNT, POSITIVE, SEED, TOP_P, check_number
 from reroll.errors import UsageError
+from reroll.evaluate.speculating import Drafts, drafts_of, own_ends
 from reroll.evaluate.subjects import Opening, open_original
 from reroll.evaluate.tokenizing import check_utf8, open_tokenizer, tokenizer_of
 from reroll.rewrite.analysis.reach import position_limits
 from reroll.rewrite.capture.models import open_model
 from reroll.rewrite.ir.program import Program
+from reroll.runtime.speculation.decode import speculate as speculate_row
 
 
 def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any]:
@@ -64,13 +67,15 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     read_twice: bool = False,
+    speculate: str | None = None,
 ) -> dict[str, Any]:
     """Continue some prompts in one batch, as JSON data.
 
     Greedy unless `temperature`, `top_k` or `top_p` is given. `chat` puts each prompt into the
     tokenizer's chat template as a user's message. `read_twice` repeats each prompt, so that a state
     of constant size has read the question before it reads the context: JRT-Prompt (arXiv
-    2407.05483), section 3.2.
+    2407.05483), section 3.2. `speculate` is the draft of `reroll.generate`, which decodes greedily,
+    one prompt after the other.
 
     Raises UsageError if there is no prompt, no chat template, or an option is out of range.
     """
@@ -94,18 +99,29 @@ def generate(
             "top_k": top_k or 0,
             "top_p": 1.0 if top_p is None else top_p,
         }
+    if speculate is not None and (options["do_sample"] or beams > 1):
+        raise UsageError(
+            "speculation decodes greedily",
+            where="speculate",
+            hint="leave out the options of sampling and beams",
+        )
     check_room(model, batch["input_ids"].shape[1], max_new_tokens)
+    drafts = None if speculate is None else drafts_of(model, speculate)
     torch.manual_seed(seed)
     start = time.perf_counter()
     try:
-        with torch.no_grad():
-            generated = model.generate(
-                **batch,
-                **options,
-                num_beams=beams,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+        if drafts is not None:
+            generated, speculation = _speculated(model, batch, drafts, max_new_tokens)
+        else:
+            speculation = {}
+            with torch.no_grad():
+                generated = model.generate(
+                    **batch,
+                    **options,
+                    num_beams=beams,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
     except IndexError as error:
         raise _out_of_range(model, batch["input_ids"]) from error
     seconds = time.perf_counter() - start
@@ -123,11 +139,30 @@ def generate(
     depth = {} if report is None else {"depth": report.as_data()}
     return {
         **depth,
+        **speculation,
         "outputs": outputs,
         "steps": new.shape[1],
         "seconds": seconds,
         "tokens_per_second": sum(o["tokens"] for o in outputs) / seconds,
     }
+
+
+def _speculated(
+    model: Any, batch: dict[str, torch.Tensor], drafts: Drafts, new: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Decode each row of a batch with drafts; return them in one tensor, and what was done."""
+    rows, reports = [], []
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        prompt = ids[None, mask.bool()]
+        tokens, report = speculate_row(
+            model, prompt, drafts, max_new_tokens=new, ends=own_ends(model)
+        )
+        rows.append(tokens[0, prompt.shape[1] :])
+        reports.append(report.as_data())
+    longest = max(map(len, rows))
+    # a shorter row has ended
+    added = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
+    return torch.cat([batch["input_ids"], added], 1), {"speculation": reports}
 
 
 def _check(
@@ -216,6 +251,4 @@ def _padded(tokenizer: Any, texts: Sequence[str], special: bool) -> dict[str, to
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    known = ends if isinstance(ends, list) else [ends]
-    return {int(i) for i in [*known, tokenizer.eos_token_id] if i is not None}
+    return {int(i) for i in [*own_ends(model), tokenizer.eos_token_id] if i is not None}

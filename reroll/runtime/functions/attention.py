@@ -18,6 +18,8 @@ from reroll.runtime.functions.bands import Band, attend_band, mass_band
 
 # `_over_scores` holds the scores of this many queries in memory at a time
 _QUERY_BLOCK = 1024
+# up to this many queries are computed as rows: beyond it, PyTorch's own grouping is as fast
+_FEW_QUERIES = 16
 
 
 def attend(
@@ -59,17 +61,29 @@ def attend(
     if bias is not None:
         mask, causal = _additive(bias, mask, causal, q), False
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and length == 1:
-        # the query heads of one KV head are rows of one matrix, so that keys are not repeated
-        batch, heads = q.shape[:2]
-        q = q.reshape(batch, heads // groups, groups, q.shape[3])
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.reshape(mask.shape[0], heads // groups, groups, mask.shape[3])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return out.reshape(batch, 1, heads, v.shape[3])
+    if groups > 1 and length <= _FEW_QUERIES and not causal:
+        return _as_rows(q, k, v, scale, mask)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=groups > 1
     )
+    return out.transpose(1, 2).contiguous()
+
+
+def _as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Compute `attend` with the query heads of one KV head as rows of one matrix.
+
+    No key is repeated or read twice, so that few queries cost little more than one.
+    """
+    (batch, heads, length, size), kv_heads = q.shape, k.shape[1]
+    rows = q.reshape(batch, kv_heads, heads // kv_heads * length, size)
+    if mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1):
+        mask = mask.expand(-1, heads, length, -1)
+        if mask.stride(1):
+            mask = mask.reshape(mask.shape[0], kv_heads, rows.shape[2], mask.shape[3])
+        else:
+            mask = mask[:, :1].repeat(1, 1, heads // kv_heads, 1)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+    out = out.reshape(batch, heads, length, v.shape[3])
     return out.transpose(1, 2).contiguous()
 
 

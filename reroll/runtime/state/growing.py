@@ -50,6 +50,18 @@ class GrowingLayer(DynamicLayer):
         self._filled = self.keys, self.values
         return self.keys, self.values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -`tokens_to_remove` tokens; later ones are written in their place."""
+        own = self._filled is not None and self.keys is self._filled[0]
+        super().crop(tokens_to_remove)
+        if own:
+            self._filled = self.keys, self.values  # type: ignore[assignment]
+
+    def write_behind(self, other: GrowingLayer) -> None:
+        """Write new tokens into the spare room of another layer, which does not show them."""
+        if other._filled is not None and other.keys is other._filled[0]:
+            self._whole, self._filled = other._whole, (self.keys, self.values)  # type: ignore[assignment]
+
     def _has_room(self, total: int) -> bool:
         """Whether keys and values are in the layer's own tensors, with room for `total` tokens."""
         if self._whole is None or self._filled is None or self._whole[0].shape[2] < total:

@@ -1,0 +1,121 @@
+"""Which draft proposes how many tokens: what pays, by what was measured while decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# how many tokens may be proposed
+COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+# the weight of what was measured before, for each new measurement
+_KEPT = 0.9
+# rounds until what does not pay is tried again; doubled each time that it does not
+_PATIENCE = 16
+
+
+@dataclass
+class Mean:
+    """A mean in which later values count more."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        self.total = _KEPT * self.total + value * weight
+        self.weight = _KEPT * self.weight + weight
+
+    def or_else(self, default: float) -> float:
+        return self.total / self.weight if self.weight else default
+
+
+@dataclass
+class Line:
+    """Seconds of a verification as a line over its tokens, by weighted least squares."""
+
+    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+
+    def add(self, x: float, y: float) -> None:
+        values = (1.0, x, y, x * x, x * y)
+        self.sums = [_KEPT * s + v for s, v in zip(self.sums, values, strict=True)]
+
+    def at(self, x: float) -> float:
+        n, sx, sy, sxx, sxy = self.sums
+        spread = n * sxx - sx * sx
+        slope = (n * sxy - sx * sy) / spread if spread > 1e-9 * n * n else 0.0
+        slope = max(slope, 0.0)
+        return (sy - slope * sx) / n + slope * x
+
+
+@dataclass
+class Record:
+    """What is known of one draft."""
+
+    seconds: Mean = field(default_factory=Mean)
+    right: Mean = field(default_factory=Mean)
+    rounds: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    patience: int = _PATIENCE
+    # the round in which it is tried again
+    again: int = 0
+
+
+class Controller:
+    """Chooses a draft and a number of tokens for each round.
+
+    A round of k tokens, each right with probability p, yields 1 + p + ... + p^k tokens in the time
+    of k drafted tokens and one verification (Leviathan et al., arXiv 2211.17192, equation 1). The
+    largest rate is chosen; plain decoding is k = 0.
+    """
+
+    def __init__(self, drafts: int, fixed: int | None = None) -> None:
+        self.records = [Record() for _ in range(drafts)]
+        self.verification = Line()
+        self.rounds = 0
+        self.fixed = fixed
+        self.plain = 0
+
+    def choose(self) -> tuple[int | None, int]:
+        """Return the number of a draft, or None, and how many tokens it is to propose."""
+        if self.fixed is not None:
+            return (0, self.fixed) if self.records else (None, 0)
+        # both ends of the line
+        if not self.rounds:
+            return None, 0
+        for number, record in enumerate(self.records):
+            if record.rounds < 2:
+                return number, 4
+        numbers = range(len(self.records))
+        _, number, count = max((self._rate(n, c), n, c) for n in numbers for c in COUNTS)
+        for other, record in enumerate(self.records):
+            chosen = other == number and count
+            if not chosen and self.rounds >= record.again:
+                record.again = self.rounds + record.patience
+                record.patience *= 2
+                return other, 2
+        return (number, count) if count else (None, 0)
+
+    def _rate(self, number: int, count: int) -> float:
+        """Return the expected tokens a second of rounds of `count` proposed tokens."""
+        record = self.records[number]
+        right = min(record.right.or_else(0.5), 0.995)
+        tokens = (1 - right ** (count + 1)) / (1 - right)
+        seconds = count * record.seconds.or_else(0.0) + self.verification.at(count + 1)
+        return tokens / max(seconds, 1e-9)
+
+    def add(
+        self, number: int | None, proposed: int, accepted: int, drafting: float, verifying: float
+    ) -> None:
+        """Record a round: its tokens, and the seconds of both sides."""
+        self.rounds += 1
+        self.verification.add(proposed + 1, verifying)
+        if number is None:
+            self.plain += 1
+            return
+        record = self.records[number]
+        record.rounds += 1
+        record.proposed, record.accepted = record.proposed + proposed, record.accepted + accepted
+        record.again = max(record.again, self.rounds + _PATIENCE)
+        if proposed:
+            record.seconds.add(drafting / proposed, proposed)
+            # tokens behind the first wrong one say nothing
+            record.right.add(accepted / min(accepted + 1, proposed), min(accepted + 1, proposed))

@@ -1,0 +1,118 @@
+"""Greedy decoding with drafts: the tokens of the model, several for each of its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from reroll.errors import UsageError
+from reroll.runtime.speculation.control import Controller
+from reroll.runtime.speculation.drafts import Draft, Lookup, draft_of, read
+
+
+@dataclass(frozen=True)
+class SpeculationReport:
+    """What speculation did: tokens, the model's steps, and the drafts' tokens."""
+
+    tokens: int
+    steps: int
+    plain: int
+    drafts: dict[str, tuple[int, int]]
+
+    def as_data(self) -> dict[str, Any]:
+        drafts = {
+            name: {"proposed": proposed, "accepted": accepted}
+            for name, (proposed, accepted) in self.drafts.items()
+        }
+        return {"tokens": self.tokens, "steps": self.steps, "plain": self.plain, "drafts": drafts}
+
+    def __str__(self) -> str:
+        drafts = "; ".join(f"{n}: {a} of {p} accepted" for n, (p, a) in self.drafts.items())
+        return f"{self.tokens} tokens in {self.steps} steps, {self.plain} without a draft; {drafts}"
+
+
+def speculate(
+    model: Any,
+    input_ids: Tensor,
+    drafts: Sequence[tuple[str, Any]],
+    *,
+    max_new_tokens: int,
+    count: int | None = None,
+    ends: Collection[int] = (),
+) -> tuple[Tensor, SpeculationReport]:
+    """Continue `input_ids` [1, time] greedily; return all tokens and what was done.
+
+    `drafts` are names and lowered models; a name without a model is looked up in the tokens so far.
+    `count` tokens are proposed in each round, or what pays if it is None. A token of `ends` is the
+    last. Leviathan et al. (arXiv 2211.17192), at temperature 0.
+
+    The tokens are the model's own, but where its two best logits lie within rounding of each other:
+    several rows of a product may round otherwise than one.
+
+    Raises UsageError for more than one row, and for a model that keeps no cache.
+    """
+    if input_ids.shape[0] != 1 or not input_ids.shape[1]:
+        raise UsageError("speculation takes one row of tokens", where="input_ids")
+    if not getattr(model, "keeps_cache", False):
+        raise UsageError(
+            "the model keeps no cache, so it cannot verify", where=type(model).__name__
+        )
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    tokens, length = input_ids, input_ids.shape[1]
+    limit = length + max_new_tokens
+    with torch.no_grad():
+        first = read(model, tokens, cache, 0, keep=1)[:, -1:].argmax(-1)
+        cache.crop(0)
+        tokens = torch.cat([tokens, first], 1)
+        made: list[Draft] = [
+            Lookup() if module is None else draft_of(name, module, model, cache)
+            for name, module in drafts
+        ]
+        control = Controller(len(made), count)
+        while tokens.shape[1] < limit and int(tokens[0, -1]) not in ends:
+            number, wanted = control.choose()
+            wanted = min(wanted, limit - tokens.shape[1] - 1)
+            tokens = _round(model, cache, tokens, made, number, wanted, control)
+            tokens = _until(tokens, length, ends)
+    new = tokens.shape[1] - length
+    counts = {d.name: (r.proposed, r.accepted) for d, r in zip(made, control.records, strict=True)}
+    return tokens, SpeculationReport(new, control.rounds + 1, control.plain + 1, counts)
+
+
+def _round(
+    model: Any,
+    cache: Any,
+    tokens: Tensor,
+    drafts: Sequence[Draft],
+    number: int | None,
+    count: int,
+    control: Controller,
+) -> Tensor:
+    """Propose and verify once; return the tokens with those that are new."""
+    start = time.perf_counter()
+    proposed = tokens[:, :0]
+    if number is not None and count > 0:
+        proposed = drafts[number].propose(tokens, count)
+    drafted = time.perf_counter()
+    asked = torch.cat([tokens[:, -1:], proposed], 1)
+    choice = read(model, asked, cache, tokens.shape[1] - 1).argmax(-1)
+    right = int((choice[:, :-1] == proposed).long().cumprod(1).sum())
+    cache.crop(right - proposed.shape[1])
+    done = time.perf_counter()
+    control.add(number, proposed.shape[1], right, drafted - start, done - drafted)
+    return torch.cat([tokens, choice[:, : right + 1]], 1)
+
+
+def _until(tokens: Tensor, start: int, ends: Collection[int]) -> Tensor:
+    """Cut tokens behind the first end after `start`."""
+    for place, token in enumerate(tokens[0, start:].tolist(), start):
+        if token in ends:
+            return tokens[:, : place + 1]
+    return tokens

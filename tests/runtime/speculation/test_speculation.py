@@ -1,0 +1,262 @@
+"""Speculation gives the tokens of greedy decoding, whatever proposes them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import reroll
+from reroll.errors import PassError, UsageError
+from reroll.runtime.speculation.control import Controller
+from reroll.runtime.speculation.drafts import Borrowing, Keeping, Lookup, draft_of, read
+from reroll.runtime.state.growing import GrowingLayer
+from tests import captured
+
+IDS = torch.randint(3, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+NEW = 30
+DELTA = "linearize(mixer=gated_deltanet, window=4, sinks=1)"
+SLOTS = "linearize(mixer=gsa, mixer_options={slots: 8}, gates=clustered, samples=2, window=4)"
+EVERYTHING = f"window(size={IDS.shape[1] + NEW})"
+
+
+def rewritten(name: str, passes: str) -> Any:
+    program = captured.captured(name)
+    tokens = lambda text: [3 + ord(c) % 60 for c in text]  # noqa: E731
+    if passes:
+        program = reroll.run_passes(program, passes, measure="off", tokenizer=tokens)
+    return program.to_module()
+
+
+@cache
+def model(name: str = "llama", passes: str = "") -> Any:
+    return rewritten(name, passes)
+
+
+def greedy(module: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out: torch.Tensor = module.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return out
+
+
+def proposed_and_accepted(module: Any, draft: Any, count: int | None = 4) -> tuple[int, int]:
+    tokens = reroll.generate(module, IDS, draft, max_new_tokens=NEW, draft_tokens=count, ends=())
+    assert torch.equal(tokens, greedy(module))
+    counts = module.speculation_report.drafts.values()
+    return sum(p for p, _ in counts), sum(a for _, a in counts)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes", "draft"),
+    [
+        ("llama", "", "window(size=4, sinks=2)"),
+        ("llama", "", "window(size=4, sinks=0, layers=[1, 3])"),
+        ("llama", "", DELTA),
+        ("llama", "", "tie(blocks=2), relax(rank=2)"),
+        ("llama", "", "insert_exits(at=[2], threshold=0.05)"),
+        ("llama", "window(size=8, sinks=2)", "window(size=3, sinks=1)"),
+        ("llama", DELTA, "tie(blocks=2)"),
+        ("llama", "insert_exits(at=[2], threshold=0.05)", "window(size=4, sinks=2)"),
+        ("gemma3", "", "window(size=4, sinks=2)"),
+        ("gpt2", "", "window(size=4, sinks=2)"),
+        ("bloom", "", "window(size=6, sinks=1)"),
+        ("lfm2", "", "window(size=4, sinks=2)"),
+    ],
+)
+def test_tokens_are_the_model_s_own(name: str, passes: str, draft: str) -> None:
+    module = model(name, passes)
+    assert proposed_and_accepted(module, draft)[0] > 0
+    # whatever was measured
+    proposed_and_accepted(module, draft, count=None)
+
+
+@pytest.mark.parametrize("draft", ["auto", "lookup"])
+def test_drafts_by_name(draft: str) -> None:
+    repeated = IDS[:, :5].repeat(1, 4)
+    tokens = reroll.generate(model(), repeated, draft, max_new_tokens=NEW, ends=())
+    assert torch.equal(tokens, greedy(model(), repeated))
+
+
+def test_in_half_precision_tokens_part_only_within_rounding() -> None:
+    module = captured.captured("llama", torch.bfloat16).to_module()
+    tokens = reroll.generate(module, IDS, "window(size=8)", max_new_tokens=NEW, ends=())
+    alone = greedy(module)
+    first = int((tokens == alone).long().cumprod(1).sum())
+    if first < tokens.shape[1]:
+        best = module(tokens[:, :first]).logits[0, -1].float().topk(2).values
+        assert best[0] - best[1] <= 2**-7 * best[0].abs()
+
+
+class TestDrafts:
+    @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+    def test_one_that_sees_everything_is_always_right(self, name: str) -> None:
+        proposed, accepted = proposed_and_accepted(model(name), EVERYTHING)
+        assert proposed == accepted > 0
+
+    def test_so_is_one_with_a_state_of_its_own(self) -> None:
+        module = model("llama", DELTA)
+        draft = rewritten("llama", DELTA)
+        made = Keeping("same", draft)
+        counts = _accepted_by(made, module)
+        assert counts[0] == counts[1] > 0
+
+    @pytest.mark.parametrize(
+        ("passes", "draft", "kind"),
+        [
+            ("", "window(size=4, sinks=2)", Borrowing),
+            ("", "window(size=4, layers=[1])", Borrowing),
+            ("window(size=4, sinks=2)", "tie(blocks=2)", Borrowing),
+            ("", DELTA, Keeping),
+            ("window(size=4, sinks=2)", "window(size=8, sinks=2)", Keeping),
+        ],
+    )
+    def test_where_a_draft_has_its_state(self, passes: str, draft: str, kind: type) -> None:
+        module = model("llama", passes)
+        made = reroll.twin(model(), draft) if "size=8" in draft else reroll.twin(module, draft)
+        assert type(draft_of("", made, module, DynamicCache(config=module.config))) is kind
+
+    @pytest.mark.parametrize("draft", [DELTA, SLOTS, "window(size=4, sinks=2)"])
+    def test_a_state_goes_back_to_the_tokens_that_were_accepted(self, draft: str) -> None:
+        module = rewritten("llama", draft)
+        made = Keeping("", module)
+        tokens = IDS
+        for wrong in (0, 3, 1, 2):
+            found = made.propose(tokens, 4)
+            # a token that the draft did not propose, after some that it did
+            other = (found[:, wrong : wrong + 1] + 1) % 60 + 3
+            tokens = torch.cat([tokens, found[:, :wrong], other], 1)
+            assert torch.equal(made.propose(tokens, 4), Keeping("", module).propose(tokens, 4))
+
+    def test_lookup(self) -> None:
+        row = torch.tensor([[5, 6, 7, 8, 9, 4, 6, 7]])
+        assert Lookup().propose(row, 3).tolist() == [[8, 9, 4]]
+        assert Lookup().propose(torch.tensor([[1, 2, 3]]), 3).shape == (1, 0)
+        # three of the last tokens are taken before two, and the latest place before others
+        row = torch.tensor([[1, 2, 3, 9, 2, 3, 8, 2, 3, 7, 1, 2, 3]])
+        assert Lookup().propose(row, 1).tolist() == [[9]]
+        assert Lookup().propose(torch.tensor([[2, 3, 8, 2, 3, 7, 2, 3]]), 1).tolist() == [[7]]
+
+
+def _accepted_by(draft: Any, module: Any) -> tuple[int, int]:
+    """Tokens that a draft proposes, and those of them that are the model's."""
+    tokens, proposed, accepted = greedy(module), 0, 0
+    for end in range(IDS.shape[1], tokens.shape[1] - 4, 5):
+        found = draft.propose(tokens[:, :end], 4)
+        proposed += found.shape[1]
+        accepted += int((found == tokens[:, end : end + 4]).sum())
+    return proposed, accepted
+
+
+class TestTwins:
+    def test_it_shares_what_no_pass_has_changed(self) -> None:
+        module = model()
+        own = {p.data_ptr() for p in module.parameters()}
+        windowed = reroll.twin(module, "window(size=4)")
+        assert all(p.data_ptr() in own for p in windowed.parameters())
+        linear = reroll.twin(module, DELTA)
+        added = {n: p for n, p in linear.named_parameters() if p.data_ptr() not in own}
+        assert added
+        names = dict(module.named_parameters())
+        assert not added.keys() & names.keys()
+        assert torch.equal(linear(IDS).logits, rewritten("llama", DELTA)(IDS).logits)
+
+    def test_it_has_the_present_weights(self) -> None:
+        module = rewritten("llama", "")
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += 0.05
+        made = reroll.twin(module, EVERYTHING)
+        assert torch.equal(made(IDS).logits, module(IDS).logits)
+        assert not torch.equal(made(IDS).logits, model()(IDS).logits)
+
+    def test_transformers_decodes_with_it_both_ways(self) -> None:
+        module, original = model(), captured.model("llama")
+        made = reroll.twin(module, "window(size=4, sinks=2)")
+        options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": NEW}
+        options |= {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = greedy(original)
+        assert torch.equal(original.generate(IDS, assistant_model=made, **options), expected)
+        assert torch.equal(module.generate(IDS, assistant_model=original, **options), expected)
+
+    def test_a_model_that_is_not_lowered_has_none(self) -> None:
+        with pytest.raises(UsageError, match="only a lowered model has a twin"):
+            reroll.twin(captured.model("llama"), "window(size=4)")
+        with pytest.raises((PassError, UsageError)):
+            reroll.twin(model(), "no_such_pass")
+
+
+class TestGeneration:
+    def test_it_ends_where_the_model_does(self) -> None:
+        tokens = greedy(model())
+        end = int(tokens[0, -10])
+        place = tokens[0, IDS.shape[1] :].tolist().index(end)
+        found = reroll.generate(
+            model(), IDS, EVERYTHING, max_new_tokens=NEW, draft_tokens=8, ends={end}
+        )
+        assert torch.equal(found, tokens[:, : IDS.shape[1] + place + 1])
+
+    @pytest.mark.parametrize("new", [1, 2, 7])
+    def test_it_adds_no_more_than_it_may(self, new: int) -> None:
+        found = reroll.generate(
+            model(), IDS, EVERYTHING, max_new_tokens=new, draft_tokens=8, ends=()
+        )
+        assert torch.equal(found, greedy(model())[:, : IDS.shape[1] + new])
+
+    def test_what_it_cannot_do_is_said(self) -> None:
+        with pytest.raises(UsageError, match="one row"):
+            reroll.generate(model(), IDS.repeat(2, 1), "lookup")
+        with pytest.raises(UsageError, match="keeps no cache"):
+            reroll.generate(model("bert"), IDS, "lookup", ends=())
+
+
+class TestController:
+    """Rounds of a draft with given costs, in units of a step of the model."""
+
+    def played(self, right: float, drafting: float, verifying: float, rounds: int) -> Controller:
+        generator = torch.Generator().manual_seed(0)
+        control = Controller(1)
+        for _ in range(rounds):
+            number, count = control.choose()
+            hits = (torch.rand(count, generator=generator) < right).long().cumprod(0)
+            time = 1 + verifying * count
+            control.add(number, count, int(hits.sum()), drafting * count, time)
+        return control
+
+    def test_what_pays_is_used(self) -> None:
+        control = self.played(right=0.95, drafting=0.1, verifying=0.05, rounds=100)
+        assert control.plain <= 10
+        assert control.records[0].proposed >= 4 * 90
+
+    def test_what_does_not_pay_is_left_after_few_trials(self) -> None:
+        control = self.played(right=0.5, drafting=0.8, verifying=0.5, rounds=400)
+        assert control.plain >= 380
+        # and is tried again less and less often
+        assert 3 <= control.records[0].rounds <= 12
+
+
+def test_a_crop_keeps_the_room_of_a_growing_layer() -> None:
+    layer = GrowingLayer()
+    layer.update(torch.randn(1, 2, 10, 4), torch.randn(1, 2, 10, 4))
+    room = layer.keys.data_ptr()
+    layer.crop(-3)
+    new = torch.randn(1, 2, 2, 4)
+    keys, _ = layer.update(new, new)
+    assert keys.data_ptr() == room
+    assert keys.shape[2] == 9
+    assert torch.equal(keys[:, :, 7:], new)
+
+
+def test_a_draft_leaves_the_cache_of_the_model_alone() -> None:
+    module = model()
+    cache = DynamicCache(config=module.config)
+    with torch.no_grad():
+        read(module, IDS, cache, 0)
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        made = draft_of("", reroll.twin(module, "window(size=4, layers=[1])"), module, cache)
+        made.propose(torch.cat([IDS, IDS[:, :1]], 1), 5)
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
