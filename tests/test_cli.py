@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import reroll
@@ -262,6 +265,42 @@ def test_generate(model: Path, out: Path) -> None:
     assert alone["outputs"] == found["outputs"][:1]
     for more in (["--beams", 2], ["--temperature", 0.7, "--top-k", 5, "--top-p", 0.9], ["--chat"]):
         data("generate", out, *prompts, *options, *more)
+
+
+@pytest.mark.parametrize("draft", ["auto", "lookup", "window(size=8)"])
+def test_generate_with_a_draft(model: Path, draft: str) -> None:
+    options = ["--prompt", "It was", "--prompt", "In the beginning", "--max-new-tokens", 12]
+    expected = data("generate", model, *options)["outputs"]
+    found = data("generate", model, *options, "--speculate", draft)
+    assert found["outputs"] == expected
+    assert [each["tokens"] for each in found["speculation"]] == [12, 12]
+    assert "steps" in run("generate", model, *options, "--speculate", draft).stdout
+    assert "greedily" in refused("generate", model, *options, "--speculate", draft, "--beams", 2)
+
+
+def test_generate_goes_on_from_a_state(model: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("In the beginning there was", encoding="utf-8")
+    file, new = tmp_path / "a.state", ["--max-new-tokens", 8]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    added = tokenizer(" and", return_tensors="pt").input_ids
+    for each in (model, out):
+        first = ["generate", each, "--prompt-file", tmp_path / "prompt.txt", *new]
+        begun = data(*first, "--save-state", file, "--overwrite")
+        assert begun["outputs"] == data(*first)["outputs"]
+        with safe_open(file, "pt") as opened:
+            read = torch.cat([opened.get_tensor("tokens"), added], 1)
+        whole = AutoModelForCausalLM.from_pretrained(each).generate(
+            read, attention_mask=torch.ones_like(read), max_new_tokens=8, do_sample=False
+        )
+        text = tokenizer.decode(whole[0, read.shape[1] :], skip_special_tokens=True)
+        for more in ([], ["--speculate", "lookup"]):
+            went_on = data("generate", each, "--prompt", " and", "--load-state", file, *new, *more)
+            assert went_on["outputs"][0]["text"] == text
+    assert "another program" in refused(
+        "generate", model, "--prompt", "a", "--load-state", file, status=2
+    )
+    assert "exists" in refused("generate", out, "--prompt", "a", "--save-state", file)
+    assert "no prompt" in refused("generate", out)
 
 
 def test_generate_reads_twice(out: Path) -> None:

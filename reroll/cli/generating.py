@@ -10,7 +10,17 @@ import typer
 import reroll
 from reroll.bounds import BETWEEN, COUNT, LARGEST, POSITIVE, SEED, TOP_P, Range
 from reroll.cli.command import command
-from reroll.cli.options import AnyModel, Dtype, Json, Revision, Trust, WithExits, integer, number
+from reroll.cli.options import (
+    AnyModel,
+    Dtype,
+    Json,
+    Overwrite,
+    Revision,
+    Trust,
+    WithExits,
+    integer,
+    number,
+)
 from reroll.cli.tables import Found, new_table
 from reroll.cli.terminal import Bars, write, write_json
 from reroll.errors import UsageError
@@ -26,7 +36,12 @@ THREADS = Range(least=1, most=1024)
 @command
 def generate(
     model: AnyModel,
-    prompt: Annotated[list[str], typer.Option(help="Text to continue. Repeatable: a batch.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue. Repeatable: a batch.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A file with text to continue, in the place of a prompt.")
+    ] = None,
     max_new_tokens: Annotated[int, integer(COUNT, "At most this many new tokens.")] = 64,
     temperature: Annotated[float | None, number(POSITIVE, "Sample, at this temperature.")] = None,
     top_k: Annotated[int | None, integer(COUNT, "Sample from the k likeliest tokens.")] = None,
@@ -47,6 +62,13 @@ def generate(
             "`auto`, which uses what pays. The tokens are the model's own."
         ),
     ] = None,
+    load_state: Annotated[
+        Path | None, typer.Option(help="Go on from what this file says was read.")
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(help="Write a file to go on from, with all that was read.")
+    ] = None,
+    overwrite: Overwrite = False,
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -56,19 +78,26 @@ def generate(
     from reroll.evaluate.generation import generate as run
     from reroll.evaluate.generation import open_generator
     from reroll.evaluate.subjects import Opening
+    from reroll.evaluate.tokenizing import read_text
 
+    prompts = list(prompt or ())
+    if prompt_file is not None:
+        prompts.append(read_text(prompt_file))
+    if not prompts:
+        raise UsageError("there is no prompt", hint="give --prompt TEXT or --prompt-file FILE")
     with Bars() as bars:
         bars(0, 0, "opening the model")
         opening = Opening(dtype, revision=revision, trust_remote_code=trust_remote_code)
-        # only a captured model has drafts
+        # only a captured model has drafts, and states that are saved
+        captured = any(each is not None for each in (speculate, load_state, save_state))
         options = {"dtype": dtype, **opening.code}
-        opened = model if speculate is None else reroll.capture(model, **options)
+        opened = reroll.capture(model, **options) if captured else model
         module, tokenizer = open_generator(opened, opening)
         bars(0, 0, "generating")
         found = run(
             module,
             tokenizer,
-            prompt,
+            prompts,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -78,6 +107,9 @@ def generate(
             chat=chat,
             read_twice=read_twice,
             speculate=speculate,
+            load_state=load_state,
+            save_state=save_state,
+            overwrite=overwrite,
         )
     found = {"model": model, **found}
     write_json(found) if json_ else _print_texts(found)

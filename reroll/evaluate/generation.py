@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from reroll.bounds import COUNT, POSITIVE, SEED, TOP_P, check_number
 from reroll.errors import UsageError
@@ -18,6 +20,9 @@ from reroll.rewrite.analysis.reach import position_limits
 from reroll.rewrite.capture.models import open_model
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.speculation.decode import speculate as speculate_row
+from reroll.runtime.state.files import load_state as read_state
+from reroll.runtime.state.files import save_state as write_state
+from reroll.writing import check_file
 
 
 def open_generator(model: Any, opening: Opening | None = None) -> tuple[Any, Any]:
@@ -68,6 +73,9 @@ def generate(
     chat: bool = False,
     read_twice: bool = False,
     speculate: str | None = None,
+    load_state: str | Path | None = None,
+    save_state: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Continue some prompts in one batch, as JSON data.
 
@@ -75,7 +83,9 @@ def generate(
     tokenizer's chat template as a user's message. `read_twice` repeats each prompt, so that a state
     of constant size has read the question before it reads the context: JRT-Prompt (arXiv
     2407.05483), section 3.2. `speculate` is the draft of `reroll.generate`, which decodes greedily,
-    one prompt after the other.
+    one prompt after the other. `load_state` is a file of `reroll.runtime.state.files`: the prompt
+    continues its tokens, which are not read again. `save_state` writes such a file afterwards, in
+    the place of another with `overwrite`.
 
     Raises UsageError if there is no prompt, no chat template, or an option is out of range.
     """
@@ -105,13 +115,18 @@ def generate(
             where="speculate",
             hint="leave out the options of sampling and beams",
         )
+    cache = None
+    if load_state is not None or save_state is not None:
+        cache, batch = _begun(model, batch, beams, load_state)
+    if save_state is not None:
+        check_file(save_state, overwrite=overwrite)
     check_room(model, batch["input_ids"].shape[1], max_new_tokens)
     drafts = None if speculate is None else drafts_of(model, speculate)
     torch.manual_seed(seed)
     start = time.perf_counter()
     try:
         if drafts is not None:
-            generated, speculation = _speculated(model, batch, drafts, max_new_tokens)
+            generated, speculation = _speculated(model, batch, drafts, max_new_tokens, cache)
         else:
             speculation = {}
             with torch.no_grad():
@@ -121,10 +136,13 @@ def generate(
                     num_beams=beams,
                     max_new_tokens=max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id,
+                    **({} if cache is None else {"past_key_values": cache}),
                 )
     except IndexError as error:
         raise _out_of_range(model, batch["input_ids"]) from error
     seconds = time.perf_counter() - start
+    if save_state is not None:
+        write_state(save_state, model, generated, cache, overwrite=overwrite)
     # an encoder-decoder's output starts with one start token
     prompt_length = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
     new = generated[:, prompt_length:]
@@ -147,15 +165,35 @@ def generate(
     }
 
 
+def _begun(
+    model: Any, batch: dict[str, torch.Tensor], beams: int, path: str | Path | None
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the cache to go on with, and the tokens it has read with the prompt behind them."""
+    if len(batch["input_ids"]) > 1 or beams > 1:
+        raise UsageError(
+            "a state is that of one prompt, without beams", where="load_state or save_state"
+        )
+    if not getattr(model, "keeps_cache", False):
+        raise UsageError("the model keeps no state between calls", where=type(model).__name__)
+    if path is None:
+        return DynamicCache(config=model.config), batch
+    tokens, cache = read_state(path, model)
+    ids = torch.cat([tokens, batch["input_ids"]], 1)
+    return cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def _speculated(
-    model: Any, batch: dict[str, torch.Tensor], drafts: Drafts, new: int
+    model: Any, batch: dict[str, torch.Tensor], drafts: Drafts, new: int, cache: Any
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Decode each row of a batch with drafts; return them in one tensor, and what was done."""
+    """Decode each row of a batch with drafts; return them in one tensor, and what was done.
+
+    A `cache` is that of the only row.
+    """
     rows, reports = [], []
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         prompt = ids[None, mask.bool()]
         tokens, report = speculate_row(
-            model, prompt, drafts, max_new_tokens=new, ends=own_ends(model)
+            model, prompt, drafts, max_new_tokens=new, ends=own_ends(model), cache=cache
         )
         rows.append(tokens[0, prompt.shape[1] :])
         reports.append(report.as_data())

@@ -13,6 +13,8 @@ from reroll.runtime.speculation.decode import speculate
 from reroll.runtime.speculation.twins import twin as lower_twin
 
 if TYPE_CHECKING:
+    from transformers import DynamicCache
+
     from reroll.rewrite.pipeline.pipeline import Pipeline
 
 # names of drafts with their models; `lookup` needs none
@@ -52,6 +54,7 @@ def generate(
     max_new_tokens: int = 64,
     draft_tokens: int | None = None,
     ends: Collection[int] | None = None,
+    cache: DynamicCache | None = None,
 ) -> Tensor:
     """Continue one row of tokens greedily, faster by a draft: the tokens are the model's own.
 
@@ -64,6 +67,9 @@ def generate(
         max_new_tokens: at most this many.
         draft_tokens: how many tokens are proposed at a time; what pays if None.
         ends: tokens after which nothing follows; the model's own if None.
+        cache: one that the model has filled with the first of these tokens, which are not read
+            again; `DynamicCache(config=model.config)` if it is the first call. It holds all tokens
+            but the last afterwards, so that a conversation goes on with it.
 
     Returns [1, time and new tokens], and sets `model.speculation_report`. Where the model's two
     best logits lie within rounding of each other, the choice may be another than without a draft.
@@ -76,6 +82,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         count=draft_tokens,
         ends=own_ends(model) if ends is None else ends,
+        cache=cache,
     )
     return tokens
 

@@ -79,7 +79,7 @@ class Controller:
         if self.fixed is not None:
             return (0, self.fixed) if self.records else (None, 0)
         # both ends of the line
-        if not self.rounds:
+        if not self.rounds or not self.records:
             return None, 0
         for number, record in enumerate(self.records):
             if record.rounds < 2:

@@ -18,11 +18,20 @@ from reroll.runtime.speculation.drafts import Draft, Lookup, draft_of, read
 
 @dataclass(frozen=True)
 class SpeculationReport:
-    """What speculation did: tokens, the model's steps, and the drafts' tokens."""
+    """What speculation did.
+
+    Attributes:
+        tokens: how many are new.
+        steps: calls of the model, with that for the prompt.
+        plain: steps without a draft.
+        seconds: of all steps but that for the prompt.
+        drafts: for each draft, how many tokens it proposed, and how many of them were accepted.
+    """
 
     tokens: int
     steps: int
     plain: int
+    seconds: float
     drafts: dict[str, tuple[int, int]]
 
     def as_data(self) -> dict[str, Any]:
@@ -30,7 +39,7 @@ class SpeculationReport:
             name: {"proposed": proposed, "accepted": accepted}
             for name, (proposed, accepted) in self.drafts.items()
         }
-        return {"tokens": self.tokens, "steps": self.steps, "plain": self.plain, "drafts": drafts}
+        return vars(self) | {"drafts": drafts}
 
     def __str__(self) -> str:
         drafts = "; ".join(f"{n}: {a} of {p} accepted" for n, (p, a) in self.drafts.items())
@@ -45,17 +54,20 @@ def speculate(
     max_new_tokens: int,
     count: int | None = None,
     ends: Collection[int] = (),
+    cache: DynamicCache | None = None,
 ) -> tuple[Tensor, SpeculationReport]:
     """Continue `input_ids` [1, time] greedily; return all tokens and what was done.
 
     `drafts` are names and lowered models; a name without a model is looked up in the tokens so far.
     `count` tokens are proposed in each round, or what pays if it is None. A token of `ends` is the
-    last. Leviathan et al. (arXiv 2211.17192), at temperature 0.
+    last. `cache` has read the first tokens already, and all but the last afterwards. Leviathan et
+    al. (arXiv 2211.17192), at temperature 0.
 
     The tokens are the model's own, but where its two best logits lie within rounding of each other:
     several rows of a product may round otherwise than one.
 
-    Raises UsageError for more than one row, and for a model that keeps no cache.
+    Raises UsageError for more than one row, for a model that keeps no cache, and for a cache that
+    has read all tokens.
     """
     if input_ids.shape[0] != 1 or not input_ids.shape[1]:
         raise UsageError("speculation takes one row of tokens", where="input_ids")
@@ -63,13 +75,20 @@ def speculate(
         raise UsageError(
             "the model keeps no cache, so it cannot verify", where=type(model).__name__
         )
-    cache = DynamicCache(config=model.config)
-    cache.activate_past_recording()
-    tokens, length = input_ids, input_ids.shape[1]
-    limit = length + max_new_tokens
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    past, length = int(cache.get_seq_length()), input_ids.shape[1]
+    if past >= length:
+        raise UsageError(
+            f"the cache holds {past} tokens, and there are {length}",
+            where="cache",
+            hint="give all tokens, of which the cache may have read the first",
+        )
+    tokens, limit = input_ids, length + max_new_tokens
     with torch.no_grad():
-        first = read(model, tokens, cache, 0, keep=1)[:, -1:].argmax(-1)
-        cache.crop(0)
+        first = read(model, tokens[:, past:], cache, past, keep=1)[:, -1:].argmax(-1)
+        # from here on, tokens may be undone
+        cache.activate_past_recording()
+        start = time.perf_counter()
         tokens = torch.cat([tokens, first], 1)
         made: list[Draft] = [
             Lookup() if module is None else draft_of(name, module, model, cache)
@@ -83,7 +102,8 @@ def speculate(
             tokens = _until(tokens, length, ends)
     new = tokens.shape[1] - length
     counts = {d.name: (r.proposed, r.accepted) for d, r in zip(made, control.records, strict=True)}
-    return tokens, SpeculationReport(new, control.rounds + 1, control.plain + 1, counts)
+    seconds = time.perf_counter() - start
+    return tokens, SpeculationReport(new, control.rounds + 1, control.plain + 1, seconds, counts)
 
 
 def _round(

@@ -134,6 +134,11 @@ def join_rows(layer: Any, parts: Sequence[tuple[Tensor, Any]], batch: int) -> No
         setattr(layer, name, _mapped(joined, [getattr(part, name) for _, part in parts]))
 
 
+def state_attributes(layer: Any) -> dict[str, Any]:
+    """Return the attributes that hold a layer's state, with their values."""
+    return {name: getattr(layer, name) for name in _names(layer)}
+
+
 def _names(layer: Any) -> list[str]:
     names = dict.fromkeys((*getattr(layer, "state_names", _SLIDING), *_FLAGS))
     return [name for name in names if hasattr(layer, name)]

@@ -205,6 +205,19 @@ class TestGeneration:
         )
         assert torch.equal(found, greedy(model())[:, : IDS.shape[1] + new])
 
+    @pytest.mark.parametrize("passes", ["", DELTA])
+    def test_a_cache_goes_on_with_a_conversation(self, passes: str) -> None:
+        module = model("llama", passes)
+        cache = DynamicCache(config=module.config)
+        options: dict[str, Any] = {"cache": cache, "max_new_tokens": 8, "ends": ()}
+        first = reroll.generate(module, IDS, "tie(blocks=2)", **options)
+        assert cache.get_seq_length() == first.shape[1] - 1
+        asked = torch.cat([first, IDS[:, :6]], 1)
+        found = reroll.generate(module, asked, "tie(blocks=2)", **options)
+        assert torch.equal(found, greedy(module, asked)[:, : found.shape[1]])
+        with pytest.raises(UsageError, match="the cache holds"):
+            reroll.generate(module, IDS, "lookup", cache=cache)
+
     def test_what_it_cannot_do_is_said(self) -> None:
         with pytest.raises(UsageError, match="one row"):
             reroll.generate(model(), IDS.repeat(2, 1), "lookup")
