@@ -263,6 +263,8 @@ def _capture(
         raise CaptureError(
             f"the model is recurrent already, and its recurrence is not captured: {first.message}",
             where=name,
+            hint="captured are recurrences that it computes by the functions of transformers that "
+            "docs/hybrids.md lists; a loop over tokens in the model's own code is none of them",
         ) from first
     raise first or CaptureError("no attention was found", where=name)
 

@@ -101,10 +101,10 @@ class ProgramInputs:
             value, tokens = inputs.get(item.name), self._data_beside(item, inputs)
             if item.role == "padding" and value is not None and value.dim() == 4:
                 return UsageError(
-                    f"a mask with a row for each query does not fit this call: {error}",
+                    "a mask with a row for each query does not fit this call",
                     where=item.name,
-                    hint="give it as [batch, tokens], which windows with a cache and other "
-                    "operations than attention need, or call with use_cache=False",
+                    hint="give it as [batch, tokens], which recurrences and convolutions need, and "
+                    "windows behind a cache",
                 )
             if not item.counts or value is None or tokens is None:
                 continue
