@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from argparse import Namespace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,12 @@ def passage(name: str, dtype: str, text: str, number: int, length: int) -> Tenso
     return ids[:, :length]
 
 
+@lru_cache(maxsize=4)
+def begun(name: str, dtype: str, text: str, number: int, length: int, piece: int) -> DynamicCache:
+    """The cache of a passage, for all drafts."""
+    return filled(opened(name, dtype)[0], passage(name, dtype, text, number, length), piece)
+
+
 def filled(model: Any, ids: Tensor, piece: int) -> DynamicCache:
     """A cache that has read all tokens but the last."""
     made = DynamicCache(config=model.config)
@@ -56,7 +62,8 @@ def one(case: Row, options: Namespace, number: int) -> Row:
     """One passage: plain, with the draft, plain."""
     name, dtype, context = case["model"], case["dtype"], case["context"]
     model, ids = opened(name, dtype)[0], passage(name, dtype, options.text, number, context)
-    start, drafts = filled(model, ids, options.piece), drafts_of(model, case["draft"])
+    start = begun(name, dtype, options.text, number, context, options.piece)
+    drafts = drafts_of(model, case["draft"])
     runs = [
         speculate(model, ids, each, max_new_tokens=options.tokens, cache=copy.deepcopy(start))
         for each in ([], drafts, [])
