@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # how many tokens may be proposed
-COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+# how many are proposed to try a draft out
+_TRIAL = 2
+# a draft is to be so much faster than none
+_MARGIN = 1.05
 # the weight of what was measured before, for each new measurement
 _KEPT = 0.9
 # rounds until what does not pay is tried again; doubled each time that it does not
@@ -64,7 +68,7 @@ class Controller:
 
     A round of k tokens, each right with probability p, yields 1 + p + ... + p^k tokens in the time
     of k drafted tokens and one verification (Leviathan et al., arXiv 2211.17192, equation 1). The
-    largest rate is chosen; plain decoding is k = 0.
+    largest rate is chosen, if it is larger than that of plain decoding by a margin.
     """
 
     def __init__(self, drafts: int, fixed: int | None = None) -> None:
@@ -78,29 +82,37 @@ class Controller:
         """Return the number of a draft, or None, and how many tokens it is to propose."""
         if self.fixed is not None:
             return (0, self.fixed) if self.records else (None, 0)
-        # both ends of the line
-        if not self.rounds or not self.records:
+        # one end of the line; the first trials are the other
+        if not self.rounds:
             return None, 0
         for number, record in enumerate(self.records):
-            if record.rounds < 2:
-                return number, 4
-        numbers = range(len(self.records))
-        _, number, count = max((self._rate(n, c), n, c) for n in numbers for c in COUNTS)
-        for other, record in enumerate(self.records):
-            chosen = other == number and count
-            if not chosen and self.rounds >= record.again:
+            if not record.rounds:
+                return number, _TRIAL
+        best, chosen, count = self._rate(None, 0, 0.0) * _MARGIN, None, 0
+        for number, record in enumerate(self.records):
+            right = min(record.right.or_else(0.5), 0.995)
+            for tokens in COUNTS:
+                rate = self._rate(number, tokens, right)
+                if rate > best:
+                    best, chosen, count = rate, number, tokens
+        for number, record in enumerate(self.records):
+            if number != chosen and self.rounds >= record.again:
                 record.again = self.rounds + record.patience
                 record.patience *= 2
-                return other, 2
-        return (number, count) if count else (None, 0)
+                if self._may_pay(number):
+                    return number, _TRIAL
+        return chosen, count
 
-    def _rate(self, number: int, count: int) -> float:
+    def _may_pay(self, number: int) -> bool:
+        """Whether a draft would be faster than plain decoding if it were always right."""
+        plain = self._rate(None, 0, 0.0) * _MARGIN
+        return any(self._rate(number, count, 0.995) > plain for count in COUNTS)
+
+    def _rate(self, number: int | None, count: int, right: float) -> float:
         """Return the expected tokens a second of rounds of `count` proposed tokens."""
-        record = self.records[number]
-        right = min(record.right.or_else(0.5), 0.995)
+        drafting = 0.0 if number is None else self.records[number].seconds.or_else(0.0)
         tokens = (1 - right ** (count + 1)) / (1 - right)
-        seconds = count * record.seconds.or_else(0.0) + self.verification.at(count + 1)
-        return tokens / max(seconds, 1e-9)
+        return tokens / max(count * drafting + self.verification.at(count + 1), 1e-9)
 
     def add(
         self, number: int | None, proposed: int, accepted: int, drafting: float, verifying: float
@@ -118,4 +130,5 @@ class Controller:
         if proposed:
             record.seconds.add(drafting / proposed, proposed)
             # tokens behind the first wrong one say nothing
-            record.right.add(accepted / min(accepted + 1, proposed), min(accepted + 1, proposed))
+            judged = min(accepted + 1, proposed)
+            record.right.add(accepted / judged, judged)

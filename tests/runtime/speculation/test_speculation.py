@@ -243,11 +243,14 @@ class TestController:
         assert control.plain <= 10
         assert control.records[0].proposed >= 4 * 90
 
-    def test_what_does_not_pay_is_left_after_few_trials(self) -> None:
-        control = self.played(right=0.5, drafting=0.8, verifying=0.5, rounds=400)
+    def test_what_does_not_pay_is_tried_again_less_and_less(self) -> None:
+        control = self.played(right=0.02, drafting=0.2, verifying=0.1, rounds=400)
         assert control.plain >= 380
-        # and is tried again less and less often
         assert 3 <= control.records[0].rounds <= 12
+
+    def test_what_cannot_pay_is_tried_once(self) -> None:
+        control = self.played(right=1.0, drafting=0.9, verifying=0.5, rounds=400)
+        assert control.records[0].rounds == 1
 
 
 def test_a_crop_keeps_the_room_of_a_growing_layer() -> None:
