@@ -33,20 +33,21 @@ class Mean:
 
 @dataclass
 class Line:
-    """Seconds of a verification as a line over its tokens, by weighted least squares."""
+    """Seconds of the model's step as a line over its tokens."""
 
-    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    first: Mean = field(default_factory=Mean)
+    further: Mean = field(default_factory=Mean)
 
-    def add(self, x: float, y: float) -> None:
-        values = (1.0, x, y, x * x, x * y)
-        self.sums = [_KEPT * s + v for s, v in zip(self.sums, values, strict=True)]
+    def add(self, tokens: int, seconds: float) -> None:
+        if tokens == 1:
+            self.first.add(seconds)
+        else:
+            # a step of one token comes first
+            rise = (seconds - self.first.or_else(0.0)) / (tokens - 1)
+            self.further.add(max(rise, 0.0), tokens - 1)
 
-    def at(self, x: float) -> float:
-        n, sx, sy, sxx, sxy = self.sums
-        spread = n * sxx - sx * sx
-        slope = (n * sxy - sx * sy) / spread if spread > 1e-9 * n * n else 0.0
-        slope = max(slope, 0.0)
-        return (sy - slope * sx) / n + slope * x
+    def at(self, tokens: int) -> float:
+        return self.first.or_else(0.0) + self.further.or_else(0.0) * (tokens - 1)
 
 
 @dataclass
