@@ -275,7 +275,8 @@ def test_generate_with_a_draft(model: Path, draft: str) -> None:
     assert found["outputs"] == expected
     assert [each["tokens"] for each in found["speculation"]] == [12, 12]
     assert "steps" in run("generate", model, *options, "--speculate", draft).stdout
-    assert "greedily" in refused("generate", model, *options, "--speculate", draft, "--beams", 2)
+    assert "no beams" in refused("generate", model, *options, "--speculate", draft, "--beams", 2)
+    data("generate", model, *options, "--speculate", draft, "--temperature", 0.7, "--top-k", 5)
 
 
 def test_generate_goes_on_from_a_state(model: Path, out: Path, tmp_path: Path) -> None:

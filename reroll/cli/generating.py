@@ -58,8 +58,8 @@ def generate(
     speculate: Annotated[
         str | None,
         typer.Option(
-            help="Decode greedily with a draft: passes that make one of the model, `lookup`, or "
-            "`auto`, which uses what pays. The tokens are the model's own."
+            help="Decode with a draft: passes that make one of the model, `lookup`, or `auto`, "
+            "which uses what pays. The tokens are the model's own."
         ),
     ] = None,
     load_state: Annotated[

@@ -20,6 +20,7 @@ from reroll.rewrite.analysis.reach import position_limits
 from reroll.rewrite.capture.models import open_model
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.speculation.decode import speculate as speculate_row
+from reroll.runtime.speculation.sampling import Sampling
 from reroll.runtime.state.files import load_state as read_state
 from reroll.runtime.state.files import save_state as write_state
 from reroll.writing import check_file
@@ -82,8 +83,8 @@ def generate(
     Greedy unless `temperature`, `top_k` or `top_p` is given. `chat` puts each prompt into the
     tokenizer's chat template as a user's message. `read_twice` repeats each prompt, so that a state
     of constant size has read the question before it reads the context: JRT-Prompt (arXiv
-    2407.05483), section 3.2. `speculate` is the draft of `reroll.generate`, which decodes greedily,
-    one prompt after the other. `load_state` is a file of `reroll.runtime.state.files`: the prompt
+    2407.05483), section 3.2. `speculate` is the draft of `reroll.generate`, which decodes one
+    prompt after the other. `load_state` is a file of `reroll.runtime.state.files`: the prompt
     continues its tokens, which are not read again. `save_state` writes such a file afterwards, in
     the place of another with `overwrite`.
 
@@ -109,11 +110,9 @@ def generate(
             "top_k": top_k or 0,
             "top_p": 1.0 if top_p is None else top_p,
         }
-    if speculate is not None and (options["do_sample"] or beams > 1):
+    if speculate is not None and beams > 1:
         raise UsageError(
-            "speculation decodes greedily",
-            where="speculate",
-            hint="leave out the options of sampling and beams",
+            "speculation has no beams", where="speculate", hint="leave out the option of beams"
         )
     cache = None
     if load_state is not None or save_state is not None:
@@ -126,7 +125,12 @@ def generate(
     start = time.perf_counter()
     try:
         if drafts is not None:
-            generated, speculation = _speculated(model, batch, drafts, max_new_tokens, cache)
+            sampling = Sampling()
+            if options.pop("do_sample"):
+                sampling = Sampling(**options)
+            generated, speculation = _speculated(
+                model, batch, drafts, max_new_tokens, cache, sampling
+            )
         else:
             speculation = {}
             with torch.no_grad():
@@ -183,7 +187,12 @@ def _begun(
 
 
 def _speculated(
-    model: Any, batch: dict[str, torch.Tensor], drafts: Drafts, new: int, cache: Any
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    drafts: Drafts,
+    new: int,
+    cache: Any,
+    sampling: Sampling,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Decode each row of a batch with drafts; return them in one tensor, and what was done.
 
@@ -193,7 +202,13 @@ def _speculated(
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         prompt = ids[None, mask.bool()]
         tokens, report = speculate_row(
-            model, prompt, drafts, max_new_tokens=new, ends=own_ends(model), cache=cache
+            model,
+            prompt,
+            drafts,
+            max_new_tokens=new,
+            ends=own_ends(model),
+            cache=cache,
+            sampling=sampling,
         )
         rows.append(tokens[0, prompt.shape[1] :])
         reports.append(report.as_data())

@@ -10,6 +10,7 @@ from torch import Tensor
 import reroll
 from reroll.errors import UsageError
 from reroll.runtime.speculation.decode import speculate
+from reroll.runtime.speculation.sampling import Sampling
 from reroll.runtime.speculation.twins import twin as lower_twin
 
 if TYPE_CHECKING:
@@ -55,8 +56,11 @@ def generate(
     draft_tokens: int | None = None,
     ends: Collection[int] | None = None,
     cache: DynamicCache | None = None,
+    temperature: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Tensor:
-    """Continue one row of tokens greedily, faster by a draft: the tokens are the model's own.
+    """Continue one row of tokens, faster by a draft: the tokens are the model's own.
 
     Args:
         model: a lowered model that keeps a cache.
@@ -70,9 +74,13 @@ def generate(
         cache: one that the model has filled with the first of these tokens, which are not read
             again; `DynamicCache(config=model.config)` if it is the first call. It holds all tokens
             but the last afterwards, so that a conversation goes on with it.
+        temperature: sample, at this temperature; greedy if None.
+        top_k: sample from so many likeliest tokens; 0 for all.
+        top_p: sample from the likeliest tokens with this share of the probability.
 
     Returns [1, time and new tokens], and sets `model.speculation_report`. Where the model's two
-    best logits lie within rounding of each other, the choice may be another than without a draft.
+    best logits lie within rounding of each other, the choice may be another than without a draft;
+    what is sampled has the model's distribution.
     Raises UsageError for more than one row, and for a model that keeps no cache.
     """
     tokens, model.speculation_report = speculate(
@@ -83,6 +91,7 @@ def generate(
         count=draft_tokens,
         ends=own_ends(model) if ends is None else ends,
         cache=cache,
+        sampling=Sampling(temperature, top_k, top_p),
     )
     return tokens
 

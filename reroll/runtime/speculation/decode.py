@@ -1,4 +1,4 @@
-"""Greedy decoding with drafts: the tokens of the model, several for each of its steps."""
+"""Decoding with drafts: the tokens of the model, several for each of its steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from transformers import DynamicCache
 
 from reroll.errors import UsageError
 from reroll.runtime.speculation.control import Controller
-from reroll.runtime.speculation.drafts import Draft, Lookup, draft_of, read
+from reroll.runtime.speculation.drafts import Draft, Lookup, Proposal, draft_of, read
+from reroll.runtime.speculation.sampling import Sampling, draw, kept, one_hot
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,18 @@ def speculate(
     count: int | None = None,
     ends: Collection[int] = (),
     cache: DynamicCache | None = None,
+    sampling: Sampling = GREEDY,
 ) -> tuple[Tensor, SpeculationReport]:
-    """Continue `input_ids` [1, time] greedily; return all tokens and what was done.
+    """Continue `input_ids` [1, time]; return all tokens and what was done.
 
     `drafts` are names and lowered models; a name without a model is looked up in the tokens so far.
     `count` tokens are proposed in each round, or what pays if it is None. A token of `ends` is the
     last. `cache` has read the first tokens already, and all but the last afterwards. Leviathan et
-    al. (arXiv 2211.17192), at temperature 0.
+    al. (arXiv 2211.17192), algorithm 1.
 
-    The tokens are the model's own, but where its two best logits lie within rounding of each other:
-    several rows of a product may round otherwise than one.
+    Greedy tokens are the model's own, and sampled ones have its distribution, but where its two
+    best logits lie within rounding of each other: several rows of a product may round otherwise
+    than one.
 
     Raises UsageError for more than one row, for a model that keeps no cache, and for a cache that
     has read all tokens.
@@ -85,7 +90,8 @@ def speculate(
         )
     tokens, limit = input_ids, length + max_new_tokens
     with torch.no_grad():
-        first = read(model, tokens[:, past:], cache, past, keep=1)[:, -1:].argmax(-1)
+        logits = read(model, tokens[:, past:], cache, past, keep=1)[:, -1]
+        first = draw(sampling.distribution(logits))[None]
         # from here on, tokens may be undone
         cache.activate_past_recording()
         start = time.perf_counter()
@@ -98,7 +104,7 @@ def speculate(
         while tokens.shape[1] < limit and int(tokens[0, -1]) not in ends:
             number, wanted = control.choose()
             wanted = min(wanted, limit - tokens.shape[1] - 1)
-            tokens = _round(model, cache, tokens, made, number, wanted, control)
+            tokens = _round(model, cache, tokens, made, number, wanted, control, sampling)
             tokens = _until(tokens, length, ends)
     new = tokens.shape[1] - length
     counts = {d.name: (r.proposed, r.accepted) for d, r in zip(made, control.records, strict=True)}
@@ -114,20 +120,35 @@ def _round(
     number: int | None,
     count: int,
     control: Controller,
+    sampling: Sampling,
 ) -> Tensor:
     """Propose and verify once; return the tokens with those that are new."""
     start = time.perf_counter()
-    proposed = tokens[:, :0]
+    proposal = Proposal(tokens[:, :0])
     if number is not None and count > 0:
-        proposed = drafts[number].propose(tokens, count)
+        proposal = drafts[number].propose(tokens, count, sampling)
     drafted = time.perf_counter()
-    asked = torch.cat([tokens[:, -1:], proposed], 1)
-    choice = read(model, asked, cache, tokens.shape[1] - 1).argmax(-1)
-    right = int((choice[:, :-1] == proposed).long().cumprod(1).sum())
-    cache.crop(right - proposed.shape[1])
+    asked = torch.cat([tokens[:, -1:], proposal.tokens], 1)
+    logits = read(model, asked, cache, tokens.shape[1] - 1)[0]
+    new = _followed(proposal, logits, sampling)
+    right, length = len(new) - 1, proposal.tokens.shape[1]
+    cache.crop(right - length)
     done = time.perf_counter()
-    control.add(number, proposed.shape[1], right, drafted - start, done - drafted)
-    return torch.cat([tokens, choice[:, : right + 1]], 1)
+    control.add(number, length, right, drafted - start, done - drafted)
+    return torch.cat([tokens, new[None]], 1)
+
+
+def _followed(proposal: Proposal, logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the tokens that are kept of a proposal, and one more, by the model's logits."""
+    proposed = proposal.tokens[0]
+    if sampling.temperature is None:
+        choice = logits.argmax(-1)
+        right = int((choice[:-1] == proposed).long().cumprod(0).sum())
+        return choice[: right + 1]
+    q = proposal.drawn_from
+    if q is None:
+        q = one_hot(proposed, logits.shape[-1])
+    return kept(proposed, q, sampling.distribution(logits))
 
 
 def _until(tokens: Tensor, start: int, ends: Collection[int]) -> Tensor:

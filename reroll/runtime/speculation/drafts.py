@@ -8,7 +8,7 @@ followed the same tokens before.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,21 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reroll.rewrite.analysis.state_plan import CacheLayer
+from reroll.runtime.speculation.sampling import Sampling, draw
 from reroll.runtime.state.caches import layers_of
 from reroll.runtime.state.growing import GrowingLayer
 from reroll.runtime.state.states import Rewinding, last
 from reroll.runtime.state.windows import WindowLayer
+
+
+class Proposal(NamedTuple):
+    """Tokens [1, n], and the distributions [n, vocabulary] that they were drawn from.
+
+    Without distributions, no other tokens could have been proposed.
+    """
+
+    tokens: Tensor
+    drawn_from: Tensor | None = None
 
 
 class Draft(Protocol):
@@ -28,8 +39,8 @@ class Draft(Protocol):
 
     name: str
 
-    def propose(self, tokens: Tensor, count: int) -> Tensor:
-        """Return up to `count` tokens [1, n] after `tokens` [1, time].
+    def propose(self, tokens: Tensor, count: int, sampling: Sampling) -> Proposal:
+        """Propose up to `count` tokens after `tokens` [1, time].
 
         The last of `tokens` is not in the model's cache yet.
         """
@@ -44,7 +55,7 @@ class Lookup:
     name = "lookup"
     longest, shortest = 3, 2
 
-    def propose(self, tokens: Tensor, count: int) -> Tensor:
+    def propose(self, tokens: Tensor, count: int, sampling: Sampling) -> Proposal:
         row = tokens[0]
         for size in range(self.longest, self.shortest - 1, -1):
             if len(row) <= size:
@@ -52,8 +63,8 @@ class Lookup:
             same = (row.unfold(0, size, 1)[:-1] == row[-size:]).all(1).nonzero()
             if len(same):
                 start = int(same[-1]) + size
-                return tokens[:, start : start + count]
-        return tokens[:, :0]
+                return Proposal(tokens[:, start : start + count])
+        return Proposal(tokens[:, :0])
 
 
 class Borrowing:
@@ -62,15 +73,12 @@ class Borrowing:
     def __init__(self, name: str, module: Any, cache: Any) -> None:
         self.name, self.module, self.model_cache = name, module, cache
 
-    def propose(self, tokens: Tensor, count: int) -> Tensor:
+    def propose(self, tokens: Tensor, count: int, sampling: Sampling) -> Proposal:
         cache = DynamicCache(config=self.module.config)
         layers = layers_of(cache, self.module._assembly.layers) or []
         for given, layer in zip(self.model_cache.layers, layers, strict=True):
             _borrow(given, layer)
-        proposed = [tokens[:, -1:]]
-        for _ in range(count):
-            proposed.append(_next(self.module, proposed[-1], cache))
-        return torch.cat(proposed[1:], 1)
+        return _continued(self.module, cache, tokens, tokens.shape[1] - 1, count, sampling)
 
 
 class Keeping:
@@ -83,7 +91,7 @@ class Keeping:
         # the tokens in the cache
         self.read: Tensor | None = None
 
-    def propose(self, tokens: Tensor, count: int) -> Tensor:
+    def propose(self, tokens: Tensor, count: int, sampling: Sampling) -> Proposal:
         read = 0
         if self.read is not None:
             known = min(self.read.shape[1], tokens.shape[1] - 1)
@@ -91,11 +99,9 @@ class Keeping:
             read = int(same.sum())
             # with nothing to undo, what was recorded is dropped
             self.cache.crop(read - self.read.shape[1])
-        proposed = [_next(self.module, tokens[:, read:], self.cache, read)]
-        while len(proposed) < count:
-            proposed.append(_next(self.module, proposed[-1], self.cache))
-        self.read = torch.cat([tokens, *proposed[:-1]], 1)
-        return torch.cat(proposed, 1)
+        proposal = _continued(self.module, self.cache, tokens, read, count, sampling)
+        self.read = torch.cat([tokens, proposal.tokens[:, :-1]], 1)
+        return proposal
 
 
 def draft_of(name: str, module: Any, model: Any, cache: Any) -> Draft:
@@ -120,10 +126,21 @@ def read(module: Any, tokens: Tensor, cache: Any, past: int, keep: int = 0) -> T
     return out
 
 
-def _next(module: Any, tokens: Tensor, cache: Any, past: int | None = None) -> Tensor:
-    """Return the likeliest token [1, 1] after `tokens`."""
-    past = int(cache.get_seq_length()) if past is None else past
-    return read(module, tokens, cache, past, keep=1)[:, -1].argmax(-1, keepdim=True)
+def _continued(
+    module: Any, cache: Any, tokens: Tensor, past: int, count: int, sampling: Sampling
+) -> Proposal:
+    """Propose `count` tokens by a module whose cache has read the first `past` of `tokens`."""
+    new, proposed, distributions = tokens[:, past:], [], []
+    for _ in range(count):
+        logits = read(module, new, cache, past, keep=1)[:, -1]
+        past += new.shape[1]
+        if sampling.temperature is None:
+            new = logits.argmax(-1, keepdim=True)
+        else:
+            distributions.append(sampling.distribution(logits))
+            new = draw(distributions[-1])[None]
+        proposed.append(new)
+    return Proposal(torch.cat(proposed, 1), torch.cat(distributions) if distributions else None)
 
 
 # ---- entries of another cache

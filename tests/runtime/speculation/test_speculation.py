@@ -12,7 +12,9 @@ from transformers import DynamicCache
 import reroll
 from reroll.errors import PassError, UsageError
 from reroll.runtime.speculation.control import Controller
+from reroll.runtime.speculation.decode import GREEDY
 from reroll.runtime.speculation.drafts import Borrowing, Keeping, Lookup, draft_of, read
+from reroll.runtime.speculation.sampling import Sampling, draw, kept
 from reroll.runtime.state.growing import GrowingLayer
 from tests import captured
 
@@ -124,27 +126,32 @@ class TestDrafts:
         made = Keeping("", module)
         tokens = IDS
         for wrong in (0, 3, 1, 2):
-            found = made.propose(tokens, 4)
+            found = made.propose(tokens, 4, GREEDY).tokens
             # a token that the draft did not propose, after some that it did
             other = (found[:, wrong : wrong + 1] + 1) % 60 + 3
             tokens = torch.cat([tokens, found[:, :wrong], other], 1)
-            assert torch.equal(made.propose(tokens, 4), Keeping("", module).propose(tokens, 4))
+            again, fresh = (d.propose(tokens, 4, GREEDY) for d in (made, Keeping("", module)))
+            assert torch.equal(again.tokens, fresh.tokens)
 
     def test_lookup(self) -> None:
         row = torch.tensor([[5, 6, 7, 8, 9, 4, 6, 7]])
-        assert Lookup().propose(row, 3).tolist() == [[8, 9, 4]]
-        assert Lookup().propose(torch.tensor([[1, 2, 3]]), 3).shape == (1, 0)
+        assert looked_up(row, 3) == [8, 9, 4]
+        assert looked_up(torch.tensor([[1, 2, 3]]), 3) == []
         # three of the last tokens are taken before two, and the latest place before others
         row = torch.tensor([[1, 2, 3, 9, 2, 3, 8, 2, 3, 7, 1, 2, 3]])
-        assert Lookup().propose(row, 1).tolist() == [[9]]
-        assert Lookup().propose(torch.tensor([[2, 3, 8, 2, 3, 7, 2, 3]]), 1).tolist() == [[7]]
+        assert looked_up(row, 1) == [9]
+        assert looked_up(torch.tensor([[2, 3, 8, 2, 3, 7, 2, 3]]), 1) == [7]
+
+
+def looked_up(row: torch.Tensor, count: int) -> list[int]:
+    return Lookup().propose(row, count, GREEDY).tokens[0].tolist()  # type: ignore[no-any-return]
 
 
 def _accepted_by(draft: Any, module: Any) -> tuple[int, int]:
     """Tokens that a draft proposes, and those of them that are the model's."""
     tokens, proposed, accepted = greedy(module), 0, 0
     for end in range(IDS.shape[1], tokens.shape[1] - 4, 5):
-        found = draft.propose(tokens[:, :end], 4)
+        found = draft.propose(tokens[:, :end], 4, GREEDY).tokens
         proposed += found.shape[1]
         accepted += int((found == tokens[:, end : end + 4]).sum())
     return proposed, accepted
@@ -225,6 +232,55 @@ class TestGeneration:
             reroll.generate(model("bert"), IDS, "lookup", ends=())
 
 
+class TestSampling:
+    def test_tokens_have_the_model_s_distribution(self) -> None:
+        """Two drafted tokens of six, and the one behind them, many times."""
+        torch.manual_seed(0)
+        p = torch.rand(3, 6).square()
+        q = torch.rand(2, 6).square()
+        p[0, 2] = 0.0
+        p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+        counts, rounds = torch.zeros(3, 6), 20_000
+        for _ in range(rounds):
+            proposed = draw(q)
+            new = kept(proposed, q, p)
+            counts[torch.arange(len(new)), new] += 1
+        # each token has the distribution of its place, however many come
+        for found, wanted in zip(counts, p, strict=True):
+            total = found.sum()
+            deviation = (wanted * (1 - wanted) * total).sqrt()
+            assert ((found - wanted * total).abs() <= 4.5 * deviation + 1e-6).all()
+        # as many are kept as the distributions have in common
+        common = torch.minimum(p[0], q[0]).sum()
+        assert abs(counts[1].sum() / rounds - common) < 0.015
+
+    @pytest.mark.parametrize("draft", [EVERYTHING, "window(size=4)", "lookup", DELTA])
+    def test_it_samples(self, draft: str) -> None:
+        def sampled(seed: int, **options: Any) -> torch.Tensor:
+            torch.manual_seed(seed)
+            options = {"max_new_tokens": NEW, "draft_tokens": 3, "ends": ()} | options
+            return reroll.generate(model(), IDS, draft, **options)
+
+        warm = {"temperature": 2.0, "top_k": 30, "top_p": 0.95}
+        assert torch.equal(sampled(1, **warm), sampled(1, **warm))
+        assert not torch.equal(sampled(1, **warm), sampled(2, **warm))
+        if draft == EVERYTHING:
+            ((proposed, accepted),) = model().speculation_report.drafts.values()
+            assert accepted >= 0.98 * proposed
+        # with one token left to draw from, it is the likeliest
+        assert torch.equal(sampled(1, temperature=2.0, top_k=1), greedy(model()))
+
+    def test_distributions_are_those_of_transformers(self) -> None:
+        logits = model()(IDS).logits[:, -1]
+        torch.manual_seed(0)
+        scores = model().generate(
+            IDS, attention_mask=torch.ones_like(IDS), do_sample=True, temperature=0.7, top_k=20,
+            top_p=0.8, max_new_tokens=1, output_scores=True, return_dict_in_generate=True,
+        ).scores[0]  # fmt: skip
+        found = Sampling(0.7, 20, 0.8).distribution(logits)
+        torch.testing.assert_close(found, scores.float().softmax(-1))
+
+
 class TestController:
     """Rounds of a draft with given costs, in units of a step of the model."""
 
@@ -272,7 +328,7 @@ def test_a_draft_leaves_the_cache_of_the_model_alone() -> None:
         read(module, IDS, cache, 0)
         before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
         made = draft_of("", reroll.twin(module, "window(size=4, layers=[1])"), module, cache)
-        made.propose(torch.cat([IDS, IDS[:, :1]], 1), 5)
+        made.propose(torch.cat([IDS, IDS[:, :1]], 1), 5, GREEDY)
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
