@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 # how many tokens may be proposed
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
-# how many are proposed to try a draft out
-_TRIAL = 2
+# how many are proposed to try a draft out: first to time it, and then, if it may pay, to judge it
+_TRIALS = (2, 4, 4)
+# what is thought of a draft's tokens before they are seen: how often they are right, as of so many
+_PRIOR, _PRIOR_WEIGHT = 0.8, 2.0
 # a draft is to be so much faster than none
 _MARGIN = 1.05
 # the weight of what was measured before, for each new measurement
@@ -29,6 +31,10 @@ class Mean:
 
     def or_else(self, default: float) -> float:
         return self.total / self.weight if self.weight else default
+
+    def beside(self, prior: float, weight: float) -> float:
+        """Return the mean with a prior value, of that weight, among the values."""
+        return (self.total + prior * weight) / (self.weight + weight)
 
 
 @dataclass
@@ -87,11 +93,11 @@ class Controller:
         if not self.rounds:
             return None, 0
         for number, record in enumerate(self.records):
-            if not record.rounds:
-                return number, _TRIAL
+            if record.rounds < len(_TRIALS) and (not record.rounds or self._may_pay(number)):
+                return number, _TRIALS[record.rounds]
         best, chosen, count = self._rate(None, 0, 0.0) * _MARGIN, None, 0
         for number, record in enumerate(self.records):
-            right = min(record.right.or_else(0.5), 0.995)
+            right = min(record.right.beside(_PRIOR, _PRIOR_WEIGHT), 0.995)
             for tokens in COUNTS:
                 rate = self._rate(number, tokens, right)
                 if rate > best:
@@ -101,7 +107,7 @@ class Controller:
                 record.again = self.rounds + record.patience
                 record.patience *= 2
                 if self._may_pay(number):
-                    return number, _TRIAL
+                    return number, _TRIALS[-1]
         return chosen, count
 
     def _may_pay(self, number: int) -> bool:
