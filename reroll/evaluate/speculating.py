@@ -67,7 +67,8 @@ def generate(
         input_ids: [1, time].
         draft: passes that make a draft of the model, a draft that is made already (see `twin`),
             "lookup" for the tokens that followed the same ones before, or "auto", which measures
-            a window and this while it decodes, and uses what pays.
+            a window and this while it decodes, and uses what pays. Of a list of drafts it uses
+            what pays as well. Passes are run at each call: for several, make the draft once.
         max_new_tokens: at most this many.
         draft_tokens: how many tokens are proposed at a time; what pays if None.
         ends: tokens after which nothing follows; the model's own if None.
@@ -98,13 +99,24 @@ def generate(
 
 def drafts_of(model: Any, draft: Any) -> Drafts:
     """Return the drafts that `draft` names: see `generate`."""
-    if hasattr(draft, "to_program"):
-        return [("draft", draft)]
-    if draft == LOOKUP:
-        return [(LOOKUP, None)]
+    if isinstance(draft, list | tuple) and any(map(_is_made, draft)):
+        made = [each for part in draft for each in drafts_of(model, part)]
+        names = [name for name, _ in made]
+        # those that have one name are told apart in the report
+        return [
+            (f"{name} {number}" if names.count(name) > 1 else name, module)
+            for number, (name, module) in enumerate(made, 1)
+        ]
+    if _is_made(draft):
+        return [(LOOKUP, None) if draft == LOOKUP else ("draft", draft)]
     if draft == "auto":
         return [(WINDOW, twin(model, WINDOW)), (LOOKUP, None)]
     return [(str(draft), twin(model, draft))]
+
+
+def _is_made(draft: Any) -> bool:
+    """Whether a draft is one already, and not passes that make one."""
+    return draft == LOOKUP or hasattr(draft, "to_program")
 
 
 def own_ends(model: Any) -> set[int]:

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import reroll
 from reroll.errors import PassError, UsageError
+from reroll.evaluate.speculating import drafts_of
 from reroll.runtime.speculation.control import Controller
 from reroll.runtime.speculation.decode import GREEDY
 from reroll.runtime.speculation.drafts import Borrowing, Keeping, Lookup, draft_of, read
@@ -80,6 +81,15 @@ def test_drafts_by_name(draft: str) -> None:
     repeated = IDS[:, :5].repeat(1, 4)
     tokens = reroll.generate(model(), repeated, draft, max_new_tokens=NEW, ends=())
     assert torch.equal(tokens, greedy(model(), repeated))
+
+
+def test_a_list_of_drafts_is_tried() -> None:
+    draft = reroll.twin(model(), "window(size=8)")
+    drafts = [draft, "lookup"]
+    tokens = reroll.generate(model(), IDS, drafts, max_new_tokens=NEW, ends=())
+    assert torch.equal(tokens, greedy(model()))
+    assert list(model().speculation_report.drafts) == ["draft", "lookup"]
+    assert [name for name, _ in drafts_of(model(), [draft, draft])] == ["draft 1", "draft 2"]
 
 
 def test_in_half_precision_tokens_part_only_within_rounding() -> None:
