@@ -190,6 +190,7 @@ def test_a_directory_in_bf16(tmp_path: Path) -> None:
         "linearize(mixer=gated_deltanet, window=4, sinks=1)",
         "insert_exits(at=[1])",
         "fold_norms",
+        *slow("loop_core(prelude=0, core=1, coda=1, trips=3)"),
     ],
 )
 @pytest.mark.parametrize("name", ["bamba", "qwen3_next"])
