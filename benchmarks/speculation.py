@@ -17,6 +17,7 @@ from benchmarks.harness import TEXT, Row, Table, in_turns, medians
 from reroll.evaluate.speculating import drafts_of
 from reroll.runtime.speculation.decode import speculate
 from reroll.runtime.speculation.drafts import read
+from reroll.runtime.state.growing import take_back
 
 
 @cache
@@ -105,4 +106,4 @@ def step(model: Any, ids: Tensor, made: DynamicCache) -> None:
     """Read some tokens behind a cache, and take them back."""
     with torch.no_grad():
         read(model, ids, made, int(made.get_seq_length()))
-    made.crop(-ids.shape[1])
+    take_back(made, ids.shape[1])

@@ -84,7 +84,9 @@ def generate(
     if prompt_file is not None:
         prompts.append(read_text(prompt_file))
     if not prompts:
-        raise UsageError("there is no prompt", hint="give --prompt TEXT or --prompt-file FILE")
+        raise UsageError(
+            "there is no prompt", where="generate", hint="give --prompt TEXT or --prompt-file FILE"
+        )
     with Bars() as bars:
         bars(0, 0, "opening the model")
         opening = Opening(dtype, revision=revision, trust_remote_code=trust_remote_code)

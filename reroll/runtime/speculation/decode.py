@@ -15,6 +15,7 @@ from reroll.errors import UsageError
 from reroll.runtime.speculation.control import Controller
 from reroll.runtime.speculation.drafts import Draft, Lookup, Proposal, draft_of, read
 from reroll.runtime.speculation.sampling import Sampling, draw, kept, one_hot
+from reroll.runtime.state.growing import take_back
 
 GREEDY = Sampling()
 
@@ -132,7 +133,7 @@ def _round(
     logits = read(model, asked, cache, tokens.shape[1] - 1)[0]
     new = _followed(proposal, logits, sampling)
     right, length = len(new) - 1, proposal.tokens.shape[1]
-    cache.crop(right - length)
+    take_back(cache, length - right)
     done = time.perf_counter()
     control.add(number, length, right, drafted - start, done - drafted)
     return torch.cat([tokens, new[None]], 1)

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from reroll.rewrite.analysis.state_plan import CacheLayer
 from reroll.runtime.speculation.sampling import Sampling, draw
 from reroll.runtime.state.caches import layers_of
-from reroll.runtime.state.growing import GrowingLayer
+from reroll.runtime.state.growing import GrowingLayer, take_back
 from reroll.runtime.state.states import Rewinding, last
 from reroll.runtime.state.windows import WindowLayer
 
@@ -98,7 +98,7 @@ class Keeping:
             same = (self.read[0, :known] == tokens[0, :known]).long().cumprod(0)
             read = int(same.sum())
             # with nothing to undo, what was recorded is dropped
-            self.cache.crop(read - self.read.shape[1])
+            take_back(self.cache, self.read.shape[1] - read)
         proposal = _continued(self.module, self.cache, tokens, read, count, sampling)
         self.read = torch.cat([tokens, proposal.tokens[:, :-1]], 1)
         return proposal

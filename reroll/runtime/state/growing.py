@@ -50,10 +50,13 @@ class GrowingLayer(DynamicLayer):
         self._filled = self.keys, self.values
         return self.keys, self.values
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -`tokens_to_remove` tokens; later ones are written in their place."""
+    def take_back(self, count: int) -> None:
+        """Remove the last tokens, as `crop` does; later ones are written in their place.
+
+        So what was taken out of the layer before changes with them.
+        """
         own = self._filled is not None and self.keys is self._filled[0]
-        super().crop(tokens_to_remove)
+        self.crop(-count)
         if own:
             self._filled = self.keys, self.values  # type: ignore[assignment]
 
@@ -79,6 +82,15 @@ class GrowingLayer(DynamicLayer):
         new = type(self)()
         new.__dict__.update(self.__dict__, _whole=None, _filled=None)
         return new
+
+
+def take_back(cache: Any, count: int) -> None:
+    """Remove the last tokens of a cache whose tensors nobody else holds."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.take_back(count)
+        else:
+            layer.crop(-count)
 
 
 def _enlarged(old: Tensor, past: int, new: Tensor, total: int) -> Tensor:

@@ -319,11 +319,11 @@ class TestController:
         assert control.records[0].rounds == 1
 
 
-def test_a_crop_keeps_the_room_of_a_growing_layer() -> None:
+def test_tokens_that_are_taken_back_leave_the_room_of_a_growing_layer() -> None:
     layer = GrowingLayer()
     layer.update(torch.randn(1, 2, 10, 4), torch.randn(1, 2, 10, 4))
     room = layer.keys.data_ptr()
-    layer.crop(-3)
+    layer.take_back(3)
     new = torch.randn(1, 2, 2, 4)
     keys, _ = layer.update(new, new)
     assert keys.data_ptr() == room
