@@ -43,8 +43,9 @@ def twin(model: Any, passes: Pipeline, **options: Any) -> Any:
             where=type(model).__name__,
             hint="capture it first: reroll.capture(model).to_module()",
         )
-    program = reroll.run_passes(model.to_program(), passes, **{"measure": "off"} | options)
-    return lower_twin(model, program)
+    present = model.to_program()
+    program = reroll.run_passes(present, passes, **{"measure": "off"} | options)
+    return lower_twin(model, present, program)
 
 
 def generate(

@@ -105,8 +105,7 @@ def speculate(
         while tokens.shape[1] < limit and int(tokens[0, -1]) not in ends:
             number, wanted = control.choose()
             wanted = min(wanted, limit - tokens.shape[1] - 1)
-            tokens = _round(model, cache, tokens, made, number, wanted, control, sampling)
-            tokens = _until(tokens, length, ends)
+            tokens = _round(model, cache, tokens, made, number, wanted, control, sampling, ends)
     new = tokens.shape[1] - length
     counts = {d.name: (r.proposed, r.accepted) for d, r in zip(made, control.records, strict=True)}
     seconds = time.perf_counter() - start
@@ -122,8 +121,9 @@ def _round(
     count: int,
     control: Controller,
     sampling: Sampling,
+    ends: Collection[int],
 ) -> Tensor:
-    """Propose and verify once; return the tokens with those that are new."""
+    """Propose and verify once; return the tokens with those that are new, up to an end."""
     start = time.perf_counter()
     proposal = Proposal(tokens[:, :0])
     if number is not None and count > 0:
@@ -131,7 +131,8 @@ def _round(
     drafted = time.perf_counter()
     asked = torch.cat([tokens[:, -1:], proposal.tokens], 1)
     logits = read(model, asked, cache, tokens.shape[1] - 1)[0]
-    new = _followed(proposal, logits, sampling)
+    new = _until(_followed(proposal, logits, sampling), ends)
+    # the cache keeps all but the last
     right, length = len(new) - 1, proposal.tokens.shape[1]
     take_back(cache, length - right)
     done = time.perf_counter()
@@ -152,9 +153,9 @@ def _followed(proposal: Proposal, logits: Tensor, sampling: Sampling) -> Tensor:
     return kept(proposed, q, sampling.distribution(logits))
 
 
-def _until(tokens: Tensor, start: int, ends: Collection[int]) -> Tensor:
-    """Cut tokens behind the first end after `start`."""
-    for place, token in enumerate(tokens[0, start:].tolist(), start):
+def _until(new: Tensor, ends: Collection[int]) -> Tensor:
+    """Cut new tokens [n] behind the first end."""
+    for place, token in enumerate(new.tolist()):
         if token in ends:
-            return tokens[:, : place + 1]
-    return tokens
+            return new[: place + 1]
+    return new

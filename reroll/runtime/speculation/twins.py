@@ -8,14 +8,15 @@ from reroll.rewrite.ir.program import Program
 from reroll.runtime.lowering.lower import lower
 
 
-def twin(model: Any, program: Program) -> Any:
+def twin(model: Any, present: Program, program: Program) -> Any:
     """Lower a rewriting of a lowered model; it shares the tensors that no pass has changed.
 
-    `program` is made from `model.to_program()`. Weights that passes have added or changed are
-    computed as by `lower`. Both read the same tensors until one of them is moved or converted.
+    `present` is `model.to_program()`, and `program` is made from it. Weights that passes have added
+    or changed are computed as by `lower`. Both read the same tensors until one of them is moved or
+    converted.
     """
     other = lower(program, dtype=model.program.dtype, meta=True)
-    table, slots = model.to_program().weights, model._assembly.tree.slots
+    table, slots = present.weights, model._assembly.tree.slots
     known = {}
     for key, (name, entry) in table.distinct().items():
         slot = slots.get(model.program.weights.identity(name, entry))

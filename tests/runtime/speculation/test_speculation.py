@@ -210,10 +210,13 @@ class TestGeneration:
         tokens = greedy(model())
         end = int(tokens[0, -10])
         place = tokens[0, IDS.shape[1] :].tolist().index(end)
+        cache = DynamicCache(config=model().config)
         found = reroll.generate(
-            model(), IDS, EVERYTHING, max_new_tokens=NEW, draft_tokens=8, ends={end}
+            model(), IDS, EVERYTHING, max_new_tokens=NEW, draft_tokens=8, ends={end}, cache=cache
         )
         assert torch.equal(found, tokens[:, : IDS.shape[1] + place + 1])
+        # what was accepted behind the end is not in the cache
+        assert cache.get_seq_length() == found.shape[1] - 1
 
     @pytest.mark.parametrize("new", [1, 2, 7])
     def test_it_adds_no_more_than_it_may(self, new: int) -> None:
