@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # the first new token comes with the prompt, and only those after it are timed
 NEW_TOKENS = Range(least=2, most=LARGEST)
+# of near ties, so many are named
+_TIES = 8
 THREADS = Range(least=1, most=1024)
 
 
@@ -58,9 +60,20 @@ def generate(
     speculate: Annotated[
         str | None,
         typer.Option(
-            help="Decode with a draft: passes that make one of the model, `lookup`, or `auto`, "
-            "which uses what pays. The tokens are the model's own."
+            help="Decode with a draft: passes that make one of the model, with `int8` behind them "
+            "or alone, `lookup`, or `auto`, which uses what pays. The tokens are the model's own."
         ),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="With a draft: a step of one token decides where the two best logits lie within "
+            "rounding of each other.",
+        ),
+    ] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends an answer. Repeatable.")
     ] = None,
     load_state: Annotated[
         Path | None, typer.Option(help="Go on from what this file says was read.")
@@ -108,7 +121,9 @@ def generate(
             seed=seed,
             chat=chat,
             read_twice=read_twice,
+            stop=stop or (),
             speculate=speculate,
+            exact=exact,
             load_state=load_state,
             save_state=save_state,
             overwrite=overwrite,
@@ -128,12 +143,24 @@ def _print_texts(found: Found) -> None:
     write(f"\n{tokens} tokens in {found['seconds']:.1f} s, {rate:.1f} tokens/s with the prompt")
     if "depth" in found:
         write(_depth(found["depth"]))
-    for report in found.get("speculation", ()):
-        drafts = ", ".join(
-            f"{name}: {each['accepted']} of {each['proposed']} accepted"
-            for name, each in report["drafts"].items()
+    if "speculation" in found:
+        _print_speculation(found["speculation"])
+
+
+def _print_speculation(report: Found) -> None:
+    drafts = ", ".join(
+        f"{name}: {each['accepted']} of {each['proposed']} accepted"
+        for name, each in report["drafts"].items()
+    )
+    write(f"{report['tokens']} tokens in {report['steps']} steps; {drafts}")
+    ties = report["near_ties"]
+    if ties:
+        at = ", ".join(str(tie["place"]) for tie in ties[:_TIES])
+        more = f" and {len(ties) - _TIES} more" if len(ties) > _TIES else ""
+        write(
+            f"{len(ties)} tokens with another nearly as likely, within rounding: new tokens "
+            f"{at}{more}; --exact decides them as plain decoding does"
         )
-        write(f"{report['tokens']} tokens in {report['steps']} steps; {drafts}")
 
 
 @command

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 
 from reroll.bounds import COUNT, POSITIVE, SEED, TOP_P, check_number
 from reroll.errors import UsageError
-from reroll.evaluate.speculating import Drafts, drafts_of, own_ends
+from reroll.evaluate.speculating import drafts_of, own_ends, stop_criteria
+from reroll.evaluate.speculating import generate as speculated
 from reroll.evaluate.subjects import Opening, open_original
 from reroll.evaluate.tokenizing import check_utf8, open_tokenizer, tokenizer_of
 from reroll.rewrite.analysis.reach import position_limits
 from reroll.rewrite.capture.models import open_model
 from reroll.rewrite.ir.program import Program
-from reroll.runtime.speculation.decode import speculate as speculate_row
-from reroll.runtime.speculation.sampling import Sampling
 from reroll.runtime.state.files import load_state as read_state
 from reroll.runtime.state.files import save_state as write_state
 from reroll.writing import check_file
@@ -73,7 +71,9 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     read_twice: bool = False,
+    stop: Sequence[str] = (),
     speculate: str | None = None,
+    exact: bool = False,
     load_state: str | Path | None = None,
     save_state: str | Path | None = None,
     overwrite: bool = False,
@@ -83,10 +83,10 @@ def generate(
     Greedy unless `temperature`, `top_k` or `top_p` is given. `chat` puts each prompt into the
     tokenizer's chat template as a user's message. `read_twice` repeats each prompt, so that a state
     of constant size has read the question before it reads the context: JRT-Prompt (arXiv
-    2407.05483), section 3.2. `speculate` is the draft of `reroll.generate`, which decodes one
-    prompt after the other. `load_state` is a file of `reroll.runtime.state.files`: the prompt
-    continues its tokens, which are not read again. `save_state` writes such a file afterwards, in
-    the place of another with `overwrite`.
+    2407.05483), section 3.2. A text of `stop` ends an answer. `speculate` is the draft of
+    `reroll.generate`, and `exact` its option; "exact" as a draft is that with "auto". `load_state`
+    is a file of `reroll.runtime.state.files`: the prompt continues its tokens, which are not read
+    again. `save_state` writes such a file afterwards, in the place of another with `overwrite`.
 
     Raises UsageError if there is no prompt, no chat template, or an option is out of range.
     """
@@ -114,25 +114,46 @@ def generate(
         raise UsageError(
             "speculation has no beams", where="speculate", hint="leave out the option of beams"
         )
+    if exact and speculate is None:
+        raise UsageError(
+            "without a draft, every choice is that of a step of one token",
+            where="exact",
+            hint="give a draft, such as --speculate auto, or leave --exact out",
+        )
+    if speculate == "exact":
+        speculate, exact = "auto", True
+    if not all(stop):
+        raise UsageError("a text to stop at is empty", where="stop")
     cache = None
     if load_state is not None or save_state is not None:
         cache, batch = _begun(model, batch, beams, load_state)
     if save_state is not None:
         check_file(save_state, overwrite=overwrite)
     check_room(model, batch["input_ids"].shape[1], max_new_tokens)
-    drafts = None if speculate is None else drafts_of(model, speculate)
+    criteria = stop_criteria(stop, tokenizer)
+    if speculate is not None:
+        # it is kept, so that its making is not timed
+        drafts_of(model, speculate)
     torch.manual_seed(seed)
     start = time.perf_counter()
+    speculation = {}
     try:
-        if drafts is not None:
-            sampling = Sampling()
-            if options.pop("do_sample"):
-                sampling = Sampling(**options)
-            generated, speculation = _speculated(
-                model, batch, drafts, max_new_tokens, cache, sampling
+        if speculate is not None:
+            sampled = options.pop("do_sample")
+            generated = speculated(
+                model,
+                batch["input_ids"],
+                speculate,
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                exact=exact,
+                stop_strings=stop,
+                tokenizer=tokenizer,
+                cache=cache,
+                **(options if sampled else {}),
             )
+            speculation = {"speculation": model.speculation_report.as_data()}
         else:
-            speculation = {}
             with torch.no_grad():
                 generated = model.generate(
                     **batch,
@@ -141,6 +162,7 @@ def generate(
                     max_new_tokens=max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id,
                     **({} if cache is None else {"past_key_values": cache}),
+                    stopping_criteria=None if criteria is None else [criteria],
                 )
     except IndexError as error:
         raise _out_of_range(model, batch["input_ids"]) from error
@@ -184,38 +206,6 @@ def _begun(
     tokens, cache = read_state(path, model)
     ids = torch.cat([tokens, batch["input_ids"]], 1)
     return cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _speculated(
-    model: Any,
-    batch: dict[str, torch.Tensor],
-    drafts: Drafts,
-    new: int,
-    cache: Any,
-    sampling: Sampling,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Decode each row of a batch with drafts; return them in one tensor, and what was done.
-
-    A `cache` is that of the only row.
-    """
-    rows, reports = [], []
-    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-        prompt = ids[None, mask.bool()]
-        tokens, report = speculate_row(
-            model,
-            prompt,
-            drafts,
-            max_new_tokens=new,
-            ends=own_ends(model),
-            cache=cache,
-            sampling=sampling,
-        )
-        rows.append(tokens[0, prompt.shape[1] :])
-        reports.append(report.as_data())
-    longest = max(map(len, rows))
-    # a shorter row has ended
-    added = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
-    return torch.cat([batch["input_ids"], added], 1), {"speculation": reports}
 
 
 def _check(

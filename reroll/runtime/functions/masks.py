@@ -58,6 +58,10 @@ def make_mask(
     padding = visibility.padding
     if padding is not None and padding.dim() == 4:
         return padding  # type: ignore[no-any-return]
+    if padding is not None and getattr(layer, "compact", False):
+        # each row's tokens stand together in such a layer
+        padding = padding.sort(-1).values
+        visibility = replace(visibility, padding=padding)
     if visibility.is_by_key:
         return None if padding is None else padding[:, None, None]
     assert length is not None

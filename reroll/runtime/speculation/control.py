@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # how many tokens may be proposed
@@ -84,9 +85,12 @@ class Controller:
         self.rounds = 0
         self.fixed = fixed
         self.plain = 0
+        # tokens a second that are expected of what was chosen
+        self.expected = 0.0
 
     def choose(self) -> tuple[int | None, int]:
         """Return the number of a draft, or None, and how many tokens it is to propose."""
+        self.expected = 0.0
         if self.fixed is not None:
             return (0, self.fixed) if self.records else (None, 0)
         # one end of the line; the first trials are the other
@@ -108,7 +112,17 @@ class Controller:
                 record.patience *= 2
                 if self._may_pay(number):
                     return number, _TRIALS[-1]
+        self.expected = best
         return chosen, count
+
+    def worth(self, number: int) -> float:
+        """Return how probable one more drafted token has to be for its time to be well spent.
+
+        It takes the time of a drafted token and of one that is verified, in which `expected` tokens
+        a second would come otherwise. While a draft is tried out, any token is worth it.
+        """
+        further = self.records[number].seconds.or_else(0.0) + self.verification.further.or_else(0.0)
+        return further * self.expected
 
     def _may_pay(self, number: int) -> bool:
         """Whether a draft would be faster than plain decoding if it were always right."""
@@ -122,9 +136,18 @@ class Controller:
         return tokens / max(count * drafting + self.verification.at(count + 1), 1e-9)
 
     def add(
-        self, number: int | None, proposed: int, accepted: int, drafting: float, verifying: float
+        self,
+        number: int | None,
+        proposed: int,
+        accepted: Sequence[int],
+        drafting: float,
+        verifying: float,
+        steps: int | None = None,
     ) -> None:
-        """Record a round: its tokens, and the seconds of both sides."""
+        """Record a round: its tokens, those accepted of each row, and the seconds of both sides.
+
+        `steps` of the draft may be more than the tokens that it proposed.
+        """
         self.rounds += 1
         self.verification.add(proposed + 1, verifying)
         if number is None:
@@ -132,10 +155,12 @@ class Controller:
             return
         record = self.records[number]
         record.rounds += 1
-        record.proposed, record.accepted = record.proposed + proposed, record.accepted + accepted
+        record.proposed += proposed * len(accepted)
+        record.accepted += sum(accepted)
         record.again = max(record.again, self.rounds + _PATIENCE)
         if proposed:
-            record.seconds.add(drafting / proposed, proposed)
+            steps = proposed if steps is None else steps
+            record.seconds.add(drafting / steps, steps)
             # tokens behind the first wrong one say nothing
-            judged = min(accepted + 1, proposed)
-            record.right.add(accepted / judged, judged)
+            judged = sum(min(n + 1, proposed) for n in accepted)
+            record.right.add(sum(accepted) / judged, judged / len(accepted))

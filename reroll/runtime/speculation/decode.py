@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from reroll.errors import UsageError
 from reroll.runtime.speculation.control import Controller
-from reroll.runtime.speculation.drafts import Draft, Lookup, Proposal, draft_of, read
-from reroll.runtime.speculation.sampling import Sampling, draw, kept, one_hot
-from reroll.runtime.state.growing import take_back
+from reroll.runtime.speculation.drafts import Draft, Lookup, Proposal, Wish, draft_of
+from reroll.runtime.speculation.reading import Reading, begin, can_part
+from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw, kept, one_hot
 
-GREEDY = Sampling()
+# two logits are within rounding of each other if they differ by at most so many units in the last
+# place of the larger one: as much as those of one row and of several differ on real models
+_ROUNDING = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+
+
+@dataclass(frozen=True)
+class NearTie:
+    """A place at which the model's two best logits lie within rounding of each other.
+
+    Attributes:
+        row: of the batch.
+        place: of the token among the new ones.
+        gap: between the logits, over the larger one.
+    """
+
+    row: int
+    place: int
+    gap: float
 
 
 @dataclass(frozen=True)
@@ -25,11 +41,13 @@ class SpeculationReport:
     """What speculation did.
 
     Attributes:
-        tokens: how many are new.
+        tokens: how many are new, in all rows.
         steps: calls of the model, with that for the prompt.
         plain: steps without a draft.
         seconds: of all steps but that for the prompt.
         drafts: for each draft, how many tokens it proposed, and how many of them were accepted.
+        near_ties: where a greedy choice among several rows of a product may be another than that of
+            plain decoding.
     """
 
     tokens: int
@@ -37,125 +55,229 @@ class SpeculationReport:
     plain: int
     seconds: float
     drafts: dict[str, tuple[int, int]]
+    near_ties: list[NearTie]
 
     def as_data(self) -> dict[str, Any]:
         drafts = {
             name: {"proposed": proposed, "accepted": accepted}
             for name, (proposed, accepted) in self.drafts.items()
         }
-        return vars(self) | {"drafts": drafts}
+        return vars(self) | {"drafts": drafts, "near_ties": [vars(each) for each in self.near_ties]}
 
     def __str__(self) -> str:
         drafts = "; ".join(f"{n}: {a} of {p} accepted" for n, (p, a) in self.drafts.items())
         return f"{self.tokens} tokens in {self.steps} steps, {self.plain} without a draft; {drafts}"
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Where a row of tokens ends.
+
+    Attributes:
+        tokens: one of them is the last.
+        also: called with all tokens [time] of a row so far, and true if the last one ends it.
+    """
+
+    tokens: Collection[int] = ()
+    also: Callable[[Tensor], bool] | None = None
+
+    def cut(self, row: Tensor, new: Tensor) -> tuple[Tensor, bool]:
+        """Return the new tokens [n] behind `row` [time] up to the first end, and whether it is."""
+        for place, token in enumerate(new.tolist()):
+            end = token in self.tokens
+            if not end and self.also is not None:
+                end = self.also(torch.cat([row, new[: place + 1]]))
+            if end:
+                return new[: place + 1], True
+        return new, False
+
+
+@dataclass
+class Row:
+    """A row of the batch.
+
+    Attributes:
+        number: of the batch.
+        tokens: [time], all so far; the last is not in the cache.
+        start: how many were given.
+        limit: how many there may be.
+    """
+
+    number: int
+    tokens: Tensor
+    start: int
+    limit: int
+    near_ties: list[NearTie] = field(default_factory=list)
+    done: bool = False
+
+    def extend(self, new: Tensor, ends: Ends) -> int:
+        """Add new tokens [n] up to an end or the limit; return how many."""
+        new, end = ends.cut(self.tokens, new[: self.limit - len(self.tokens)])
+        self.tokens = torch.cat([self.tokens, new])
+        self.done = end or len(self.tokens) >= self.limit
+        return len(new)
+
+
 def speculate(
     model: Any,
-    input_ids: Tensor,
+    rows: Sequence[Tensor],
     drafts: Sequence[tuple[str, Any]],
     *,
     max_new_tokens: int,
     count: int | None = None,
-    ends: Collection[int] = (),
-    cache: DynamicCache | None = None,
+    ends: Ends = Ends(),
+    cache: Any = None,
     sampling: Sampling = GREEDY,
-) -> tuple[Tensor, SpeculationReport]:
-    """Continue `input_ids` [1, time]; return all tokens and what was done.
+    exact: bool = False,
+) -> tuple[list[Tensor], SpeculationReport]:
+    """Continue rows of tokens [time]; return all tokens of each and what was done.
 
     `drafts` are names and lowered models; a name without a model is looked up in the tokens so far.
-    `count` tokens are proposed in each round, or what pays if it is None. A token of `ends` is the
-    last. `cache` has read the first tokens already, and all but the last afterwards. Leviathan et
-    al. (arXiv 2211.17192), algorithm 1.
+    `count` tokens are proposed in each round, or what pays if it is None. `cache` has read the
+    first tokens of each row already; of one row, it has read all but the last afterwards. Leviathan
+    et al. (arXiv 2211.17192), algorithm 1.
 
     Greedy tokens are the model's own, and sampled ones have its distribution, but where its two
     best logits lie within rounding of each other: several rows of a product may round otherwise
-    than one.
+    than one. If `exact`, a step of one token chooses there.
 
-    Raises UsageError for more than one row, for a model that keeps no cache, and for a cache that
+    Raises UsageError for rows without tokens, for a model that keeps no cache, and for a cache that
     has read all tokens.
     """
-    if input_ids.shape[0] != 1 or not input_ids.shape[1]:
-        raise UsageError("speculation takes one row of tokens", where="input_ids")
+    _check(model, rows, cache)
+    with torch.no_grad():
+        target = begin(model, len(rows)) if cache is None else _resumed(model, cache, len(rows))
+        logits = target.read_rows([row[target.places :] for row in rows])[:, -1]
+        target.record()
+        start = time.perf_counter()
+        first = draw(sampling.distribution(logits))[:, None]
+        batch = [Row(n, r, len(r), len(r) + max_new_tokens) for n, r in enumerate(rows)]
+        for row, new in zip(batch, first, strict=True):
+            row.extend(new, ends)
+        made: list[Draft] = [
+            Lookup() if module is None else draft_of(name, module, target)
+            for name, module in drafts
+        ]
+        parts = len(rows) == 1 or all(map(can_part, [model, *(m for _, m in drafts if m)]))
+        run = _Run(target, made, Controller(len(made), count), sampling, ends, exact, parts)
+        active = run.drop_done(batch)
+        while active:
+            active = run.drop_done(run.round(active))
+    control = run.control
+    counts = {d.name: (r.proposed, r.accepted) for d, r in zip(made, control.records, strict=True)}
+    report = SpeculationReport(
+        tokens=sum(len(row.tokens) - row.start for row in batch),
+        steps=control.rounds + 1,
+        plain=control.plain + 1,
+        seconds=time.perf_counter() - start,
+        drafts=counts,
+        near_ties=[tie for row in batch for tie in row.near_ties],
+    )
+    return [row.tokens for row in batch], report
+
+
+@dataclass
+class _Run:
+    """One run of speculation: the model's reading, its drafts, and what is known of them."""
+
+    target: Reading
+    drafts: list[Draft]
+    control: Controller
+    sampling: Sampling
+    ends: Ends
+    exact: bool
+    # whether rows may keep different numbers of tokens
+    parts: bool
+    # a near tie is to be decided by a step of one token
+    tied: bool = False
+
+    def drop_done(self, rows: list[Row]) -> list[Row]:
+        """Return the rows that go on, and forget the others."""
+        going = [n for n, row in enumerate(rows) if not row.done]
+        if 0 < len(going) < len(rows):
+            kept_rows = torch.tensor(going)
+            self.target.select(kept_rows)
+            for draft in self.drafts:
+                draft.select(kept_rows)
+        return [rows[n] for n in going]
+
+    def round(self, rows: list[Row]) -> list[Row]:
+        """Propose and verify once."""
+        start = time.perf_counter()
+        number, count = (None, 0) if self.tied else self.control.choose()
+        count = min(count, max(row.limit - len(row.tokens) for row in rows) - 1)
+        last = torch.stack([row.tokens[-1:] for row in rows])
+        proposal = Proposal(last[:, :0])
+        if number is not None and count > 0:
+            wish = Wish(count, self.sampling, self.control.worth(number))
+            proposal = self.drafts[number].propose([row.tokens for row in rows], wish)
+        drafted = time.perf_counter()
+        logits = self.target.read(torch.cat([last, proposal.tokens], 1))
+        new = self._new(rows, proposal, logits)
+        if not self.parts:
+            fewest = min(map(len, new))
+            new = [tokens[:fewest] for tokens in new]
+        counts = [row.extend(tokens, self.ends) for row, tokens in zip(rows, new, strict=True)]
+        asked = proposal.tokens.shape[1] + 1
+        # the cache keeps all but the last; a row that is done goes with its batch
+        self.target.take_back([asked - n for n in (counts if self.parts else map(len, new))])
+        done = time.perf_counter()
+        right = [max(n - 1, 0) for n in counts]
+        self.control.add(number, asked - 1, right, drafted - start, done - drafted, proposal.steps)
+        return rows
+
+    def _new(self, rows: list[Row], proposal: Proposal, logits: Tensor) -> list[Tensor]:
+        """Return the tokens that follow in each row, by the model's logits [rows, n + 1, v]."""
+        if self.sampling.temperature is not None:
+            return [self._sampled(proposal, logits, n) for n in range(len(rows))]
+        choices = logits.argmax(-1)
+        right = (choices[:, :-1] == proposal.tokens).long().cumprod(1).sum(1).tolist()
+        new = [choice[: n + 1] for choice, n in zip(choices, right, strict=True)]
+        self.tied, decided = False, self.tied
+        if logits.shape[1] == 1 or decided:
+            return new
+        ties = _near_ties(logits)
+        for n, (row, tokens) in enumerate(zip(rows, new, strict=True)):
+            for at, gap in ties[n].items():
+                if at < len(tokens):
+                    row.near_ties.append(NearTie(row.number, len(row.tokens) - row.start + at, gap))
+                    if self.exact:
+                        new[n], self.tied = tokens[:at], True
+                        break
+        return new
+
+    def _sampled(self, proposal: Proposal, logits: Tensor, row: int) -> Tensor:
+        tokens, q = proposal.tokens[row], proposal.drawn_from
+        given = one_hot(tokens, logits.shape[-1]) if q is None else q[row]
+        return kept(tokens, given, self.sampling.distribution(logits[row]))
+
+
+def _near_ties(logits: Tensor) -> list[dict[int, float]]:
+    """Return for each row of logits [rows, n, v] where its two best are nearly the same."""
+    best = logits.topk(2).values.float()
+    gap = (best[..., 0] - best[..., 1]) / best.abs().amax(-1).clamp(min=1e-30)
+    limit = _ROUNDING.get(logits.dtype, 16.0) * torch.finfo(logits.dtype).eps
+    return [{n: g for n, g in enumerate(row) if g <= limit} for row in gap.tolist()]
+
+
+def _resumed(model: Any, cache: Any, rows: int) -> Reading:
+    """Return what a cache without padding has read."""
+    return Reading(model, cache, lengths=torch.tensor([int(cache.get_seq_length())] * rows))
+
+
+def _check(model: Any, rows: Sequence[Tensor], cache: Any) -> None:
+    if not rows or not all(map(len, rows)):
+        raise UsageError("speculation goes on from at least one token", where="input_ids")
     if not getattr(model, "keeps_cache", False):
         raise UsageError(
             "the model keeps no cache, so it cannot verify", where=type(model).__name__
         )
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    past, length = int(cache.get_seq_length()), input_ids.shape[1]
-    if past >= length:
+    if cache is None:
+        return
+    past = int(cache.get_seq_length())
+    if past >= min(map(len, rows)):
         raise UsageError(
-            f"the cache holds {past} tokens, and there are {length}",
+            f"the cache holds {past} tokens, and there are {min(map(len, rows))}",
             where="cache",
             hint="give all tokens, of which the cache may have read the first",
         )
-    tokens, limit = input_ids, length + max_new_tokens
-    with torch.no_grad():
-        logits = read(model, tokens[:, past:], cache, past, keep=1)[:, -1]
-        first = draw(sampling.distribution(logits))[None]
-        # from here on, tokens may be undone
-        cache.activate_past_recording()
-        start = time.perf_counter()
-        tokens = torch.cat([tokens, first], 1)
-        made: list[Draft] = [
-            Lookup() if module is None else draft_of(name, module, model, cache)
-            for name, module in drafts
-        ]
-        control = Controller(len(made), count)
-        while tokens.shape[1] < limit and int(tokens[0, -1]) not in ends:
-            number, wanted = control.choose()
-            wanted = min(wanted, limit - tokens.shape[1] - 1)
-            tokens = _round(model, cache, tokens, made, number, wanted, control, sampling, ends)
-    new = tokens.shape[1] - length
-    counts = {d.name: (r.proposed, r.accepted) for d, r in zip(made, control.records, strict=True)}
-    seconds = time.perf_counter() - start
-    return tokens, SpeculationReport(new, control.rounds + 1, control.plain + 1, seconds, counts)
-
-
-def _round(
-    model: Any,
-    cache: Any,
-    tokens: Tensor,
-    drafts: Sequence[Draft],
-    number: int | None,
-    count: int,
-    control: Controller,
-    sampling: Sampling,
-    ends: Collection[int],
-) -> Tensor:
-    """Propose and verify once; return the tokens with those that are new, up to an end."""
-    start = time.perf_counter()
-    proposal = Proposal(tokens[:, :0])
-    if number is not None and count > 0:
-        proposal = drafts[number].propose(tokens, count, sampling)
-    drafted = time.perf_counter()
-    asked = torch.cat([tokens[:, -1:], proposal.tokens], 1)
-    logits = read(model, asked, cache, tokens.shape[1] - 1)[0]
-    new = _until(_followed(proposal, logits, sampling), ends)
-    # the cache keeps all but the last
-    right, length = len(new) - 1, proposal.tokens.shape[1]
-    take_back(cache, length - right)
-    done = time.perf_counter()
-    control.add(number, length, right, drafted - start, done - drafted)
-    return torch.cat([tokens, new[None]], 1)
-
-
-def _followed(proposal: Proposal, logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return the tokens that are kept of a proposal, and one more, by the model's logits."""
-    proposed = proposal.tokens[0]
-    if sampling.temperature is None:
-        choice = logits.argmax(-1)
-        right = int((choice[:-1] == proposed).long().cumprod(0).sum())
-        return choice[: right + 1]
-    q = proposal.drawn_from
-    if q is None:
-        q = one_hot(proposed, logits.shape[-1])
-    return kept(proposed, q, sampling.distribution(logits))
-
-
-def _until(new: Tensor, ends: Collection[int]) -> Tensor:
-    """Cut new tokens [n] behind the first end."""
-    for place, token in enumerate(new.tolist()):
-        if token in ends:
-            return new[: place + 1]
-    return new

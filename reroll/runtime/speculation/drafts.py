@@ -8,6 +8,8 @@ followed the same tokens before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,21 +19,40 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reroll.rewrite.analysis.state_plan import CacheLayer
-from reroll.runtime.speculation.sampling import Sampling, draw
+from reroll.runtime.speculation.reading import Reading, begin
+from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw
 from reroll.runtime.state.caches import layers_of
-from reroll.runtime.state.growing import GrowingLayer, take_back
-from reroll.runtime.state.states import Rewinding, last
+from reroll.runtime.state.growing import GrowingLayer
+from reroll.runtime.state.states import Rewinding
 from reroll.runtime.state.windows import WindowLayer
 
 
 class Proposal(NamedTuple):
-    """Tokens [1, n], and the distributions [n, vocabulary] that they were drawn from.
+    """Tokens [rows, n], and the distributions [rows, n, vocabulary] that they were drawn from.
 
-    Without distributions, no other tokens could have been proposed.
+    Without distributions, no other tokens could have been proposed. `steps` are those of the draft,
+    if they are not as many as the tokens.
     """
 
     tokens: Tensor
     drawn_from: Tensor | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted of a draft.
+
+    Attributes:
+        count: at most so many tokens.
+        sampling: how they are drawn.
+        worth: greedy drafting stops where all of its tokens are right with a lower probability than
+            this, by the draft's own word.
+    """
+
+    count: int
+    sampling: Sampling = GREEDY
+    worth: float = 0.0
 
 
 class Draft(Protocol):
@@ -39,11 +60,14 @@ class Draft(Protocol):
 
     name: str
 
-    def propose(self, tokens: Tensor, count: int, sampling: Sampling) -> Proposal:
-        """Propose up to `count` tokens after `tokens` [1, time].
+    def propose(self, rows: Sequence[Tensor], wish: Wish) -> Proposal:
+        """Propose tokens after the tokens [time] of each row.
 
-        The last of `tokens` is not in the model's cache yet.
+        The last of them are not in the model's cache yet.
         """
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some rows only."""
 
 
 class Lookup:
@@ -55,30 +79,47 @@ class Lookup:
     name = "lookup"
     longest, shortest = 3, 2
 
-    def propose(self, tokens: Tensor, count: int, sampling: Sampling) -> Proposal:
-        row = tokens[0]
+    def propose(self, rows: Sequence[Tensor], wish: Wish) -> Proposal:
+        found = [self._after(row, wish.count) for row in rows]
+        count = max(map(len, found))
+        # where fewer are found, the rest is a guess like any other
+        tokens = [
+            F.pad(part, (0, count - len(part)), value=int(row[-1]))
+            for part, row in zip(found, rows, strict=True)
+        ]
+        return Proposal(torch.stack(tokens))
+
+    def select(self, rows: Tensor) -> None:
+        pass
+
+    def _after(self, row: Tensor, count: int) -> Tensor:
         for size in range(self.longest, self.shortest - 1, -1):
             if len(row) <= size:
                 continue
             same = (row.unfold(0, size, 1)[:-1] == row[-size:]).all(1).nonzero()
             if len(same):
                 start = int(same[-1]) + size
-                return Proposal(tokens[:, start : start + count])
-        return Proposal(tokens[:, :0])
+                return row[start : start + count]
+        return row[:0]
 
 
 class Borrowing:
     """A draft whose cache is made of entries of the model's cache, anew for each proposal."""
 
-    def __init__(self, name: str, module: Any, cache: Any) -> None:
-        self.name, self.module, self.model_cache = name, module, cache
+    def __init__(self, name: str, module: Any, model: Reading) -> None:
+        self.name, self.module, self.model = name, module, model
 
-    def propose(self, tokens: Tensor, count: int, sampling: Sampling) -> Proposal:
+    def propose(self, rows: Sequence[Tensor], wish: Wish) -> Proposal:
         cache = DynamicCache(config=self.module.config)
         layers = layers_of(cache, self.module._assembly.layers) or []
-        for given, layer in zip(self.model_cache.layers, layers, strict=True):
-            _borrow(given, layer)
-        return _continued(self.module, cache, tokens, tokens.shape[1] - 1, count, sampling)
+        for given, layer in zip(self.model.cache.layers, layers, strict=True):
+            borrow(given, layer, self.model.mask)
+        reading = Reading(self.module, cache, lengths=self.model.lengths, mask=self.model.mask)
+        logits = reading.read(torch.stack([row[-1:] for row in rows]), keep=1)
+        return continued(reading, logits, wish)
+
+    def select(self, rows: Tensor) -> None:
+        pass
 
 
 class Keeping:
@@ -86,67 +127,84 @@ class Keeping:
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
-        self.cache = DynamicCache(config=module.config)
-        self.cache.activate_past_recording()
-        # the tokens in the cache
-        self.read: Tensor | None = None
+        self.reading: Reading | None = None
+        # the tokens that it has read, and how many of them it has proposed last
+        self.known: list[Tensor] = []
+        self.drafted = 0
 
-    def propose(self, tokens: Tensor, count: int, sampling: Sampling) -> Proposal:
-        read = 0
-        if self.read is not None:
-            known = min(self.read.shape[1], tokens.shape[1] - 1)
-            same = (self.read[0, :known] == tokens[0, :known]).long().cumprod(0)
-            read = int(same.sum())
+    def propose(self, rows: Sequence[Tensor], wish: Wish) -> Proposal:
+        if self.reading is None:
+            self.reading = begin(self.module, len(rows))
+            self.known = [row[:0] for row in rows]
+        same = [_common(old, row[:-1]) for old, row in zip(self.known, rows, strict=True)]
+        if self.reading.places:
             # with nothing to undo, what was recorded is dropped
-            take_back(self.cache, self.read.shape[1] - read)
-        proposal = _continued(self.module, self.cache, tokens, read, count, sampling)
-        self.read = torch.cat([tokens, proposal.tokens[:, :-1]], 1)
+            self.reading.take_back([len(old) - n for old, n in zip(self.known, same, strict=True)])
+        logits = self.reading.read_rows([row[n:] for row, n in zip(rows, same, strict=True)])
+        self.reading.record()
+        before = self.reading.places
+        proposal = continued(self.reading, logits, wish)
+        self.drafted = self.reading.places - before
+        self.known = [
+            torch.cat([row, new[: self.drafted]])
+            for row, new in zip(rows, proposal.tokens, strict=True)
+        ]
         return proposal
 
+    def select(self, rows: Tensor) -> None:
+        if self.reading is None:
+            return
+        # afterwards, what was recorded is gone: so what may be wrong goes back before
+        self.reading.take_back([self.drafted] * len(self.known))
+        self.reading.select(rows)
+        self.known = [self.known[n][: len(self.known[n]) - self.drafted] for n in rows.tolist()]
+        self.drafted = 0
 
-def draft_of(name: str, module: Any, model: Any, cache: Any) -> Draft:
-    """Return the draft of a module: without a state of its own if the model's cache has it.
 
-    `cache` is the model's, with all tokens but the last.
-    """
-    given, wanted = model._assembly.layers, module._assembly.layers
-    if len(given) == len(wanted) and all(map(_can_borrow, given, wanted)):
-        return Borrowing(name, module, cache)
+def draft_of(name: str, module: Any, model: Reading) -> Draft:
+    """Return the draft of a module: without a state of its own if the model's cache has it."""
+    given, wanted = model.module._assembly.layers, module._assembly.layers
+    if len(given) == len(wanted) and all(map(can_borrow, given, wanted)):
+        return Borrowing(name, module, model)
     return Keeping(name, module)
 
 
-def read(module: Any, tokens: Tensor, cache: Any, past: int, keep: int = 0) -> Tensor:
-    """Return the logits [1, keep, vocabulary] of the last new tokens; all if `keep` is 0."""
-    inputs: dict[str, Tensor] = {"input_ids": tokens}
-    if any(item.name == "position_ids" for item in module.program.inputs):
-        inputs["position_ids"] = torch.arange(past, past + tokens.shape[1], device=tokens.device)[
-            None
-        ]
-    out: Tensor = module(**inputs, past_key_values=cache, logits_to_keep=keep).logits
-    return out
-
-
-def _continued(
-    module: Any, cache: Any, tokens: Tensor, past: int, count: int, sampling: Sampling
-) -> Proposal:
-    """Propose `count` tokens by a module whose cache has read the first `past` of `tokens`."""
-    new, proposed, distributions = tokens[:, past:], [], []
-    for _ in range(count):
-        logits = read(module, new, cache, past, keep=1)[:, -1]
-        past += new.shape[1]
-        if sampling.temperature is None:
-            new = logits.argmax(-1, keepdim=True)
+def continued(reading: Reading, logits: Tensor, wish: Wish) -> Proposal:
+    """Propose tokens behind those that are read, of which `logits` [rows, 1, v] are the last."""
+    proposed: list[Tensor] = []
+    distributions: list[Tensor] = []
+    right: Tensor | float = 1.0
+    steps = 0
+    while True:
+        steps += 1
+        if wish.sampling.temperature is None:
+            new = logits[:, -1].argmax(-1, keepdim=True)
+            if wish.worth:
+                likely = logits[:, -1].float().softmax(-1).gather(1, new)
+                right = right * likely
+                if proposed and float(right.mean()) < wish.worth:
+                    break
         else:
-            distributions.append(sampling.distribution(logits))
-            new = draw(distributions[-1])[None]
+            distributions.append(wish.sampling.distribution(logits[:, -1]))
+            new = draw(distributions[-1])[:, None]
         proposed.append(new)
-    return Proposal(torch.cat(proposed, 1), torch.cat(distributions) if distributions else None)
+        if len(proposed) >= wish.count:
+            break
+        logits = reading.read(new, keep=1)
+    drawn_from = torch.stack(distributions, 1) if distributions else None
+    return Proposal(torch.cat(proposed, 1), drawn_from, steps)
+
+
+def _common(old: Tensor, new: Tensor) -> int:
+    """Return how many first tokens two rows have in common."""
+    count = min(len(old), len(new))
+    return int((old[:count] == new[:count]).long().cumprod(0).sum())
 
 
 # ---- entries of another cache
 
 
-def _can_borrow(given: CacheLayer, wanted: CacheLayer) -> bool:
+def can_borrow(given: CacheLayer, wanted: CacheLayer) -> bool:
     """Whether a cache layer of a model holds all that one of a draft would keep."""
     if given == wanted:
         return given.layer_type != "chunked_attention"
@@ -156,8 +214,11 @@ def _can_borrow(given: CacheLayer, wanted: CacheLayer) -> bool:
     return sizes == (wanted.kv_heads, wanted.head_dim, wanted.recent)
 
 
-def _borrow(given: Any, layer: Any) -> None:
-    """Set the state of a draft's cache layer to that of a model's, without copying it."""
+def borrow(given: Any, layer: Any, mask: Tensor | None) -> None:
+    """Set the state of a draft's cache layer to that of a model's, without copying all of it.
+
+    `mask` [rows, places] is False at places of the model's cache that hold nothing.
+    """
     if not given.is_initialized:
         return
     if isinstance(given, Rewinding) and type(given) is type(layer):
@@ -166,28 +227,48 @@ def _borrow(given: Any, layer: Any) -> None:
         for name in ("keys", "values", "cumulative_length"):
             setattr(layer, name, getattr(given, name))
     elif isinstance(layer, WindowLayer):
-        _borrow_window(given, layer)
+        _borrow_window(given, layer, mask)
     elif isinstance(layer, DynamicSlidingWindowLayer):
-        layer.keys, layer.values = (
-            last(x, layer.sliding_window - 1) for x in (given.keys, given.values)
-        )
+        layer.keys, layer.values = _last(given, layer.sliding_window - 1, mask)
         layer.cumulative_length = given.get_seq_length()
+        layer.compact = mask is not None
     else:
         layer.keys, layer.values = given.keys, given.values
         if isinstance(layer, GrowingLayer) and isinstance(given, GrowingLayer):
             layer.write_behind(given)
+    if getattr(given, "compact", False):
+        layer.compact = True
     for name in ("dtype", "device"):
         setattr(layer, name, getattr(given, name))
     layer.is_initialized = True
 
 
-def _borrow_window(given: Any, layer: WindowLayer) -> None:
-    length, count = given.keys.shape[2], max(layer.window - 1, 0)
-    start = max(length - count, 0)
-    layer.keys, layer.values = given.keys[:, :, start:], given.values[:, :, start:]
-    layer.cumulative_length, layer.filled = length, length >= layer.prefix
-    if layer.prefix:
-        missing = (0, 0, 0, max(layer.prefix - length, 0))
+def _borrow_window(given: Any, layer: WindowLayer, mask: Tensor | None) -> None:
+    layer.keys, layer.values = _last(given, max(layer.window - 1, 0), mask)
+    length, prefix = given.keys.shape[2], layer.prefix
+    layer.cumulative_length, layer.filled = length, length >= prefix
+    if mask is not None:
+        layer.compact = True
+        layer.filled = int(mask.sum(1).min()) >= prefix
+    if prefix:
+        places = None if mask is None else mask.sort(stable=True, dim=1, descending=True).indices
+        missing = (0, 0, 0, max(prefix - length, 0))
         layer.first_keys, layer.first_values = (
-            F.pad(x[:, :, : layer.prefix], missing) for x in (given.keys, given.values)
+            F.pad(x[:, :, :prefix] if places is None else _at(x, places[:, :prefix]), missing)
+            for x in (given.keys, given.values)
         )
+
+
+def _last(given: Any, count: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the last entries of each row of a layer, behind hidden ones if there are fewer."""
+    start = max(given.keys.shape[2] - count, 0)
+    if mask is None:
+        return given.keys[:, :, start:], given.values[:, :, start:]
+    places = mask.sort(stable=True, dim=1).indices[:, start:]
+    return _at(given.keys, places), _at(given.values, places)
+
+
+def _at(x: Tensor, places: Tensor) -> Tensor:
+    """Take places [rows, n] of entries [rows, heads, time, size]."""
+    index = places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, index)

@@ -53,6 +53,9 @@ class Sampling:
         return scores.softmax(-1)
 
 
+GREEDY = Sampling()
+
+
 def one_hot(tokens: Tensor, vocabulary: int) -> Tensor:
     """Return distributions [tokens, vocabulary] that have one token each."""
     return F.one_hot(tokens, vocabulary).float()

@@ -13,8 +13,8 @@ import reroll
 from reroll.errors import PassError, UsageError
 from reroll.evaluate.speculating import drafts_of
 from reroll.runtime.speculation.control import Controller
-from reroll.runtime.speculation.decode import GREEDY
-from reroll.runtime.speculation.drafts import Borrowing, Keeping, Lookup, draft_of, read
+from reroll.runtime.speculation.drafts import Borrowing, Keeping, Lookup, Wish, draft_of
+from reroll.runtime.speculation.reading import Reading, begin
 from reroll.runtime.speculation.sampling import Sampling, draw, kept
 from reroll.runtime.state.growing import GrowingLayer
 from tests import captured
@@ -128,7 +128,7 @@ class TestDrafts:
     def test_where_a_draft_has_its_state(self, passes: str, draft: str, kind: type) -> None:
         module = model("llama", passes)
         made = reroll.twin(model(), draft) if "size=8" in draft else reroll.twin(module, draft)
-        assert type(draft_of("", made, module, DynamicCache(config=module.config))) is kind
+        assert type(draft_of("", made, begin(module, 1))) is kind
 
     @pytest.mark.parametrize("draft", [DELTA, SLOTS, "window(size=4, sinks=2)"])
     def test_a_state_goes_back_to_the_tokens_that_were_accepted(self, draft: str) -> None:
@@ -136,11 +136,11 @@ class TestDrafts:
         made = Keeping("", module)
         tokens = IDS
         for wrong in (0, 3, 1, 2):
-            found = made.propose(tokens, 4, GREEDY).tokens
+            found = made.propose(list(tokens), Wish(4)).tokens
             # a token that the draft did not propose, after some that it did
             other = (found[:, wrong : wrong + 1] + 1) % 60 + 3
             tokens = torch.cat([tokens, found[:, :wrong], other], 1)
-            again, fresh = (d.propose(tokens, 4, GREEDY) for d in (made, Keeping("", module)))
+            again, fresh = (d.propose(list(tokens), Wish(4)) for d in (made, Keeping("", module)))
             assert torch.equal(again.tokens, fresh.tokens)
 
     def test_lookup(self) -> None:
@@ -154,14 +154,14 @@ class TestDrafts:
 
 
 def looked_up(row: torch.Tensor, count: int) -> list[int]:
-    return Lookup().propose(row, count, GREEDY).tokens[0].tolist()  # type: ignore[no-any-return]
+    return Lookup().propose(list(row), Wish(count)).tokens[0].tolist()  # type: ignore[no-any-return]
 
 
 def _accepted_by(draft: Any, module: Any) -> tuple[int, int]:
     """Tokens that a draft proposes, and those of them that are the model's."""
     tokens, proposed, accepted = greedy(module), 0, 0
     for end in range(IDS.shape[1], tokens.shape[1] - 4, 5):
-        found = draft.propose(tokens[:, :end], 4, GREEDY).tokens
+        found = draft.propose(list(tokens[:, :end]), Wish(4)).tokens
         proposed += found.shape[1]
         accepted += int((found == tokens[:, end : end + 4]).sum())
     return proposed, accepted
@@ -239,8 +239,14 @@ class TestGeneration:
             reroll.generate(module, IDS, "lookup", cache=cache)
 
     def test_what_it_cannot_do_is_said(self) -> None:
-        with pytest.raises(UsageError, match="one row"):
-            reroll.generate(model(), IDS.repeat(2, 1), "lookup")
+        cache = DynamicCache(config=model().config)
+        with pytest.raises(UsageError, match="a cache goes on with one row"):
+            reroll.generate(model(), IDS.repeat(2, 1), "lookup", cache=cache)
+        right = torch.ones_like(IDS).index_fill(1, torch.tensor([19]), 0)
+        with pytest.raises(UsageError, match="padding is on the left"):
+            reroll.generate(model(), IDS, "lookup", attention_mask=right)
+        with pytest.raises(UsageError, match="need a tokenizer"):
+            reroll.generate(model(), IDS, "lookup", stop_strings=["a"])
         with pytest.raises(UsageError, match="keeps no cache"):
             reroll.generate(model("bert"), IDS, "lookup", ends=())
 
@@ -304,7 +310,7 @@ class TestController:
             number, count = control.choose()
             hits = (torch.rand(count, generator=generator) < right).long().cumprod(0)
             time = 1 + verifying * count
-            control.add(number, count, int(hits.sum()), drafting * count, time)
+            control.add(number, count, [int(hits.sum())], drafting * count, time)
         return control
 
     def test_what_pays_is_used(self) -> None:
@@ -337,11 +343,12 @@ def test_tokens_that_are_taken_back_leave_the_room_of_a_growing_layer() -> None:
 def test_a_draft_leaves_the_cache_of_the_model_alone() -> None:
     module = model()
     cache = DynamicCache(config=module.config)
+    reading = Reading(module, cache)
     with torch.no_grad():
-        read(module, IDS, cache, 0)
+        reading.read(IDS)
         before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-        made = draft_of("", reroll.twin(module, "window(size=4, layers=[1])"), module, cache)
-        made.propose(torch.cat([IDS, IDS[:, :1]], 1), 5, GREEDY)
+        made = draft_of("", reroll.twin(module, "window(size=4, layers=[1])"), reading)
+        made.propose([torch.cat([IDS[0], IDS[0, :1]])], Wish(5))
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
