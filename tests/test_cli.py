@@ -267,16 +267,30 @@ def test_generate(model: Path, out: Path) -> None:
         data("generate", out, *prompts, *options, *more)
 
 
-@pytest.mark.parametrize("draft", ["auto", "lookup", "window(size=8)"])
+@pytest.mark.parametrize("draft", ["auto", "lookup", "window(size=8)", "int8", "exact"])
 def test_generate_with_a_draft(model: Path, draft: str) -> None:
     options = ["--prompt", "It was", "--prompt", "In the beginning", "--max-new-tokens", 12]
     expected = data("generate", model, *options)["outputs"]
     found = data("generate", model, *options, "--speculate", draft)
     assert found["outputs"] == expected
-    assert [each["tokens"] for each in found["speculation"]] == [12, 12]
+    assert found["speculation"]["tokens"] == 24
+    assert found["speculation"]["near_ties"] == []
     assert "steps" in run("generate", model, *options, "--speculate", draft).stdout
     assert "no beams" in refused("generate", model, *options, "--speculate", draft, "--beams", 2)
     data("generate", model, *options, "--speculate", draft, "--temperature", 0.7, "--top-k", 5)
+
+
+def test_generate_stops_at_a_text(model: Path) -> None:
+    options = ["generate", model, "--prompt", "It was", "--max-new-tokens", 12]
+    whole = data(*options)["outputs"][0]["text"]
+    stop = next(letter for letter in whole[1:-1] if letter.isascii() and letter.isalpha())
+    for more in ([], ["--speculate", "lookup"], ["--speculate", "auto", "--exact"]):
+        found = data(*options, "--stop", stop, *more)["outputs"][0]
+        assert whole.startswith(found["text"])
+        assert stop in found["text"]
+        assert found["tokens"] < 12
+    assert "without a draft" in refused(*options, "--exact")
+    assert "is empty" in refused(*options, "--stop", "")
 
 
 def test_generate_goes_on_from_a_state(model: Path, out: Path, tmp_path: Path) -> None:

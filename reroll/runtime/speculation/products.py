@@ -39,8 +39,8 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `x @ weight^T + bias` for x [..., in] of few rows and `weight` [out, in]."""
     columns = x.reshape(-1, x.shape[-1]).t()
     out = torch.mm(weight, columns) if x.dtype is torch.float32 else _in_blocks(weight, columns)
-    out = out.t().to(x.dtype).reshape(*x.shape[:-1], -1)
-    return out if bias is None else out + bias
+    out = out.t() if bias is None else out.t() + bias
+    return out.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _in_blocks(weight: Tensor, columns: Tensor) -> Tensor:
@@ -87,7 +87,8 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.quantized.linear_dynamic(x.float().contiguous(), self.packed)
+        # inputs of 7 bits: with 8, sums of two products overflow on processors without VNNI
+        out: Tensor = torch.ops.quantized.linear_dynamic(x.float().contiguous(), self.packed, True)
         return out.to(x.dtype)
 
 

@@ -13,7 +13,8 @@ import reroll
 from reroll.errors import PassError, UsageError
 from reroll.evaluate.speculating import drafts_of
 from reroll.runtime.speculation.control import Controller
-from reroll.runtime.speculation.drafts import Borrowing, Keeping, Lookup, Wish, draft_of
+from reroll.runtime.speculation.decode import Ends, speculate
+from reroll.runtime.speculation.drafts import Borrowing, Keeping, Lookup, Wish, continued, draft_of
 from reroll.runtime.speculation.reading import Reading, begin
 from reroll.runtime.speculation.sampling import Sampling, draw, kept
 from reroll.runtime.state.growing import GrowingLayer
@@ -225,6 +226,18 @@ class TestGeneration:
         )
         assert torch.equal(found, greedy(model())[:, : IDS.shape[1] + new])
 
+    def test_it_ends_where_a_text_does(self) -> None:
+        tokens = greedy(model())
+        wanted = tokens[0, IDS.shape[1] + 4 : IDS.shape[1] + 6].tolist()
+        ends = Ends(also=lambda row: row[-2:].tolist() == wanted)
+        (row,), _ = speculate(
+            model(), [IDS[0]], [("draft", model())], max_new_tokens=NEW, count=8, ends=ends
+        )
+        added = row[IDS.shape[1] :].tolist()
+        assert added[-2:] == wanted
+        assert added == tokens[0, IDS.shape[1] : len(row)].tolist()
+        assert not any(added[n : n + 2] == wanted for n in range(len(added) - 2))
+
     @pytest.mark.parametrize("passes", ["", DELTA])
     def test_a_cache_goes_on_with_a_conversation(self, passes: str) -> None:
         module = model("llama", passes)
@@ -249,6 +262,41 @@ class TestGeneration:
             reroll.generate(model(), IDS, "lookup", stop_strings=["a"])
         with pytest.raises(UsageError, match="keeps no cache"):
             reroll.generate(model("bert"), IDS, "lookup", ends=())
+
+
+class TestNearTies:
+    """Two tokens with the same row of the head have the same logits, but for rounding."""
+
+    @pytest.fixture
+    def tied(self) -> Any:
+        module = rewritten("llama", "")
+        often = int(greedy(module)[0, -1])
+        other = 2 if often != 2 else 1
+        with torch.no_grad():
+            head = module.get_output_embeddings().weight
+            head[other] = head[often]
+        return module
+
+    def test_they_are_listed(self, tied: Any) -> None:
+        tokens = reroll.generate(tied, IDS, "tie(blocks=2)", max_new_tokens=NEW, draft_tokens=4)
+        ties = tied.speculation_report.near_ties
+        assert ties
+        logits = tied(tokens).logits[0].topk(2).values
+        for tie in ties:
+            best = logits[IDS.shape[1] + tie.place - 1]
+            assert best[0] - best[1] <= 1e-5 * best[0].abs()
+        assert tied.speculation_report.as_data()["near_ties"][0]["row"] == 0
+
+    def test_a_step_of_one_token_decides_them(self, tied: Any) -> None:
+        draft = reroll.twin(tied, EVERYTHING)
+        options: dict[str, Any] = {"max_new_tokens": NEW, "draft_tokens": 4, "ends": ()}
+        reroll.generate(tied, IDS, draft, **options)
+        freely = tied.speculation_report
+        tokens = reroll.generate(tied, IDS, draft, exact=True, **options)
+        exactly = tied.speculation_report
+        assert torch.equal(tokens, greedy(tied))
+        assert exactly.plain > freely.plain
+        assert exactly.near_ties
 
 
 class TestSampling:
@@ -326,6 +374,26 @@ class TestController:
     def test_what_cannot_pay_is_tried_once(self) -> None:
         control = self.played(right=1.0, drafting=0.9, verifying=0.5, rounds=400)
         assert control.records[0].rounds == 1
+
+    def test_a_token_is_worth_its_time(self) -> None:
+        control = self.played(right=0.9, drafting=0.1, verifying=0.05, rounds=100)
+        control.choose()
+        # its time, and how many tokens come in it anyway
+        rate = control.expected
+        assert rate > 2
+        assert abs(control.worth(0) - (0.1 + 0.05) * rate) < 1e-6
+
+
+def test_drafting_stops_where_it_is_not_sure() -> None:
+    module = model()
+    reading = begin(module, 1)
+    with torch.no_grad():
+        logits = reading.read(IDS, keep=1)
+        best = float(logits[0, -1].softmax(-1).max())
+        proposal = continued(reading, logits, Wish(8, worth=best))
+    # the first is proposed anyway; with each further one it is less probable that all are right
+    assert proposal.tokens.shape[1] == 1
+    assert proposal.steps == 2
 
 
 def test_tokens_that_are_taken_back_leave_the_room_of_a_growing_layer() -> None:
