@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from reroll.rewrite.pipeline import Pass
     from reroll.runtime.depthwise import DepthScheduler
     from reroll.runtime.functions.trips import sample_trips
+    from reroll.runtime.state.prefixes import PrefixCache
 
 __version__ = "0.1.0"
 __all__ = [
     "DepthScheduler",
     "Pass",
+    "PrefixCache",
     "Program",
     "__version__",
     "calibrate",
@@ -50,6 +52,7 @@ _HOMES = {
     "calibrate": "reroll.evaluate.exits",
     "fit_exits": "reroll.evaluate.classifiers",
     "Pass": "reroll.rewrite.pipeline",
+    "PrefixCache": "reroll.runtime.state.prefixes",
     "Program": "reroll.rewrite.ir.program",
     "capture": "reroll.rewrite.capture",
     "generate": "reroll.evaluate.speculating",

@@ -15,8 +15,10 @@ import reroll
 from reroll.errors import UsageError
 from reroll.runtime.speculation.decode import Ends, speculate
 from reroll.runtime.speculation.products import to_int8
+from reroll.runtime.speculation.reading import Reading
 from reroll.runtime.speculation.sampling import Sampling
 from reroll.runtime.speculation.twins import twin as lower_twin
+from reroll.runtime.state.prefixes import PrefixCache
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -82,7 +84,7 @@ def generate(
     ends: Collection[int] | None = None,
     stop_strings: Sequence[str] = (),
     tokenizer: Any = None,
-    cache: DynamicCache | None = None,
+    cache: DynamicCache | PrefixCache | None = None,
     temperature: float | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -105,9 +107,9 @@ def generate(
         ends: tokens after which nothing follows; the model's own if None.
         stop_strings: texts after which nothing follows; they need the `tokenizer`.
         tokenizer: of the model, for `stop_strings`.
-        cache: one that the model has filled with the first of these tokens, which are not read
-            again; `DynamicCache(config=model.config)` if it is the first call. It holds all tokens
-            but the last afterwards, so that a conversation goes on with it. For one row.
+        cache: a `reroll.PrefixCache(model)`, with which later calls read only what they do not have
+            in common with earlier ones. Or a cache of transformers that the model has filled with
+            the first of these tokens; it holds all tokens but the last afterwards. For one row.
         temperature: sample, at this temperature; greedy if None.
         top_k: sample from so many likeliest tokens; 0 for all.
         top_p: sample from the likeliest tokens with this share of the probability.
@@ -126,6 +128,9 @@ def generate(
             where="cache",
             hint="leave the cache out, or give each row alone",
         )
+    prefix, cache = (cache, None) if isinstance(cache, PrefixCache) else (None, cache)
+    if prefix is not None:
+        cache = _read_prefix(model, rows[0], prefix)
     own, criteria = own_ends(model), stop_criteria(stop_strings, tokenizer)
     scores: Any = None
     also = None if criteria is None else lambda row: bool(criteria(row[None], scores))
@@ -140,6 +145,8 @@ def generate(
         sampling=Sampling(temperature, top_k, top_p),
         exact=exact,
     )
+    if prefix is not None:
+        prefix.mark(tokens[0][:-1])
     pad = getattr(getattr(model, "generation_config", None), "pad_token_id", None)
     return joined(input_ids, rows, tokens, min(own, default=0) if pad is None else int(pad))
 
@@ -194,6 +201,17 @@ def _kept_twin(model: Any, passes: Any) -> Any:
     if passes not in made:
         made[passes] = twin(model, passes)
     return made[passes]
+
+
+def _read_prefix(model: Any, row: Tensor, prefix: PrefixCache) -> DynamicCache:
+    """Let a cache read all tokens but the last that it does not have, and return it."""
+    past = prefix.go_back(row)
+    if past < len(row) - 1:
+        with torch.no_grad():
+            reading = Reading(model, prefix.cache, lengths=torch.tensor([past]))
+            reading.read(row[None, past:-1], keep=1)
+        prefix.mark(row[:-1])
+    return prefix.cache
 
 
 def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
