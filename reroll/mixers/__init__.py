@@ -6,5 +6,6 @@
 from reroll.mixers.base import Mixer, State
 from reroll.mixers.gates import Gate
 from reroll.mixers.registry import discover, find, make, register, registered
+from reroll.mixers.trees import Tree
 
-__all__ = ["Gate", "Mixer", "State", "discover", "find", "make", "register", "registered"]
+__all__ = ["Gate", "Mixer", "State", "Tree", "discover", "find", "make", "register", "registered"]

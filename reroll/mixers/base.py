@@ -17,6 +17,9 @@ values, in every gradient and in the state, however a sequence is split over cal
     chunk      matrix products within chunks, the state between chunks; for training and prefill
     step       the recurrence, one token; for decoding
 
+Tokens behind a state may also be a tree of several continuations (`tree`): each token then reads
+what its ancestors wrote. No one state is the one after them.
+
 Heads are grouped as in attention: query heads [i * groups, (i + 1) * groups) read the state of
 key-value head i. This module handles padding, packing, grouping, dtypes and the scale for all
 mixers. A mixer's file defines only `parallel_form`, `chunk_form` and `step_form` on
@@ -47,6 +50,7 @@ from reroll.errors import UsageError
 from reroll.mixers import packing
 from reroll.mixers.core import Core
 from reroll.mixers.gates import Gate, given_once, wide
+from reroll.mixers.trees import Tree
 from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.options import option
 
@@ -85,6 +89,9 @@ class Mixer(Declared, ABC):
         super().__init_subclass__(**keywords)
         if "core" not in vars(cls) and _MATHEMATICS & set(vars(cls)):
             cls.core = None
+        if "tree_form" not in vars(cls) and (_MATHEMATICS - {"prepare"}) & set(vars(cls)):
+            # an inherited one is that of another recurrence
+            cls.tree_form = Mixer.tree_form  # type: ignore[method-assign]
 
     chunk_size: int = option(
         64, within=COUNT, help="tokens that one chunk handles by matrix products"
@@ -152,6 +159,31 @@ class Mixer(Declared, ABC):
     def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         """Compute the same for one token: every tensor is without its time dimension."""
 
+    def tree_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, tree: Tree
+    ) -> Tensor:
+        """Compute the tokens of a tree: what each reads, as in `parallel_form`.
+
+        By default each token takes a step from its parent's state, all of one depth at once.
+        """
+        batch, outs, before = k.shape[0], [], state
+        places = torch.zeros(len(tree), dtype=torch.long, device=k.device)
+        for level in tree.levels:
+            # the tokens of a level are rows of the batch
+            def rows(x: Tensor, dim: int, at: Tensor = level) -> Tensor:
+                return x.index_select(dim, at).movedim(dim, 0).flatten(0, 1)
+
+            parents = tree.parents[level]
+            where = places[parents] if int(parents[0]) >= 0 else torch.zeros_like(parents)
+            states = tuple(s.unflatten(0, (-1, batch))[where].flatten(0, 1) for s in before)
+            now = tuple(g[:, :, 0] if given_once(g) else rows(g, 2) for g in gates)
+            out, before = self.step_form(rows(q, 3), rows(k, 2), rows(v, 2), now, states)
+            outs.append(out.unflatten(0, (-1, batch)))
+            places[level] = torch.arange(len(level), device=k.device)
+        # [n, batch, kv_heads, groups, d_v], level by level
+        order = torch.cat(tree.levels).argsort()
+        return torch.cat(outs)[order].movedim(0, 3)
+
     # ---- the forms that callers use
 
     def parallel(
@@ -211,6 +243,28 @@ class Mixer(Declared, ABC):
             return out.unsqueeze(-2), state
 
         return self._run(one, True, q, k, v, gates, state, padding)
+
+    def tree(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        tree: Tree,
+        state: State | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the tokens of a tree behind a state, in fp32: [batch, time, heads, d_v]."""
+        if k.shape[2] != len(tree):
+            raise UsageError(
+                f"there are {k.shape[2]} tokens, and {len(tree)} in the tree",
+                where=f"mixer {self.name}",
+            )
+
+        def run(q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
+            return self.tree_form(q, k, v, gates, state, tree), state
+
+        return self._run(run, True, q, k, v, gates, state, padding)[0]
 
     def recur(
         self,

@@ -5,6 +5,9 @@ decays up to and including token i. Differences are taken before the exponential
 the range of floating point, whatever the decays are. Only `FactoredDecay` splits the product into
 two factors, and therefore needs a lower bound on log decays.
 
+With a `tree`, tokens of a stretch are its nodes: log decays are summed along the path of each, and
+it reads what its ancestors wrote. There is no end of such a stretch.
+
 Shapes: k [..., time, d], q [..., groups, time, d], log decays [..., time] or [..., time, d].
 """
 
@@ -16,6 +19,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from reroll.mixers.trees import Tree
 
 # largest |sum of log decays| over a chunk whose two factors, anchored in the middle of its range,
 # fit fp32 and bf16
@@ -55,18 +60,19 @@ class Decay(ABC):
         """Sum of log decays over the stretch: [..., d or 1]."""
 
 
-# the decay over a stretch, from its log decays
-MakeDecay: TypeAlias = Callable[[Tensor], Decay]
+# the decay over a stretch, from its log decays, and the tree if it is one
+MakeDecay: TypeAlias = Callable[..., Decay]
 
 
 class NoDecay(Decay):
     """No decay; `like` [..., time] gives the number of tokens."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
+    def __init__(self, like: Tensor, tree: Tree | None = None) -> None:
+        self.like, self.tree = like, tree
 
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
-        return products(q, k.mT).tril(diagonal)
+        pairs = products(q, k.mT)
+        return pairs.tril(diagonal) if self.tree is None else pairs * self.tree.seen(diagonal)
 
     def from_start(self, x: Tensor) -> Tensor:
         return x
@@ -82,12 +88,13 @@ class NoDecay(Decay):
 class HeadDecay(Decay):
     """One decay for each head: log decays [..., time]."""
 
-    def __init__(self, log_decay: Tensor) -> None:
-        self.sums = log_decay.cumsum(-1)
+    def __init__(self, log_decay: Tensor, tree: Tree | None = None) -> None:
+        self.tree = tree
+        self.sums = log_decay.cumsum(-1) if tree is None else tree.sums(log_decay[..., None])[..., 0]
 
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
         between = self.sums[..., :, None] - self.sums[..., None, :]
-        fade = between.masked_fill(~_lower(between, diagonal), -torch.inf).exp()
+        fade = between.masked_fill(~_lower(between, diagonal, self.tree), -torch.inf).exp()
         return products(q, k.mT) * fade.unsqueeze(-3)
 
     def from_start(self, x: Tensor) -> Tensor:
@@ -104,8 +111,9 @@ class HeadDecay(Decay):
 class ChannelDecay(Decay):
     """One decay for each channel of the keys: log decays [..., time, d], all pairs at once."""
 
-    def __init__(self, log_decay: Tensor) -> None:
-        self.sums = running_sums(log_decay)
+    def __init__(self, log_decay: Tensor, tree: Tree | None = None) -> None:
+        self.tree = tree
+        self.sums = running_sums(log_decay) if tree is None else tree.sums(log_decay)
 
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
         return torch.einsum("...gid,...jd,...ijd->...gij", q, k, self.between(diagonal))
@@ -113,7 +121,7 @@ class ChannelDecay(Decay):
     def between(self, diagonal: int = 0) -> Tensor:
         """Compute the decay of each channel between tokens j and i: [..., time, time, d]."""
         sums = self.sums[..., :, None, :] - self.sums[..., None, :, :]
-        causal = _lower(sums[..., 0], diagonal)
+        causal = _lower(sums[..., 0], diagonal, self.tree)
         return sums.masked_fill(~causal[..., None], -torch.inf).exp()
 
     def from_start(self, x: Tensor) -> Tensor:
@@ -191,7 +199,9 @@ def _beside(factors: Tensor, x: Tensor) -> Tensor:
     return factors if factors.dim() == x.dim() else factors.unsqueeze(-3)
 
 
-def _lower(square: Tensor, diagonal: int) -> Tensor:
+def _lower(square: Tensor, diagonal: int, tree: Tree | None = None) -> Tensor:
+    if tree is not None:
+        return tree.seen(diagonal)
     # narrow integers, which compile to wider vectors
     at = torch.arange(square.shape[-1], dtype=torch.int32, device=square.device)
     return at[None, :] <= at[:, None] + diagonal

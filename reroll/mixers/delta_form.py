@@ -18,6 +18,7 @@ from reroll.mixers.base import Gates, Mixer, Prepared, Result, State
 from reroll.mixers.decay import Decay, HeadDecay, MakeDecay, kept, products
 from reroll.mixers.gates import Gate, strength_gate, wide
 from reroll.mixers.linear_form import cut, joined
+from reroll.mixers.trees import Tree
 from reroll.rewrite.pipeline.options import option
 
 
@@ -28,10 +29,21 @@ def stretch(
 
     q [..., groups, time, d_k], k, v [..., time, d], beta [..., time].
     """
+    out, u = reads(q, k, v, beta, decay, state)
+    return out, decay.total.exp()[..., None] * state + decay.to_end(k).mT @ u
+
+
+def reads(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute what the tokens of a stretch read, and what they write under their keys.
+
+    The tokens may be those of a tree. Parents come before their children, so its system is
+    triangular as well.
+    """
     held = decay.from_start(k) @ state
     u = solved(k, beta, decay, beta[..., None] * (v - held))
-    out = products(decay.scores(q, k), u) + products(decay.from_start(q), state)
-    return out, decay.total.exp()[..., None] * state + decay.to_end(k).mT @ u
+    return products(decay.scores(q, k), u) + products(decay.from_start(q), state), u
 
 
 def chunks(
@@ -139,6 +151,11 @@ class Delta(Mixer):
     def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         out, end = step(q, k, v, gates[-1], kept(gates[0], k), state[0])
         return out, (end,)
+
+    def tree_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, tree: Tree
+    ) -> Tensor:
+        return reads(q, k, v, gates[-1], self.decays[0](gates[0], tree), state[0])[0]
 
 
 def unit(x: Tensor) -> Tensor:

@@ -29,3 +29,5 @@ class DeltaNet(delta_form.Delta):
     def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         state_after = delta_form.update(k, v, gates[0], state[0])
         return q @ state_after, (state_after,)
+
+    tree_form = delta_form.Delta.tree_form

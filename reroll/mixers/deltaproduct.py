@@ -16,6 +16,7 @@ from reroll.mixers import delta_form
 from reroll.mixers.base import Gates, Prepared, Result, State
 from reroll.mixers.gated_deltanet import decay_of_softplus
 from reroll.mixers.gates import Gate
+from reroll.mixers.trees import Tree
 from reroll.rewrite.pipeline.options import option
 
 
@@ -75,3 +76,10 @@ class DeltaProduct(delta_form.Delta):
         for j in range(self.steps - 1):
             s = delta_form.update(keys[..., j, :], values[..., j, :], beta[..., j + 1], s)
         return torch.matmul(q, s), (s,)
+
+    def tree_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, tree: Tree
+    ) -> Tensor:
+        steps = tree.repeated(self.steps)
+        out = super().tree_form(*self.stepwise(q, k, v, gates), state, steps)
+        return out[..., self.steps - 1 :: self.steps, :]

@@ -22,6 +22,7 @@ from reroll.mixers.decay import (
     kept,
 )
 from reroll.mixers.feature_maps import FEATURE_MAPS, Name
+from reroll.mixers.trees import Tree
 from reroll.rewrite.pipeline.options import option
 
 
@@ -63,6 +64,11 @@ class Diagonal(Mixer):
     def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         out, end = linear_form.step(q, k, v, kept(gates[0], k), state[0])
         return out, (end,)
+
+    def tree_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, tree: Tree
+    ) -> Tensor:
+        return linear_form.reads(q, k, v, self.decays[0](gates[0], tree), state[0])
 
 
 class ChannelDiagonal(Diagonal):

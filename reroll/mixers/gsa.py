@@ -16,6 +16,7 @@ from reroll.mixers.base import Gates, Mixer, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay, bounded_size, products
 from reroll.mixers.gates import LIGER_NORMALISER, Gate, Map, decay_gate, log_sigmoid, wide
 from reroll.mixers.linear_form import chain, cut, joined
+from reroll.mixers.trees import Tree
 from reroll.rewrite.pipeline.options import option
 
 # lower bound of a divisor: the sum of weights is 0 before the first token
@@ -59,10 +60,7 @@ class GSA(Mixer):
 
     def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         decay, s = ChannelDecay(gates[0]), -gates[0].expm1()
-        scores = torch.einsum(
-            "...gij,...ijm,...jm->...gim", q @ k.mT[:, :, None], decay.between(), s
-        )
-        scores = scores + decay.from_start(products(q, state[0].mT))
+        scores = self.scores(q, k, s, decay, state[0])
         keys = decay.total.exp()[..., None] * state[0] + decay.to_end(s).mT @ k
         out, values = linear_form.stretch(scores.softmax(-1), s, v, decay, state[1])
         return self.weighed(out, scores), (keys, values)
@@ -88,6 +86,20 @@ class GSA(Mixer):
         values = kept * state[1] + s * v[..., None, :]
         scores = q @ keys.mT
         return self.weighed(scores.softmax(-1) @ values, scores), (keys, values)
+
+    def tree_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, tree: Tree
+    ) -> Tensor:
+        decay, s = ChannelDecay(gates[0], tree), -gates[0].expm1()
+        scores = self.scores(q, k, s, decay, state[0])
+        return self.weighed(linear_form.reads(scores.softmax(-1), s, v, decay, state[1]), scores)
+
+    def scores(self, q: Tensor, k: Tensor, s: Tensor, decay: ChannelDecay, keys: Tensor) -> Tensor:
+        """Compute the scores of all slots at all tokens at once: [..., groups, time, slots]."""
+        scores = torch.einsum(
+            "...gij,...ijm,...jm->...gim", q @ k.mT[:, :, None], decay.between(), s
+        )
+        return scores + decay.from_start(products(q, keys.mT))
 
     def weighed(self, out: Tensor, scores: Tensor) -> Tensor:
         """Compute the mean over written tokens and the log of the sum of their weights.

@@ -17,6 +17,7 @@ from reroll.mixers.diagonal import Diagonal
 from reroll.mixers.feature_maps import Name
 from reroll.mixers.gates import Gate
 from reroll.mixers.linear_form import counted
+from reroll.mixers.trees import Tree
 from reroll.rewrite.pipeline.options import option
 
 # lower bound of the divisor: the sum of weights is 0 before the first token, and where no feature
@@ -61,6 +62,12 @@ class Linear(Diagonal):
     def step_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         kept = torch.ones_like(k[..., :1])
         return self.split(*linear_form.step(q, k, counted(v), kept, _joint(state)))
+
+    def tree_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, tree: Tree
+    ) -> Tensor:
+        decay, before = NoDecay(k[..., 0], tree), _joint(state)
+        return self.split(linear_form.reads(q, k, counted(v), decay, before), before)[0]
 
     def split(self, sums: Tensor, state: Tensor) -> Result:
         """Compute the output from sums of values and weights; split the state into its parts."""

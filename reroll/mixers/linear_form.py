@@ -21,8 +21,15 @@ def stretch(
     q [..., groups, time, d_k], k [..., time, d_k], v [..., time, d_v], state [..., d_k, d_v]. With
     `diagonal` -1 a token does not read its own write.
     """
-    out = products(decay.scores(q, k, diagonal), v) + products(decay.from_start(q), state)
+    out = reads(q, k, v, decay, state, diagonal)
     return out, decay.total.exp()[..., None] * state + decay.to_end(k).mT @ v
+
+
+def reads(
+    q: Tensor, k: Tensor, v: Tensor, decay: Decay, state: Tensor, diagonal: int = 0
+) -> Tensor:
+    """Compute what the tokens of a stretch read, whose nodes may be those of a tree."""
+    return products(decay.scores(q, k, diagonal), v) + products(decay.from_start(q), state)
 
 
 def chunks(

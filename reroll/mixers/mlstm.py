@@ -16,6 +16,7 @@ from reroll.mixers.base import Gates, Mixer, Result, State
 from reroll.mixers.decay import products
 from reroll.mixers.gates import Gate, decay_gate, log_sigmoid, pooled
 from reroll.mixers.linear_form import chain, counted, cut, joined, read
+from reroll.mixers.trees import Tree
 
 # added to the denominator, as in xLSTM-7B
 EPS = 1e-6
@@ -44,14 +45,26 @@ class MLSTM(Mixer):
     def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         c, n, m = state
         stretch = _Stretch(*gates)
+        tops, start = stretch.tops(m), torch.cat([c, n[..., None]], -1)
+        end = tops[..., -1]
+        after = stretch.left(m, tops)[..., -1, None, None] * start
+        after = after + (k * stretch.writes(end)[..., None]).mT @ counted(v)
+        out = self.reads(q, k, v, stretch, state)
+        return out, (after[..., :-1], after[..., -1], end)
+
+    def tree_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, tree: Tree
+    ) -> Tensor:
+        return self.reads(q, k, v, _Stretch(*gates, tree), state)
+
+    def reads(self, q: Tensor, k: Tensor, v: Tensor, stretch: _Stretch, state: State) -> Tensor:
+        """Compute what the tokens of a stretch read, all at once."""
+        c, n, m = state
         tops = stretch.tops(m)
         sums = products(q @ k.mT[:, :, None] * stretch.weights(tops).unsqueeze(-3), counted(v))
         start = torch.cat([c, n[..., None]], -1)
         sums = sums + products(q * stretch.left(m, tops).unsqueeze(-2).unsqueeze(-1), start)
-        end = tops[..., -1]
-        after = stretch.left(m, tops)[..., -1, None, None] * start
-        after = after + (k * stretch.writes(end)[..., None]).mT @ counted(v)
-        return _read(sums, tops), (after[..., :-1], after[..., -1], end)
+        return _read(sums, tops)
 
     def chunk_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         time, dtype = k.shape[2], q.dtype
@@ -86,15 +99,24 @@ class MLSTM(Mixer):
 
 
 class _Stretch:
-    """Sums of log gates over a stretch [..., time], and weights relative to a running maximum."""
+    """Sums of log gates over a stretch [..., time], and weights relative to a running maximum.
 
-    def __init__(self, forget: Tensor, write: Tensor) -> None:
-        self.sums = forget.cumsum(-1)
+    With a `tree`, both run along the path to each token.
+    """
+
+    def __init__(self, forget: Tensor, write: Tensor, tree: Tree | None = None) -> None:
+        self.tree = tree
+        self.sums = forget.cumsum(-1) if tree is None else tree.sums(forget[..., None])[..., 0]
         self.write = write
 
     def tops(self, before: Tensor) -> Tensor:
         """Compute the running maximum m at each token, from that before the stretch."""
-        highest = (self.write - self.sums).cummax(-1).values
+        new = self.write - self.sums
+        if self.tree is None:
+            highest = new.cummax(-1).values
+        else:
+            hidden = ~self.tree.ancestors
+            highest = new[..., None, :].masked_fill(hidden, -torch.inf).amax(-1)
         return self.sums + torch.maximum(highest, before[..., None])
 
     def ends(self, before: Tensor) -> Tensor:
@@ -108,7 +130,10 @@ class _Stretch:
     def weights(self, tops: Tensor) -> Tensor:
         """Compute the weight of token j's write at token i >= j: [..., time, time]."""
         between = self.sums[..., :, None] - self.sums[..., None, :] + self.write[..., None, :]
-        causal = torch.ones_like(between[(0,) * (between.dim() - 2)], dtype=torch.bool).tril()
+        if self.tree is None:
+            causal = torch.ones_like(between[(0,) * (between.dim() - 2)], dtype=torch.bool).tril()
+        else:
+            causal = self.tree.ancestors
         return (between - tops[..., None]).masked_fill(~causal, -torch.inf).exp()
 
     def left(self, before: Tensor, tops: Tensor) -> Tensor:

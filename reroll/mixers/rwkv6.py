@@ -18,6 +18,7 @@ from reroll.mixers.base import Gates, Result, State
 from reroll.mixers.decay import ChannelDecay, FactoredDecay
 from reroll.mixers.diagonal import ChannelDiagonal
 from reroll.mixers.gates import Gate, wide
+from reroll.mixers.trees import Tree
 from reroll.rewrite.pipeline.options import option
 
 
@@ -64,6 +65,14 @@ class RWKV6(ChannelDiagonal):
         write = k[..., :, None] * v[..., None, :]
         out = torch.matmul(q, state[0] + bonus[..., None] * write)
         return out, (log_decay.exp()[..., None] * state[0] + write,)
+
+    def tree_form(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, tree: Tree
+    ) -> Tensor:
+        log_decay, bonus = gates
+        before, bonus_output = _before(q, log_decay), _bonus_output(q, k, v, bonus)
+        decay = ChannelDecay(log_decay, tree)
+        return linear_form.reads(before, k, v, decay, state[0], -1) + bonus_output
 
 
 def _before(q: Tensor, log_decay: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from reroll.rewrite.analysis.state_plan import CONVOLVED
+from reroll.rewrite.analysis.state_plan import CONVOLVED, behind_cache, readers
 from reroll.rewrite.capture.rolling.roll import data_nodes
 from reroll.rewrite.ir import ops
 from reroll.rewrite.ir.dtypes import CONVERSIONS
@@ -21,6 +21,7 @@ from reroll.rewrite.ir.ops import (
     BIDIRECTIONAL,
     CACHE,
     MASK,
+    RECENT,
     RECURRENCE,
 )
 from reroll.rewrite.ir.program import Loop, Program
@@ -67,6 +68,33 @@ def other_mixing(program: Program) -> str | None:
             if _mixes(node):
                 return f"{node.name} ({node.target})"
     return None
+
+
+def branch_mixing(program: Program) -> str | None:
+    """Describe the first op that would mix the branches of a tree of tokens; None if none would.
+
+    Attentions, recurrences and short convolutions are told the tree. What goes by the place of a
+    token among others is not.
+    """
+    counted = any(item.counts for item in program.inputs)
+    for _, graph in program.graphs():
+        for node in graph.nodes:
+            if node.target is RECENT:
+                return f"{node.name}, a convolution that is written out,"
+            if node.target is MASK:
+                return f"{node.name}, a mask that is written out,"
+            if node.target is CACHE and None in readers(node):
+                return f"{node.name}, which no attention op reads,"
+            if node.target in (ATTENTION, ATTENTION_MASS) and _has_places(node):
+                return f"the bias of {node.name}, which goes by places,"
+            if node.target is aten.cumsum.default and not counted and program.has_past:
+                return f"{node.name}, which counts tokens,"
+    return None
+
+
+def _has_places(node: fx.Node) -> bool:
+    """Whether an attention behind a cache has a bias."""
+    return argument(node, "bias") is not None and behind_cache(argument(node, "k")) is not None
 
 
 def mask_beside(positions: Input) -> str:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from reroll.mixers import Tree
 from reroll.rewrite.ir.visibility import Visibility
 from reroll.runtime.functions.bands import Band
 from reroll.runtime.functions.documents import Documents
@@ -76,6 +78,9 @@ def make_mask(
         # the first columns, of tokens that the layer keeps for good
         kept = getattr(layer, "kept", 0)
         keys -= kept
+        tree = getattr(layer, "tree", None)
+        if tree is not None:
+            return _tree_mask(visibility, tree, keys - length, start, offset, kept)
     others = visibility.has_other("causal", "window", "chunk", "prefix")
     if padding is None and not others and not isinstance(start, Tensor):
         if start >= kept and _sees_all(layer, length, keys, offset, visibility):
@@ -85,6 +90,24 @@ def make_mask(
             return band
     q = torch.arange(length, device=like.device) + offset
     visible = visibility.visible(q, keys, start)
+    return _with_kept(visible, padding, start, kept) if kept else visible
+
+
+def _tree_mask(
+    visibility: Visibility, tree: Tree, held: int, start: int, past: int, kept: int
+) -> Tensor:
+    """Make the mask of a tree of tokens behind `held` keys: each sees the past and its ancestors.
+
+    A token has the position of one in a sequence that is as deep, and tokens are no padding.
+    """
+    padding = visibility.padding
+    if padding is not None:
+        whole = F.pad(padding[:, :past].bool(), (0, tree.height), value=True)
+        visibility = replace(visibility, padding=whole)
+    sequence = visibility.visible(past + tree.depth, held + tree.height, start)
+    columns = torch.cat((torch.arange(held, device=tree.depth.device), held + tree.depth))
+    visible = sequence[..., columns]
+    visible[..., held:] &= tree.ancestors
     return _with_kept(visible, padding, start, kept) if kept else visible
 
 

@@ -11,17 +11,18 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from reroll.errors import UsageError
 from reroll.kernels import dispatch
-from reroll.mixers import Mixer, make
-from reroll.mixers.gates import varying, with_constant
+from reroll.mixers import Mixer, Tree, make
+from reroll.mixers.gates import given_once, varying, with_constant
 from reroll.rewrite.ir.ops.recurrence import after_first, scan, without_idle
 from reroll.runtime.functions.documents import Documents
 from reroll.runtime.functions.masks import visible_tokens
-from reroll.runtime.state.states import Rewinding, last
+from reroll.runtime.state.states import Kept, Rewinding, last, number_of, padding_again
 from reroll.runtime.state.static import InPlace, columns_at, fixed, write
 
 
@@ -127,15 +128,19 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
 
         With a `delay`, tokens are written to the state that many tokens later.
         """
-        time = q.shape[2]
+        time, tree = q.shape[2], self.tree
 
-        def again(count: int) -> None:
-            part = None if padding is None else padding[:, : padding.shape[1] - time + count]
-            a, b, c, *rest = [t[:, :, :count] for t in (q, k, v, *gates)]
-            now = None if idle is None else idle[:, :count]
+        def again(kept: Kept, written: Tensor | None = None) -> None:
+            part = padding_again(padding, written, time, kept, self.cumulative_length)
+            a, b, c, *rest = [t if given_once(t) else t[:, :, kept] for t in (q, k, v, *gates)]
+            now = None if idle is None else idle[:, kept]
             self.update(mixer, a, b, c, rest, part, delay, skip, now)
 
         self._recorded(time, again)
+        if tree is not None:
+            out = self._read_tree(mixer, q, k, v, gates, padding, delay, skip, idle, tree)
+            self._add(time)
+            return out
         writes = without_idle(self._writes(k, padding, skip), idle)
         tensors = [k, v, *gates]
         if delay:
@@ -149,6 +154,38 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         self.has_previous_state = dict.fromkeys(self.recurrent_states, True)
         self._add(time)
         return out
+
+    def _read_tree(
+        self,
+        mixer: Mixer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: list[Tensor],
+        padding: Tensor | None,
+        delay: int,
+        skip: int,
+        idle: Tensor | None,
+        tree: Tree,
+    ) -> Tensor:
+        """Return what the tokens of a tree read; the state stays that before them."""
+        # as tokens of a sequence, one of each depth; none of them is padding
+        past = self.cumulative_length
+        if padding is not None:
+            padding = F.pad(padding[:, :past], (0, tree.height), value=True)
+        writes = self._writes(k[:, :, : tree.height], padding, skip)
+        if writes is not None:
+            writes = writes[:, tree.depth]
+        writes = without_idle(writes, idle)
+        tensors = [k, v, *gates]
+        if delay:
+            declared = mixer.gates(k.shape[-1], v.shape[-1])
+            *held, marks = self._held([k, v, *varying(declared, gates)], writes, delay)
+            at = tree.before(delay, delay)
+            late, writes = [t[:, :, at] for t in held], marks[:, at]
+            tensors = [*late[:2], *with_constant(declared, gates, late[2:])]
+        state = tuple(self.recurrent_states.values()) or None
+        return mixer.tree(q, tensors[0], tensors[1], tensors[2:], tree, state, writes)
 
     def _keep(self, state: tuple[Tensor, ...]) -> None:
         """Store the new state."""
@@ -165,7 +202,7 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
 
     def count(self, time: int) -> None:
         """Count tokens in a trip that has no active mixer."""
-        self._recorded(time, self.count)
+        self._recorded(time, lambda kept, written=None: self.count(number_of(kept)))
         self._add(time)
 
     def _writes(self, k: Tensor, padding: Tensor | None, skip: int) -> Tensor | None:
@@ -181,6 +218,13 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
 
     def _wait(self, tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Any]:
         """Return the tokens whose delay has passed, as many as are new; queue the new ones."""
+        time = tensors[0].shape[2]
+        held = self._held(tensors, writes, delay)
+        self._keep_waiting([last(t, delay) for t in held[:-1]] + [held[-1][:, -delay:]])
+        return [*(t[:, :, :time] for t in held[:-1]), held[-1][:, :time]]
+
+    def _held(self, tensors: list[Tensor], writes: Tensor | None, delay: int) -> list[Tensor]:
+        """Return the tokens that wait with the new ones behind them, and which of them write."""
         batch, _, time = tensors[0].shape[:3]
         if writes is None:
             writes = torch.ones(batch, time, dtype=torch.bool, device=tensors[0].device)
@@ -190,10 +234,7 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
             old = [t.new_zeros(*t.shape[:2], delay, *t.shape[3:]) for t in tensors]
             old.append(writes.new_zeros(batch, delay))
         pairs = zip(old[:-1], tensors, strict=True)
-        held = [*(torch.cat(p, 2) for p in pairs), torch.cat((old[-1], writes), 1)]
-        now = [*(t[:, :, :time] for t in held[:-1]), held[-1][:, :time]]
-        self._keep_waiting([last(t, delay) for t in held[:-1]] + [held[-1][:, -delay:]])
-        return now
+        return [*(torch.cat(p, 2) for p in pairs), torch.cat((old[-1], writes), 1)]
 
     # ---- the interface of cache layers
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-from reroll.rewrite.analysis.mixing import other_mixing
+from reroll.rewrite.analysis.mixing import branch_mixing, other_mixing
 from reroll.rewrite.analysis.state_plan import StatePlan, plan_states, stateful_nodes
 from reroll.rewrite.capture.pictures import picture_inputs
 from reroll.rewrite.ir.exits import exits_of
@@ -42,6 +42,7 @@ class Interface:
 
     Attributes:
         mixing: the name of an operation that mixes tokens of different documents, if any.
+        branching: the name of an operation that mixes the branches of a tree of tokens, if any.
         masks: the padding inputs that are needed as tensors; the others may be None.
         head: the path of the module that computes the logits.
         embeddings: the path of the module that looks up the tokens, by the input that has them.
@@ -50,6 +51,7 @@ class Interface:
     """
 
     mixing: str | None = None
+    branching: str | None = None
     masks: frozenset[str] = frozenset()
     head: str | None = None
     embeddings: Mapping[str, str] = field(default_factory=dict)
@@ -128,8 +130,9 @@ def hoist(x: Lowering) -> None:
 
 
 def plan_state(x: Lowering) -> None:
-    """Number the states, and find operations that mix tokens of different documents."""
+    """Number the states, and find what mixes tokens of different documents or branches."""
     x.plan, x.interface.mixing = plan_states(x.program), other_mixing(x.program)
+    x.interface.branching = branch_mixing(x.program)
 
 
 def add_state_inputs(x: Lowering) -> None:

@@ -45,6 +45,7 @@ class RerollForCausalLM(RerollDecoder, RerollGenerationMixin):
         output_hidden_states: Wish = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        parents: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Compute the logits [batch, time, vocabulary] of the next token.
@@ -55,7 +56,9 @@ class RerollForCausalLM(RerollDecoder, RerollGenerationMixin):
         input ids, -100 where they do not count. `logits_to_keep` is the number of last positions to
         compute logits for, or a tensor of positions. `output_hidden_states` requests the original's
         hidden states: all, or by number. `output_attentions` requests its attention weights [batch,
-        heads, time, keys].
+        heads, time, keys]. With `parents` [time], the tokens behind a cache are those of a tree:
+        each follows the token of that number, or the last one of the cache if it is -1. Then
+        `reroll.runtime.state.growing.keep` says which of them stay.
         """
         run = self.run_forward(
             self._assembly.main,
@@ -68,6 +71,7 @@ class RerollForCausalLM(RerollDecoder, RerollGenerationMixin):
             logits_to_keep=logits_to_keep,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            parents=parents,
             **kwargs,
         )
         outputs = self.named_outputs(run.outputs)

@@ -14,6 +14,7 @@ from reroll.runtime.functions.loops import ForwardState
 from reroll.runtime.models.backbone import last_hidden_output
 from reroll.runtime.models.generation import without_cache
 from reroll.runtime.models.modeling import RerollPreTrainedModel
+from reroll.runtime.state.trees import check_planted, plant, tree_positions
 
 # the arguments of a loss other than logits and labels
 LOSS_OPTIONS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
@@ -44,9 +45,13 @@ class RerollDecoder(RerollPreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: Wish = None,
         output_attentions: bool | None = None,
+        parents: Any = None,
         **kwargs: Any,
     ) -> Run:
-        """Run a function of the assembly with the arguments of a forward, and with a cache."""
+        """Run a function of the assembly with the arguments of a forward, and with a cache.
+
+        With `parents`, tokens are those of a tree: see `reroll.runtime.state.trees`.
+        """
         self.refuse_unread({"position_ids": position_ids, **kwargs}, LOSS_OPTIONS)
         input_ids = self._tokens(input_ids, inputs_embeds)
         asked, past = use_cache, past_key_values
@@ -54,6 +59,11 @@ class RerollDecoder(RerollPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         check_span(self, past_key_values, input_ids)
+        if parents is not None:
+            tree = plant(self, past_key_values, parents, input_ids, attention_mask)
+            position_ids = tree_positions(self, past_key_values, tree, position_ids)
+        elif past_key_values is not None:
+            check_planted(past_key_values)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

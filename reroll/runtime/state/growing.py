@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from reroll.errors import UsageError
+from reroll.mixers.trees import Tree
+from reroll.runtime.state.states import Rewinding, last
 
 # spare room is a quarter of the tokens, and at least this many
 _ROOM = 64
@@ -26,6 +30,7 @@ class GrowingLayer(DynamicLayer):
 
     keys: Tensor | None
     values: Tensor | None
+    tree: Tree | None = None
     _whole: tuple[Tensor, Tensor] | None = None
     _filled: tuple[Tensor, Tensor] | None = None
 
@@ -60,6 +65,20 @@ class GrowingLayer(DynamicLayer):
         if own:
             self._filled = self.keys, self.values  # type: ignore[assignment]
 
+    def keep(self, kept: Tensor, of: int) -> None:
+        """Remove the last `of` tokens but those numbered `kept` [n], in this order, in place."""
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        past = keys.shape[2] - of
+        moved = tuple(x[:, :, past + kept] for x in (keys, values))
+        self.take_back(of - len(kept))
+        if self._has_room(past + len(kept)):
+            for x, new in zip((self.keys, self.values), moved, strict=True):
+                x[:, :, past:] = new  # type: ignore[index]
+        else:
+            _set_behind(self, past, moved)
+
     def write_behind(self, other: GrowingLayer) -> None:
         """Write new tokens into the spare room of another layer, which does not show them."""
         if other._filled is not None and other.keys is other._filled[0]:
@@ -91,6 +110,53 @@ def take_back(cache: Any, count: int) -> None:
             layer.take_back(count)
         else:
             layer.crop(-count)
+
+
+def keep(cache: Any, kept: Tensor, of: int, written: Tensor | None = None) -> None:
+    """Keep of the last `of` tokens of a cache, one update, those numbered `kept` [n], in order.
+
+    They are then all that has come: behind a tree of tokens, those of the path that is accepted.
+    `written` [batch, n] is False where a row does not have a token, which its states leave out; the
+    padding mask of later tokens says so, too. Recorded past is dropped, as by `take_back`.
+    """
+    for layer in cache.layers:
+        layer.tree = None
+        if not layer.is_initialized:
+            continue
+        if isinstance(layer, Rewinding):
+            layer.keep(kept, of, written)
+        elif isinstance(layer, GrowingLayer):
+            layer.keep(kept, of)
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            _keep_in_window(layer, kept, of)
+        else:
+            past = layer.keys.shape[2] - of
+            _set_behind(layer, past, tuple(x[:, :, past + kept] for x in (layer.keys, layer.values)))
+
+
+def _set_behind(layer: Any, past: int, new: tuple[Tensor, ...]) -> None:
+    """Set the keys and values of a layer from its first `past` tokens and new ones."""
+    layer.keys, layer.values = (
+        torch.cat((old[:, :, :past], x), 2)
+        for old, x in zip((layer.keys, layer.values), new, strict=True)
+    )
+
+
+def _keep_in_window(layer: DynamicSlidingWindowLayer, kept: Tensor, of: int) -> None:
+    """Run `keep` on transformers' sliding layer, which holds more tokens while it records."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    past, length = layer.keys.shape[2] - of, layer.cumulative_length - of
+    wanted = layer.sliding_window - 1
+    if not layer.record_past or past < min(length, wanted):
+        raise UsageError(
+            f"{of} tokens of a window of {layer.sliding_window} cannot be undone",
+            where=type(layer).__name__,
+            hint="call activate_past_recording before the tokens come",
+        )
+    _set_behind(layer, past, tuple(x[:, :, past + kept] for x in (layer.keys, layer.values)))
+    layer.keys, layer.values = last(layer.keys, wanted), last(layer.values, wanted)
+    layer.cumulative_length = length + len(kept)
 
 
 def _enlarged(old: Tensor, past: int, new: Tensor, total: int) -> Tensor:

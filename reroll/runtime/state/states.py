@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeAlias
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from reroll.errors import UsageError
+from reroll.mixers.trees import Tree
+
+# which of some new tokens are kept: a part of them, or their numbers [n] in a new order
+Kept: TypeAlias = slice | Tensor
+
+
+class Again(Protocol):
+    """Adds the kept ones of some tokens to a state once more, as if no others had come.
+
+    `written` [batch, kept] is False at tokens that a row does not have; None for all.
+    """
+
+    def __call__(self, kept: Kept, written: Tensor | None = None, /) -> Any:
+        """Add the tokens."""
 
 
 class Rewinding:
@@ -17,14 +33,19 @@ class Rewinding:
 
     `state_names` are the attributes that hold its state, so a snapshot is a few references. While
     `record_past` is on (transformers' `activate_past_recording`), `crop` can undo tokens. It
-    restores the state before an update and repeats that update with fewer tokens.
+    restores the state before an update and repeats that update with fewer tokens. So does `keep`,
+    with any of them.
+
+    While `tree` is set, new tokens are nodes of a tree: each sees its ancestors only. No one state
+    is the one after them, so `keep` is to follow.
     """
 
     state_names: ClassVar[tuple[str, ...]]
     record_past: bool = False
     is_compileable = False
     is_croppable = True
-    _past: list[tuple[tuple[Any, ...], int, Callable[[int], Any]]] | None = None
+    tree: Tree | None = None
+    _past: list[tuple[tuple[Any, ...], int, Again]] | None = None
 
     def snapshot(self) -> tuple[Any, ...]:
         """Return the present state, for `restore`."""
@@ -39,12 +60,9 @@ class Rewinding:
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def _recorded(self, length: int, again: Callable[[int], Any]) -> None:
-        """Record the present state before `length` tokens are added.
-
-        `again(n)` adds the first n of these tokens to the state.
-        """
-        if self.record_past:
+    def _recorded(self, length: int, again: Again) -> None:
+        """Record the present state before `length` tokens are added, and how to add them again."""
+        if self.record_past or self.tree is not None:
             self._past = [*(self._past or ()), (self.snapshot(), length, again)]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -70,6 +88,12 @@ class Rewinding:
         """
         if tokens_to_remove > 0:
             raise UsageError("crop takes the tokens to remove as a negative number")
+        if self.tree is not None:
+            raise UsageError(
+                "of a tree of tokens, those of one path are kept",
+                where=type(self).__name__,
+                hint="call reroll.runtime.state.growing.keep",
+            )
         remove, past = -tokens_to_remove, self._past or []
         if remove > sum(length for _, length, _ in past):
             raise UsageError(
@@ -81,11 +105,51 @@ class Rewinding:
             saved, length, again = past.pop()
             self.restore(saved)
             if remove < length:
-                recording, self.record_past = self.record_past, False
-                again(length - remove)
-                self.record_past = recording
+                self._repeat(again, slice(0, length - remove))
             remove = max(remove - length, 0)
         self._past = None
+
+    def keep(self, kept: Tensor, of: int, written: Tensor | None = None) -> None:
+        """Undo the last `of` tokens, an update, but those numbered `kept` [n], in this order.
+
+        What was recorded is dropped. `written` [batch, n] is False where a row does not have a
+        token; such tokens leave the state alone. Raises UsageError if the update was not recorded.
+        """
+        saved, length, again = self._past[-1] if self._past else ((), -1, None)
+        if again is None or length != of:
+            raise UsageError(
+                f"the last {of} tokens were not recorded as one update",
+                where=type(self).__name__,
+                hint="call activate_past_recording before the tokens come, and keep all of them",
+            )
+        self.tree = None
+        self.restore(saved)
+        if len(kept):
+            self._repeat(again, kept, written)
+        self._past = None
+
+    def _repeat(self, again: Again, kept: Kept, written: Tensor | None = None) -> None:
+        recording, self.record_past = self.record_past, False
+        again(kept, written)
+        self.record_past = recording
+
+
+def number_of(kept: Kept) -> int:
+    """Count kept tokens; a slice has a start and an end."""
+    return len(kept) if isinstance(kept, Tensor) else int(kept.stop - kept.start)
+
+
+def padding_again(
+    padding: Tensor | None, written: Tensor | None, length: int, kept: Kept, past: int
+) -> Tensor | None:
+    """Return the padding [batch, past + kept] of an update that is repeated with fewer tokens.
+
+    `padding` [batch, past + length] is that of the update, and `past` the tokens before it.
+    """
+    if padding is None:
+        return None if written is None else F.pad(written, (past, 0), value=True)
+    new = padding[:, past : past + length][:, kept]
+    return torch.cat((padding[:, :past], new if written is None else new & written), 1)
 
 
 def last(tensor: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reroll.runtime.functions.masks import visible_tokens
-from reroll.runtime.state.states import Rewinding, last
+from reroll.runtime.state.states import Kept, Rewinding, last, padding_again
 
 
 class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
@@ -61,9 +61,9 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
         """
         length, past = key_states.shape[2], self.cumulative_length
 
-        def again(count: int) -> None:
-            part = None if padding is None else padding[:, : past + count]
-            self.update(key_states[:, :, :count], value_states[:, :, :count], padding=part)
+        def again(kept: Kept, written: Tensor | None = None) -> None:
+            part = padding_again(padding, written, length, kept, past)
+            self.update(key_states[:, :, kept], value_states[:, :, kept], padding=part)
 
         if padding is not None and padding.dtype != torch.bool:
             padding = visible_tokens(padding)
@@ -78,6 +78,10 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
             assert self.first_keys is not None
             assert self.first_values is not None
             shown = _join(self.first_keys, keys), _join(self.first_values, values)
+        if self.tree is not None:
+            # which of them stay is told to `keep`
+            self.cumulative_length += length
+            return shown
         if not self.filled:
             self._keep_first(key_states, value_states, padding)
         self.cumulative_length += length
