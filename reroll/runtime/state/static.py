@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reroll.runtime.state.states import Rewinding
+from reroll.runtime.state.states import Kept, Rewinding, padding_again
 from reroll.runtime.state.windows import WindowLayer, taken
 
 
@@ -93,6 +93,13 @@ class StaticWindowLayer(InPlace, WindowLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         length, held = key_states.shape[2], max(self.window - 1, 0)
+
+        def again(kept: Kept, written: Tensor | None = None) -> None:
+            past = int(self.cumulative_length)
+            part = padding_again(padding, written, length, kept, past)
+            self.update(key_states[:, :, kept], value_states[:, :, kept], padding=part)
+
+        self._recorded(length, again)
         self.shown, first_time = self.kept, not self.is_initialized
         if first_time:
             self._allocate(key_states, value_states, held)
