@@ -88,6 +88,7 @@ def generate(
     temperature: float | None = None,
     top_k: int = 0,
     top_p: float = 1.0,
+    branches: int = 1,
 ) -> Tensor:
     """Continue rows of tokens, faster by a draft: the tokens are the model's own.
 
@@ -113,13 +114,16 @@ def generate(
         temperature: sample, at this temperature; greedy if None.
         top_k: sample from so many likeliest tokens; 0 for all.
         top_p: sample from the likeliest tokens with this share of the probability.
+        branches: so many tokens are proposed for one place, as a tree that the model verifies in
+            one step: a draft's best at the first places, or so many matches of "lookup". For one
+            row.
 
     Returns [rows, time and new tokens], with the model's padding token behind rows that ended, and
     sets `model.speculation_report`, which lists the near ties: where the model's two best logits
     lie within rounding of each other, the choice may be another than without a draft, unless it is
     `exact`. What is sampled has the model's distribution.
     Raises UsageError for padding on the right, several rows with a cache, stop strings without a
-    tokenizer, and for a model that keeps no cache.
+    tokenizer, for a model that keeps no cache, and for branches that it would mix.
     """
     rows = _rows(input_ids, attention_mask)
     if cache is not None and len(rows) > 1:
@@ -144,6 +148,7 @@ def generate(
         cache=cache,
         sampling=Sampling(temperature, top_k, top_p),
         exact=exact,
+        branches=branches,
     )
     if prefix is not None:
         prefix.mark(tokens[0][:-1])

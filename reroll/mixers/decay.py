@@ -90,7 +90,9 @@ class HeadDecay(Decay):
 
     def __init__(self, log_decay: Tensor, tree: Tree | None = None) -> None:
         self.tree = tree
-        self.sums = log_decay.cumsum(-1) if tree is None else tree.sums(log_decay[..., None])[..., 0]
+        self.sums = (
+            log_decay.cumsum(-1) if tree is None else tree.sums(log_decay[..., None])[..., 0]
+        )
 
     def scores(self, q: Tensor, k: Tensor, diagonal: int = 0) -> Tensor:
         between = self.sums[..., :, None] - self.sums[..., None, :]

@@ -44,7 +44,7 @@ class MLSTM(Mixer):
 
     def parallel_form(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Result:
         c, n, m = state
-        stretch = _Stretch(*gates)
+        stretch = _Stretch(gates[0], gates[1])
         tops, start = stretch.tops(m), torch.cat([c, n[..., None]], -1)
         end = tops[..., -1]
         after = stretch.left(m, tops)[..., -1, None, None] * start
@@ -55,7 +55,7 @@ class MLSTM(Mixer):
     def tree_form(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State, tree: Tree
     ) -> Tensor:
-        return self.reads(q, k, v, _Stretch(*gates, tree), state)
+        return self.reads(q, k, v, _Stretch(gates[0], gates[1], tree), state)
 
     def reads(self, q: Tensor, k: Tensor, v: Tensor, stretch: _Stretch, state: State) -> Tensor:
         """Compute what the tokens of a stretch read, all at once."""

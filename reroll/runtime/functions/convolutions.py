@@ -51,7 +51,7 @@ class RecentLayer(RecurrentLayer):
             if written is not None:
                 # what a row does not have goes to the front, in place of its oldest inputs
                 there = F.pad(written, (kept, 0), value=True).long()
-                order = there.argsort(-1, stable=True)[:, None, -kept:]
+                order = there.argsort(dim=-1, stable=True)[:, None, -kept:]
                 self._keep((whole.gather(-1, order.expand(-1, whole.shape[1], -1)),))
 
         self._recorded(time, again)

@@ -15,6 +15,7 @@ from reroll.runtime.speculation.control import Controller
 from reroll.runtime.speculation.drafts import Draft, Lookup, Proposal, Wish, draft_of
 from reroll.runtime.speculation.reading import Reading, begin, can_part
 from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw, kept, one_hot
+from reroll.runtime.speculation.trees import check_branching, chosen, merged
 
 # two logits are within rounding of each other if they differ by at most so many units in the last
 # place of the larger one: as much as those of one row and of several differ on real models
@@ -129,6 +130,7 @@ def speculate(
     cache: Any = None,
     sampling: Sampling = GREEDY,
     exact: bool = False,
+    branches: int = 1,
 ) -> tuple[list[Tensor], SpeculationReport]:
     """Continue rows of tokens [time]; return all tokens of each and what was done.
 
@@ -139,12 +141,15 @@ def speculate(
 
     Greedy tokens are the model's own, and sampled ones have its distribution, but where its two
     best logits lie within rounding of each other: several rows of a product may round otherwise
-    than one. If `exact`, a step of one token chooses there.
+    than one. If `exact`, a step of one token chooses there. With several `branches`, drafts propose
+    trees of tokens for a single row.
 
     Raises UsageError for rows without tokens, for a model that keeps no cache, and for a cache that
     has read all tokens.
     """
     _check(model, rows, cache)
+    if branches > 1:
+        check_branching(model, len(rows))
     with torch.no_grad():
         target = begin(model, len(rows)) if cache is None else _resumed(model, cache, len(rows))
         logits = target.read_rows([row[target.places :] for row in rows])[:, -1]
@@ -159,11 +164,11 @@ def speculate(
             for name, module in drafts
         ]
         parts = len(rows) == 1 or all(map(can_part, [model, *(m for _, m in drafts if m)]))
-        run = _Run(target, made, Controller(len(made), count), sampling, ends, exact, parts)
+        control = Controller(len(made), count)
+        run = _Run(target, made, control, sampling, ends, exact, parts, branches)
         active = run.drop_done(batch)
         while active:
             active = run.drop_done(run.round(active))
-    control = run.control
     counts = {d.name: (r.proposed, r.accepted) for d, r in zip(made, control.records, strict=True)}
     report = SpeculationReport(
         tokens=sum(len(row.tokens) - row.start for row in batch),
@@ -188,6 +193,7 @@ class _Run:
     exact: bool
     # whether rows may keep different numbers of tokens
     parts: bool
+    branches: int = 1
     # a near tie is to be decided by a step of one token
     tied: bool = False
 
@@ -209,22 +215,40 @@ class _Run:
         last = torch.stack([row.tokens[-1:] for row in rows])
         proposal = Proposal(last[:, :0])
         if number is not None and count > 0:
-            wish = Wish(count, self.sampling, self.control.worth(number))
+            # what is proposed in branches is drawn for none of them
+            how = self.sampling if self.branches == 1 else GREEDY
+            wish = Wish(count, how, self.control.worth(number), self.branches)
             proposal = self.drafts[number].propose([row.tokens for row in rows], wish)
         drafted = time.perf_counter()
-        logits = self.target.read(torch.cat([last, proposal.tokens], 1))
-        new = self._new(rows, proposal, logits)
-        if not self.parts:
-            fewest = min(map(len, new))
-            new = [tokens[:fewest] for tokens in new]
-        counts = [row.extend(tokens, self.ends) for row, tokens in zip(rows, new, strict=True)]
         asked = proposal.tokens.shape[1] + 1
-        # the cache keeps all but the last; a row that is done goes with its batch
-        self.target.take_back([asked - n for n in (counts if self.parts else map(len, new))])
+        if proposal.others:
+            counts = [self._branched(rows[0], proposal)]
+        else:
+            logits = self.target.read(torch.cat([last, proposal.tokens], 1))
+            new = self._new(rows, proposal, logits)
+            if not self.parts:
+                fewest = min(map(len, new))
+                new = [tokens[:fewest] for tokens in new]
+            counts = [row.extend(tokens, self.ends) for row, tokens in zip(rows, new, strict=True)]
+            # the cache keeps all but the last; a row that is done goes with its batch
+            self.target.take_back([asked - n for n in (counts if self.parts else map(len, new))])
         done = time.perf_counter()
-        right = [max(n - 1, 0) for n in counts]
+        right = [min(max(n - 1, 0), asked - 1) for n in counts]
         self.control.add(number, asked - 1, right, drafted - start, done - drafted, proposal.steps)
         return rows
+
+    def _branched(self, row: Row, proposal: Proposal) -> int:
+        """Verify a tree of tokens; return how many are new."""
+        chains = [proposal.tokens[0], *proposal.others]
+        tokens, tree = merged(row.tokens[-1:], chains)
+        logits = self.target.read(tokens[None], tree=tree)[0]
+        new, path = chosen(logits, tokens, tree, self.sampling)
+        if self.sampling.temperature is None:
+            (new,) = self._settled([row], [new], logits[path][None])
+        count = row.extend(new, self.ends)
+        # the cache keeps all but the last
+        self.target.keep(path[:count], len(tree))
+        return count
 
     def _new(self, rows: list[Row], proposal: Proposal, logits: Tensor) -> list[Tensor]:
         """Return the tokens that follow in each row, by the model's logits [rows, n + 1, v]."""
@@ -234,8 +258,13 @@ class _Run:
         right = (choices[:, :-1] == proposal.tokens).long().cumprod(1).sum(1).tolist()
         new = [choice[: n + 1] for choice, n in zip(choices, right, strict=True)]
         self.tied, decided = False, self.tied
-        if logits.shape[1] == 1 or decided:
-            return new
+        return new if logits.shape[1] == 1 or decided else self._settled(rows, new, logits)
+
+    def _settled(self, rows: list[Row], new: list[Tensor], logits: Tensor) -> list[Tensor]:
+        """Note the near ties among greedy choices; return the tokens before the first if `exact`.
+
+        `logits` [rows, n, v] are those by which the tokens of each row were chosen.
+        """
         ties = _near_ties(logits)
         for n, (row, tokens) in enumerate(zip(rows, new, strict=True)):
             for at, gap in ties[n].items():

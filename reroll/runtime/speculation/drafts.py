@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from reroll.rewrite.analysis.state_plan import CacheLayer
 from reroll.runtime.speculation.reading import Reading, begin
 from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw
+from reroll.runtime.speculation.trees import FORKS, other_choices
 from reroll.runtime.state.caches import layers_of
 from reroll.runtime.state.growing import GrowingLayer
 from reroll.runtime.state.states import Rewinding
@@ -31,12 +32,13 @@ class Proposal(NamedTuple):
     """Tokens [rows, n], and the distributions [rows, n, vocabulary] that they were drawn from.
 
     Without distributions, no other tokens could have been proposed. `steps` are those of the draft,
-    if they are not as many as the tokens.
+    if they are not as many as the tokens. `others` are further continuations [k] of a single row.
     """
 
     tokens: Tensor
     drawn_from: Tensor | None = None
     steps: int | None = None
+    others: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Wish:
         sampling: how they are drawn.
         worth: greedy drafting stops where all of its tokens are right with a lower probability than
             this, by the draft's own word.
+        branches: so many tokens are proposed for one place, of a single row.
     """
 
     count: int
     sampling: Sampling = GREEDY
     worth: float = 0.0
+    branches: int = 1
 
 
 class Draft(Protocol):
@@ -80,27 +84,35 @@ class Lookup:
     longest, shortest = 3, 2
 
     def propose(self, rows: Sequence[Tensor], wish: Wish) -> Proposal:
-        found = [self._after(row, wish.count) for row in rows]
+        matches = [self._after(row, wish.count, wish.branches) for row in rows]
+        found = [each[0] for each in matches]
         count = max(map(len, found))
         # where fewer are found, the rest is a guess like any other
         tokens = [
             F.pad(part, (0, count - len(part)), value=int(row[-1]))
             for part, row in zip(found, rows, strict=True)
         ]
-        return Proposal(torch.stack(tokens))
+        return Proposal(torch.stack(tokens), others=tuple(matches[0][1:]))
 
     def select(self, rows: Tensor) -> None:
         pass
 
-    def _after(self, row: Tensor, count: int) -> Tensor:
+    def _after(self, row: Tensor, count: int, matches: int) -> list[Tensor]:
+        """Return what followed the last matches, the latest first; nothing if there is none."""
+        found: list[Tensor] = []
         for size in range(self.longest, self.shortest - 1, -1):
             if len(row) <= size:
                 continue
             same = (row.unfold(0, size, 1)[:-1] == row[-size:]).all(1).nonzero()
-            if len(same):
-                start = int(same[-1]) + size
-                return row[start : start + count]
-        return row[:0]
+            for start in reversed((same[:, 0] + size).tolist()):
+                new = row[start : start + count]
+                if not any(torch.equal(new, old[: len(new)]) for old in found):
+                    found.append(new)
+                if len(found) == matches:
+                    break
+            if found:
+                break
+        return found or [row[:0]]
 
 
 class Borrowing:
@@ -173,6 +185,7 @@ def continued(reading: Reading, logits: Tensor, wish: Wish) -> Proposal:
     """Propose tokens behind those that are read, of which `logits` [rows, 1, v] are the last."""
     proposed: list[Tensor] = []
     distributions: list[Tensor] = []
+    choices: list[Tensor] = []
     right: Tensor | float = 1.0
     steps = 0
     while True:
@@ -188,11 +201,14 @@ def continued(reading: Reading, logits: Tensor, wish: Wish) -> Proposal:
             distributions.append(wish.sampling.distribution(logits[:, -1]))
             new = draw(distributions[-1])[:, None]
         proposed.append(new)
+        if wish.branches > 1 and len(choices) < FORKS:
+            choices.append(logits[0, -1].topk(wish.branches).indices)
         if len(proposed) >= wish.count:
             break
         logits = reading.read(new, keep=1)
     drawn_from = torch.stack(distributions, 1) if distributions else None
-    return Proposal(torch.cat(proposed, 1), drawn_from, steps)
+    chains = torch.cat(proposed, 1)
+    return Proposal(chains, drawn_from, steps, other_choices(chains[0], choices))
 
 
 def _common(old: Tensor, new: Tensor) -> int:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from reroll.mixers import Tree
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION
 from reroll.runtime.speculation.products import FewRows
+from reroll.runtime.state.growing import keep
 from reroll.runtime.state.ragged import take_back_rows
 
 
@@ -47,10 +49,17 @@ class Reading:
         """How many places the cache has, with those that are hidden."""
         return int(self.cache.get_seq_length())
 
-    def read(self, tokens: Tensor, mask: Tensor | None = None, keep: int = 0) -> Tensor:
+    def read(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        keep: int = 0,
+        tree: Tree | None = None,
+    ) -> Tensor:
         """Read new tokens [rows, n]; return the logits [rows, keep, vocabulary] of the last ones.
 
-        `mask` [rows, n] is False at padding. All logits are returned if `keep` is 0.
+        `mask` [rows, n] is False at padding. All logits are returned if `keep` is 0. Tokens of a
+        `tree` are to be kept by `keep` afterwards.
         """
         rows, count = tokens.shape
         if self.mask is not None or mask is not None:
@@ -66,14 +75,23 @@ class Reading:
             inputs["attention_mask"] = self.mask.long()
         new = _or_ones(mask, rows, count, tokens.device).long()
         if self._wants_positions:
-            positions = self.lengths.to(tokens.device)[:, None] + new.cumsum(1) - 1
+            at = new.cumsum(1) - 1 if tree is None else tree.depth
+            positions = self.lengths.to(tokens.device)[:, None] + at
             inputs["position_ids"] = positions.clamp(min=0)
+        if tree is not None:
+            inputs["parents"] = tree
         with FewRows():
             logits: Tensor = self.module(
                 **inputs, past_key_values=self.cache, logits_to_keep=keep
             ).logits
         self.lengths = self.lengths + new.sum(1).to(self.lengths.device)
         return logits
+
+    def keep(self, path: Sequence[int], of: int) -> None:
+        """Keep of the last `of` tokens, a tree, those of a path, in all rows."""
+        self.lengths = self.lengths - (of - len(path))
+        keep(self.cache, torch.tensor(path, dtype=torch.long), of)
+        self.mask = None if self.mask is None else self.mask[:, : self.places]
 
     def record(self) -> None:
         """From here on, tokens may be taken back."""

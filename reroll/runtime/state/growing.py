@@ -131,7 +131,9 @@ def keep(cache: Any, kept: Tensor, of: int, written: Tensor | None = None) -> No
             _keep_in_window(layer, kept, of)
         else:
             past = layer.keys.shape[2] - of
-            _set_behind(layer, past, tuple(x[:, :, past + kept] for x in (layer.keys, layer.values)))
+            _set_behind(
+                layer, past, tuple(x[:, :, past + kept] for x in (layer.keys, layer.values))
+            )
 
 
 def _set_behind(layer: Any, past: int, new: tuple[Tensor, ...]) -> None:

@@ -30,7 +30,9 @@ def plant(
     check_planted(cache)
     tree = parents if isinstance(parents, Tree) else Tree(parents)
     if tokens is not None and tokens.shape[1] != len(tree):
-        raise UsageError(f"there are {tokens.shape[1]} tokens and {len(tree)} parents", where="parents")
+        raise UsageError(
+            f"there are {tokens.shape[1]} tokens and {len(tree)} parents", where="parents"
+        )
     for layer in layers_of(cache, model._assembly.layers) or []:
         layer.tree = tree
     return tree

@@ -8,87 +8,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 import reroll
 from reroll.errors import UsageError
 from reroll.rewrite.analysis.state_plan import CacheLayer
 from reroll.rewrite.analysis.tolerances import forward, relative_rms
-from reroll.runtime.functions.attention import attend
-from reroll.runtime.functions.convolutions import convolve
-from reroll.runtime.functions.masks import make_mask, visible_tokens
-from reroll.runtime.functions.recurrences import recur
-from reroll.runtime.models.config import RerollConfig
-from reroll.runtime.state.caches import cache_config, layers_of
 from reroll.runtime.state.growing import keep, take_back
 from tests import captured
+from tests.runtime.state.reading import KINDS, TIME, Reader, named
 
-TIME, LONGEST = 40, 48
-KINDS = [
-    CacheLayer("full_attention"),
-    CacheLayer("sliding_attention", 4),
-    CacheLayer("sliding_attention", 9),
-    CacheLayer("chunked_attention", 4),
-    CacheLayer("sliding_attention", 4, prefix=2),
-    CacheLayer("sliding_attention", 1, prefix=1),
-    CacheLayer("sliding_attention", 3, prefix=12),
-    CacheLayer("hybrid_sliding"),
-    CacheLayer("hybrid_sliding", recent=3),
-]
+# those with a class of reroll's own for caches of constant shapes
+OWN = [k for k in KINDS if k.layer_type == "hybrid_sliding" or k.prefix]
 # of each round: how many tokens are read, call by call, and how many are taken back
 ROUNDS: list[tuple[Sequence[int], int]] = [
     ((6,), 0), ((3,), 2), ((1,), 1), ((1,), 0), ((2, 1, 3), 5), ((7,), 4), ((4,), 4), ((5,), 1),
 ]  # fmt: skip
-generator = torch.Generator().manual_seed(0)
-Q = torch.randn(2, 4, TIME, 8, dtype=torch.float64, generator=generator)
-K, V = torch.randn(2, 2, 2, TIME, 8, dtype=torch.float64, generator=generator)
-BETA = torch.rand(2, 2, TIME, dtype=torch.float64, generator=generator)
-DECAY = -torch.rand(2, 2, TIME, dtype=torch.float64, generator=generator)
-WEIGHT = torch.randn(16, 4, dtype=torch.float64, generator=generator)
-
-
-class Reader:
-    """A cache of one layer, and what reads tokens into it."""
-
-    def __init__(self, planned: CacheLayer, padding: Tensor | None, static: bool = False) -> None:
-        self.planned, self.padding = planned, padding
-        config = RerollConfig(**cache_config([planned]))
-        self.cache: Any = StaticCache(config, LONGEST) if static else DynamicCache(config=config)
-        self.layers: Any = layers_of(self.cache, [planned])
-
-    @property
-    def length(self) -> int:
-        return int(self.layers[0].get_seq_length())
-
-    def read(self, count: int, order: Tensor | None = None) -> Tensor:
-        past = self.length
-        at = torch.arange(past, past + count) if order is None else order
-        q, k, v, beta, decay = (x[:, :, at] for x in (Q, K, V, BETA, DECAY))
-        padding = None if self.padding is None else self.padding[:, : past + count]
-        planned = self.planned
-        if planned.recent is not None:
-            return convolve(self.layers, 0, k.transpose(1, 2).reshape(2, count, 16).mT, WEIGHT)
-        if planned.layer_type == "hybrid_sliding":
-            options = '{"chunk_size": 4}'
-            gates = [decay, beta]
-            return recur(self.layers, 0, q, k, v, gates, "gated_deltanet", options, padding, 2, 1)
-        window = planned.size if planned.layer_type == "sliding_attention" else None
-        chunk = planned.size if planned.layer_type == "chunked_attention" else None
-        prefix, seen = planned.prefix or None, visible_tokens(padding)
-        mask = make_mask(self.layers[0], q, count, None, True, window, chunk, seen, None, prefix)
-        told = {"padding": seen} if prefix else {}
-        keys, values = self.layers[0].update(k, v, **told)
-        return attend(q, keys, values, 0.3, True, mask)
 
 
 def paddings() -> list[Tensor | None]:
     left = torch.ones(2, TIME, dtype=torch.bool)
     left[0, :3] = False
     return [None, left]
-
-
-def named(planned: CacheLayer) -> str:
-    return "-".join(str(x) for x in (*planned.reach, planned.recent) if x)
 
 
 @pytest.mark.parametrize("padding", paddings(), ids=["whole", "left"])
@@ -117,8 +58,7 @@ def test_what_is_taken_back_was_never_read(planned: CacheLayer, padding: Tensor 
     assert torch.equal(found.read(2), wanted.read(2))
 
 
-@pytest.mark.parametrize("planned", [k for k in KINDS if k.layer_type == "hybrid_sliding" or k.prefix],
-                         ids=named)  # fmt: skip
+@pytest.mark.parametrize("planned", OWN, ids=named)
 def test_layers_of_constant_shapes_take_back_as_well(planned: CacheLayer) -> None:
     found, wanted = (Reader(planned, None, static=True) for _ in range(2))
     found.layers[0].activate_past_recording()
@@ -159,7 +99,7 @@ def test_what_was_not_recorded_is_not_taken_back() -> None:
         for undo in (lambda cache: take_back(cache, 2), lambda cache: keep(cache, Tensor([]), 2)):
             reader = Reader(planned, None)
             reader.read(20)
-            with pytest.raises((UsageError, RuntimeError), match="undone|recorded|track past"):
+            with pytest.raises((UsageError, RuntimeError), match=r"undone|recorded|track past"):
                 undo(reader.cache)
 
 
