@@ -14,6 +14,7 @@ from transformers import StopStringCriteria
 import reroll
 from reroll.errors import UsageError
 from reroll.runtime.speculation.decode import Ends, speculate
+from reroll.runtime.speculation.named import is_named
 from reroll.runtime.speculation.products import to_int8
 from reroll.runtime.speculation.reading import Reading
 from reroll.runtime.speculation.sampling import Sampling
@@ -96,10 +97,11 @@ def generate(
         model: a lowered model that keeps a cache.
         input_ids: [rows, time].
         draft: passes that make a draft of the model, a draft that is made already (see `twin`),
-            "lookup" for the tokens that followed the same ones before, or "auto", which measures
-            a window and this while it decodes, and uses what pays. Of a list of drafts it uses
-            what pays as well. A draft that passes have made is kept for later calls, until the
-            model's weights change.
+            "lookup" for the tokens that followed the same ones before, "clasp(skip=8)",
+            "static-skip(skip=8)" or "del" for the model itself with fewer layers (see
+            `reroll.runtime.speculation.named`), or "auto", which measures a window and "lookup"
+            while it decodes, and uses what pays. Of a list of drafts it uses what pays as well. A
+            draft that passes have made is kept for later calls, until the model's weights change.
         attention_mask: [rows, time], 0 at padding on the left.
         max_new_tokens: at most this many.
         draft_tokens: how many tokens are proposed at a time; what pays if None.
@@ -187,7 +189,7 @@ def drafts_of(model: Any, draft: Any) -> Drafts:
             for number, (name, module) in enumerate(made, 1)
         ]
     if _is_made(draft):
-        return [(LOOKUP, None) if draft == LOOKUP else ("draft", draft)]
+        return [(draft, None) if is_named(draft) else ("draft", draft)]
     if draft == "auto":
         window = f"{WINDOW}, int8" if model.device.type == "cpu" else WINDOW
         return [(window, _kept_twin(model, window)), (LOOKUP, None)]
@@ -235,7 +237,7 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
 
 def _is_made(draft: Any) -> bool:
     """Whether a draft is one already, and not passes that make one."""
-    return draft == LOOKUP or hasattr(draft, "to_program")
+    return is_named(draft) or hasattr(draft, "to_program")
 
 
 def own_ends(model: Any) -> set[int]:

@@ -48,12 +48,12 @@ def attention_layers(program: Program) -> list[AttentionLayer]:
     loops = {loop.node: loop for loop in program.loops}
     count = 0
     for node in program.graph.nodes:
-        if _is_self_attention(node):
+        if is_self_attention(node):
             attentions.append((node, None, [count]))
             count += 1
         elif node in loops:
             loop = loops[node]
-            inner = [n for n in loop.body.graph.nodes if _is_self_attention(n)]
+            inner = [n for n in loop.body.graph.nodes if is_self_attention(n)]
             rows: list[list[int]] = [[] for _ in inner]
             for _ in range(loop.trips):
                 for row in rows:
@@ -63,7 +63,8 @@ def attention_layers(program: Program) -> list[AttentionLayer]:
     return [AttentionLayer(node, loop, tuple(numbers)) for node, loop, numbers in attentions]
 
 
-def _is_self_attention(node: fx.Node) -> bool:
+def is_self_attention(node: fx.Node) -> bool:
+    """Whether a node is an attention whose keys are those of its own tokens."""
     if node.op != "call_function" or node.target is not ATTENTION:
         return False
     q, k = shape(argument(node, "q")), shape(argument(node, "k"))

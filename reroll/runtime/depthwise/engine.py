@@ -163,6 +163,17 @@ class Engine:
         logits: Tensor = self.after.run(inputs, self.main.__getitem__, Segments((len(rows),)))[0]
         return logits[:, 0]
 
+    def full_logits(self, rows: Sequence[Row]) -> Tensor:
+        """Compute the logits [rows, vocabulary] behind the last trip, as if none had left."""
+        carry = self._row_batch(rows).carry
+        # a loop with exits also carries the hidden state with which each token left, and the depth
+        inputs = [
+            carry[0] if carry[i].shape == carry[0].shape else torch.full_like(carry[i], self.trips)
+            for i in self.results
+        ]
+        logits: Tensor = self.after.run(inputs, self.main.__getitem__, Segments((len(rows),)))[0]
+        return logits[:, 0]
+
     def depth(self, row: Row) -> int:
         """Return how many trips a row ran; a loop with exits counts them in its carry."""
         return row.trip if self.exits is None else int(row.carry[self.exits.left_position + 1])

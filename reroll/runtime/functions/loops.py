@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,21 +27,37 @@ class Trips:
     # set by `set_trips`: number of trips to run, and number of the last ones that get gradients
     count: int | None = None
     backprop: int | None = None
+    # set by `running`: numbers of the trips to run
+    only: Sequence[int] | None = None
     exits: LoopExits | None = None
     hidden: TripStates = NO_STATES
     weighed: TripStates | None = None
 
-    def schedule(self, layers: Sequence[Any] | None) -> Sequence[nn.Module]:
-        """Return the modules to run, in order."""
+    def schedule(self, layers: Sequence[Any] | None) -> Sequence[int]:
+        """Return the numbers of the trips to run, in order."""
+        if self.only is not None:
+            return self.only
         if self.count is None:
-            return self.modules
+            return range(len(self.modules))
         if layers is not None and self.layers_per_trip and self.count > len(self.modules):
             raise UsageError(
                 f"the caches are for {len(self.modules)} trips, and {self.count} are set",
                 hint="pass use_cache=False, or convert with more trips",
             )
-        last = len(self.modules) - 1
-        return [self.modules[min(number, last)] for number in range(self.count)]
+        return range(self.count)
+
+    def module(self, number: int) -> nn.Module:
+        """Return the module of a trip; trips beyond the last one are like it."""
+        return self.modules[min(number, len(self.modules) - 1)]
+
+    @contextmanager
+    def running(self, only: Sequence[int]) -> Iterator[None]:
+        """Run only these trips, in ascending order; each keeps its own inputs and cache layers."""
+        before, self.only = self.only, only
+        try:
+            yield
+        finally:
+            self.only = before
 
 
 @dataclass
@@ -66,22 +83,23 @@ def run_loop(
 ) -> Any:
     """Run a loop and return its last carry; an input that is a tuple has one value per trip."""
     trips = state.loops[name]
-    layers, count, start = state.layers, trips.layers_per_trip, trips.first_layer
+    layers, count = state.layers, trips.layers_per_trip
     schedule, exits = trips.schedule(layers), trips.exits
     weighs = state.hidden is not None and state.hidden.weights
     given = trips.weighed if weighs and trips.weighed is not None else trips.hidden
     frozen = 0 if trips.backprop is None else len(schedule) - trips.backprop
-    for number, trip in enumerate(schedule):
+    for step, number in enumerate(schedule):
+        trip = trips.module(number)
         values = [v[number] if isinstance(v, tuple) else v for v in inputs]
         trip_layers = None
         if layers is not None and count:
+            start = trips.first_layer + number * count
             trip_layers = layers[start : start + count]
-            start += count
         old = carry
         if state.hidden is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and number >= frozen):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step >= frozen):
                 carry = run_observed(trip, given, state.hidden, carry, values, trip_layers)
-        elif number < frozen:
+        elif step < frozen:
             with torch.no_grad():
                 carry = trip(*carry, *values, past_key_values=trip_layers)
         elif (

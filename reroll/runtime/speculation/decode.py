@@ -12,7 +12,8 @@ from torch import Tensor
 
 from reroll.errors import UsageError
 from reroll.runtime.speculation.control import Controller
-from reroll.runtime.speculation.drafts import Draft, Lookup, Proposal, Wish, draft_of
+from reroll.runtime.speculation.drafts import Draft, Proposal, Wish, draft_of
+from reroll.runtime.speculation.named import named
 from reroll.runtime.speculation.reading import Reading, begin, can_part
 from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw, kept, one_hot
 from reroll.runtime.speculation.trees import check_branching, chosen, merged
@@ -160,7 +161,7 @@ def speculate(
         for row, new in zip(batch, first, strict=True):
             row.extend(new, ends)
         made: list[Draft] = [
-            Lookup() if module is None else draft_of(name, module, target)
+            named(name, target, rows) if module is None else draft_of(name, module, target)
             for name, module in drafts
         ]
         parts = len(rows) == 1 or all(map(can_part, [model, *(m for _, m in drafts if m)]))

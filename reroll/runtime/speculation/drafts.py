@@ -1,7 +1,8 @@
 """Drafts: what proposes the next tokens, and the state from which it does so.
 
-A draft of the same weights that sees less of the past needs no state of its own where the model's
-cache holds what it would keep: it reads the last and the first entries there (`Borrowing`). Others
+A draft of the same weights that sees less of the past, or has fewer layers, needs no state of its
+own where the model's cache holds what it would keep: it reads these layers there, or the last and
+the first entries of them (`Borrowing`). Others
 keep a cache, which goes back to the tokens that were accepted (`Keeping`). `Lookup` proposes what
 followed the same tokens before.
 """
@@ -21,6 +22,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from reroll.rewrite.analysis.state_plan import CacheLayer
 from reroll.runtime.speculation.reading import Reading, begin
 from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw
+from reroll.runtime.speculation.sharing import shared_states
 from reroll.runtime.speculation.trees import FORKS, other_choices
 from reroll.runtime.state.caches import layers_of
 from reroll.runtime.state.growing import GrowingLayer
@@ -116,16 +118,19 @@ class Lookup:
 
 
 class Borrowing:
-    """A draft whose cache is made of entries of the model's cache, anew for each proposal."""
+    """A draft whose cache is made of entries of the model's cache, anew for each proposal.
 
-    def __init__(self, name: str, module: Any, model: Reading) -> None:
-        self.name, self.module, self.model = name, module, model
+    `places` are the numbers of the model's layers that its own read.
+    """
+
+    def __init__(self, name: str, module: Any, model: Reading, places: Sequence[int]) -> None:
+        self.name, self.module, self.model, self.places = name, module, model, places
 
     def propose(self, rows: Sequence[Tensor], wish: Wish) -> Proposal:
         cache = DynamicCache(config=self.module.config)
         layers = layers_of(cache, self.module._assembly.layers) or []
-        for given, layer in zip(self.model.cache.layers, layers, strict=True):
-            borrow(given, layer, self.model.mask)
+        for place, layer in zip(self.places, layers, strict=True):
+            borrow(self.model.cache.layers[place], layer, self.model.mask)
         reading = Reading(self.module, cache, lengths=self.model.lengths, mask=self.model.mask)
         logits = reading.read(torch.stack([row[-1:] for row in rows]), keep=1)
         return continued(reading, logits, wish)
@@ -176,8 +181,9 @@ class Keeping:
 def draft_of(name: str, module: Any, model: Reading) -> Draft:
     """Return the draft of a module: without a state of its own if the model's cache has it."""
     given, wanted = model.module._assembly.layers, module._assembly.layers
-    if len(given) == len(wanted) and all(map(can_borrow, given, wanted)):
-        return Borrowing(name, module, model)
+    places = shared_states(model.module, module)
+    if places is not None and all(map(can_borrow, [given[n] for n in places], wanted)):
+        return Borrowing(name, module, model, places)
     return Keeping(name, module)
 
 
