@@ -15,6 +15,7 @@ import reroll
 from reroll.errors import UsageError
 from reroll.runtime.speculation.decode import Ends, speculate
 from reroll.runtime.speculation.products import to_int8
+from reroll.runtime.speculation.prompts import PROMPTS
 from reroll.runtime.speculation.reading import Reading
 from reroll.runtime.speculation.sampling import Sampling
 from reroll.runtime.speculation.twins import twin as lower_twin
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
     from reroll.rewrite.pipeline.pipeline import Pipeline
 
-# names of drafts with their models; `lookup` needs none
+# names of drafts with their models; `lookup` and `prompts` need none
 Drafts: TypeAlias = list[tuple[str, Any]]
 LOOKUP = "lookup"
+# what a model drafts with that has an exit with an adapter
+EXIT = "exit"
 # what "auto" tries beside `lookup`; in int8 where products of int8 are fast
 WINDOW = "window(size=256, sinks=4)"
 _INT8 = re.compile(r"(^|,)\s*int8\s*$")
@@ -96,7 +99,8 @@ def generate(
         input_ids: [rows, time].
         draft: passes that make a draft of the model, a draft that is made already (see `twin`),
             "lookup" for the tokens that followed the same ones before, or "auto", which measures
-            a window and this while it decodes, and uses what pays. Of a list of drafts it uses
+            a window and this while it decodes, and uses what pays, "exit" for the layers below an
+            exit with an adapter, or "prompts" for prompt tokens, if the model has them. Of a list of drafts it uses
             what pays as well. A draft that passes have made is kept for later calls, until the
             model's weights change.
         attention_mask: [rows, time], 0 at padding on the left.
@@ -182,7 +186,9 @@ def drafts_of(model: Any, draft: Any) -> Drafts:
             for number, (name, module) in enumerate(made, 1)
         ]
     if _is_made(draft):
-        return [(LOOKUP, None) if draft == LOOKUP else ("draft", draft)]
+        if draft == EXIT:
+            return [(EXIT, _kept_twin(model, "cut_at_exit"))]
+        return [(draft, None) if draft in (LOOKUP, PROMPTS) else ("draft", draft)]
     if draft == "auto":
         window = f"{WINDOW}, int8" if model.device.type == "cpu" else WINDOW
         return [(window, _kept_twin(model, window)), (LOOKUP, None)]
@@ -230,7 +236,8 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
 
 def _is_made(draft: Any) -> bool:
     """Whether a draft is one already, and not passes that make one."""
-    return draft == LOOKUP or hasattr(draft, "to_program")
+    names = isinstance(draft, str) and draft in (LOOKUP, EXIT, PROMPTS)
+    return names or hasattr(draft, "to_program")
 
 
 def own_ends(model: Any) -> set[int]:

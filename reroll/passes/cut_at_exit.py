@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from reroll.errors import PassError
-from reroll.passes.exits.adapter import EXIT_HIDDEN
+from reroll.rewrite.ir.drafting import EXIT_HIDDEN
 from reroll.rewrite.ir.ops import loop
 from reroll.rewrite.ir.parts import logits_head, output_values
 from reroll.rewrite.ir.program import Program, drop_unused

@@ -12,6 +12,7 @@ from reroll.bounds import COUNT
 from reroll.errors import PassError
 from reroll.rewrite.analysis.samples import token_input
 from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.drafting import PROMPT_TOKENS, PROMPT_WEIGHT
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Input
 from reroll.rewrite.ir.types import type_of
@@ -19,10 +20,6 @@ from reroll.rewrite.ir.weights import Expr, Weight, copy, scale, slice_
 from reroll.rewrite.pipeline.base import Context, Pass, option
 
 aten = torch.ops.aten
-
-# the input that says which tokens are prompt tokens, and the weight with their embeddings
-PROMPT_TOKENS = "prompt_tokens"
-WEIGHT = f"{PROMPT_TOKENS}.weight"
 
 
 class PromptTokens(Pass):
@@ -48,9 +45,10 @@ class PromptTokens(Pass):
             raise PassError("the model has prompt tokens already")
         tokens = token_input(program)
         lookup = None if tokens is None else _lookup(program.graph, tokens)
-        if tokens is None or lookup is None:
-            raise PassError("no table is looked up for the tokens of a text")
-        if "logits" not in program.outputs or program.origin.loss != "shifted":
+        data = [item for item in program.inputs if item.role == "data"]
+        if tokens is None or lookup is None or data != [tokens]:
+            raise PassError("the model is not one of text alone, whose tokens a table embeds")
+        if "logits" not in program.outputs:
             raise PassError("the model predicts no next token")
         given = Input(PROMPT_TOKENS, tokens.type, "zeros")
         embedded, rows = self._rows(program, lookup)
@@ -61,13 +59,13 @@ class PromptTokens(Pass):
         weight = Weight((rows,))
         build.wrap(
             embedded,
-            lambda node: build.trace(_replaced, node, numbers, build.weight(WEIGHT, weight)),
+            lambda node: build.trace(_replaced, node, numbers, build.weight(PROMPT_WEIGHT, weight)),
         )
         context.remark(f"{self.count} prompt tokens: {weight.elements():,} parameters")
         return replace(
             program,
             inputs=(*program.inputs, given),
-            weights=program.weights.with_weight(WEIGHT, weight),
+            weights=program.weights.with_weight(PROMPT_WEIGHT, weight),
         )
 
     def _rows(self, program: Program, lookup: fx.Node) -> tuple[fx.Node, Expr]:

@@ -20,6 +20,7 @@ from reroll.rewrite.analysis.layers import AttentionLayer, attention_layers
 from reroll.rewrite.analysis.residual import Stream, Tracer
 from reroll.rewrite.capture.rolling.split import split_loop
 from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.drafting import EXIT_ADAPTER, EXIT_HIDDEN
 from reroll.rewrite.ir.hidden import unmark
 from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.parts import logits_head
@@ -27,9 +28,6 @@ from reroll.rewrite.ir.program import Loop, Program, ancestors
 from reroll.rewrite.ir.weights import Weight, copy
 
 aten = torch.ops.aten
-
-# the output that has the exit's hidden states, and the first part of the names of its weights
-EXIT_HIDDEN, EXIT_ADAPTER = "exit_hidden", "exit_adapter"
 
 HINT = "give other `at` or `loop`; reroll show prints the layers"
 

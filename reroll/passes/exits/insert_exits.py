@@ -13,11 +13,12 @@ from torch import fx
 
 from reroll.bounds import COUNT, SIZE
 from reroll.errors import PassError, UsageError
-from reroll.passes.exits.adapter import EXIT_HIDDEN, add_adapter
+from reroll.passes.exits.adapter import add_adapter
 from reroll.passes.exits.heads import add_heads, copy_path, path_to_logits
 from reroll.passes.exits.scores import Scores, stacked_weight
 from reroll.rewrite.capture.rolling.split import find_loop, inline
 from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.drafting import EXIT_HIDDEN
 from reroll.rewrite.ir.exits import exits_of
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import (

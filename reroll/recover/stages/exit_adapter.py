@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from reroll.errors import UsageError
-from reroll.passes.exits.adapter import EXIT_ADAPTER, EXIT_HIDDEN
 from reroll.recover.losses import unpadded
 from reroll.recover.stage import Batch, Loss, Models, Stage, arguments
 from reroll.recover.stages.distil import Distil
+from reroll.rewrite.ir.drafting import EXIT_ADAPTER, EXIT_HIDDEN
 from reroll.rewrite.pipeline.options import option
 from reroll.runtime.functions.loops import read_out
 

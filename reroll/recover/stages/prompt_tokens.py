@@ -9,11 +9,11 @@ from torch import Tensor
 
 from reroll.bounds import COUNT, SHARE
 from reroll.errors import UsageError
-from reroll.passes.prompt_tokens import PROMPT_TOKENS, WEIGHT
 from reroll.recover.stage import Batch, Loss, Models, Stage
 from reroll.recover.stages.distil import Distil
 from reroll.rewrite.analysis.mixing import other_mixing
 from reroll.rewrite.analysis.state_plan import plan_states
+from reroll.rewrite.ir.drafting import PROMPT_TOKENS, PROMPT_WEIGHT
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION
 from reroll.rewrite.ir.program import Program
@@ -49,7 +49,7 @@ class PromptTokens(Stage):
     decay: float = option(0.8, within=SHARE, help="weight of a prompt token, over the one before")
 
     def check_models(self, models: Models) -> None:
-        if WEIGHT not in models.module.program.weights:
+        if PROMPT_WEIGHT not in models.module.program.weights:
             raise UsageError(
                 "the model has no prompt tokens",
                 where="stage prompt_tokens",
@@ -57,7 +57,7 @@ class PromptTokens(Stage):
             )
 
     def loss(self, batch: Batch, models: Models) -> Loss:
-        count = models.module.program.weights[WEIGHT].meta.shape[0]
+        count = models.module.program.weights[PROMPT_WEIGHT].meta.shape[0]
         # every row has tokens there
         length = int(batch.mask.sum(1).min())
         room = length - count - 1

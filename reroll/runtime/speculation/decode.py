@@ -13,6 +13,7 @@ from torch import Tensor
 from reroll.errors import UsageError
 from reroll.runtime.speculation.control import Controller
 from reroll.runtime.speculation.drafts import Draft, Lookup, Proposal, Wish, draft_of
+from reroll.runtime.speculation.prompts import PROMPTS, Prompting
 from reroll.runtime.speculation.reading import Reading, begin, can_part
 from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw, kept, one_hot
 
@@ -132,7 +133,7 @@ def speculate(
 ) -> tuple[list[Tensor], SpeculationReport]:
     """Continue rows of tokens [time]; return all tokens of each and what was done.
 
-    `drafts` are names and lowered models; a name without a model is looked up in the tokens so far.
+    `drafts` are names and lowered models; `lookup` and `prompts` have none.
     `count` tokens are proposed in each round, or what pays if it is None. `cache` has read the
     first tokens of each row already; of one row, it has read all but the last afterwards. Leviathan
     et al. (arXiv 2211.17192), algorithm 1.
@@ -155,8 +156,7 @@ def speculate(
         for row, new in zip(batch, first, strict=True):
             row.extend(new, ends)
         made: list[Draft] = [
-            Lookup() if module is None else draft_of(name, module, target)
-            for name, module in drafts
+            _draft(name, module, target) for name, module in drafts
         ]
         parts = len(rows) == 1 or all(map(can_part, [model, *(m for _, m in drafts if m)]))
         run = _Run(target, made, Controller(len(made), count), sampling, ends, exact, parts)
@@ -211,7 +211,7 @@ class _Run:
         if number is not None and count > 0:
             wish = Wish(count, self.sampling, self.control.worth(number))
             proposal = self.drafts[number].propose([row.tokens for row in rows], wish)
-        drafted = time.perf_counter()
+        drafted, prompts = time.perf_counter(), self.target.prompts
         logits = self.target.read(torch.cat([last, proposal.tokens], 1))
         new = self._new(rows, proposal, logits)
         if not self.parts:
@@ -223,7 +223,8 @@ class _Run:
         self.target.take_back([asked - n for n in (counts if self.parts else map(len, new))])
         done = time.perf_counter()
         right = [max(n - 1, 0) for n in counts]
-        self.control.add(number, asked - 1, right, drafted - start, done - drafted, proposal.steps)
+        seconds = drafted - start, done - drafted
+        self.control.add(number, asked - 1, right, *seconds, proposal.steps, prompts)
         return rows
 
     def _new(self, rows: list[Row], proposal: Proposal, logits: Tensor) -> list[Tensor]:
@@ -250,6 +251,12 @@ class _Run:
         tokens, q = proposal.tokens[row], proposal.drawn_from
         given = one_hot(tokens, logits.shape[-1]) if q is None else q[row]
         return kept(tokens, given, self.sampling.distribution(logits[row]))
+
+
+def _draft(name: str, module: Any, target: Reading) -> Draft:
+    if module is not None:
+        return draft_of(name, module, target)
+    return Prompting(name, target) if name.startswith(PROMPTS) else Lookup()
 
 
 def _near_ties(logits: Tensor) -> list[dict[int, float]]:
