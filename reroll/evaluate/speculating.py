@@ -99,10 +99,10 @@ def generate(
         input_ids: [rows, time].
         draft: passes that make a draft of the model, a draft that is made already (see `twin`),
             "lookup" for the tokens that followed the same ones before, or "auto", which measures
-            a window and this while it decodes, and uses what pays, "exit" for the layers below an
-            exit with an adapter, or "prompts" for prompt tokens, if the model has them. Of a list of drafts it uses
-            what pays as well. A draft that passes have made is kept for later calls, until the
-            model's weights change.
+            a window and this while it decodes, and uses what pays. A model with an exit for drafts
+            has "exit", and one with prompt tokens "prompts". Of a list of drafts it uses what pays
+            as well. A draft that passes have made is kept for later calls, until the model's
+            weights change.
         attention_mask: [rows, time], 0 at padding on the left.
         max_new_tokens: at most this many.
         draft_tokens: how many tokens are proposed at a time; what pays if None.

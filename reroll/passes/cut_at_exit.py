@@ -16,8 +16,8 @@ class CutAtExit(Pass):
     """Leave out the layers behind an exit with an adapter, whose logits become the model's.
 
     The result is the draft of a model that `insert_exits(adapter=attention)` has given such an
-    exit: the layers below it, the adapter and the model's own head, with the same weights (Kangaroo,
-    arXiv 2404.18911).
+    exit: the layers below it, the adapter and the model's own head, with the same weights
+    (Kangaroo, arXiv 2404.18911).
     """
 
     name = "cut_at_exit"

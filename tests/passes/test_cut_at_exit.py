@@ -45,7 +45,9 @@ class TestInserted(PassSuite):
     pipeline = "insert_exits(at=[2], adapter=attention)"
 
     def test_it_runs_and_keeps_its_contract(self, before: Program, under_test: Pass) -> None:
-        found, whole = (run(p, {"input_ids": IDS}) for p in (self.apply(before, under_test), before))
+        found, whole = (
+            run(p, {"input_ids": IDS}) for p in (self.apply(before, under_test), before)
+        )
         assert torch.equal(found["logits"], whole["logits"])
         assert found["exit_hidden"].shape == (*IDS.shape, 32)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import reroll
 from reroll.errors import UsageError
 from reroll.recover import Batch, Models, load_recipe, recover
 from reroll.recover import recipe as recipes
@@ -102,7 +103,8 @@ def test_prompt_tokens_learn_what_comes_later() -> None:
 
 def test_models_without_them_are_refused() -> None:
     plain = models("llama", "window(size=8)")
-    for kind, said in ((ExitAdapter, "no exit with an adapter"), (PromptTokens, "no prompt tokens")):
+    refused = (ExitAdapter, "no exit with an adapter"), (PromptTokens, "no prompt tokens")
+    for kind, said in refused:
         with pytest.raises(UsageError, match=said):
             kind.make({}).check_models(plain)
     short = Batch(IDS[:, :4], torch.ones(3, 4, dtype=torch.long))
@@ -124,8 +126,6 @@ def test_a_run_trains_and_saves_them(tmp_path: Path) -> None:
     settings = {"length": 32, "batch": 4, "held_rows": 2}
     both = [{"exit_adapter": {"lr": 1e-2}}, {"prompt_tokens": {"lr": 1e-2, "places": 4}}]
     recipe = recipes.parse({"recover": {**settings, "stages": both}})
-    import reroll
-
     student = reroll.run_passes(reroll.capture(str(path)), f"{EXIT}, {PROMPTS}", measure=False)
     recover(student, tmp_path / "out", data=[text], recipe=recipe, tokens=32 * 4 * 12)
     trained, before = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), student.to_module()

@@ -88,7 +88,7 @@ class _Copier:
         self.present = set(_until(program.graph, hidden))
 
     def copied(self, node: fx.Node, loop: Loop | None, trip: int) -> Any:
-        """Copy a node with all that it is computed from; the node is in a trip of `loop`, if any."""
+        """Copy a node, in a trip of `loop` if it is in one, with all that it is computed from."""
         if node in self.stream:
             return self.hidden
         if node not in self.copies:

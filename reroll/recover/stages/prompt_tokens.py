@@ -111,9 +111,8 @@ def _together(models: Models, tokens: Tensor, places: Tensor, count: int) -> Pai
     positions = torch.cat([torch.arange(length, device=device), ahead.flatten()])
     numbered = torch.cat([tokens.new_zeros(length), numbers.repeat(len(places)).to(tokens)])
     # the place that a column belongs to; the text belongs to all
-    group = torch.cat(
-        [tokens.new_full((length,), -1), torch.arange(len(places), device=device).repeat_interleave(count)]
-    )  # fmt: skip
+    own_group = torch.arange(len(places), device=device).repeat_interleave(count)
+    group = torch.cat([own_group.new_full((length,), -1), own_group])
     before = positions[None] <= positions[:, None]
     start = torch.cat([positions[:length], places.repeat_interleave(count)])
     text = (group[None] < 0) & (positions[None] <= start[:, None])

@@ -1,4 +1,4 @@
-"""Names of what a Program has for drafts: passes write it, recovery trains it, decoding reads it."""
+"""Names of what a Program has for drafts: passes add it, recovery trains it, decoding reads it."""
 
 from __future__ import annotations
 

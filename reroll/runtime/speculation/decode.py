@@ -155,9 +155,7 @@ def speculate(
         batch = [Row(n, r, len(r), len(r) + max_new_tokens) for n, r in enumerate(rows)]
         for row, new in zip(batch, first, strict=True):
             row.extend(new, ends)
-        made: list[Draft] = [
-            _draft(name, module, target) for name, module in drafts
-        ]
+        made: list[Draft] = [_draft(name, module, target) for name, module in drafts]
         parts = len(rows) == 1 or all(map(can_part, [model, *(m for _, m in drafts if m)]))
         run = _Run(target, made, Controller(len(made), count), sampling, ends, exact, parts)
         active = run.drop_done(batch)

@@ -1,4 +1,4 @@
-"""Drafts that are trained: an exit with an adapter, and prompt tokens. The tokens are the model's own."""
+"""Drafts that are trained, an exit with an adapter and prompt tokens: tokens stay the model's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import reroll
 from reroll.errors import PassError, UsageError
+from reroll.recover import Batch, Models
+from reroll.recover.stages.exit_adapter import ExitAdapter
 from reroll.runtime.speculation.drafts import Wish
 from reroll.runtime.speculation.prompts import Prompting
 from reroll.runtime.speculation.reading import begin
@@ -40,8 +42,6 @@ def generated(module: Any, draft: Any, count: int | None = 3, **options: Any) ->
     return reroll.generate(
         module, IDS, draft, max_new_tokens=NEW, draft_tokens=count, ends=(), **options
     )
-
-
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2", "gpt2"])
@@ -73,9 +73,7 @@ def test_batches() -> None:
     module = model("llama")
     rows = torch.cat([IDS, IDS.flip(1)])
     for draft in ("exit", "prompts"):
-        found = reroll.generate(
-            module, rows, draft, max_new_tokens=NEW, draft_tokens=3, ends=()
-        )
+        found = reroll.generate(module, rows, draft, max_new_tokens=NEW, draft_tokens=3, ends=())
         assert torch.equal(found, torch.cat([greedy(module, row[None]) for row in rows]))
 
 
@@ -130,9 +128,6 @@ def test_right_predictions_are_accepted() -> None:
 
 def test_an_exit_that_is_trained_is_right() -> None:
     """With the weights of the model's last layer, the adapter of the last exit is nearly it."""
-    from reroll.recover import Batch, Models
-    from reroll.recover.stages.exit_adapter import ExitAdapter
-
     module = reroll.run_passes(captured.captured("llama"), EXIT, measure="off").to_module()
     stage, ids = ExitAdapter.make({}), greedy(module)
     module.requires_grad_(False)
