@@ -90,7 +90,10 @@ class PromptTokens(Pass):
 
 def _lookup(graph: fx.Graph, tokens: Input) -> fx.Node | None:
     """Find the first lookup of an input's tokens in a table."""
+    node: fx.Node
     for node in graph.find_nodes(op="call_function", target=aten.embedding.default):
+        table: Any
+        ids: Any
         table, ids = node.args[:2]
         if table.op == "get_attr" and ids.op == "placeholder" and ids.target == tokens.name:
             type_ = type_of(node)

@@ -75,7 +75,7 @@ class PromptTokens(Stage):
             pairs = _together(models, tokens, chosen.sort().values, count)
         else:
             pairs = _behind(models, tokens, int(chosen[0]), count)
-        divergence, parts = Distil.make({}).divergence, {}
+        divergence, parts = Distil.make({}).divergence, dict[str, float]()
         value, total = pairs[0][0].new_zeros((), dtype=torch.float32), 0.0
         for number, (ahead, expected) in enumerate(pairs, 1):
             weight = self.decay ** (number - 1)

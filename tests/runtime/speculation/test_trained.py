@@ -127,16 +127,17 @@ def test_right_predictions_are_accepted() -> None:
 
 
 def test_an_exit_that_is_trained_is_right() -> None:
-    """With the weights of the model's last layer, the adapter of the last exit is nearly it."""
+    """An adapter of random weights, before and after some steps on the tokens that are said."""
     module = reroll.run_passes(captured.captured("llama"), EXIT, measure="off").to_module()
     stage, ids = ExitAdapter.make({}), greedy(module)
     module.requires_grad_(False)
     own = [p for n, p in module.named_parameters() if n.startswith("exit_adapter")]
     for parameter in own:
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(own, 1e-2)
     rates = []
-    for steps in (1, 60):
+    for steps in (0, 60):
         for _ in range(steps):
             loss = stage.loss(Batch(ids, torch.ones_like(ids)), Models(module, module, None))
             optimizer.zero_grad()
@@ -145,7 +146,8 @@ def test_an_exit_that_is_trained_is_right() -> None:
         assert torch.equal(generated(module, "exit"), ids)
         ((proposed, accepted),) = module.speculation_report.drafts.values()
         rates.append(accepted / proposed)
-    assert rates[1] > max(0.8, rates[0])
+    assert rates[0] < 0.5
+    assert rates[1] > 0.8
 
 
 @pytest.mark.parametrize("draft", ["exit", "prompts"])
