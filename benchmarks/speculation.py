@@ -99,7 +99,14 @@ def one(case: Row, options: Namespace, number: int) -> Row:
     model, _ = opened(name, dtype, context)
     rows, start = begun(name, dtype, context, options.text, number, options.rows, options.piece)
     runs = [
-        speculate(model, rows, drafts, max_new_tokens=options.tokens, cache=copy.deepcopy(start))
+        speculate(
+            model,
+            rows,
+            drafts,
+            max_new_tokens=options.tokens,
+            count=options.count or None,
+            cache=copy.deepcopy(start),
+        )
         for drafts in ([], drafts_of(model, case["draft"]), [])
     ]
     (plain, before), (tokens, report), (_, after) = runs

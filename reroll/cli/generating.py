@@ -61,7 +61,8 @@ def generate(
         str | None,
         typer.Option(
             help="Decode with a draft: passes that make one of the model, with `int8` behind them "
-            "or alone, `lookup`, or `auto`, which uses what pays. The tokens are the model's own."
+            "or alone, `lookup`, `exit`, `prompts`, or `auto`, which uses what pays. The tokens "
+            "are the model's own."
         ),
     ] = None,
     exact: Annotated[

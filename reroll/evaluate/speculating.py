@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
     from reroll.rewrite.pipeline.pipeline import Pipeline
 
-# names of drafts with their models; `lookup` needs none
+# names of drafts with their models; `lookup` and `prompts` need none
 Drafts: TypeAlias = list[tuple[str, Any]]
 LOOKUP = "lookup"
+# what a model drafts with that has an exit with an adapter
+EXIT = "exit"
 # what "auto" tries beside `lookup`; in int8 where products of int8 are fast
 WINDOW = "window(size=256, sinks=4)"
 _INT8 = re.compile(r"(^|,)\s*int8\s*$")
@@ -98,10 +100,11 @@ def generate(
         input_ids: [rows, time].
         draft: passes that make a draft of the model, a draft that is made already (see `twin`),
             "lookup" for the tokens that followed the same ones before, "clasp(skip=8)",
-            "static-skip(skip=8)" or "del" for the model itself with fewer layers (see
-            `reroll.runtime.speculation.named`), or "auto", which measures a window and "lookup"
-            while it decodes, and uses what pays. Of a list of drafts it uses what pays as well. A
-            draft that passes have made is kept for later calls, until the model's weights change.
+            "static-skip(skip=8)" or "del" for the model itself with fewer layers, "prompts" for its
+            prompt tokens (see `reroll.runtime.speculation.named`), "exit" for its exit for drafts,
+            or "auto", which measures a window and "lookup" while it decodes, and uses what pays. Of
+            a list of drafts it uses what pays as well. A draft that passes have made is kept for
+            later calls, until the model's weights change.
         attention_mask: [rows, time], 0 at padding on the left.
         max_new_tokens: at most this many.
         draft_tokens: how many tokens are proposed at a time; what pays if None.
@@ -189,6 +192,8 @@ def drafts_of(model: Any, draft: Any) -> Drafts:
             for number, (name, module) in enumerate(made, 1)
         ]
     if _is_made(draft):
+        if draft == EXIT:
+            return [(EXIT, _kept_twin(model, "cut_at_exit"))]
         return [(draft, None) if is_named(draft) else ("draft", draft)]
     if draft == "auto":
         window = f"{WINDOW}, int8" if model.device.type == "cpu" else WINDOW
@@ -237,7 +242,7 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
 
 def _is_made(draft: Any) -> bool:
     """Whether a draft is one already, and not passes that make one."""
-    return is_named(draft) or hasattr(draft, "to_program")
+    return draft == EXIT or is_named(draft) or hasattr(draft, "to_program")
 
 
 def own_ends(model: Any) -> set[int]:

@@ -13,10 +13,12 @@ from torch import fx
 
 from reroll.bounds import COUNT, SIZE
 from reroll.errors import PassError, UsageError
+from reroll.passes.exits.adapter import add_adapter
 from reroll.passes.exits.heads import add_heads, copy_path, path_to_logits
 from reroll.passes.exits.scores import Scores, stacked_weight
 from reroll.rewrite.capture.rolling.split import find_loop, inline
 from reroll.rewrite.ir.builder import Builder
+from reroll.rewrite.ir.drafting import EXIT_HIDDEN
 from reroll.rewrite.ir.exits import exits_of
 from reroll.rewrite.ir.matching import argument, shape
 from reroll.rewrite.ir.ops import (
@@ -78,6 +80,12 @@ class InsertExits(Pass):
     `head` says what computes the logits at an exit, for the criterion too. It is the model's own
     norm and head (`shared`), a norm for each exit (`norm`), or norm and head for each (`own`). They
     start as the model's own; recovery's stage `exits` trains them.
+
+    `adapter=attention` makes an exit for drafts instead (Kangaroo, arXiv 2404.18911): an attention
+    between two norms, without a feed-forward, reads the hidden states behind the one layer `at`,
+    and writes the output `exit_hidden`, which the model's own head can read. No token leaves, and
+    all else stays. The adapter begins as a copy of the first attention behind the exit; recovery's
+    stage `exit_adapter` trains it, and `cut_at_exit` makes the draft.
     """
 
     name = "insert_exits"
@@ -94,6 +102,9 @@ class InsertExits(Pass):
     )
     width: int = option(32, within=SIZE, help="hidden units of the classifiers `mlp` and `gated`")
     loop: str | None = option(None, help="the loop's name; the longest one by default")
+    adapter: Literal["none", "attention"] = option(
+        "none", help="what stands before the head at an exit that is for drafts alone"
+    )
 
     def check(self) -> None:
         if sorted(set(self.at)) != self.at:
@@ -105,6 +116,23 @@ class InsertExits(Pass):
             raise UsageError(
                 f"{len(self.threshold)} thresholds are given for {len(self.at)} exits",
                 where="pass insert_exits, option threshold",
+            )
+        if self.adapter != "none":
+            self._check_adapter()
+
+    def _check_adapter(self) -> None:
+        if len(self.at) != 1:
+            raise UsageError(
+                f"an adapter is for one exit, and {len(self.at)} are given",
+                where="pass insert_exits, option at",
+            )
+        taken = {"at", "loop", "adapter"}
+        others = [name for name in self.changed_options() if name not in taken]
+        if others:
+            raise UsageError(
+                "no token leaves at an exit with an adapter, so this says nothing",
+                where=f"pass insert_exits, option {others[0]}",
+                hint="leave it out, or the adapter",
             )
 
     def run(self, program: Program, context: Context) -> Program:
@@ -118,6 +146,8 @@ class InsertExits(Pass):
             )
         if len(loop.carry) != 1 or loop.carry[0].meta["type"].shape[:-1] != ("b", "s"):
             raise PassError(f"{loop.name} does not carry one value for each token")
+        if self.adapter != "none":
+            return self._with_adapter(program, loop, context)
         builder = _Builder(self, program, loop)
         program = builder.build()
         context.remark(
@@ -131,6 +161,16 @@ class InsertExits(Pass):
         if builder.weights:
             added = sum(weight.elements() for weight in builder.weights.values())
             context.remark(f"classifiers of {added:,} parameters")
+        return program
+
+    def _with_adapter(self, program: Program, loop: Loop, context: Context) -> Program:
+        if EXIT_HIDDEN in program.outputs:
+            raise PassError("the model has an exit with an adapter already")
+        program, parameters = add_adapter(program, loop, self.at[0])
+        context.remark(
+            f"{loop.name}: an exit for drafts after {self.at[0]} of {loop.trips} trips, with an "
+            f"adapter of {parameters:,} parameters"
+        )
         return program
 
     def thresholds(self) -> list[float]:

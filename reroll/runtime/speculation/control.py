@@ -67,6 +67,8 @@ class Record:
     proposed: int = 0
     accepted: int = 0
     patience: int = _PATIENCE
+    # tokens that are read behind the proposed ones
+    prompts: int = 0
     # the round in which it is tried again
     again: int = 0
 
@@ -133,7 +135,8 @@ class Controller:
         """Return the expected tokens a second of rounds of `count` proposed tokens."""
         drafting = 0.0 if number is None else self.records[number].seconds.or_else(0.0)
         tokens = (1 - right ** (count + 1)) / (1 - right)
-        return tokens / max(count * drafting + self.verification.at(count + 1), 1e-9)
+        read = count + 1 + (0 if number is None else self.records[number].prompts)
+        return tokens / max(count * drafting + self.verification.at(read), 1e-9)
 
     def add(
         self,
@@ -143,18 +146,21 @@ class Controller:
         drafting: float,
         verifying: float,
         steps: int | None = None,
+        prompts: int = 0,
     ) -> None:
         """Record a round: its tokens, those accepted of each row, and the seconds of both sides.
 
-        `steps` of the draft may be more than the tokens that it proposed.
+        `steps` of the draft may be more than the tokens that it proposed, and `prompts` are tokens
+        that were read behind them.
         """
         self.rounds += 1
-        self.verification.add(proposed + 1, verifying)
+        self.verification.add(proposed + 1 + prompts, verifying)
         if number is None:
             self.plain += 1
             return
         record = self.records[number]
         record.rounds += 1
+        record.prompts = prompts
         record.proposed += proposed * len(accepted)
         record.accepted += sum(accepted)
         record.again = max(record.again, self.rounds + _PATIENCE)

@@ -135,7 +135,7 @@ def speculate(
 ) -> tuple[list[Tensor], SpeculationReport]:
     """Continue rows of tokens [time]; return all tokens of each and what was done.
 
-    `drafts` are names and lowered models; a name without a model is looked up in the tokens so far.
+    `drafts` are names and lowered models; `lookup` and `prompts` have none.
     `count` tokens are proposed in each round, or what pays if it is None. `cache` has read the
     first tokens of each row already; of one row, it has read all but the last afterwards. Leviathan
     et al. (arXiv 2211.17192), algorithm 1.
@@ -220,7 +220,7 @@ class _Run:
             how = self.sampling if self.branches == 1 else GREEDY
             wish = Wish(count, how, self.control.worth(number), self.branches)
             proposal = self.drafts[number].propose([row.tokens for row in rows], wish)
-        drafted = time.perf_counter()
+        drafted, prompts = time.perf_counter(), self.target.prompts
         asked = proposal.tokens.shape[1] + 1
         if proposal.others:
             counts = [self._branched(rows[0], proposal)]
@@ -235,7 +235,8 @@ class _Run:
             self.target.take_back([asked - n for n in (counts if self.parts else map(len, new))])
         done = time.perf_counter()
         right = [min(max(n - 1, 0), asked - 1) for n in counts]
-        self.control.add(number, asked - 1, right, drafted - start, done - drafted, proposal.steps)
+        seconds = drafted - start, done - drafted
+        self.control.add(number, asked - 1, right, *seconds, proposal.steps, prompts)
         return rows
 
     def _branched(self, row: Row, proposal: Proposal) -> int:

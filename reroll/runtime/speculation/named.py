@@ -12,6 +12,7 @@ from reroll.rewrite.pipeline.declared import Declared
 from reroll.rewrite.pipeline.pipeline_parser import parse_calls
 from reroll.runtime.speculation.drafts import Draft, Lookup
 from reroll.runtime.speculation.leaving import Del, DelOptions
+from reroll.runtime.speculation.prompts import PROMPTS, Prompting
 from reroll.runtime.speculation.reading import Reading
 from reroll.runtime.speculation.skip_sets import (
     Clasp,
@@ -33,12 +34,25 @@ def _lookup(name: str, model: Reading, rows: Sequence[Tensor], options: Any) -> 
     return Lookup()
 
 
+class PromptsOptions(Declared):
+    """Options of `prompts`: none."""
+
+    category = "draft"
+    name = PROMPTS
+
+
+def _prompts(name: str, model: Reading, rows: Sequence[Tensor], options: Any) -> Draft:
+    del rows, options
+    return Prompting(name, model)
+
+
 # for each name, its options, and what makes the draft
 NAMED: dict[str, tuple[type[Declared], Callable[..., Draft]]] = {
     "lookup": (LookupOptions, _lookup),
     "static-skip": (StaticSkipOptions, StaticSkip),
     "clasp": (ClaspOptions, Clasp),
     "del": (DelOptions, Del),
+    PROMPTS: (PromptsOptions, _prompts),
 }
 
 

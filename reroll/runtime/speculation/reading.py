@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from reroll.mixers import Tree
+from reroll.rewrite.ir.drafting import PROMPT_TOKENS
 from reroll.rewrite.ir.matching import argument
 from reroll.rewrite.ir.ops import ATTENTION
 from reroll.runtime.speculation.products import FewRows
@@ -28,7 +29,15 @@ class Reading:
     Attributes:
         mask: [rows, places] of the cache, False where nothing is seen; None if all is.
         lengths: [rows], how many tokens of each row are seen.
+        prompts: how many prompt tokens the next `read` is to put behind its tokens. They go with
+            the next `take_back`, which has to follow.
+        ahead: [rows, prompts, vocabulary], the logits at the prompt tokens of the last `read`.
     """
+
+    prompts = 0
+    ahead: Tensor | None = None
+    # prompt tokens that are in the cache
+    _behind = 0
 
     def __init__(
         self,
@@ -61,7 +70,16 @@ class Reading:
         `mask` [rows, n] is False at padding. All logits are returned if `keep` is 0. Tokens of a
         `tree` are to be kept by `keep` afterwards.
         """
-        rows, count = tokens.shape
+        prompts, self.prompts, self.ahead = self.prompts, 0, None
+        rows = len(tokens)
+        inputs: dict[str, Any] = {}
+        if prompts:
+            assert mask is None
+            assert not keep
+            numbers = torch.arange(1, prompts + 1, device=tokens.device).expand(rows, -1)
+            inputs[PROMPT_TOKENS] = torch.cat([torch.zeros_like(tokens), numbers.to(tokens)], 1)
+            tokens = torch.cat([tokens, torch.zeros_like(numbers).to(tokens)], 1)
+        count = tokens.shape[1]
         if self.mask is not None or mask is not None:
             self.mask = torch.cat(
                 [
@@ -70,7 +88,7 @@ class Reading:
                 ],
                 1,
             )
-        inputs: dict[str, Any] = {"input_ids": tokens}
+        inputs["input_ids"] = tokens
         if self.mask is not None:
             inputs["attention_mask"] = self.mask.long()
         new = _or_ones(mask, rows, count, tokens.device).long()
@@ -85,6 +103,9 @@ class Reading:
                 **inputs, past_key_values=self.cache, logits_to_keep=keep
             ).logits
         self.lengths = self.lengths + new.sum(1).to(self.lengths.device)
+        if prompts:
+            self._behind = prompts
+            logits, self.ahead = logits[:, :-prompts], logits[:, -prompts:]
         return logits
 
     def keep(self, path: Sequence[int], of: int) -> None:
@@ -124,7 +145,9 @@ class Reading:
         return logits[torch.arange(len(sizes), device=tokens.device), ends][:, None]
 
     def take_back(self, counts: Sequence[int]) -> None:
-        """Remove the last tokens of each row."""
+        """Remove the last tokens of each row, and prompt tokens behind them."""
+        counts = [count + self._behind for count in counts]
+        self._behind = 0
         places, least = self.places, min(counts)
         if len(set(counts)) > 1 or self.mask is not None:
             device = self.lengths.device if self.mask is None else self.mask.device
@@ -140,6 +163,7 @@ class Reading:
         self.cache.batch_select_indices(rows)
         self.lengths = self.lengths[rows]
         self.mask = None if self.mask is None else self.mask[rows]
+        self.ahead = None if self.ahead is None else self.ahead[rows]
 
 
 def begin(module: Any, rows: int) -> Reading:
