@@ -13,6 +13,8 @@ from transformers import StopStringCriteria
 
 import reroll
 from reroll.errors import UsageError
+from reroll.rewrite.ir.drafts import check_draft
+from reroll.rewrite.ir.program import Program
 from reroll.runtime.speculation.decode import Ends, speculate
 from reroll.runtime.speculation.products import to_int8
 from reroll.runtime.speculation.reading import Reading
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 # names of drafts with their models; `lookup` needs none
 Drafts: TypeAlias = list[tuple[str, Any]]
 LOOKUP = "lookup"
+# the name of the draft that was saved with a model
+SAVED = "draft"
 # what "auto" tries beside `lookup`; in int8 where products of int8 are fast
 WINDOW = "window(size=256, sinks=4)"
 _INT8 = re.compile(r"(^|,)\s*int8\s*$")
@@ -35,19 +39,20 @@ _INT8 = re.compile(r"(^|,)\s*int8\s*$")
 _made: WeakKeyDictionary[Any, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
 
 
-def twin(model: Any, passes: Pipeline, **options: Any) -> Any:
+def twin(model: Any, passes: Pipeline | Program, **options: Any) -> Any:
     """Rewrite a lowered model into another that shares its weights in memory.
 
-    `passes` and `options` are those of `run_passes`, which measures nothing here. The twin adds
-    only the weights that passes have added or changed. With `int8` behind the passes, or alone, its
-    linear layers are copied to int8 (on a processor). It can draft for the model:
+    `passes` and `options` are those of `run_passes`, which measures nothing here; or `passes` is
+    what `Program.twin` has made of the model's Program. The twin adds only the weights that passes
+    have added or changed. With `int8` behind the passes, or alone, its linear layers are copied to
+    int8 (on a processor). It can draft for the model:
 
         model = program.to_module()
         draft = reroll.twin(model, "window(size=256, sinks=4), int8")
         model.generate(**inputs, assistant_model=draft)
 
-    Raises UsageError for a model that is not lowered, or int8 on another device, and what
-    `run_passes` raises.
+    Raises UsageError for a model that is not lowered, a Program that was not made from its, or int8
+    on another device, and what `run_passes` raises.
     """
     if not hasattr(model, "to_program"):
         raise UsageError(
@@ -55,6 +60,9 @@ def twin(model: Any, passes: Pipeline, **options: Any) -> Any:
             where=type(model).__name__,
             hint="capture it first: reroll.capture(model).to_module()",
         )
+    if isinstance(passes, Program):
+        check_draft(model.program, passes)
+        return lower_twin(model, model.program, passes)
     int8 = isinstance(passes, str) and _INT8.search(passes) is not None
     if int8:
         passes = _INT8.sub("", str(passes))
@@ -94,11 +102,12 @@ def generate(
     Args:
         model: a lowered model that keeps a cache.
         input_ids: [rows, time].
-        draft: passes that make a draft of the model, a draft that is made already (see `twin`),
-            "lookup" for the tokens that followed the same ones before, or "auto", which measures
-            a window and this while it decodes, and uses what pays. Of a list of drafts it uses
-            what pays as well. A draft that passes have made is kept for later calls, until the
-            model's weights change.
+        draft: passes that make a draft of the model, a draft that is made already (see `twin` and
+            `Program.twin`), "draft" for the one that was saved with the model, "lookup" for the
+            tokens that followed the same ones before, or "auto", which measures the saved draft,
+            or else a window, and lookup while it decodes, and uses what pays. Of a list of drafts
+            it uses what pays as well. A draft that passes have made is kept for later calls, until
+            the model's weights change.
         attention_mask: [rows, time], 0 at padding on the left.
         max_new_tokens: at most this many.
         draft_tokens: how many tokens are proposed at a time; what pays if None.
@@ -181,8 +190,22 @@ def drafts_of(model: Any, draft: Any) -> Drafts:
             (f"{name} {number}" if names.count(name) > 1 else name, module)
             for number, (name, module) in enumerate(made, 1)
         ]
-    if _is_made(draft):
-        return [(LOOKUP, None) if draft == LOOKUP else ("draft", draft)]
+    if isinstance(draft, Program):
+        return [("draft", twin(model, draft))]
+    if hasattr(draft, "to_program"):
+        return [("draft", draft)]
+    if draft == LOOKUP:
+        return [(LOOKUP, None)]
+    saved = getattr(getattr(model, "program", None), "draft", None)
+    if draft == SAVED and saved is None:
+        raise UsageError(
+            "no draft was saved with the model",
+            where=type(model).__name__,
+            hint="reroll convert MODEL OUT --draft PASSES saves one; or name passes here",
+        )
+    if saved is not None and draft in (SAVED, "auto"):
+        found: Drafts = [(SAVED, _kept_twin(model, SAVED))]
+        return [*found, (LOOKUP, None)] if draft == "auto" else found
     if draft == "auto":
         window = f"{WINDOW}, int8" if model.device.type == "cpu" else WINDOW
         return [(window, _kept_twin(model, window)), (LOOKUP, None)]
@@ -190,7 +213,7 @@ def drafts_of(model: Any, draft: Any) -> Drafts:
 
 
 def _kept_twin(model: Any, passes: Any) -> Any:
-    """Return the twin of a model's present weights, made at the first call."""
+    """Return the twin of a model's present weights, made at the first call; SAVED for its draft."""
     if not isinstance(passes, str) or not hasattr(model, "parameters"):
         return twin(model, passes)
     weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
@@ -199,7 +222,7 @@ def _kept_twin(model: Any, passes: Any) -> Any:
         made = {}
         _made[model] = weights, made
     if passes not in made:
-        made[passes] = twin(model, passes)
+        made[passes] = twin(model, model.program.draft if passes == SAVED else passes)
     return made[passes]
 
 
@@ -229,8 +252,9 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
 
 
 def _is_made(draft: Any) -> bool:
-    """Whether a draft is one already, and not passes that make one."""
-    return draft == LOOKUP or hasattr(draft, "to_program")
+    """Whether a draft is one already, or a name of one, and not passes that make one."""
+    is_named = isinstance(draft, str) and draft in (LOOKUP, SAVED)
+    return is_named or isinstance(draft, Program) or hasattr(draft, "to_program")
 
 
 def own_ends(model: Any) -> set[int]:
