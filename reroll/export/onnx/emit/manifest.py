@@ -24,7 +24,9 @@ from reroll.export.onnx.plan.parts import computed_inputs
 from reroll.export.onnx.plan.record import Plan
 from reroll.export.onnx.plan.states import CONV, PAST, PRESENT, RECURRENT, State
 from reroll.export.onnx.plan.weights import FILE
+from reroll.rewrite.analysis.reach import position_limits
 from reroll.rewrite.analysis.state_plan import plan_states
+from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.program import Program
 from reroll.runtime.speculation.drafts import can_borrow
 
@@ -67,7 +69,9 @@ def write_manifest(
         "states": states,
         # what a run of a causal model takes: new tokens, or all; None for other models
         "decoding": "states" if states else "whole" if causal else None,
-        # tokens after which nothing follows
+        # for hosts that generate: sizes, and the tokens after which nothing follows
+        "vocabulary": _vocabulary(program),
+        "positions": position_limits(program).get("input_ids"),
         "ends": _ends(program),
         **({} if plan.draft is None else {"draft": _draft(plan, plan.draft)}),
         "weights": {
@@ -149,6 +153,14 @@ def _draft(plan: Plan, draft: Plan) -> dict[str, Any]:
         "states": _states(draft),
         "borrows": borrows,
     }
+
+
+def _vocabulary(program: Program) -> int | None:
+    values: Any = program.graph.output_node().args[0]
+    if "logits" not in program.outputs:
+        return None
+    size = shape(values[program.outputs.index("logits")])[-1]
+    return size if isinstance(size, int) else None
 
 
 def _ends(program: Program) -> list[int]:

@@ -15,7 +15,6 @@ from reroll.export.onnx.plan.settings import Settings
 from reroll.export.onnx.plan.weights import FILE, Layout, Region
 from reroll.rewrite.ir.program import Program
 
-
 # before the names of a draft's graphs, and of what the file has for it alone
 DRAFT = "draft-"
 
