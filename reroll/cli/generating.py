@@ -61,7 +61,8 @@ def generate(
         str | None,
         typer.Option(
             help="Decode with a draft: passes that make one of the model, with `int8` behind them "
-            "or alone, `lookup`, or `auto`, which uses what pays. The tokens are the model's own."
+            "or alone, `draft` for the one that was saved with it, `lookup`, or `auto`, which uses "
+            "what pays. The tokens are the model's own."
         ),
     ] = None,
     exact: Annotated[
@@ -87,11 +88,16 @@ def generate(
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Continue prompts. Greedy unless an option for sampling is given."""
+    """Continue prompts. Greedy unless an option for sampling is given.
+
+    MODEL may be a directory that was exported to ONNX: it then runs in ONNX Runtime.
+    """
+    from reroll.evaluate.exported import generate as run_exported
     from reroll.evaluate.generation import generate as run
     from reroll.evaluate.generation import open_generator
     from reroll.evaluate.subjects import Opening
     from reroll.evaluate.tokenizing import read_text
+    from reroll.onnx.directory import is_exported
 
     prompts = list(prompt or ())
     if prompt_file is not None:
@@ -100,6 +106,36 @@ def generate(
         raise UsageError(
             "there is no prompt", where="generate", hint="give --prompt TEXT or --prompt-file FILE"
         )
+    if is_exported(model):
+        refused = {
+            "--beams": beams > 1,
+            "--load-state": load_state is not None,
+            "--save-state": save_state is not None,
+            "--dtype": dtype is not None,
+            "--exact": exact,
+            "--stop": bool(stop),
+        }
+        for name in (name for name, given in refused.items() if given):
+            raise UsageError(
+                f"{name} is not for an exported model", model, "generate with what was exported"
+            )
+        with Bars() as bars:
+            bars(0, 0, "generating")
+            found = run_exported(
+                model,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                chat=chat,
+                read_twice=read_twice,
+                speculate=speculate,
+            )
+        found = {"model": model, **found}
+        write_json(found) if json_ else _print_texts(found)
+        return
     with Bars() as bars:
         bars(0, 0, "opening the model")
         opening = Opening(dtype, revision=revision, trust_remote_code=trust_remote_code)

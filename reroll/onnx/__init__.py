@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from reroll.errors import UsageError
+
 if TYPE_CHECKING:
     from reroll.onnx.runner import Runner, Sequence, load
 
@@ -16,4 +18,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.runner"), name)
+    try:
+        return getattr(import_module(f"{__name__}.runner"), name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"exported models run in {error.name}",
+            where=__name__,
+            hint="pip install 'reroll[onnx]'",
+        ) from error

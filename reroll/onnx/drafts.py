@@ -121,13 +121,18 @@ def _continued(
 
 def _source(part: Part, given: dict[str, Part]) -> Part | None:
     """Return the model's state that has all entries of a draft's; None if there is none."""
+    same = given.get(part.input)
+    if same is not None and (same.dims, same.dtype, same.in_place) == (
+        part.dims,
+        part.dtype,
+        part.in_place,
+    ):
+        return same
     found = given.get(part.input.replace(".first_", "."))
-    if found is None or found.dtype != part.dtype:
+    if found is None or found.dtype != part.dtype or not found.grows or part.grows:
         return None
-    if part.input in given and found.dims == part.dims and found.in_place == part.in_place:
-        return found
     sizes = [(dims[0], dims[2]) if len(dims) == 3 else None for dims in (found.dims, part.dims)]
-    return found if found.grows and not part.grows and sizes[0] == sizes[1] else None
+    return found if sizes[0] == sizes[1] else None
 
 
 def _borrowed(part: Part, model: State) -> Array:
@@ -135,7 +140,7 @@ def _borrowed(part: Part, model: State) -> Array:
     source = _source(part, {each.input: each for each in model.graph.parts})
     assert source is not None
     array = model.arrays[source.input]
-    if source.dims == part.dims:
+    if source.input == part.input and source.dims == part.dims:
         return array
     # a window keeps the last tokens, behind zeros if there are fewer, and the first ones
     entries, made = array.numpy()[:, :, : model.read], part.zeros(0)

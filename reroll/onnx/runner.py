@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -13,13 +12,13 @@ import numpy as np
 
 from reroll.bounds import COUNT, POSITIVE, TOP_P, check_number
 from reroll.errors import UsageError
+from reroll.onnx.directory import read_manifest
 from reroll.onnx.drafts import Draft, Lookup, Proposal, draft_of
 from reroll.onnx.sampling import Array, Sampling, kept
 from reroll.onnx.state import Graph, State
 from reroll.runtime.speculation.control import Controller
 from reroll.runtime.speculation.report import SpeculationReport
 
-MANIFEST = "manifest.json"
 LOOKUP, DRAFT = "lookup", "draft"
 # accepted tokens that a state of constant size may lack before they are read alone
 _PENDING = 8
@@ -58,7 +57,7 @@ class Runner:
         self, directory: str | Path, *, threads: int = 0, graph: str | None = None
     ) -> None:
         self.directory = Path(directory)
-        self.manifest = _manifest(self.directory)
+        self.manifest = read_manifest(self.directory)
         graphs = self.manifest["graphs"]
         kinds = [k for k in ("unrolled", "loop") if k in graphs and graph in (None, k)]
         if not kinds:
@@ -217,40 +216,6 @@ class Runner:
                 f"the graph {kind} is missing", where=str(self.directory), hint="export it again"
             )
         return Graph(self.directory / described["file"], described, self._threads)
-
-
-def is_exported(directory: str | Path) -> bool:
-    """Whether a path is that of an ONNX export of reroll."""
-    path = Path(directory) / MANIFEST
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and "graphs" in found and "opset" in found
-
-
-def _manifest(directory: Path) -> dict[str, Any]:
-    if not is_exported(directory):
-        raise UsageError(
-            "this is no directory that reroll exported to ONNX",
-            where=str(directory),
-            hint="write one: reroll export MODEL DIR --target onnx",
-        )
-    found: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    if found.get("decoding") != "states":
-        raise UsageError(
-            f"the model does not decode behind a state (part: {found.get('part')}, decoding: "
-            f"{found.get('decoding')})",
-            where=str(directory),
-            hint="README.md in it says how to run it",
-        )
-    if "vocabulary" not in found or "ends" not in found:
-        raise UsageError(
-            "an earlier version of reroll wrote this directory",
-            where=str(directory),
-            hint="export the model again",
-        )
-    return found
 
 
 def _check(

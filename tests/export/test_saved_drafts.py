@@ -97,12 +97,12 @@ def test_the_saved_draft_is_used(tmp_path: Path) -> None:
     drafted(WINDOW).save(str(tmp_path / "out"))
     module = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     expected = plain(captured.captured("llama").to_module())
-    for draft in ("auto", "saved"):
+    for draft in ("auto", "draft"):
         assert torch.equal(generated(module, draft), expected)
-        assert "saved" in module.speculation_report.drafts
+        assert "draft" in module.speculation_report.drafts
     drafts = module.speculation_report.drafts
-    assert drafts["saved"][0] > 0
-    assert torch.equal(generated(module, ["saved", "lookup"]), expected)
+    assert drafts["draft"][0] > 0
+    assert torch.equal(generated(module, ["draft", "lookup"]), expected)
 
 
 def test_a_program_drafts_for_its_model() -> None:
@@ -132,7 +132,7 @@ def test_in_another_dtype_both_are(tmp_path: Path) -> None:
     assert module.program.draft.dtype == torch.float32
     made = reroll.twin(module, module.program.draft)
     assert {p.data_ptr() for p in made.parameters()} <= {p.data_ptr() for p in module.parameters()}
-    assert torch.equal(generated(module, "saved"), plain(module))
+    assert torch.equal(generated(module, "draft"), plain(module))
 
 
 def test_a_trained_model_keeps_its_draft(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_trained_model_keeps_its_draft(tmp_path: Path) -> None:
     assert again.draft is not None
     made = reroll.twin(module, module.program.draft)
     assert torch.equal(again.draft.to_module()(IDS).logits, made(IDS).logits)
-    assert torch.equal(generated(again.to_module(), "saved"), plain(module))
+    assert torch.equal(generated(again.to_module(), "draft"), plain(module))
 
 
 def test_another_vocabulary_has_no_draft(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ class TestRefused:
 
     def test_no_saved_draft(self) -> None:
         with pytest.raises(UsageError, match="no draft was saved"):
-            generated(captured.captured("llama").to_module(), "saved")
+            generated(captured.captured("llama").to_module(), "draft")
 
 
 class TestCommands:
@@ -233,12 +233,12 @@ class TestCommands:
         assert found["draft"] == {"passes": ["window(sinks=2)"], "added_bytes": 0}
         options = ["--prompt", "a b a b a b", "--max-new-tokens", "12", "--json"]
         texts = []
-        for speculate in ([], ["--speculate", "auto"], ["--speculate", "saved"]):
+        for speculate in ([], ["--speculate", "auto"], ["--speculate", "draft"]):
             result = self.run("generate", out, *speculate, *options)
             told = json.loads(result.stdout)
             texts.append(told["outputs"][0]["text"])
             if speculate:
-                assert "saved" in told["speculation"][0]["drafts"]
+                assert "draft" in told["speculation"][0]["drafts"]
         assert texts[0] == texts[1] == texts[2]
 
     def test_a_wrong_pass_is_told_before_anything_is_written(self, tmp_path: Path) -> None:
@@ -294,9 +294,9 @@ def _resident_bytes(directory: Path) -> int:
 def test_a_copied_model_has_a_draft_of_its_own_tensors(tmp_path: Path) -> None:
     drafted(WINDOW).save(str(tmp_path / "out"))
     module = reroll.load(tmp_path / "out").to_module()
-    generated(module, "saved")
+    generated(module, "draft")
     copied = copy.deepcopy(module)
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter += 0.05
-    assert torch.equal(generated(copied, "saved"), plain(copied))
+    assert torch.equal(generated(copied, "draft"), plain(copied))

@@ -117,7 +117,7 @@ class Layout:
 
     def __init__(self, program: Program, before: Layout | None = None) -> None:
         self.weights = program.weights
-        self.size = 0 if before is None else before.size
+        self.size: int = 0 if before is None else before.size
         self._regions: dict[Hashable, Region] = {}
         # where the earlier layout has the entries of a weight, by their expressions and form
         self._stacks: dict[Hashable, int] = {}
