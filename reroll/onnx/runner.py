@@ -36,6 +36,10 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     drafts: dict[str, Draft] = field(default_factory=dict)
 
+    def copy(self) -> Sequence:
+        """Return a sequence that goes on by itself, so that a common beginning is read once."""
+        return Sequence(self.state.copy(), list(self.tokens))
+
 
 def load(directory: str | Path, *, threads: int = 0, graph: str | None = None) -> Runner:
     """Open a directory that `reroll export --target onnx` wrote: see `Runner`."""

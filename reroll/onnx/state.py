@@ -121,6 +121,16 @@ class State:
             for part in graph.parts
         }
 
+    def copy(self) -> State:
+        """Return a state that goes on by itself; only what is written in place is copied."""
+        made = State(self.graph)
+        made.read, made.room, made.arrays = self.read, self.room, dict(self.arrays)
+        for part in self.graph.parts:
+            if part.in_place:
+                own = self.arrays[part.input].numpy().copy()
+                made.arrays[part.input] = OrtValue.ortvalue_from_numpy(own)
+        return made
+
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens in all, where caches are appended to in place."""
         if tokens <= self.room:

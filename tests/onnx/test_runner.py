@@ -132,6 +132,18 @@ def test_a_conversation_goes_on(passes: str, exported: Any) -> None:
         runner.generate(IDS[::-1], 8, sequence=sequence)
 
 
+@pytest.mark.parametrize("runtime", ["any", "ort"])
+@pytest.mark.parametrize("passes", ["", DELTA])
+def test_a_beginning_is_read_once(passes: str, runtime: str, exported: Any) -> None:
+    runner = exported("llama", passes, "tie(blocks=2)", runtime=runtime)
+    common = runner.sequence()
+    begun = runner.generate(IDS, 3, None, ends=(), sequence=common)
+    for end in ([5, 9], [7], [5, 9]):
+        asked = np.concatenate([begun, end])
+        found = runner.generate(asked, 8, "draft", ends=(), sequence=common.copy())
+        assert np.array_equal(found, greedy("llama", passes, asked, 8))
+
+
 @pytest.mark.parametrize(
     ("passes", "draft", "kind"),
     [
