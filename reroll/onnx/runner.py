@@ -17,11 +17,14 @@ from reroll.onnx.drafts import Draft, Lookup, Proposal, draft_of
 from reroll.onnx.sampling import Array, Sampling, kept
 from reroll.onnx.state import Graph, State
 from reroll.runtime.speculation.control import Controller
-from reroll.runtime.speculation.report import SpeculationReport
+from reroll.runtime.speculation.report import NearTie, SpeculationReport
 
 LOOKUP, DRAFT = "lookup", "draft"
 # accepted tokens that a state of constant size may lack before they are read alone
 _PENDING = 8
+# two logits are within rounding of each other if they differ by so many units in the last place of
+# the larger one, by the dtype that the graph computes in; as in `runtime.speculation.decode`
+_ROUNDING = {"fp16": (np.float16, 4.0)}
 
 
 @dataclass
@@ -145,6 +148,7 @@ class Runner:
             Sampling(temperature, top_k, top_p),
             np.random.default_rng(seed),
             self.ends if ends is None else frozenset(ends),
+            self.manifest["precision"],
         )
         self.report = _decode(round_, names, len(row) + max_new_tokens, draft_tokens)
         found = np.array(sequence.tokens, np.int64)
@@ -251,6 +255,9 @@ class _Round:
     sampling: Sampling
     random: np.random.Generator
     ends: frozenset[int]
+    precision: str
+    near_ties: list[NearTie] = field(default_factory=list)
+    made: int = 1
 
     def begin(self) -> None:
         """Read the prompt, and add the first token."""
@@ -273,11 +280,22 @@ class _Round:
         last = next((n for n, token in enumerate(new) if token in self.ends), len(new) - 1)
         # the state has all but the last
         state.back(before, len(tokens) + last)
+        if proposal.tokens and self.sampling.temperature is None:
+            self._note(logits[: last + 1])
         tokens += new[: last + 1]
+        self.made += last + 1
         if len(tokens) - 1 - state.read > _PENDING:
             state.extend(tokens[state.read : -1], 0)
         done = time.perf_counter()
         control.add(number, len(proposal.tokens), [last], drafted - start, done - drafted)
+
+    def _note(self, logits: Array) -> None:
+        """Note the near ties among the logits [new, vocabulary] of tokens that are kept."""
+        dtype, units = _ROUNDING.get(self.precision, (np.float32, 16.0))
+        second, best = np.partition(logits, -2, -1)[:, -2:].T
+        gaps = (best - second) / np.maximum(np.abs(best), 1e-30)
+        for place in (gaps <= units * np.finfo(dtype).eps).nonzero()[0].tolist():
+            self.near_ties.append(NearTie(0, self.made + place, float(gaps[place])))
 
     def _following(self, proposal: Proposal, logits: Array) -> list[int]:
         """Return the tokens that are kept of a proposal, and one more, by the model's logits."""
@@ -306,5 +324,10 @@ def _decode(
     seconds = time.perf_counter() - start
     counts = {n: (r.proposed, r.accepted) for n, r in zip(names, control.records, strict=True)}
     return SpeculationReport(
-        len(tokens) - length, control.rounds + 1, control.plain + 1, seconds, counts
+        len(tokens) - length,
+        control.rounds + 1,
+        control.plain + 1,
+        seconds,
+        counts,
+        round_.near_ties,
     )

@@ -256,7 +256,7 @@ def test_a_windowed_twin_of_a_real_model_adds_nothing(real_model: Any, tmp_path:
     program = reroll.capture(str(real_model("smollm2-135m-instruct")))
     program = program.with_draft(program.twin("window(size=256, sinks=4)"))
     program.save(str(tmp_path / "out"))
-    assert set(sizes(tmp_path / "out")) == {"model.safetensors"}
+    assert not [name for name in sizes(tmp_path / "out") if name.startswith("draft")]
     loaded = reroll.load(tmp_path / "out")
     module = loaded.to_module()
     made = reroll.twin(module, loaded.draft)

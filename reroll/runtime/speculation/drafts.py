@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reroll.rewrite.analysis.state_plan import CacheLayer
+from reroll.runtime.speculation.lookup import following
 from reroll.runtime.speculation.reading import Reading, begin
 from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw
 from reroll.runtime.state.caches import layers_of
@@ -77,10 +78,12 @@ class Lookup:
     """
 
     name = "lookup"
-    longest, shortest = 3, 2
 
     def propose(self, rows: Sequence[Tensor], wish: Wish) -> Proposal:
-        found = [self._after(row, wish.count) for row in rows]
+        found = [
+            torch.from_numpy(following(row.cpu().numpy(), wish.count)).to(row.device)
+            for row in rows
+        ]
         count = max(map(len, found))
         # where fewer are found, the rest is a guess like any other
         tokens = [
@@ -91,16 +94,6 @@ class Lookup:
 
     def select(self, rows: Tensor) -> None:
         pass
-
-    def _after(self, row: Tensor, count: int) -> Tensor:
-        for size in range(self.longest, self.shortest - 1, -1):
-            if len(row) <= size:
-                continue
-            same = (row.unfold(0, size, 1)[:-1] == row[-size:]).all(1).nonzero()
-            if len(same):
-                start = int(same[-1]) + size
-                return row[start : start + count]
-        return row[:0]
 
 
 class Borrowing:
