@@ -134,7 +134,7 @@ def generate(
                 speculate=speculate,
             )
         found = {"model": model, **found}
-        write_json(found) if json_ else _print_texts(found)
+        write_json(found) if json_ else _print_texts(found, can_decide=False)
         return
     with Bars() as bars:
         bars(0, 0, "opening the model")
@@ -168,7 +168,7 @@ def generate(
     write_json(found) if json_ else _print_texts(found)
 
 
-def _print_texts(found: Found) -> None:
+def _print_texts(found: Found, *, can_decide: bool = True) -> None:
     outputs = found["outputs"]
     for output in outputs:
         if len(outputs) > 1:
@@ -180,10 +180,10 @@ def _print_texts(found: Found) -> None:
     if "depth" in found:
         write(_depth(found["depth"]))
     if "speculation" in found:
-        _print_speculation(found["speculation"])
+        _print_speculation(found["speculation"], can_decide=can_decide)
 
 
-def _print_speculation(report: Found) -> None:
+def _print_speculation(report: Found, *, can_decide: bool) -> None:
     drafts = ", ".join(
         f"{name}: {each['accepted']} of {each['proposed']} accepted"
         for name, each in report["drafts"].items()
@@ -195,7 +195,7 @@ def _print_speculation(report: Found) -> None:
         more = f" and {len(ties) - _TIES} more" if len(ties) > _TIES else ""
         write(
             f"{len(ties)} tokens with another nearly as likely, within rounding: new tokens "
-            f"{at}{more}; --exact decides them as plain decoding does"
+            f"{at}{more}" + ("; --exact decides them as plain decoding does" if can_decide else "")
         )
 
 

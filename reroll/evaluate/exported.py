@@ -10,6 +10,7 @@ import reroll.onnx
 from reroll.errors import UsageError
 from reroll.evaluate.generation import as_chat, check_options
 from reroll.evaluate.tokenizing import open_tokenizer
+from reroll.runtime.speculation.report import summed
 
 
 def generate(
@@ -58,15 +59,15 @@ def generate(
         )
         new = found[len(ids) :].tolist()
         assert runner.report is not None
-        reports.append(runner.report.as_data())
+        reports.append(runner.report)
         new = new[:-1] if new[-1] in ends else new
         text = tokenizer.decode(new, skip_special_tokens=True)
         outputs.append({"prompt": prompt, "text": text, "tokens": len(new)})
     seconds = time.perf_counter() - start
     return {
-        **({} if speculate is None else {"speculation": reports}),
+        **({} if speculate is None else {"speculation": summed(reports).as_data()}),
         "outputs": outputs,
-        "steps": max(report["tokens"] for report in reports),
+        "steps": max(report.tokens for report in reports),
         "seconds": seconds,
         "tokens_per_second": sum(o["tokens"] for o in outputs) / seconds,
     }

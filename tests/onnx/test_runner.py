@@ -361,9 +361,14 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         told = json.loads(run("generate", where, *speculate, *options).stdout)
         texts.append(told["outputs"][0]["text"])
     assert texts[0] == texts[1] == texts[2]
-    assert told["speculation"][0]["drafts"]["draft"]["proposed"] > 0
+    assert told["speculation"]["drafts"]["draft"]["proposed"] > 0
     assert "reads the same weights" in (tmp_path / "onnx" / "README.md").read_text()
-    for words in (["--beams", "2"], ["--save-state", str(tmp_path / "s")], ["--dtype", "float32"]):
+    for words in (
+        ["--beams", "2"],
+        ["--save-state", str(tmp_path / "s")],
+        ["--dtype", "float32"],
+        ["--exact"],
+    ):
         result = CliRunner().invoke(app, ["generate", onnx, *options, *words])
         assert result.exit_code != 0
         assert "exported" in result.output

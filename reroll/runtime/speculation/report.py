@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -52,3 +53,20 @@ class SpeculationReport:
     def __str__(self) -> str:
         drafts = "; ".join(f"{n}: {a} of {p} accepted" for n, (p, a) in self.drafts.items())
         return f"{self.tokens} tokens in {self.steps} steps, {self.plain} without a draft; {drafts}"
+
+
+def summed(reports: Sequence[SpeculationReport]) -> SpeculationReport:
+    """Return one report of rows that were decoded one after the other, with the same drafts."""
+    drafts: dict[str, tuple[int, int]] = {}
+    for report in reports:
+        for name, (proposed, accepted) in report.drafts.items():
+            before = drafts.get(name, (0, 0))
+            drafts[name] = before[0] + proposed, before[1] + accepted
+    return SpeculationReport(
+        sum(report.tokens for report in reports),
+        sum(report.steps for report in reports),
+        sum(report.plain for report in reports),
+        sum(report.seconds for report in reports),
+        drafts,
+        [replace(tie, row=row) for row, each in enumerate(reports) for tie in each.near_ties],
+    )
