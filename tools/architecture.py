@@ -21,6 +21,7 @@ ROOMS = (
     "export",
     "recover",
     "evaluate",
+    "onnx",
     "runtime",
     "passes",
     "kernels",

@@ -48,6 +48,10 @@ def convert(
     recipe: Annotated[
         Path | None, typer.Option(help="A YAML file with passes, or the name of a recipe.")
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Save a draft beside the model: passes that make it of the result."),
+    ] = None,
     text: Text = None,
     measure: Annotated[
         str, typer.Option(help="auto, on or off: measure what each pass does.")
@@ -90,6 +94,7 @@ def convert(
     if passes is not None and recipe is not None:
         raise UsageError("--passes and --recipe exclude each other", hint="give one of them")
     chosen = resolve(recipe if recipe is not None else passes or [])
+    draft_passes = None if draft is None else resolve(draft)
     content = None if text is None else read_text(text)
     watch = Stopwatch()
     with Bars() as bars:
@@ -114,6 +119,11 @@ def convert(
                 on_event=lambda event: _tell(event, bars),
                 seed=seed,
             )
+        if draft_passes is not None:
+            with watch.step("draft"):
+                bars(0, 0, "making the draft")
+                twin = rewritten.twin(list(draft_passes), text=content, seed=seed)
+                rewritten = rewritten.with_draft(twin)
         with watch.step("save"):
             rewritten.save(
                 str(out),
@@ -176,10 +186,19 @@ def _summary(
             }
             for step in steps
         ],
+        **({} if after.draft is None else {"draft": _draft_summary(after, after.draft)}),
         "remarks": list(after.origin.remarks),
         "files": file_sizes(out),
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
+
+
+def _draft_summary(program: Program, draft: Program) -> dict[str, Any]:
+    """Say how a draft was made, and the bytes of the weights that it has beside the program's."""
+    from reroll.rewrite.ir.drafts import added_bytes
+
+    steps = draft.origin.steps[len(program.origin.steps) :]
+    return {"passes": [s.text for s in steps], "added_bytes": added_bytes(program, draft)}
 
 
 def _print_conversion(found: Found, timing: bool) -> None:
@@ -203,6 +222,9 @@ def _print_conversion(found: Found, timing: bool) -> None:
         times.add_row("total", f"{found['seconds']['total']:.2f}")
         write(times)
     write(*found["remarks"])
+    if "draft" in found:
+        made, added = ", ".join(found["draft"]["passes"]), found["draft"]["added_bytes"]
+        write(f"with a draft: {made}; it adds weights of {format_size(added)}")
     write(f"wrote {found['out']}: {format_size(sum(found['files'].values()))}")
 
 

@@ -61,8 +61,8 @@ def generate(
         str | None,
         typer.Option(
             help="Decode with a draft: passes that make one of the model, with `int8` behind them "
-            "or alone, `lookup`, `exit`, `prompts`, or `auto`, which uses what pays. The tokens "
-            "are the model's own."
+            "or alone, `draft` for the one that was saved with it, `lookup`, `exit`, `prompts`, or "
+            "`auto`, which uses what pays. The tokens are the model's own."
         ),
     ] = None,
     exact: Annotated[
@@ -88,11 +88,16 @@ def generate(
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Continue prompts. Greedy unless an option for sampling is given."""
+    """Continue prompts. Greedy unless an option for sampling is given.
+
+    MODEL may be a directory that was exported to ONNX: it then runs in ONNX Runtime.
+    """
+    from reroll.evaluate.exported import generate as run_exported
     from reroll.evaluate.generation import generate as run
     from reroll.evaluate.generation import open_generator
     from reroll.evaluate.subjects import Opening
     from reroll.evaluate.tokenizing import read_text
+    from reroll.onnx.directory import is_exported
 
     prompts = list(prompt or ())
     if prompt_file is not None:
@@ -101,6 +106,36 @@ def generate(
         raise UsageError(
             "there is no prompt", where="generate", hint="give --prompt TEXT or --prompt-file FILE"
         )
+    if is_exported(model):
+        refused = {
+            "--beams": beams > 1,
+            "--load-state": load_state is not None,
+            "--save-state": save_state is not None,
+            "--dtype": dtype is not None,
+            "--exact": exact,
+            "--stop": bool(stop),
+        }
+        for name in (name for name, given in refused.items() if given):
+            raise UsageError(
+                f"{name} is not for an exported model", model, "generate with what was exported"
+            )
+        with Bars() as bars:
+            bars(0, 0, "generating")
+            found = run_exported(
+                model,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                chat=chat,
+                read_twice=read_twice,
+                speculate=speculate,
+            )
+        found = {"model": model, **found}
+        write_json(found) if json_ else _print_texts(found, can_decide=False)
+        return
     with Bars() as bars:
         bars(0, 0, "opening the model")
         opening = Opening(dtype, revision=revision, trust_remote_code=trust_remote_code)
@@ -133,7 +168,7 @@ def generate(
     write_json(found) if json_ else _print_texts(found)
 
 
-def _print_texts(found: Found) -> None:
+def _print_texts(found: Found, *, can_decide: bool = True) -> None:
     outputs = found["outputs"]
     for output in outputs:
         if len(outputs) > 1:
@@ -145,10 +180,10 @@ def _print_texts(found: Found) -> None:
     if "depth" in found:
         write(_depth(found["depth"]))
     if "speculation" in found:
-        _print_speculation(found["speculation"])
+        _print_speculation(found["speculation"], can_decide=can_decide)
 
 
-def _print_speculation(report: Found) -> None:
+def _print_speculation(report: Found, *, can_decide: bool) -> None:
     drafts = ", ".join(
         f"{name}: {each['accepted']} of {each['proposed']} accepted"
         for name, each in report["drafts"].items()
@@ -160,7 +195,7 @@ def _print_speculation(report: Found) -> None:
         more = f" and {len(ties) - _TIES} more" if len(ties) > _TIES else ""
         write(
             f"{len(ties)} tokens with another nearly as likely, within rounding: new tokens "
-            f"{at}{more}; --exact decides them as plain decoding does"
+            f"{at}{more}" + ("; --exact decides them as plain decoding does" if can_decide else "")
         )
 
 

@@ -90,9 +90,9 @@ def generate(
 
     Raises UsageError if there is no prompt, no chat template, or an option is out of range.
     """
-    _check(prompts, max_new_tokens, temperature, top_k, top_p, beams, seed)
+    check_options(prompts, max_new_tokens, temperature, top_k, top_p, beams, seed)
     read = [f"{prompt}\n\n{prompt}" if read_twice else prompt for prompt in prompts]
-    texts = [_as_chat(tokenizer, prompt) if chat else prompt for prompt in read]
+    texts = [as_chat(tokenizer, prompt) if chat else prompt for prompt in read]
     # the template's text has special tokens already
     batch = _padded(tokenizer, texts, special=not chat)
     if batch["input_ids"].shape[1] == 0:
@@ -208,7 +208,7 @@ def _begun(
     return cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _check(
+def check_options(
     prompts: Sequence[str],
     max_new_tokens: int,
     temperature: float | None,
@@ -217,6 +217,7 @@ def _check(
     beams: int,
     seed: int,
 ) -> None:
+    """Raise UsageError if there is no prompt, or an option is out of range."""
     for prompt in prompts:
         check_utf8(prompt, "--prompt")
     if not prompts or not all(prompts):
@@ -274,7 +275,8 @@ def _out_of_range(model: Any, ids: torch.Tensor) -> UsageError:
     )
 
 
-def _as_chat(tokenizer: Any, prompt: str) -> str:
+def as_chat(tokenizer: Any, prompt: str) -> str:
+    """Put a prompt into a tokenizer's chat template; UsageError if it has none."""
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError("the tokenizer has no chat template", hint="leave --chat out")
     messages = [{"role": "user", "content": prompt}]

@@ -13,6 +13,8 @@ from transformers import StopStringCriteria
 
 import reroll
 from reroll.errors import UsageError
+from reroll.rewrite.ir.drafts import check_draft
+from reroll.rewrite.ir.program import Program
 from reroll.runtime.speculation.decode import Ends, speculate
 from reroll.runtime.speculation.named import is_named
 from reroll.runtime.speculation.products import to_int8
@@ -31,6 +33,8 @@ Drafts: TypeAlias = list[tuple[str, Any]]
 LOOKUP = "lookup"
 # what a model drafts with that has an exit with an adapter
 EXIT = "exit"
+# the name of the draft that was saved with a model
+SAVED = "draft"
 # what "auto" tries beside `lookup`; in int8 where products of int8 are fast
 WINDOW = "window(size=256, sinks=4)"
 _INT8 = re.compile(r"(^|,)\s*int8\s*$")
@@ -38,19 +42,20 @@ _INT8 = re.compile(r"(^|,)\s*int8\s*$")
 _made: WeakKeyDictionary[Any, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
 
 
-def twin(model: Any, passes: Pipeline, **options: Any) -> Any:
+def twin(model: Any, passes: Pipeline | Program, **options: Any) -> Any:
     """Rewrite a lowered model into another that shares its weights in memory.
 
-    `passes` and `options` are those of `run_passes`, which measures nothing here. The twin adds
-    only the weights that passes have added or changed. With `int8` behind the passes, or alone, its
-    linear layers are copied to int8 (on a processor). It can draft for the model:
+    `passes` and `options` are those of `run_passes`, which measures nothing here; or `passes` is
+    what `Program.twin` has made of the model's Program. The twin adds only the weights that passes
+    have added or changed. With `int8` behind the passes, or alone, its linear layers are copied to
+    int8 (on a processor). It can draft for the model:
 
         model = program.to_module()
         draft = reroll.twin(model, "window(size=256, sinks=4), int8")
         model.generate(**inputs, assistant_model=draft)
 
-    Raises UsageError for a model that is not lowered, or int8 on another device, and what
-    `run_passes` raises.
+    Raises UsageError for a model that is not lowered, a Program that was not made from its, or int8
+    on another device, and what `run_passes` raises.
     """
     if not hasattr(model, "to_program"):
         raise UsageError(
@@ -58,6 +63,9 @@ def twin(model: Any, passes: Pipeline, **options: Any) -> Any:
             where=type(model).__name__,
             hint="capture it first: reroll.capture(model).to_module()",
         )
+    if isinstance(passes, Program):
+        check_draft(model.program, passes)
+        return lower_twin(model, model.program, passes)
     int8 = isinstance(passes, str) and _INT8.search(passes) is not None
     if int8:
         passes = _INT8.sub("", str(passes))
@@ -98,13 +106,14 @@ def generate(
     Args:
         model: a lowered model that keeps a cache.
         input_ids: [rows, time].
-        draft: passes that make a draft of the model, a draft that is made already (see `twin`),
-            "lookup" for the tokens that followed the same ones before, "clasp(skip=8)",
-            "static-skip(skip=8)" or "del" for the model itself with fewer layers, "prompts" for its
-            prompt tokens (see `reroll.runtime.speculation.named`), "exit" for its exit for drafts,
-            or "auto", which measures a window and "lookup" while it decodes, and uses what pays. Of
-            a list of drafts it uses what pays as well. A draft that passes have made is kept for
-            later calls, until the model's weights change.
+        draft: passes that make a draft of the model, a draft that is made already (see `twin` and
+            `Program.twin`), "draft" for the one that was saved with the model, "lookup" for the
+            tokens that followed the same ones before, "clasp(skip=8)", "static-skip(skip=8)" or
+            "del" for the model itself with fewer layers, "prompts" for its prompt tokens (see
+            `reroll.runtime.speculation.named`), "exit" for its exit for drafts, or "auto", which
+            measures the saved draft, or else a window, and "lookup" while it decodes, and uses what
+            pays. Of a list of drafts it uses what pays as well. A draft that passes have made is
+            kept for later calls, until the model's weights change.
         attention_mask: [rows, time], 0 at padding on the left.
         max_new_tokens: at most this many.
         draft_tokens: how many tokens are proposed at a time; what pays if None.
@@ -191,10 +200,24 @@ def drafts_of(model: Any, draft: Any) -> Drafts:
             (f"{name} {number}" if names.count(name) > 1 else name, module)
             for number, (name, module) in enumerate(made, 1)
         ]
-    if _is_made(draft):
-        if draft == EXIT:
-            return [(EXIT, _kept_twin(model, "cut_at_exit"))]
-        return [(draft, None) if is_named(draft) else ("draft", draft)]
+    if isinstance(draft, Program):
+        return [("draft", twin(model, draft))]
+    if hasattr(draft, "to_program"):
+        return [("draft", draft)]
+    if draft == EXIT:
+        return [(EXIT, _kept_twin(model, "cut_at_exit"))]
+    if is_named(draft):
+        return [(draft, None)]
+    saved = getattr(getattr(model, "program", None), "draft", None)
+    if draft == SAVED and saved is None:
+        raise UsageError(
+            "no draft was saved with the model",
+            where=type(model).__name__,
+            hint="reroll convert MODEL OUT --draft PASSES saves one; or name passes here",
+        )
+    if saved is not None and draft in (SAVED, "auto"):
+        found: Drafts = [(SAVED, _kept_twin(model, SAVED))]
+        return [*found, (LOOKUP, None)] if draft == "auto" else found
     if draft == "auto":
         window = f"{WINDOW}, int8" if model.device.type == "cpu" else WINDOW
         return [(window, _kept_twin(model, window)), (LOOKUP, None)]
@@ -202,7 +225,7 @@ def drafts_of(model: Any, draft: Any) -> Drafts:
 
 
 def _kept_twin(model: Any, passes: Any) -> Any:
-    """Return the twin of a model's present weights, made at the first call."""
+    """Return the twin of a model's present weights, made at the first call; SAVED for its draft."""
     if not isinstance(passes, str) or not hasattr(model, "parameters"):
         return twin(model, passes)
     weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
@@ -211,7 +234,7 @@ def _kept_twin(model: Any, passes: Any) -> Any:
         made = {}
         _made[model] = weights, made
     if passes not in made:
-        made[passes] = twin(model, passes)
+        made[passes] = twin(model, model.program.draft if passes == SAVED else passes)
     return made[passes]
 
 
@@ -241,8 +264,10 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
 
 
 def _is_made(draft: Any) -> bool:
-    """Whether a draft is one already, and not passes that make one."""
-    return draft == EXIT or is_named(draft) or hasattr(draft, "to_program")
+    """Whether a draft is one already, or a name of one, and not passes that make one."""
+    if isinstance(draft, str):
+        return draft in (EXIT, SAVED) or is_named(draft)
+    return isinstance(draft, Program) or hasattr(draft, "to_program")
 
 
 def own_ends(model: Any) -> set[int]:

@@ -3,6 +3,8 @@
 config.json              the configuration, for transformers
 program.json             the Program: graphs, weight table, recipe; no code
 model.safetensors        every distinct weight once, or shards of them with an index
+draft/program.json       the draft, if the Program has one: it reads the weights of the model
+draft/model.safetensors  the weights that it has beside those, if there are any
 README.md                the model card
 tokenizer.json, ...      the original's side files; only the class that they name may change
 
@@ -23,12 +25,13 @@ from reroll.export.processing_classes import KINDS, name_classes, processing_cla
 from reroll.export.shards import Progress, save_outputs
 from reroll.export.side_files import copy_side_files
 from reroll.rewrite.checkpoint import SafetensorsSource
-from reroll.rewrite.checkpoint.saved import PROGRAM_FILE, load_program
+from reroll.rewrite.checkpoint.saved import DRAFT_FOLDER, PROGRAM_FILE, digest, load_program
+from reroll.rewrite.ir.drafts import shared
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.text.serialize import program_to_json
 from reroll.rewrite.ir.weights import WeightTable
 from reroll.rewrite.ir.weights.evaluation import Output
-from reroll.rewrite.ir.weights.expressions import Source
+from reroll.rewrite.ir.weights.expressions import Expr, Source, walk
 from reroll.writing import filled_directory, new_directory
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 _WEIGHT_FILES = (
     "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"
 )  # fmt: skip
+_DRAFT_FILES = (PROGRAM_FILE, *_WEIGHT_FILES)
 
 
 def save(
@@ -74,8 +78,9 @@ def save(
             where=str(directory),
             hint="name another directory",
         )
-    # weights of an earlier save are removed, because loading would read them, too
-    filled = filled_directory(place, without=_WEIGHT_FILES)
+    # weights and a draft of an earlier save are removed, because loading would read them, too
+    old = (*_WEIGHT_FILES, *(f"{DRAFT_FOLDER}/{name}" for name in _DRAFT_FILES))
+    filled = filled_directory(place, without=old)
     with filled if place.is_dir() else new_directory(place) as temporary:
         _write(program, temporary, progress, config)
 
@@ -94,7 +99,12 @@ def _write(
     _write_config(replace(stored, origin=origin), directory, config)
     classes = name_classes(directory, _classes(program))
     stored = replace(stored, origin=replace(origin, config={**origin.config, **classes}))
-    write_json(directory / PROGRAM_FILE, program_to_json(stored))
+    data = program_to_json(stored)
+    write_json(directory / PROGRAM_FILE, data)
+    if program.draft is not None:
+        draft = _with_saved_draft(program, program.draft, stored, directory / DRAFT_FOLDER)
+        saved = {"draft_of": digest(data), "program": program_to_json(draft)}
+        write_json(directory / DRAFT_FOLDER / PROGRAM_FILE, saved)
     (directory / "README.md").write_text(model_card(stored), encoding="utf-8")
 
 
@@ -144,6 +154,52 @@ def with_saved_weights(program: Program, directory: Path, progress: Progress | N
         reference=WeightTable(),
         source=SafetensorsSource(directory),
     )
+
+
+def _with_saved_draft(program: Program, draft: Program, stored: Program, folder: Path) -> Program:
+    """Write the weights that a draft has beside its Program's; return it over those of both.
+
+    `stored` is the Program over the tensors that are saved.
+    """
+    folder.mkdir()
+    both = shared(program, draft)
+    places = {
+        key: (name, entry)
+        for key, (name, entry) in draft.weights.distinct().items()
+        if (name, entry) not in both
+    }
+    names = {o.name for o in _sources(stored)}
+    prefix = f"{DRAFT_FOLDER}."
+    while any(name.startswith(prefix) for name in names):
+        prefix = f"_{prefix}"
+    added = {
+        key: Output(
+            prefix + draft.weights.stored_name(name, entry), 0, draft.weights[name].entries[entry]
+        )
+        for key, (name, entry) in places.items()
+    }
+    if added:
+        save_outputs(list(added.values()), draft.source, folder)
+
+    def source(name: str, entry: int) -> Expr:
+        if (name, entry) in both:
+            other, number = both[name, entry]
+            return stored.weights[other].entries[number]
+        output = added[draft.weights.identity(name, entry)]
+        return Source(output.name, output.expr.meta)
+
+    table = {
+        name: replace(weight, entries=tuple(source(name, i) for i in range(len(weight.entries))))
+        for name, weight in draft.weights.items()
+    }
+    # its side files and configuration are the model's
+    origin = replace(draft.origin, files={}, config=stored.origin.config)
+    return replace(draft, weights=WeightTable(table), reference=WeightTable(), origin=origin)
+
+
+def _sources(program: Program) -> list[Source]:
+    roots = (entry for weight in program.weights.values() for entry in weight.entries)
+    return [expr for expr in walk(roots) if isinstance(expr, Source)]
 
 
 def write_json(path: Path, data: Any, sort_keys: bool = False) -> None:

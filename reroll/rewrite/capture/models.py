@@ -29,7 +29,7 @@ from reroll.rewrite.capture.side_files import (
 from reroll.rewrite.capture.signature import adds_tokens, scales_embeddings, wraps_labels
 from reroll.rewrite.checkpoint import TensorSource
 from reroll.rewrite.checkpoint.hub import directory_of, file_of
-from reroll.rewrite.checkpoint.saved import load_program
+from reroll.rewrite.checkpoint.saved import DRAFT_FOLDER, PROGRAM_FILE, load_program
 from reroll.rewrite.ir.dtypes import DTYPES, dtype_of
 from reroll.rewrite.ir.program import Program
 from reroll.rewrite.ir.records import Origin
@@ -363,7 +363,8 @@ def _files_to_download(name: str, revision: str | None, trust: bool) -> list[str
     if MODULES_FILE in names:
         modules = module_folders(file_of(name, MODULES_FILE, revision))
     code = [n for n in names if trust and n.endswith(".py")]
-    return ["config.json", *code, *weight_names(names), *side_names(names, modules)]
+    drafts = [n for n in names if PROGRAM_FILE in names and n.startswith(f"{DRAFT_FOLDER}/")]
+    return ["config.json", *code, *weight_names(names), *side_names(names, modules), *drafts]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -78,7 +78,10 @@ def retype(program: Program, dtype: torch.dtype | str | None) -> Program:
     graphs = retype_graphs(program, target)
     weights = {name: _weight(w, program.dtype, target) for name, w in graphs.weights.items()}
     reference = {name: _weight(w, program.dtype, target) for name, w in graphs.reference.items()}
-    result = replace(graphs, weights=WeightTable(weights), reference=WeightTable(reference))
+    draft = None if program.draft is None else retype(program.draft, target)
+    result = replace(
+        graphs, weights=WeightTable(weights), reference=WeightTable(reference), draft=draft
+    )
     if target in HALVES:
         infer_types(result)
     return result

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from reroll.rewrite.ir import ops
+from reroll.rewrite.ir.drafts import check_draft
 from reroll.rewrite.ir.records import Body, Input, Origin
 from reroll.rewrite.ir.text.printer import to_text
 from reroll.rewrite.ir.weights import WeightTable
@@ -116,7 +117,8 @@ class Program:
     """Model as a graph with rolled loops and lazy weights. Passes map one Program to another.
 
     `halves` are the half-precision dtypes that it can be converted to: see
-    `reroll.rewrite.ir.dtypes`.
+    `reroll.rewrite.ir.dtypes`. `draft` is a rewriting of this Program that proposes tokens for it
+    (see `with_draft`); passes drop it.
     """
 
     graph: fx.Graph
@@ -130,6 +132,7 @@ class Program:
     # tied weights before they were tied, from which passes build low-rank residuals
     reference: WeightTable = field(default_factory=WeightTable)
     halves: tuple[torch.dtype, ...] = ()
+    draft: Program | None = None
 
     @property
     def loops(self) -> tuple[Loop, ...]:
@@ -180,7 +183,7 @@ class Program:
 
     def to_module(self, **options: Any) -> Any:
         """Lower to a `transformers.PreTrainedModel`: see `reroll.runtime.lowering.lower`."""
-        # the runtime imports this package, so only these two imports go the other way
+        # the runtime imports this package, so only imports of these methods go the other way
         from reroll.runtime.lowering.lower import lower
 
         return lower(self, **options)
@@ -190,6 +193,27 @@ class Program:
         from reroll.export.huggingface import save
 
         save(self, directory, **options)
+
+    def twin(self, passes: Any, **options: Any) -> Program:
+        """Rewrite the Program into one that reads the same weights: see `reroll.run_passes`.
+
+        Nothing is measured unless `options` say so. The twin can draft: `reroll.generate` takes it,
+        `reroll.twin(model, twin)` lowers it so that it shares the weights of a lowered model, and
+        `with_draft` saves it with the Program.
+        """
+        from reroll._api import run_passes
+
+        return run_passes(self, passes, **{"measure": "off", **options})
+
+    def with_draft(self, draft: Program | None) -> Program:
+        """Return the Program with a draft, which is saved and exported with it; None for without.
+
+        Raises UsageError if `draft` is no rewriting of this Program, or gives no logits.
+        """
+        if draft is not None:
+            check_draft(self, draft)
+            draft = replace(draft, draft=None)
+        return replace(self, draft=draft)
 
     def __str__(self) -> str:
         return to_text(self)

@@ -93,6 +93,9 @@ def run_passes(
         large=large,
         measuring=measure is not False,
     )
+    if chosen:
+        # it is a draft of what was
+        program = replace(program, draft=None)
     runner = _Runner(context, program, measure, on_event, len(chosen))
     for number, each in enumerate(chosen, 1):
         program = runner.run(number, each, program)

@@ -156,7 +156,8 @@ def _replace_program(model: Any, program: Program, found: Vocabulary, old: int) 
         remarks=(*program.origin.remarks, f"the vocabulary was resized from {old} to {size}"),
     )
     sources = ChainSource([MemorySource(rows), program.source]) if rows else program.source
-    program = replace(program, origin=origin, source=sources)
+    # a draft would have the former vocabulary
+    program = replace(program, origin=origin, source=sources, draft=None)
     model._assembly = reassemble(program, model._assembly.loops, model._assembly.tree, model)
     model._ordinary = ordinary_token(program)
 

@@ -15,60 +15,13 @@ from reroll.runtime.speculation.control import Controller
 from reroll.runtime.speculation.drafts import Draft, Proposal, Wish, draft_of
 from reroll.runtime.speculation.named import named
 from reroll.runtime.speculation.reading import Reading, begin, can_part
+from reroll.runtime.speculation.report import NearTie, SpeculationReport
 from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw, kept, one_hot
 from reroll.runtime.speculation.trees import check_branching, chosen, merged
 
 # two logits are within rounding of each other if they differ by at most so many units in the last
 # place of the larger one: as much as those of one row and of several differ on real models
 _ROUNDING = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 4.0}
-
-
-@dataclass(frozen=True)
-class NearTie:
-    """A place at which the model's two best logits lie within rounding of each other.
-
-    Attributes:
-        row: of the batch.
-        place: of the token among the new ones.
-        gap: between the logits, over the larger one.
-    """
-
-    row: int
-    place: int
-    gap: float
-
-
-@dataclass(frozen=True)
-class SpeculationReport:
-    """What speculation did.
-
-    Attributes:
-        tokens: how many are new, in all rows.
-        steps: calls of the model, with that for the prompt.
-        plain: steps without a draft.
-        seconds: of all steps but that for the prompt.
-        drafts: for each draft, how many tokens it proposed, and how many of them were accepted.
-        near_ties: where a greedy choice among several rows of a product may be another than that of
-            plain decoding.
-    """
-
-    tokens: int
-    steps: int
-    plain: int
-    seconds: float
-    drafts: dict[str, tuple[int, int]]
-    near_ties: list[NearTie]
-
-    def as_data(self) -> dict[str, Any]:
-        drafts = {
-            name: {"proposed": proposed, "accepted": accepted}
-            for name, (proposed, accepted) in self.drafts.items()
-        }
-        return vars(self) | {"drafts": drafts, "near_ties": [vars(each) for each in self.near_ties]}
-
-    def __str__(self) -> str:
-        drafts = "; ".join(f"{n}: {a} of {p} accepted" for n, (p, a) in self.drafts.items())
-        return f"{self.tokens} tokens in {self.steps} steps, {self.plain} without a draft; {drafts}"
 
 
 @dataclass(frozen=True)

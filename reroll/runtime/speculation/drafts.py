@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reroll.rewrite.analysis.state_plan import CacheLayer
+from reroll.runtime.speculation.lookup import followed
 from reroll.runtime.speculation.reading import Reading, begin
 from reroll.runtime.speculation.sampling import GREEDY, Sampling, draw
 from reroll.runtime.speculation.sharing import shared_states
@@ -83,10 +84,11 @@ class Lookup:
     """
 
     name = "lookup"
-    longest, shortest = 3, 2
 
     def propose(self, rows: Sequence[Tensor], wish: Wish) -> Proposal:
-        matches = [self._after(row, wish.count, wish.branches) for row in rows]
+        matches = [
+            [torch.from_numpy(new).to(row.device) for new in _followed(row, wish)] for row in rows
+        ]
         found = [each[0] for each in matches]
         count = max(map(len, found))
         # where fewer are found, the rest is a guess like any other
@@ -99,22 +101,9 @@ class Lookup:
     def select(self, rows: Tensor) -> None:
         pass
 
-    def _after(self, row: Tensor, count: int, matches: int) -> list[Tensor]:
-        """Return what followed the last matches, the latest first; nothing if there is none."""
-        found: list[Tensor] = []
-        for size in range(self.longest, self.shortest - 1, -1):
-            if len(row) <= size:
-                continue
-            same = (row.unfold(0, size, 1)[:-1] == row[-size:]).all(1).nonzero()
-            for start in reversed((same[:, 0] + size).tolist()):
-                new = row[start : start + count]
-                if not any(torch.equal(new, old[: len(new)]) for old in found):
-                    found.append(new)
-                if len(found) == matches:
-                    break
-            if found:
-                break
-        return found or [row[:0]]
+
+def _followed(row: Tensor, wish: Wish) -> list[Any]:
+    return followed(row.cpu().numpy(), wish.count, wish.branches)
 
 
 class Borrowing:

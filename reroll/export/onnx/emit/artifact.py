@@ -48,12 +48,9 @@ def write(
     whole, program = program, exported_part(program)
     if program is not whole:
         log.warning("%s: only the encoder is exported, the decoder is not", whole.origin.model)
-    if "logits" in program.outputs and plan_states(program).layers and not program.has_past:
-        raise ExportError(
-            "a pass gave recurrences to a program that was captured without a cache: their state "
-            "would go on from token to token, and what else mixes tokens would not",
-            hint="export the model without that pass",
-        )
+    _check_past(program)
+    if program.draft is not None:
+        _check_past(program.draft)
     settings = Settings(target.precision, target.opset, target.block, target.runtime)
     # first, so that no side file replaces a file written here
     copy_side_files(program, directory)
@@ -61,12 +58,13 @@ def write(
     log.debug("%s", plan)
     files: dict[str, str] = {}
     parts = step_graphs(plan) if "step" in plan.graphs else {}
-    for name, planned in plan.graphs.items():
-        graph = parts[name] if name in parts else Translator(plan, planned).run()
-        model = _model(graph, name, settings)
-        files[name] = f"{name}.onnx"
-        onnx.save(model, str(directory / files[name]))
-        log.info("%s: %d nodes", files[name], len(model.graph.node))
+    for each in plan.plans:
+        for name, planned in each.graphs.items():
+            graph = parts[name] if name in parts else Translator(each, planned).run()
+            model = _model(graph, name, settings)
+            files[name] = f"{name}.onnx"
+            onnx.save(model, str(directory / files[name]))
+            log.info("%s: %d nodes", files[name], len(model.graph.node))
 
     def report(done: int, total: int) -> None:
         if progress is not None:
@@ -74,14 +72,26 @@ def write(
 
     write_weights(plan, directory, report)
     seconds = {"write": time.perf_counter() - start}
-    checked = {}
+    checked: dict[str, Any] = {}
     if target.check:
         start = time.perf_counter()
-        checked = _checked(settings, program, directory, files, progress)
+        for each in plan.plans:
+            own = {name: file for name, file in files.items() if name in each.graphs}
+            checked |= _checked(settings, each.program, directory, own, progress)
         seconds["check"] = time.perf_counter() - start
     part = "whole" if program is whole else "encoder"
     found = write_manifest(directory, plan, part, files, checked)
     return {**found, "seconds": seconds}
+
+
+def _check_past(program: Program) -> None:
+    """Raise ExportError for recurrences among what reads all tokens again."""
+    if "logits" in program.outputs and plan_states(program).layers and not program.has_past:
+        raise ExportError(
+            "a pass gave recurrences to a program that was captured without a cache: their state "
+            "would go on from token to token, and what else mixes tokens would not",
+            hint="export the model without that pass",
+        )
 
 
 def _model(built: Graph, name: str, settings: Settings) -> onnx.ModelProto:

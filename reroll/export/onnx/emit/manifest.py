@@ -24,7 +24,11 @@ from reroll.export.onnx.plan.parts import computed_inputs
 from reroll.export.onnx.plan.record import Plan
 from reroll.export.onnx.plan.states import CONV, PAST, PRESENT, RECURRENT, State
 from reroll.export.onnx.plan.weights import FILE
+from reroll.rewrite.analysis.reach import position_limits
+from reroll.rewrite.analysis.state_plan import plan_states
+from reroll.rewrite.ir.matching import shape
 from reroll.rewrite.ir.program import Program
+from reroll.runtime.speculation.drafts import can_borrow
 
 MANIFEST, GENAI = "manifest.json", "genai_config.json"
 
@@ -40,7 +44,7 @@ def write_manifest(
     program, settings = plan.program, plan.settings
     causal = program.origin.auto_class == "AutoModelForCausalLM"
     graphs = {kind: _graph(directory / file) for kind, file in files.items()}
-    states = [_state(state) for state in plan.graphs[next(iter(files))].states]
+    states = _states(plan)
     config = _genai_config(program, states, directory, files)
     if config is not None:
         write_json(directory / GENAI, config)
@@ -65,6 +69,11 @@ def write_manifest(
         "states": states,
         # what a run of a causal model takes: new tokens, or all; None for other models
         "decoding": "states" if states else "whole" if causal else None,
+        # for hosts that generate: sizes, and the tokens after which nothing follows
+        "vocabulary": _vocabulary(program),
+        "positions": position_limits(program).get("input_ids"),
+        "ends": _ends(program),
+        **({} if plan.draft is None else {"draft": _draft(plan, plan.draft)}),
         "weights": {
             "file": FILE,
             "bytes": (directory / FILE).stat().st_size,
@@ -91,7 +100,16 @@ def _graph(path: Path) -> dict[str, Any]:
         "nodes": len(model.graph.node),
         "inputs": [_described(i) for i in model.graph.input],
         "outputs": [_described(o) for o in model.graph.output],
+        # states that are appended to where they lie: one buffer may be past and present
+        "in_place": _in_place(model),
     }
+
+
+def _in_place(model: Any) -> list[str]:
+    """Return the inputs that GroupQueryAttention takes as its past keys and values."""
+    given = {item.name for item in model.graph.input}
+    nodes = [n for n in model.graph.node if n.op_type == "GroupQueryAttention"]
+    return [name for node in nodes for name in node.input[3:5] if name in given]
 
 
 def _described(item: Any) -> dict[str, Any]:
@@ -114,6 +132,41 @@ def _state(state: State) -> dict[str, Any]:
         "shape": list(state.shape),
         "grows": state.grows,
     }
+
+
+def _states(plan: Plan) -> list[dict[str, Any]]:
+    return [_state(state) for state in next(iter(plan.graphs.values())).states]
+
+
+def _draft(plan: Plan, draft: Plan) -> dict[str, Any]:
+    """Describe a draft: its passes, graphs and states, and what it needs no state of its own for.
+
+    `borrows` says that each of its states is made of entries of the model's of the same number.
+    """
+    steps = draft.program.origin.steps[len(plan.program.origin.steps) :]
+    layers = [plan_states(each.program).layers for each in (plan, draft)]
+    borrows = len(layers[0]) == len(layers[1]) and all(map(can_borrow, *layers))
+    return {
+        "passes": [step.text for step in steps],
+        "graphs": list(draft.graphs),
+        "computed_inputs": list(draft.computed_inputs),
+        "states": _states(draft),
+        "borrows": borrows,
+    }
+
+
+def _vocabulary(program: Program) -> int | None:
+    values: Any = program.graph.output_node().args[0]
+    if "logits" not in program.outputs:
+        return None
+    size = shape(values[program.outputs.index("logits")])[-1]
+    return size if isinstance(size, int) else None
+
+
+def _ends(program: Program) -> list[int]:
+    config = dict(program.origin.config)
+    found = _generation(program).get("eos_token_id", config.get("eos_token_id"))
+    return [int(i) for i in (found if isinstance(found, list) else [found]) if i is not None]
 
 
 _GROWING = ("key", "value")

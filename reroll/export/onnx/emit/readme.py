@@ -74,6 +74,15 @@ _NO_GENAI = """
 There is no genai_config.json: onnxruntime-genai does not know states such as these: {kinds}.
 """
 
+_DRAFT = """The `draft` graphs are the model after `{passes}`.
+That reads the same weights and proposes tokens, of which the model keeps its own:
+
+```python
+import reroll.onnx
+
+tokens = reroll.onnx.load(".").generate([1, 2, 3], max_new_tokens=64)
+```"""
+
 _PARTS = {"encoder": ("This is the model's encoder; its decoder is not exported.", "")}
 
 
@@ -101,6 +110,8 @@ def readme(manifest: dict[str, Any], has_genai: bool) -> str:
     weights = manifest["weights"]
     lines.append(f"| {weights['file']} | {weights['bytes']:,} | | |")
     lines += ["", "All graphs read the one weight file: keep it beside them.", ""]
+    if "draft" in manifest:
+        lines += [_DRAFT.format(passes=", ".join(manifest["draft"]["passes"])), ""]
     names = [i["name"] for i in graph["inputs"] if not i["name"].startswith("past_key_values")]
     if manifest["decoding"]:
         feed = {

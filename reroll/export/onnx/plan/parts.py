@@ -22,7 +22,7 @@ def exported_part(program: Program) -> Program:
             "the decoder of an encoder-decoder model cannot be exported, and the model does not "
             "return its encoder's output"
         )
-    program = program.edit()
+    program = program.edit().with_draft(None)
     return part(program, {"last_hidden_state": output_values(program)[ENCODER_OUTPUT]})
 
 

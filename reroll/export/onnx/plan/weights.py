@@ -109,12 +109,27 @@ class Initializer:
 
 
 class Layout:
-    """Layout of the weight file, in the order in which a plan names its initialisers."""
+    """Layout of the weight file, in the order in which a plan names its initialisers.
 
-    def __init__(self, program: Program) -> None:
+    With `before`, the file has what that layout has as well: equal expressions are the same bytes.
+    Names of weights in `regions` are those of the Program, for which they are computed.
+    """
+
+    def __init__(self, program: Program, before: Layout | None = None) -> None:
         self.weights = program.weights
-        self.size = 0
+        self.size: int = 0 if before is None else before.size
         self._regions: dict[Hashable, Region] = {}
+        # where the earlier layout has the entries of a weight, by their expressions and form
+        self._stacks: dict[Hashable, int] = {}
+        self._entries: dict[Hashable, int] = {}
+        if before is None:
+            return
+        for region in before.regions:
+            entries = before.weights[region.weight].entries
+            self._stacks.setdefault((entries, region.form), region.offset)
+            for number, entry in enumerate(entries):
+                offset = region.offset + number * region.form.bytes
+                self._entries.setdefault((entry, region.form), offset)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -128,13 +143,19 @@ class Layout:
         if entry is not None and form.dtype == torch.int64 and form.bytes <= _INLINE:
             name = form.named(self.weights.stored_name(weight, entry))
             return Initializer(name, weight, entry, form, view or form.shape, None)
-        region = self._region(weight, form)
+        entries = self.weights[weight].entries
+        known = self._stacks.get((entries, form))
+        if entry is not None:
+            known = self._entries.get((entries[entry], form))
+        first, offset = weight, known
+        if known is None:
+            region = self._region(weight, form)
+            first, offset = region.weight, region.offset + (entry or 0) * form.bytes
         if entry is None:
-            name, shape = region.weight.replace("*", "all"), (region.entries, *form.shape)
+            name, shape = first.replace("*", "all"), (len(entries), *form.shape)
         else:
-            name, shape = self.weights.stored_name(region.weight, entry), view or form.shape
+            name, shape = self.weights.stored_name(first, entry), view or form.shape
         name = form.named(name) + (".view" if view else "")
-        offset = region.offset + (entry or 0) * form.bytes
         return Initializer(name, weight, entry, form, shape, offset)
 
     def _region(self, weight: str, form: Form) -> Region:

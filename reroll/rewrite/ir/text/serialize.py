@@ -83,11 +83,13 @@ def _reduce(program: Program) -> tuple[Any, ...]:
     """
     files = program.origin.files.items()
     contents = {name: Path(path).read_bytes() for name, path in files if is_temporary(path)}
-    return _unpickled, (program_to_json(program), program.source, contents)
+    return _unpickled, (program_to_json(program), program.source, contents, program.draft)
 
 
-def _unpickled(data: Any, source: Any, contents: dict[str, bytes]) -> Program:
-    program = program_from_json(data, source)
+def _unpickled(
+    data: Any, source: Any, contents: dict[str, bytes], draft: Program | None = None
+) -> Program:
+    program = replace(program_from_json(data, source), draft=draft)
     if not contents:
         return program
     folder = temporary_files(*contents.items())
