@@ -23,7 +23,7 @@ LOOKUP, DRAFT = "lookup", "draft"
 # accepted tokens that a state of constant size may lack before they are read alone
 _PENDING = 8
 # two logits are within rounding of each other if they differ by at most this part of the larger
-# one, by precision. Of int8 and int4, ONNX Runtime computes one row by another product than several:
+# one, by precision. Of int8 and int4, ONNX Runtime computes one row by another product than many:
 # measured on SmolLM2 in int8, the distance of the two best logits changes by up to 0.011
 _ROUNDING = {
     "fp32": 16 * float(np.finfo(np.float32).eps),

@@ -15,7 +15,7 @@ from torch import fx
 from reroll.rewrite.analysis.layers import is_self_attention
 from reroll.rewrite.analysis.residual import Stream, Tracer
 from reroll.rewrite.ir.hidden import stand_in
-from reroll.rewrite.ir.ops import ATTENTION, is_stateful
+from reroll.rewrite.ir.ops import ATTENTION, CACHE, is_stateful
 from reroll.rewrite.ir.patterns import Miss
 from reroll.rewrite.ir.program import Loop, Program, ancestors
 
@@ -56,8 +56,16 @@ class Layer:
 
 
 def find_layers(program: Program) -> list[Layer]:
-    """Find the layers of a Program, as `attention_layers` counts them where all have attention."""
-    grouped = {graph: _grouped(found) for graph, found in _sublayers(program).items()}
+    """Find the layers of a Program, as `attention_layers` counts them where all have attention.
+
+    None are found in a graph whose attentions are written out in other operations: their scores are
+    sums like those of a stream.
+    """
+    grouped = {
+        graph: _grouped(found)
+        for graph, found in _sublayers(program).items()
+        if not _writes_out_attention(graph)
+    }
     main = grouped.get(program.graph, [])
     begins = {group[0].sum: place for place, group in enumerate(main)}
     loops = {loop.node: loop for loop in program.loops}
@@ -74,6 +82,12 @@ def find_layers(program: Program) -> list[Layer]:
                 for place, group in enumerate(groups)
             ]
     return layers
+
+
+def _writes_out_attention(graph: fx.Graph) -> bool:
+    return bool(graph.find_nodes(op="call_function", target=CACHE)) and not graph.find_nodes(
+        op="call_function", target=ATTENTION
+    )
 
 
 def leave_out(sublayer: Sublayer) -> None:
