@@ -88,6 +88,16 @@ def test_the_adapter_is_an_attention_between_norms() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_hidden_states_are_those_of_the_original() -> None:
+    with torch.no_grad():
+        found, expected = (
+            m(IDS, output_hidden_states=True).hidden_states
+            for m in (exiting("llama").to_module(), captured.captured("llama").to_module())
+        )
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_the_adapter_has_weights_of_its_own() -> None:
     module = exiting("llama").to_module()
     names = [n for n, _ in module.named_parameters() if n.startswith("exit_adapter")]
