@@ -61,8 +61,10 @@ def make_mask(
     if padding is not None and padding.dim() == 4:
         return padding  # type: ignore[no-any-return]
     if padding is not None and getattr(layer, "compact", False):
-        # each row's tokens stand together in such a layer
-        padding = padding.sort(-1).values
+        # each row's past tokens stand together in such a layer
+        count = layer.get_seq_length()
+        past, new = padding[:, :count], padding[:, count:]
+        padding = torch.cat([past.sort(-1).values, new], 1)
         visibility = replace(visibility, padding=padding)
     if visibility.is_by_key:
         return None if padding is None else padding[:, None, None]

@@ -22,6 +22,7 @@ from reroll.mixers.gates import given_once, varying, with_constant
 from reroll.rewrite.ir.ops.recurrence import after_first, scan, without_idle
 from reroll.runtime.functions.documents import Documents
 from reroll.runtime.functions.masks import visible_tokens
+from reroll.runtime.state.ragged import go_back_from_padding
 from reroll.runtime.state.states import Kept, Rewinding, last, number_of, padding_again
 from reroll.runtime.state.static import InPlace, columns_at, fixed, write
 
@@ -137,6 +138,7 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
             self.update(mixer, a, b, c, rest, part, delay, skip, now)
 
         self._recorded(time, again)
+        before = self.snapshot()
         if tree is not None:
             out = self._read_tree(mixer, q, k, v, gates, padding, delay, skip, idle, tree)
             self._add(time)
@@ -153,6 +155,8 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
         self._keep(state)
         self.has_previous_state = dict.fromkeys(self.recurrent_states, True)
         self._add(time)
+        if delay:
+            go_back_from_padding(self, padding, before, time, again)
         return out
 
     def _read_tree(

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reroll.runtime.state.growing import GrowingLayer, take_back
-from reroll.runtime.state.states import Rewinding, join_rows, rows_of
+from reroll.runtime.state.states import Again, Rewinding, join_rows, rows_of
 
 
 def take_back_rows(cache: Any, counts: Sequence[int]) -> None:
@@ -33,6 +34,29 @@ def take_back_rows(cache: Any, counts: Sequence[int]) -> None:
             layer.take_back(min(counts))
         else:
             layer.crop(-min(counts))
+
+
+def go_back_from_padding(
+    layer: Any, padding: Tensor | None, before: tuple[Any, ...], length: int, again: Again
+) -> None:
+    """Let each row's state be that behind the last of its new tokens that is not padding.
+
+    So padding behind a prompt takes no place of a window, and none in a queue of delayed tokens.
+    `before` is the state before the `length` new tokens, which `again` adds once more; `padding`
+    [batch, tokens] is False at padding.
+    """
+    if padding is None or length == 1 or layer.is_compileable or layer.goes_back:
+        return
+    places = layer.cumulative_length
+    seen = padding[:, places - length : places].flip(1).long().cumsum(1)
+    # of a row without a token, one is kept, hidden by the mask, for the shapes of its state
+    most = length - 1 if places == length else length
+    counts = (seen == 0).sum(1).clamp(max=most).tolist()
+    if not any(counts):
+        return
+    past, layer._past, layer.goes_back = layer._past, [(before, length, again)], True
+    _rewind(layer, counts)
+    layer.cumulative_length, layer._past, layer.goes_back = places, past, False
 
 
 def _rewind(layer: Any, counts: Sequence[int]) -> None:

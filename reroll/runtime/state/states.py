@@ -45,6 +45,8 @@ class Rewinding:
     is_compileable = False
     is_croppable = True
     tree: Tree | None = None
+    # while rows go back from padding behind them
+    goes_back: bool = False
     _past: list[tuple[tuple[Any, ...], int, Again]] | None = None
 
     def snapshot(self) -> tuple[Any, ...]:

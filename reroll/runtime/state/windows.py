@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reroll.runtime.functions.masks import visible_tokens
+from reroll.runtime.state.ragged import go_back_from_padding
 from reroll.runtime.state.states import Kept, Rewinding, last, padding_again
 
 
@@ -68,6 +69,7 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
         if padding is not None and padding.dtype != torch.bool:
             padding = visible_tokens(padding)
         self._recorded(length, again)
+        before = self.snapshot()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -87,6 +89,7 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
         self.cumulative_length += length
         count = max(self.window - 1, 0)
         self.keys, self.values = last(keys, count), last(values, count)
+        go_back_from_padding(self, padding, before, length, again)
         return shown
 
     def _keep_first(self, keys: Tensor, values: Tensor, padding: Tensor | None) -> None:
