@@ -61,7 +61,8 @@ def parse_options(
 
 
 def _items(kind: Callable[[str], Any], text: str) -> tuple[Any, ...]:
-    return tuple(kind(item) for item in text.split(",") if item)
+    mark = ";" if ";" in text else ","
+    return tuple(kind(item.strip()) for item in text.split(mark) if item.strip())
 
 
 class Table:
