@@ -11,6 +11,8 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _TRIALS = (2, 4, 4)
 # what is thought of a draft's tokens before they are seen: how often they are right, as of so many
 _PRIOR, _PRIOR_WEIGHT = 0.8, 2.0
+# how finely a draft's own probabilities are told apart
+_PARTS = 5
 # a draft is to be so much faster than none
 _MARGIN = 1.05
 # the weight of what was measured before, for each new measurement
@@ -63,6 +65,8 @@ class Record:
 
     seconds: Mean = field(default_factory=Mean)
     right: Mean = field(default_factory=Mean)
+    # by the probability that the draft gives its tokens, in parts of one
+    sure: list[Mean] = field(default_factory=lambda: [Mean() for _ in range(_PARTS)])
     rounds: int = 0
     proposed: int = 0
     accepted: int = 0
@@ -126,6 +130,21 @@ class Controller:
         further = self.records[number].seconds.or_else(0.0) + self.verification.further.or_else(0.0)
         return further * self.expected
 
+    def right(self, number: int, likely: float) -> float:
+        """Return how often a draft was right where it gave its token such a probability.
+
+        A draft that is nearly the model is right where neither of them is sure, so its probability
+        alone does not say.
+        """
+        record = self.records[number]
+        overall = record.right.beside(_PRIOR, _PRIOR_WEIGHT)
+        return record.sure[_part(likely)].beside(overall, _PRIOR_WEIGHT)
+
+    def judge(self, number: int, likely: Sequence[float], accepted: int) -> None:
+        """Record which tokens of a row were right, with the probabilities that the draft gave."""
+        for place, each in enumerate(likely[: accepted + 1]):
+            self.records[number].sure[_part(each)].add(float(place < accepted))
+
     def _may_pay(self, number: int) -> bool:
         """Whether a draft would be faster than plain decoding if it were always right."""
         plain = self._rate(None, 0, 0.0) * _MARGIN
@@ -170,3 +189,7 @@ class Controller:
             # tokens behind the first wrong one say nothing
             judged = sum(min(n + 1, proposed) for n in accepted)
             record.right.add(sum(accepted) / judged, judged / len(accepted))
+
+
+def _part(likely: float) -> int:
+    return min(int(likely * _PARTS), _PARTS - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,7 +172,8 @@ class _Run:
         if number is not None and count > 0:
             # what is proposed in branches is drawn for none of them
             how = self.sampling if self.branches == 1 else GREEDY
-            wish = Wish(count, how, self.control.worth(number), self.branches)
+            sure = None if self.control.fixed else partial(self.control.right, number)
+            wish = Wish(count, how, self.control.worth(number), self.branches, sure)
             proposal = self.drafts[number].propose([row.tokens for row in rows], wish)
         drafted, prompts = time.perf_counter(), self.target.prompts
         asked = proposal.tokens.shape[1] + 1
@@ -188,6 +190,9 @@ class _Run:
             self.target.take_back([asked - n for n in (counts if self.parts else map(len, new))])
         done = time.perf_counter()
         right = [min(max(n - 1, 0), asked - 1) for n in counts]
+        if number is not None and proposal.likely is not None and not proposal.others:
+            for likely, accepted in zip(proposal.likely.tolist(), right, strict=True):
+                self.control.judge(number, likely, accepted)
         seconds = drafted - start, done - drafted
         self.control.add(number, asked - 1, right, *seconds, proposal.steps, prompts)
         return rows

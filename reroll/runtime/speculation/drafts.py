@@ -9,7 +9,7 @@ followed the same tokens before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -36,12 +36,14 @@ class Proposal(NamedTuple):
 
     Without distributions, no other tokens could have been proposed. `steps` are those of the draft,
     if they are not as many as the tokens. `others` are further continuations [k] of a single row.
+    `likely` [rows, n] are the probabilities that a greedy draft gives its tokens, if it was asked.
     """
 
     tokens: Tensor
     drawn_from: Tensor | None = None
     steps: int | None = None
     others: tuple[Tensor, ...] = ()
+    likely: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,17 @@ class Wish:
         count: at most so many tokens.
         sampling: how they are drawn.
         worth: greedy drafting stops where all of its tokens are right with a lower probability than
-            this, by the draft's own word.
+            this.
         branches: so many tokens are proposed for one place, of a single row.
+        right: how often a greedy draft's token is right to which it gives a probability; without
+            it, drafting does not stop.
     """
 
     count: int
     sampling: Sampling = GREEDY
     worth: float = 0.0
     branches: int = 1
+    right: Callable[[float], float] | None = None
 
 
 class Draft(Protocol):
@@ -181,17 +186,19 @@ def continued(reading: Reading, logits: Tensor, wish: Wish) -> Proposal:
     proposed: list[Tensor] = []
     distributions: list[Tensor] = []
     choices: list[Tensor] = []
-    right: Tensor | float = 1.0
+    likely: list[Tensor] = []
+    right = [1.0] * len(logits)
     steps = 0
     while True:
         steps += 1
         if wish.sampling.temperature is None:
             new = logits[:, -1].argmax(-1, keepdim=True)
-            if wish.worth:
-                likely = logits[:, -1].float().softmax(-1).gather(1, new)
-                right = right * likely
-                if proposed and float(right.mean()) < wish.worth:
+            if wish.right is not None:
+                sure = logits[:, -1].float().softmax(-1).gather(1, new)
+                right = [n * wish.right(p) for n, p in zip(right, sure[:, 0].tolist(), strict=True)]
+                if proposed and sum(right) < wish.worth * len(right):
                     break
+                likely.append(sure)
         else:
             distributions.append(wish.sampling.distribution(logits[:, -1]))
             new = draw(distributions[-1])[:, None]
@@ -203,7 +210,8 @@ def continued(reading: Reading, logits: Tensor, wish: Wish) -> Proposal:
         logits = reading.read(new, keep=1)
     drawn_from = torch.stack(distributions, 1) if distributions else None
     chains = torch.cat(proposed, 1)
-    return Proposal(chains, drawn_from, steps, other_choices(chains[0], choices))
+    others = other_choices(chains[0], choices)
+    return Proposal(chains, drawn_from, steps, others, torch.cat(likely, 1) if likely else None)
 
 
 def _common(old: Tensor, new: Tensor) -> int:

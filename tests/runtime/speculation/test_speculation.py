@@ -399,14 +399,28 @@ class TestController:
 
 def test_drafting_stops_where_it_is_not_sure() -> None:
     module = model()
-    reading = begin(module, 1)
-    with torch.no_grad():
-        logits = reading.read(IDS, keep=1)
-        best = float(logits[0, -1].softmax(-1).max())
-        proposal = continued(reading, logits, Wish(8, worth=best))
-    # the first is proposed anyway; with each further one it is less probable that all are right
-    assert proposal.tokens.shape[1] == 1
-    assert proposal.steps == 2
+    for least, worth, count in ((0.9, 0.75, 2), (0.9, 0.5, 6), (0.5, 0.75, 1), (1.0, 0.75, 8)):
+        reading = begin(module, 1)
+        with torch.no_grad():
+            logits = reading.read(IDS, keep=1)
+            proposal = continued(reading, logits, Wish(8, worth=worth, right=lambda _: least))  # noqa: B023
+        # the first is proposed anyway; with each further one it is less probable that all are right
+        assert proposal.tokens.shape[1] == count
+        assert proposal.steps == min(count + 1, 8)
+        assert proposal.likely is not None
+        assert proposal.likely.shape == (1, count)
+
+
+def test_how_often_a_draft_is_right_is_learnt_by_its_own_probability() -> None:
+    control = Controller(1)
+    # right where it is sure, and where it is not, never in between
+    for _ in range(30):
+        control.judge(0, [0.95, 0.1, 0.5, 0.95], 2)
+    assert control.right(0, 0.9) > 0.95
+    assert control.right(0, 0.15) > 0.95
+    assert control.right(0, 0.55) < 0.2
+    # what was never seen is as right as all tokens
+    assert 0.5 < control.right(0, 0.7) < 0.95
 
 
 def test_tokens_that_are_taken_back_leave_the_room_of_a_growing_layer() -> None:

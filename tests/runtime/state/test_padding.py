@@ -30,7 +30,11 @@ def test_it_takes_no_place(name: str, passes: str, chunks: list[int], recording:
     module = model(name, passes)
     cache = DynamicCache(config=module.config)
     prompt = torch.tensor([[at < n for at in range(20)] for n in LENGTHS]).long()
-    tokens = torch.stack([torch.cat([t[:n], t[:1].expand(20 - n), t[n:]])[:28] for t, n in zip(TOKENS, LENGTHS, strict=True)])  # fmt: skip
+    rows = [
+        torch.cat([row[:n], row[:1].expand(20 - n), row[n:]])[:28]
+        for row, n in zip(TOKENS, LENGTHS, strict=True)
+    ]
+    tokens = torch.stack(rows)
     mask = torch.nn.functional.pad(prompt, (0, 8), value=1)
     positions, at, found = (mask.cumsum(1) - 1).clamp(min=0), 0, []
     with torch.no_grad():
