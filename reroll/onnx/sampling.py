@@ -5,27 +5,17 @@ See `reroll.runtime.speculation.sampling`, whose distributions these are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from reroll.runtime.speculation.sampling_options import SamplingOptions
+
 Array = Any
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; by default the likeliest is taken.
-
-    Attributes:
-        temperature: of the softmax; None takes the likeliest token.
-        top_k: draw from so many likeliest tokens; 0 for all.
-        top_p: draw from the likeliest tokens with this share of the probability.
-    """
-
-    temperature: float | None = None
-    top_k: int = 0
-    top_p: float = 1.0
+class Sampling(SamplingOptions):
+    """Draws tokens with NumPy."""
 
     def distribution(self, logits: Array) -> Array:
         """Return the probabilities [tokens, vocabulary] of logits of that shape."""

@@ -138,7 +138,8 @@ class RecurrentLayer(Rewinding, LinearAttentionLayer, CacheLayerMixin):
             self.update(mixer, a, b, c, rest, part, delay, skip, now)
 
         self._recorded(time, again)
-        before = self.snapshot()
+        # a layer of constant shapes would copy its tensors
+        before = () if self.is_compileable or not delay else self.snapshot()
         if tree is not None:
             out = self._read_tree(mixer, q, k, v, gates, padding, delay, skip, idle, tree)
             self._add(time)

@@ -8,7 +8,6 @@ is the case of distributions with one token each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,20 +21,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from reroll.runtime.speculation.sampling_options import SamplingOptions
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn, as in transformers; by default the likeliest is taken.
 
-    Attributes:
-        temperature: of the softmax; None takes the likeliest token.
-        top_k: draw from so many likeliest tokens; 0 for all.
-        top_p: draw from the likeliest tokens with this share of the probability.
-    """
-
-    temperature: float | None = None
-    top_k: int = 0
-    top_p: float = 1.0
+class Sampling(SamplingOptions):
+    """Draws tokens with PyTorch."""
 
     @cached_property
     def _warpers(self) -> Any:

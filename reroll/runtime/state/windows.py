@@ -69,7 +69,7 @@ class WindowLayer(Rewinding, DynamicSlidingWindowLayer):
         if padding is not None and padding.dtype != torch.bool:
             padding = visible_tokens(padding)
         self._recorded(length, again)
-        before = self.snapshot()
+        before = () if self.is_compileable else self.snapshot()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
